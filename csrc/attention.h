@@ -1,0 +1,49 @@
+// The contract between the Python face and every attention kernel, on every device.
+//
+// A partial attention result is the pair (out, lse): out = softmax(scale * q k^T) v over the keys given, lse the natural
+// logarithm of the softmax denominator, float32, -inf (and out 0) for a query that saw no key. Partials over disjoint
+// sets of keys merge exactly (softmax_state.h).
+//
+// Positions are the mask: key j of a sequence is visible to query i of the same sequence iff k_pos[j] <= q_pos[i].
+// Positions ascend within a sequence, so the keys visible to a query are a prefix of its sequence's keys. Slots beyond
+// the last visible key may be uninitialised memory; no kernel lets them reach a result.
+#pragma once
+
+#include <cstdint>
+
+namespace cptool {
+
+enum class ScalarType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct AttentionArgs {
+  // q [q_tokens, q_heads, head_dim], k and v [k_tokens, kv_heads, head_dim]; strides in elements, innermost stride 1.
+  const void* q;
+  const void* k;
+  const void* v;
+  int64_t q_token_stride, q_head_stride;
+  int64_t k_token_stride, k_head_stride;
+  int64_t v_token_stride, v_head_stride;
+  const int32_t* q_pos;  // [q_tokens]
+  const int32_t* k_pos;  // [k_tokens]
+  const int32_t* cu_q;   // [batch + 1] token offsets of the sequences
+  const int32_t* cu_k;   // [batch + 1]
+  int64_t batch, q_tokens, k_tokens, q_heads, kv_heads, head_dim;
+  float scale;
+  ScalarType dtype;      // of q, k, v
+  ScalarType out_dtype;  // float32, or dtype; float32 when accumulating
+  void* out;             // [q_tokens, q_heads, head_dim], contiguous
+  float* lse;            // [q_tokens, q_heads], contiguous
+  bool accumulate;       // merge into the partial that out and lse already hold
+};
+
+struct MergeArgs {
+  const void* const* outs;   // `partials` pointers to [rows, head_dim], contiguous
+  const float* const* lses;  // `partials` pointers to [rows]
+  int64_t partials, rows, head_dim;
+  ScalarType dtype;      // of every outs[i]
+  ScalarType out_dtype;  // of out
+  void* out;             // [rows, head_dim]
+  float* lse;            // [rows]
+};
+
+}  // namespace cptool
