@@ -1,0 +1,185 @@
+"""Which rank holds which positions.
+
+Pure arithmetic on lengths: every rank computes every other rank's share by itself, so no size and
+no position ever travels. A share is described by ranges first; tensors are built from ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The tokens that one rank holds, sequences concatenated.
+
+    positions: int32 [T], absolute positions, ascending within each sequence.
+    cu_seqlens: int32 [B + 1], sequence b is positions[cu_seqlens[b]:cu_seqlens[b + 1]].
+    """
+
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+    @staticmethod
+    def of(sequences: Sequence[torch.Tensor]) -> Placement:
+        """Placement of one int32 tensor of ascending positions per sequence."""
+        lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
+        return Placement(torch.cat(list(sequences)), _offsets(lengths).to(torch.int32))
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, all sequences together."""
+        return self.positions.numel()
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences, empty ones included."""
+        return self.cu_seqlens.numel() - 1
+
+    def sequences(self) -> tuple[torch.Tensor, ...]:
+        """One view of `positions` per sequence."""
+        return torch.split(self.positions, self.cu_seqlens.diff().tolist())
+
+    def to(self, device: torch.device | str) -> Placement:
+        """The same placement with its tensors on `device`."""
+        return Placement(self.positions.to(device), self.cu_seqlens.to(device))
+
+
+def concat(cached: Placement, new: Placement) -> Placement:
+    """`cached` followed by `new`, sequence by sequence: what a rank holds after a step.
+
+    New positions lie after the cached ones of the same sequence, so the result ascends. Raises
+    ValueError when the two differ in their number of sequences.
+    """
+    if cached.batch != new.batch:
+        raise ValueError(f"new holds {new.batch} sequences; it must hold {cached.batch} like cached")
+    if cached.tokens == 0:
+        return new
+    if new.tokens == 0:
+        return cached
+    pairs = zip(cached.sequences(), new.sequences())
+    return Placement(
+        torch.cat([part for pair in pairs for part in pair]), cached.cu_seqlens + new.cu_seqlens
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the new tokens of a batch are dealt to `ranks` ranks; see `balanced`.
+
+    bounds: int64 [B, 2 * ranks + 1], absolute positions where the chunks of each sequence begin
+        and end.
+    rotation: int64 [B], the rank that takes the first and the last chunk of each sequence.
+    """
+
+    ranks: int
+    bounds: torch.Tensor
+    rotation: torch.Tensor
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.bounds.shape[0]
+
+    def ranges(self, rank: int, seq: int) -> list[tuple[int, int]]:
+        """Ranges [start, stop) of sequence `seq` on `rank`, ascending, none empty or adjacent."""
+        (low, high), (start, stop) = self._chunks(rank)[seq].tolist()
+        pieces = [(low, stop)] if high == start else [(low, high), (start, stop)]
+        return [piece for piece in pieces if piece[0] < piece[1]]
+
+    def placement(self, rank: int) -> Placement:
+        """Positions of the new tokens on `rank`."""
+        chunks = self._chunks(rank)
+        lengths = (chunks[:, :, 1] - chunks[:, :, 0]).sum(1)
+        return Placement(
+            _expand(chunks.reshape(-1, 2)).to(torch.int32), _offsets(lengths).to(torch.int32)
+        )
+
+    def placements(self) -> tuple[Placement, ...]:
+        """`placement` of every rank, in rank order."""
+        return tuple(self.placement(rank) for rank in range(self.ranks))
+
+    def indices(self, rank: int) -> torch.Tensor:
+        """int64 [T]: where this rank's tokens lie in the concatenation of all new tokens."""
+        starts, stops = self.bounds[:, 0], self.bounds[:, -1]
+        shift = _offsets(stops - starts)[:-1] - starts
+        return _expand((self._chunks(rank) + shift[:, None, None]).reshape(-1, 2))
+
+    def owner(self, seq: int, position: int) -> int:
+        """The rank that holds `position` of sequence `seq`; ValueError if it is no new token."""
+        bounds = self.bounds[seq]
+        if not bounds[0] <= position < bounds[-1]:
+            raise ValueError(
+                f"position is {position}; it must be a new token of sequence {seq}, "
+                f"{int(bounds[0])} to {int(bounds[-1]) - 1}"
+            )
+        chunk = int(torch.searchsorted(bounds, position, right=True)) - 1
+        relative = min(chunk, 2 * self.ranks - 1 - chunk)
+        return (relative + int(self.rotation[seq])) % self.ranks
+
+    def tokens(self, rank: int) -> int:
+        """Number of new tokens on `rank`, all sequences together."""
+        chunks = self._chunks(rank)
+        return int((chunks[:, :, 1] - chunks[:, :, 0]).sum())
+
+    def _chunks(self, rank: int) -> torch.Tensor:
+        """int64 [B, 2, 2]: (start, stop) of the two chunks of each sequence on `rank`."""
+        relative = (rank - self.rotation) % self.ranks
+        first = torch.stack([relative, 2 * self.ranks - 1 - relative], dim=1)
+        starts, stops = self.bounds.gather(1, first), self.bounds.gather(1, first + 1)
+        return torch.stack([starts, stops], dim=2)
+
+
+def balanced(
+    lengths: Sequence[int],
+    ranks: int,
+    starts: Sequence[int] | None = None,
+    offset: int = 0,
+) -> Layout:
+    """Deal new tokens so that causal work and KV memory are balanced, without padding.
+
+    lengths: new tokens of each sequence; sequence b gets positions
+        [starts[b], starts[b] + lengths[b]). starts defaults to 0 (nothing cached).
+    offset: rotates the deal; decode passes its step number, so that a batch of one-token sequences
+        is dealt round-robin and the deal moves on by one rank a step (paper, algorithm 4).
+
+    Each sequence is cut into 2N chunks and relative rank i takes chunks i and 2N-1-i: an early and
+    a late one, so that all ranks see the same number of visible keys (paper, section 4.2). Of the
+    T mod 2N tokens that do not divide, one each goes to chunks 0..N-1, then 2N-1, 2N-2, ..N, that
+    is to relative ranks 0..N-1 in turn. Relative rank 0 of a sequence is where the previous
+    sequence's extras ended, so over the whole batch ranks differ by at most one token.
+
+    Raises ValueError for ranks < 1, a negative length or start, or starts of another size.
+    """
+    if ranks < 1:
+        raise ValueError(f"ranks is {ranks}; it must be at least 1")
+    if starts is not None and len(starts) != len(lengths):
+        raise ValueError(f"starts has {len(starts)} entries; it must have {len(lengths)}")
+    length = torch.tensor(lengths, dtype=torch.int64)
+    start = torch.zeros_like(length) if starts is None else torch.tensor(starts, dtype=torch.int64)
+    for name, value in (("lengths", length), ("starts", start)):
+        if bool((value < 0).any()):
+            raise ValueError(f"{name} contains {int(value.min())}; it must hold counts of tokens")
+
+    chunk = torch.arange(2 * ranks)
+    turn = torch.minimum(chunk, 2 * ranks - 1 - chunk) + torch.where(chunk < ranks, 0, ranks)
+    extras = length % (2 * ranks)
+    sizes = (length // (2 * ranks))[:, None] + (turn < extras[:, None])
+    bounds = start[:, None] + torch.nn.functional.pad(sizes.cumsum(1), (1, 0))
+    return Layout(ranks, bounds, (offset + _offsets(extras)[:-1]) % ranks)
+
+
+def _offsets(lengths: torch.Tensor) -> torch.Tensor:
+    """[0, l0, l0 + l1, ...]: int64 [B + 1] from int64 [B]."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def _expand(ranges: torch.Tensor) -> torch.Tensor:
+    """int64 [T]: the members of ranges [R, 2], in order, without a Python loop."""
+    lengths = ranges[:, 1] - ranges[:, 0]
+    offsets = _offsets(lengths)
+    shift = (ranges[:, 0] - offsets[:-1]).repeat_interleave(lengths)
+    return shift + torch.arange(int(offsets[-1]))
