@@ -1,0 +1,166 @@
+"""The Llama forward over the tokens that one rank holds.
+
+The model sees a flat list of tokens with their absolute positions. It mixes tokens only through
+the `attend` callable that it is given, so batches, caches and other ranks are the caller's affair.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cptool.model.config import LlamaConfig
+from cptool.model.rope import inverse_frequencies, rotary_tables, rotate_
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""attend(layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, Hq, D] in the type of q.
+
+q and k are rotated already. All three are strided views of one projection, and stay valid only
+until the call returns. Scores are scaled by D^-1/2.
+"""
+
+ROWS_AT_ONCE = 4096
+"""Tokens in one pass of the token-wise steps whose intermediates are wider than their result (the
+feed-forward network, the float32 rotation): enough to saturate a GPU, and a bound on the memory
+that these take at any prompt length."""
+
+
+def _row_slices(*tensors: torch.Tensor) -> zip:
+    pieces = max(1, -(-tensors[0].shape[0] // ROWS_AT_ONCE))
+    return zip(*(tensor.tensor_split(pieces) for tensor in tensors))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in float32, rounded to the type of x, then times the weight.
+
+    Without a weight `rms_norm` rounds before returning, which makes this the order of operations
+    of `transformers`.
+    """
+
+    def __init__(self, size: int, eps: float, device: torch.device | str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, device=device))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, x.shape[-1:], eps=self.eps).mul_(self.weight)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: query head i reads key-value head i // (Hq / Hkv)."""
+
+    def __init__(
+        self, config: LlamaConfig, layer: int, tp: int, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads // tp
+        self.num_kv_heads = max(1, config.num_key_value_heads // tp)
+        projected = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, projected, bias=False, device=device)
+        self.o_proj = nn.Linear(
+            self.num_heads * self.head_dim, config.hidden_size, bias=False, device=device
+        )
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        qkv = self.qkv_proj(x).view(x.shape[0], sum(sizes), self.head_dim)
+        q, k, v = qkv.split(sizes, dim=1)
+        for rows in _row_slices(qkv[:, : self.num_heads + self.num_kv_heads], cos, sin):
+            rotate_(*rows)
+        return self.o_proj(attend(self.layer, q, k, v).flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig, tp: int, device: torch.device | str) -> None:
+        super().__init__()
+        width = config.intermediate_size // tp
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False, device=device)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(functional.silu(gate, inplace=True).mul_(up))
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm block; updates the residual stream in place."""
+
+    def __init__(
+        self, config: LlamaConfig, layer: int, tp: int, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
+        self.self_attn = Attention(config, layer, tp, device)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
+        self.mlp = MLP(config, tp, device)
+
+    def forward(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+    ) -> None:
+        hidden += self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
+        for (rows,) in _row_slices(hidden):
+            rows += self.mlp(self.post_attention_layernorm(rows))
+
+
+class Llama(nn.Module):
+    """A Llama decoder, or the share of one that a rank of a tensor-parallel group holds.
+
+    With `tp` > 1 the attention heads and the feed-forward width are divided by it, and what the
+    row-parallel `o_proj` and `down_proj` return is a partial sum (`cptool.tensor_parallel`).
+    Parameters hold nothing yet: `cptool.weights` puts a checkpoint's tensors in their place.
+    The caller runs the model under `torch.inference_mode()`.
+    """
+
+    inverse_frequencies: torch.Tensor
+
+    def __init__(
+        self, config: LlamaConfig, device: torch.device | str = "meta", tp: int = 1
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device=device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, tp, device) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device)
+        )
+        self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
+        self.requires_grad_(False)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key-value heads that this model projects to, hence that its caches hold."""
+        return self.layers[0].self_attn.num_kv_heads
+
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """The residual stream after the last layer, before the final norm (`logits` applies it).
+
+        `tokens` int64 [T] and their absolute `positions` int32 [T]; T may be 0, and `attend` is
+        called once for every layer all the same. Returns [T, hidden] in the type of the weights.
+        """
+        hidden = self.embed_tokens(tokens)
+        cos, sin = rotary_tables(positions, self.inverse_frequencies)
+        for layer in self.layers:
+            layer(hidden, cos, sin, attend)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores of the next token after each of the rows [R, hidden] of a forward's result.
+
+        Returns float32 [R, vocabulary].
+        """
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return functional.linear(self.norm(hidden), head.weight).to(torch.float32)
