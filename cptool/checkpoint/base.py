@@ -1,0 +1,267 @@
+"""A checkpoint as the rest of cptool sees it, whatever the file format.
+
+Opening reads headers only and imports no torch: a wrong file is refused before any rank starts.
+Tensors go by their Hugging Face names, and query and key rows are in half-split rotary order.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cptool.errors import UserError
+from cptool.model.config import LlamaConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from cptool.checkpoint.tokenizer import Tokenizer
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+# Encodings that torch reads as they lie in the file; the rest is quantised.
+TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+
+_SAMPLED_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies and how it is written.
+
+    `shape` is the logical shape, `encoding` a safetensors or GGML type name. `interleaved_heads` is
+    the number of heads whose rows are in interleaved rotary order, 0 where there is nothing to undo.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    encoding: str
+    interleaved_heads: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The sampling defaults of a model's author; None where the model says nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+
+
+@dataclass
+class Checkpoint:
+    """An opened and validated checkpoint; tensors are read on demand.
+
+    `eos_ids` are the token ids that end an answer, in the order in which the files give them.
+    """
+
+    path: Path
+    name: str
+    config: LlamaConfig
+    stored: dict[str, StoredTensor]
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    sampling: Sampling = Sampling()
+    load_tokenizer: Callable[[], "Tokenizer | None"] = lambda: None
+    _mappings: dict[Path, "torch.UntypedStorage"] = field(default_factory=dict, repr=False)
+
+    @property
+    def dtype(self) -> str:
+        """What `--dtype auto` computes in on a CPU: the stored dtype where a CPU is at home in it.
+
+        "bfloat16" where every matrix is stored so, else "float32" (float16, quantised, mixed).
+        """
+        encodings = {tensor.encoding for tensor in self.stored.values() if len(tensor.shape) == 2}
+        return "bfloat16" if encodings == {"BF16"} else "float32"
+
+    def names(self) -> list[str]:
+        """Names of the tensors that the model needs; `lm_head.weight` is absent where it is tied."""
+        return list(self.stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.stored[name].shape
+
+    def is_mapped(self, name: str) -> bool:
+        """Whether `read(name)` is a view of the file in the page cache, shared by all processes."""
+        tensor = self.stored[name]
+        size = ITEM_SIZES.get(tensor.encoding)
+        return size is not None and tensor.offset % size == 0 and not tensor.interleaved_heads
+
+    def read(self, name: str) -> "torch.Tensor":
+        """The tensor, in its stored dtype; float32 where it is quantised.
+
+        A mapped tensor (see `is_mapped`) keeps the mapping alive and is copy-on-write: changing it
+        changes neither the file nor what other processes see.
+        """
+        import torch
+
+        tensor = self.stored[name]
+        mapping = self._mapping(tensor.file)
+        if tensor.encoding not in TORCH_DTYPES:
+            from cptool.checkpoint.gguf import dequantize
+
+            values = dequantize(_bytes_of(mapping, tensor), tensor)
+        elif tensor.offset % ITEM_SIZES[tensor.encoding]:
+            values = _bytes_of(mapping, tensor).clone().view(_torch_dtype(tensor))
+        else:
+            dtype = _torch_dtype(tensor)
+            values = torch.empty(0, dtype=dtype).set_(
+                mapping, tensor.offset // dtype.itemsize, (math.prod(tensor.shape),)
+            )
+        if tensor.interleaved_heads:
+            # Rows 2j, 2j+1 of a head are one rotary pair in the file; j, j + D/2 are one here.
+            heads, (rows, columns) = tensor.interleaved_heads, tensor.shape
+            values = values.view(heads, rows // heads // 2, 2, columns).transpose(1, 2)
+        return values.reshape(tensor.shape)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 that tells models apart, whatever their path or their split into files.
+
+        It covers the configuration and, of every tensor in order of name, the name, the shape, the
+        encoding and the first and last 4 KiB of stored bytes.
+        """
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        files = {file: file.open("rb") for file in {t.file for t in self.stored.values()}}
+        try:
+            for name, tensor in sorted(self.stored.items()):
+                digest.update(json.dumps([name, tensor.shape, tensor.encoding]).encode())
+                file, length = files[tensor.file], min(tensor.nbytes, _SAMPLED_BYTES)
+                for offset in (tensor.offset, tensor.offset + tensor.nbytes - length):
+                    file.seek(offset)
+                    digest.update(file.read(length))
+        finally:
+            for file in files.values():
+                file.close()
+        return digest.hexdigest()
+
+    def tokenizer(self) -> "Tokenizer | None":
+        """The model's tokenizer, None where its files hold none; UserError where it is unsupported."""
+        return self.load_tokenizer()
+
+    def _mapping(self, file: Path) -> "torch.UntypedStorage":
+        import torch
+
+        if file not in self._mappings:
+            # shared=False maps privately: pages stay the page cache's until somebody writes to them.
+            self._mappings[file] = torch.UntypedStorage.from_file(
+                str(file), shared=False, nbytes=file.stat().st_size
+            )
+        return self._mappings[file]
+
+
+def _torch_dtype(tensor: StoredTensor) -> "torch.dtype":
+    import torch
+
+    return getattr(torch, TORCH_DTYPES[tensor.encoding])
+
+
+def _bytes_of(mapping: "torch.UntypedStorage", tensor: StoredTensor) -> "torch.Tensor":
+    import torch
+
+    return torch.empty(0, dtype=torch.uint8).set_(mapping, tensor.offset, (tensor.nbytes,))
+
+
+def llama_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a Llama model, in the order in which a forward uses them."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    q_rows = config.num_attention_heads * config.head_dim
+    kv_rows = config.num_key_value_heads * config.head_dim
+    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        tensors |= {
+            f"{layer}.input_layernorm.weight": (hidden,),
+            f"{layer}.self_attn.q_proj.weight": (q_rows, hidden),
+            f"{layer}.self_attn.k_proj.weight": (kv_rows, hidden),
+            f"{layer}.self_attn.v_proj.weight": (kv_rows, hidden),
+            f"{layer}.self_attn.o_proj.weight": (hidden, q_rows),
+            f"{layer}.post_attention_layernorm.weight": (hidden,),
+            f"{layer}.mlp.gate_proj.weight": (ffn, hidden),
+            f"{layer}.mlp.up_proj.weight": (ffn, hidden),
+            f"{layer}.mlp.down_proj.weight": (hidden, ffn),
+        }
+    tensors["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        tensors[HEAD] = (config.vocab_size, hidden)
+    return tensors
+
+
+def select_tensors(
+    source: Path, config: LlamaConfig, found: dict[str, StoredTensor], encodings: Iterable[str]
+) -> dict[str, StoredTensor]:
+    """The tensors that the model needs out of those `found`, each with the expected shape.
+
+    Raises UserError for a tensor that is missing, misshapen or in an encoding not in `encodings`,
+    and for one that no Llama has: ignoring a bias or a query norm would change the answer.
+    """
+    if config.num_hidden_layers > len(found):
+        raise UserError(
+            f"{source}: {config.num_hidden_layers} layers in the configuration, {len(found)} tensors "
+            f"in the files; the two are not of one model"
+        )
+    needed = llama_tensors(config)
+    for name, shape in needed.items():
+        tensor = found.get(name)
+        if tensor is None:
+            raise UserError(
+                f"{source}: tensor {name} is missing; the model's shape calls for {len(needed)} "
+                f"tensors, so fetch the checkpoint again or mend its configuration"
+            )
+        if tensor.shape != shape:
+            raise UserError(
+                f"{source}: tensor {name} has shape {list(tensor.shape)}, the configuration makes "
+                f"it {list(shape)}; the two are not of one model"
+            )
+        if tensor.encoding not in encodings:
+            raise UserError(
+                f"{source}: tensor {name} is stored as {tensor.encoding}, which is not supported; "
+                f"use one of {', '.join(encodings)}"
+            )
+    if extra := sorted(found.keys() - needed.keys() - {HEAD}):
+        raise UserError(
+            f"{source}: tensor {extra[0]!r} ({len(extra)} such) belongs to no plain Llama model, and "
+            f"ignoring it would change the answer; use a checkpoint of the Llama architecture"
+        )
+    return {name: found[name] for name in needed}
+
+
+def check_config(source: Path, config: LlamaConfig) -> LlamaConfig:
+    """The same configuration; UserError where its numbers cannot be a Llama model's."""
+    sizes = {
+        name: value
+        for name, value in asdict(config).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    for name, value in sizes.items():
+        if not value > 0 or math.isinf(value):
+            raise UserError(f"{source}: {name} is {value}, it must be positive; mend the file")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(
+            f"{source}: {config.num_attention_heads} query heads on {config.num_key_value_heads} "
+            f"key/value heads; the first must be a multiple of the second"
+        )
+    if config.head_dim % 2:
+        raise UserError(
+            f"{source}: head_dim is {config.head_dim}; rotary embeddings need an even one"
+        )
+    return config
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, to quote it inside a one-line message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def as_ids(value: Any) -> tuple[int, ...]:
+    """Token ids out of an int, a list of ints or None, each once."""
+    ids = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool)))

@@ -1,0 +1,243 @@
+"""Checkpoints in the Hugging Face layout: config.json next to safetensors files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cptool.checkpoint.base import (
+    HEAD,
+    TORCH_DTYPES,
+    Checkpoint,
+    Sampling,
+    StoredTensor,
+    as_ids,
+    check_config,
+    first_line,
+    select_tensors,
+)
+from cptool.checkpoint.safetensors import read_header
+from cptool.errors import UserError
+from cptool.model.config import LlamaConfig, RopeScaling
+
+_CONVERT = "convert the checkpoint to safetensors with transformers' save_pretrained"
+
+# What cptool's Llama does not have, and the values under which it is not asked for.
+_UNSUPPORTED = {
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "sliding_window": (None, 0),
+    "quantization_config": (None,),
+    "use_qk_norm": (None, False),
+    "qk_norm": (None, False),
+    "hidden_act": (None, "silu"),
+    "partial_rotary_factor": (None, 1, 1.0),
+}
+
+
+def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
+    """Opens and validates the directory `path`.
+
+    UserError for anything that is missing, damaged or not a plain Llama.
+    """
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise UserError(_why_no_config(path))
+    fields = _read_json(config_file)
+    found = {
+        name: tensor
+        for name, tensor in _read_headers(path).items()
+        if not name.endswith("rotary_emb.inv_freq")  # Older files store what rope_theta says.
+    }
+    config = check_config(config_file, read_config(config_file, fields, tied=HEAD not in found))
+    generation_file = path / "generation_config.json"
+    generation = _read_json(generation_file) if generation_file.is_file() else {}
+    token_ids = {
+        key: as_ids(generation.get(key)) or as_ids(fields.get(key))
+        for key in ("eos_token_id", "bos_token_id")
+    }
+    for key, ids in token_ids.items():
+        if bad := [i for i in ids if not 0 <= i < config.vocab_size]:
+            raise UserError(
+                f"{path}: {key} is {bad[0]}, it must lie in the vocabulary of {config.vocab_size}"
+            )
+    return Checkpoint(
+        path=path,
+        name=name or path.resolve().name,
+        config=config,
+        stored=select_tensors(path, config, found, TORCH_DTYPES),
+        eos_ids=token_ids["eos_token_id"],
+        bos_id=next(iter(token_ids["bos_token_id"]), None),
+        sampling=_sampling(generation),
+        load_tokenizer=lambda: _load_tokenizer(path),
+    )
+
+
+def read_config(source: Path, fields: dict[str, Any], tied: bool = False) -> LlamaConfig:
+    """The model's shape out of the fields of a `config.json`, of transformers 4 or 5.
+
+    `tied` says that the files hold no output matrix, so that the embedding serves.
+    """
+    architectures = fields.get("architectures") or ["LlamaForCausalLM"]
+    if architectures != ["LlamaForCausalLM"] or fields.get("model_type", "llama") != "llama":
+        raise UserError(
+            f"{source}: architecture {architectures!r} of type {fields.get('model_type')!r} is not "
+            f"supported; use a LlamaForCausalLM checkpoint"
+        )
+    # transformers 5 gathers rope_theta and rope_scaling in one dict.
+    rope = {**_mapping(source, fields, "rope_scaling"), **_mapping(source, fields, "rope_parameters")}
+    for key, allowed in _UNSUPPORTED.items():
+        value = fields.get(key, rope.get(key))
+        if value not in allowed:
+            raise UserError(
+                f"{source}: {key} is {value!r}, cptool computes only a Llama where it is absent or "
+                f"{allowed[-1]!r}; use a checkpoint without it"
+            )
+    heads = _integer(source, fields, "num_attention_heads")
+    hidden = _integer(source, fields, "hidden_size")
+    if fields.get("head_dim") is None and (heads < 1 or hidden % heads):
+        raise UserError(
+            f"{source}: hidden_size {hidden} does not divide into {heads} heads; it must, or "
+            f"head_dim must be given"
+        )
+    theta = _number(source, {**fields, **rope}, "rope_theta", 10000.0)
+    return LlamaConfig(
+        vocab_size=_integer(source, fields, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=_integer(source, fields, "intermediate_size"),
+        num_hidden_layers=_integer(source, fields, "num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=_integer(source, fields, "num_key_value_heads", heads),
+        head_dim=_integer(source, fields, "head_dim", hidden // heads),
+        rms_norm_eps=_number(source, fields, "rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        max_position_embeddings=_integer(source, fields, "max_position_embeddings", 2048),
+        tie_word_embeddings=tied or fields.get("tie_word_embeddings") is True,
+        rope_scaling=_rope_scaling(source, rope),
+    )
+
+
+def _rope_scaling(source: Path, rope: dict[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise UserError(
+            f"{source}: rope type {kind!r} is not supported; use a checkpoint with default, linear "
+            f"or llama3 rotary embeddings"
+        )
+    factor = _number(source, rope, "factor")
+    if kind == "linear":
+        scaling = RopeScaling("linear", factor)
+    else:
+        scaling = RopeScaling(
+            "llama3",
+            factor,
+            _number(source, rope, "low_freq_factor"),
+            _number(source, rope, "high_freq_factor"),
+            _integer(source, rope, "original_max_position_embeddings"),
+        )
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if not (factor > 0 and 0 < low < high and scaling.original_context > 0):
+        raise UserError(
+            f"{source}: rope scaling {rope!r} makes no sense; factors must be positive and "
+            f"low_freq_factor below high_freq_factor"
+        )
+    return scaling
+
+
+def _sampling(generation: dict[str, Any]) -> Sampling:
+    """Temperature and top-p of a generation_config.json; they count only where it samples."""
+    if generation.get("do_sample") is not True:
+        return Sampling()
+    values = (generation.get("temperature"), generation.get("top_p"))
+    return Sampling(*(float(v) if isinstance(v, int | float) else None for v in values))
+
+
+def _read_headers(path: Path) -> dict[str, StoredTensor]:
+    """All tensors of the directory by name, whether in one file or in several with an index."""
+    single, index_file = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return read_header(single)
+    if not index_file.is_file():
+        raise UserError(_why_no_weights(path))
+    weights = _mapping(index_file, _read_json(index_file), "weight_map")
+    files = {}
+    for shard in sorted({str(file) for file in weights.values()}):
+        if Path(shard).name != shard:
+            raise UserError(f"{index_file}: {shard!r} is not the plain name of a file beside it")
+        if not (path / shard).is_file():
+            raise UserError(f"{path / shard}: named by the index and missing; fetch it again")
+        files[shard] = read_header(path / shard)
+    for name, shard in weights.items():
+        if name not in files[str(shard)]:
+            raise UserError(
+                f"{path / str(shard)}: tensor {name!r} is not in it although the index says so; "
+                f"fetch the checkpoint again"
+            )
+    return {name: files[shard][name] for name, shard in weights.items()}
+
+
+def _why_no_config(path: Path) -> str:
+    if (path / "params.json").is_file() or any(path.glob("consolidated*.pth")):
+        return f"{path}: a checkpoint in Meta's own layout is not supported; give its Hugging Face form"
+    if gguf := sorted(path.glob("*.gguf")):
+        return f"{path}: no config.json in it; to use a GGUF file give its path, such as {gguf[0]}"
+    return f"{path}: no config.json in it; give a Hugging Face model directory or a .gguf file"
+
+
+def _why_no_weights(path: Path) -> str:
+    if any(path.glob("*.bin")) or any(path.glob("*.pth")):
+        return f"{path}: only pickled weights (.bin, .pth), which cptool never loads; {_CONVERT}"
+    if any(path.glob("*.safetensors")):
+        return f"{path}: model.safetensors.index.json is missing beside its parts; fetch it too"
+    return f"{path}: neither model.safetensors nor model.safetensors.index.json in it; fetch them"
+
+
+def _load_tokenizer(path: Path):  # noqa: ANN202 - Tokenizer is imported on demand
+    from cptool.checkpoint.tokenizer import from_tokenizer_json
+
+    if (path / "tokenizer.json").is_file():
+        config_file = path / "tokenizer_config.json"
+        settings = _read_json(config_file) if config_file.is_file() else {}
+        template_file = path / "chat_template.jinja"
+        template = template_file.read_text("utf-8") if template_file.is_file() else None
+        return from_tokenizer_json(path / "tokenizer.json", settings, template)
+    if (path / "tokenizer.model").is_file():
+        raise UserError(
+            f"{path}: a tokenizer.model alone is not supported; write a tokenizer.json with "
+            f"transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({first_line(error)}); fetch the file again") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: holds a {type(fields).__name__}, it must be a JSON object")
+    return fields
+
+
+def _mapping(source: Path, fields: dict[str, Any], key: str) -> dict[str, Any]:
+    value = fields.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{source}: {key} is {value!r}, it must be an object or null")
+    return value or {}
+
+
+def _integer(source: Path, fields: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = default if fields.get(key) is None else fields[key]
+    if type(value) is not int:
+        raise UserError(f"{source}: {key} is {value!r}, it must be an integer; mend the file")
+    return value
+
+
+def _number(
+    source: Path, fields: dict[str, Any], key: str, default: float | None = None
+) -> float:
+    value = default if fields.get(key) is None else fields[key]
+    if type(value) not in (int, float):
+        raise UserError(f"{source}: {key} is {value!r}, it must be a number; mend the file")
+    return float(value)

@@ -1,0 +1,368 @@
+"""Hugging Face checkpoints: written by transformers or by hand, read by cptool."""
+
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cptool.checkpoint import open_checkpoint
+from cptool.errors import UserError
+from cptool.model.config import RopeScaling
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def tiny(**changes):
+    fields = dict(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**fields, **changes}))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A tiny checkpoint directory with separate embeddings, as transformers writes it."""
+    tiny().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(path, **changes):
+    """Changes fields of a JSON file; a value of `...` removes the field."""
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+
+
+def refusal(path):
+    with pytest.raises(UserError) as error:
+        open_checkpoint(str(path))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def write_safetensors(path, tensors, prefix=b""):
+    """A safetensors file by hand; `prefix` shifts the data, so that it can be misaligned."""
+    data, header = prefix, {}
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        dtype = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}[tensor.dtype]
+        offsets = [len(data), len(data) + len(raw)]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_are_those_that_transformers_wrote(tmp_path, dtype, shard_size, tied):
+    model = tiny(tie_word_embeddings=tied).to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "20KB")
+    checkpoint = open_checkpoint(str(tmp_path))
+    state = model.state_dict()
+    if tied:
+        del state["lm_head.weight"]
+    assert set(checkpoint.names()) == set(state)
+    for name, expected in state.items():
+        found = checkpoint.read(name)
+        assert found.dtype == dtype
+        assert tuple(found.shape) == checkpoint.shape(name)
+        assert torch.equal(found, expected)
+        assert checkpoint.is_mapped(name)
+    assert checkpoint.config.tie_word_embeddings == tied
+    assert checkpoint.dtype == ("bfloat16" if dtype == torch.bfloat16 else "float32")
+
+
+def test_configuration_as_transformers_understands_it(tmp_path):
+    model = tiny(head_dim=24, rms_norm_eps=3e-5, rope_parameters=LLAMA3, eos_token_id=[2, 7, 2])
+    model.generation_config.eos_token_id = [2, 7, 2]
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    config = checkpoint.config
+    for name in (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+        *("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "max_position_embeddings"),
+    ):
+        assert getattr(config, name) == getattr(model.config, name)
+    assert config.rope_theta == 500000.0
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+    assert checkpoint.eos_ids == (2, 7)
+    assert checkpoint.name == tmp_path.name
+
+
+@pytest.mark.parametrize(
+    ("fields", "theta", "scaling"),
+    [
+        ({}, 10000.0, None),
+        ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, None),
+        ({"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 4}}, 1e6, ("linear", 4.0)),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {**LLAMA3, "rope_theta": ..., "factor": 32.0}},
+            5e5,
+            ("llama3", 32.0, 1.0, 4.0, 64),
+        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, 1e5, None),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, 10000.0, ("linear", 2.0)),
+    ],
+)
+def test_rotary_settings_of_every_age(saved, fields, theta, scaling):
+    scaled = fields.get("rope_scaling")
+    if scaled:
+        fields["rope_scaling"] = {k: v for k, v in scaled.items() if v is not ...}
+    edit(saved / "config.json", rope_parameters=..., rope_theta=...)
+    edit(saved / "config.json", **fields)
+    config = open_checkpoint(str(saved)).config
+    assert config.rope_theta == theta
+    assert config.rope_scaling == (RopeScaling(*scaling) if scaling else None)
+
+
+def test_absent_fields_take_the_defaults_of_the_format(saved):
+    edit(saved / "config.json", head_dim=..., architectures=..., tie_word_embeddings=...)
+    config = open_checkpoint(str(saved)).config
+    assert config.head_dim == 8
+    assert not config.tie_word_embeddings
+    tiny(num_key_value_heads=6).save_pretrained(saved)
+    edit(saved / "config.json", num_key_value_heads=...)
+    assert open_checkpoint(str(saved)).config.num_key_value_heads == 6
+
+
+def test_generation_config_goes_before_config(saved):
+    edit(saved / "config.json", eos_token_id=5, bos_token_id=4)
+    (saved / "generation_config.json").write_text("{}")
+    checkpoint = open_checkpoint(str(saved))
+    assert checkpoint.eos_ids == (5,) and checkpoint.bos_id == 4
+    assert checkpoint.sampling.temperature is None
+    settings = {"eos_token_id": [8, 9], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (saved / "generation_config.json").write_text(json.dumps(settings))
+    checkpoint = open_checkpoint(str(saved))
+    assert checkpoint.eos_ids == (8, 9)
+    assert (checkpoint.sampling.temperature, checkpoint.sampling.top_p) == (0.6, 0.9)
+    edit(saved / "generation_config.json", do_sample=False)
+    assert open_checkpoint(str(saved)).sampling.temperature is None
+
+
+def test_stored_rotary_frequencies_are_ignored(saved):
+    tensors = dict(tiny().state_dict())
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    write_safetensors(saved / "model.safetensors", tensors)
+    assert set(open_checkpoint(str(saved)).names()) == set(tiny().state_dict())
+
+
+def test_misaligned_tensors_are_copied(saved):
+    state = tiny().state_dict()
+    for prefix in (b"", b"\0"):
+        for shift in range(4):
+            write_safetensors(saved / "model.safetensors", state, prefix + b"\0" * shift)
+            checkpoint = open_checkpoint(str(saved))
+            for name in ("model.norm.weight", "lm_head.weight"):
+                assert torch.equal(checkpoint.read(name), state[name])
+                assert checkpoint.is_mapped(name) == (checkpoint.stored[name].offset % 4 == 0)
+
+
+def test_a_mapped_tensor_outlives_its_checkpoint_and_never_changes_the_file(saved):
+    checkpoint = open_checkpoint(str(saved))
+    before = (saved / "model.safetensors").read_bytes()
+    tensor = checkpoint.read("model.norm.weight")
+    del checkpoint
+    tensor += 1
+    assert torch.equal(tensor, torch.full((48,), 2.0))
+    assert (saved / "model.safetensors").read_bytes() == before
+
+
+def test_fingerprint_knows_the_model_and_not_its_place(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    one, many = (open_checkpoint(str(tmp_path / name)).fingerprint for name in ("one", "many"))
+    assert one == many
+    edit(tmp_path / "one" / "config.json", rms_norm_eps=2e-6)
+    assert open_checkpoint(str(tmp_path / "one")).fingerprint != one
+    model.lm_head.weight.data[-1, -1] += 1
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert open_checkpoint(str(tmp_path / "many")).fingerprint != one
+
+
+def test_opening_imports_no_torch(saved):
+    code = (
+        "import sys; from cptool.checkpoint import open_checkpoint; "
+        "c = open_checkpoint(sys.argv[1]); c.fingerprint; sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(saved)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"model_type": "qwen3"}, "qwen3"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"sliding_window": 4096}, "sliding_window is 4096"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"use_qk_norm": True}, "use_qk_norm"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": ...}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor is None"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -1}}, "makes no sense"),
+        ({"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}, "makes no sense"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": [1]}, "rope_parameters is [1]"),
+        ({"hidden_size": "48"}, "hidden_size is '48'"),
+        ({"hidden_size": 50, "head_dim": ...}, "does not divide into 6 heads"),
+        ({"num_attention_heads": 0, "head_dim": ...}, "does not divide into 0 heads"),
+        ({"num_key_value_heads": 4}, "multiple"),
+        ({"num_hidden_layers": 10**12}, "not of one model"),
+        ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
+        ({"num_hidden_layers": 1}, "no plain Llama"),
+        ({"intermediate_size": 64}, "has shape [80, 48]"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0.0"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"head_dim": 9}, "head_dim is 9"),
+    ],
+)
+def test_what_is_not_a_plain_llama_is_refused(saved, changes, message):
+    edit(saved / "config.json", **changes)
+    assert message in refusal(saved)
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(saved):
+    edit(saved / "generation_config.json", eos_token_id=[2, 96])
+    assert "eos_token_id is 96" in refusal(saved)
+
+
+def test_query_norms_and_biases_are_refused(saved):
+    state = dict(tiny().state_dict())
+    state["model.layers.0.self_attn.q_norm.weight"] = torch.ones(8)
+    write_safetensors(saved / "model.safetensors", state)
+    assert "q_norm.weight" in refusal(saved)
+
+
+def test_integer_weights_are_refused(saved):
+    state = dict(tiny().state_dict())
+    state["model.norm.weight"] = torch.ones(48, dtype=torch.int64)
+    write_safetensors(saved / "model.safetensors", state)
+    assert "model.norm.weight is stored as I64" in refusal(saved)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 100, -1])
+def test_truncated_weights_are_refused(saved, kept):
+    file = saved / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:kept])
+    message = refusal(saved)
+    assert str(file) in message
+    if kept < 0 or kept >= 8:
+        assert f"{len(whole[:kept])} found" in message
+    if kept < 0:
+        assert f"{len(whole)} bytes expected" in message
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{ ",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+        b'{"a": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_damaged_headers_are_refused(saved, header):
+    (saved / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    assert "header is damaged" in refusal(saved)
+
+
+def test_a_header_longer_than_the_format_allows_is_refused(saved):
+    (saved / "model.safetensors").write_bytes(struct.pack("<Q", 2**63) + bytes(64))
+    assert str(2**63) in refusal(saved)
+
+
+def test_files_that_are_missing_are_named(tmp_path):
+    assert "no config.json" in refusal(tmp_path)
+    (tmp_path / "params.json").write_text("{}")
+    assert "Meta" in refusal(tmp_path)
+    tiny().save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    index = tmp_path / "model.safetensors.index.json"
+    whole = index.read_text()
+
+    weights = json.loads(whole)["weight_map"]
+
+    stray = next(name for name, file in weights.items() if file != shard.name)
+    edit(index, weight_map={**weights, stray: shard.name})
+    assert f"{shard}: tensor {stray!r} is not in it" in refusal(tmp_path)
+    edit(index, weight_map={stray: "../elsewhere.safetensors"})
+    assert "plain name" in refusal(tmp_path)
+    edit(index, weight_map=3)
+    assert "weight_map is 3" in refusal(tmp_path)
+    index.write_text(whole[:-5])
+    assert "not JSON" in refusal(tmp_path)
+    index.write_text(whole)
+    shard.unlink()
+    assert f"{shard}: named by the index and missing" in refusal(tmp_path)
+    index.unlink()
+    assert "index.json is missing" in refusal(tmp_path)
+    for part in tmp_path.glob("*.safetensors"):
+        part.unlink()
+    assert "neither" in refusal(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert "pickled" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    assert "JSON object" in refusal(tmp_path)
+
+
+def test_models_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "no such model" in refusal(tmp_path / "nowhere")
+    assert "no such model" in refusal("no-such-name")
+    assert "no such model" in refusal("some/file.gguf")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "give the directory" in refusal(tmp_path / "model.safetensors")
+
+
+def test_hub_ids_are_resolved_by_the_hub_library(saved, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot_download(hub_id, allow_patterns):
+        asked[hub_id] = allow_patterns
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert open_checkpoint("org/tiny-llama").name == "org/tiny-llama"
+    assert "*.json" in asked["org/tiny-llama"]
+
+    def unreachable(hub_id, allow_patterns):
+        raise ConnectionError("no route to host\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    assert "not to be had from the hub (no route to host)" in refusal("org/tiny-llama")
