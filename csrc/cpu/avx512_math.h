@@ -1,0 +1,86 @@
+// AVX-512 arithmetic that the x86 kernels share: conversions, powers of two, transposition.
+// Unnamed namespace: see dispatch.h.
+#pragma once
+
+// GCC 12's intrinsics start from deliberately undefined registers and warn about it where they are inlined.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include <cstdint>
+
+#include "cpu/scalar.h"
+
+namespace cptool::cpu {
+namespace {
+
+constexpr int kLanes = 16;  // float32 in a vector
+
+inline __m512 load16(const float* from) { return _mm512_loadu_ps(from); }
+
+inline __m512 load16(const BFloat16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline __m512 load16(const Float16* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+// 2^x for x well below 128, to about one unit in the last place: 2^floor(x) * p(x - floor(x)), where p is the polynomial of degree 6
+// with p(0) = 1 that has the least greatest relative error on [0, 1] (2.0e-9). Flushes to 0 far below; 2^-inf is 0, NaN stays.
+inline __m512 exp2_full(__m512 x) {
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(0x1.c54174p-13f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.46d64cp-10f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.3d0b92p-7f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.c68912p-5f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.ebfd58p-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.62e42cp-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, x);
+}
+
+// Transposes 16 x 16 elements of 32 bits in registers.
+inline void transpose16(__m512i (&r)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // r[4i + c]: column c of every 128-bit lane, rows 4i .. 4i + 3
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even_low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);     // lanes 0, 2 of rows 0-3 and 4-7
+    const __m512i odd_low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);      // lanes 1, 3
+    const __m512i even_high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+    t[c] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    t[4 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    t[8 + c] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    t[12 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+inline void transpose16(__m512 (&r)[16]) {
+  __m512i bits[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) bits[i] = _mm512_castps_si512(r[i]);
+  transpose16(bits);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_castsi512_ps(bits[i]);
+}
+
+}  // namespace
+}  // namespace cptool::cpu

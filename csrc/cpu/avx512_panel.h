@@ -1,0 +1,79 @@
+// Panels: how the x86 kernels hold the rows of a block, and the online softmax over one.
+//
+// Everything is transposed: a vector's 16 lanes are 16 query rows. A panel is a few such vectors side by side; its scores are
+// [key][row], its accumulator [dim][row]. So maxima and sums over keys need no horizontal step, a row's limit is a lane of a
+// mask, K and V are read as they lie, and only Q (once) and the result (once) are transposed.
+//
+// Unnamed namespace: see dispatch.h.
+#pragma once
+
+#include "cpu/avx512_math.h"
+#include "cpu/driver.h"
+
+namespace cptool::cpu {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+// Stands for the maximum of no score. Finite, so that a difference of two maxima is never NaN.
+constexpr float kNoScore = -1e30f;
+
+constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// The softmax state of every row of a block, in the units of exp2: weights are 2^(score * scale * log2 e - max).
+template <int kRows>
+struct RowStates {
+  alignas(64) float max[kRows];
+  alignas(64) float sum[kRows];
+  alignas(64) int32_t limit[kRows];  // keys of the sequence that the row sees
+
+  // Rows of the last vector that the block does not have see what the block's last row sees: they change no decision.
+  void begin(const RowBlock<kRows>& block) {
+    for (int r = 0; r < round_up(block.rows, kLanes); ++r) {
+      max[r] = kNoScore;
+      sum[r] = 0.0f;
+      limit[r] = static_cast<int32_t>(block.limit[r < block.rows ? r : block.rows - 1]);
+    }
+  }
+
+  SoftmaxState state(int row) const {
+    SoftmaxState state;
+    if (sum[row] != 0.0f) {
+      state.max = max[row] * kLn2;
+      state.sum = sum[row];
+    }
+    return state;
+  }
+};
+
+// The keys of a tile that a run of rows sees.
+struct Visible {
+  int keys;     // 0 if none
+  bool masked;  // some row sees fewer of them
+
+  // Rows `first` to `last` of the block; keys [key, key + keys) of the sequence.
+  template <int kRows>
+  Visible(const RowStates<kRows>& rows, int first, int last, int64_t key, int tile_keys) {
+    const int64_t most = rows.limit[last] - key;
+    keys = most < 0 ? 0 : most < tile_keys ? static_cast<int>(most) : tile_keys;
+    masked = rows.limit[first] - key < keys;
+  }
+};
+
+// Takes 16 query rows from `row` on and writes them transposed: to[d * stride] holds element d of the 16 rows, 0 for rows that the
+// block lacks. `sign` is the sign of the scale, so that the kernels may take the scale as positive.
+template <class T, int kRows>
+inline void transpose_queries(const RowBlock<kRows>& block, int row, int64_t head_dim, float sign, int stride, float* to) {
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    __m512 r[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      r[i] = row + i < block.rows ? load16(static_cast<const T*>(block.q[row + i]) + d) : _mm512_setzero_ps();
+      r[i] = _mm512_mul_ps(r[i], _mm512_set1_ps(sign));
+    }
+    transpose16(r);
+    for (int i = 0; i < kLanes; ++i) _mm512_store_ps(to + (d + i) * stride, r[i]);
+  }
+}
+
+}  // namespace
+}  // namespace cptool::cpu
