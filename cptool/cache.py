@@ -1,0 +1,143 @@
+"""Keys and values in memory: what one rank holds of every sequence, in every layer.
+
+Positions say what a slot is, so a rank may hold any tokens of any sequence. Each layer is one token-major slab
+`[slots, 2, kv_heads, head_dim]` (K at index 0, V at index 1), so that K and V of a token travel in one message and a
+single sequence's message is a view. Sequence b owns a run of slots; the tokens it holds come first, then slack for
+growth, whose position is `NEVER`: no query can see it, and kernels skip it by its position alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cptool.sharding import Placement, concat
+
+NEVER = 2**31 - 1
+"""Position of a slot that holds nothing: beyond every query."""
+
+
+def nothing_held(batch: int, device: torch.device | str) -> Placement:
+    """What a rank holds of `batch` sequences before the first token."""
+    return Placement.of([torch.empty(0, dtype=torch.int32)] * batch).to(device)
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """One layer of a cache, as attention reads it.
+
+    `local` is `(k, v, k_pos, cu_k)`: k and v `[slots, kv_heads, head_dim]` strided views of the slab, k_pos int32
+    `[slots]` with `NEVER` in slack slots, cu_k int32 `[batch + 1]`.
+    """
+
+    slab: torch.Tensor
+    k_pos: torch.Tensor
+    cu_k: torch.Tensor
+    held_slots: torch.Tensor | None
+
+    @property
+    def local(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.slab[:, 0], self.slab[:, 1], self.k_pos, self.cu_k
+
+    def packed(self) -> torch.Tensor:
+        """The tokens held, without slack: `[tokens, 2, kv_heads, head_dim]`, contiguous; a view if there is no slack."""
+        return self.slab if self.held_slots is None else self.slab.index_select(0, self.held_slots)
+
+
+class KVCache:
+    """The KV of `batch` sequences on this rank, for `layers` layers of `kv_heads` heads of `head_dim`.
+
+    Tokens are appended in two steps: `extend` makes room and records the positions once a forward, `store` writes one
+    layer's K and V.
+    """
+
+    def __init__(self, *, layers: int, kv_heads: int, head_dim: int, batch: int, dtype: torch.dtype, device):
+        self.batch = batch
+        self.held = nothing_held(batch, device)
+        self._shape = (2, kv_heads, head_dim)
+        self._slab = torch.empty((layers, 0, *self._shape), dtype=dtype, device=device)
+        self._offsets = [0] * (batch + 1)
+        self._new: slice | torch.Tensor = slice(0, 0)
+        self._index()
+
+    @property
+    def layers(self) -> int:
+        return self._slab.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self._slab.device
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held of each sequence."""
+        return self.held.cu_seqlens.diff().tolist()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, slack included."""
+        return self._slab.nbytes
+
+    def reserve(self, lengths: Sequence[int]) -> None:
+        """Makes sure that sequence b has room for `lengths[b]` tokens in all; what is held stays."""
+        have = [stop - start for start, stop in zip(self._offsets, self._offsets[1:])]
+        if all(want <= room for want, room in zip(lengths, have)):
+            return
+        room = [max(want, kept) for want, kept in zip(lengths, have)]
+        offsets = [0]
+        for slots in room:
+            offsets.append(offsets[-1] + slots)
+        slab = self._slab.new_empty((self._slab.shape[0], offsets[-1], *self._shape))
+        for b, held in enumerate(self.lengths):
+            old, new = self._offsets[b], offsets[b]
+            slab[:, new : new + held] = self._slab[:, old : old + held]
+        self._slab, self._offsets = slab, offsets
+        self._index()
+
+    def extend(self, new: Placement) -> None:
+        """Appends the positions of new tokens; `store` then writes their K and V, layer by layer."""
+        held, added = self.lengths, new.cu_seqlens.diff().tolist()
+        total = [h + a for h, a in zip(held, added)]
+        room = [stop - start for start, stop in zip(self._offsets, self._offsets[1:])]
+        # Growing by a quarter keeps the copies of a long decode at a constant share of the work.
+        self.reserve([t if t <= r or h == 0 else t + t // 4 for t, r, h in zip(total, room, held)])
+        firsts = [offset + h for offset, h in zip(self._offsets, held)]
+        self.held = concat(self.held, new)
+        runs = [slice(first, first + a) for first, a in zip(firsts, added) if a]
+        if len(runs) <= 1:
+            self._new = runs[0] if runs else slice(0, 0)
+        else:
+            self._new = torch.cat([torch.arange(r.start, r.stop) for r in runs]).to(self._slab.device)
+        self._index()
+
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Writes K and V `[new tokens, kv_heads, head_dim]` of the tokens that `extend` announced last."""
+        slab = self._slab[layer]
+        slab[self._new, 0] = k
+        slab[self._new, 1] = v
+
+    def layer(self, layer: int) -> LayerKV:
+        return LayerKV(self._slab[layer, : self._slots], self._k_pos, self._cu_k, self._held_slots)
+
+    def tokens_from(self, layer: int, sequence: int, first: int) -> torch.Tensor:
+        """K and V of the sequence's tokens held at index `first` and after: `[tokens, 2, kv_heads, head_dim]`, a view."""
+        start, held = self._offsets[sequence], self.lengths[sequence]
+        return self._slab[layer, start + first : start + held]
+
+    def _index(self) -> None:
+        """Works out once what every layer's view shares: slot positions, offsets and where the held slots lie."""
+        device, held = self._slab.device, self.lengths
+        if self.batch == 1:  # slack lies at the end alone, so the exact view is a slice
+            self._slots, self._k_pos, self._cu_k = held[0], self.held.positions, self.held.cu_seqlens
+            self._held_slots = None
+            return
+        self._slots = self._offsets[-1]
+        self._cu_k = torch.tensor(self._offsets, dtype=torch.int32, device=device)
+        if sum(held) == self._slots:
+            self._k_pos, self._held_slots = self.held.positions, None
+            return
+        starts = torch.tensor(self._offsets[:-1]).repeat_interleave(torch.tensor(held))
+        within = torch.arange(sum(held)) - self.held.cu_seqlens[:-1].cpu().repeat_interleave(torch.tensor(held))
+        self._held_slots = (starts + within).to(device)
+        self._k_pos = torch.full((self._slots,), NEVER, dtype=torch.int32, device=device)
+        self._k_pos[self._held_slots] = self.held.positions

@@ -1,0 +1,53 @@
+"""The cache against lists: whatever is appended to it, every view shows just that."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cptool.cache import NEVER, KVCache
+from cptool.sharding import Placement
+
+steps = st.integers(1, 4).flatmap(
+    lambda batch: st.lists(st.lists(st.integers(0, 5), min_size=batch, max_size=batch), min_size=1, max_size=6)
+)
+
+
+def placement(lengths: list[int], starts: list[int]) -> Placement:
+    return Placement.of([torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lengths)])
+
+
+@settings(deadline=None, max_examples=60)
+@given(steps, st.lists(st.integers(0, 30), min_size=4, max_size=4))
+def test_views_show_what_was_stored(steps, reserved):
+    batch = len(steps[0])
+    cache = KVCache(layers=2, kv_heads=3, head_dim=4, batch=batch, dtype=torch.float32, device="cpu")
+    cache.reserve(reserved[:batch])
+    expected = [torch.empty(2, 0, 2, 3, 4) for _ in range(batch)]
+    for lengths in steps:
+        cache.extend(placement(lengths, cache.lengths))
+        new = [torch.randn(2, n, 2, 3, 4) for n in lengths]
+        for layer in range(2):
+            kv = torch.cat([x[layer] for x in new])
+            cache.store(layer, kv[:, 0], kv[:, 1])
+        expected = [torch.cat([old, x], dim=1) for old, x in zip(expected, new)]
+    assert cache.lengths == [x.shape[1] for x in expected]
+    for layer in range(2):
+        view = cache.layer(layer)
+        assert torch.equal(view.packed(), torch.cat([x[layer] for x in expected]))
+        assert view.packed().is_contiguous()
+        k, v, k_pos, cu_k = view.local
+        for b, (start, stop) in enumerate(zip(cu_k.tolist(), cu_k.tolist()[1:])):
+            held = expected[b].shape[1]
+            assert torch.equal(k[start : start + held], expected[b][layer, :, 0])
+            assert torch.equal(v[start : start + held], expected[b][layer, :, 1])
+            assert k_pos[start : start + held].tolist() == list(range(held))
+            assert (k_pos[start + held : stop] == NEVER).all()
+            assert torch.equal(cache.tokens_from(layer, b, held // 2), expected[b][layer, held // 2 :])
+
+
+def test_one_sequence_is_sent_without_a_copy():
+    cache = KVCache(layers=1, kv_heads=1, head_dim=2, batch=1, dtype=torch.bfloat16, device="cpu")
+    cache.reserve([8])
+    cache.extend(placement([3], [0]))
+    assert cache.layer(0).packed().data_ptr() == cache.layer(0).slab.data_ptr()
+    assert len(cache.layer(0).packed()) == 3

@@ -1,0 +1,47 @@
+"""Which tokens may be drawn, how often, and from what a draw depends."""
+
+import pytest
+import torch
+
+from cptool.errors import UserError
+from cptool.sampling import Sampling
+
+
+def test_greedy_takes_the_largest():
+    logits = torch.randn(1000)
+    assert Sampling().pick(logits, sequence=0, position=3) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.9, 1.0])
+def test_nucleus_is_the_reference_rule(top_p):
+    """A token is kept iff the mass of all likelier ones is at most top_p (Llama's reference code)."""
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1], dtype=torch.float64)
+    kept = {i for i in range(4) if float(probabilities[:i].sum()) <= top_p}
+    sampling = Sampling(temperature=1.0, top_p=top_p)
+    drawn = {sampling.pick(probabilities.log(), sequence=0, position=p) for p in range(400)}
+    assert drawn == kept
+
+
+def test_frequencies_follow_the_tempered_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    sampling = Sampling(temperature=0.7, seed=5)
+    count = 3000
+    draws = torch.tensor([sampling.pick(logits, sequence=1, position=p) for p in range(count)])
+    expected = torch.softmax(logits.double() / 0.7, -1) * count
+    observed = torch.bincount(draws, minlength=4)
+    chi_square = ((observed - expected) ** 2 / expected).sum()
+    assert chi_square < 16.27  # the 99.9th percentile for 3 degrees of freedom
+
+
+def test_a_draw_depends_on_seed_sequence_and_position_alone():
+    logits = torch.randn(50)
+    draws = [Sampling(1.0, seed=s).pick(logits, sequence=b, position=p) for s in range(4) for b in range(4) for p in range(4)]
+    again = [Sampling(1.0, seed=s).pick(logits, sequence=b, position=p) for s in range(4) for b in range(4) for p in range(4)]
+    assert draws == again
+    assert len(set(draws)) > 10
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(UserError, match="must"):
+        Sampling(**wrong)
