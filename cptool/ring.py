@@ -1,0 +1,133 @@
+"""Moving blocks of tokens between the ranks of one context-parallel group.
+
+Every size is known on both sides beforehand, so messages are exact and empty ones are not sent.
+All transfers are symmetric batches of point-to-point operations: each rank posts its sends and its
+receives together, which neither deadlocks nor depends on the order in which ranks arrive.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+
+class Ring:
+    """Transfers within `group`; group None is a ring of one rank, which never communicates.
+
+    sent_bytes: payload that this rank has sent.
+    exposed_s: seconds this rank has spent blocked on transfers, that is communication that compute
+        did not hide. On CUDA waiting only orders streams, and this stays near zero.
+
+    A transfer that fails (a peer died, or took longer than the group's timeout) raises the
+    RuntimeError of the communication library.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else group.rank()
+        self.size = 1 if group is None else group.size()
+        self.sent_bytes = 0
+        self.exposed_s = 0.0
+        self._memory: dict[int, torch.Tensor] = {}
+
+    def blocks(
+        self, local: torch.Tensor, sizes: Sequence[int]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (source, block) of every rank: the own block, then rank + 1, rank + 2, ... mod N.
+
+        local: [sizes[rank], ...], contiguous; every rank gives the same dtype and trailing shape.
+        sizes: tokens of each rank's block.
+
+        Blocks move to the predecessor, so sources ascend up to N - 1 and then from 0. The next
+        block travels while the caller computes on the yielded one, which stays valid until the
+        next iteration: there are two receive buffers, kept from call to call, and a block is
+        received into the one whose block the caller has finished with.
+        """
+        successor, predecessor = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        block, source = local, self.rank
+        for step in range(self.size - 1):
+            following = (source + 1) % self.size
+            arriving = self._buffer(step % 2, max(sizes), local)[: sizes[following]]
+            pending = self._start([(predecessor, block)], [(successor, arriving)])
+            yield source, block
+            self._wait(pending)
+            block, source = arriving, following
+        yield source, block
+
+    def gather(
+        self,
+        local: torch.Tensor,
+        sizes: Sequence[int],
+        into: Sequence[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """The blocks of all ranks in rank order; the own block is `local` itself.
+
+        into: N contiguous tensors [sizes[r], ...] to receive in; the own entry is left alone.
+        `local` is as in `blocks`.
+        """
+        if into is None:
+            into = [local.new_empty(size, *local.shape[1:]) for size in sizes]
+        return self._all_to_all([local] * self.size, into)
+
+    def exchange(
+        self, outgoing: Sequence[torch.Tensor], sizes: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """All-to-all: give outgoing[r] to rank r, return what every rank gave to this one.
+
+        outgoing: N contiguous tensors [n, ...]; sizes[s]: n of the tensor that rank s gives to this
+        rank. The own entry is returned as it is.
+        """
+        like = outgoing[self.rank]
+        return self._all_to_all(
+            outgoing, [like.new_empty(size, *like.shape[1:]) for size in sizes]
+        )
+
+    def _all_to_all(
+        self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Send outgoing[r] to every other rank r and receive incoming[r] from it."""
+        # The nearest neighbour first, so that ranks do not all send to the same one.
+        ahead = [(self.rank + step) % self.size for step in range(1, self.size)]
+        self._wait(
+            self._start(
+                [(peer, outgoing[peer]) for peer in ahead],
+                [(peer, incoming[peer]) for peer in reversed(ahead)],
+            )
+        )
+        received = list(incoming)
+        received[self.rank] = outgoing[self.rank]
+        return received
+
+    def _buffer(self, slot: int, tokens: int, like: torch.Tensor) -> torch.Tensor:
+        """Receive buffer [tokens, ...] shaped like `like`, from memory that is kept and grows."""
+        needed = tokens * math.prod(like.shape[1:]) * like.element_size()
+        memory = self._memory.get(slot)
+        if memory is None or memory.numel() < needed or memory.device != like.device:
+            memory = torch.empty(needed, dtype=torch.uint8, device=like.device)
+            self._memory[slot] = memory
+        return memory[:needed].view(like.dtype).view(tokens, *like.shape[1:])
+
+    def _start(
+        self,
+        sends: Sequence[tuple[int, torch.Tensor]],
+        receives: Sequence[tuple[int, torch.Tensor]],
+    ) -> list[dist.Work]:
+        """Post one batch of (peer, tensor); both sides leave out empty tensors alike."""
+        operations = [
+            dist.P2POp(operation, tensor, group=self.group, group_peer=peer)
+            for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
+            for peer, tensor in messages
+            if tensor.numel()
+        ]
+        self.sent_bytes += sum(tensor.nbytes for _, tensor in sends)
+        return dist.batch_isend_irecv(operations) if operations else []
+
+    def _wait(self, pending: Sequence[dist.Work]) -> None:
+        began = time.perf_counter()
+        for work in pending:
+            work.wait()
+        self.exposed_s += time.perf_counter() - began

@@ -1,0 +1,86 @@
+"""What each rank is doing, readable by another process even after the rank has died.
+
+A board is one fixed record per rank in shared memory. Writing costs about a microsecond, so ranks
+write it at every layer; the launching process reads it to draw progress and to name rank and step
+when a rank dies. It never imports torch.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from dataclasses import dataclass
+
+_RECORD = 4096
+_STATUS = struct.Struct("<qq64s")  # done, total, phase
+_FAILURE = struct.Struct("<d?H")  # monotonic time (0: none), whose mistake, bytes of the message
+_FAILURE_AT = 256
+_MESSAGE_AT = _FAILURE_AT + _FAILURE.size
+
+
+@dataclass(frozen=True)
+class Status:
+    """`done` of `total` steps of `phase` are done; total 0 where steps are not counted."""
+
+    phase: str
+    done: int
+    total: int
+
+    def __str__(self) -> str:
+        step = f", step {min(self.done + 1, self.total)} of {self.total}" if self.total > 1 else ""
+        return (self.phase or "start") + step
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The exception that ended a rank: `user_error` says it was a UserError."""
+
+    rank: int
+    time: float
+    user_error: bool
+    message: str
+
+
+class Board:
+    """Records of `ranks` ranks, in the file `path` (made if it is missing) or, without a path,
+    in memory of this process."""
+
+    def __init__(self, ranks: int, path: str | os.PathLike[str] | None = None) -> None:
+        self.ranks = ranks
+        if path is None:
+            self._memory = mmap.mmap(-1, ranks * _RECORD)
+        else:
+            with open(path, "a+b") as file:
+                file.truncate(ranks * _RECORD)
+                self._memory = mmap.mmap(file.fileno(), ranks * _RECORD)
+
+    def write(self, rank: int, phase: str, done: int = 0, total: int = 0) -> None:
+        """Record that `rank` has done `done` of `total` steps of `phase` (at most 64 bytes)."""
+        _STATUS.pack_into(self._memory, rank * _RECORD, done, total, phase.encode())
+
+    def read(self, rank: int) -> Status:
+        """What `rank` wrote last; an empty phase before its first write."""
+        done, total, phase = _STATUS.unpack_from(self._memory, rank * _RECORD)
+        return Status(phase.rstrip(b"\0").decode(errors="replace"), done, total)
+
+    def fail(self, rank: int, message: str, user_error: bool = False) -> None:
+        """Record the exception that ends `rank`; a long message is cut."""
+        text = message.encode()[: _RECORD - _MESSAGE_AT]
+        base = rank * _RECORD
+        self._memory[base + _MESSAGE_AT : base + _MESSAGE_AT + len(text)] = text
+        _FAILURE.pack_into(
+            self._memory, base + _FAILURE_AT, time.monotonic(), user_error, len(text)
+        )
+
+    def failures(self) -> list[Failure]:
+        """Failures recorded so far, the earliest first."""
+        found = []
+        for rank in range(self.ranks):
+            base = rank * _RECORD
+            when, user_error, length = _FAILURE.unpack_from(self._memory, base + _FAILURE_AT)
+            if when:
+                text = self._memory[base + _MESSAGE_AT : base + _MESSAGE_AT + length]
+                found.append(Failure(rank, when, user_error, text.decode(errors="replace")))
+        return sorted(found, key=lambda failure: failure.time)
