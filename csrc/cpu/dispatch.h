@@ -1,6 +1,6 @@
 // Which CPU kernel runs, and how its work is cut up.
 //
-// One translation unit per instruction set (portable.cpp, avx512.cpp, amx.cpp), compiled with flags of its own. Each defines
+// One translation unit per instruction set (portable.cpp, avx2.cpp, avx512.cpp, amx.cpp), compiled with flags of its own. Each defines
 // the three functions of its name below and keeps all else in an unnamed namespace. It must instantiate nothing of the
 // standard library that is not inlined (containers, algorithms, std::function): the linker keeps one copy of such a function
 // for the whole extension, and that copy may hold instructions that the machine lacks.
@@ -33,6 +33,10 @@ bool force_isa(const char* name);
 bool portable_supported();
 bool portable_handles(ScalarType dtype, int64_t head_dim);
 void attention_partial_portable(const AttentionArgs& args, int threads);
+
+bool avx2_supported();
+bool avx2_handles(ScalarType dtype, int64_t head_dim);
+void attention_partial_avx2(const AttentionArgs& args, int threads);
 
 bool avx512_supported();
 bool avx512_handles(ScalarType dtype, int64_t head_dim);

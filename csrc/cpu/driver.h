@@ -59,8 +59,14 @@ inline void load_block(const AttentionArgs& args, const Schedule& schedule, cons
   block.v = static_cast<const char*>(args.v) + (first * args.v_token_stride + item.kv_head * args.v_head_stride) * size;
 }
 
+// The finished out of one row: acc / sum, or 0 where no key was seen (acc may then hold anything).
 template <class T>
-inline void write_scaled(const float* acc, float factor, int64_t head_dim, T* out) {
+inline void write_out(const float* acc, const SoftmaxState& state, int64_t head_dim, T* out) {
+  if (state.empty()) {
+    for (int64_t d = 0; d < head_dim; ++d) out[d] = T{};
+    return;
+  }
+  const float factor = 1.0f / state.sum;
 #pragma omp simd
   for (int64_t d = 0; d < head_dim; ++d) from_float(acc[d] * factor, out[d]);
 }
@@ -84,12 +90,11 @@ inline void write_row(const AttentionArgs& args, int64_t row, const float* acc, 
       return;
     }
   }
-  const float factor = state.empty() ? 0.0f : 1.0f / state.sum;
   args.lse[row] = state.lse();
   switch (args.out_dtype) {
-    case ScalarType::kFloat32: return write_scaled(acc, factor, head_dim, static_cast<float*>(args.out) + at);
-    case ScalarType::kBFloat16: return write_scaled(acc, factor, head_dim, static_cast<BFloat16*>(args.out) + at);
-    case ScalarType::kFloat16: return write_scaled(acc, factor, head_dim, static_cast<Float16*>(args.out) + at);
+    case ScalarType::kFloat32: return write_out(acc, state, head_dim, static_cast<float*>(args.out) + at);
+    case ScalarType::kBFloat16: return write_out(acc, state, head_dim, static_cast<BFloat16*>(args.out) + at);
+    case ScalarType::kFloat16: return write_out(acc, state, head_dim, static_cast<Float16*>(args.out) + at);
   }
 }
 
@@ -137,7 +142,7 @@ inline void run_item(const AttentionArgs& args, Schedule& schedule, const WorkIt
   for (int r = 0; r < block.rows; ++r) {
     const SoftmaxState state = kernel.state(r);
     item.partial_lse[r] = state.lse();
-    write_scaled(kernel.acc(r), state.empty() ? 0.0f : 1.0f / state.sum, args.head_dim, item.partial_out + r * args.head_dim);
+    write_out(kernel.acc(r), state, args.head_dim, item.partial_out + r * args.head_dim);
   }
   if (schedule.complete(item)) merge_group(args, schedule, item.split, block, row);
 }

@@ -5,8 +5,10 @@
 
 namespace cptool::cpu {
 
-// Runs body(context, 0) ... body(context, threads - 1) at the same time, one of them on the calling thread, and returns when
-// all have returned. An exception that a body throws is rethrown here, once all have ended.
+// Runs body(context, thread) on the calling thread (as thread 0) and on up to threads - 1 others at the same time, and returns
+// when all that began have ended. A thread that would begin after the caller has ended its own body is not waited for and does
+// not begin, so bodies must share work dynamically: each takes pieces until none is left. An exception that a body throws is
+// rethrown here.
 void run_parallel(int threads, void (*body)(void* context, int thread), void* context);
 
 // Memory of the calling thread, aligned to 64 bytes, contents undefined, valid until the thread's next call.

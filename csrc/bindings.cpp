@@ -1,0 +1,118 @@
+// What Python sees of the extension: functions of addresses, sizes and strides. cptool/ops.py is their only caller and has
+// checked every tensor; offsets and positions on the CPU are checked by the dispatcher.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using cptool::AttentionArgs;
+using cptool::MergeArgs;
+using cptool::ScalarType;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+AttentionArgs attention_args(uintptr_t q, int64_t q_token_stride, int64_t q_head_stride, uintptr_t k, int64_t k_token_stride,
+                             int64_t k_head_stride, uintptr_t v, int64_t v_token_stride, int64_t v_head_stride, uintptr_t q_pos,
+                             uintptr_t k_pos, uintptr_t cu_q, uintptr_t cu_k, int64_t batch, int64_t q_tokens, int64_t k_tokens,
+                             int64_t q_heads, int64_t kv_heads, int64_t head_dim, double scale, int dtype, int out_dtype,
+                             uintptr_t out, uintptr_t lse, bool accumulate) {
+  AttentionArgs args;
+  args.q = pointer<const void>(q);
+  args.k = pointer<const void>(k);
+  args.v = pointer<const void>(v);
+  args.q_token_stride = q_token_stride;
+  args.q_head_stride = q_head_stride;
+  args.k_token_stride = k_token_stride;
+  args.k_head_stride = k_head_stride;
+  args.v_token_stride = v_token_stride;
+  args.v_head_stride = v_head_stride;
+  args.q_pos = pointer<const int32_t>(q_pos);
+  args.k_pos = pointer<const int32_t>(k_pos);
+  args.cu_q = pointer<const int32_t>(cu_q);
+  args.cu_k = pointer<const int32_t>(cu_k);
+  args.batch = batch;
+  args.q_tokens = q_tokens;
+  args.k_tokens = k_tokens;
+  args.q_heads = q_heads;
+  args.kv_heads = kv_heads;
+  args.head_dim = head_dim;
+  args.scale = static_cast<float>(scale);
+  args.dtype = static_cast<ScalarType>(dtype);
+  args.out_dtype = static_cast<ScalarType>(out_dtype);
+  args.out = pointer<void>(out);
+  args.lse = pointer<float>(lse);
+  args.accumulate = accumulate;
+  return args;
+}
+
+// Calls `run(args, extra)` with what attention_args makes of the other parameters, without the GIL.
+template <class Extra, class... Parameters>
+auto with_attention_args(void (*run)(const AttentionArgs&, Extra), AttentionArgs (*)(Parameters...)) {
+  return [run](Parameters... parameters, Extra extra) {
+    const AttentionArgs args = attention_args(parameters...);
+    py::gil_scoped_release released;
+    run(args, extra);
+  };
+}
+
+void merge_partials(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lses, int64_t rows, int64_t head_dim,
+                    int dtype, int out_dtype, uintptr_t out, uintptr_t lse, int threads) {
+  std::vector<const void*> out_pointers;
+  std::vector<const float*> lse_pointers;
+  for (size_t i = 0; i < outs.size(); ++i) {
+    out_pointers.push_back(pointer<const void>(outs[i]));
+    lse_pointers.push_back(pointer<const float>(lses[i]));
+  }
+  MergeArgs args;
+  args.outs = out_pointers.data();
+  args.lses = lse_pointers.data();
+  args.partials = static_cast<int64_t>(outs.size());
+  args.rows = rows;
+  args.head_dim = head_dim;
+  args.dtype = static_cast<ScalarType>(dtype);
+  args.out_dtype = static_cast<ScalarType>(out_dtype);
+  args.out = pointer<void>(out);
+  args.lse = pointer<float>(lse);
+  py::gil_scoped_release released;
+  cptool::cpu::merge_partials(args, threads);
+}
+
+std::vector<std::string> cpu_isas(bool supported_only) {
+  int count;
+  const cptool::cpu::Isa* isas = cptool::cpu::isas(&count);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) {
+    if (!supported_only || isas[i].supported()) names.push_back(isas[i].name);
+  }
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("version") = CPTOOL_VERSION;
+  m.attr("source_hash") = CPTOOL_SOURCE_HASH;
+  m.attr("compiler") = CPTOOL_COMPILER;
+  m.attr("isas_compiled") = cpu_isas(false);
+  m.attr("cuda_archs") = CPTOOL_CUDA_ARCHS_BUILT;  // empty: no CUDA kernels
+
+  m.def("attention_partial_cpu", with_attention_args<int>(cptool::cpu::attention_partial, attention_args));
+  m.def("merge_partials_cpu", merge_partials);
+  m.def("cpu_isas", [] { return cpu_isas(true); });
+  m.def("cpu_isa", [](int dtype, int64_t head_dim) {
+    return cptool::cpu::select_isa(static_cast<ScalarType>(dtype), head_dim)->name;
+  });
+  m.def("force_cpu_isa", cptool::cpu::force_isa, py::arg("name").none(true));
+}

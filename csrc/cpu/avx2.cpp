@@ -1,0 +1,12 @@
+// The portable kernel, compiled for AVX2 and FMA.
+#include "cpu/portable_kernel.h"
+
+namespace cptool::cpu {
+
+bool avx2_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool avx2_handles(ScalarType, int64_t) { return true; }
+
+void attention_partial_avx2(const AttentionArgs& args, int threads) { run_portable_kernel(args, threads); }
+
+}  // namespace cptool::cpu

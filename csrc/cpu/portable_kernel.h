@@ -1,0 +1,218 @@
+// The kernel in plain C++ with the compiler's own vectors, for whatever instruction set the including file is compiled for.
+// Unnamed namespace: see softmax_state.h.
+//
+// Per tile: K is transposed to [head_dim][kKeys], so that scores and output are the same small matrix product,
+// C[rows][columns] += A[rows][depth] B[depth][columns] with B's rows contiguous.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/driver.h"
+
+namespace cptool::cpu {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+#if defined(__AVX__)
+constexpr int kVectors = 2;  // of columns in a register block
+#else
+constexpr int kVectors = 1;
+#endif
+constexpr int kLanes = 8;
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+
+// C[kR][kV * kLanes] (+)= A[kR][depth] B[depth][kV * kLanes].
+template <int kR, int kV>
+inline void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
+                           bool accumulate) {
+  Vector sums[kR][kV];
+  for (int r = 0; r < kR; ++r) {
+    for (int i = 0; i < kV; ++i) {
+      sums[r][i] = Vector{};
+      if (accumulate) std::memcpy(&sums[r][i], c + r * ldc + i * kLanes, sizeof(Vector));
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector row[kV];
+    for (int i = 0; i < kV; ++i) std::memcpy(&row[i], b + k * ldb + i * kLanes, sizeof(Vector));
+    for (int r = 0; r < kR; ++r) {
+      for (int i = 0; i < kV; ++i) sums[r][i] += a[r * lda + k] * row[i];
+    }
+  }
+  for (int r = 0; r < kR; ++r) {
+    for (int i = 0; i < kV; ++i) std::memcpy(c + r * ldc + i * kLanes, &sums[r][i], sizeof(Vector));
+  }
+}
+
+// `columns` is a multiple of kLanes.
+template <int kR>
+inline void multiply_rows(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
+                          int64_t columns, bool accumulate) {
+  int64_t n = 0;
+  for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) {
+    multiply_block<kR, kVectors>(a, lda, b + n, ldb, c + n, ldc, depth, accumulate);
+  }
+  for (; n < columns; n += kLanes) multiply_block<kR, 1>(a, lda, b + n, ldb, c + n, ldc, depth, accumulate);
+}
+
+// exp2 for arguments up to 0 and -inf, to 2 units in the last place; below 2^-126 it is 0, and NaN stays NaN.
+// Coefficients: the Cephes library's exp2f, minimax on [-1/2, 1/2].
+inline float exp2_nonpositive(float x) {
+  const float clamped = x < -126.0f ? -126.0f : x;
+  const float shifted = clamped + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which is left in the low bits
+  const float f = clamped - (shifted - 12582912.0f);
+  float p = 1.535336188319500e-4f;
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  const float power = bits_float((float_bits(shifted) + 127u) << 23);
+  return x < -126.0f ? 0.0f : p * power;
+}
+
+template <class T>
+class PortableKernel {
+ public:
+  static constexpr int kRows = 64;
+  static constexpr int kKeys = 64;
+
+  static size_t scratch_bytes(const AttentionArgs& args) {
+    return sizeof(float) * (static_cast<size_t>(args.head_dim) * (2 * kRows + 2 * kKeys) + kRows * kKeys);
+  }
+
+  PortableKernel(const AttentionArgs& args, void* scratch)
+      : args_(args), head_dim_(args.head_dim), q_(static_cast<float*>(scratch)), acc_(q_ + kRows * head_dim_),
+        k_(acc_ + kRows * head_dim_), v_(k_ + kKeys * head_dim_), p_(v_ + kKeys * head_dim_) {}
+
+  void begin(const RowBlock<kRows>& block) {
+    const float scale = args_.scale * kLog2e;
+    for (int r = 0; r < block.rows; ++r) {
+      const T* q = static_cast<const T*>(block.q[r]);
+      float* to = q_ + r * head_dim_;
+#pragma omp simd
+      for (int64_t d = 0; d < head_dim_; ++d) to[d] = to_float(q[d]) * scale;
+      max_[r] = -INFINITY;
+      sum_[r] = 0.0f;
+    }
+    std::memset(acc_, 0, sizeof(float) * static_cast<size_t>(block.rows * head_dim_));
+  }
+
+  template <bool masked>
+  void tile(const RowBlock<kRows>& block, int64_t key, int keys) {
+    int first = 0;
+    if (masked) {
+      while (block.limit[first] <= key) ++first;  // rows that see none of the tile
+    }
+    load_keys(static_cast<const T*>(block.k) + key * args_.k_token_stride, keys);
+    int64_t v_stride;
+    const float* v = load_values(static_cast<const T*>(block.v) + key * args_.v_token_stride, keys, &v_stride);
+
+    int r = first;
+    for (; r + 4 <= block.rows; r += 4) rows<masked, 4>(block, r, key, keys, v, v_stride);
+    switch (block.rows - r) {
+      case 3: return rows<masked, 3>(block, r, key, keys, v, v_stride);
+      case 2: return rows<masked, 2>(block, r, key, keys, v, v_stride);
+      case 1: return rows<masked, 1>(block, r, key, keys, v, v_stride);
+    }
+  }
+
+  void finish(const RowBlock<kRows>&) {}
+  const float* acc(int row) const { return acc_ + row * head_dim_; }
+  SoftmaxState state(int row) const {
+    SoftmaxState state;
+    state.max = max_[row] * kLn2;
+    state.sum = sum_[row];
+    return state;
+  }
+
+ private:
+  // k_ [head_dim][kKeys]; columns past `keys` are zero.
+  void load_keys(const T* k, int keys) {
+    for (int j = 0; j < keys; ++j) {
+      const T* from = k + j * args_.k_token_stride;
+      for (int64_t d = 0; d < head_dim_; ++d) k_[d * kKeys + j] = to_float(from[d]);
+    }
+    for (int64_t d = 0; keys < kKeys && d < head_dim_; ++d) {
+      std::memset(k_ + d * kKeys + keys, 0, sizeof(float) * static_cast<size_t>(kKeys - keys));
+    }
+  }
+
+  const float* load_values(const T* v, int keys, int64_t* stride) {
+    if constexpr (std::is_same_v<T, float>) {
+      *stride = args_.v_token_stride;
+      return v;
+    } else {
+      for (int j = 0; j < keys; ++j) {
+        const T* from = v + j * args_.v_token_stride;
+        float* to = v_ + j * head_dim_;
+#pragma omp simd
+        for (int64_t d = 0; d < head_dim_; ++d) to[d] = to_float(from[d]);
+      }
+      *stride = head_dim_;
+      return v_;
+    }
+  }
+
+  template <bool masked, int kR>
+  void rows(const RowBlock<kRows>& block, int r, int64_t key, int keys, const float* v, int64_t v_stride) {
+    const int columns = (keys + kLanes - 1) / kLanes * kLanes;
+    float* p = p_ + r * kKeys;
+    float* acc = acc_ + r * head_dim_;
+    multiply_rows<kR>(q_ + r * head_dim_, head_dim_, k_, kKeys, p, kKeys, head_dim_, columns, false);
+    for (int i = 0; i < kR; ++i) {
+      const int64_t visible = masked ? block.limit[r + i] - key : keys;
+      softmax(r + i, visible < keys ? static_cast<int>(visible) : keys, keys);
+    }
+    multiply_rows<kR>(p, kKeys, v, v_stride, acc, head_dim_, keys, head_dim_, true);
+  }
+
+  // Turns the row's scores (base 2) into weights against its new maximum, and rescales what it has. 1 <= visible <= keys.
+  void softmax(int r, int visible, int keys) {
+    float* p = p_ + r * kKeys;
+    float larger = max_[r];
+#pragma omp simd reduction(max : larger)
+    for (int j = 0; j < visible; ++j) larger = p[j] > larger ? p[j] : larger;
+    const float base = larger == -INFINITY ? 0.0f : larger;  // -inf - -inf would be NaN
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int j = 0; j < visible; ++j) {
+      p[j] = exp2_nonpositive(p[j] - base);
+      sum += p[j];
+    }
+    for (int j = visible; j < keys; ++j) p[j] = 0.0f;
+    const float keep = exp2_nonpositive(max_[r] - base);
+    sum_[r] = sum_[r] * keep + sum;
+    max_[r] = larger;
+    if (keep != 1.0f) {
+      float* acc = acc_ + r * head_dim_;
+#pragma omp simd
+      for (int64_t d = 0; d < head_dim_; ++d) acc[d] *= keep;
+    }
+  }
+
+  const AttentionArgs& args_;
+  const int64_t head_dim_;
+  float* q_;    // [kRows][head_dim], times scale * log2(e)
+  float* acc_;  // [kRows][head_dim]
+  float* k_;
+  float* v_;    // [kKeys][head_dim]
+  float* p_;    // [kRows][kKeys]
+  float max_[kRows];  // base 2
+  float sum_[kRows];
+};
+
+inline void run_portable_kernel(const AttentionArgs& args, int threads) {
+  switch (args.dtype) {
+    case ScalarType::kFloat32: return run<PortableKernel<float>>(args, threads);
+    case ScalarType::kBFloat16: return run<PortableKernel<BFloat16>>(args, threads);
+    case ScalarType::kFloat16: return run<PortableKernel<Float16>>(args, threads);
+  }
+}
+
+}  // namespace
+}  // namespace cptool::cpu

@@ -1,0 +1,133 @@
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace cptool::cpu {
+namespace {
+
+// A call with fewer items than this has the keys of its items cut too, into ranges of at least kKeyRange keys, so that decoding
+// one token against a long cache still has work for many threads. Constants, because results must not depend on the machine.
+constexpr int64_t kWantedItems = 64;
+constexpr int64_t kKeyRange = 1024;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Group {
+  std::vector<WorkItem> items;
+  std::atomic<int32_t> pending{0};
+};
+
+// For each query of one sequence, the number of keys at or before it. Both ascend, so each search starts where the last one
+// ended, and doubles its step: constant time per query when queries and keys advance together.
+void find_limits(const int32_t* q_pos, int64_t queries, const int32_t* k_pos, int64_t keys, int64_t* limits) {
+  int64_t low = 0;
+  for (int64_t i = 0; i < queries; ++i) {
+    int64_t high = low;
+    for (int64_t step = 1; high < keys && k_pos[high] <= q_pos[i]; step *= 2) {
+      low = high + 1;
+      high = low + step;
+    }
+    low = std::upper_bound(k_pos + low, k_pos + std::min(high, keys), q_pos[i]) - k_pos;
+    limits[i] = low;
+  }
+}
+
+}  // namespace
+
+struct Schedule::State {
+  std::vector<int64_t> limits;
+  std::vector<WorkItem> items;
+  std::unique_ptr<Group[]> groups;
+  std::unique_ptr<float[]> partials;
+  std::atomic<size_t> next{0};
+};
+
+Schedule::Schedule(const AttentionArgs& args, int block_rows) : state_(new State) {
+  State& state = *state_;
+  state.limits.resize(static_cast<size_t>(args.q_tokens));
+  const int64_t group = args.q_heads / args.kv_heads;
+  int64_t working = 0;  // items that have keys
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const int64_t first = args.cu_q[b];
+    const int64_t tokens = args.cu_q[b + 1] - first;
+    int64_t* limits = state.limits.data() + first;
+    find_limits(args.q_pos + first, tokens, args.k_pos + args.cu_k[b], args.cu_k[b + 1] - args.cu_k[b], limits);
+    for (int64_t row = 0; row < tokens * group; row += block_rows) {
+      const int64_t rows = std::min<int64_t>(block_rows, tokens * group - row);
+      const int64_t keys = limits[(row + rows - 1) / group];
+      working += keys > 0 ? args.kv_heads : 0;
+      for (int64_t head = 0; head < args.kv_heads; ++head) {
+        state.items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(head), row, static_cast<int32_t>(rows), -1, 0, keys,
+                               nullptr, nullptr});
+      }
+    }
+  }
+
+  if (working > 0 && working < kWantedItems) {
+    const int64_t ranges_wanted = divide_up(kWantedItems, working);
+    std::vector<WorkItem> whole;
+    whole.swap(state.items);
+    state.groups.reset(new Group[whole.size()]);
+    int32_t groups = 0;
+    int64_t partial_rows = 0;
+    for (WorkItem item : whole) {
+      const int64_t keys = item.key_end;
+      const int64_t range = divide_up(divide_up(keys, ranges_wanted), kKeyRange) * kKeyRange;
+      if (keys <= range) {
+        state.items.push_back(item);
+        continue;
+      }
+      item.split = groups;
+      for (item.key_begin = 0; item.key_begin < keys; item.key_begin += range) {
+        item.key_end = std::min(item.key_begin + range, keys);
+        state.groups[groups].items.push_back(item);
+        partial_rows += item.rows;
+      }
+      state.groups[groups].pending = static_cast<int32_t>(state.groups[groups].items.size());
+      ++groups;
+    }
+    const int64_t row_floats = args.head_dim + 1;
+    state.partials.reset(new float[static_cast<size_t>(partial_rows * row_floats)]);
+    float* free = state.partials.get();
+    for (int32_t g = 0; g < groups; ++g) {
+      for (WorkItem& item : state.groups[g].items) {
+        item.partial_out = free;
+        item.partial_lse = free + item.rows * args.head_dim;
+        free += item.rows * row_floats;
+        state.items.push_back(item);
+      }
+    }
+  }
+
+  std::stable_sort(state.items.begin(), state.items.end(), [](const WorkItem& a, const WorkItem& b) {
+    return a.rows * (a.key_end - a.key_begin) > b.rows * (b.key_end - b.key_begin);
+  });
+}
+
+Schedule::~Schedule() { delete state_; }
+
+const WorkItem* Schedule::next() {
+  const size_t index = state_->next.fetch_add(1, std::memory_order_relaxed);
+  return index < state_->items.size() ? &state_->items[index] : nullptr;
+}
+
+bool Schedule::complete(const WorkItem& item) {
+  return state_->groups[item.split].pending.fetch_sub(1, std::memory_order_acq_rel) == 1;
+}
+
+const WorkItem* Schedule::group(int32_t split, int32_t* count) const {
+  const std::vector<WorkItem>& items = state_->groups[split].items;
+  *count = static_cast<int32_t>(items.size());
+  return items.data();
+}
+
+const int64_t* Schedule::limits() const { return state_->limits.data(); }
+
+int Schedule::useful_threads(int threads) const {
+  return static_cast<int>(std::min<size_t>(static_cast<size_t>(threads), std::max<size_t>(state_->items.size(), 1)));
+}
+
+}  // namespace cptool::cpu
