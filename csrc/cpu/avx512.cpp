@@ -118,8 +118,8 @@ class PanelKernel {
         scale_log2_((args.scale < 0 ? -args.scale : args.scale) * kLog2E) {}
 
   void begin(const RowBlock<kRows>& block) {
-    fixed_.rows.begin(block);
     const int rows = round_up(block.rows, kLanes);
+    fixed_.rows.begin(block, rows);
     for (int row = 0; row < rows; row += kPanel) {
       const int vectors = panel_vectors(block, row);
       for (int n = 0; n < vectors; ++n) {

@@ -27,9 +27,9 @@ struct RowStates {
   alignas(64) float sum[kRows];
   alignas(64) int32_t limit[kRows];  // keys of the sequence that the row sees
 
-  // Rows of the last vector that the block does not have see what the block's last row sees: they change no decision.
-  void begin(const RowBlock<kRows>& block) {
-    for (int r = 0; r < round_up(block.rows, kLanes); ++r) {
+  // `rows`: the block's, rounded up to whole panels. Rows that the block lacks see what its last row sees: they change no decision.
+  void begin(const RowBlock<kRows>& block, int rows) {
+    for (int r = 0; r < rows; ++r) {
       max[r] = kNoScore;
       sum[r] = 0.0f;
       limit[r] = static_cast<int32_t>(block.limit[r < block.rows ? r : block.rows - 1]);

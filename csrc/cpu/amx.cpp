@@ -1,0 +1,300 @@
+// attention_partial for bfloat16 with AMX: both products are tile products with float32 accumulation, the softmax is AVX-512.
+//
+// Transposed like all panels (avx512_panel.h), scores^T = K Q^T and out^T = V^T weights^T, so that
+// - K is the row-major operand of its product and only copied into tiles; V is transposed once per tile of keys;
+// - two consecutive keys' weights, interleaved, are what the second product takes as its pair-interleaved operand;
+// - the softmax is vertical.
+// The weights are rounded to bfloat16; their sum is taken of the rounded values, so that weights add up to one and an error common
+// to all cancels.
+#include <cstring>
+
+#include "cpu/amx_tiles.h"
+#include "cpu/avx512_panel.h"
+
+namespace cptool::cpu {
+namespace {
+
+constexpr int kStrip = 32;  // keys that share a step of the second product; dimensions that share a step of the first
+constexpr int kPanel = 32;  // rows: two tiles side by side
+// Rows keep their maximum until a score exceeds it by this much (log2): weights up to 2^8 cost no precision, and the
+// accumulators seldom need rescaling.
+constexpr float kSlack = 8.0f;
+
+// 2^x like exp2_full, by a cubic: relative error 8.6e-5, a fortieth of bfloat16's rounding.
+inline __m512 exp2_cubic(__m512 x) {
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(0x1.3baaa8p-4f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.d2378ap-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.63e658p-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, x);
+}
+
+class AmxKernel {
+ public:
+  static constexpr int kRows = 16 * kPanel;
+  static constexpr int kKeys = 128;
+
+  static size_t scratch_bytes(const AttentionArgs& args) {
+    const size_t dims = padded(args.head_dim);
+    return sizeof(Fixed) + (kRows + 2 * kKeys) * dims * sizeof(BFloat16) + kRows * dims * sizeof(float);
+  }
+
+  AmxKernel(const AttentionArgs& args, void* scratch)
+      : args_(args),
+        dims_(padded(args.head_dim)),
+        fixed_(*static_cast<Fixed*>(scratch)),
+        acc_(static_cast<char*>(scratch) + sizeof(Fixed)),
+        q_(acc_ + kRows * dims_ * sizeof(float)),
+        k_(q_ + kRows * dims_ * sizeof(BFloat16)),
+        v_(k_ + kKeys * dims_ * sizeof(BFloat16)),
+        scale_log2_((args.scale < 0 ? -args.scale : args.scale) * kLog2E) {}
+
+  void begin(const RowBlock<kRows>& block) {
+    const int rows = round_up(block.rows, kPanel);
+    fixed_.rows.begin(block, rows);
+    for (int row = 0; row < rows; row += kLanes) pack_queries(block, row);
+    std::memset(acc_, 0, rows * dims_ * sizeof(float));
+  }
+
+  template <bool masked>
+  void tile(const RowBlock<kRows>& block, int64_t key, int keys) {
+    pack_keys(block, key, keys);
+    pack_values(block, key, keys);
+    for (int row = 0; row < block.rows; row += kPanel) {
+      const Visible visible(fixed_.rows, row, row + kPanel - 1, key, keys);
+      if (visible.keys == 0) continue;
+      const int strips = (visible.keys + kStrip - 1) / kStrip;
+      for (int strip = 0; strip < strips; ++strip) score(row, strip);
+      for (int half = 0; half < 2; ++half) {
+        if (visible.masked || visible.keys % kStrip != 0) {
+          softmax<true>(row, half, strips, key);
+        } else {
+          softmax<false>(row, half, strips, key);
+        }
+      }
+      for (int64_t d = 0; d < dims_; d += kStrip) accumulate(row, d, strips);
+    }
+  }
+
+  // Turns the accumulator of every 16 rows, tiles [dim][row], into 16 rows, in place.
+  void finish(const RowBlock<kRows>& block) {
+    float* rows = fixed_.scores;
+    for (int row = 0; row < block.rows; row += kLanes) {
+      float* acc = accumulator(row);
+      for (int64_t d = 0; d < dims_; d += kLanes) {
+        __m512 r[kLanes];
+        for (int i = 0; i < kLanes; ++i) r[i] = _mm512_load_ps(acc + (d + i) * kLanes);
+        transpose16(r);
+        for (int i = 0; i < kLanes; ++i) _mm512_store_ps(rows + i * dims_ + d, r[i]);
+      }
+      std::memcpy(acc, rows, kLanes * dims_ * sizeof(float));
+    }
+  }
+
+  const float* acc(int row) const { return accumulator(0) + row * dims_; }
+  SoftmaxState state(int row) const { return fixed_.rows.state(row); }
+
+ private:
+  struct Fixed {
+    RowStates<kRows> rows;
+    alignas(64) float scores[kKeys * kPanel];      // tiles [keys / 16][2 row tiles], each [16 keys][16 rows]
+    alignas(64) BFloat16 weights[kKeys * kPanel];  // tiles [keys / 32][2 row tiles], each [16 key pairs][16 rows][2]
+  };
+
+  static int64_t padded(int64_t head_dim) { return (head_dim + kStrip - 1) / kStrip * kStrip; }
+
+  float* accumulator(int row) const { return reinterpret_cast<float*>(acc_) + row * dims_; }
+
+  // Elements [d, d + 32) of a vector, zeros from head_dim on.
+  __m512i load_dims(const BFloat16* from, int64_t d) const {
+    const int64_t left = args_.head_dim - d;
+    const __mmask32 mask = left >= kStrip ? ~0u : (1u << left) - 1;
+    return _mm512_maskz_loadu_epi16(mask, from + d);
+  }
+
+  // Tiles [rows / 16][dims / 32], each [16 dim pairs][16 rows][2], with the sign of the scale folded in.
+  void pack_queries(const RowBlock<kRows>& block, int row) {
+    const __m512i sign = _mm512_set1_epi16(args_.scale < 0 ? -0x8000 : 0);
+    for (int64_t d = 0; d < dims_; d += kStrip) {
+      __m512i r[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        r[i] = row + i < block.rows ? load_dims(static_cast<const BFloat16*>(block.q[row + i]), d) : _mm512_setzero_si512();
+        r[i] = _mm512_xor_si512(r[i], sign);
+      }
+      transpose16(r);
+      char* to = q_ + row * dims_ * 2 + d / kStrip * kTileBytes;
+      for (int i = 0; i < kLanes; ++i) _mm512_store_si512(to + i * 64, r[i]);
+    }
+  }
+
+  // Tiles [keys / 16][dims / 32], each [16 keys][32 dims].
+  void pack_keys(const RowBlock<kRows>& block, int64_t key, int keys) {
+    const BFloat16* k = static_cast<const BFloat16*>(block.k) + key * args_.k_token_stride;
+    for (int j = 0; j < round_up(keys, kStrip); ++j) {
+      char* to = k_ + j / kLanes * kLanes * dims_ * 2 + j % kLanes * 64;
+      for (int64_t d = 0; d < dims_; d += kStrip) {
+        _mm512_store_si512(to + d / kStrip * kTileBytes, j < keys ? load_dims(k + j * args_.k_token_stride, d) : _mm512_setzero_si512());
+      }
+    }
+  }
+
+  // Tiles [dims / 16][keys / 32], each [16 dims][32 keys].
+  void pack_values(const RowBlock<kRows>& block, int64_t key, int keys) {
+    const BFloat16* v = static_cast<const BFloat16*>(block.v) + key * args_.v_token_stride;
+    for (int first = 0; first < keys; first += kStrip) {
+      for (int64_t d = 0; d < dims_; d += kStrip) {
+        // Interleaving two keys leaves, in each 128-bit lane, dimensions 0-3 in one register and 4-7 in the other.
+        __m512i low[kLanes], high[kLanes];
+        for (int pair = 0; pair < kLanes; ++pair) {
+          const int j = first + 2 * pair;
+          const __m512i even = j < keys ? load_dims(v + j * args_.v_token_stride, d) : _mm512_setzero_si512();
+          const __m512i odd = j + 1 < keys ? load_dims(v + (j + 1) * args_.v_token_stride, d) : _mm512_setzero_si512();
+          low[pair] = _mm512_unpacklo_epi16(even, odd);
+          high[pair] = _mm512_unpackhi_epi16(even, odd);
+        }
+        transpose16(low);
+        transpose16(high);
+        char* to = v_ + (d / kLanes * (kKeys / kStrip) + first / kStrip) * kTileBytes;
+        for (int i = 0; i < kLanes; ++i) {
+          const int dim = i / 4 * 8 + i % 4;  // of low[i]; high[i] is 4 further
+          char* row = to + dim / kLanes * (kKeys / kStrip) * kTileBytes + dim % kLanes * 64;
+          _mm512_store_si512(row, low[i]);
+          _mm512_store_si512(row + 4 * 64, high[i]);
+        }
+      }
+    }
+  }
+
+  // Scores of 32 keys by 32 rows.
+  void score(int row, int strip) {
+    const char* k = k_ + strip * kStrip * dims_ * 2;
+    const char* q = q_ + row * dims_ * 2;
+    const int64_t next = kLanes * dims_ * 2;  // bytes from 16 keys or rows to the next 16
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
+    for (int64_t c = 0; c < next; c += kTileBytes) {
+      load_tile<4>(k + c);
+      load_tile<6>(q + c);
+      load_tile<7>(q + next + c);
+      multiply_tiles<0, 4, 6>();
+      multiply_tiles<1, 4, 7>();
+      load_tile<5>(k + next + c);
+      multiply_tiles<2, 5, 6>();
+      multiply_tiles<3, 5, 7>();
+    }
+    char* to = reinterpret_cast<char*>(fixed_.scores) + strip * 4 * kTileBytes;
+    store_tile<0>(to);
+    store_tile<1>(to + kTileBytes);
+    store_tile<2>(to + 2 * kTileBytes);
+    store_tile<3>(to + 3 * kTileBytes);
+  }
+
+  template <bool masked>
+  void softmax(int row, int half, int strips, int64_t key) {
+    RowStates<kRows>& rows = fixed_.rows;
+    row += half * kLanes;
+    const float* scores = fixed_.scores + half * 256;
+    auto score_at = [&](int j) { return _mm512_load_ps(scores + j / kLanes * 512 + j % kLanes * kLanes); };
+    const __m512i left = _mm512_sub_epi32(_mm512_load_si512(rows.limit + row), _mm512_set1_epi32(static_cast<int32_t>(key)));
+    auto visible = [&](int j) { return _mm512_cmpgt_epi32_mask(left, _mm512_set1_epi32(j)); };
+
+    const int keys = strips * kStrip;
+    __m512 most[4];
+    for (int i = 0; i < 4; ++i) most[i] = _mm512_set1_ps(-INFINITY);
+    for (int j = 0; j < keys; j += 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        most[i] = masked ? _mm512_mask_max_ps(most[i], visible(j + i), most[i], score_at(j + i))
+                         : _mm512_max_ps(most[i], score_at(j + i));
+      }
+    }
+    const __m512 scale = _mm512_set1_ps(scale_log2_);
+    most[0] = _mm512_mul_ps(_mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])), scale);
+    __m512 base = _mm512_load_ps(rows.max + row);
+    if (_mm512_cmp_ps_mask(most[0], _mm512_add_ps(base, _mm512_set1_ps(kSlack)), _CMP_GT_OQ)) base = rescale(row, most[0]);
+
+    __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    const __m512i half_unit = _mm512_set1_epi32(0x8000);
+    const __m512i high_half = _mm512_set1_epi32(-0x10000);
+    char* to = reinterpret_cast<char*>(fixed_.weights) + half * kTileBytes;
+    for (int j = 0; j < keys; j += 2) {
+      __m512i weight[2];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        __m512 w = exp2_cubic(_mm512_fmsub_ps(score_at(j + i), scale, base));
+        if (masked) w = _mm512_maskz_mov_ps(visible(j + i), w);
+        weight[i] = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(w), half_unit), high_half);
+        total[i] = _mm512_add_ps(total[i], _mm512_castsi512_ps(weight[i]));
+      }
+      const __m512i pair = _mm512_or_si512(_mm512_srli_epi32(weight[0], 16), weight[1]);
+      _mm512_store_si512(to + j / kStrip * 2 * kTileBytes + j % kStrip / 2 * 64, pair);
+    }
+    const __m512 sum = _mm512_add_ps(_mm512_load_ps(rows.sum + row), _mm512_add_ps(total[0], total[1]));
+    _mm512_store_ps(rows.sum + row, sum);
+  }
+
+  // Raises the maxima of 16 rows to at least `most`; returns them.
+  __m512 rescale(int row, __m512 most) {
+    RowStates<kRows>& rows = fixed_.rows;
+    const __m512 old = _mm512_load_ps(rows.max + row);
+    const __m512 base = _mm512_max_ps(old, most);
+    const __m512 keep = exp2_full(_mm512_sub_ps(old, base));
+    _mm512_store_ps(rows.max + row, base);
+    _mm512_store_ps(rows.sum + row, _mm512_mul_ps(_mm512_load_ps(rows.sum + row), keep));
+    float* acc = accumulator(row);
+    for (int64_t d = 0; d < dims_; ++d) _mm512_store_ps(acc + d * kLanes, _mm512_mul_ps(_mm512_load_ps(acc + d * kLanes), keep));
+    return base;
+  }
+
+  // Adds the weighted values to 32 dimensions by 32 rows.
+  void accumulate(int row, int64_t d, int strips) {
+    char* acc = reinterpret_cast<char*>(accumulator(row)) + d / kLanes * kTileBytes;
+    const int64_t next_rows = kLanes * dims_ * sizeof(float);
+    load_tile<0>(acc);
+    load_tile<1>(acc + next_rows);
+    load_tile<2>(acc + kTileBytes);
+    load_tile<3>(acc + kTileBytes + next_rows);
+    const char* v = v_ + d / kLanes * (kKeys / kStrip) * kTileBytes;
+    const char* weights = reinterpret_cast<const char*>(fixed_.weights);
+    for (int strip = 0; strip < strips; ++strip) {
+      load_tile<4>(v + strip * kTileBytes);
+      load_tile<6>(weights + 2 * strip * kTileBytes);
+      load_tile<7>(weights + (2 * strip + 1) * kTileBytes);
+      multiply_tiles<0, 4, 6>();
+      multiply_tiles<1, 4, 7>();
+      load_tile<5>(v + (kKeys / kStrip + strip) * kTileBytes);
+      multiply_tiles<2, 5, 6>();
+      multiply_tiles<3, 5, 7>();
+    }
+    store_tile<0>(acc);
+    store_tile<1>(acc + next_rows);
+    store_tile<2>(acc + kTileBytes);
+    store_tile<3>(acc + kTileBytes + next_rows);
+  }
+
+  const AttentionArgs& args_;
+  const int64_t dims_;  // head_dim, padded with zeros to whole tiles
+  TileConfig config_;
+  Fixed& fixed_;
+  char* acc_;  // tiles [rows / 16][dims / 16], each [16 dims][16 rows] of float32
+  char* q_;
+  char* k_;
+  char* v_;
+  float scale_log2_;
+};
+
+}  // namespace
+
+bool amx_supported() {
+  static const bool supported = avx512_supported() && __builtin_cpu_supports("avx512bf16") && tiles_available();
+  return supported;
+}
+
+bool amx_handles(ScalarType dtype, int64_t head_dim) { return dtype == ScalarType::kBFloat16 && head_dim % kLanes == 0; }
+
+void attention_partial_amx(const AttentionArgs& args, int threads) { run<AmxKernel>(args, threads); }
+
+}  // namespace cptool::cpu
