@@ -125,7 +125,11 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device=device)
+        # From a tensor, because the random initialisation of an embedding on "meta" imports
+        # torch's compiler, which takes a second.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size, device=device)
+        )
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, tp, device) for layer in range(config.num_hidden_layers)
         )

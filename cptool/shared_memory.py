@@ -1,0 +1,89 @@
+"""Memory that the ranks of one machine share, so that N ranks hold one copy of the weights."""
+
+import math
+import os
+import uuid
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from cptool.distributed import World
+
+_ALIGNMENT = 64  # a cache line, and the widest vector load
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@contextmanager
+def shared_tensors(
+    world: "World", shapes: Mapping[Key, tuple[int, ...]], dtype: torch.dtype
+) -> Iterator[tuple[dict[Key, torch.Tensor], list[Key]]]:
+    """Maps one tensor for every key that any rank of this machine asks for with `shapes`.
+
+    Collective over all ranks of `world`. Yields the tensors by key, and the keys that this rank is
+    to fill: each key falls to one rank of the machine, balanced by size. At the normal end of the
+    `with` block all ranks wait for each other, so that afterwards every tensor is filled.
+
+    The memory is a file without a name (memfd_create): it needs no room in /dev/shm or on a disk,
+    and vanishes with the last process that maps it, however that ends.
+    """
+    fd = None
+    try:
+        path = name = None
+        if world.local_rank == 0:
+            name = f"cptool-{uuid.uuid4().hex}"
+            fd = os.memfd_create(name)
+            path = f"/proc/{os.getpid()}/fd/{fd}"
+        path, name = next(file for file in world.gather((path, name)) if _is_here(*file))
+        peers = [
+            (local_rank, wanted)
+            for peer, local_rank, wanted in world.gather((name, world.local_rank, dict(shapes)))
+            if peer == name
+        ]
+        peers.sort(key=lambda peer: peer[0])
+        union = {key: shape for _, wanted in peers for key, shape in wanted.items()}
+        tensors = _map(path, union, dtype)
+        position = [local_rank for local_rank, _ in peers].index(world.local_rank)
+        yield tensors, _deal(union, len(peers))[position]
+        world.barrier()
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def _is_here(path: str | None, name: str | None) -> bool:
+    """Whether this machine's /proc shows the file: how a rank knows its own machine's leader."""
+    try:
+        return path is not None and os.readlink(path).startswith(f"/memfd:{name}")
+    except OSError:
+        return False
+
+
+def _map(
+    path: str, shapes: Mapping[Key, tuple[int, ...]], dtype: torch.dtype
+) -> dict[Key, torch.Tensor]:
+    offsets, end = {}, 0
+    for key, shape in shapes.items():
+        offsets[key] = end // dtype.itemsize
+        end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    # Grows the file to `end` bytes if no other rank has; pages come into being when written.
+    storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=max(end, _ALIGNMENT))
+    flat = torch.empty(0, dtype=dtype).set_(storage)
+    return {
+        key: flat[offset : offset + math.prod(shapes[key])].view(shapes[key])
+        for key, offset in offsets.items()
+    }
+
+
+def _deal(shapes: Mapping[Key, tuple[int, ...]], ranks: int) -> list[list[Key]]:
+    """Keys for each of `ranks`: the largest first, each to the rank with the least so far."""
+    shares: list[list[Key]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for key in sorted(shapes, key=lambda key: math.prod(shapes[key]), reverse=True):
+        least = loads.index(min(loads))
+        shares[least].append(key)
+        loads[least] += math.prod(shapes[key])
+    return shares

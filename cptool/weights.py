@@ -1,0 +1,127 @@
+"""Loading a checkpoint into a Llama: which tensors make up each parameter, and where they live."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from cptool import tensor_parallel
+from cptool.checkpoint import Checkpoint
+from cptool.model.config import LlamaConfig
+from cptool.model.llama import Llama
+from cptool.shared_memory import shared_tensors
+
+if TYPE_CHECKING:
+    from cptool.distributed import World
+
+
+@dataclass(frozen=True)
+class Block:
+    """A checkpoint's tensor, or what lies within `bounds` [start, stop) of its dimension `dim`."""
+
+    name: str
+    dim: int = 0
+    bounds: tuple[int, int] | None = None
+
+    def read(self, checkpoint: Checkpoint) -> torch.Tensor:
+        tensor = checkpoint.read(self.name)
+        if self.bounds is None:
+            return tensor
+        start, stop = self.bounds
+        return tensor.narrow(self.dim, start, stop - start)
+
+
+Source = tuple[Block, ...]
+"""The blocks that a parameter is made of, one below the other."""
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    world: "World | None" = None,
+) -> Llama:
+    """A Llama ready to run, with the weights of `checkpoint` in `dtype` on `device`.
+
+    With a `world` it is this rank's share of the tensor-parallel group, sums included. On a CPU,
+    parameters that lie in the file as they are needed stay there (the page cache is their memory),
+    and the ranks of a machine hold one copy of the rest between them, each having filled a part.
+    Collective over the ranks of `world`.
+    """
+    device = torch.device(device)
+    tp_rank, tp = (world.tp_rank, world.tp) if world else (0, 1)
+    model = Llama(checkpoint.config, device="meta", tp=tp)
+    sources = dict(_sources(checkpoint.config, tensor_parallel.share(checkpoint.config, tp_rank, tp)))
+    parameters: dict[str, torch.Tensor] = {}
+    shapes: dict[Source, tuple[int, ...]] = {}
+    for name, source in sources.items():
+        mapped = _mapped(checkpoint, source, dtype) if device.type == "cpu" else None
+        if mapped is None:
+            shapes[source] = tuple(model.get_parameter(name).shape)
+        else:
+            parameters[name] = mapped
+
+    if device.type == "cpu" and world is not None and world.local_size > 1:
+        with shared_tensors(world, shapes, dtype) as (tensors, mine):
+            for source in mine:
+                _fill(tensors[source], source, checkpoint)
+    else:
+        tensors = {}
+        for source, shape in shapes.items():
+            tensors[source] = torch.empty(shape, dtype=dtype, device=device)
+            _fill(tensors[source], source, checkpoint)
+
+    for name in sources.keys() - parameters.keys():
+        parameters[name] = tensors[sources[name]]
+    model.load_state_dict(parameters, assign=True)
+    model.inverse_frequencies = model.inverse_frequencies.to(device)
+    if tp > 1:
+        tensor_parallel.apply(model, world.tp_group)
+    return model.eval()
+
+
+def _sources(config: LlamaConfig, share: tensor_parallel.Share) -> Iterator[tuple[str, Source]]:
+    """Every parameter of a Llama with the blocks it is made of."""
+    yield "embed_tokens.weight", (Block("model.embed_tokens.weight"),)
+    for i in range(config.num_hidden_layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            yield f"{ours}.{norm}", (Block(f"{theirs}.{norm}"),)
+        yield f"{ours}.self_attn.qkv_proj.weight", (
+            Block(f"{theirs}.self_attn.q_proj.weight", 0, share.q),
+            Block(f"{theirs}.self_attn.k_proj.weight", 0, share.kv),
+            Block(f"{theirs}.self_attn.v_proj.weight", 0, share.kv),
+        )
+        yield f"{ours}.self_attn.o_proj.weight", (
+            Block(f"{theirs}.self_attn.o_proj.weight", 1, share.q),
+        )
+        yield f"{ours}.mlp.gate_up_proj.weight", (
+            Block(f"{theirs}.mlp.gate_proj.weight", 0, share.ffn),
+            Block(f"{theirs}.mlp.up_proj.weight", 0, share.ffn),
+        )
+        yield f"{ours}.mlp.down_proj.weight", (
+            Block(f"{theirs}.mlp.down_proj.weight", 1, share.ffn),
+        )
+    yield "norm.weight", (Block("model.norm.weight"),)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (Block("lm_head.weight"),)
+
+
+def _mapped(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> torch.Tensor | None:
+    """The parameter as a view of the file, None where it is not there in one piece and in `dtype`.
+
+    A block of columns is a strided view, which matmul takes as it is.
+    """
+    if len(source) > 1 or not checkpoint.is_mapped(source[0].name):
+        return None
+    tensor = source[0].read(checkpoint)
+    return tensor if tensor.dtype == dtype else None
+
+
+def _fill(parameter: torch.Tensor, source: Source, checkpoint: Checkpoint) -> None:
+    row = 0
+    for block in source:
+        tensor = block.read(checkpoint)
+        parameter[row : row + tensor.shape[0]].copy_(tensor)
+        row += tensor.shape[0]
