@@ -29,6 +29,8 @@ from cptool.model.config import LlamaConfig, RopeScaling
 if TYPE_CHECKING:
     import torch
 
+    from cptool.checkpoint.tokenizer import Tokenizer
+
 QUANTISED = (
     *("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
@@ -235,7 +237,7 @@ def _shortest(value: float) -> float:
     return value
 
 
-def _load_tokenizer(path: Path, metadata: dict[str, Any]):  # noqa: ANN202 - imported on demand
+def _load_tokenizer(path: Path, metadata: dict[str, Any]) -> "Tokenizer | None":
     from cptool.checkpoint.tokenizer import from_gguf
 
     return from_gguf(path, metadata)

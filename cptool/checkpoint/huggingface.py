@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cptool.checkpoint.base import (
     HEAD,
@@ -18,6 +18,9 @@ from cptool.checkpoint.base import (
 from cptool.checkpoint.safetensors import read_header
 from cptool.errors import UserError
 from cptool.model.config import LlamaConfig, RopeScaling
+
+if TYPE_CHECKING:
+    from cptool.checkpoint.tokenizer import Tokenizer
 
 _CONVERT = "convert the checkpoint to safetensors with transformers' save_pretrained"
 
@@ -193,7 +196,7 @@ def _why_no_weights(path: Path) -> str:
     return f"{path}: neither model.safetensors nor model.safetensors.index.json in it; fetch them"
 
 
-def _load_tokenizer(path: Path):  # noqa: ANN202 - Tokenizer is imported on demand
+def _load_tokenizer(path: Path) -> "Tokenizer | None":
     from cptool.checkpoint.tokenizer import from_tokenizer_json
 
     if (path / "tokenizer.json").is_file():

@@ -1,0 +1,256 @@
+"""Text to token ids and back, through the `tokenizers` library.
+
+Text that a user gives is never parsed for control tokens; only a chat template's own text is.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from cptool.checkpoint.base import first_line
+from cptool.checkpoint.chat import Guard, Message, default_template, render
+from cptool.errors import UserError
+
+_REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """A model's tokenizer.
+
+    `backend` is taken over and changed. `add_bos` says whether a plain text begins with `bos_id`.
+    `special` maps the template variables `bos_token`, `eos_token` to their texts.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        bos_id: int | None,
+        add_bos: bool,
+        special: dict[str, str],
+        chat_template: str | None,
+    ):
+        self.bos_id, self.add_bos = bos_id, add_bos and bos_id is not None
+        self.chat_template, self._special = chat_template, special
+        added = backend.get_added_tokens_decoder()
+        control = {token.content: (i, token) for i, token in added.items() if token.special}
+        self._guard = Guard(control)
+        # Control tokens in text stay text. What a template means as one becomes a placeholder, an
+        # added token of its own that stands for the id: the text around it then splits and merges
+        # as it does around the control token itself.
+        backend.encode_special_tokens = True
+        self._ids_of_placeholders = {}
+        for text, placeholder in self._guard.placeholders.items():
+            control_id, token = control[text]
+            backend.add_tokens(
+                [AddedToken(placeholder, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)]
+            )
+            self._ids_of_placeholders[backend.token_to_id(placeholder)] = control_id
+        self._backend = backend
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Token ids of a plain text; `bos` allows the BOS token that the model asks for."""
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if bos and self.add_bos else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, control tokens and ids outside the vocabulary left out."""
+        known = [i for i in ids if i not in self._ids_of_placeholders]
+        return self._backend.decode(known, skip_special_tokens=True)
+
+    def stream(self) -> "TextStream":
+        return TextStream(self)
+
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation: messages are dicts with `role` and `content`.
+
+        BOS is the template's to write. Control tokens in a message count as plain text. Raises
+        UserError where the model has no template, or its template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise UserError("the model has no chat template; give a plain prompt or an instruct model")
+        guarded = self._guard.mark(list(messages))
+        text = render(self.chat_template, guarded, add_generation_prompt, self._special)
+        ids = self._backend.encode(self._guard.unmark(text), add_special_tokens=False).ids
+        return [self._ids_of_placeholders.get(i, i) for i in ids]
+
+
+class TextStream:
+    """Text of tokens as they come; the pieces together are what `decode` gives for all ids."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        # The ids since the last piece, after those of that piece: a decoder may treat the first
+        # token apart (it drops a leading space), so new text is what a known beginning grows by.
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token_id: int) -> str:
+        """The text that has become certain with this token; often empty inside a character."""
+        self._ids.append(token_id)
+        return self._advance(hold_incomplete=True)
+
+    def flush(self) -> str:
+        """What was held back, replacement characters where it is no text."""
+        return self._advance(hold_incomplete=False)
+
+    def _advance(self, hold_incomplete: bool) -> str:
+        before = self._tokenizer.decode(self._ids[: self._shown])
+        now = self._tokenizer.decode(self._ids)
+        if len(now) <= len(before) or (hold_incomplete and now.endswith(_REPLACEMENT)):
+            return ""
+        del self._ids[: self._shown]
+        self._shown = len(self._ids)
+        return now[len(before) :]
+
+
+def from_tokenizer_json(
+    path: Path, settings: dict[str, Any], chat_template: str | None = None
+) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory.
+
+    `settings` is its tokenizer_config.json; `chat_template` goes before the one in there. BOS is
+    added where the file's post-processor adds it.
+    """
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # The library raises bare Exception.
+        raise UserError(
+            f"{path}: not a tokenizer ({first_line(error)}); fetch the file again"
+        ) from None
+    backend.no_truncation()
+    backend.no_padding()
+    special = {
+        name: text
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        if (text := _content(settings.get(name))) is not None
+    }
+    bos_id = backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
+    added = backend.encode("", add_special_tokens=True).ids
+    if bos_id is None and len(added) == 1:
+        bos_id = added[0]
+    template = chat_template or default_template(settings.get("chat_template"))
+    return Tokenizer(backend, bos_id, bos_id in added, special, template)
+
+
+def _content(token: Any) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+# How byte-level vocabularies cut text before merging, by `tokenizer.ggml.pre`.
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2 = ("gpt-2",)
+_DIGITS = ("smollm", "starcoder", "refact", "minerva-7b")
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+
+# `tokenizer.ggml.token_type`.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+
+
+def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer that a GGUF file describes, None where it describes none.
+
+    Supports byte-level BPE (`gpt2`) with the cuts above and SentencePiece BPE (`llama`).
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind in (None, "none", "no_vocab"):
+        return None
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise UserError(f"{path}: {len(tokens)} tokens and {len(types)} token types; fetch it again")
+    try:
+        if kind == "gpt2":
+            backend, bos_by_default = _byte_level(path, metadata, tokens)
+        elif kind == "llama":
+            backend, bos_by_default = _sentencepiece(metadata, tokens, types), True
+        else:
+            raise UserError(
+                f"{path}: tokenizer {kind!r} is not supported (gpt2 and llama are); give token ids"
+            )
+        _add_tokens(backend, tokens, types)
+        ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+        special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path}: its tokenizer is damaged ({first_line(error)}); fetch the file again"
+        ) from None
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", bos_by_default)
+    template = default_template(metadata.get("tokenizer.chat_template"))
+    return Tokenizer(backend, ids["bos"], bool(add_bos), special, template)
+
+
+def _byte_level(path: Path, metadata: dict[str, Any], tokens: list[str]) -> tuple[Backend, bool]:
+    """Byte-level BPE, and whether its family begins a text with BOS."""
+    pre = metadata.get("tokenizer.ggml.pre")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in _LLAMA3)
+    if pre in _GPT2:
+        cut = byte_level
+    elif pre in _DIGITS:
+        cut = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    elif pre in _LLAMA3:
+        pattern = pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated")
+        cut = pre_tokenizers.Sequence([pattern, byte_level])
+    else:
+        raise UserError(
+            f"{path}: tokenizer.ggml.pre is {pre!r}, cptool knows "
+            f"{', '.join(_GPT2 + _DIGITS + _LLAMA3)}; give token ids, or the Hugging Face checkpoint"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    # Llama 3's vocabulary holds words that its merges do not reach.
+    backend = Backend(models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3))
+    backend.pre_tokenizer = cut
+    backend.decoder = decoders.ByteLevel()
+    return backend, pre in _LLAMA3
+
+
+def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> Backend:
+    """SentencePiece BPE: spaces as U+2581, a dummy one in front, unknown characters as bytes.
+
+    It merges the pair whose piece scores best; as ranks of `merges` those are all ways to make each
+    piece from two, pieces in order of score.
+    """
+    scores = metadata.get("tokenizer.ggml.scores", [])
+    if len(scores) != len(tokens):
+        raise ValueError(f"{len(tokens)} tokens and {len(scores)} scores")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pieces = {token: i for i, token in enumerate(tokens) if types[i] == _NORMAL}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(pieces, key=lambda piece: -scores[pieces[piece]])
+        for cut in range(1, len(piece))
+        if piece[:cut] in pieces and piece[cut:] in pieces
+    ]
+    unknown = next((tokens[i] for i, kind in enumerate(types) if kind == _UNKNOWN), None)
+    backend = Backend(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "▁")
+    # As a normalizer it also applies after a control token, as in the reference, where every turn
+    # is encoded by itself.
+    backend.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if dummy_prefix else spaces
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(
+        [*steps, decoders.Strip(" ", 1, 0)] if dummy_prefix else steps
+    )
+    return backend
+
+
+def _add_tokens(backend: Backend, tokens: list[str], types: list[int]) -> None:
+    """Registers control tokens as special, the author's own tokens as ones to find in any text."""
+    special = [t for t, kind in zip(tokens, types, strict=True) if kind in (_UNKNOWN, _CONTROL)]
+    plain = [t for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    backend.add_tokens([AddedToken(t, normalized=False) for t in plain])
