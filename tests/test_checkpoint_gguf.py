@@ -1,0 +1,303 @@
+"""GGUF checkpoints: written by the gguf package, read by cptool and by transformers."""
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize, quantize
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from cptool.checkpoint import open_checkpoint
+from cptool.checkpoint.gguf import QUANTISED
+from cptool.errors import UserError
+from cptool.model.config import RopeScaling
+
+HIDDEN, FFN, VOCAB, HEADS, KV_HEADS = 256, 512, 32, 8, 2
+HEAD_DIM = HIDDEN // HEADS
+SHAPES = {
+    "token_embd": (VOCAB, HIDDEN),
+    "output_norm": (HIDDEN,),
+    "output": (VOCAB, HIDDEN),
+    "blk.0.attn_norm": (HIDDEN,),
+    "blk.0.attn_q": (HIDDEN, HIDDEN),
+    "blk.0.attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "blk.0.attn_v": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "blk.0.attn_output": (HIDDEN, HIDDEN),
+    "blk.0.ffn_norm": (HIDDEN,),
+    "blk.0.ffn_gate": (FFN, HIDDEN),
+    "blk.0.ffn_up": (FFN, HIDDEN),
+    "blk.0.ffn_down": (HIDDEN, FFN),
+}
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+def write(path, tensors=None, types=None, architecture="llama", without=(), **metadata):
+    """A one-layer Llama; `types` names how a tensor is encoded, `metadata` adds or replaces keys.
+
+    Given arrays of uint8 are written as they are.
+    """
+    rng = np.random.default_rng(0)
+    writer = GGUFWriter(path, architecture)
+    fields = {
+        "llama.block_count": 1,
+        "llama.context_length": 128,
+        "llama.embedding_length": HIDDEN,
+        "llama.feed_forward_length": FFN,
+        "llama.attention.head_count": HEADS,
+        "llama.attention.head_count_kv": KV_HEADS,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        **metadata,
+    }
+    for key, value in fields.items():
+        if value is not None:
+            kind = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            kind.get(type(value), writer.add_array)(key, value)
+    given = {name: rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
+    for name, value in {**given, **(tensors or {})}.items():
+        if name in without:
+            continue
+        kind = GGMLQuantizationType[(types or {}).get(name, "F32")]
+        raw = value if value.dtype == np.uint8 else quantize(value, kind)
+        writer.add_tensor(f"{name}.weight", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def interleave(rows, heads):
+    """Half-split rotary rows to interleaved ones, as converters to GGUF do."""
+    return np.ascontiguousarray(
+        rows.reshape(heads, 2, -1, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+    )
+
+
+def refusal(path):
+    with pytest.raises(UserError) as error:
+        open_checkpoint(str(path))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tiny.gguf"
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *QUANTISED])
+def test_every_encoding_reads_as_the_gguf_package_reads_it(path, kind):
+    rng = np.random.default_rng(1)
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    raw = rng.integers(0, 256, (HIDDEN, FFN // block * block_bytes), np.uint8)
+    write(path, {"blk.0.ffn_down": raw}, {"blk.0.ffn_down": kind})
+    checkpoint = open_checkpoint(str(path))
+    with np.errstate(all="ignore"):
+        found = checkpoint.read(DOWN)
+        expected = dequantize(raw, GGMLQuantizationType[kind])
+    stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    assert found.dtype == stored.get(kind, torch.float32)
+    assert found.shape == checkpoint.shape(DOWN) == (HIDDEN, FFN)
+    assert checkpoint.is_mapped(DOWN) == (kind in stored)
+    # Random bytes make some scales NaN, which must come through too.
+    assert np.array_equal(found.float().numpy(), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_query_and_key_rows_come_back_half_split(path, kind):
+    rng = np.random.default_rng(2)
+    q = rng.standard_normal(SHAPES["blk.0.attn_q"], np.float32)
+    k = rng.standard_normal(SHAPES["blk.0.attn_k"], np.float32)
+    stored = {"blk.0.attn_q": interleave(q, HEADS), "blk.0.attn_k": interleave(k, KV_HEADS)}
+    write(path, stored, dict.fromkeys(stored, kind))
+    checkpoint = open_checkpoint(str(path))
+    for part, original in (("q", q), ("k", k)):
+        name = f"model.layers.0.self_attn.{part}_proj.weight"
+        encoding = GGMLQuantizationType[kind]
+        expected = dequantize(quantize(original, encoding), encoding)
+        assert not checkpoint.is_mapped(name)
+        assert np.array_equal(checkpoint.read(name).float().numpy(), expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_model_is_the_one_that_transformers_reads(path, kind, tied):
+    types = {name: kind for name, shape in SHAPES.items() if len(shape) == 2}
+    write(path, types=types, without=["output"] if tied else [])
+    checkpoint = open_checkpoint(str(path))
+    oracle = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(oracle)
+    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    assert set(checkpoint.names()) == set(tensors)
+    for name, expected in tensors.items():
+        assert torch.equal(checkpoint.read(name), torch.as_tensor(expected)), name
+    config = checkpoint.config
+    for field in ("hidden_size", "intermediate_size", "num_attention_heads"):
+        assert getattr(config, field) == getattr(oracle, field)
+    for field in ("num_hidden_layers", "num_key_value_heads", "max_position_embeddings"):
+        assert getattr(config, field) == getattr(oracle, field)
+    assert config.head_dim == HEAD_DIM
+    assert config.tie_word_embeddings == tied
+    assert config.vocab_size == VOCAB
+    assert config.rms_norm_eps == 1e-5  # Not the float32 nearest to it.
+    assert checkpoint.dtype == "float32"
+
+
+def test_bfloat16_matrices_are_computed_in_bfloat16(path):
+    write(path, types={name: "BF16" for name, shape in SHAPES.items() if len(shape) == 2})
+    assert open_checkpoint(str(path)).dtype == "bfloat16"
+    write(path, types={name: "F16" for name, shape in SHAPES.items() if len(shape) == 2})
+    assert open_checkpoint(str(path)).dtype == "float32"
+
+
+def test_ids_and_sampling_come_from_the_metadata(path):
+    ends = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 9}
+    ends |= {"tokenizer.ggml.eom_token_id": 2, "tokenizer.ggml.bos_token_id": 1}
+    write(path, **ends, **{"general.sampling.temp": 0.5})
+    checkpoint = open_checkpoint(str(path))
+    assert checkpoint.eos_ids == (2, 9) and checkpoint.bos_id == 1
+    assert (checkpoint.sampling.temperature, checkpoint.sampling.top_p) == (0.5, None)
+    assert checkpoint.name == "tiny"
+    assert checkpoint.tokenizer() is None
+
+
+def test_a_head_size_of_its_own(path):
+    shapes = {"attn_q": (512, HIDDEN), "attn_k": (128, HIDDEN), "attn_v": (128, HIDDEN)}
+    shapes["attn_output"] = (HIDDEN, 512)
+    tensors = {f"blk.0.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    lengths = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    sizes = {f"llama.{key}": 64 for key in lengths}
+    write(path, tensors, **sizes)
+    assert open_checkpoint(str(path)).config.head_dim == 64
+    write(path, tensors, **{**sizes, "llama.rope.dimension_count": 32})
+    assert "rope.dimension_count is 32" in refusal(path)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+def test_llama3_scaling_is_recognised_from_its_divisors(path, factor, theta):
+    rope = {"rope_type": "llama3", "rope_theta": theta, "factor": factor}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = transformers.LlamaConfig(
+        head_dim=HEAD_DIM,
+        max_position_embeddings=131072,
+        rope_parameters={**rope, "original_max_position_embeddings": 8192},
+    )
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1.0 / theta ** (torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM)
+    divisors = (plain / scaled).numpy()
+    write(path, {"rope_freqs": divisors}, **{"llama.rope.freq_base": theta})
+    found = open_checkpoint(str(path)).config
+    assert found.rope_theta == theta
+    assert found.rope_scaling == RopeScaling("llama3", factor, 1.0, 4.0, 8192)
+    write(path, {"rope_freqs": divisors**1.01}, **{"llama.rope.freq_base": theta})
+    assert "not those of llama3 scaling" in refusal(path)
+    write(path, {"rope_freqs": divisors[1:]}, **{"llama.rope.freq_base": theta})
+    assert "must hold 16 float32 divisors" in refusal(path)
+
+
+def test_other_rotary_scaling(path):
+    write(path, {"rope_freqs": np.ones(HEAD_DIM // 2, np.float32)})
+    assert open_checkpoint(str(path)).config.rope_scaling is None
+    scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    write(path, **scaling)
+    assert open_checkpoint(str(path)).config.rope_scaling == RopeScaling("linear", 4.0)
+    write(path, **{**scaling, "llama.rope.scaling.type": "yarn"})
+    assert "rope scaling 'yarn'" in refusal(path)
+
+
+def test_fingerprint_depends_on_the_bytes_and_not_on_the_place(tmp_path):
+    one, two, other = (tmp_path / f"{name}.gguf" for name in ("one", "two", "other"))
+    write(one)
+    two.write_bytes(one.read_bytes())
+    write(other, {"output_norm": np.ones(HIDDEN, np.float32)})
+    prints = [open_checkpoint(str(path)).fingerprint for path in (one, two, other)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"llama.expert_count": 8}, "llama.expert_count is 8"),
+        ({"llama.attention.sliding_window": 4096}, "sliding_window is 4096"),
+        ({"split.count": 3}, "merge the parts"),
+        ({"llama.embedding_length": None}, "llama.embedding_length is missing"),
+        ({"llama.attention.head_count": [8, 8]}, "head_count is [8, 8]"),
+        ({"llama.attention.head_count": 0}, "num_attention_heads is 0"),
+        ({"llama.attention.head_count_kv": 3}, "multiple"),
+        ({"llama.attention.layer_norm_rms_epsilon": "x"}, "it must be a number"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps is nan"),
+        ({"llama.block_count": 2**31}, "not of one model"),
+        ({"llama.block_count": 2}, "model.layers.1.input_layernorm.weight is missing"),
+        ({"llama.feed_forward_length": 511}, "has shape [512, 256]"),
+    ],
+)
+def test_what_is_not_a_plain_llama_is_refused(path, metadata, message):
+    write(path, **metadata)
+    assert message in refusal(path)
+
+
+def test_other_models_and_formats_are_refused(path):
+    write(path, architecture="gemma2")
+    assert "architecture 'gemma2'" in refusal(path)
+    write(path, {"blk.0.attn_q_norm": np.ones(HEAD_DIM, np.float32)})
+    assert "attn_q_norm.weight" in refusal(path)
+    write(path, without=["token_embd"])
+    assert "token_embd.weight is missing" in refusal(path)
+    write(path, {"output_norm": np.ones(HIDDEN, np.float64).view(np.uint8)}, {"output_norm": "F64"})
+    assert "stored as F64" in refusal(path)
+    path.write_bytes(b"PK\3\4 and so on")
+    assert "not a GGUF file" in refusal(path)
+    path.write_bytes(b"")
+    assert "not a GGUF file" in refusal(path)
+
+
+def test_a_file_cut_anywhere_is_refused(path):
+    write(path, **{"tokenizer.ggml.tokens": ["a", "b", "c"]})
+    whole = path.read_bytes()
+    data_at = open_checkpoint(str(path)).stored["model.embed_tokens.weight"].offset
+    for kept in [*range(4, data_at, 7), data_at, len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:kept])
+        message = refusal(path)
+        assert "truncated" in message and f"{kept} found" in message
+    assert f"at least {len(whole)} bytes expected" in message
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (struct.pack("<IQQ", 1, 0, 0), "GGUF version 1"),
+        (struct.pack(">IQQ", 3, 0, 0), "GGUF version 50331648"),
+        (struct.pack("<IQQ", 3, 2**60, 0), "truncated or damaged"),
+        (struct.pack("<IQQ", 3, 0, 2**60), "truncated or damaged"),
+        (struct.pack("<IQQQ", 3, 0, 1, 2**63), "truncated or damaged"),
+        (struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 99), "header is damaged"),
+        (struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"\xff", 4), "header is damaged"),
+        (struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 8, 2**61), "truncated or damaged"),
+        (struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 8, 3) + bytes(16), "truncated or damaged"),
+        (struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 6, 2**62), "truncated or damaged"),
+        (struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 9, 1) + bytes(64), "header is damaged"),
+        (struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 99), "header is damaged"),
+        (struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2, 99, 0), "header is damaged"),
+        (struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 33, 8, 0), "header is damaged"),
+        (struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2**63, 0, 2**63), "truncated or damaged"),
+    ],
+)
+def test_hostile_headers_are_refused(path, body, message):
+    path.write_bytes(b"GGUF" + body)
+    assert message in refusal(path)
+
+
+def test_alignment_of_nothing_is_refused(path):
+    write(path, **{"general.alignment": 32})
+    assert len(open_checkpoint(str(path)).names()) == len(SHAPES)
+    key = b"general.alignment" + struct.pack("<I", 4)
+    whole = path.read_bytes()
+    at = whole.index(key) + len(key)
+    path.write_bytes(whole[:at] + struct.pack("<I", 0) + whole[at + 4 :])
+    assert "alignment 0" in refusal(path)
