@@ -30,34 +30,26 @@ def shared_tensors(
     The memory is a file without a name (memfd_create): it needs no room in /dev/shm or on a disk,
     and vanishes with the last process that maps it, however that ends.
     """
-    fd = None
+    name = f"cptool-{uuid.uuid4().hex}"
+    fd = os.memfd_create(name)
     try:
-        path = name = None
-        if world.local_rank == 0:
-            name = f"cptool-{uuid.uuid4().hex}"
-            fd = os.memfd_create(name)
-            path = f"/proc/{os.getpid()}/fd/{fd}"
-        path, name = next(file for file in world.gather((path, name)) if _is_here(*file))
-        peers = [
-            (local_rank, wanted)
-            for peer, local_rank, wanted in world.gather((name, world.local_rank, dict(shapes)))
-            if peer == name
-        ]
-        peers.sort(key=lambda peer: peer[0])
-        union = {key: shape for _, wanted in peers for key, shape in wanted.items()}
+        # All offer a file and take the first that they see: that of their machine's first rank.
+        offers = world.gather((f"/proc/{os.getpid()}/fd/{fd}", name))
+        path, name = next(offer for offer in offers if _is_here(*offer))
+        everyone = world.gather((name, dict(shapes)))
+        peers = [rank for rank, (file, _) in enumerate(everyone) if file == name]
+        union = {key: shape for rank in peers for key, shape in everyone[rank][1].items()}
         tensors = _map(path, union, dtype)
-        position = [local_rank for local_rank, _ in peers].index(world.local_rank)
-        yield tensors, _deal(union, len(peers))[position]
+        yield tensors, _deal(union, len(peers))[peers.index(world.rank)]
         world.barrier()
     finally:
-        if fd is not None:
-            os.close(fd)
+        os.close(fd)
 
 
-def _is_here(path: str | None, name: str | None) -> bool:
-    """Whether this machine's /proc shows the file: how a rank knows its own machine's leader."""
+def _is_here(path: str, name: str) -> bool:
+    """Whether the file is on this machine, that is in its /proc."""
     try:
-        return path is not None and os.readlink(path).startswith(f"/memfd:{name}")
+        return os.readlink(path).startswith(f"/memfd:{name}")
     except OSError:
         return False
 

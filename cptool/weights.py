@@ -62,15 +62,15 @@ def load_model(
         else:
             parameters[name] = mapped
 
-    if device.type == "cpu" and world is not None and world.local_size > 1:
+    if device.type == "cpu" and world is not None and world.size > 1:
         with shared_tensors(world, shapes, dtype) as (tensors, mine):
-            for source in mine:
-                _fill(tensors[source], source, checkpoint)
+            _fill({source: tensors[source] for source in mine}, checkpoint, world)
     else:
-        tensors = {}
-        for source, shape in shapes.items():
-            tensors[source] = torch.empty(shape, dtype=dtype, device=device)
-            _fill(tensors[source], source, checkpoint)
+        tensors = {
+            source: torch.empty(shape, dtype=dtype, device=device)
+            for source, shape in shapes.items()
+        }
+        _fill(tensors, checkpoint, world)
 
     for name in sources.keys() - parameters.keys():
         parameters[name] = tensors[sources[name]]
@@ -119,9 +119,14 @@ def _mapped(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> torch
     return tensor if tensor.dtype == dtype else None
 
 
-def _fill(parameter: torch.Tensor, source: Source, checkpoint: Checkpoint) -> None:
-    row = 0
-    for block in source:
-        tensor = block.read(checkpoint)
-        parameter[row : row + tensor.shape[0]].copy_(tensor)
-        row += tensor.shape[0]
+def _fill(
+    tensors: dict[Source, torch.Tensor], checkpoint: Checkpoint, world: "World | None"
+) -> None:
+    for done, (source, tensor) in enumerate(tensors.items()):
+        if world is not None:
+            world.report("loading weights", done, len(tensors))
+        row = 0
+        for block in source:
+            values = block.read(checkpoint)
+            tensor[row : row + values.shape[0]].copy_(values)
+            row += values.shape[0]

@@ -2,15 +2,15 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from llama_reference import SHAPES, random_llama
 
+from cptool import shared_memory
 from cptool.checkpoint import open_checkpoint
-from cptool.distributed import run
-from cptool.shared_memory import _deal
+from cptool.distributed import World, run
+from cptool.status import Board
 from cptool.weights import load_model
 
 
@@ -75,6 +75,14 @@ def test_loading_draws_no_random_numbers(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def without_the_others(tp_rank, tp):
+    """The world of a rank that loads its share without the others and never computes."""
+    return World(
+        rank=0, size=1, local_rank=0, local_size=1, cp_rank=0, cp=1, tp_rank=tp_rank, tp=tp,
+        device=torch.device("cpu"), mesh=None, cp_group=None, tp_group=None, board=Board(1),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("shape", "tp"), [("mha", 2), ("mha", 4), ("mqa-5-1", 5), ("gqa-9-3", 3)])
 def test_tensor_parallel_shares_make_up_the_whole(shape, tp, tmp_path):
     reference = random_llama({**SHAPES[shape], "intermediate_size": 120}, tmp_path)
@@ -82,7 +90,7 @@ def test_tensor_parallel_shares_make_up_the_whole(shape, tp, tmp_path):
     head_dim, kv_heads = checkpoint.config.head_dim, checkpoint.config.num_key_value_heads
     shares = []
     for rank in range(tp):
-        world = SimpleNamespace(tp_rank=rank, tp=tp, local_size=1, tp_group=None)
+        world = without_the_others(rank, tp)
         shares.append(dict(load_model(checkpoint, torch.float32, "cpu", world).named_parameters()))
     layer, state = "layers.1", reference.state_dict()
     for name, dim in (("self_attn.o_proj.weight", 1), ("mlp.down_proj.weight", 1)):
@@ -141,6 +149,30 @@ def test_local_ranks_share_one_copy(cp, tp, tmp_path):
     assert not any("memfd" in file for _, open_files in ranks for file in open_files)
 
 
+def load_on_two_machines(world, path):
+    """As if ranks 0 and 1 were on one machine and ranks 2 and 3 on another."""
+    machine = range(world.rank // 2 * 2, world.rank // 2 * 2 + 2)
+    pids = dict(enumerate(world.gather(os.getpid())))
+    elsewhere = {f"/proc/{pids[rank]}/" for rank in pids if rank not in machine}
+
+    def seen_from_here(path, name):
+        return not path.startswith(tuple(elsewhere)) and is_here(path, name)
+
+    is_here, shared_memory._is_here = shared_memory._is_here, seen_from_here
+    try:
+        return load_shared(world, path, torch.bfloat16)
+    finally:
+        shared_memory._is_here = is_here
+
+
+def test_each_machine_has_its_copy(tmp_path):
+    random_llama({}, tmp_path)
+    ranks = run(load_on_two_machines, str(tmp_path), cp=4, device="cpu", threads=1)
+    places = [where for where, _ in ranks]
+    assert places[0] == places[1] and places[2] == places[3]
+    assert not set(places[0].values()) & set(places[2].values())
+
+
 def test_local_ranks_copy_only_what_the_file_does_not_have(tmp_path):
     random_llama({}, tmp_path)
     ranks = run(load_shared, str(tmp_path), torch.float32, cp=2, device="cpu", threads=1)
@@ -152,7 +184,7 @@ def test_local_ranks_copy_only_what_the_file_does_not_have(tmp_path):
 
 def test_work_is_dealt_evenly_and_whole():
     sizes = [9, 1, 7, 3, 3, 2, 5, 8, 1, 1]
-    shares = _deal({i: (size,) for i, size in enumerate(sizes)}, 3)
+    shares = shared_memory._deal({i: (size,) for i, size in enumerate(sizes)}, 3)
     assert sorted(key for share in shares for key in share) == list(range(len(sizes)))
     loads = [sum(sizes[key] for key in share) for share in shares]
     assert max(loads) - min(loads) <= 1
