@@ -1,0 +1,3 @@
+from cptool.cli.main import main
+
+main()

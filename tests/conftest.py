@@ -1,0 +1,82 @@
+"""Models that several test files read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cptool.checkpoint import catalogue
+
+SMOLLM2 = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The real SmolLM2-135M-Instruct as GGUF, pulled once into the user's cache."""
+    return catalogue.pull(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2_path):
+    """The same model in `transformers`, float32, read from the GGUF by its own code."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
+    )
+
+
+@pytest.fixture(scope="session")
+def mqa_path(tmp_path_factory) -> Path:
+    """A random-weight checkpoint with 5 query heads on 1 KV head, written by `transformers`; no tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("models") / "mqa"
+    config = LlamaConfig(
+        vocab_size=301,
+        hidden_size=160,
+        intermediate_size=224,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        eos_token_id=300,
+        bos_token_id=299,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mqa_reference(mqa_path):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(mqa_path, dtype=torch.float32)
+
+
+@pytest.fixture
+def token_file(tmp_path):
+    """Writes token ids as `--token-ids` takes them."""
+
+    def write(ids) -> str:
+        path = tmp_path / f"ids-{abs(hash(str(ids)))}.json"
+        path.write_text(json.dumps(ids))
+        return str(path)
+
+    return write
+
+
+def greedy(reference, ids: list[int], count: int, eos: tuple[int, ...]) -> list[int]:
+    """What `transformers` continues `ids` with: greedy, at most `count` tokens, up to and with a token of `eos`."""
+    tokens = torch.tensor([ids])
+    with torch.inference_mode():
+        out = reference.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, do_sample=False,
+            temperature=None, top_p=None, eos_token_id=list(eos) or None, pad_token_id=0,
+        )  # fmt: skip
+    return out[0, len(ids) :].tolist()

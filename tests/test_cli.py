@@ -1,0 +1,273 @@
+"""The commands as users type them: tokens against `transformers`, mistakes in one line, the death of a rank."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from conftest import greedy
+from cptool.cli.main import main
+
+STORY = [504, 2365, 282, 4649, 314] * 9 + [7042, 30, 378, 2365, 282, 6219, 314]
+MQA_IDS = [(7 * i * i + 3 * i) % 299 for i in range(83)]
+
+
+def cptool(*arguments, code: int = 0):
+    """The result of `cptool ARGUMENTS`, which must exit with `code`."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.stderr, result.exception)
+    return result
+
+
+def as_json(*arguments) -> dict:
+    """Standard output must be exactly one JSON object."""
+    return json.loads(cptool(*arguments, "--json").stdout)
+
+
+@pytest.mark.parametrize("variant", ["pass-kv", "gather-kv"])
+@pytest.mark.parametrize("cp", [1, 2, 3, 4])
+@pytest.mark.parametrize("model", ["mqa", "smollm2"])
+def test_tokens_are_those_of_transformers(request, token_file, tmp_path, model, cp, variant):
+    path = request.getfixturevalue(f"{model}_path")
+    ids, eos = (MQA_IDS, (300,)) if model == "mqa" else (STORY, (2,))
+    expected = greedy(request.getfixturevalue(f"{model}_reference"), ids, 32, eos)
+    where = ("--session", tmp_path / "s", "--cp", cp, "--variant", variant)
+    first = as_json("prefill", path, "--token-ids", token_file(ids), *where)
+    assert first["first_token"] == expected[:1]
+    assert (first["tokens"], first["cached"], first["cp"], first["variant"]) == (len(ids), 0, cp, variant)
+    answer = as_json("decode", tmp_path / "s", "-n", 32)
+    assert answer["token_ids"] == [expected]
+    assert answer["cp"] == cp
+
+
+def test_a_session_resumes_on_other_ranks_and_takes_a_next_turn(mqa_path, mqa_reference, token_file, tmp_path):
+    session, turns = tmp_path / "s", [MQA_IDS[:31], MQA_IDS[31:50], MQA_IDS[50:]]
+    said = list(turns[0])
+    as_json("prefill", mqa_path, "--token-ids", token_file(turns[0]), "--session", session, "--cp", 4)
+    for turn, (cp, variant) in zip([[], *turns[1:]], [(2, "pass-kv"), (3, "gather-q"), (1, "auto")]):
+        said += turn
+        prompt = ("--token-ids", token_file(turn)) if turn else ()
+        answer = as_json("decode", session, *prompt, "-n", 9, "--cp", cp, "--variant", variant)
+        assert answer["token_ids"] == [greedy(mqa_reference, said, 9, (300,))]
+        said += answer["token_ids"][0]
+    assert as_json("decode", session, "-n", 0)["cached"] == len(said) - 1
+
+
+def test_a_batch_says_what_its_members_say_alone(mqa_path, mqa_reference, token_file, tmp_path):
+    batch = [MQA_IDS[:1], MQA_IDS[1:8], MQA_IDS[8:], MQA_IDS[3:6]]
+    first = as_json("prefill", mqa_path, "--token-ids", token_file(batch), "--session", tmp_path / "s", "--cp", 3)
+    expected = [greedy(mqa_reference, ids, 12, (300,)) for ids in batch]
+    assert first["first_token"] == [ids[0] for ids in expected]
+    assert first["tokens_per_sequence"] == list(map(len, batch))
+    assert as_json("decode", tmp_path / "s", "-n", 12)["token_ids"] == expected
+
+
+def test_sampling_depends_on_the_seed_and_not_on_ranks(mqa_path, token_file, tmp_path):
+    draws = {}
+    for cp in (1, 3):
+        for seed in (1, 2):
+            session = tmp_path / f"{cp}-{seed}"
+            as_json("prefill", mqa_path, "--token-ids", token_file(MQA_IDS), "--session", session, "--cp", cp)
+            options = ("--temperature", 0.8, "--top-p", 0.9, "--seed", seed)
+            draws[cp, seed] = as_json("decode", session, "-n", 16, *options)["token_ids"]
+    assert draws[1, 1] == draws[3, 1] != draws[1, 2] == draws[3, 2]
+
+
+def test_tensor_parallel_ranks_say_the_same(mqa_path, mqa_reference, token_file, tmp_path):
+    with_heads = ("--token-ids", token_file(MQA_IDS), "--session", tmp_path / "s")
+    error = cptool("prefill", mqa_path, *with_heads, "--tp", 2, code=2)
+    assert "do not divide into 2" in error.stderr
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "cptool", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_text_streams_to_standard_output(smollm2_path, tmp_path):
+    done = run("prefill", smollm2_path, "--prompt", "The capital of France is", "--session", tmp_path / "s")
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout and "pass-kv" in done.stdout
+    done = run("decode", tmp_path / "s", "-n", 2, "--cp", 2)
+    assert (done.returncode, done.stdout) == (0, " Paris.\n"), done.stderr
+    assert "ms each" in done.stderr
+
+
+def test_torchrun_joins(mqa_path, mqa_reference, token_file, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "cptool"]
+    steps = [
+        ["prefill", mqa_path, "--token-ids", token_file(MQA_IDS), "--session", tmp_path / "s", "--json"],
+        ["decode", tmp_path / "s", "-n", 8, "--json"],
+    ]
+    outputs = []
+    for step in steps:
+        done = subprocess.run([*torchrun, *map(str, step)], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        outputs.append(json.loads(done.stdout))  # one object, from one rank
+    assert outputs[0]["cp"] == outputs[1]["cp"] == 2
+    assert outputs[1]["token_ids"] == [greedy(mqa_reference, MQA_IDS, 8, (300,))]
+
+
+def descendants(pid: int) -> list[int]:
+    """Living processes that `pid` started, and those that they started."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            parents[int(stat.parent.name)] = int(fields[1])
+    found, frontier = [], {pid}
+    while frontier:
+        frontier = {child for child, parent in parents.items() if parent in frontier}
+        found += sorted(frontier)
+    return found
+
+
+def rank_pids(process: subprocess.Popen) -> list[int]:
+    """Ranks are what the fork server has started: children of a child."""
+    children = {pid for pid in descendants(process.pid) if f"PPid:\t{process.pid}\n" in Path(f"/proc/{pid}/status").read_text()}
+    return [pid for pid in descendants(process.pid) if pid not in children]
+
+
+def test_the_death_of_a_rank_ends_all_and_leaves_the_session(mqa_path, smollm2_path, token_file, tmp_path):
+    session = tmp_path / "s"
+    as_json("prefill", smollm2_path, "--synthetic", 5, "--session", session, "--cp", 3)
+    before = {p.name: p.read_bytes() for p in session.iterdir()}
+    command = [sys.executable, "-m", "cptool", "decode", str(session), "--synthetic", "8000", "-n", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while len(ranks := rank_pids(process)) < 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(3)
+        os.kill(ranks[1], signal.SIGKILL)
+        killed = time.monotonic()
+        output, errors = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert process.returncode == 1, errors
+    assert output == ""
+    line = errors.strip().splitlines()[-1]
+    assert "was killed by SIGKILL during" in line and f"pid {ranks[1]}" in line
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert {p.name: p.read_bytes() for p in session.iterdir()} == before
+
+
+MISTAKES = {
+    "no prompt": (["{mqa}"], "no prompt"),
+    "missing model": (["/nowhere/model", "--synthetic", "4"], "/nowhere/model"),
+    "missing prompt file": (["{mqa}", "--prompt-file", "/nowhere.txt"], "/nowhere.txt cannot be read"),
+    "missing ids": (["{mqa}", "--token-ids", "/nowhere.json"], "/nowhere.json cannot be read"),
+    "no tokenizer": (["{mqa}", "--prompt", "hello"], "has no tokenizer"),
+    "empty prompt": (["{smollm2}", "--prompt", ""], "the prompt is empty"),
+    "empty ids": (["{mqa}", "--token-ids", "{ids:[]}"], "the prompt is empty"),
+    "an empty sequence": (["{mqa}", "--token-ids", "{ids:[[1], []]}"], "sequence 2: the prompt is empty"),
+    "not ids": (["{mqa}", "--token-ids", '{ids:"word"}'], "must be a list of integers"),
+    "a float": (["{mqa}", "--token-ids", "{ids:[1.5]}"], "must be a list of integers"),
+    "not JSON": (["{mqa}", "--token-ids", "{raw:[1, 2}"], "is not JSON"),
+    "a foreign id": (["{mqa}", "--token-ids", "{ids:[301]}"], "token id 301 is not in the model's vocabulary, 0 to 300"),
+    "a negative id": (["{mqa}", "--token-ids", "{ids:[-1]}"], "token id -1"),
+    "too long": (["{mqa}", "--synthetic", "2049"], "has 2049 tokens (2049 new), the model's context is 2048"),
+    "unknown variant": (["{mqa}", "--synthetic", "4", "--variant", "pass-x"], "'pass-x' is not one of"),
+    "no ranks": (["{mqa}", "--synthetic", "4", "--cp", "0"], "0 is not in the range"),
+    "no such option": (["{mqa}", "--synthetic", "4", "--frob"], "--frob"),
+    "no GPU": (["{mqa}", "--synthetic", "4", "--device", "cuda"], "--device cuda"),
+    "truncated weights": (["{truncated}", "--synthetic", "4"], "model.safetensors"),
+    "another architecture": (["{gpt2}", "--synthetic", "4"], "gpt2"),
+    "session in the way": (["{mqa}", "--synthetic", "4", "--session", "{truncated}"], "is not empty"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(mqa_path, tmp_path_factory):
+    """Checkpoints that must be refused."""
+    import shutil
+
+    import gguf
+
+    truncated = tmp_path_factory.mktemp("broken") / "truncated"
+    shutil.copytree(mqa_path, truncated)
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    other = truncated.parent / "other.gguf"
+    writer = gguf.GGUFWriter(other, "gpt2")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {"{truncated}": str(truncated), "{gpt2}": str(other)}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_code_2(name, mqa_path, smollm2_path, broken, tmp_path, monkeypatch):
+    from cptool import distributed
+
+    if name == "no GPU":
+        monkeypatch.setattr(distributed, "_gpus", lambda: 0)
+    # Every mistake here can be known before a rank is started.
+    monkeypatch.setattr(distributed, "run", lambda *a, **k: pytest.fail("a rank was started"))
+    given, expected = MISTAKES[name]
+    places = {"{mqa}": str(mqa_path), "{smollm2}": str(smollm2_path), **broken}
+    arguments = []
+    for word in given:
+        if word.startswith(("{ids:", "{raw:")):
+            file = tmp_path / "given.json"
+            file.write_text(word[5:-1])
+            word = str(file)
+        arguments.append(places.get(word, word))
+    result = cptool("prefill", *arguments, code=2)
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert expected in result.stderr
+
+
+def test_decode_mistakes(mqa_path, smollm2_path, token_file, tmp_path):
+    session = tmp_path / "s"
+    as_json("prefill", mqa_path, "--token-ids", token_file(MQA_IDS), "--session", session)
+    before = {p.name: p.read_bytes() for p in session.iterdir()}
+    for arguments, expected in [
+        ([tmp_path / "none"], "holds no session"),
+        ([session, "--model", smollm2_path], "is not the model of this session"),
+        ([session, "-n", 2048], "the model's context is 2048"),
+        ([session, "--token-ids", token_file([[1], [2]])], "2 prompts for a session of 1 sequences"),
+        ([session, "--temperature", -1], "--temperature -1.0"),
+    ]:
+        result = cptool("decode", *arguments, code=2)
+        assert len(result.stderr.splitlines()) == 1
+        assert expected in result.stderr
+    error = cptool("prefill", mqa_path, "--synthetic", 3, "--session", session, code=2).stderr
+    assert "already holds a session" in error
+    assert {p.name: p.read_bytes() for p in session.iterdir()} == before
+
+
+def test_help_and_mistakes_do_not_wait_for_torch():
+    script = (
+        "import sys\nfrom cptool.cli.main import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules\n"
+    )
+    for arguments in (["--help"], ["prefill", "--help"], ["prefill", "/nowhere", "--synthetic", "3"]):
+        subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
+
+
+def test_doctor_tells_a_wrong_kernel(monkeypatch):
+    from cptool import selftest
+
+    assert "ok" in cptool("doctor").stdout
+    good = list(selftest.run())
+    bad = selftest.Check("attention avx512, float32, D 64", error=0.1, allowed=1e-6)
+    monkeypatch.setattr(selftest, "run", lambda: iter([*good, bad]))
+    result = cptool("doctor", code=1)
+    assert "WRONG" in result.stdout and "1 of" in result.stderr
+
+
+def test_demo_answers_from_the_document(smollm2_path):
+    done = run("demo")
+    assert done.returncode == 0, done.stderr
+    assert "check: tokens of 2 ranks = tokens of 1 rank" in done.stdout
