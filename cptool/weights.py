@@ -52,7 +52,8 @@ def load_model(
     device = torch.device(device)
     tp_rank, tp = (world.tp_rank, world.tp) if world else (0, 1)
     model = Llama(checkpoint.config, device="meta", tp=tp)
-    sources = dict(_sources(checkpoint.config, tensor_parallel.share(checkpoint.config, tp_rank, tp)))
+    share = tensor_parallel.share(checkpoint.config, tp_rank, tp)
+    sources = dict(_sources(checkpoint.config, share))
     parameters: dict[str, torch.Tensor] = {}
     shapes: dict[Source, tuple[int, ...]] = {}
     for name, source in sources.items():

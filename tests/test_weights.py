@@ -113,7 +113,7 @@ def test_tensor_parallel_shares_make_up_the_whole(shape, tp, tmp_path):
 
 
 def mapping_of(tensor):
-    """(device and inode, path) of the file behind a tensor's memory; inode 0 where there is none."""
+    """(device and inode, path) of the file behind a tensor; inode 0 where there is none."""
     address = tensor.data_ptr()
     for line in Path("/proc/self/maps").read_text().splitlines():
         start, end = (int(bound, 16) for bound in line.split()[0].split("-"))
