@@ -34,20 +34,35 @@ class Tokenizer:
     ):
         self.bos_id, self.add_bos = bos_id, add_bos and bos_id is not None
         self.chat_template, self._special = chat_template, special
+        # A token with a role is a control token even where the file does not mark it as special.
+        backend.add_special_tokens([t for t in special.values() if backend.token_to_id(t) is not None])
         added = backend.get_added_tokens_decoder()
-        control = {token.content: (i, token) for i, token in added.items() if token.special}
+        control = {
+            token.content: (i, token)
+            for i, token in added.items()
+            if token.special or token.content in special.values()
+        }
         self._guard = Guard(control)
         # Control tokens in text stay text. What a template means as one becomes a placeholder, an
         # added token of its own that stands for the id: the text around it then splits and merges
         # as it does around the control token itself.
         backend.encode_special_tokens = True
-        self._ids_of_placeholders = {}
-        for text, placeholder in self._guard.placeholders.items():
-            control_id, token = control[text]
-            backend.add_tokens(
-                [AddedToken(placeholder, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)]
-            )
-            self._ids_of_placeholders[backend.token_to_id(placeholder)] = control_id
+        placeholders = self._guard.placeholders
+        backend.add_tokens(
+            [
+                AddedToken(
+                    placeholder,
+                    lstrip=control[text][1].lstrip,
+                    rstrip=control[text][1].rstrip,
+                    normalized=False,
+                )
+                for text, placeholder in placeholders.items()
+            ]
+        )
+        self._ids_of_placeholders = {
+            backend.token_to_id(placeholder): control[text][0]
+            for text, placeholder in placeholders.items()
+        }
         self._backend = backend
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
@@ -161,25 +176,25 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
     kind = metadata.get("tokenizer.ggml.model")
     if kind in (None, "none", "no_vocab"):
         return None
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
-    types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
-    if len(types) != len(tokens):
-        raise UserError(f"{path}: {len(tokens)} tokens and {len(types)} token types; fetch it again")
+    if kind not in ("gpt2", "llama"):
+        raise UserError(
+            f"{path}: tokenizer {kind!r} is not supported (gpt2 and llama are); give token ids"
+        )
     try:
+        tokens = metadata["tokenizer.ggml.tokens"]
+        types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+        if len(types) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens and {len(types)} token types")
         if kind == "gpt2":
             backend, bos_by_default = _byte_level(path, metadata, tokens)
-        elif kind == "llama":
-            backend, bos_by_default = _sentencepiece(metadata, tokens, types), True
         else:
-            raise UserError(
-                f"{path}: tokenizer {kind!r} is not supported (gpt2 and llama are); give token ids"
-            )
+            backend, bos_by_default = _sentencepiece(metadata, tokens, types), True
         _add_tokens(backend, tokens, types)
         ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
         special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # The library raises bare Exception, bad metadata anything.
         raise UserError(
             f"{path}: its tokenizer is damaged ({first_line(error)}); fetch the file again"
         ) from None
