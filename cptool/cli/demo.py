@@ -1,7 +1,6 @@
 """`cptool demo`: a real model reads a long document on two ranks and answers from it, as one rank does."""
 
 import sys
-import textwrap
 import time
 from importlib import resources
 
@@ -12,11 +11,12 @@ from cptool.cli.options import Ranks, check_context, rank_options, resolve_ranks
 from cptool.errors import UserError
 
 MODEL = "smollm2-135m-instruct"
+QUESTION = "What is the cat's name?"
 ANSWER_TOKENS = 40
 
 
 @click.command()
-@click.option("--question", default=None, help="Ask something else about the document.")
+@click.option("--question", default=QUESTION, show_default=True, help="What to ask about the document.")
 @rank_options
 def demo(question, cp, tp, device, variant, threads, timeout):
     """Read a long document on two ranks, answer a question about it, and compare with one rank.
@@ -32,9 +32,8 @@ def demo(question, cp, tp, device, variant, threads, timeout):
     path = catalogue.pull(MODEL, lambda step: draw.say(f"{MODEL}: {step}"))
     checkpoint = open_checkpoint(str(path))
     document = resources.files("cptool").joinpath("data", "lighthouse.txt").read_text(encoding="utf-8")
-    question = question or QUESTION
     tokenizer = checkpoint.tokenizer()
-    prompt = tokenizer.chat([{"role": "user", "content": f"{document}\n\n{question}"}])
+    prompt = tokenizer.chat([{"role": "user", "content": f"{document}\n{question}"}])
     check_context([len(prompt)], [0], ANSWER_TOKENS, checkpoint.config)
     many = resolve_ranks(cp=cp or 2, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config)
 
@@ -49,7 +48,7 @@ def demo(question, cp, tp, device, variant, threads, timeout):
         stream = not reports
         if stream:
             draw.say(f"{MODEL} reads {len(document.split()):,} words ({len(prompt):,} tokens) on {ranks.cp * ranks.tp} ranks.")
-            click.echo(textwrap.fill(f"Q: {question}"))
+            click.echo(f"Q: {question}")
             click.echo("A: ", nl=False)
             sys.stdout.flush()
         began = time.perf_counter()

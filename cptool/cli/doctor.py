@@ -33,10 +33,12 @@ def doctor() -> None:
     )
     failed = 0
     rows = []
-    for check in selftest.run():
-        failed += not check.passed
-        verdict = "ok" if check.passed else "WRONG"
-        rows.append((verdict, f"{check.name}: error {check.error:.2e}, allowed {check.allowed:.2e}"))
+    on_gpu = torch.cuda.is_available() and ops.build_info()["cuda_archs"]
+    for device in ["cpu", "cuda"] if on_gpu else ["cpu"]:
+        for check in selftest.run(device):
+            failed += not check.passed
+            verdict = "ok" if check.passed else "WRONG"
+            rows.append((verdict, f"{check.name} on {device}: error {check.error:.2e}, allowed {check.allowed:.2e}"))
     draw.table(rows)
     if failed:
         draw.say(f"cptool doctor: {failed} of {len(rows)} checks failed; results on this machine are not to be trusted")
