@@ -73,15 +73,15 @@ def progress(*, quiet: bool = False) -> Iterator["Callable[[Board], None] | None
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("start the ranks", total=None)
 
         def watch(board: "Board") -> None:
             status = board.read(0)
-            if status.phase != bar.tasks[task].description:
+            if status.phase and status.phase != bar.tasks[task].description:
                 bar.reset(task, description=status.phase, total=status.total or None)
             bar.update(task, completed=status.done)
 
