@@ -94,6 +94,8 @@ def merge_partials(
     Raises:
         ValueError: an argument breaks the contract.
     """
+    if not outs:  # torch would find no device to dispatch on
+        raise ValueError("outs is empty; it must hold at least one partial")
     return _merge_partials_op(outs, lses, out_dtype)
 
 
@@ -160,6 +162,11 @@ def _check_float(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is {tensor.dtype}; it must be float32, bfloat16 or float16")
 
 
+def _check_kernels(name: str, device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ValueError(f"{name} is on {device}; this build of cptool has kernels for cpu only")
+
+
 def _check_device(tensor: Tensor, device: torch.device, name: str, first: str) -> None:
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on {device} like {first}")
@@ -223,8 +230,6 @@ def _check_into(q: Tensor, out: Tensor, lse: Tensor) -> None:
 def _check_merge(
     outs: Sequence[Tensor], lses: Sequence[Tensor], out_dtype: torch.dtype | None
 ) -> torch.dtype:
-    if not outs:
-        raise ValueError("outs is empty; it must hold at least one partial")
     if len(lses) != len(outs):
         raise ValueError(f"lses holds {len(lses)} tensors; it must hold one for each of the {len(outs)} outs")
     first = outs[0]
@@ -253,6 +258,7 @@ def _check_merge(
 
 
 def _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulate):
+    _check_kernels("q", q.device)
     q_tokens, q_heads, head_dim = q.shape
     k_tokens, kv_heads, _ = k.shape
     _C.attention_partial_cpu(
@@ -291,6 +297,7 @@ def _attention_partial_into_fake(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, 
 
 def _merge_partials(outs, lses, out_dtype=None):
     dtype = _check_merge(outs, lses, out_dtype)
+    _check_kernels("outs[0]", outs[0].device)
     tokens, heads, head_dim = outs[0].shape
     out = torch.empty((tokens, heads, head_dim), dtype=dtype, device=outs[0].device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=outs[0].device)
@@ -319,7 +326,7 @@ for _name, _function, _fake in (
     ("attention_partial_", _attention_partial_into, _attention_partial_into_fake),
     ("merge_partials", _merge_partials, _merge_partials_fake),
 ):
-    _library.impl(_name, _function, "CPU")
+    _library.impl(_name, _function, "CompositeExplicitAutograd")  # every device, to refuse those without kernels in our words
     torch.library.register_fake(f"cptool::{_name}", _fake, lib=_library)
 
 # The resolved overloads: calling them skips the search by name and signature.

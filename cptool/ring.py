@@ -32,7 +32,7 @@ class Ring:
         self.size = 1 if group is None else group.size()
         self.sent_bytes = 0
         self.exposed_s = 0.0
-        self._memory: dict[int, torch.Tensor] = {}
+        self._memory: dict[int | str, torch.Tensor] = {}
 
     def blocks(
         self, local: torch.Tensor, sizes: Sequence[int]
@@ -51,10 +51,10 @@ class Ring:
         block, source = local, self.rank
         for step in range(self.size - 1):
             following = (source + 1) % self.size
-            arriving = self._buffer(step % 2, max(sizes), local)[: sizes[following]]
+            arriving = self.buffer(step % 2, max(sizes), local)[: sizes[following]]
             pending = self._start([(predecessor, block)], [(successor, arriving)])
             yield source, block
-            self._wait(pending)
+            self.wait(pending)
             block, source = arriving, following
         yield source, block
 
@@ -92,7 +92,7 @@ class Ring:
         """Send outgoing[r] to every other rank r and receive incoming[r] from it."""
         # The nearest neighbour first, so that ranks do not all send to the same one.
         ahead = [(self.rank + step) % self.size for step in range(1, self.size)]
-        self._wait(
+        self.wait(
             self._start(
                 [(peer, outgoing[peer]) for peer in ahead],
                 [(peer, incoming[peer]) for peer in reversed(ahead)],
@@ -102,14 +102,34 @@ class Ring:
         received[self.rank] = outgoing[self.rank]
         return received
 
-    def _buffer(self, slot: int, tokens: int, like: torch.Tensor) -> torch.Tensor:
-        """Receive buffer [tokens, ...] shaped like `like`, from memory that is kept and grows."""
+    def buffer(self, name: int | str, tokens: int, like: torch.Tensor) -> torch.Tensor:
+        """A [tokens, ...] tensor shaped like `like`, uninitialised, from memory kept under `name`.
+
+        The memory grows as needed and is used again by the next call with this name: layers follow
+        each other, and fresh pages for every layer would cost more than the copies into them.
+        """
         needed = tokens * math.prod(like.shape[1:]) * like.element_size()
-        memory = self._memory.get(slot)
+        memory = self._memory.get(name)
         if memory is None or memory.numel() < needed or memory.device != like.device:
             memory = torch.empty(needed, dtype=torch.uint8, device=like.device)
-            self._memory[slot] = memory
+            self._memory[name] = memory
         return memory[:needed].view(like.dtype).view(tokens, *like.shape[1:])
+
+    def send_receive(
+        self, receiver: int, outgoing: torch.Tensor, sender: int, incoming: torch.Tensor
+    ) -> list[dist.Work]:
+        """Start sending `outgoing` to `receiver` and receiving `incoming` from `sender`; see `wait`.
+
+        Both contiguous. Neither may be changed or freed before `wait` has returned.
+        """
+        return self._start([(receiver, outgoing)], [(sender, incoming)])
+
+    def wait(self, pending: Sequence[dist.Work]) -> None:
+        """Until the transfers are done; on CUDA, until later kernels of this stream see them so."""
+        began = time.perf_counter()
+        for work in pending:
+            work.wait()
+        self.exposed_s += time.perf_counter() - began
 
     def _start(
         self,
@@ -125,9 +145,3 @@ class Ring:
         ]
         self.sent_bytes += sum(tensor.nbytes for _, tensor in sends)
         return dist.batch_isend_irecv(operations) if operations else []
-
-    def _wait(self, pending: Sequence[dist.Work]) -> None:
-        began = time.perf_counter()
-        for work in pending:
-            work.wait()
-        self.exposed_s += time.perf_counter() - began

@@ -55,7 +55,7 @@ def concat(cached: Placement, new: Placement) -> Placement:
     ValueError when the two differ in their number of sequences.
     """
     if cached.batch != new.batch:
-        raise ValueError(f"new holds {new.batch} sequences; it must hold {cached.batch} like cached")
+        raise ValueError(f"new has {new.batch} sequences; it must have {cached.batch} like cached")
     if cached.tokens == 0:
         return new
     if new.tokens == 0:
@@ -64,6 +64,22 @@ def concat(cached: Placement, new: Placement) -> Placement:
     return Placement(
         torch.cat([part for pair in pairs for part in pair]), cached.cu_seqlens + new.cu_seqlens
     )
+
+
+def union(placements: Sequence[Placement]) -> tuple[Placement, torch.Tensor]:
+    """All ranks' tokens as one placement, ascending within each sequence, and where they come from.
+
+    Returns the union and an int64 [T] `order`: the union's token i is token order[i] of the ranks'
+    tokens concatenated in rank order.
+    """
+    first = placements[0]
+    sequence = torch.arange(first.batch, device=first.positions.device)
+    keys = [
+        (sequence.repeat_interleave(p.cu_seqlens.diff()) << 32) + p.positions for p in placements
+    ]
+    ordered, order = torch.cat(keys).sort()
+    cu_seqlens = torch.stack([p.cu_seqlens for p in placements]).sum(0, dtype=torch.int32)
+    return Placement((ordered & 0xFFFFFFFF).to(torch.int32), cu_seqlens), order
 
 
 @dataclass(frozen=True)

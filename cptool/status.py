@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 _RECORD = 4096
 _STATUS = struct.Struct("<qq64s")  # done, total, phase
-_FAILURE = struct.Struct("<d?H")  # monotonic time (0: none), whose mistake, bytes of the message
+_FAILURE = struct.Struct("<d16sH")  # monotonic time (0: none), kind, bytes of the message
 _FAILURE_AT = 256
 _MESSAGE_AT = _FAILURE_AT + _FAILURE.size
 
@@ -35,11 +35,12 @@ class Status:
 
 @dataclass(frozen=True)
 class Failure:
-    """The exception that ended a rank: `user_error` says it was a UserError."""
+    """The exception that ended a rank. kind: "user" for a UserError, "communication" for an error of
+    a transfer, which may only be the echo of another rank's end, else "error"."""
 
     rank: int
     time: float
-    user_error: bool
+    kind: str
     message: str
 
 
@@ -48,13 +49,19 @@ class Board:
     in memory of this process."""
 
     def __init__(self, ranks: int, path: str | os.PathLike[str] | None = None) -> None:
-        self.ranks = ranks
+        self.ranks, self.path = ranks, path
         if path is None:
             self._memory = mmap.mmap(-1, ranks * _RECORD)
         else:
             with open(path, "a+b") as file:
                 file.truncate(ranks * _RECORD)
                 self._memory = mmap.mmap(file.fileno(), ranks * _RECORD)
+
+    def __reduce__(self):
+        """A board in a file can be sent to another process, which then shares it."""
+        if self.path is None:
+            raise TypeError("a board in this process's own memory cannot be sent to another one")
+        return Board, (self.ranks, self.path)
 
     def write(self, rank: int, phase: str, done: int = 0, total: int = 0) -> None:
         """Record that `rank` has done `done` of `total` steps of `phase` (at most 64 bytes)."""
@@ -65,13 +72,13 @@ class Board:
         done, total, phase = _STATUS.unpack_from(self._memory, rank * _RECORD)
         return Status(phase.rstrip(b"\0").decode(errors="replace"), done, total)
 
-    def fail(self, rank: int, message: str, user_error: bool = False) -> None:
-        """Record the exception that ends `rank`; a long message is cut."""
+    def fail(self, rank: int, kind: str, message: str) -> None:
+        """Record the exception that ends `rank`, as Failure has it; a long message is cut."""
         text = message.encode()[: _RECORD - _MESSAGE_AT]
         base = rank * _RECORD
         self._memory[base + _MESSAGE_AT : base + _MESSAGE_AT + len(text)] = text
         _FAILURE.pack_into(
-            self._memory, base + _FAILURE_AT, time.monotonic(), user_error, len(text)
+            self._memory, base + _FAILURE_AT, time.monotonic(), kind.encode(), len(text)
         )
 
     def failures(self) -> list[Failure]:
@@ -79,8 +86,9 @@ class Board:
         found = []
         for rank in range(self.ranks):
             base = rank * _RECORD
-            when, user_error, length = _FAILURE.unpack_from(self._memory, base + _FAILURE_AT)
+            when, kind, length = _FAILURE.unpack_from(self._memory, base + _FAILURE_AT)
             if when:
                 text = self._memory[base + _MESSAGE_AT : base + _MESSAGE_AT + length]
-                found.append(Failure(rank, when, user_error, text.decode(errors="replace")))
+                kind = kind.rstrip(b"\0").decode()
+                found.append(Failure(rank, when, kind, text.decode(errors="replace")))
         return sorted(found, key=lambda failure: failure.time)

@@ -8,6 +8,8 @@ import torch
 import transformers
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -232,6 +234,8 @@ def test_fingerprint_depends_on_the_bytes_and_not_on_the_place(tmp_path):
         ({"llama.attention.head_count_kv": 3}, "multiple"),
         ({"llama.attention.layer_norm_rms_epsilon": "x"}, "it must be a number"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps is nan"),
+        ({"tokenizer.ggml.eos_token_id": VOCAB}, "eos_token_id is 32"),
+        ({"tokenizer.ggml.bos_token_id": "1"}, "bos_token_id is '1'"),
         ({"llama.block_count": 2**31}, "not of one model"),
         ({"llama.block_count": 2}, "model.layers.1.input_layernorm.weight is missing"),
         ({"llama.feed_forward_length": 511}, "has shape [512, 256]"),
@@ -291,6 +295,33 @@ def test_a_file_cut_anywhere_is_refused(path):
 def test_hostile_headers_are_refused(path, body, message):
     path.write_bytes(b"GGUF" + body)
     assert message in refusal(path)
+
+
+@pytest.fixture(scope="module")
+def small_header(tmp_path_factory):
+    """A file and the offset of its data; the header before it is short enough to be searched."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write(path, **{"tokenizer.ggml.tokens": ["a", "b"]})
+    return path.read_bytes(), open_checkpoint(str(path)).stored["model.embed_tokens.weight"].offset
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_a_damaged_header_is_refused_or_harmless(tmp_path_factory, small_header, data):
+    whole, data_at = small_header
+    damaged = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(4, data_at - 1))
+        damaged[at] = data.draw(st.sampled_from([0, 1, 8, 9, 0x7F, 0xFF, damaged[at] ^ 1]))
+    path = tmp_path_factory.getbasetemp() / "damaged.gguf"
+    path.write_bytes(damaged)
+    try:
+        checkpoint = open_checkpoint(str(path))
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        for stored in checkpoint.stored.values():
+            assert stored.offset + stored.nbytes <= len(damaged)
 
 
 def test_alignment_of_nothing_is_refused(path):

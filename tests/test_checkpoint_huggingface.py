@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cptool.checkpoint import open_checkpoint
@@ -42,6 +44,15 @@ def saved(tmp_path):
     """A tiny checkpoint directory with separate embeddings, as transformers writes it."""
     tiny().save_pretrained(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory):
+    """A checkpoint directory, the bytes of its weights, and where the data in them begins."""
+    path = tmp_path_factory.mktemp("damaged")
+    tiny().save_pretrained(path)
+    whole = (path / "model.safetensors").read_bytes()
+    return path, whole, 8 + struct.unpack_from("<Q", whole)[0]
 
 
 def edit(path, **changes):
@@ -152,8 +163,8 @@ def test_generation_config_goes_before_config(saved):
     checkpoint = open_checkpoint(str(saved))
     assert checkpoint.eos_ids == (5,) and checkpoint.bos_id == 4
     assert checkpoint.sampling.temperature is None
-    settings = {"eos_token_id": [8, 9], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
-    (saved / "generation_config.json").write_text(json.dumps(settings))
+    sampling = {"eos_token_id": [8, 9], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (saved / "generation_config.json").write_text(json.dumps(sampling))
     checkpoint = open_checkpoint(str(saved))
     assert checkpoint.eos_ids == (8, 9)
     assert (checkpoint.sampling.temperature, checkpoint.sampling.top_p) == (0.6, 0.9)
@@ -298,6 +309,24 @@ def test_truncated_weights_are_refused(saved, kept):
 def test_damaged_headers_are_refused(saved, header):
     (saved / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
     assert "header is damaged" in refusal(saved)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_damaged_header_is_refused_or_harmless(saved_once, data):
+    path, whole, data_at = saved_once
+    damaged = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, data_at - 1))
+        damaged[at] = data.draw(st.sampled_from([*b'"{}[],:-0123456789\n\xff', damaged[at] ^ 1]))
+    (path / "model.safetensors").write_bytes(damaged)
+    try:
+        checkpoint = open_checkpoint(str(path))
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        for stored in checkpoint.stored.values():
+            assert stored.offset + stored.nbytes <= len(damaged)
 
 
 def test_a_header_longer_than_the_format_allows_is_refused(saved):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cptool.sharding import Placement, balanced, concat
+from cptool.sharding import Placement, balanced, concat, union
 
 LENGTHS = st.lists(st.one_of(st.integers(0, 40), st.sampled_from([97, 257, 1009])), max_size=6)
 BATCHES = LENGTHS.flatmap(
@@ -131,6 +131,21 @@ def test_concat_keeps_sequences_apart_and_ascending(sizes, ranks):
             assert positions.tolist() == expected == sorted(expected)
 
 
+@settings(deadline=None, max_examples=50)
+@given(BATCHES.filter(lambda batch: batch[0]), st.integers(1, 5), st.integers(0, 9))
+def test_union_of_all_ranks_is_the_batch(batch, ranks, offset):
+    lengths, starts = batch
+    layout = balanced(lengths, ranks, starts, offset)
+    placements = layout.placements()
+    whole, order = union(placements)
+    expected = balanced(lengths, 1, starts).placement(0)
+    assert torch.equal(whole.positions, expected.positions)
+    assert torch.equal(whole.cu_seqlens, expected.cu_seqlens)
+    assert whole.positions.dtype == whole.cu_seqlens.dtype == torch.int32
+    indices = torch.cat([layout.indices(rank) for rank in range(ranks)])
+    assert torch.equal(indices[order], torch.arange(sum(lengths)))
+
+
 def test_placement_of_sequences():
     parts = [torch.tensor(p, dtype=torch.int32) for p in ([1, 5], [], [0])]
     placement = Placement.of(parts)
@@ -158,5 +173,5 @@ def test_owner_of_a_token_that_is_not_new():
 
 
 def test_concat_of_different_batches():
-    with pytest.raises(ValueError, match="new holds 2 sequences; it must hold 1"):
+    with pytest.raises(ValueError, match="new has 2 sequences; it must have 1"):
         concat(balanced([1], 1).placement(0), balanced([1, 1], 1).placement(0))

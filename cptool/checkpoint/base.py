@@ -261,7 +261,12 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def as_ids(value: Any) -> tuple[int, ...]:
-    """Token ids out of an int, a list of ints or None, each once."""
-    ids = value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool)))
+def token_ids(source: Path, key: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+    """Token ids out of an int, a list of ints or None, each once; UserError for anything else."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise UserError(
+                f"{source}: {key} is {i!r}, it must lie in the vocabulary of {vocab_size}; mend the file"
+            )
+    return tuple(dict.fromkeys(ids))

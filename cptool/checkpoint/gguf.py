@@ -18,9 +18,9 @@ from cptool.checkpoint.base import (
     Checkpoint,
     Sampling,
     StoredTensor,
-    as_ids,
     check_config,
     select_tensors,
+    token_ids,
 )
 from cptool.checkpoint.gguf_header import Header, read_header
 from cptool.errors import UserError
@@ -92,14 +92,18 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
             stored[key] = replace(tensor, interleaved_heads=config.num_attention_heads)
         elif key.endswith("k_proj.weight"):
             stored[key] = replace(tensor, interleaved_heads=config.num_key_value_heads)
-    ends = [as_ids(metadata.get(f"tokenizer.ggml.{end}_token_id")) for end in ("eos", "eot", "eom")]
+    ids = {
+        name: token_ids(path, key, metadata.get(key), config.vocab_size)
+        for name in ("bos", "eos", "eot", "eom")
+        for key in [f"tokenizer.ggml.{name}_token_id"]
+    }
     return Checkpoint(
         path=path,
         name=name or path.stem,
         config=config,
         stored=stored,
-        eos_ids=tuple(dict.fromkeys(i for ids in ends for i in ids)),
-        bos_id=next(iter(as_ids(metadata.get("tokenizer.ggml.bos_token_id"))), None),
+        eos_ids=tuple(dict.fromkeys(ids["eos"] + ids["eot"] + ids["eom"])),
+        bos_id=next(iter(ids["bos"]), None),
         sampling=Sampling(
             metadata.get("general.sampling.temp"), metadata.get("general.sampling.top_p")
         ),

@@ -10,10 +10,10 @@ from cptool.checkpoint.base import (
     Checkpoint,
     Sampling,
     StoredTensor,
-    as_ids,
     check_config,
     first_line,
     select_tensors,
+    token_ids,
 )
 from cptool.checkpoint.safetensors import read_header
 from cptool.errors import UserError
@@ -54,22 +54,17 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
     config = check_config(config_file, read_config(config_file, fields, tied=HEAD not in found))
     generation_file = path / "generation_config.json"
     generation = _read_json(generation_file) if generation_file.is_file() else {}
-    token_ids = {
-        key: as_ids(generation.get(key)) or as_ids(fields.get(key))
+    eos_ids, bos_ids = (
+        token_ids(path, key, generation.get(key, fields.get(key)), config.vocab_size)
         for key in ("eos_token_id", "bos_token_id")
-    }
-    for key, ids in token_ids.items():
-        if bad := [i for i in ids if not 0 <= i < config.vocab_size]:
-            raise UserError(
-                f"{path}: {key} is {bad[0]}, it must lie in the vocabulary of {config.vocab_size}"
-            )
+    )
     return Checkpoint(
         path=path,
         name=name or path.resolve().name,
         config=config,
         stored=select_tensors(path, config, found, TORCH_DTYPES),
-        eos_ids=token_ids["eos_token_id"],
-        bos_id=next(iter(token_ids["bos_token_id"]), None),
+        eos_ids=eos_ids,
+        bos_id=next(iter(bos_ids), None),
         sampling=_sampling(generation),
         load_tokenizer=lambda: _load_tokenizer(path),
     )

@@ -33,7 +33,7 @@ inline __m512 exp2_cubic(__m512 x) {
 class AmxKernel {
  public:
   static constexpr int kRows = 16 * kPanel;
-  static constexpr int kKeys = 128;
+  static constexpr int kKeys = 256;
 
   static size_t scratch_bytes(const AttentionArgs& args) {
     const size_t dims = padded(args.head_dim);
@@ -65,12 +65,15 @@ class AmxKernel {
       const Visible visible(fixed_.rows, row, row + kPanel - 1, key, keys);
       if (visible.keys == 0) continue;
       const int strips = (visible.keys + kStrip - 1) / kStrip;
-      for (int strip = 0; strip < strips; ++strip) score(row, strip);
-      for (int half = 0; half < 2; ++half) {
-        if (visible.masked || visible.keys % kStrip != 0) {
-          softmax<true>(row, half, strips, key);
+      // The first strip that some row doesn't see in full.
+      const int64_t seen_by_all = fixed_.rows.limit[row] - key;
+      const int dense = seen_by_all < 0 ? 0 : static_cast<int>(seen_by_all / kStrip);
+      score_alone(row);
+      for (int strip = 0; strip < strips; ++strip) {
+        if (strip < dense) {
+          weigh<false>(row, strip, strips, key);
         } else {
-          softmax<false>(row, half, strips, key);
+          weigh<true>(row, strip, strips, key);
         }
       }
       for (int64_t d = 0; d < dims_; d += kStrip) accumulate(row, d, strips);
@@ -79,7 +82,7 @@ class AmxKernel {
 
   // Turns the accumulator of every 16 rows, tiles [dim][row], into 16 rows, in place.
   void finish(const RowBlock<kRows>& block) {
-    float* rows = fixed_.scores;
+    float* rows = reinterpret_cast<float*>(k_);  // not needed any more
     for (int row = 0; row < block.rows; row += kLanes) {
       float* acc = accumulator(row);
       for (int64_t d = 0; d < dims_; d += kLanes) {
@@ -98,11 +101,15 @@ class AmxKernel {
  private:
   struct Fixed {
     RowStates<kRows> rows;
-    alignas(64) float scores[kKeys * kPanel];      // tiles [keys / 16][2 row tiles], each [16 keys][16 rows]
-    alignas(64) BFloat16 weights[kKeys * kPanel];  // tiles [keys / 32][2 row tiles], each [16 key pairs][16 rows][2]
+    // Two strips, so that one is computed while the other is read: tiles [2 of keys][2 of rows], each [16 keys][16 rows].
+    alignas(64) float scores[2][kStrip * kPanel];
+    alignas(64) BFloat16 weights[kKeys * kPanel];  // tiles [keys / 32][2 of rows], each [16 key pairs][16 rows][2]
   };
 
   static int64_t padded(int64_t head_dim) { return (head_dim + kStrip - 1) / kStrip * kStrip; }
+
+  // The two tiles of weights of 32 keys by 32 rows.
+  char* weight_tiles(int strip) const { return reinterpret_cast<char*>(fixed_.weights) + strip * 2 * kTileBytes; }
 
   float* accumulator(int row) const { return reinterpret_cast<float*>(acc_) + row * dims_; }
 
@@ -166,86 +173,130 @@ class AmxKernel {
     }
   }
 
-  // Scores of 32 keys by 32 rows.
-  void score(int row, int strip) {
-    const char* k = k_ + strip * kStrip * dims_ * 2;
-    const char* q = q_ + row * dims_ * 2;
+  // One step of the scores of 32 keys by 32 rows: 32 dimensions, the c-th.
+  void score_step(int row, int strip, int64_t c) {
+    const char* k = k_ + strip * kStrip * dims_ * 2 + c * kTileBytes;
+    const char* q = q_ + row * dims_ * 2 + c * kTileBytes;
     const int64_t next = kLanes * dims_ * 2;  // bytes from 16 keys or rows to the next 16
+    load_tile<4>(k);
+    load_tile<6>(q);
+    load_tile<7>(q + next);
+    multiply_tiles<0, 4, 6>();
+    multiply_tiles<1, 4, 7>();
+    load_tile<5>(k + next);
+    multiply_tiles<2, 5, 6>();
+    multiply_tiles<3, 5, 7>();
+  }
+
+  static void begin_scores() {
     zero_tile<0>();
     zero_tile<1>();
     zero_tile<2>();
     zero_tile<3>();
-    for (int64_t c = 0; c < next; c += kTileBytes) {
-      load_tile<4>(k + c);
-      load_tile<6>(q + c);
-      load_tile<7>(q + next + c);
-      multiply_tiles<0, 4, 6>();
-      multiply_tiles<1, 4, 7>();
-      load_tile<5>(k + next + c);
-      multiply_tiles<2, 5, 6>();
-      multiply_tiles<3, 5, 7>();
-    }
-    char* to = reinterpret_cast<char*>(fixed_.scores) + strip * 4 * kTileBytes;
-    store_tile<0>(to);
-    store_tile<1>(to + kTileBytes);
-    store_tile<2>(to + 2 * kTileBytes);
-    store_tile<3>(to + 3 * kTileBytes);
   }
 
-  template <bool masked>
-  void softmax(int row, int half, int strips, int64_t key) {
-    RowStates<kRows>& rows = fixed_.rows;
-    row += half * kLanes;
-    const float* scores = fixed_.scores + half * 256;
-    auto score_at = [&](int j) { return _mm512_load_ps(scores + j / kLanes * 512 + j % kLanes * kLanes); };
-    const __m512i left = _mm512_sub_epi32(_mm512_load_si512(rows.limit + row), _mm512_set1_epi32(static_cast<int32_t>(key)));
-    auto visible = [&](int j) { return _mm512_cmpgt_epi32_mask(left, _mm512_set1_epi32(j)); };
+  void end_scores(int strip) {
+    float* to = fixed_.scores[strip % 2];
+    store_tile<0>(to);
+    store_tile<1>(to + 256);
+    store_tile<2>(to + 512);
+    store_tile<3>(to + 768);
+  }
 
-    const int keys = strips * kStrip;
-    __m512 most[4];
-    for (int i = 0; i < 4; ++i) most[i] = _mm512_set1_ps(-INFINITY);
-    for (int j = 0; j < keys; j += 4) {
+  void score_alone(int row) {
+    begin_scores();
+    for (int64_t c = 0; c < dims_ / kStrip; ++c) score_step(row, 0, c);
+    end_scores(0);
+  }
+
+  // Turns the scores of a strip into weights, while the tiles compute the scores of the next strip.
+  template <bool masked>
+  void weigh(int row, int strip, int strips, int64_t key) {
+    RowStates<kRows>& rows = fixed_.rows;
+    const float* scores = fixed_.scores[strip % 2];
+    auto score_at = [&](int half, int j) { return _mm512_load_ps(scores + j / kLanes * 512 + half * 256 + j % kLanes * kLanes); };
+    const __m512i first_key = _mm512_set1_epi32(static_cast<int32_t>(key + strip * kStrip));
+    const __m512i left[2] = {_mm512_sub_epi32(_mm512_load_si512(rows.limit + row), first_key),
+                             _mm512_sub_epi32(_mm512_load_si512(rows.limit + row + kLanes), first_key)};
+    auto visible = [&](int half, int j) { return _mm512_cmpgt_epi32_mask(left[half], _mm512_set1_epi32(j)); };
+
+    const __m512 scale = _mm512_set1_ps(scale_log2_);
+    __m512 base[2];
+    for (int half = 0; half < 2; ++half) {
+      __m512 most[4];
+      for (int i = 0; i < 4; ++i) most[i] = _mm512_set1_ps(-INFINITY);
+#pragma GCC unroll 8
+      for (int j = 0; j < kStrip; j += 4) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        most[i] = masked ? _mm512_mask_max_ps(most[i], visible(j + i), most[i], score_at(j + i))
-                         : _mm512_max_ps(most[i], score_at(j + i));
+        for (int i = 0; i < 4; ++i) {
+          most[i] = masked ? _mm512_mask_max_ps(most[i], visible(half, j + i), most[i], score_at(half, j + i))
+                           : _mm512_max_ps(most[i], score_at(half, j + i));
+        }
+      }
+      const __m512 top = _mm512_mul_ps(_mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])), scale);
+      base[half] = _mm512_load_ps(rows.max + row + half * kLanes);
+      if (_mm512_cmp_ps_mask(top, _mm512_add_ps(base[half], _mm512_set1_ps(kSlack)), _CMP_GT_OQ)) {
+        base[half] = raise(row, half, strip, top);
       }
     }
-    const __m512 scale = _mm512_set1_ps(scale_log2_);
-    most[0] = _mm512_mul_ps(_mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])), scale);
-    __m512 base = _mm512_load_ps(rows.max + row);
-    if (_mm512_cmp_ps_mask(most[0], _mm512_add_ps(base, _mm512_set1_ps(kSlack)), _CMP_GT_OQ)) base = rescale(row, most[0]);
 
-    __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    __m512 total[2] = {_mm512_load_ps(rows.sum + row), _mm512_load_ps(rows.sum + row + kLanes)};
     const __m512i half_unit = _mm512_set1_epi32(0x8000);
     const __m512i high_half = _mm512_set1_epi32(-0x10000);
-    char* to = reinterpret_cast<char*>(fixed_.weights) + half * kTileBytes;
-    for (int j = 0; j < keys; j += 2) {
-      __m512i weight[2];
+    char* to = weight_tiles(strip);
+    auto weigh_pairs = [&](int begin, int end) {
+      for (int pair = begin; pair < end; ++pair) {
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        __m512 w = exp2_cubic(_mm512_fmsub_ps(score_at(j + i), scale, base));
-        if (masked) w = _mm512_maskz_mov_ps(visible(j + i), w);
-        weight[i] = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(w), half_unit), high_half);
-        total[i] = _mm512_add_ps(total[i], _mm512_castsi512_ps(weight[i]));
+        for (int half = 0; half < 2; ++half) {
+          __m512i weight[2];
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; ++i) {
+            __m512 w = exp2_cubic(_mm512_fmsub_ps(score_at(half, 2 * pair + i), scale, base[half]));
+            if (masked) w = _mm512_maskz_mov_ps(visible(half, 2 * pair + i), w);
+            weight[i] = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(w), half_unit), high_half);
+          }
+          total[half] = _mm512_add_ps(total[half], _mm512_add_ps(_mm512_castsi512_ps(weight[0]), _mm512_castsi512_ps(weight[1])));
+          _mm512_store_si512(to + half * kTileBytes + pair * 64, _mm512_or_si512(_mm512_srli_epi32(weight[0], 16), weight[1]));
+        }
       }
-      const __m512i pair = _mm512_or_si512(_mm512_srli_epi32(weight[0], 16), weight[1]);
-      _mm512_store_si512(to + j / kStrip * 2 * kTileBytes + j % kStrip / 2 * 64, pair);
+    };
+    if (strip + 1 < strips) {
+      const int steps = static_cast<int>(dims_ / kStrip);
+      begin_scores();
+      for (int c = 0; c < steps; ++c) {
+        score_step(row, strip + 1, c);
+        weigh_pairs(kLanes * c / steps, kLanes * (c + 1) / steps);
+      }
+      end_scores(strip + 1);
+    } else {
+      weigh_pairs(0, kLanes);
     }
-    const __m512 sum = _mm512_add_ps(_mm512_load_ps(rows.sum + row), _mm512_add_ps(total[0], total[1]));
-    _mm512_store_ps(rows.sum + row, sum);
+    _mm512_store_ps(rows.sum + row, total[0]);
+    _mm512_store_ps(rows.sum + row + kLanes, total[1]);
   }
 
-  // Raises the maxima of 16 rows to at least `most`; returns them.
-  __m512 rescale(int row, __m512 most) {
+  // Raises the maxima of 16 rows to at least `top`, with all that was computed against the old ones; returns them.
+  __attribute__((noinline)) __m512 raise(int row, int half, int strip, __m512 top) {
     RowStates<kRows>& rows = fixed_.rows;
+    row += half * kLanes;
     const __m512 old = _mm512_load_ps(rows.max + row);
-    const __m512 base = _mm512_max_ps(old, most);
+    const __m512 base = _mm512_max_ps(old, top);
     const __m512 keep = exp2_full(_mm512_sub_ps(old, base));
     _mm512_store_ps(rows.max + row, base);
     _mm512_store_ps(rows.sum + row, _mm512_mul_ps(_mm512_load_ps(rows.sum + row), keep));
     float* acc = accumulator(row);
     for (int64_t d = 0; d < dims_; ++d) _mm512_store_ps(acc + d * kLanes, _mm512_mul_ps(_mm512_load_ps(acc + d * kLanes), keep));
+    const __m512i high_half = _mm512_set1_epi32(-0x10000);
+    for (int s = 0; s < strip; ++s) {  // the weights that are not accumulated yet
+      for (int pair = 0; pair < kLanes; ++pair) {
+        char* at = weight_tiles(s) + half * kTileBytes + pair * 64;
+        const __m512i both = _mm512_load_si512(at);
+        const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), keep);
+        const __m512 odd = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(both, high_half)), keep);
+        _mm512_store_si512(at, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16),
+                                               _mm512_and_si512(_mm512_castps_si512(odd), high_half)));
+      }
+    }
     return base;
   }
 
@@ -258,11 +309,10 @@ class AmxKernel {
     load_tile<2>(acc + kTileBytes);
     load_tile<3>(acc + kTileBytes + next_rows);
     const char* v = v_ + d / kLanes * (kKeys / kStrip) * kTileBytes;
-    const char* weights = reinterpret_cast<const char*>(fixed_.weights);
     for (int strip = 0; strip < strips; ++strip) {
       load_tile<4>(v + strip * kTileBytes);
-      load_tile<6>(weights + 2 * strip * kTileBytes);
-      load_tile<7>(weights + (2 * strip + 1) * kTileBytes);
+      load_tile<6>(weight_tiles(strip));
+      load_tile<7>(weight_tiles(strip) + kTileBytes);
       multiply_tiles<0, 4, 6>();
       multiply_tiles<1, 4, 7>();
       load_tile<5>(v + (kKeys / kStrip + strip) * kTileBytes);

@@ -79,7 +79,7 @@ class Schedule {
   const WorkItem* group(int32_t split, int32_t* count) const;
   // [q_tokens]: how many keys of its sequence each query token sees. They are the first ones, for positions ascend.
   const int64_t* limits() const;
-  // No more threads than items.
+  // How many of `threads` repay their waking.
   int useful_threads(int threads) const;
 
  private:

@@ -13,6 +13,11 @@ namespace {
 constexpr int64_t kWantedItems = 64;
 constexpr int64_t kKeyRange = 1024;
 
+// Multiply-adds that repay waking a thread, roughly 20 microseconds of them; a block of few rows is bound by reading its keys and
+// counts as kBusyRows.
+constexpr int64_t kThreadWork = 1 << 19;
+constexpr int64_t kBusyRows = 8;
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Group {
@@ -43,6 +48,7 @@ struct Schedule::State {
   std::unique_ptr<Group[]> groups;
   std::unique_ptr<float[]> partials;
   std::atomic<size_t> next{0};
+  int64_t work = 0;
 };
 
 Schedule::Schedule(const AttentionArgs& args, int block_rows) : state_(new State) {
@@ -102,6 +108,9 @@ Schedule::Schedule(const AttentionArgs& args, int block_rows) : state_(new State
     }
   }
 
+  for (const WorkItem& item : state.items) {
+    state.work += std::max<int64_t>(item.rows, kBusyRows) * (item.key_end - item.key_begin) * args.head_dim;
+  }
   std::stable_sort(state.items.begin(), state.items.end(), [](const WorkItem& a, const WorkItem& b) {
     return a.rows * (a.key_end - a.key_begin) > b.rows * (b.key_end - b.key_begin);
   });
@@ -127,7 +136,8 @@ const WorkItem* Schedule::group(int32_t split, int32_t* count) const {
 const int64_t* Schedule::limits() const { return state_->limits.data(); }
 
 int Schedule::useful_threads(int threads) const {
-  return static_cast<int>(std::min<size_t>(static_cast<size_t>(threads), std::max<size_t>(state_->items.size(), 1)));
+  const int64_t useful = std::min<int64_t>(static_cast<int64_t>(state_->items.size()), 1 + state_->work / kThreadWork);
+  return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(useful, 1)));
 }
 
 }  // namespace cptool::cpu

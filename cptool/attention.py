@@ -1,0 +1,206 @@
+"""The variants of context-parallel attention: what travels between the ranks, and when.
+
+Every rank holds some new queries and some of the keys and values. A partial result over any part of
+the keys is (out, lse), and partials merge exactly (paper, appendix B), so each variant is a choice
+of messages. What travels is only q, K and V, or partials: positions are known to all from `Step`.
+
+- pass-kv: KV blocks go round a ring, hidden under the attention on the block in hand (algorithm 2).
+- gather-kv: all KV at once, then one attention; no overlap, but one kernel call.
+- pass-q: queries go round the ring, partials return to their owners on the way (algorithm 3).
+- gather-q: all queries at once, one attention on the local KV, one exchange of partials.
+
+Partials are merged by the rank of their keys, 0 to N - 1, whatever the order of arrival: the same
+ranks and variant give the same bits in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from cptool.errors import UserError
+from cptool.ops import attention_partial, merge_partials
+from cptool.ring import Ring
+from cptool.sharding import Placement, union
+
+if TYPE_CHECKING:
+    from cptool.cache import LayerKV
+
+Variant = Callable[[torch.Tensor, "LayerKV", "Step", Ring, float], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of one forward share; tensors on the device of the queries.
+
+    rank: this CP rank. queries[r]: the new tokens of rank r. keys[r]: all tokens whose KV rank r
+    holds, the new ones included. Only pass-kv and gather-kv read `keys`; elsewhere it may be empty.
+    """
+
+    rank: int
+    queries: tuple[Placement, ...]
+    keys: tuple[Placement, ...]
+
+    @cached_property
+    def query_sizes(self) -> list[int]:
+        return [placement.tokens for placement in self.queries]
+
+    @cached_property
+    def key_sizes(self) -> list[int]:
+        return [placement.tokens for placement in self.keys]
+
+    @cached_property
+    def all_queries(self) -> tuple[Placement, torch.Tensor]:
+        return union(self.queries)
+
+    @cached_property
+    def all_keys(self) -> tuple[Placement, torch.Tensor]:
+        return union(self.keys)
+
+    @cached_property
+    def rows(self) -> list[torch.Tensor]:
+        """Where each rank's queries lie in `all_queries`."""
+        return list(torch.split(self.all_queries[1].argsort(), self.query_sizes))
+
+
+def attend(
+    variant: str, q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
+) -> torch.Tensor:
+    """Attention of this rank's queries over the keys of all ranks; every rank calls it alike.
+
+    q: [Tq, Hq, D], the new tokens step.queries[step.rank]. kv: this rank's KV of the layer, with
+    the new tokens stored. scale: factor of the scores. Returns [Tq, Hq, D] in q's dtype.
+
+    Raises UserError for an unknown variant; what `attention_partial` and `Ring` raise.
+    """
+    chosen = find_variant(variant)
+    if ring.size == 1:
+        mine = step.queries[step.rank]
+        return _over_local(q, mine, kv, scale, out_dtype=q.dtype)[0]
+    return chosen(q, kv, step, ring, scale)
+
+
+def find_variant(name: str) -> Variant:
+    """The function of a variant; UserError if there is none of that name."""
+    if name not in VARIANTS:
+        raise UserError(f"--variant {name}: it must be one of {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+def pass_kv(
+    q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
+) -> torch.Tensor:
+    """Ring of KV blocks.
+
+    Rank k sees sources k..N-1 and then 0..k-1. Each run ascends, so each has one running result,
+    merged into by the kernel; joining the low run to the high one gives the order 0..N-1.
+    """
+    mine = step.queries[step.rank]
+    low = high = None
+    for source, block in ring.blocks(kv.packed(), step.key_sizes):
+        if source == step.rank:
+            high = _over_local(q, mine, kv, scale)
+        elif source > step.rank:
+            high = _over_block(q, mine, block, step.keys[source], scale, into=high)
+        else:
+            low = _over_block(q, mine, block, step.keys[source], scale, into=low)
+    partials = [partial for partial in (low, high) if partial is not None]
+    outs, lses = zip(*partials)
+    return merge_partials(outs, lses, q.dtype)[0]
+
+
+def gather_kv(
+    q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
+) -> torch.Tensor:
+    """All KV, brought into sequence order, then one attention.
+
+    The op needs ascending positions, and the ranks' chunks interleave. So received blocks are put
+    in order by one row gather at the speed of memory: the wire takes several times as long, and
+    sending each stretch of positions straight into its place would take a message for each one.
+    """
+    keys, order = step.all_keys
+    local = kv.packed()
+    received = ring.buffer("received", keys.tokens, local)
+    parts = received.split(step.key_sizes)
+    parts[step.rank].copy_(local)
+    ring.gather(parts[step.rank], step.key_sizes, into=parts)
+    ordered = ring.buffer("ordered", keys.tokens, local)
+    torch.index_select(received.flatten(1), 0, order, out=ordered.flatten(1))
+    return _over_block(q, step.queries[step.rank], ordered, keys, scale, out_dtype=q.dtype)[0]
+
+
+def pass_q(
+    q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
+) -> torch.Tensor:
+    """Ring of queries; each partial leaves for its owner as soon as it is computed.
+
+    At step j rank k computes for the queries of k + j while rank k - j computes for those of k.
+    """
+    size, rank = ring.size, step.rank
+    messages: list[torch.Tensor] = [q.new_empty(0)] * size
+    pending = []
+    for source, block in ring.blocks(q.contiguous(), step.query_sizes):
+        partial = _over_local(block, step.queries[source], kv, scale)
+        if source == rank:
+            messages[rank] = _pack(*partial)
+            continue
+        sender = (2 * rank - source) % size
+        messages[sender] = torch.empty_like(messages[rank])
+        pending.append(ring.send_receive(source, _pack(*partial), sender, messages[sender]))
+    for transfer in pending:
+        ring.wait(transfer)
+    return _merge_messages(messages, q)
+
+
+def gather_q(
+    q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
+) -> torch.Tensor:
+    """All queries, one attention on the local KV, one exchange of partials.
+
+    Two exposed transfers a layer, of few bytes where queries are few: the choice for decode.
+    """
+    queries, order = step.all_queries
+    gathered = torch.cat(ring.gather(q.contiguous(), step.query_sizes))
+    out, lse = _over_local(gathered.index_select(0, order), queries, kv, scale)
+    outgoing = [_pack(out.index_select(0, rows), lse.index_select(0, rows)) for rows in step.rows]
+    messages = ring.exchange(outgoing, [outgoing[step.rank].numel()] * ring.size)
+    return _merge_messages(messages, q)
+
+
+VARIANTS: dict[str, Variant] = {
+    "pass-kv": pass_kv,
+    "pass-q": pass_q,
+    "gather-kv": gather_kv,
+    "gather-q": gather_q,
+}
+
+
+def _over_local(q, queries: Placement, kv: LayerKV, scale, out_dtype=None):
+    k, v, k_pos, cu_k = kv.local
+    return attention_partial(
+        q, k, v, queries.positions, k_pos, queries.cu_seqlens, cu_k, scale, out_dtype=out_dtype
+    )
+
+
+def _over_block(q, queries: Placement, block, keys: Placement, scale, into=None, out_dtype=None):
+    """block: [Tk, 2, Hkv, D], K at index 0 and V at index 1."""
+    return attention_partial(
+        q, block[:, 0], block[:, 1], queries.positions, keys.positions,
+        queries.cu_seqlens, keys.cu_seqlens, scale, into=into, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def _pack(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """A partial as one float32 message: out [T, H, D], then lse [T, H]."""
+    return torch.cat([out.flatten(), lse.flatten()])
+
+
+def _merge_messages(messages: list[torch.Tensor], q: torch.Tensor) -> torch.Tensor:
+    """Merge packed partials of q's tokens in the order given; [T, H, D] in q's dtype."""
+    outs = [message[: q.numel()].view(q.shape) for message in messages]
+    lses = [message[q.numel() :].view(q.shape[:2]) for message in messages]
+    return merge_partials(outs, lses, q.dtype)[0]

@@ -1,0 +1,332 @@
+"""The ranks of one run: starting or joining them, their groups, and the death of one of them.
+
+Nothing here imports torch before it is needed: a local launch starts importing it in the process
+that ranks are forked from and in this one at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import os
+import re
+import subprocess
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cptool.errors import UserError
+from cptool.status import Board
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+DEFAULT_TIMEOUT_S = 300.0
+
+
+class RankFailed(RuntimeError):
+    """A rank died or raised; one line names the rank and what it was doing. All ranks were ended."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place: rank = cp_rank * tp + tp_rank.
+
+    Groups are None where they hold this rank alone. `mesh` has dimensions "cp" and "tp"; it is None
+    for one rank. `local_rank` of `local_size` counts the ranks of this machine.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    cp_rank: int
+    cp: int
+    tp_rank: int
+    tp: int
+    device: torch.device
+    mesh: dist.DeviceMesh | None
+    cp_group: dist.ProcessGroup | None
+    tp_group: dist.ProcessGroup | None
+    board: Board
+
+    def report(self, phase: str, done: int = 0, total: int = 0) -> None:
+        """Record on the status board what this rank is doing; about a microsecond."""
+        self.board.write(self.rank, phase, done, total)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable `value` of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.gather(None)
+
+
+def launched_size() -> int | None:
+    """Ranks of the world that torchrun or srun started this process in; None outside of one."""
+    seat = launched()
+    return seat.size if seat else None
+
+
+def check_size(cp: int, tp: int) -> None:
+    """UserError unless cp and tp are at least 1 and make up the launcher's world, if there is one."""
+    for name, value in (("--cp", cp), ("--tp", tp)):
+        if value < 1:
+            raise UserError(f"{name} {value}: it must be at least 1; leave it out for one rank")
+    launched = launched_size()
+    if launched is not None and cp * tp != launched:
+        raise UserError(
+            f"--cp {cp} --tp {tp} make {cp * tp} ranks, the launcher started {launched}; "
+            "give it as many processes, or other --cp and --tp"
+        )
+
+
+def resolve_device(device: str, local_size: int = 1) -> str:
+    """"cpu" or "cuda" for "auto", "cpu" or "cuda" on a machine that runs `local_size` ranks.
+
+    Raises UserError when CUDA is asked for and the machine has fewer GPUs than ranks.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: it must be auto, cpu or cuda")
+    gpus = 0 if device == "cpu" else _gpus()
+    if device == "cuda" and gpus < local_size:
+        raise UserError(
+            f"--device cuda: {local_size} ranks need a GPU each and torch sees {gpus} here; "
+            "use fewer ranks, or --device cpu"
+        )
+    return "cuda" if gpus >= local_size else "cpu"
+
+
+def run(
+    entry: Callable[..., Any],
+    *args: Any,
+    cp: int = 1,
+    tp: int = 1,
+    device: str = "auto",
+    threads: int | None = None,
+    timeout: float = DEFAULT_TIMEOUT_S,
+    watch: Callable[[Board], None] | None = None,
+) -> Any:
+    """Call entry(world, *args) on cp * tp ranks and return what rank 0 returned.
+
+    Under torchrun or srun this process joins that world, and returns its own rank's value. Else one
+    rank runs in this process, and more are started as local processes under torch's elastic agent;
+    then `entry` must be importable by name and `args` picklable, and standard output and error of
+    the ranks are this process's own.
+
+    threads: intra-op threads per rank; default: this machine's cores dealt to its ranks.
+    timeout: seconds that a rank waits for the others in one transfer before it gives up.
+    watch: called with the status board about ten times a second while ranks work (on rank 0).
+
+    Raises the UserError that a rank raised; RankFailed when a rank died or raised anything else
+    (its traceback is on standard error); KeyboardInterrupt for SIGINT and SystemExit for SIGTERM
+    after all ranks are ended. With one rank, exceptions pass through as they are.
+    """
+    check_size(cp, tp)
+    seat = launched()
+    if seat is not None and seat.size > 1:
+        board = Board(seat.size)
+        with _watching(watch if seat.rank == 0 else None, board):
+            return _joined(entry, args, seat, (cp, tp, device, threads, timeout), board)
+    if cp * tp == 1:
+        board = Board(1)
+        with _watching(watch, board):
+            return entry(_alone(resolve_device(device), threads, board), *args)
+    from cptool.local_launch import launch
+
+    with tempfile.TemporaryDirectory(prefix="cptool-") as folder:
+        board = Board(cp * tp, os.path.join(folder, "status"))
+        with _watching(watch, board):
+            return launch(entry, args, (cp, tp, device, threads, timeout), board, folder)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a launcher says about this process, in its environment."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def launched() -> Seat | None:
+    """This process's seat in the world of torchrun or srun; None outside of one."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        local_rank = int(env.get("LOCAL_RANK", rank))
+        return Seat(rank, size, local_rank, int(env.get("LOCAL_WORLD_SIZE", size)))
+    # A batch script is itself a Slurm process, of a step of one task.
+    size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
+    if "SLURM_PROCID" in env and size > 1:
+        return Seat(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), _slurm_local_size())
+    return None
+
+
+def _slurm_local_size() -> int:
+    """This node's entry of a list such as "4(x2),3"."""
+    env = os.environ
+    listed = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE"))
+    if listed is None:
+        return int(env["SLURM_NTASKS"])
+    counts: list[int] = []
+    for item in listed.split(","):
+        count, _, repeat = item.rstrip(")").partition("(x")
+        counts += [int(count)] * int(repeat or 1)
+    return counts[int(env.get("SLURM_NODEID", 0))]
+
+
+def _rendezvous_address() -> None:
+    """See that the environment says where the ranks meet, as torchrun's already does."""
+    env = os.environ
+    env.setdefault("MASTER_PORT", "29500")
+    if "MASTER_ADDR" in env:
+        return
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        env["MASTER_ADDR"] = shown.stdout.split()[0]
+    except (OSError, KeyError, IndexError, subprocess.CalledProcessError):
+        raise UserError(
+            "MASTER_ADDR is not set and scontrol does not tell the first node; "
+            "set it to the host of rank 0"
+        ) from None
+
+
+def _gpus() -> int:
+    try:
+        ctypes.CDLL("libcuda.so.1")  # spares machines without a driver the import of torch
+    except OSError:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _cores() -> int:
+    """Physical cores that this process may run on: two threads of one core share its units."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    try:
+        return len({Path(siblings.format(cpu)).read_text() for cpu in usable})
+    except OSError:
+        return len(usable)
+
+
+def _alone(device: str, threads: int | None, board: Board) -> World:
+    import torch
+
+    torch.set_num_threads(threads or _cores())
+    where = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    return World(0, 1, 0, 1, 0, 1, 0, 1, where, None, None, None, board)
+
+
+def connect(
+    seat: Seat, cp: int, tp: int, device: str, threads: int | None, timeout: float, board: Board
+) -> World:
+    """Join the process group that the environment describes, and build the mesh."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    device = resolve_device(device, seat.local_size)
+    torch.set_num_threads(threads or max(1, _cores() // seat.local_size))
+    where = torch.device("cpu")
+    if device == "cuda":
+        where = torch.device("cuda", seat.local_rank)
+        torch.cuda.set_device(where)  # before any group exists, or all ranks open device 0
+    patience = datetime.timedelta(seconds=timeout)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=seat.rank, world_size=seat.size, timeout=patience)
+
+    ranks = torch.arange(seat.size).view(cp, tp)
+    # Built by hand because a mesh gives the groups it makes the library's timeout, half an hour.
+    cp_group, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=patience)
+    tp_group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=patience)
+    mesh = DeviceMesh.from_group(
+        [cp_group, tp_group], device, mesh=ranks, mesh_dim_names=("cp", "tp")
+    )
+    for group in (cp_group, tp_group):
+        # Connections are made here and not in the first layer; NCCL also needs every rank of a
+        # group in the group's first operation, which a batch of point-to-point ones may not have.
+        dist.all_reduce(torch.ones(1, device=where), group=group)
+    return World(
+        rank=seat.rank,
+        size=seat.size,
+        local_rank=seat.local_rank,
+        local_size=seat.local_size,
+        cp_rank=seat.rank // tp,
+        cp=cp,
+        tp_rank=seat.rank % tp,
+        tp=tp,
+        device=where,
+        mesh=mesh,
+        cp_group=cp_group if cp > 1 else None,
+        tp_group=tp_group if tp > 1 else None,
+        board=board,
+    )
+
+
+def call_entry(entry: Callable[..., Any], args: tuple, world: World) -> Any:
+    """Run `entry` and leave the world in order."""
+    import torch.distributed as dist
+
+    value = entry(world, *args)
+    world.barrier()  # the host of the store must not leave while others still use it
+    dist.destroy_process_group()
+    return value
+
+
+def _joined(entry, args, seat: Seat, options: tuple, board: Board) -> Any:
+    """One rank of a world that a launcher started; the launcher ends the others if this one dies."""
+    _rendezvous_address()
+    try:
+        return call_entry(entry, args, connect(seat, *options, board))
+    except UserError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise RankFailed(describe(seat.rank, board, error)) from error
+
+
+def describe(rank: int, board: Board, error: BaseException) -> str:
+    """One line: the rank, what it was doing, the error without the library's source path."""
+    told = re.sub(r"^\[\S+:\d+\] ", "", " ".join(str(error).split()))
+    return f"rank {rank} failed during {board.read(rank)}: {type(error).__name__}: {told}"
+
+
+@contextlib.contextmanager
+def _watching(watch: Callable[[Board], None] | None, board: Board) -> Iterator[None]:
+    """Call watch(board) from a thread while the body runs."""
+    if watch is None:
+        yield
+        return
+    over = threading.Event()
+
+    def loop() -> None:
+        while not over.wait(0.1):
+            watch(board)
+
+    thread = threading.Thread(target=loop, name="cptool-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
