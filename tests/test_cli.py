@@ -262,7 +262,7 @@ def test_doctor_tells_a_wrong_kernel(monkeypatch):
     assert "ok" in cptool("doctor").stdout
     good = list(selftest.run())
     bad = selftest.Check("attention avx512, float32, D 64", error=0.1, allowed=1e-6)
-    monkeypatch.setattr(selftest, "run", lambda: iter([*good, bad]))
+    monkeypatch.setattr(selftest, "run", lambda device: iter([*good, bad]))
     result = cptool("doctor", code=1)
     assert "WRONG" in result.stdout and "1 of" in result.stderr
 
