@@ -38,7 +38,7 @@ class Step:
     """What all layers of one forward share; tensors on the device of the queries.
 
     rank: this CP rank. queries[r]: the new tokens of rank r. keys[r]: all tokens whose KV rank r
-    holds, the new ones included. Only pass-kv and gather-kv read `keys`; elsewhere it may be empty.
+    holds, the new ones included; only the variants of KEYS_TRAVEL read it, elsewhere it may be empty.
     """
 
     rank: int
@@ -177,6 +177,10 @@ VARIANTS: dict[str, Variant] = {
     "gather-kv": gather_kv,
     "gather-q": gather_q,
 }
+
+
+KEYS_TRAVEL = frozenset({"pass-kv", "gather-kv"})
+"""The variants that read `Step.keys`: where keys come from other ranks, their positions must be known."""
 
 
 def _over_local(q, queries: Placement, kv: LayerKV, scale, out_dtype=None):

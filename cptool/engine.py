@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from cptool import session
-from cptool.attention import Step, attend
+from cptool.attention import KEYS_TRAVEL, Step, attend
 from cptool.cache import KVCache, nothing_held
 from cptool.distributed import World
 from cptool.model.llama import Llama
@@ -43,7 +43,6 @@ class Engine:
         self.logits: dict[int, torch.Tensor] = {}
         self.choice: Choice | None = None
         self._progress = progress or (lambda phase, done, total: None)
-        self._forwards = 0
         self.saved = [0] * batch
         self.cache = KVCache(
             layers=model.config.num_hidden_layers,
@@ -53,7 +52,7 @@ class Engine:
             dtype=self.dtype,
             device=world.device,
         )
-        self.keys: tuple[Placement, ...] = (nothing_held(batch, world.device),) * world.cp
+        self._take_over((nothing_held(batch, "cpu"),) * world.cp)
 
     @torch.inference_mode()
     def extend(self, new: list[list[int]], *, reserve: int = 0) -> None:
@@ -78,18 +77,19 @@ class Engine:
             head_dim=config.head_dim,
             element_bytes=self.dtype.itemsize,
         )
-        # The offset deals the single tokens of successive decode steps to the ranks in turn, so that KV grows evenly.
-        layout = balanced(lengths, world.cp, starts=self.computed, offset=self._forwards)
-        self._forwards += 1
-        queries = tuple(placement.to(world.device) for placement in layout.placements())
-        self.keys = tuple(concat(held, added) for held, added in zip(self.keys, queries))
+        layout = balanced(lengths, world.cp, starts=self.computed, held=self._held)
+        queries = layout.placements()
+        for rank, added in enumerate(queries):
+            self._keys[rank].append(added)
+            self._held[rank] = [h + a for h, a in zip(self._held[rank], added.cu_seqlens.diff().tolist())]
+        queries = tuple(placement.to(world.device) for placement in queries)
         mine = queries[world.cp_rank]
         if reserve:
-            added = mine.cu_seqlens.diff().tolist()
             share = -(-reserve // world.cp) + 1
-            self.cache.reserve([held + a + share for held, a in zip(self.cache.lengths, added)])
+            self.cache.reserve([held + share for held in self._held[world.cp_rank]])
         self.cache.extend(mine)
-        step = Step(rank=world.cp_rank, queries=queries, keys=self.keys)
+        travels = world.cp > 1 and self.choice.variant in KEYS_TRAVEL
+        step = Step(rank=world.cp_rank, queries=queries, keys=self._all_keys() if travels else ())
         scale, prefilling = config.head_dim**-0.5, max(lengths) > 1
 
         def attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -160,14 +160,16 @@ class Engine:
         """Takes over a session's state; `reserve` keeps room for that many more tokens of each sequence."""
         self.tokens = [list(sequence.tokens) for sequence in manifest.sequences]
         self.computed = [sequence.cached for sequence in manifest.sequences]
-        self.keys = session.restore(
-            directory,
-            manifest,
-            self.cache,
-            rank=self.world.cp_rank,
-            ranks=self.world.cp,
-            kv_heads=self._kv_heads,
-            reserve=-(-reserve // self.world.cp) + 1,
+        self._take_over(
+            session.restore(
+                directory,
+                manifest,
+                self.cache,
+                rank=self.world.cp_rank,
+                ranks=self.world.cp,
+                kv_heads=self._kv_heads,
+                reserve=-(-reserve // self.world.cp) + 1,
+            )
         )
         self.saved = self.cache.lengths
         if self.world.cp_rank == 0:
@@ -208,6 +210,16 @@ class Engine:
         world.gather(None)  # no rank leaves before the turn is on disk
         self.saved = self.cache.lengths
         return manifest
+
+    def _take_over(self, held: tuple[Placement, ...]) -> None:
+        """Notes what every CP rank holds: by count for dealing tokens, by position for variants in which keys travel."""
+        self._held = [placement.cu_seqlens.diff().tolist() for placement in held]
+        self._keys = [[placement] for placement in held]
+
+    def _all_keys(self) -> tuple[Placement, ...]:
+        """What every CP rank holds now. Put together only where it is needed: a decode step is too short for it."""
+        self._keys = [[concat(*parts)] for parts in self._keys]
+        return tuple(parts[0].to(self.world.device) for parts in self._keys)
 
     @property
     def _kv_heads(self) -> tuple[int, int]:

@@ -236,13 +236,13 @@ def restore(
             for share in shares[r]
         ]
         sorts = [row.argsort() for row in rows]
-        placements.append(Placement.of([row[sort] for row, sort in zip(rows, sorts)]).to(cache.device))
+        placements.append(Placement.of([row[sort] for row, sort in zip(rows, sorts)]))
         if r == rank:
             order = sorts
 
     lengths = [len(o) for o in order]
     cache.reserve([length + reserve for length in lengths])
-    cache.extend(placements[rank])
+    cache.extend(placements[rank].to(cache.device))
     for layer in range(cache.layers):
         parts = []
         for b in range(batch):

@@ -48,21 +48,22 @@ class Placement:
         return Placement(self.positions.to(device), self.cu_seqlens.to(device))
 
 
-def concat(cached: Placement, new: Placement) -> Placement:
-    """`cached` followed by `new`, sequence by sequence: what a rank holds after a step.
+def concat(first: Placement, *later: Placement) -> Placement:
+    """`first`, then `later`, sequence by sequence: what a rank holds after some steps.
 
-    New positions lie after the cached ones of the same sequence, so the result ascends. Raises
-    ValueError when the two differ in their number of sequences.
+    New positions lie after older ones of the same sequence, so the result ascends. Raises
+    ValueError when they differ in their number of sequences.
     """
-    if cached.batch != new.batch:
-        raise ValueError(f"new has {new.batch} sequences; it must have {cached.batch} like cached")
-    if cached.tokens == 0:
-        return new
-    if new.tokens == 0:
-        return cached
-    pairs = zip(cached.sequences(), new.sequences())
+    for new in later:
+        if new.batch != first.batch:
+            raise ValueError(f"new has {new.batch} sequences; it must have {first.batch} like cached")
+    parts = [part for part in (first, *later) if part.tokens]
+    if len(parts) < 2:
+        return parts[0] if parts else first
+    pieces = zip(*(part.sequences() for part in parts))
     return Placement(
-        torch.cat([part for pair in pairs for part in pair]), cached.cu_seqlens + new.cu_seqlens
+        torch.cat([piece for sequence in pieces for piece in sequence]),
+        torch.stack([part.cu_seqlens for part in parts]).sum(0, dtype=torch.int32),
     )
 
 
@@ -84,14 +85,15 @@ def union(placements: Sequence[Placement]) -> tuple[Placement, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the new tokens of a batch are dealt to `ranks` ranks; see `balanced`.
+    """How the new tokens of a batch are dealt to `active` of `ranks` ranks; see `balanced`.
 
-    bounds: int64 [B, 2 * ranks + 1], absolute positions where the chunks of each sequence begin
+    bounds: int64 [B, 2 * active + 1], absolute positions where the chunks of each sequence begin
         and end.
     rotation: int64 [B], the rank that takes the first and the last chunk of each sequence.
     """
 
     ranks: int
+    active: int
     bounds: torch.Tensor
     rotation: torch.Tensor
 
@@ -133,7 +135,7 @@ class Layout:
                 f"{int(bounds[0])} to {int(bounds[-1]) - 1}"
             )
         chunk = int(torch.searchsorted(bounds, position, right=True)) - 1
-        relative = min(chunk, 2 * self.ranks - 1 - chunk)
+        relative = min(chunk, 2 * self.active - 1 - chunk)
         return (relative + int(self.rotation[seq])) % self.ranks
 
     def tokens(self, rank: int) -> int:
@@ -144,8 +146,11 @@ class Layout:
     def _chunks(self, rank: int) -> torch.Tensor:
         """int64 [B, 2, 2]: (start, stop) of the two chunks of each sequence on `rank`."""
         relative = (rank - self.rotation) % self.ranks
-        first = torch.stack([relative, 2 * self.ranks - 1 - relative], dim=1)
+        idle = relative >= self.active
+        relative = relative.clamp(max=self.active - 1)
+        first = torch.stack([relative, 2 * self.active - 1 - relative], dim=1)
         starts, stops = self.bounds.gather(1, first), self.bounds.gather(1, first + 1)
+        stops = torch.where(idle[:, None], starts, stops)
         return torch.stack([starts, stops], dim=2)
 
 
@@ -153,39 +158,57 @@ def balanced(
     lengths: Sequence[int],
     ranks: int,
     starts: Sequence[int] | None = None,
-    offset: int = 0,
+    held: Sequence[Sequence[int]] | None = None,
+    active: int | None = None,
 ) -> Layout:
     """Deal new tokens so that causal work and KV memory are balanced, without padding.
 
     lengths: new tokens of each sequence; sequence b gets positions
         [starts[b], starts[b] + lengths[b]). starts defaults to 0 (nothing cached).
-    offset: rotates the deal; decode passes its step number, so that a batch of one-token sequences
-        is dealt round-robin and the deal moves on by one rank a step (paper, algorithm 4).
+    held: held[r][b] tokens of sequence b that rank r holds already; defaults to none.
+    active: how many of the ranks take new tokens (a prompt may be too short for all); default all.
 
     Each sequence is cut into 2N chunks and relative rank i takes chunks i and 2N-1-i: an early and
     a late one, so that all ranks see the same number of visible keys (paper, section 4.2). Of the
     T mod 2N tokens that do not divide, one each goes to chunks 0..N-1, then 2N-1, 2N-2, ..N, that
-    is to relative ranks 0..N-1 in turn. Relative rank 0 of a sequence is where the previous
-    sequence's extras ended, so over the whole batch ranks differ by at most one token.
+    is to relative ranks 0..N-1 in turn. Relative rank 0 of a sequence is, of the ranks that hold
+    the fewest of its tokens, the first from where the previous sequence's extras ended. So with
+    nothing held ranks differ by at most one token over the whole batch; and one-token sequences are
+    dealt round-robin, moving on by one rank a step (paper, algorithm 4), with at most one token
+    between the ranks of any sequence, whichever others leave the batch.
 
-    Raises ValueError for ranks < 1, a negative length or start, or starts of another size.
+    Raises ValueError for ranks < 1, active outside of 1 to ranks, a negative length or start, or
+    starts or held of another size.
     """
+    active = ranks if active is None else active
     if ranks < 1:
         raise ValueError(f"ranks is {ranks}; it must be at least 1")
+    if not 1 <= active <= ranks:
+        raise ValueError(f"active is {active}; it must be 1 to {ranks}")
     if starts is not None and len(starts) != len(lengths):
         raise ValueError(f"starts has {len(starts)} entries; it must have {len(lengths)}")
+    if held is not None and [len(counts) for counts in held] != [len(lengths)] * ranks:
+        raise ValueError(f"held must have {ranks} entries of {len(lengths)} counts")
     length = torch.tensor(lengths, dtype=torch.int64)
     start = torch.zeros_like(length) if starts is None else torch.tensor(starts, dtype=torch.int64)
     for name, value in (("lengths", length), ("starts", start)):
         if bool((value < 0).any()):
             raise ValueError(f"{name} contains {int(value.min())}; it must hold counts of tokens")
 
-    chunk = torch.arange(2 * ranks)
-    turn = torch.minimum(chunk, 2 * ranks - 1 - chunk) + torch.where(chunk < ranks, 0, ranks)
-    extras = length % (2 * ranks)
-    sizes = (length // (2 * ranks))[:, None] + (turn < extras[:, None])
+    chunk = torch.arange(2 * active)
+    turn = torch.minimum(chunk, 2 * active - 1 - chunk) + torch.where(chunk < active, 0, active)
+    extras = length % (2 * active)
+    sizes = (length // (2 * active))[:, None] + (turn < extras[:, None])
     bounds = start[:, None] + torch.nn.functional.pad(sizes.cumsum(1), (1, 0))
-    return Layout(ranks, bounds, (offset + _offsets(extras)[:-1]) % ranks)
+    rotation, cursor = [], 0
+    for b, extra in enumerate(extras.tolist()):
+        first = cursor
+        if held is not None:
+            fewest = min(counts[b] for counts in held)
+            first = next(r for r in range(cursor, cursor + ranks) if held[r % ranks][b] == fewest)
+        rotation.append(first % ranks)
+        cursor = (first + extra) % ranks
+    return Layout(ranks, active, bounds, torch.tensor(rotation, dtype=torch.int64))
 
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:
