@@ -61,5 +61,8 @@ def load() -> ModuleType:
 
     if module.version != __version__:
         raise ImportError(f"cptool is version {__version__}, its compiled extension {path} is {module.version}; {_REMEDY}")
+    csrc = package.parent / "csrc"  # absent from an installed package
+    if csrc.is_dir() and module.source_hash and module.source_hash != source_hash(csrc):
+        raise ImportError(f"cptool's compiled extension {path} was not built from the sources in {csrc}; {_REMEDY}")
     sys.modules["cptool._C"] = module
     return module
