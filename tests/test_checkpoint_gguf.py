@@ -227,7 +227,7 @@ def test_fingerprint_depends_on_the_bytes_and_not_on_the_place(tmp_path):
     [
         ({"llama.expert_count": 8}, "llama.expert_count is 8"),
         ({"llama.attention.sliding_window": 4096}, "sliding_window is 4096"),
-        ({"split.count": 3}, "merge the parts"),
+        ({"split.count": 3}, "one of 3 parts"),
         ({"llama.embedding_length": None}, "llama.embedding_length is missing"),
         ({"llama.attention.head_count": [8, 8]}, "head_count is [8, 8]"),
         ({"llama.attention.head_count": 0}, "num_attention_heads is 0"),

@@ -126,7 +126,7 @@ def test_configuration_as_transformers_understands_it(tmp_path):
     [
         ({}, 10000.0, None),
         ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, None),
-        ({"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 4}}, 1e6, ("linear", 4.0)),
+        ({"rope_scaling": {"type": "linear", "factor": 4}}, 10000.0, ("linear", 4.0)),
         (
             {"rope_theta": 5e5, "rope_scaling": {**LLAMA3, "rope_theta": ..., "factor": 32.0}},
             5e5,

@@ -21,15 +21,16 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CORPUS = Path(json.__file__).read_text().splitlines(keepends=True) * 2 + ["naïve 你好 🙂 1234\n"] * 9
+CORPUS = Path(json.__file__).read_text().splitlines(keepends=True) + ["naïve 你好 🙂 1234\n"] * 9
 CHAT = (
-    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content | trim }}<|end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|start|>{{ message.role }}\n"
+    "{{ message.content | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 CONTROL = ["<s>", "</s>", "<|start|>", "<|end|>"]
 
 # Text with what matters to a tokenizer well represented: spaces, digits, line ends, odd scripts.
-TEXT = st.text(st.one_of(st.sampled_from(" \n\t0123456789'aeé你🙂<|>"), st.characters(codec="utf-8")))
+TEXT = st.text(st.sampled_from(" \n\t0123456789'aeé你🙂<|>") | st.characters(codec="utf-8"))
 ROLES = st.sampled_from(["system", "user", "assistant"])
 relaxed = settings(deadline=None, max_examples=150)
 
@@ -55,7 +56,8 @@ def trained(pattern=True, **model):
     backend = Tokenizer(models.BPE(**model))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern)
     split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level] if pattern else [byte_level])
+    steps = [split, byte_level] if pattern else [byte_level]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
@@ -221,7 +223,8 @@ def test_templates_find_what_they_expect(saved):
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}\n"
         "    {% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}"
-        "{{ [1, '<é'] | tojson }}{{ strftime_now('%Y') | length }}{{ tools is none }}{{ eos_token }}"
+        "{{ [1, '<é'] | tojson }}{{ strftime_now('%Y') | length }}{{ tools is none }}"
+        "{{ eos_token }}"
     )
     messages = [{"role": "user", "content": "hi"}, {"role": "tool", "content": "no"}]
     tokenizer = template_of(saved, template)
@@ -254,7 +257,8 @@ def test_no_template_no_chat(saved):
 
 
 def test_templates_in_the_configuration(saved):
-    for value in (CHAT, [{"name": "tools", "template": "t"}, {"name": "default", "template": CHAT}]):
+    named = [{"name": "tools", "template": "t"}, {"name": "default", "template": CHAT}]
+    for value in (CHAT, named):
         loaded = from_tokenizer_json(saved / "tokenizer.json", {"chat_template": value})
         assert loaded.chat_template == CHAT
 
@@ -392,9 +396,10 @@ def sentencepiece_metadata():
 
 
 def sentencepiece_encode(metadata, text):
-    """The algorithm as SentencePiece states it: merge the best-scored adjacent pair, leftmost first."""
+    """SentencePiece as defined: merge the best-scored adjacent pair, leftmost first, while any is."""
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
-    ids = {token: i for i, token in enumerate(tokens) if metadata["tokenizer.ggml.token_type"][i] == 1}
+    types = metadata["tokenizer.ggml.token_type"]
+    ids = {token: i for i, token in enumerate(tokens) if types[i] == 1}
     symbols = list("▁" + text.replace(" ", "▁")) if text else []
     while True:
         pairs = [

@@ -34,8 +34,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     except OSError as error:
         raise UserError(f"{model}: cannot be read ({first_line(error)})") from None
     raise UserError(
-        f"{model}: no such model; give a directory, a .gguf file, a hub id such as org/name, or one "
-        f"of {', '.join(catalogue.MODELS)}"
+        f"{model}: no such model; give a directory, a .gguf file, a hub id such as org/name, "
+        f"or one of {', '.join(catalogue.MODELS)}"
     )
 
 
@@ -43,7 +43,7 @@ def _open_file(path: Path, name: str | None = None) -> Checkpoint:
     from cptool.checkpoint.gguf import open_gguf
 
     if path.suffix == ".safetensors":
-        raise UserError(f"{path}: weights alone; give the directory that holds them and config.json")
+        raise UserError(f"{path}: weights alone; give the directory that they lie in")
     return open_gguf(path, name)
 
 

@@ -36,7 +36,7 @@ class StoredTensor:
     """Where a tensor lies and how it is written.
 
     `shape` is the logical shape, `encoding` a safetensors or GGML type name. `interleaved_heads` is
-    the number of heads whose rows are in interleaved rotary order, 0 where there is nothing to undo.
+    the number of heads whose rows are in interleaved rotary order; 0 says that none are.
     """
 
     file: Path
@@ -82,7 +82,7 @@ class Checkpoint:
         return "bfloat16" if encodings == {"BF16"} else "float32"
 
     def names(self) -> list[str]:
-        """Names of the tensors that the model needs; `lm_head.weight` is absent where it is tied."""
+        """Names of the tensors that the model needs, without `lm_head.weight` where it is tied."""
         return list(self.stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -143,14 +143,14 @@ class Checkpoint:
         return digest.hexdigest()
 
     def tokenizer(self) -> "Tokenizer | None":
-        """The model's tokenizer, None where its files hold none; UserError where it is unsupported."""
+        """The model's tokenizer, None where the files hold none; UserError if it is unsupported."""
         return self.load_tokenizer()
 
     def _mapping(self, file: Path) -> "torch.UntypedStorage":
         import torch
 
         if file not in self._mappings:
-            # shared=False maps privately: pages stay the page cache's until somebody writes to them.
+            # shared=False maps privately: pages are the page cache's own until they are written to.
             self._mappings[file] = torch.UntypedStorage.from_file(
                 str(file), shared=False, nbytes=file.stat().st_size
             )
@@ -170,7 +170,7 @@ def _bytes_of(mapping: "torch.UntypedStorage", tensor: StoredTensor) -> "torch.T
 
 
 def llama_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Llama model, in the order in which a forward uses them."""
+    """Name and shape of every tensor of a Llama model, in the order that a forward uses them."""
     hidden, ffn = config.hidden_size, config.intermediate_size
     q_rows = config.num_attention_heads * config.head_dim
     kv_rows = config.num_key_value_heads * config.head_dim
@@ -204,8 +204,8 @@ def select_tensors(
     """
     if config.num_hidden_layers > len(found):
         raise UserError(
-            f"{source}: {config.num_hidden_layers} layers in the configuration, {len(found)} tensors "
-            f"in the files; the two are not of one model"
+            f"{source}: {config.num_hidden_layers} layers in the configuration, {len(found)} "
+            f"tensors in the files; the two are not of one model"
         )
     needed = llama_tensors(config)
     for name, shape in needed.items():
@@ -227,8 +227,8 @@ def select_tensors(
             )
     if extra := sorted(found.keys() - needed.keys() - {HEAD}):
         raise UserError(
-            f"{source}: tensor {extra[0]!r} ({len(extra)} such) belongs to no plain Llama model, and "
-            f"ignoring it would change the answer; use a checkpoint of the Llama architecture"
+            f"{source}: tensor {extra[0]!r} ({len(extra)} such) belongs to no plain Llama model, "
+            f"and ignoring it would change the answer; use a checkpoint of the Llama architecture"
         )
     return {name: found[name] for name in needed}
 
@@ -267,6 +267,6 @@ def token_ids(source: Path, key: str, value: Any, vocab_size: int) -> tuple[int,
     for i in ids:
         if type(i) is not int or not 0 <= i < vocab_size:
             raise UserError(
-                f"{source}: {key} is {i!r}, it must lie in the vocabulary of {vocab_size}; mend the file"
+                f"{source}: {key} is {i!r}, it must lie in the vocabulary of {vocab_size}"
             )
     return tuple(dict.fromkeys(ids))

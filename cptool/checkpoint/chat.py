@@ -24,7 +24,10 @@ Message = Mapping[str, Any]
 
 
 def render(
-    template: str, messages: Sequence[Message], add_generation_prompt: bool, tokens: Mapping[str, str]
+    template: str,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    tokens: Mapping[str, str],
 ) -> str:
     """The text of a conversation, as transformers' `apply_chat_template` renders it.
 
@@ -118,6 +121,6 @@ def _strftime_now(form: str) -> str:
 def default_template(value: Any) -> str | None:
     """The template out of a `chat_template` setting: a text, or a list of named ones."""
     if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default")
+        entries = [entry for entry in value if isinstance(entry, dict)]
+        value = next((e.get("template") for e in entries if e.get("name") == "default"), None)
     return value if isinstance(value, str) else None

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptool.checkpoint.base import (
-    HEAD,
     TORCH_DTYPES,
     Checkpoint,
     Sampling,
@@ -61,7 +60,6 @@ _UNSUPPORTED = {
     "llama.logit_scale": 0.0,
     "llama.residual_scale": 0.0,
     "llama.embedding_scale": 0.0,
-    "split.count": 1,
 }
 
 
@@ -72,15 +70,19 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise UserError(
-            f"{path}: architecture {architecture!r} is not supported; use a GGUF file of a llama model"
+            f"{path}: architecture {architecture!r} is not supported; use a GGUF of a llama model"
         )
     for key, off in _UNSUPPORTED.items():
         value = metadata.get(key, off)
-        if value not in (off, 0):
-            remedy = "merge the parts with llama.cpp's gguf-split --merge" if key == "split.count" else (
-                "use a checkpoint without it"
+        if value != off:
+            raise UserError(
+                f"{path}: {key} is {value!r}, which is not supported; use a checkpoint without it"
             )
-            raise UserError(f"{path}: {key} is {value!r}, which is not supported; {remedy}")
+    if (parts := metadata.get("split.count", 1)) not in (0, 1):
+        raise UserError(
+            f"{path}: one of {parts!r} parts, a model must be one file; join them with llama.cpp's "
+            f"gguf-split --merge"
+        )
     found = {_canonical(key): tensor for key, tensor in header.tensors.items()}
     divisors = found.pop(_ROPE_DIVISORS, None)
     config = check_config(path, _read_config(path, header))
@@ -189,8 +191,8 @@ def _scaling_of_divisors(
     half = config.head_dim // 2
     if tensor.shape != (half,) or tensor.encoding != "F32" or config.rope_scaling is not None:
         raise UserError(
-            f"{path}: {_ROPE_DIVISORS} has shape {list(tensor.shape)} in {tensor.encoding}; it must "
-            f"hold {half} float32 divisors and come without other rope scaling"
+            f"{path}: {_ROPE_DIVISORS} has shape {list(tensor.shape)} in {tensor.encoding}; it "
+            f"must hold {half} float32 divisors and come without other rope scaling"
         )
     with path.open("rb") as file:
         file.seek(tensor.offset)
@@ -201,11 +203,11 @@ def _scaling_of_divisors(
     expected = [
         _llama3_divisor(2 * math.pi * config.rope_theta ** (j / half), scaling) for j in range(half)
     ]
-    # A float32 converter's wavelengths are off by a few ulp times ln(theta); bands differ by far more.
+    # Float32 powers in a converter are off by a few ulp times ln(theta), other bands by far more.
     if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(divisors, expected, strict=True)):
         raise UserError(
-            f"{path}: the divisors in {_ROPE_DIVISORS} are not those of llama3 scaling, the only kind "
-            f"supported there; use a Hugging Face checkpoint of the model"
+            f"{path}: the divisors in {_ROPE_DIVISORS} are not those of llama3 scaling, the only "
+            f"kind supported there; use a Hugging Face checkpoint of the model"
         )
     return scaling
 

@@ -16,7 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from cptool.checkpoint.base import StoredTensor
 from cptool.errors import UserError
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = dict(zip([*range(8), 10, 11, 12], "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
 
@@ -33,7 +33,7 @@ def read_header(path: Path) -> Header:
     """Reads and checks the header; UserError for another format, a truncated or a damaged file."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError(f"{path}: not a GGUF file (it does not begin with GGUF); check the path")
+            raise UserError(f"{path}: not a GGUF file; give one, or a model directory")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _Cursor(path, data).header()
@@ -78,8 +78,8 @@ class _Cursor:
     def need(self, count: int) -> None:
         if self.position + count > self.size:
             raise UserError(
-                f"{self.path}: truncated or damaged, at least {self.position + count} bytes expected "
-                f"and {self.size} found; fetch the file again"
+                f"{self.path}: truncated or damaged, at least {self.position + count} bytes "
+                f"expected and {self.size} found; fetch the file again"
             )
 
     def scalar(self, code: str) -> Any:
@@ -98,7 +98,8 @@ class _Cursor:
     def strings(self, count: int) -> list[str]:
         """Vocabularies hold hundreds of thousands of these, hence one loop with local names."""
         self.need(8 * count)
-        length_at, data, position, size = struct.Struct("<Q").unpack_from, self.data, self.position, self.size
+        length_at = struct.Struct("<Q").unpack_from
+        data, position, size = self.data, self.position, self.size
         values = []
         for _ in range(count):
             if position + 8 > size:

@@ -54,8 +54,9 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
     config = check_config(config_file, read_config(config_file, fields, tied=HEAD not in found))
     generation_file = path / "generation_config.json"
     generation = _read_json(generation_file) if generation_file.is_file() else {}
+    chosen = {**fields, **{key: value for key, value in generation.items() if value is not None}}
     eos_ids, bos_ids = (
-        token_ids(path, key, generation.get(key, fields.get(key)), config.vocab_size)
+        token_ids(path, key, chosen.get(key), config.vocab_size)
         for key in ("eos_token_id", "bos_token_id")
     )
     return Checkpoint(
@@ -82,7 +83,10 @@ def read_config(source: Path, fields: dict[str, Any], tied: bool = False) -> Lla
             f"supported; use a LlamaForCausalLM checkpoint"
         )
     # transformers 5 gathers rope_theta and rope_scaling in one dict.
-    rope = {**_mapping(source, fields, "rope_scaling"), **_mapping(source, fields, "rope_parameters")}
+    rope = {
+        **_mapping(source, fields, "rope_scaling"),
+        **_mapping(source, fields, "rope_parameters"),
+    }
     for key, allowed in _UNSUPPORTED.items():
         value = fields.get(key, rope.get(key))
         if value not in allowed:
@@ -177,7 +181,7 @@ def _read_headers(path: Path) -> dict[str, StoredTensor]:
 
 def _why_no_config(path: Path) -> str:
     if (path / "params.json").is_file() or any(path.glob("consolidated*.pth")):
-        return f"{path}: a checkpoint in Meta's own layout is not supported; give its Hugging Face form"
+        return f"{path}: Meta's own layout is not supported; give the model's Hugging Face form"
     if gguf := sorted(path.glob("*.gguf")):
         return f"{path}: no config.json in it; to use a GGUF file give its path, such as {gguf[0]}"
     return f"{path}: no config.json in it; give a Hugging Face model directory or a .gguf file"
@@ -232,9 +236,7 @@ def _integer(source: Path, fields: dict[str, Any], key: str, default: int | None
     return value
 
 
-def _number(
-    source: Path, fields: dict[str, Any], key: str, default: float | None = None
-) -> float:
+def _number(source: Path, fields: dict[str, Any], key: str, default: float | None = None) -> float:
     value = default if fields.get(key) is None else fields[key]
     if type(value) not in (int, float):
         raise UserError(f"{source}: {key} is {value!r}, it must be a number; mend the file")

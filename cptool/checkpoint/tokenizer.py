@@ -35,7 +35,8 @@ class Tokenizer:
         self.bos_id, self.add_bos = bos_id, add_bos and bos_id is not None
         self.chat_template, self._special = chat_template, special
         # A token with a role is a control token even where the file does not mark it as special.
-        backend.add_special_tokens([t for t in special.values() if backend.token_to_id(t) is not None])
+        known = [text for text in special.values() if backend.token_to_id(text) is not None]
+        backend.add_special_tokens(known)
         added = backend.get_added_tokens_decoder()
         control = {
             token.content: (i, token)
@@ -85,7 +86,7 @@ class Tokenizer:
         UserError where the model has no template, or its template refuses the messages.
         """
         if self.chat_template is None:
-            raise UserError("the model has no chat template; give a plain prompt or an instruct model")
+            raise UserError("the model has no chat template; give a prompt or an instruct model")
         guarded = self._guard.mark(list(messages))
         text = render(self.chat_template, guarded, add_generation_prompt, self._special)
         ids = self._backend.encode(self._guard.unmark(text), add_special_tokens=False).ids
@@ -217,7 +218,7 @@ def _byte_level(path: Path, metadata: dict[str, Any], tokens: list[str]) -> tupl
     else:
         raise UserError(
             f"{path}: tokenizer.ggml.pre is {pre!r}, cptool knows "
-            f"{', '.join(_GPT2 + _DIGITS + _LLAMA3)}; give token ids, or the Hugging Face checkpoint"
+            f"{', '.join(_GPT2 + _DIGITS + _LLAMA3)}; use the Hugging Face checkpoint"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     vocabulary = {token: i for i, token in enumerate(tokens)}
