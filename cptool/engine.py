@@ -181,14 +181,22 @@ class Engine:
 
         Every rank writes its segment; the first then replaces the manifest, and nothing before that changes the session.
         """
-        world, turn = self.world, 1 if previous is None else previous.turn + 1
+        world, revision = self.world, 1 if previous is None else previous.revision + 1
         self._progress("save the session", 0, 0)
         directory.mkdir(parents=True, exist_ok=True)
         segment = None
         if not self._replica:
             logits = self.logits if world.tp_rank == 0 else {}
             segment = session.write_segment(
-                directory, self.cache, self.saved, turn=turn, rank=world.cp_rank, kv_heads=self._kv_heads, logits=logits
+                directory,
+                self.cache,
+                self.saved,
+                revision=revision,
+                rank=world.cp_rank,
+                kv_heads=self._kv_heads,
+                start=[s.cached for s in previous.sequences] if previous else [0] * len(self.tokens),
+                until=self.computed,
+                logits=logits,
             )
         written = world.gather((segment, sorted(self.logits)))
         segments = tuple(s for s, _ in written if s is not None)
@@ -198,7 +206,8 @@ class Engine:
             dtype=str(self.dtype).removeprefix("torch."),
             cp=world.cp,
             tp=world.tp,
-            turn=turn,
+            revision=revision,
+            turns=(previous.turns if previous else ()) + (tuple(map(len, self.tokens)),),
             sequences=tuple(
                 Sequence(tokens=tuple(said), cached=computed, logits=logits_of.get(b))
                 for b, (said, computed) in enumerate(zip(self.tokens, self.computed))

@@ -3,7 +3,8 @@
 A session directory holds `manifest.json` and safetensors segments. A segment is what one rank computed in one turn: for
 every layer the K and V of its tokens, with their positions, and perhaps the logits that follow a sequence's last token.
 A turn writes new segments, syncs them to disk, and only then replaces the manifest, so a kill at any moment leaves the
-previous turn whole. Nothing is ever unpickled.
+previous turn whole. Going back writes a manifest alone: it says from which position on a segment no longer counts. Nothing
+is ever unpickled.
 
 Positions say what a segment is, so a session saved on any number of ranks resumes on any other: a sequence's tokens,
 in the order of the segments, are dealt to the new ranks in equal contiguous shares.
@@ -13,7 +14,9 @@ import hashlib
 import json
 import os
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from operator import le
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,15 +45,25 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class Segment:
-    """One file: tokens per sequence that CP rank `rank` added in a turn, for KV heads [kv_heads[0], kv_heads[1])."""
+    """One file: what CP rank `rank` added to make `revision`, for KV heads [kv_heads[0], kv_heads[1]).
+
+    `tokens[b]` tokens of sequence b, of which those at positions in [start[b], until[b]) count.
+    """
 
     file: str
     bytes: int
     sha256: str
-    turn: int
+    revision: int
     rank: int
     kv_heads: tuple[int, int]
     tokens: tuple[int, ...]
+    start: tuple[int, ...]
+    until: tuple[int, ...]
+
+    @property
+    def live(self) -> bool:
+        """Whether any token of it can still count."""
+        return any(n and a < z for n, a, z in zip(self.tokens, self.start, self.until))
 
 
 @dataclass(frozen=True)
@@ -64,13 +77,17 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The state of a session after a turn."""
+    """The state of a session.
+
+    `revision` counts what was ever committed. `turns[t][b]` is the number of tokens of sequence b after turn t + 1.
+    """
 
     model: ModelIdentity
     dtype: str
     cp: int
     tp: int
-    turn: int
+    revision: int
+    turns: tuple[tuple[int, ...], ...]
     sequences: tuple[Sequence, ...]
     segments: tuple[Segment, ...] = ()
 
@@ -94,11 +111,32 @@ class Manifest:
                 "sequences": tuple(
                     Sequence(**{**s, "tokens": tuple(s["tokens"])}) for s in fields["sequences"]
                 ),
+                "turns": tuple(map(tuple, fields["turns"])),
                 "segments": tuple(
-                    Segment(**{**s, "kv_heads": tuple(s["kv_heads"]), "tokens": tuple(s["tokens"])})
+                    Segment(**{name: tuple(v) if isinstance(v, list) else v for name, v in s.items()})
                     for s in fields["segments"]
                 ),
             }
+        )
+
+    def truncated(self, lengths: list[int]) -> "Manifest":
+        """The state in which sequence b has said its first `lengths[b]` tokens alone; nothing on disk changes.
+
+        Where a sequence gets shorter, what follows its new end is not known any more: the KV of its last token is
+        given up, so that the next turn computes it again.
+        """
+        sequences = tuple(
+            s if n == len(s.tokens) else Sequence(tokens=s.tokens[:n], cached=min(s.cached, max(n - 1, 0)))
+            for s, n in zip(self.sequences, lengths, strict=True)
+        )
+        cached = [sequence.cached for sequence in sequences]
+        segments = (replace(s, until=tuple(map(min, s.until, cached))) for s in self.segments)
+        wanted = {sequence.logits for sequence in sequences}
+        return replace(
+            self,
+            turns=tuple(turn for turn in self.turns if all(map(le, turn, lengths))),
+            sequences=sequences,
+            segments=tuple(s for s in segments if s.live or s.file in wanted),
         )
 
 
@@ -122,12 +160,37 @@ def load(directory: Path) -> Manifest:
     return manifest
 
 
-def check_new(directory: Path) -> None:
-    """Refuses a directory that a new session would overwrite or mix with other files."""
-    if (directory / MANIFEST).exists():
+def exists(directory: Path) -> bool:
+    """Whether there is a session, sound or not."""
+    return (directory / MANIFEST).exists()
+
+
+def common_prefix(directory: Path, manifest: Manifest, prompts: list[list[int]], rewind: bool) -> list[int]:
+    """How many tokens each whole prompt shares with the session.
+
+    UserError if a prompt does not begin with all that its sequence says, unless `rewind`.
+    """
+    if len(prompts) != len(manifest.sequences):
         raise UserError(
-            f"{directory} already holds a session; continue it with: cptool decode {directory}, or name a new directory"
+            f"{len(prompts)} prompts for {directory}, which holds {len(manifest.sequences)} sequences; give one for each, "
+            "or name a new directory"
         )
+    lengths = []
+    for b, (prompt, sequence) in enumerate(zip(prompts, manifest.sequences), 1):
+        pairs = zip(prompt, sequence.tokens)
+        shared = next((i for i, (new, old) in enumerate(pairs) if new != old), min(len(prompt), len(sequence.tokens)))
+        if shared < len(sequence.tokens) and not rewind:
+            ends = "ends" if shared == len(prompt) else "differs"
+            raise UserError(
+                f"sequence {b}: the prompt {ends} at token {shared}, {directory} holds {len(sequence.tokens)}; a prompt must "
+                "begin with all of them: add --rewind to go back to there, or name a new directory"
+            )
+        lengths.append(shared)
+    return lengths
+
+
+def check_new(directory: Path) -> None:
+    """Refuses a directory that a new session would mix with other files."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, a session needs a directory; name another place")
     foreign = [p.name for p in directory.glob("*") if not _is_ours(p)] if directory.is_dir() else []
@@ -145,10 +208,12 @@ def check_model(manifest: Manifest, fingerprint: str, model: str) -> None:
 
 
 def write_segment(
-    directory: Path, cache: "KVCache", since: list[int], *, turn: int, rank: int, kv_heads: tuple[int, int],
-    logits: "dict[int, torch.Tensor]",
+    directory: Path, cache: "KVCache", since: list[int], *, revision: int, rank: int, kv_heads: tuple[int, int],
+    start: list[int], until: list[int], logits: "dict[int, torch.Tensor]",
 ) -> Segment | None:
     """Writes what `cache` holds beyond `since` tokens of each sequence, and next-token logits by sequence.
+
+    The positions written lie in [start[b], until[b]) of sequence b.
 
     Returns None, and writes nothing, where there is nothing to write. The file is on disk when this returns, but no
     manifest names it yet.
@@ -167,28 +232,28 @@ def write_segment(
         parts = [cache.tokens_from(layer, b, first) for b, first in enumerate(since)]
         tensors[f"kv.{layer}"] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
     # The random part keeps two runs that start from the same turn from writing over each other's files.
-    name = f"segment-{turn:05d}-{rank:03d}-{kv_heads[0]:03d}-{secrets.token_hex(4)}.safetensors"
+    name = f"segment-{revision:05d}-{rank:03d}-{kv_heads[0]:03d}-{secrets.token_hex(4)}.safetensors"
     temporary = directory / f"{name}.tmp"
     save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary)
     _sync(temporary)
     temporary.rename(directory / name)
     return Segment(
         file=name, bytes=(directory / name).stat().st_size, sha256=_sha256(directory / name),
-        turn=turn, rank=rank, kv_heads=kv_heads, tokens=tuple(tokens),
+        revision=revision, rank=rank, kv_heads=kv_heads, tokens=tuple(tokens), start=tuple(start), until=tuple(until),
     )
 
 
 def commit(directory: Path, manifest: Manifest) -> None:
-    """Makes `manifest` the state of the session in one atomic step, then removes files that no turn needs.
+    """Makes `manifest` the state of the session in one atomic step, then removes files that it does not name.
 
-    Raises RuntimeError if another run has committed a turn since this one began.
+    Raises RuntimeError if another run has committed since this one began.
     """
     path = directory / MANIFEST
-    found = Manifest.parse(path.read_text()).turn if path.exists() else 0
-    if found != manifest.turn - 1:
+    found = Manifest.parse(path.read_text()).revision if path.exists() else 0
+    if found != manifest.revision - 1:
         raise RuntimeError(
-            f"{directory} was changed by another run (it is at turn {found}, this run began at {manifest.turn - 1}); "
-            "this turn was not saved"
+            f"{directory} was changed by another run (it is at revision {found}, this run began at "
+            f"{manifest.revision - 1}); what this run computed was not saved"
         )
     temporary = path.with_suffix(".tmp")
     temporary.write_text(manifest.dump())
@@ -215,24 +280,20 @@ def restore(
 
     from cptool.sharding import Placement
 
-    pieces = _pieces(manifest)
     batch = len(manifest.sequences)
     files = {s.file: safe_open(directory / s.file, framework="pt") for s in manifest.segments}
-    # shares[r][b]: (piece, first, last) in the order of the segments, indices within the piece's tensors.
+    pieces = [_Piece.of(group, files) for group in _groups(manifest)]
+    # shares[r][b]: (piece, first, last) in the order of the segments, rows of the piece's tensors.
     shares = [[_share(pieces, b, r, ranks) for b in range(batch)] for r in range(ranks)]
 
-    mine = {s.file: s for b in range(batch) for piece, _, _ in shares[rank][b] for s in piece}
+    mine = {s.file: s for b in range(batch) for piece, _, _ in shares[rank][b] for s in piece.segments}
     for segment in mine.values():
-        if _sha256(directory / segment.file) != segment.sha256:
-            raise UserError(
-                f"{directory / segment.file} does not match its checksum; the file is damaged: restore it or prefill anew"
-            )
+        check_digest(directory, segment)
 
-    positions = {piece[0].file: files[piece[0].file].get_tensor("positions") for piece in pieces}
-    placements, order = [], None
+    placements, order = [], []
     for r in range(ranks):
         rows = [
-            torch.cat([positions[p[0].file][a:z] for p, a, z in share] or [torch.empty(0, dtype=torch.int32)])
+            torch.cat([piece.positions[a:z] for piece, a, z in share] or [torch.empty(0, dtype=torch.int32)])
             for share in shares[r]
         ]
         sorts = [row.argsort() for row in rows]
@@ -267,21 +328,44 @@ def read_logits(directory: Path, manifest: Manifest) -> "dict[int, torch.Tensor]
     return found
 
 
-def _pieces(manifest: Manifest) -> list[tuple[Segment, ...]]:
-    """Segments that hold different KV heads of the same tokens, together, in the order of their first heads."""
+@dataclass(frozen=True)
+class _Piece:
+    """Segments that hold different KV heads of the same tokens, in the order of their heads.
+
+    `positions` of its rows; rows [before[b], before[b] + live[b]) are the tokens of sequence b that count.
+    """
+
+    segments: tuple[Segment, ...]
+    positions: "torch.Tensor"
+    before: tuple[int, ...]
+    live: tuple[int, ...]
+
+    @staticmethod
+    def of(segments: tuple[Segment, ...], files) -> "_Piece":
+        first = segments[0]
+        positions = files[first.file].get_tensor("positions")
+        rows = positions.split(list(first.tokens))
+        # Positions ascend, so those below the limit come first.
+        live = tuple(int((row < limit).sum()) for row, limit in zip(rows, first.until))
+        return _Piece(segments, positions, tuple(accumulate(first.tokens, initial=0))[:-1], live)
+
+
+def _groups(manifest: Manifest) -> list[tuple[Segment, ...]]:
+    """Segments by the revision and rank that wrote them: each group has the same tokens and other KV heads."""
     groups: dict[tuple[int, int], list[Segment]] = {}
     for segment in manifest.segments:
-        groups.setdefault((segment.turn, segment.rank), []).append(segment)
+        if segment.live:
+            groups.setdefault((segment.revision, segment.rank), []).append(segment)
     return [tuple(sorted(groups[key], key=lambda s: s.kv_heads)) for key in sorted(groups)]
 
 
-def _share(pieces: list[tuple[Segment, ...]], b: int, rank: int, ranks: int):
+def _share(pieces: list[_Piece], b: int, rank: int, ranks: int) -> list[tuple[_Piece, int, int]]:
     """Which rows of which pieces rank `rank` takes of sequence b: an equal, contiguous part of all its tokens."""
-    total = sum(piece[0].tokens[b] for piece in pieces)
+    total = sum(piece.live[b] for piece in pieces)
     first, last = total * rank // ranks, total * (rank + 1) // ranks
     found, seen = [], 0
     for piece in pieces:
-        count, before = piece[0].tokens[b], sum(piece[0].tokens[:b])
+        count, before = piece.live[b], piece.before[b]
         a, z = max(first - seen, 0), min(last - seen, count)
         if a < z:
             found.append((piece, before + a, before + z))
@@ -289,17 +373,24 @@ def _share(pieces: list[tuple[Segment, ...]], b: int, rank: int, ranks: int):
     return found
 
 
-def _read(files, piece: tuple[Segment, ...], layer: int, first: int, last: int, kv_heads: tuple[int, int]):
+def _read(files, piece: _Piece, layer: int, first: int, last: int, kv_heads: tuple[int, int]) -> "torch.Tensor":
     """Rows [first, last) of a piece's layer for KV heads [kv_heads[0], kv_heads[1])."""
     import torch
 
     heads = []
-    for segment in piece:
+    for segment in piece.segments:
         low, high = segment.kv_heads
         a, z = max(low, kv_heads[0]), min(high, kv_heads[1])
         if a < z:
             heads.append(files[segment.file].get_slice(f"kv.{layer}")[first:last, :, a - low : z - low])
     return heads[0] if len(heads) == 1 else torch.cat(heads, dim=2)
+
+
+def check_digest(directory: Path, segment: Segment) -> None:
+    """UserError if a segment's contents are not what was written."""
+    file = directory / segment.file
+    if _sha256(file) != segment.sha256:
+        raise UserError(f"{file} does not match its checksum; the file is damaged: restore it or prefill anew")
 
 
 def _is_ours(path: Path) -> bool:

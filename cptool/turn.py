@@ -15,7 +15,11 @@ from cptool.sampling import Sampling
 
 @dataclass(frozen=True)
 class Turn:
-    """What is asked. `prompts[b]` are the new tokens of sequence b; with `resume` they follow what the session holds."""
+    """What is asked.
+
+    `prompts[b]` are the new tokens of sequence b; with `resume` they follow what the session holds, or the first `keep[b]`
+    tokens of it.
+    """
 
     model: str
     prompts: tuple[tuple[int, ...], ...]
@@ -23,6 +27,7 @@ class Turn:
     variant: str = "auto"
     session: str | None = None
     resume: bool = False
+    keep: tuple[int, ...] | None = None
     max_new_tokens: int = 0
     sampling: Sampling = Sampling()
 
@@ -85,6 +90,8 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     if turn.resume:
         manifest = session.load(directory)
         session.check_model(manifest, checkpoint.fingerprint, turn.model)
+        if turn.keep is not None:
+            manifest = manifest.truncated(list(turn.keep))
         engine.restore(directory, manifest, reserve=room)
     held = list(engine.computed)
 
@@ -104,7 +111,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     answers = engine.decode(turn.max_new_tokens, turn.sampling, checkpoint.eos_ids, emit)
     steps = max(map(len, answers), default=0) - 1
     ended = time.perf_counter()
-    if directory is not None:
+    if directory is not None and (any(new) or any(answers)):
         engine.save(directory, manifest, identity(checkpoint))
     return Report(
         tokens=sum(new),

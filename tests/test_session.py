@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cptool import session
+from cptool import session, session_care
 from cptool.cache import KVCache
 from cptool.errors import UserError
 from cptool.session import Manifest, ModelIdentity, Sequence
@@ -38,7 +38,8 @@ def store(cache: KVCache, placement, heads: slice = slice(None)) -> None:
 def save_turn(directory, lengths, starts, ranks, tp, previous):
     """A turn of `lengths` new tokens, computed on `ranks` x `tp` ranks, saved as the engine does."""
     directory.mkdir(exist_ok=True)
-    turn, segments, logits_of = (previous.turn if previous else 0) + 1, [], {}
+    revision, segments, logits_of = (previous.revision if previous else 0) + 1, [], {}
+    total = [s + n for s, n in zip(starts, lengths)]
     layout = balanced(lengths, ranks, starts=starts)
     for rank in range(ranks):
         for part in range(tp):
@@ -47,17 +48,18 @@ def save_turn(directory, lengths, starts, ranks, tp, previous):
             store(cache, layout.placement(rank), slice(*heads))
             logits = {b: torch.full((7,), float(b)) for b in range(len(lengths)) if rank == 0 and part == 0}
             segment = session.write_segment(
-                directory, cache, [0] * len(lengths), turn=turn, rank=rank, kv_heads=heads, logits=logits
-            )
+                directory, cache, [0] * len(lengths), revision=revision, rank=rank, kv_heads=heads, start=starts,
+                until=total, logits=logits,
+            )  # fmt: skip
             if segment is not None:
                 segments.append(segment)
                 logits_of |= dict.fromkeys(logits, segment.file)
-    total = [s + n for s, n in zip(starts, lengths)]
     sequences = tuple(Sequence(tokens=tuple(range(n)), cached=n, logits=logits_of.get(b)) for b, n in enumerate(total))
-    kept = previous.segments if previous else ()
     manifest = Manifest(
-        model=MODEL, dtype="float32", cp=ranks, tp=tp, turn=turn, sequences=sequences, segments=kept + tuple(segments)
-    )
+        model=MODEL, dtype="float32", cp=ranks, tp=tp, revision=revision,
+        turns=(previous.turns if previous else ()) + (tuple(total),), sequences=sequences,
+        segments=(previous.segments if previous else ()) + tuple(segments),
+    )  # fmt: skip
     session.commit(directory, manifest)
     return manifest
 
@@ -73,12 +75,23 @@ turns = st.integers(1, 3).flatmap(
 @settings(deadline=None, max_examples=40)
 @given(turns=turns, ranks=st.integers(1, 5), tp=st.sampled_from([1, 2, 4]))
 def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
+    """Turns follow each other, some after going back to half of what was said; and one is taken back at the end."""
     directory = tmp_path_factory.mktemp("session")
     batch, starts, manifest = len(turns[0][0]), [0] * len(turns[0][0]), None
     for lengths, cp, parts in turns:
+        if manifest is not None and parts == 2:
+            manifest = manifest.truncated([s // 2 for s in starts])
+            starts = [sequence.cached for sequence in manifest.sequences]
         manifest = save_turn(directory, lengths, starts, cp, parts, manifest)
         starts = [s + n for s, n in zip(starts, lengths)]
+    assert session_care.problems(directory, session.load(directory)) == []
+    if len(manifest.turns) > 1:
+        session_care.roll_back(directory, manifest, 1)
+    else:
+        session_care.compact(directory, manifest)
     manifest = session.load(directory)
+    assert session_care.problems(directory, manifest) == []
+    starts = [sequence.cached for sequence in manifest.sequences]
     held = [[] for _ in range(batch)]
     for rank in range(ranks):
         for part in range(tp):
@@ -121,7 +134,7 @@ def test_a_segment_without_a_manifest_changes_nothing(saved):
     directory, manifest = saved
     cache = new_cache(2)
     store(cache, balanced([3, 3], 1, starts=[40, 7]).placement(0))
-    session.write_segment(directory, cache, [0, 0], turn=2, rank=0, kv_heads=(0, HEADS), logits={})
+    session.write_segment(directory, cache, [0, 0], revision=2, rank=0, kv_heads=(0, HEADS), start=[40, 7], until=[43, 10], logits={})
     assert session.load(directory) == manifest
 
 
@@ -130,7 +143,7 @@ def test_two_runs_from_one_turn_cannot_both_commit(saved):
     save_turn(directory, [1, 1], [40, 7], 1, 1, manifest)
     with pytest.raises(RuntimeError, match="changed by another run"):
         save_turn(directory, [2, 2], [40, 7], 1, 1, manifest)
-    assert session.load(directory).turn == 2
+    assert session.load(directory).revision == 2
 
 
 def restore(directory, manifest):
@@ -173,10 +186,7 @@ def test_segment_names_cannot_leave_the_directory(saved):
         session.load(directory)
 
 
-def test_places_that_are_not_for_a_new_session(saved, tmp_path):
-    directory, _ = saved
-    with pytest.raises(UserError, match="already holds a session"):
-        session.check_new(directory)
+def test_places_that_are_not_for_a_new_session(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         session.check_new(tmp_path / "file")

@@ -16,18 +16,20 @@ from cptool.cli.options import (
     resolve_dtype,
     resolve_ranks,
 )
+from cptool.errors import UserError
 
 
 @click.command()
 @click.argument("model")
 @prompt_options
 @click.option("--chat", is_flag=True, help="Put each text prompt into the model's chat template, as a user's message.")
-@click.option("--session", type=click.Path(path_type=Path), metavar="DIR", help="Keep the KV in this new directory, for `cptool decode`.")
+@click.option("--session", type=click.Path(path_type=Path), metavar="DIR", help="Keep the KV in this directory; if it holds a session, compute only what the prompt adds to it.")
+@click.option("--rewind", is_flag=True, help="Where the prompt differs from the session, go back to what they have in common.")
 @rank_options
 @dtype_option
 @json_option
 def prefill(
-    model, prompts, prompt_files, token_files, synthetic, chat, session, cp, tp, device, variant, threads, timeout, dtype, as_json
+    model, prompts, prompt_files, token_files, synthetic, chat, session, rewind, cp, tp, device, variant, threads, timeout, dtype, as_json
 ):  # fmt: skip
     """Compute the KV of a prompt and the token that follows it.
 
@@ -39,12 +41,20 @@ def prefill(
     asked = Prompts(prompts, prompt_files, token_files, synthetic, chat)
     if not asked:
         raise click.UsageError("no prompt; give --prompt, --prompt-file, --token-ids or --synthetic")
+    manifest = None
     if session is not None:
-        sessions.check_new(session)
+        manifest = sessions.load(session) if sessions.exists(session) else sessions.check_new(session)
     checkpoint = open_checkpoint(model)
     sequences = asked.encode(checkpoint, begin=True)
     lengths = [len(tokens) for tokens in sequences]
     check_context(lengths, [0] * len(lengths), 0, checkpoint.config)
+    keep = None
+    if manifest is not None:
+        sessions.check_model(manifest, checkpoint.fingerprint, model)
+        if dtype not in ("auto", manifest.dtype):
+            raise UserError(f"--dtype {dtype}: the KV of {session} is {manifest.dtype}; leave --dtype out, or name a new directory")
+        keep = sessions.common_prefix(session, manifest, sequences, rewind)
+        sequences = [tokens[n:] for tokens, n in zip(sequences, keep)]
     ranks = resolve_ranks(cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config)
 
     from cptool.cli.launch import run_turn
@@ -53,9 +63,11 @@ def prefill(
     turn = Turn(
         model=str(checkpoint.path),
         prompts=tuple(map(tuple, sequences)),
-        dtype=resolve_dtype(dtype, checkpoint, ranks.device),
+        dtype=manifest.dtype if manifest else resolve_dtype(dtype, checkpoint, ranks.device),
         variant=variant,
         session=None if session is None else str(session),
+        resume=manifest is not None,
+        keep=None if keep is None else tuple(keep),
     )
     report = run_turn(turn, ranks)
     if report is None:

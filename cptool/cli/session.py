@@ -1,0 +1,90 @@
+"""`cptool session`: shows, checks, compacts a session, or goes back in it."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from cptool import session as sessions
+from cptool.cli import draw
+from cptool.cli.options import json_option
+
+directory_argument = click.argument("directory", metavar="SESSION", type=click.Path(path_type=Path))
+
+
+@click.group()
+def session() -> None:
+    """Look after a session on disk."""
+
+
+@session.command()
+@directory_argument
+@json_option
+def show(directory: Path, as_json: bool) -> None:
+    """What a SESSION holds."""
+    manifest = sessions.load(directory)
+    fields = {
+        "model": manifest.model.path,
+        "fingerprint": manifest.model.fingerprint,
+        "dtype": manifest.dtype,
+        "cp": manifest.cp,
+        "tp": manifest.tp,
+        "revision": manifest.revision,
+        "turns": [list(turn) for turn in manifest.turns],
+        "tokens": [len(sequence.tokens) for sequence in manifest.sequences],
+        "cached": [sequence.cached for sequence in manifest.sequences],
+        "segments": len(manifest.segments),
+        "bytes": sum(segment.bytes for segment in manifest.segments),
+    }
+    if as_json:
+        click.echo(json.dumps(fields))
+        return
+    turns = " -> ".join("+".join(map(str, turn)) for turn in manifest.turns)
+    draw.table(
+        [
+            ("model", f"{manifest.model.path} ({manifest.model.fingerprint[:12]})"),
+            ("last turn on", f"{manifest.cp} cp x {manifest.tp} tp, {manifest.dtype}"),
+            ("tokens", f"{', '.join(map(str, fields['tokens']))}, {', '.join(map(str, fields['cached']))} of them with KV"),
+            ("after turns", turns),
+            ("on disk", f"{fields['segments']} segments, {draw.size(fields['bytes'])}, revision {manifest.revision}"),
+        ]
+    )
+
+
+@session.command()
+@directory_argument
+def verify(directory: Path) -> None:
+    """Read every byte of a SESSION and check it; exits with 1 if something is wrong."""
+    from cptool.session_care import problems
+
+    manifest = sessions.load(directory)
+    found = problems(directory, manifest)
+    for line in found:
+        draw.say(line)
+    if found:
+        sys.exit(1)
+    click.echo(f"{directory}: sound, {len(manifest.segments)} segments, {sum(s.cached for s in manifest.sequences)} tokens with KV")
+
+
+@session.command()
+@directory_argument
+def compact(directory: Path) -> None:
+    """Rewrite a SESSION in few segments without what does not count any more."""
+    from cptool.session_care import compact as rewrite
+
+    before = sessions.load(directory)
+    after = rewrite(directory, before)
+    sizes = [draw.size(sum(s.bytes for s in m.segments)) for m in (before, after)]
+    click.echo(f"{directory}: {len(before.segments)} segments, {sizes[0]} -> {len(after.segments)} segments, {sizes[1]}")
+
+
+@session.command()
+@directory_argument
+@click.option("--turns", type=click.IntRange(min=1), default=1, show_default=True, help="How many turns to go back.")
+def rollback(directory: Path, turns: int) -> None:
+    """Take back the last turns of a SESSION."""
+    from cptool.session_care import roll_back
+
+    after = roll_back(directory, sessions.load(directory), turns)
+    click.echo(f"{directory}: {len(after.turns)} turns, {', '.join(str(len(s.tokens)) for s in after.sequences)} tokens")
