@@ -396,7 +396,7 @@ def sentencepiece_metadata():
 
 
 def sentencepiece_encode(metadata, text):
-    """SentencePiece as defined: merge the best-scored adjacent pair, leftmost first, while any is."""
+    """SentencePiece as defined: merge the best-scored adjacent pair, leftmost first, to the end."""
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     types = metadata["tokenizer.ggml.token_type"]
     ids = {token: i for i, token in enumerate(tokens) if types[i] == 1}
