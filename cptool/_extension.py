@@ -1,4 +1,4 @@
-"""Finds and loads the compiled extension, cptool._C, and says what to do when it is missing or stale."""
+"""Loads the compiled extension, cptool._C, and says what to do when it is missing or stale."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ _REMEDY = "build it with `pip install .` (or `pip install -e .`) in the checkout
 
 
 def source_hash(csrc: Path) -> str:
-    """Hex digest of the names and contents of the sources under `csrc`; setup.py bakes it into the extension."""
+    """Hex digest of the names and contents of the sources under `csrc`, as setup.py bakes it in."""
     digest = hashlib.sha256()
     for path in sorted(path for path in csrc.rglob("*") if path.suffix in _SOURCES):
         digest.update(f"{path.relative_to(csrc).as_posix()}\0".encode())
@@ -23,46 +24,63 @@ def source_hash(csrc: Path) -> str:
     return digest.hexdigest()
 
 
-def _beside_package(package: Path) -> Path | None:
+def _candidates(package: Path) -> Iterator[Path]:
+    """Extensions built beside the package, then installed ones.
+
+    `python -m cptool` and `torchrun -m cptool` in a checkout import the checkout's package, which
+    has no extension unless the install was editable: the one that `pip install .` put elsewhere
+    serves it.
+    """
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = package / f"_C{suffix}"
-        if path.is_file():
-            return path
-    return None
-
-
-def _installed() -> Path | None:
-    # `python -m cptool` and `torchrun -m cptool` in a checkout import the checkout's package, which has no extension unless
-    # the install was editable: the one that `pip install .` put elsewhere serves it.
+        yield package / f"_C{suffix}"
     for distribution in importlib.metadata.distributions(name="cptool"):
         for file in distribution.files or ():
             if file.parent.as_posix() == "cptool" and file.name.startswith("_C."):
-                path = Path(distribution.locate_file(file))
-                if path.is_file():
-                    return path
+                yield Path(distribution.locate_file(file))
+
+
+def _import(path: Path, attempt: int) -> ModuleType:
+    # Of a name, pybind11 makes one module in a process: every attempt needs its own.
+    spec = importlib.util.spec_from_file_location(f"cptool.{attempt}._C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _mismatch(module: ModuleType, package: Path) -> str | None:
+    from cptool import __version__
+
+    if module.version != __version__:
+        return (
+            f"cptool is version {__version__}, its compiled extension {module.__file__} is "
+            f"{module.version}; {_REMEDY}"
+        )
+    csrc = package.parent / "csrc"  # absent from an installed package
+    if csrc.is_dir() and module.source_hash and module.source_hash != source_hash(csrc):
+        return (
+            f"cptool's compiled extension {module.__file__} was not built from the sources in "
+            f"{csrc}; {_REMEDY}"
+        )
     return None
 
 
 def load() -> ModuleType:
     """The extension module.
 
-    Raises ImportError, one line, if it is missing, or if it was built from other sources or for another version than the
-    package that loads it. Sources are compared in a checkout only.
+    Raises ImportError, one line, if there is none, or if each was built for another version than
+    the package's or from other sources than the checkout's.
     """
-    from cptool import __version__
-
     package = Path(__file__).resolve().parent
-    path = _beside_package(package) or _installed()
-    if path is None:
-        raise ImportError(f"cptool's compiled extension is missing beside {package}; {_REMEDY}")
-    spec = importlib.util.spec_from_file_location("cptool._C", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    if module.version != __version__:
-        raise ImportError(f"cptool is version {__version__}, its compiled extension {path} is {module.version}; {_REMEDY}")
-    csrc = package.parent / "csrc"  # absent from an installed package
-    if csrc.is_dir() and module.source_hash and module.source_hash != source_hash(csrc):
-        raise ImportError(f"cptool's compiled extension {path} was not built from the sources in {csrc}; {_REMEDY}")
-    sys.modules["cptool._C"] = module
-    return module
+    mismatches = []
+    for path in _candidates(package):
+        if not path.is_file():
+            continue
+        module = _import(path, attempt=len(mismatches))
+        mismatch = _mismatch(module, package)
+        if mismatch is None:
+            sys.modules["cptool._C"] = module
+            return module
+        mismatches.append(mismatch)
+    if mismatches:
+        raise ImportError(mismatches[0])
+    raise ImportError(f"cptool's compiled extension is missing beside {package}; {_REMEDY}")

@@ -1,20 +1,21 @@
-"""Partial attention over positions, and the merge of partials: the two operations that context parallelism is made of.
+"""Partial attention over positions, and the merge of partials: what context parallelism is made of.
 
-A partial is a pair ``(out, lse)`` over some of a query's keys: ``out = softmax(scale * q k^T) v``, and ``lse``, the natural
-logarithm of the softmax's denominator, in float32; a query that saw no key has ``out = 0`` and ``lse = -inf``. Partials over
-disjoint keys merge to the partial over their union::
+A partial is a pair ``(out, lse)`` over some of a query's keys: ``out = softmax(scale * q k^T) v``,
+and ``lse``, the natural logarithm of the softmax's denominator, in float32; a query that saw no key
+has ``out = 0`` and ``lse = -inf``. Partials over disjoint keys merge to the one over their union::
 
     lse = log(sum_i exp(lse_i))        out = sum_i exp(lse_i - lse) * out_i
 
-Positions are the mask: a key is visible to the queries of its sequence whose position is at least its own. So whole prompts,
-shards of any layout, cached prefixes, decode steps and empty shards are one call.
+Positions are the mask: a key is visible to the queries of its sequence whose position is at least
+its own. So whole prompts, shards of any layout, cached prefixes, decode steps and empty shards are
+one call.
 
-Both operations are torch custom ops (``torch.ops.cptool``) with fake implementations. They have no gradients.
+Both operations are torch custom ops (``torch.ops.cptool``) with fake implementations. They have no
+gradients.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,14 +24,17 @@ import torch
 from torch import Tensor
 
 from cptool import _extension
+from cptool._op_checks import (
+    SCALAR_TYPES,
+    check_attention,
+    check_into,
+    check_kernels,
+    check_merge,
+    check_new_dtype,
+)
 from cptool.errors import UserError
 
 _C = _extension.load()
-
-MAX_HEAD_DIM = 256
-
-# The values of csrc/attention.h's ScalarType.
-_SCALAR_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def attention_partial(
@@ -49,25 +53,28 @@ def attention_partial(
 
     Args:
         q: ``[Tq, Hq, D]``, float32, bfloat16 or float16; D a multiple of 8, at most 256.
-        k, v: ``[Tk, Hkv, D]`` in q's dtype, ``Hq % Hkv == 0``; query head h reads KV head ``h // (Hq // Hkv)``.
-            Tokens and heads may have any strides; the innermost dimension of q, k and v is contiguous.
-        q_pos, k_pos: int32 ``[Tq]`` and ``[Tk]``, absolute positions, ascending within each sequence. Keys at positions
-            beyond all queries are never read, so slots there may be uninitialised.
-        cu_q, cu_k: int32 ``[B + 1]``, token offsets of the B sequences; cu_q runs from 0 to Tq, cu_k lies within 0 and Tk.
-            Any sequence may be empty on either side.
+        k, v: ``[Tk, Hkv, D]`` in q's dtype, ``Hq % Hkv == 0``; query head h reads KV head
+            ``h // (Hq // Hkv)``. Tokens and heads may have any strides; the innermost dimension of
+            q, k and v is contiguous.
+        q_pos, k_pos: int32 ``[Tq]`` and ``[Tk]``, absolute positions, ascending within each
+            sequence. Keys at positions beyond all queries are never read, so slots there may be
+            uninitialised.
+        cu_q, cu_k: int32 ``[B + 1]``, token offsets of the B sequences; cu_q runs from 0 to Tq,
+            cu_k lies within 0 and Tk. Any sequence may be empty on either side.
         scale: factor of the scores, usually ``D ** -0.5``.
-        into: a running float32 result ``(out, lse)`` to merge into, in place, as part of the same pass. Where its lse is
-            -inf its out is ignored.
+        into: a running float32 result ``(out, lse)`` to merge into, in place, as part of the same
+            pass. Where its lse is -inf its out is ignored.
         out_dtype: dtype of a new out: float32 (the default) or q's dtype.
 
     Returns:
         out ``[Tq, Hq, D]`` and lse float32 ``[Tq, Hq]``; the tensors of `into` if given.
 
     Raises:
-        ValueError: an argument breaks the contract. Offsets and positions are checked on the CPU only, where that costs no
-            synchronisation.
+        ValueError: an argument breaks the contract. Offsets and positions are checked on the CPU
+            only, where that costs no synchronisation.
 
-    On the CPU the work is spread over ``torch.get_num_threads()`` threads; the result does not depend on their number.
+    On the CPU the work is spread over ``torch.get_num_threads()`` threads; the result does not
+    depend on their number.
     """
     if into is None:
         return _attention_partial_op(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype)
@@ -84,12 +91,14 @@ def merge_partials(
     """Merges partials over disjoint sets of keys, in the order given.
 
     Args:
-        outs: S >= 1 tensors ``[T, H, D]``, contiguous, of one dtype; D a multiple of 8, at most 256.
+        outs: S >= 1 tensors ``[T, H, D]``, contiguous, of one dtype; D a multiple of 8, at most
+            256.
         lses: S tensors float32 ``[T, H]``, contiguous. Where one is -inf its out is ignored.
         out_dtype: float32 (the default), bfloat16 or float16.
 
     Returns:
-        out ``[T, H, D]`` and lse float32 ``[T, H]`` of the union; ``(0, -inf)`` where no partial saw a key.
+        out ``[T, H, D]`` and lse float32 ``[T, H]`` of the union; ``(0, -inf)`` where no partial
+        saw a key.
 
     Raises:
         ValueError: an argument breaks the contract.
@@ -100,27 +109,29 @@ def merge_partials(
 
 
 def cpu_isas() -> list[str]:
-    """Names of the instruction sets whose CPU kernels this build has and this machine runs, slowest first."""
+    """Instruction sets whose CPU kernels this build has and this machine runs, slowest first."""
     return _C.cpu_isas()
 
 
 def cpu_isa(dtype: torch.dtype, head_dim: int = 128) -> str:
-    """Name of the instruction set whose kernel takes CPU calls of this dtype and head dimension."""
-    return _C.cpu_isa(_SCALAR_TYPES[dtype], head_dim)
+    """The instruction set whose kernel takes CPU calls of this dtype and head dimension."""
+    return _C.cpu_isa(SCALAR_TYPES[dtype], head_dim)
 
 
 @contextmanager
 def force_cpu_isa(name: str) -> Iterator[None]:
-    """Uses no CPU kernel beyond `name` (one of :func:`cpu_isas`) inside the context; the environment's CPTOOL_ISA does so
-    for a whole process.
+    """Uses no CPU kernel beyond `name` inside the context, in all threads.
 
-    A kernel that doesn't take a dtype or head dimension leaves the call to the next slower one (:func:`cpu_isa` tells).
-    Process-wide, like the choice itself. Raises ValueError for a name that isn't in :func:`cpu_isas`.
+    The environment's CPTOOL_ISA does so for a whole process. A kernel that doesn't take a dtype or
+    head dimension leaves the call to the next slower one (:func:`cpu_isa` tells). Raises ValueError
+    for a name that isn't in :func:`cpu_isas`.
     """
     global _forced_isa
     previous = _forced_isa
     if not _C.force_cpu_isa(name):
-        raise ValueError(f"CPU instruction set is {name!r}; it must be one of {', '.join(cpu_isas())}")
+        raise ValueError(
+            f"CPU instruction set is {name!r}; it must be one of {', '.join(cpu_isas())}"
+        )
     _forced_isa = name
     try:
         yield
@@ -130,203 +141,103 @@ def force_cpu_isa(name: str) -> Iterator[None]:
 
 
 def build_info() -> dict[str, object]:
-    """What the extension was built with: ``compiler``, CPU ``isas``, ``cuda_archs`` (empty: no CUDA kernels)."""
+    """What was built: ``compiler``, CPU ``isas``, ``cuda_archs`` (empty: no CUDA kernels)."""
     return {"compiler": _C.compiler, "isas": _C.isas_compiled, "cuda_archs": _C.cuda_archs.split()}
 
 
 _forced_isa: str | None = os.environ.get("CPTOOL_ISA") or None
 if _forced_isa and not _C.force_cpu_isa(_forced_isa):
-    raise UserError(f"CPTOOL_ISA is {_forced_isa!r}; it must be one of {', '.join(cpu_isas())} on this machine: unset it")
+    raise UserError(
+        f"CPTOOL_ISA is {_forced_isa!r}; "
+        f"it must be one of {', '.join(cpu_isas())} on this machine: unset it"
+    )
 
 
-# Checks. They run inside the torch ops, so nothing reaches a kernel unchecked however it is called.
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)} ({meaning})")
-
-
-def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype, meaning: str = "") -> None:
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}{meaning}")
-
-
-def _check_head_dim(name: str, head_dim: int) -> None:
-    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"{name} has head dimension {head_dim}; it must be a multiple of 8 from 8 to {MAX_HEAD_DIM}")
-
-
-def _check_float(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _SCALAR_TYPES:
-        raise ValueError(f"{name} is {tensor.dtype}; it must be float32, bfloat16 or float16")
-
-
-def _check_kernels(name: str, device: torch.device) -> None:
-    if device.type != "cpu":
-        raise ValueError(f"{name} is on {device}; this build of cptool has kernels for cpu only")
-
-
-def _check_device(tensor: Tensor, device: torch.device, name: str, first: str) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}; it must be on {device} like {first}")
-
-
-def _check_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float
-) -> None:
-    if q.dim() != 3:
-        raise ValueError(f"q has shape {list(q.shape)}; it must be [tokens, heads, head_dim]")
-    if k.dim() != 3:
-        raise ValueError(f"k has shape {list(k.shape)}; it must be [tokens, kv_heads, head_dim]")
-    q_tokens, q_heads, head_dim = q.shape
-    k_tokens, kv_heads, k_head_dim = k.shape
-    _check_float("q", q)
-    _check_head_dim("q", head_dim)
-    if k_head_dim != head_dim:
-        raise ValueError(f"k has head dimension {k_head_dim}; it must be {head_dim} like q's")
-    if kv_heads < 1 or q_heads < 1 or q_heads % kv_heads:
-        raise ValueError(f"q has {q_heads} heads; they must be a positive multiple of the {kv_heads} heads of k")
-    _check_shape("v", v, k.shape, "the shape of k")
-    _check_shape("q_pos", q_pos, (q_tokens,), "one position for each token of q")
-    _check_shape("k_pos", k_pos, (k_tokens,), "one position for each token of k")
-    if cu_q.dim() != 1 or cu_q.shape[0] < 1:
-        raise ValueError(f"cu_q has shape {list(cu_q.shape)}; it must be [sequences + 1]")
-    _check_shape("cu_k", cu_k, cu_q.shape, "[sequences + 1], like cu_q")
-    _check_dtype("k", k, q.dtype, " like q")
-    _check_dtype("v", v, q.dtype, " like q")
-    device = q.device
-    for name, tensor in (("q_pos", q_pos), ("k_pos", k_pos), ("cu_q", cu_q), ("cu_k", cu_k)):
-        _check_dtype(name, tensor, torch.int32)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has stride {tensor.stride(0)}; it must be contiguous")
-        _check_device(tensor, device, name, "q")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.stride(2) != 1:
-            raise ValueError(f"{name} has strides {tensor.stride()}; its innermost dimension must be contiguous")
-        _check_device(tensor, device, name, "q")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
-
-
-def _check_new_dtype(out_dtype: torch.dtype | None, q: Tensor) -> torch.dtype:
-    if out_dtype is None:
-        return torch.float32
-    if out_dtype != torch.float32 and out_dtype != q.dtype:
-        raise ValueError(f"out_dtype is {out_dtype}; it must be float32 or q's dtype, {q.dtype}")
-    return out_dtype
-
-
-def _check_into(q: Tensor, out: Tensor, lse: Tensor) -> None:
-    _check_shape("into's out", out, q.shape, "the shape of q")
-    _check_shape("into's lse", lse, q.shape[:2], "tokens and heads of q")
-    for name, tensor in (("into's out", out), ("into's lse", lse)):
-        _check_dtype(name, tensor, torch.float32)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
-        _check_device(tensor, q.device, name, "q")
-
-
-def _check_merge(
-    outs: Sequence[Tensor], lses: Sequence[Tensor], out_dtype: torch.dtype | None
-) -> torch.dtype:
-    if len(lses) != len(outs):
-        raise ValueError(f"lses holds {len(lses)} tensors; it must hold one for each of the {len(outs)} outs")
-    first = outs[0]
-    if first.dim() != 3:
-        raise ValueError(f"outs[0] has shape {list(first.shape)}; it must be [tokens, heads, head_dim]")
-    _check_float("outs[0]", first)
-    _check_head_dim("outs[0]", first.shape[2])
-    device = first.device
-    for i, (out, lse) in enumerate(zip(outs, lses)):
-        _check_shape(f"outs[{i}]", out, first.shape, "the shape of outs[0]")
-        _check_shape(f"lses[{i}]", lse, first.shape[:2], "tokens and heads of outs[0]")
-        _check_dtype(f"outs[{i}]", out, first.dtype, " like outs[0]")
-        _check_dtype(f"lses[{i}]", lse, torch.float32)
-        for name, tensor in ((f"outs[{i}]", out), (f"lses[{i}]", lse)):
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
-            _check_device(tensor, device, name, "outs[0]")
-    if out_dtype is None:
-        return torch.float32
-    if out_dtype not in _SCALAR_TYPES:
-        raise ValueError(f"out_dtype is {out_dtype}; it must be float32, bfloat16 or float16")
-    return out_dtype
-
-
-# The ops.
+# The ops. The checks run inside them, so nothing reaches a kernel unchecked however it is called.
 
 
 def _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulate):
-    _check_kernels("q", q.device)
+    check_kernels("q", q.device)
     q_tokens, q_heads, head_dim = q.shape
     k_tokens, kv_heads, _ = k.shape
     _C.attention_partial_cpu(
         q.data_ptr(), *q.stride()[:2], k.data_ptr(), *k.stride()[:2], v.data_ptr(), *v.stride()[:2],
         q_pos.data_ptr(), k_pos.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr(),
         cu_q.shape[0] - 1, q_tokens, k_tokens, q_heads, kv_heads, head_dim, scale,
-        _SCALAR_TYPES[q.dtype], _SCALAR_TYPES[out.dtype], out.data_ptr(), lse.data_ptr(), accumulate,
+        SCALAR_TYPES[q.dtype], SCALAR_TYPES[out.dtype], out.data_ptr(), lse.data_ptr(), accumulate,
         torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _attention_partial(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype=None):
-    _check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
-    out = torch.empty(q.shape, dtype=_check_new_dtype(out_dtype, q), device=q.device)
+    check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
+    out = torch.empty(q.shape, dtype=check_new_dtype(out_dtype, q), device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, False)
     return out, lse
 
 
 def _attention_partial_fake(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype=None):
-    _check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
-    out = q.new_empty(q.shape, dtype=_check_new_dtype(out_dtype, q))
+    check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
+    out = q.new_empty(q.shape, dtype=check_new_dtype(out_dtype, q))
     return out, q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 def _attention_partial_into(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse):
-    _check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
-    _check_into(q, out, lse)
+    check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
+    check_into(q, out, lse)
     _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, True)
 
 
 def _attention_partial_into_fake(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse):
-    _check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
-    _check_into(q, out, lse)
+    check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
+    check_into(q, out, lse)
 
 
 def _merge_partials(outs, lses, out_dtype=None):
-    dtype = _check_merge(outs, lses, out_dtype)
-    _check_kernels("outs[0]", outs[0].device)
+    dtype = check_merge(outs, lses, out_dtype)
+    check_kernels("outs[0]", outs[0].device)
     tokens, heads, head_dim = outs[0].shape
     out = torch.empty((tokens, heads, head_dim), dtype=dtype, device=outs[0].device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=outs[0].device)
     _C.merge_partials_cpu(
         [o.data_ptr() for o in outs], [x.data_ptr() for x in lses], tokens * heads, head_dim,
-        _SCALAR_TYPES[outs[0].dtype], _SCALAR_TYPES[dtype], out.data_ptr(), lse.data_ptr(),
+        SCALAR_TYPES[outs[0].dtype], SCALAR_TYPES[dtype], out.data_ptr(), lse.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 
 
 def _merge_partials_fake(outs, lses, out_dtype=None):
-    dtype = _check_merge(outs, lses, out_dtype)
+    dtype = check_merge(outs, lses, out_dtype)
     return outs[0].new_empty(outs[0].shape, dtype=dtype), lses[0].new_empty(lses[0].shape)
 
 
-_ATTENTION_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor k_pos, Tensor cu_q, Tensor cu_k, float scale"
-)
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor k_pos, Tensor cu_q, Tensor cu_k"
 _library = torch.library.Library("cptool", "DEF")
-_library.define(f"attention_partial({_ATTENTION_ARGUMENTS}, ScalarType? out_dtype=None) -> (Tensor, Tensor)")
-_library.define(f"attention_partial_({_ATTENTION_ARGUMENTS}, Tensor(a!) out, Tensor(b!) lse) -> ()")
-_library.define("merge_partials(Tensor[] outs, Tensor[] lses, ScalarType? out_dtype=None) -> (Tensor, Tensor)")
-for _name, _function, _fake in (
-    ("attention_partial", _attention_partial, _attention_partial_fake),
-    ("attention_partial_", _attention_partial_into, _attention_partial_into_fake),
-    ("merge_partials", _merge_partials, _merge_partials_fake),
+for _name, _schema, _function, _fake in (
+    (
+        "attention_partial",
+        f"({_TENSORS}, float scale, ScalarType? out_dtype=None) -> (Tensor, Tensor)",
+        _attention_partial,
+        _attention_partial_fake,
+    ),
+    (
+        "attention_partial_",
+        f"({_TENSORS}, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()",
+        _attention_partial_into,
+        _attention_partial_into_fake,
+    ),
+    (
+        "merge_partials",
+        "(Tensor[] outs, Tensor[] lses, ScalarType? out_dtype=None) -> (Tensor, Tensor)",
+        _merge_partials,
+        _merge_partials_fake,
+    ),
 ):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")  # every device, to refuse those without kernels in our words
+    _library.define(_name + _schema)
+    # For every device, so that those without kernels are refused in our words.
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cptool::{_name}", _fake, lib=_library)
 
 # The resolved overloads: calling them skips the search by name and signature.

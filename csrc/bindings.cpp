@@ -1,5 +1,6 @@
-// What Python sees of the extension: functions of addresses, sizes and strides. cptool/ops.py is their only caller and has
-// checked every tensor; offsets and positions on the CPU are checked by the dispatcher.
+// What Python sees of the extension: functions of addresses, sizes and strides. cptool/ops.py is
+// their only caller and has checked every tensor; offsets and positions on the CPU are checked by
+// the dispatcher.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,11 +24,13 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-AttentionArgs attention_args(uintptr_t q, int64_t q_token_stride, int64_t q_head_stride, uintptr_t k, int64_t k_token_stride,
-                             int64_t k_head_stride, uintptr_t v, int64_t v_token_stride, int64_t v_head_stride, uintptr_t q_pos,
-                             uintptr_t k_pos, uintptr_t cu_q, uintptr_t cu_k, int64_t batch, int64_t q_tokens, int64_t k_tokens,
-                             int64_t q_heads, int64_t kv_heads, int64_t head_dim, double scale, int dtype, int out_dtype,
-                             uintptr_t out, uintptr_t lse, bool accumulate) {
+AttentionArgs attention_args(uintptr_t q, int64_t q_token_stride, int64_t q_head_stride,
+                             uintptr_t k, int64_t k_token_stride, int64_t k_head_stride,
+                             uintptr_t v, int64_t v_token_stride, int64_t v_head_stride,
+                             uintptr_t q_pos, uintptr_t k_pos, uintptr_t cu_q, uintptr_t cu_k,
+                             int64_t batch, int64_t q_tokens, int64_t k_tokens, int64_t q_heads,
+                             int64_t kv_heads, int64_t head_dim, double scale, int dtype,
+                             int out_dtype, uintptr_t out, uintptr_t lse, bool accumulate) {
   AttentionArgs args;
   args.q = pointer<const void>(q);
   args.k = pointer<const void>(k);
@@ -59,7 +62,8 @@ AttentionArgs attention_args(uintptr_t q, int64_t q_token_stride, int64_t q_head
 
 // Calls `run(args, extra)` with what attention_args makes of the other parameters, without the GIL.
 template <class Extra, class... Parameters>
-auto with_attention_args(void (*run)(const AttentionArgs&, Extra), AttentionArgs (*)(Parameters...)) {
+auto with_attention_args(void (*run)(const AttentionArgs&, Extra),
+                         AttentionArgs (*)(Parameters...)) {
   return [run](Parameters... parameters, Extra extra) {
     const AttentionArgs args = attention_args(parameters...);
     py::gil_scoped_release released;
@@ -67,8 +71,9 @@ auto with_attention_args(void (*run)(const AttentionArgs&, Extra), AttentionArgs
   };
 }
 
-void merge_partials(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lses, int64_t rows, int64_t head_dim,
-                    int dtype, int out_dtype, uintptr_t out, uintptr_t lse, int threads) {
+void merge_partials(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lses,
+                    int64_t rows, int64_t head_dim, int dtype, int out_dtype, uintptr_t out,
+                    uintptr_t lse, int threads) {
   std::vector<const void*> out_pointers;
   std::vector<const float*> lse_pointers;
   for (size_t i = 0; i < outs.size(); ++i) {
@@ -108,7 +113,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("isas_compiled") = cpu_isas(false);
   m.attr("cuda_archs") = CPTOOL_CUDA_ARCHS_BUILT;  // empty: no CUDA kernels
 
-  m.def("attention_partial_cpu", with_attention_args<int>(cptool::cpu::attention_partial, attention_args));
+  m.def("attention_partial_cpu",
+        with_attention_args<int>(cptool::cpu::attention_partial, attention_args));
   m.def("merge_partials_cpu", merge_partials);
   m.def("cpu_isas", [] { return cpu_isas(true); });
   m.def("cpu_isa", [](int dtype, int64_t head_dim) {

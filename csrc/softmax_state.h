@@ -1,11 +1,12 @@
 // The monoid of partial softmax results, for every kernel on every device.
 //
-// Over a set of keys with scores s_j a kernel holds max >= max_j s_j, sum = sum_j exp(s_j - max) and the vector
-// acc = sum_j exp(s_j - max) v_j. The union of two disjoint sets is merge(); the empty set is the identity. All in natural
-// units: a kernel that works with exp2 converts its maximum (max = max2 * ln 2) before it makes a state.
+// Over a set of keys with scores s_j a kernel holds max >= max_j s_j, sum = sum_j exp(s_j - max)
+// and the vector acc = sum_j exp(s_j - max) v_j. The union of two disjoint sets is merge(); the
+// empty set is the identity. All in natural units: a kernel that works with exp2 converts its
+// maximum (max = max2 * ln 2) before it makes a state.
 //
-// The unnamed namespace is deliberate: every translation unit is compiled for an instruction set of its own, and the linker
-// must not replace one's copy of an inline function with another's.
+// The unnamed namespace is deliberate: every translation unit is compiled for an instruction set of
+// its own, and the linker must not replace one's copy of an inline function with another's.
 #pragma once
 
 #include <cmath>

@@ -1,17 +1,20 @@
 """Attention in float64, and how far from it a kernel may be.
 
-The tolerance is flash-attention's idea: a kernel may err at most twice as much as plain torch (matmul, softmax, matmul, every
-intermediate rounded) does on the same inputs in the kernel's arithmetic, plus the few roundings that even an exact algorithm
-cannot avoid. So it follows the inputs, and holds no number of its own:
+The tolerance is flash-attention's idea: a kernel may err at most twice as much as plain torch
+(matmul, softmax, matmul, every intermediate rounded) does on the same inputs in the kernel's
+arithmetic, plus the few roundings that even an exact algorithm cannot avoid. So it follows the
+inputs, and holds no number of its own:
 
     out: 2 * max|plain - exact| + 4 u max|v|  + u_out max|out|
     lse: 2 * max|plain - exact| + 4 u max|lse|
 
-with u the unit roundoff of the arithmetic and u_out that of the output's dtype. The four roundings are those of a weight, its
-product with v, the division by the sum and, for lse, of the maximum, its scale, the logarithm and their sum.
+with u the unit roundoff of the arithmetic and u_out that of the output's dtype. The four roundings
+of out are those of the score's scale, a weight, its product with v and the division by the sum;
+those of lse are of the score's scale, the maximum, the logarithm and the sum of the two.
 
-Merging partials weighs each with exp(lse_i - lse): an error e in an lse is a relative error e in that weight, once in its own
-and once in the total's, so a merged out may err by 2 e max|v| more, and by one more rounding of each product and of the sum.
+Merging partials weighs each with exp(lse_i - lse): an error e in an lse is a relative error e in
+that weight, once in its own and once in the total's, so a merged out may err by 2 e max|v| more,
+and by one more rounding of each product and of the sum.
 """
 
 from __future__ import annotations
@@ -107,7 +110,11 @@ def tolerance(
     seen = exact_lse.isfinite()
     u = unit_roundoff(arithmetic)
     values = max((_largest(case.v[keys]) for _, keys, _ in case.sequences()), default=0.0)
-    out = 2 * _largest(plain_out - exact_out) + 4 * u * values + unit_roundoff(out_dtype) * _largest(exact_out)
+    out = (
+        2 * _largest(plain_out - exact_out)
+        + 4 * u * values
+        + unit_roundoff(out_dtype) * _largest(exact_out)
+    )
     lse = 2 * _largest(plain_lse[seen] - exact_lse[seen]) + 4 * u * _largest(exact_lse)
     if merged:
         out += 2 * lse * values + 2 * u * values
@@ -116,17 +123,23 @@ def tolerance(
 
 
 def check(case: Case, result: tuple[Tensor, Tensor], allowed: Tolerance) -> None:
-    """Asserts that a partial is within `allowed` of float64, and exactly (0, -inf) where a query sees no key."""
+    """Asserts that a partial is within `allowed` of float64, and (0, -inf) where no key is seen."""
     out, lse = result
     exact_out, exact_lse = case.exact
-    assert out.shape == exact_out.shape and lse.shape == exact_lse.shape and lse.dtype == torch.float32
+    assert (
+        out.shape == exact_out.shape and lse.shape == exact_lse.shape and lse.dtype == torch.float32
+    )
     unseen = exact_lse == -torch.inf
     assert torch.equal(lse == -torch.inf, unseen)
     assert torch.all(out[unseen] == 0)
     out_error = (out.double() - exact_out).abs()
     lse_error = (lse.double() - exact_lse)[~unseen].abs()
-    assert torch.all(out_error <= allowed.out), f"out errs by {out_error.max():.3g}, allowed {allowed.out:.3g}"
-    assert torch.all(lse_error <= allowed.lse), f"lse errs by {lse_error.max():.3g}, allowed {allowed.lse:.3g}"
+    assert torch.all(out_error <= allowed.out), (
+        f"out errs by {out_error.max():.3g}, allowed {allowed.out:.3g}"
+    )
+    assert torch.all(lse_error <= allowed.lse), (
+        f"lse errs by {lse_error.max():.3g}, allowed {allowed.lse:.3g}"
+    )
 
 
 def make_case(
@@ -139,10 +152,10 @@ def make_case(
     spread: float = 1.0,
     seed: int = 0,
 ) -> Case:
-    """Random inputs. Each sequence is (query positions, key positions), any iterables of ascending ints.
+    """Random inputs. Each sequence is (query positions, key positions), ascending ints.
 
-    K and V are strided views of one slab [tokens, 2, heads, head_dim], as in the KV cache, with `slack` empty slots of NaN at
-    the end of every sequence. `spread` scales q, hence the scores.
+    K and V are strided views of one slab [tokens, 2, heads, head_dim], as in the KV cache, with
+    `slack` empty slots of NaN at the end of every sequence. `spread` scales q, hence the scores.
     """
     generator = torch.Generator().manual_seed(seed)
     q_heads, kv_heads = heads
@@ -155,7 +168,14 @@ def make_case(
     slab[k_pos == EMPTY_SLOT] = torch.nan
     slab = slab.to(dtype)
     return Case(
-        q.to(dtype), slab[:, 0], slab[:, 1], q_pos, k_pos, _offsets(queries), _offsets(keys), head_dim**-0.5
+        q.to(dtype),
+        slab[:, 0],
+        slab[:, 1],
+        q_pos,
+        k_pos,
+        _offsets(queries),
+        _offsets(keys),
+        head_dim**-0.5,
     )
 
 

@@ -26,21 +26,28 @@ def test_the_version_has_one_source():
     try:
         installed = importlib.metadata.version("cptool")
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("cptool is not installed: the tests run from a checkout with the extension built in place")
+        pytest.skip("cptool is not installed: the extension was built in place")
     assert installed == cptool.__version__
 
 
 def test_the_extension_needs_neither_torch_nor_a_driver():
     """Its dynamic section names libraries of the system and of the compiler alone."""
-    section = subprocess.run(["readelf", "-d", EXTENSION], capture_output=True, text=True, check=True).stdout
+    section = subprocess.run(
+        ["readelf", "-d", EXTENSION], capture_output=True, text=True, check=True
+    ).stdout
     needed = re.findall(r"NEEDED.*\[(.*)\]", section)
-    assert needed and all(re.match(r"(lib(stdc\+\+|m|gcc_s|c|dl|rt|pthread)|ld-linux.*)\.so", name) for name in needed), needed
-    code = "import sys; from cptool import _extension; _extension.load(); sys.exit('torch' in sys.modules)"
+    assert needed and all(
+        re.match(r"(lib(stdc\+\+|m|gcc_s|c|dl|rt|pthread)|ld-linux.*)\.so", name) for name in needed
+    ), needed
+    code = (
+        "import sys; from cptool import _extension\n"
+        "_extension.load(); sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_kernels_beyond_the_baseline_export_no_shared_function():
-    """A weak function of such an object file could replace the baseline's copy, on machines that lack its instructions."""
+    """A weak one could replace the baseline's copy on machines that lack its instructions."""
     objects = [
         path
         for name in ("avx2", "avx512", "amx")
@@ -49,7 +56,9 @@ def test_kernels_beyond_the_baseline_export_no_shared_function():
     if not objects:
         pytest.skip("no object files: the extension was not built in this checkout")
     for path in objects:
-        symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout.splitlines()
+        symbols = subprocess.run(
+            ["nm", "-C", path], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         assert [line for line in symbols if re.search(r" [Wwu] ", line)] == []
 
 
@@ -81,7 +90,9 @@ def checkout(tmp_path):
 
 
 def load_in(checkout, *search):
-    """Where the checkout's package finds its extension, or the last line of its complaint. `search`: further import roots."""
+    """Where the checkout's package finds its extension, or the last line of its complaint.
+
+    `search`: further import roots."""
     code = (
         f"import sys; sys.path[:0] = {[str(checkout), *map(str, search)]}\n"
         "from cptool import _extension; print(_extension.load().__file__)"
@@ -109,13 +120,30 @@ def test_an_extension_beside_the_package_is_taken(checkout, tmp_path):
 def test_a_checkout_takes_the_installed_extension(checkout, tmp_path):
     """`torchrun -m cptool` in a checkout after `pip install .` imports the checkout's package."""
     install(tmp_path / "site")
-    assert load_in(checkout, tmp_path / "site") == str(tmp_path / "site" / "cptool" / EXTENSION.name)
+    assert load_in(checkout, tmp_path / "site") == str(
+        tmp_path / "site" / "cptool" / EXTENSION.name
+    )
+
+
+def test_a_stale_extension_in_place_yields_to_a_fresh_installed_one(checkout, tmp_path):
+    """`pip install .` mends a checkout in which an old extension was left."""
+    shutil.copy(EXTENSION, checkout / "cptool")
+    stale = checkout / "cptool" / EXTENSION.name
+    built = stale.read_bytes()
+    assert ops._C.source_hash.encode() in built
+    stale.write_bytes(built.replace(ops._C.source_hash.encode(), b"0" * 64))
+    install(tmp_path / "site")
+    assert load_in(checkout, tmp_path / "site") == str(
+        tmp_path / "site" / "cptool" / EXTENSION.name
+    )
 
 
 def test_a_missing_extension_is_named(monkeypatch):
-    monkeypatch.setattr(_extension, "_beside_package", lambda package: None)
-    monkeypatch.setattr(_extension, "_installed", lambda: None)
-    with pytest.raises(ImportError, match=r"^cptool's compiled extension is missing beside .*; build it with `pip install \.`"):
+    monkeypatch.setattr(_extension, "_candidates", lambda package: [package / "_C.so"])
+    with pytest.raises(
+        ImportError,
+        match=r"^cptool's compiled extension is missing beside .*; build it with `pip install \.`",
+    ):
         _extension.load()
 
 
@@ -128,7 +156,10 @@ def test_an_extension_of_other_sources_is_refused(checkout, tmp_path, where):
     (checkout / "csrc" / "attention.h").write_text("// changed\n")
     message = load_in(checkout, tmp_path / "site")
     assert message.startswith("ImportError: cptool's compiled extension ")
-    assert f"was not built from the sources in {checkout / 'csrc'}; build it with `pip install .`" in message
+    assert (
+        f"was not built from the sources in {checkout / 'csrc'}; build it with `pip install .`"
+        in message
+    )
 
 
 def test_an_extension_of_another_version_is_refused(checkout):
@@ -141,12 +172,28 @@ def test_an_extension_of_another_version_is_refused(checkout):
 
 @pytest.mark.parametrize(
     "setting, message",
-    [("maybe", "CPTOOL_CUDA is 'maybe'; it must be auto, on or off"), ("on", "CPTOOL_CUDA is 'on', but no working nvcc was found")],
+    [
+        ("maybe", "CPTOOL_CUDA is 'maybe'; it must be auto, on or off"),
+        ("on", "CPTOOL_CUDA is 'on', but no working nvcc was found"),
+    ],
 )
 def test_cuda_setting(tmp_path, setting, message):
     if shutil.which("cmake") is None:
         pytest.skip("no cmake outside the isolated build")
-    command = ["cmake", "-S", ROOT, "-B", tmp_path, f"-DCPTOOL_CUDA={setting}", "-DCMAKE_CUDA_COMPILER=NOTFOUND"]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "CUDACXX": "/nonexistent"})
+    command = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        tmp_path,
+        f"-DCPTOOL_CUDA={setting}",
+        "-DCMAKE_CUDA_COMPILER=NOTFOUND",
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "CUDACXX": "/nonexistent"},
+    )
     assert done.returncode != 0
     assert message in " ".join(done.stderr.split())

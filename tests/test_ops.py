@@ -22,7 +22,7 @@ def isa(request):
 
 
 def arithmetic(dtype, head_dim):
-    """What the kernel in use computes in: AMX rounds its weights to the input's dtype, all others work in float32."""
+    """What the kernel in use computes in: AMX rounds weights to the input's dtype, others don't."""
     return dtype if ops.cpu_isa(dtype, head_dim) == "amx" else torch.float32
 
 
@@ -33,7 +33,10 @@ def ragged_batch(dtype, head_dim, heads):
         [
             (range(131), range(131)),  # a whole prompt
             (range(90, 127), range(127)),  # new tokens over cached ones
-            ([*range(33), *range(231, 264)], [*range(33, 66), *range(198, 231)]),  # shards of two chunks: rank 0 on rank 1's keys
+            (
+                [*range(33), *range(231, 264)],
+                [*range(33, 66), *range(198, 231)],
+            ),  # shards of two chunks: rank 0 on rank 1's keys
             ([*range(33, 66), *range(198, 231)], [*range(33), *range(231, 264)]),
             ([300], range(1, 301, 3)),  # one decoded token, keys dealt round-robin
             ([], range(5)),
@@ -61,14 +64,22 @@ def test_matches_float64(isa, dtype, head_dim, heads):
     case = ragged_batch(dtype, head_dim, heads)
     result = ops.attention_partial(*case.arguments)
     assert result[0].dtype == torch.float32
-    check(case, result, ragged_tolerance(dtype, head_dim, heads, arithmetic(dtype, head_dim), torch.float32))
+    check(
+        case,
+        result,
+        ragged_tolerance(dtype, head_dim, heads, arithmetic(dtype, head_dim), torch.float32),
+    )
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 72, 192, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_other_head_dimensions(isa, dtype, head_dim):
-    case = make_case([(range(60, 79), range(79)), ([100], range(90))], head_dim=head_dim, dtype=dtype)
-    check(case, ops.attention_partial(*case.arguments), tolerance(case, arithmetic(dtype, head_dim)))
+    case = make_case(
+        [(range(60, 79), range(79)), ([100], range(90))], head_dim=head_dim, dtype=dtype
+    )
+    check(
+        case, ops.attention_partial(*case.arguments), tolerance(case, arithmetic(dtype, head_dim))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -80,11 +91,17 @@ def test_output_in_the_input_dtype(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("queries", [[5000], range(4990, 5001), range(0, 5001, 61)], ids=["1", "11", "82"])
+@pytest.mark.parametrize(
+    "queries", [[5000], range(4990, 5001), range(0, 5001, 61)], ids=["1", "11", "82"]
+)
 def test_few_queries_over_many_keys(isa, dtype, queries):
     """Few rows: the keys of a block are cut and its pieces merged."""
     case = make_case([(queries, range(0, 5001)), ([7], range(9))], dtype=dtype, slack=1)
-    check(case, ops.attention_partial(*case.arguments), tolerance(case, arithmetic(dtype, 64), merged=True))
+    check(
+        case,
+        ops.attention_partial(*case.arguments),
+        tolerance(case, arithmetic(dtype, 64), merged=True),
+    )
 
 
 @pytest.mark.parametrize("spread", [30.0, 1000.0])
@@ -110,14 +127,20 @@ def test_slots_that_no_query_sees_are_never_read(isa, dtype):
     poisoned = replace(case, k=case.k.clone(), v=case.v.clone())
     poisoned.k[77:200], poisoned.v[77:200] = torch.nan, torch.nan
     poisoned.k[204:], poisoned.v[204:] = torch.inf, torch.nan
-    for a, b in zip(ops.attention_partial(*case.arguments), ops.attention_partial(*poisoned.arguments)):
+    for a, b in zip(
+        ops.attention_partial(*case.arguments), ops.attention_partial(*poisoned.arguments)
+    ):
         assert torch.equal(a, b)
 
 
 def test_keys_outside_the_offsets_are_ignored(isa):
     case = make_case([(range(9), range(9)), (range(5), range(5))])
     last = replace(
-        case, q=case.q[9:], q_pos=case.q_pos[9:], cu_q=torch.tensor([0, 5]).int(), cu_k=case.cu_k[1:]
+        case,
+        q=case.q[9:],
+        q_pos=case.q_pos[9:],
+        cu_q=torch.tensor([0, 5]).int(),
+        cu_k=case.cu_k[1:],
     )
     for a, b in zip(ops.attention_partial(*case.arguments), ops.attention_partial(*last.arguments)):
         assert torch.equal(a[9:], b)
@@ -148,7 +171,9 @@ def test_bit_identical_for_any_number_of_threads(isa, threads):
                 assert torch.equal(out, again) and torch.equal(lse, lse_again)
                 merged = ops.merge_partials([out, again], [lse, lse_again])
                 torch.set_num_threads(1)
-                assert all(map(torch.equal, merged, ops.merge_partials([out, again], [lse, lse_again])))
+                assert all(
+                    map(torch.equal, merged, ops.merge_partials([out, again], [lse, lse_again]))
+                )
                 torch.set_num_threads(threads)
     finally:
         torch.set_num_threads(before)
@@ -164,7 +189,9 @@ def test_into_equals_merge(isa, dtype):
     parts = [case.only_keys(keep), case.only_keys(~keep)]
     running = ops.attention_partial(*parts[0].arguments)
     separate = ops.attention_partial(*parts[1].arguments)
-    merged = ops.merge_partials([running[0].clone(), separate[0]], [running[1].clone(), separate[1]])
+    merged = ops.merge_partials(
+        [running[0].clone(), separate[0]], [running[1].clone(), separate[1]]
+    )
     result = ops.attention_partial(*parts[1].arguments, into=running)
     assert result[0] is running[0] and result[1] is running[1]
 
@@ -176,7 +203,9 @@ def test_into_equals_merge(isa, dtype):
     lse_gap = 4 * u * float(case.exact[1][case.exact[1].isfinite()].abs().max())
     seen = merged[1].isfinite()
     assert (result[1] - merged[1])[seen].abs().max() <= lse_gap
-    assert (result[0] - merged[0]).abs().max() <= (2 * lse_gap + 6 * u) * float(case.v.nan_to_num().abs().max())
+    assert (result[0] - merged[0]).abs().max() <= (2 * lse_gap + 6 * u) * float(
+        case.v.nan_to_num().abs().max()
+    )
 
 
 def test_into_nothing_yet(isa):
@@ -225,11 +254,13 @@ def test_merge_matches_float64(partials, head_dim, dtype, out_dtype):
     exact_out, exact_lse = exact_merge(outs, lses)
     assert out.dtype == out_dtype and lse.dtype == torch.float32
     assert (out.double() - exact_out).abs().max() <= merge_bound(outs, out_dtype)
-    assert (lse - exact_lse).abs().max() <= (partials + 4) * unit_roundoff(torch.float32) * exact_lse.abs().max()
+    assert (lse - exact_lse).abs().max() <= (partials + 4) * unit_roundoff(
+        torch.float32
+    ) * exact_lse.abs().max()
 
 
 def test_merge_of_distant_lses():
-    """A partial whose lse is 1e4 below the other has no weight left; nothing overflows either way."""
+    """A partial 1e4 below the other has no weight left; nothing overflows either way."""
     a, b = torch.randn(5, 2, 64), torch.randn(5, 2, 64)
     high, low = torch.full((5, 2), 5e3), torch.full((5, 2), -5e3)
     for outs, lses in (([a, b], [high, low]), ([b, a], [low, high])):
@@ -241,7 +272,11 @@ def test_merge_identity():
     """(0, -inf) is the identity, bit for bit, whatever its out holds; two of them make another."""
     out, lse = torch.randn(9, 2, 64), torch.randn(9, 2) * 10
     none = torch.full_like(out, torch.nan), torch.full_like(lse, -torch.inf)
-    for outs, lses in (([out], [lse]), ([none[0], out], [none[1], lse]), ([out, none[0]], [lse, none[1]])):
+    for outs, lses in (
+        ([out], [lse]),
+        ([none[0], out], [none[1], lse]),
+        ([out, none[0]], [lse, none[1]]),
+    ):
         merged = ops.merge_partials(outs, lses)
         assert torch.equal(merged[0], out) and torch.equal(merged[1], lse)
     merged = ops.merge_partials([none[0], none[0]], [none[1], none[1]])
@@ -260,7 +295,9 @@ def test_merge_is_associative():
     u = unit_roundoff(torch.float32)
     lse_gap = 2 * 6 * u * float(left[1].abs().max())  # each side: two merges of three roundings
     assert (left[1] - right[1]).abs().max() <= lse_gap
-    assert (left[0] - right[0]).abs().max() <= 4 * merge_bound(outs) + lse_gap * float(torch.stack(outs).abs().max())
+    assert (left[0] - right[0]).abs().max() <= 4 * merge_bound(outs) + lse_gap * float(
+        torch.stack(outs).abs().max()
+    )
 
 
 # Mistakes.
@@ -269,36 +306,87 @@ def test_merge_is_associative():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(q=torch.zeros(4, 64)), r"q has shape \[4, 64\]; it must be \[tokens, heads, head_dim\]"),
-        (dict(k=torch.zeros(4, 64)), r"k has shape \[4, 64\]; it must be \[tokens, kv_heads, head_dim\]"),
-        (dict(q=torch.zeros(4, 4, 64, dtype=torch.float64)), r"q is torch.float64; it must be float32, bfloat16 or float16"),
-        (dict(q=torch.zeros(4, 4, 60)), r"q has head dimension 60; it must be a multiple of 8 from 8 to 256"),
+        (
+            dict(q=torch.zeros(4, 64)),
+            r"q has shape \[4, 64\]; it must be \[tokens, heads, head_dim\]",
+        ),
+        (
+            dict(k=torch.zeros(4, 64)),
+            r"k has shape \[4, 64\]; it must be \[tokens, kv_heads, head_dim\]",
+        ),
+        (
+            dict(q=torch.zeros(4, 4, 64, dtype=torch.float64)),
+            r"q is torch.float64; it must be float32, bfloat16 or float16",
+        ),
+        (
+            dict(q=torch.zeros(4, 4, 60)),
+            r"q has head dimension 60; it must be a multiple of 8 from 8 to 256",
+        ),
         (dict(q=torch.zeros(4, 4, 264)), r"q has head dimension 264; it must be a multiple of 8"),
         (dict(q=torch.zeros(4, 4, 72)), r"k has head dimension 64; it must be 72 like q's"),
-        (dict(q=torch.zeros(4, 3, 64)), r"q has 3 heads; they must be a positive multiple of the 2 heads of k"),
+        (
+            dict(q=torch.zeros(4, 3, 64)),
+            r"q has 3 heads; they must be a positive multiple of the 2 heads of k",
+        ),
         (dict(v=torch.zeros(5, 2, 64)), r"v has shape \[5, 2, 64\]; it must be \[4, 2, 64\]"),
         (dict(q_pos=torch.arange(5).int()), r"q_pos has shape \[5\]; it must be \[4\]"),
         (dict(k_pos=torch.arange(3).int()), r"k_pos has shape \[3\]; it must be \[4\]"),
         (dict(cu_q=torch.zeros(0).int()), r"cu_q has shape \[0\]; it must be \[sequences \+ 1\]"),
         (dict(cu_k=torch.tensor([0, 2, 4]).int()), r"cu_k has shape \[3\]; it must be \[2\]"),
-        (dict(k=torch.zeros(4, 2, 64).half()), r"k is torch.float16; it must be torch.float32 like q"),
+        (
+            dict(k=torch.zeros(4, 2, 64).half()),
+            r"k is torch.float16; it must be torch.float32 like q",
+        ),
         (dict(q_pos=torch.arange(4)), r"q_pos is torch.int64; it must be torch.int32"),
         (dict(k_pos=torch.arange(8).int()[::2]), r"k_pos has stride 2; it must be contiguous"),
-        (dict(v=torch.zeros(4, 64, 2).transpose(1, 2)), r"v has strides .*; its innermost dimension must be contiguous"),
+        (
+            dict(v=torch.zeros(4, 64, 2).transpose(1, 2)),
+            r"v has strides .*; its innermost dimension must be contiguous",
+        ),
         (dict(v=torch.zeros(4, 2, 64, device="meta")), r"v is on meta; it must be on cpu like q"),
         (dict(scale=float("nan")), r"scale is nan; it must be finite"),
-        (dict(cu_q=torch.tensor([0, 3]).int()), r"cu_q runs from 0 to 3; it must cover the tokens of q, from 0 to 4"),
+        (
+            dict(cu_q=torch.tensor([0, 3]).int()),
+            r"cu_q runs from 0 to 3; it must cover the tokens of q, from 0 to 4",
+        ),
         (dict(cu_q=torch.tensor([1, 4]).int()), r"cu_q runs from 1 to 4; it must cover"),
-        (dict(cu_k=torch.tensor([0, 5]).int()), r"cu_k\[1\] is 5; it must be at most the 4 tokens of k"),
+        (
+            dict(cu_k=torch.tensor([0, 5]).int()),
+            r"cu_k\[1\] is 5; it must be at most the 4 tokens of k",
+        ),
         (dict(cu_k=torch.tensor([-1, 4]).int()), r"cu_k\[0\] is -1; offsets must not be negative"),
-        (dict(cu_k=torch.tensor([3, 2]).int()), r"cu_k\[1\] is 2, below cu_k\[0\] = 3; offsets must not decrease"),
-        (dict(q_pos=torch.tensor([0, 2, 1, 3]).int()), r"q_pos\[2\] is 1, below q_pos\[1\] = 2; positions must ascend"),
-        (dict(k_pos=torch.tensor([3, 2, 1, 0]).int()), r"k_pos\[1\] is 2, below k_pos\[0\] = 3; positions must ascend"),
-        (dict(out_dtype=torch.bfloat16), r"out_dtype is torch.bfloat16; it must be float32 or q's dtype"),
-        (dict(into=(torch.zeros(4, 4, 72), torch.zeros(4, 4))), r"into's out has shape \[4, 4, 72\]; it must be \[4, 4, 64\]"),
-        (dict(into=(torch.zeros(4, 4, 64), torch.zeros(4, 2))), r"into's lse has shape \[4, 2\]; it must be \[4, 4\]"),
-        (dict(into=(torch.zeros(4, 4, 64).half(), torch.zeros(4, 4))), r"into's out is torch.float16; it must be torch.float32"),
-        (dict(into=(torch.zeros(4, 64, 4).mT, torch.zeros(4, 4))), r"into's out has strides .*; it must be contiguous"),
+        (
+            dict(cu_k=torch.tensor([3, 2]).int()),
+            r"cu_k\[1\] is 2, below cu_k\[0\] = 3; offsets must not decrease",
+        ),
+        (
+            dict(q_pos=torch.tensor([0, 2, 1, 3]).int()),
+            r"q_pos\[2\] is 1, below q_pos\[1\] = 2; positions must ascend",
+        ),
+        (
+            dict(k_pos=torch.tensor([3, 2, 1, 0]).int()),
+            r"k_pos\[1\] is 2, below k_pos\[0\] = 3; positions must ascend",
+        ),
+        (
+            dict(out_dtype=torch.bfloat16),
+            r"out_dtype is torch.bfloat16; it must be float32 or q's dtype",
+        ),
+        (
+            dict(into=(torch.zeros(4, 4, 72), torch.zeros(4, 4))),
+            r"into's out has shape \[4, 4, 72\]; it must be \[4, 4, 64\]",
+        ),
+        (
+            dict(into=(torch.zeros(4, 4, 64), torch.zeros(4, 2))),
+            r"into's lse has shape \[4, 2\]; it must be \[4, 4\]",
+        ),
+        (
+            dict(into=(torch.zeros(4, 4, 64).half(), torch.zeros(4, 4))),
+            r"into's out is torch.float16; it must be torch.float32",
+        ),
+        (
+            dict(into=(torch.zeros(4, 64, 4).mT, torch.zeros(4, 4))),
+            r"into's out has strides .*; it must be contiguous",
+        ),
         (
             dict(into=(torch.zeros(4, 4, 64), torch.zeros(4, 4)), out_dtype=torch.float16),
             r"out_dtype is torch.float16; with `into` it must be float32",
@@ -325,15 +413,60 @@ def test_bad_arguments(change, message):
     "outs, lses, out_dtype, message",
     [
         ([], [], None, "outs is empty; it must hold at least one partial"),
-        ([torch.zeros(2, 1, 8)], [], None, "lses holds 0 tensors; it must hold one for each of the 1 outs"),
-        ([torch.zeros(2, 8)], [torch.zeros(2)], None, r"outs\[0\] has shape \[2, 8\]; it must be \[tokens, heads, head_dim\]"),
-        ([torch.zeros(2, 1, 8).int()], [torch.zeros(2, 1)], None, r"outs\[0\] is torch.int32; it must be float32"),
-        ([torch.zeros(2, 1, 8), torch.zeros(3, 1, 8)], [torch.zeros(2, 1)] * 2, None, r"outs\[1\] has shape \[3, 1, 8\]"),
-        ([torch.zeros(2, 1, 8), torch.zeros(2, 1, 8).half()], [torch.zeros(2, 1)] * 2, None, r"outs\[1\] is torch.float16"),
-        ([torch.zeros(2, 1, 8)], [torch.zeros(1, 2)], None, r"lses\[0\] has shape \[1, 2\]; it must be \[2, 1\]"),
-        ([torch.zeros(2, 1, 8)], [torch.zeros(2, 1).half()], None, r"lses\[0\] is torch.float16; it must be torch.float32"),
-        ([torch.zeros(2, 8, 8).mT], [torch.zeros(2, 8)], None, r"outs\[0\] has strides .*; it must be contiguous"),
-        ([torch.zeros(2, 1, 8)], [torch.zeros(2, 1)], torch.float64, "out_dtype is torch.float64; it must be float32"),
+        (
+            [torch.zeros(2, 1, 8)],
+            [],
+            None,
+            "lses holds 0 tensors; it must hold one for each of the 1 outs",
+        ),
+        (
+            [torch.zeros(2, 8)],
+            [torch.zeros(2)],
+            None,
+            r"outs\[0\] has shape \[2, 8\]; it must be \[tokens, heads, head_dim\]",
+        ),
+        (
+            [torch.zeros(2, 1, 8).int()],
+            [torch.zeros(2, 1)],
+            None,
+            r"outs\[0\] is torch.int32; it must be float32",
+        ),
+        (
+            [torch.zeros(2, 1, 8), torch.zeros(3, 1, 8)],
+            [torch.zeros(2, 1)] * 2,
+            None,
+            r"outs\[1\] has shape \[3, 1, 8\]",
+        ),
+        (
+            [torch.zeros(2, 1, 8), torch.zeros(2, 1, 8).half()],
+            [torch.zeros(2, 1)] * 2,
+            None,
+            r"outs\[1\] is torch.float16",
+        ),
+        (
+            [torch.zeros(2, 1, 8)],
+            [torch.zeros(1, 2)],
+            None,
+            r"lses\[0\] has shape \[1, 2\]; it must be \[2, 1\]",
+        ),
+        (
+            [torch.zeros(2, 1, 8)],
+            [torch.zeros(2, 1).half()],
+            None,
+            r"lses\[0\] is torch.float16; it must be torch.float32",
+        ),
+        (
+            [torch.zeros(2, 8, 8).mT],
+            [torch.zeros(2, 8)],
+            None,
+            r"outs\[0\] has strides .*; it must be contiguous",
+        ),
+        (
+            [torch.zeros(2, 1, 8)],
+            [torch.zeros(2, 1)],
+            torch.float64,
+            "out_dtype is torch.float64; it must be float32",
+        ),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
@@ -349,9 +482,13 @@ def test_opcheck():
     case = make_case([(range(3, 9), range(9)), ([4], range(3))], dtype=torch.bfloat16, slack=1)
     running = torch.randn(7, 4, 64), torch.randn(7, 4)
     torch.library.opcheck(torch.ops.cptool.attention_partial, case.arguments)
-    torch.library.opcheck(torch.ops.cptool.attention_partial, case.arguments, {"out_dtype": torch.bfloat16})
+    torch.library.opcheck(
+        torch.ops.cptool.attention_partial, case.arguments, {"out_dtype": torch.bfloat16}
+    )
     torch.library.opcheck(torch.ops.cptool.attention_partial_, (*case.arguments, *running))
-    torch.library.opcheck(torch.ops.cptool.merge_partials, ([running[0]] * 2, [running[1]] * 2, torch.float16))
+    torch.library.opcheck(
+        torch.ops.cptool.merge_partials, ([running[0]] * 2, [running[1]] * 2, torch.float16)
+    )
 
 
 # Instruction sets and threads.
@@ -367,14 +504,20 @@ def test_isas():
             with ops.force_cpu_isa("portable"):
                 assert ops.cpu_isa(torch.float32) == "portable"
             assert ops.cpu_isa(torch.float32) != "portable" or name == "portable"
-    with pytest.raises(ValueError, match="CPU instruction set is 'mmx'; it must be one of portable"):
+    with pytest.raises(
+        ValueError, match="CPU instruction set is 'mmx'; it must be one of portable"
+    ):
         with ops.force_cpu_isa("mmx"):
             pass
 
 
 def run_python(code, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -383,7 +526,9 @@ def test_isa_from_the_environment():
     assert run_python(code, CPTOOL_ISA="portable").stdout.strip() == "portable"
     wrong = run_python(code, CPTOOL_ISA="mmx")
     assert wrong.returncode != 0
-    assert wrong.stderr.splitlines()[-1].endswith(f"must be one of {', '.join(ops.cpu_isas())} on this machine: unset it")
+    assert wrong.stderr.splitlines()[-1].endswith(
+        f"must be one of {', '.join(ops.cpu_isas())} on this machine: unset it"
+    )
 
 
 def test_calls_from_many_threads():

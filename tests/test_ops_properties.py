@@ -23,7 +23,11 @@ def split_cases(draw):
         seed=draw(st.integers(0, 2**16)),
     )
     shards = draw(st.integers(1, 5))
-    owner = torch.randint(shards, (len(case.k_pos),), generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    owner = torch.randint(
+        shards,
+        (len(case.k_pos),),
+        generator=torch.Generator().manual_seed(draw(st.integers(0, 99))),
+    )
     order = draw(st.permutations(range(shards)))
     return case, [case.only_keys(owner == shard) for shard in order]
 
@@ -39,7 +43,11 @@ def allowed(case):
 def test_merged_shards_are_the_whole(split):
     case, shards = split
     partials = [ops.attention_partial(*shard.arguments) for shard in shards]
-    check(case, ops.merge_partials([out for out, _ in partials], [lse for _, lse in partials]), allowed(case))
+    check(
+        case,
+        ops.merge_partials([out for out, _ in partials], [lse for _, lse in partials]),
+        allowed(case),
+    )
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -61,7 +69,14 @@ def test_queries_are_independent(split, data):
     stop = data.draw(st.integers(start, len(case.q_pos)))
     cu_q = case.cu_q.clamp(start, stop) - start
     out, lse = ops.attention_partial(
-        case.q[start:stop], case.k, case.v, case.q_pos[start:stop], case.k_pos, cu_q, case.cu_k, case.scale
+        case.q[start:stop],
+        case.k,
+        case.v,
+        case.q_pos[start:stop],
+        case.k_pos,
+        cu_q,
+        case.cu_k,
+        case.scale,
     )
     whole_out, whole_lse = ops.attention_partial(*case.arguments)
     limit = allowed(case)

@@ -7,6 +7,8 @@ bool avx2_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_s
 
 bool avx2_handles(ScalarType, int64_t) { return true; }
 
-void attention_partial_avx2(const AttentionArgs& args, int threads) { run_portable_kernel(args, threads); }
+void attention_partial_avx2(const AttentionArgs& args, int threads) {
+  run_portable_kernel(args, threads);
+}
 
 }  // namespace cptool::cpu

@@ -1,9 +1,10 @@
 // Which CPU kernel runs, and how its work is cut up.
 //
-// One translation unit per instruction set (portable.cpp, avx2.cpp, avx512.cpp, amx.cpp), compiled with flags of its own. Each defines
-// the three functions of its name below and keeps all else in an unnamed namespace. It must instantiate nothing of the
-// standard library that is not inlined (containers, algorithms, std::function): the linker keeps one copy of such a function
-// for the whole extension, and that copy may hold instructions that the machine lacks.
+// One translation unit per instruction set (portable.cpp, avx2.cpp, avx512.cpp, amx.cpp), compiled
+// with flags of its own. Each defines the three functions of its name below and keeps all else in
+// an unnamed namespace. It must instantiate nothing of the standard library that is not inlined
+// (containers, algorithms, std::function): the linker keeps one copy of such a function for the
+// whole extension, and that copy may hold instructions that the machine lacks.
 #pragma once
 
 #include <cstdint>
@@ -12,22 +13,25 @@
 
 namespace cptool::cpu {
 
-// Chooses the kernel, checks offsets and positions (std::invalid_argument), runs. Results do not depend on `threads`.
+// Chooses the kernel, checks offsets and positions (std::invalid_argument), runs. Results do not
+// depend on `threads`.
 void attention_partial(const AttentionArgs& args, int threads);
 void merge_partials(const MergeArgs& args, int threads);
 
 struct Isa {
   const char* name;
-  bool (*supported)();                                   // by this processor and operating system
-  bool (*handles)(ScalarType dtype, int64_t head_dim);   // head_dim: a multiple of 8 up to 256
+  bool (*supported)();                                  // by this processor and operating system
+  bool (*handles)(ScalarType dtype, int64_t head_dim);  // head_dim: a multiple of 8 up to 256
   void (*attention_partial)(const AttentionArgs& args, int threads);
 };
 
-// Compiled in, slowest first. A kernel takes a call if it is supported, handles it, and no later one does.
+// Compiled in, slowest first. A kernel takes a call if it is supported, handles it, and no later
+// one does.
 const Isa* isas(int* count);
 // The kernel for such a call, at most the forced one. Never null: "portable" handles everything.
 const Isa* select_isa(ScalarType dtype, int64_t head_dim);
-// Caps the choice at the kernel of this name; null lifts the cap. False if it isn't compiled in or isn't supported here.
+// Caps the choice at the kernel of this name; null lifts the cap. False if it isn't compiled in or
+// isn't supported here.
 bool force_isa(const char* name);
 
 bool portable_supported();
@@ -46,23 +50,23 @@ bool amx_supported();
 bool amx_handles(ScalarType dtype, int64_t head_dim);
 void attention_partial_amx(const AttentionArgs& args, int threads);
 
-// A block of query rows against a range of keys of one KV head of one sequence. The rows of a KV head are its sequence's
-// query tokens times the G = q_heads / kv_heads query heads that share it, token-major: row r is token r / G, head
-// kv_head * G + r % G.
+// A block of query rows against a range of keys of one KV head of one sequence. The rows of a KV
+// head are its sequence's query tokens times the G = q_heads / kv_heads query heads that share it,
+// token-major: row r is token r / G, head kv_head * G + r % G.
 struct WorkItem {
   int32_t sequence;
   int32_t kv_head;
-  int64_t row_begin;   // first packed row, within the sequence
-  int32_t rows;        // at least 1
-  int32_t split;       // index of the group of items that share these rows and cut their keys; -1: not cut
+  int64_t row_begin;  // first packed row, within the sequence
+  int32_t rows;       // at least 1
+  int32_t split;      // the group of items that cut the keys of these rows; -1: not cut
   int64_t key_begin;   // within the sequence; a multiple of 1024
   int64_t key_end;     // at most the largest limit of the rows
   float* partial_out;  // [rows, head_dim] of a cut item, else null
   float* partial_lse;  // [rows]
 };
 
-// The work items of one call, longest first. How they are cut depends on the shapes and positions alone, never on the number of
-// threads, so neither do the results.
+// The work items of one call, longest first. How they are cut depends on the shapes and positions
+// alone, never on the number of threads, so neither do the results.
 class Schedule {
  public:
   // `block_rows`: packed rows of a full item.
@@ -73,11 +77,13 @@ class Schedule {
 
   // The next item for the calling thread, null when none is left. Safe from many threads at once.
   const WorkItem* next();
-  // Tells that `item`, one of a group, has its partial written. True for the last of the group: the caller then merges it.
+  // Tells that `item`, one of a group, has its partial written. True for the last of the group: the
+  // caller then merges it.
   bool complete(const WorkItem& item);
   // The items of the group, in the order of their keys.
   const WorkItem* group(int32_t split, int32_t* count) const;
-  // [q_tokens]: how many keys of its sequence each query token sees. They are the first ones, for positions ascend.
+  // [q_tokens]: how many keys of its sequence each query token sees. They are the first ones, for
+  // positions ascend.
   const int64_t* limits() const;
   // How many of `threads` repay their waking.
   int useful_threads(int threads) const;

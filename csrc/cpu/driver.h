@@ -1,21 +1,27 @@
-// The structure that every CPU kernel shares: blocks of packed query rows walk their keys in tiles; positions say which tiles
-// end the walk (skipped), need no mask (dense), or are cut by some row's limit (masked); the epilogue writes or merges.
+// The structure that every CPU kernel shares: blocks of packed query rows walk their keys in tiles;
+// positions say which tiles end the walk (skipped), need no mask (dense), or are cut by some row's
+// limit (masked); the epilogue writes or merges.
 //
 // A kernel is a class, one object per thread:
 //
-//   static constexpr int kRows, kKeys;            rows of a full block; keys of a full tile (kKeys divides 1024)
+//   static constexpr int kRows, kKeys;
+//     Rows of a full block, keys of a full tile; kKeys divides 1024.
 //   static size_t scratch_bytes(const AttentionArgs&);
 //   Kernel(const AttentionArgs&, void* scratch, const Context&...);
-//   void begin(const RowBlock<kRows>&);           take the queries, forget the last block
+//   void begin(const RowBlock<kRows>&);
+//     Takes the queries, forgets the last block.
 //   template <bool masked> void tile(const RowBlock<kRows>&, int64_t key, int keys);
-//                                                 absorb keys [key, key + keys) of the sequence, 1 <= keys <= kKeys; row r sees
-//                                                 only keys below block.limit[r], all of them if not masked
-//   void finish(const RowBlock<kRows>&);          bring the accumulators into rows
-//   const float* acc(int row);                    [head_dim], not divided by the sum
-//   SoftmaxState state(int row);                  natural units
+//     Absorbs keys [key, key + keys) of the sequence, 1 <= keys <= kKeys. If masked, row r sees
+//     only those below block.limit[r], perhaps none; else all rows see all.
+//   void finish(const RowBlock<kRows>&);
+//     Brings the accumulators into rows.
+//   const float* acc(int row);
+//     [head_dim], not divided by the sum.
+//   SoftmaxState state(int row);
+//     In natural units.
 //
-// A tile's keys are all visible to at least one row of the block, so slots that nobody sees are never read.
-// Unnamed namespace: see softmax_state.h.
+// Every key of a tile is visible to at least one row of the block, so slots that nobody sees are
+// never read. Unnamed namespace: see softmax_state.h.
 #pragma once
 
 #include <cstddef>
@@ -34,15 +40,16 @@ inline size_t element_size(ScalarType dtype) { return dtype == ScalarType::kFloa
 template <int kRows>
 struct RowBlock {
   int rows;
-  const void* q[kRows];     // the row's query vector
-  int64_t out_row[kRows];   // token * q_heads + head: its place in out and lse
-  int64_t limit[kRows];     // ascending
-  const void* k;            // the KV head's first key of the sequence; key j at k + j * k_token_stride elements
+  const void* q[kRows];    // the row's query vector
+  int64_t out_row[kRows];  // token * q_heads + head: its place in out and lse
+  int64_t limit[kRows];    // ascending
+  const void* k;           // the KV head's key 0 of the sequence; key j is k_token_stride * j on
   const void* v;
 };
 
 template <int kRows>
-inline void load_block(const AttentionArgs& args, const Schedule& schedule, const WorkItem& item, RowBlock<kRows>& block) {
+inline void load_block(const AttentionArgs& args, const Schedule& schedule, const WorkItem& item,
+                       RowBlock<kRows>& block) {
   const int64_t group = args.q_heads / args.kv_heads;
   const int64_t size = static_cast<int64_t>(element_size(args.dtype));
   block.rows = item.rows;
@@ -50,13 +57,16 @@ inline void load_block(const AttentionArgs& args, const Schedule& schedule, cons
     const int64_t packed = item.row_begin + r;
     const int64_t token = args.cu_q[item.sequence] + packed / group;
     const int64_t head = item.kv_head * group + packed % group;
-    block.q[r] = static_cast<const char*>(args.q) + (token * args.q_token_stride + head * args.q_head_stride) * size;
+    block.q[r] = static_cast<const char*>(args.q) +
+                 (token * args.q_token_stride + head * args.q_head_stride) * size;
     block.out_row[r] = token * args.q_heads + head;
     block.limit[r] = schedule.limits()[token];
   }
   const int64_t first = args.cu_k[item.sequence];
-  block.k = static_cast<const char*>(args.k) + (first * args.k_token_stride + item.kv_head * args.k_head_stride) * size;
-  block.v = static_cast<const char*>(args.v) + (first * args.v_token_stride + item.kv_head * args.v_head_stride) * size;
+  block.k = static_cast<const char*>(args.k) +
+            (first * args.k_token_stride + item.kv_head * args.k_head_stride) * size;
+  block.v = static_cast<const char*>(args.v) +
+            (first * args.v_token_stride + item.kv_head * args.v_head_stride) * size;
 }
 
 // The finished out of one row: acc / sum, or 0 where no key was seen (acc may then hold anything).
@@ -72,7 +82,8 @@ inline void write_out(const float* acc, const SoftmaxState& state, int64_t head_
 }
 
 // Writes one row of the result, or merges it into the one that is there.
-inline void write_row(const AttentionArgs& args, int64_t row, const float* acc, SoftmaxState state) {
+inline void write_row(const AttentionArgs& args, int64_t row, const float* acc,
+                      SoftmaxState state) {
   const int64_t head_dim = args.head_dim;
   const int64_t at = row * head_dim;
   if (args.accumulate) {
@@ -92,16 +103,20 @@ inline void write_row(const AttentionArgs& args, int64_t row, const float* acc, 
   }
   args.lse[row] = state.lse();
   switch (args.out_dtype) {
-    case ScalarType::kFloat32: return write_out(acc, state, head_dim, static_cast<float*>(args.out) + at);
-    case ScalarType::kBFloat16: return write_out(acc, state, head_dim, static_cast<BFloat16*>(args.out) + at);
-    case ScalarType::kFloat16: return write_out(acc, state, head_dim, static_cast<Float16*>(args.out) + at);
+    case ScalarType::kFloat32:
+      return write_out(acc, state, head_dim, static_cast<float*>(args.out) + at);
+    case ScalarType::kBFloat16:
+      return write_out(acc, state, head_dim, static_cast<BFloat16*>(args.out) + at);
+    case ScalarType::kFloat16:
+      return write_out(acc, state, head_dim, static_cast<Float16*>(args.out) + at);
   }
 }
 
-// Merges the partials of a group of items that cut the keys of the same rows, in the order of their keys.
+// Merges the partials of a group of items that cut the keys of the same rows, in the order of their
+// keys.
 template <int kRows>
-inline void merge_group(const AttentionArgs& args, const Schedule& schedule, int32_t split, const RowBlock<kRows>& block,
-                        float* acc) {
+inline void merge_group(const AttentionArgs& args, const Schedule& schedule, int32_t split,
+                        const RowBlock<kRows>& block, float* acc) {
   int32_t count;
   const WorkItem* items = schedule.group(split, &count);
   for (int r = 0; r < block.rows; ++r) {
@@ -119,11 +134,12 @@ inline void merge_group(const AttentionArgs& args, const Schedule& schedule, int
 }
 
 template <class Kernel>
-inline void run_item(const AttentionArgs& args, Schedule& schedule, const WorkItem& item, Kernel& kernel,
-                     RowBlock<Kernel::kRows>& block, float* row) {
+inline void run_item(const AttentionArgs& args, Schedule& schedule, const WorkItem& item,
+                     Kernel& kernel, RowBlock<Kernel::kRows>& block, float* row) {
   load_block(args, schedule, item, block);
   kernel.begin(block);
-  // Rows ascend in position, so the first row has the smallest limit. key_end is at most the largest.
+  // Rows ascend in position, so the first row has the smallest limit. key_end is at most the
+  // largest.
   const int64_t dense_end = block.limit[0];
   for (int64_t key = item.key_begin; key < item.key_end; key += Kernel::kKeys) {
     const int64_t left = item.key_end - key;
@@ -136,7 +152,8 @@ inline void run_item(const AttentionArgs& args, Schedule& schedule, const WorkIt
   }
   kernel.finish(block);
   if (item.split < 0) {
-    for (int r = 0; r < block.rows; ++r) write_row(args, block.out_row[r], kernel.acc(r), kernel.state(r));
+    for (int r = 0; r < block.rows; ++r)
+      write_row(args, block.out_row[r], kernel.acc(r), kernel.state(r));
     return;
   }
   for (int r = 0; r < block.rows; ++r) {
@@ -147,7 +164,8 @@ inline void run_item(const AttentionArgs& args, Schedule& schedule, const WorkIt
   if (schedule.complete(item)) merge_group(args, schedule, item.split, block, row);
 }
 
-// Computes the whole call on `threads` threads. `context` goes to the constructor of every thread's kernel.
+// Computes the whole call on `threads` threads. `context` goes to the constructor of every thread's
+// kernel.
 template <class Kernel, class... Context>
 inline void run(const AttentionArgs& args, int threads, const Context&... context) {
   Schedule schedule(args, Kernel::kRows);
@@ -162,7 +180,8 @@ inline void run(const AttentionArgs& args, int threads, const Context&... contex
   };
   using Body = decltype(body);
   run_parallel(
-      schedule.useful_threads(threads), [](void* self, int thread) { (*static_cast<Body*>(self))(thread); }, &body);
+      schedule.useful_threads(threads),
+      [](void* self, int thread) { (*static_cast<Body*>(self))(thread); }, &body);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Merges partials: out = sum_i w_i outs[i] / sum_i w_i with w_i = exp(lses[i] - max_i lses[i]), lse = max + log(sum_i w_i).
+// Merges partials: out = sum_i w_i outs[i] / sum_i w_i with w_i = exp(lses[i] - max_i lses[i]);
+// lse = max_i lses[i] + log(sum_i w_i).
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -47,17 +48,23 @@ void merge_rows(const MergeArgs& args, int64_t begin, int64_t end, float* acc) {
 template <class In>
 auto merge_function(ScalarType out_dtype) {
   switch (out_dtype) {
-    case ScalarType::kBFloat16: return merge_rows<In, BFloat16>;
-    case ScalarType::kFloat16: return merge_rows<In, Float16>;
-    default: return merge_rows<In, float>;
+    case ScalarType::kBFloat16:
+      return merge_rows<In, BFloat16>;
+    case ScalarType::kFloat16:
+      return merge_rows<In, Float16>;
+    default:
+      return merge_rows<In, float>;
   }
 }
 
 auto merge_function(ScalarType dtype, ScalarType out_dtype) {
   switch (dtype) {
-    case ScalarType::kBFloat16: return merge_function<BFloat16>(out_dtype);
-    case ScalarType::kFloat16: return merge_function<Float16>(out_dtype);
-    default: return merge_function<float>(out_dtype);
+    case ScalarType::kBFloat16:
+      return merge_function<BFloat16>(out_dtype);
+    case ScalarType::kFloat16:
+      return merge_function<Float16>(out_dtype);
+    default:
+      return merge_function<float>(out_dtype);
   }
 }
 
@@ -67,7 +74,8 @@ void merge_partials(const MergeArgs& args, int threads) {
   const auto merge = merge_function(args.dtype, args.out_dtype);
   std::atomic<int64_t> next{0};
   auto body = [&] {
-    float* acc = static_cast<float*>(thread_scratch(static_cast<size_t>(args.head_dim) * sizeof(float)));
+    float* acc =
+        static_cast<float*>(thread_scratch(static_cast<size_t>(args.head_dim) * sizeof(float)));
     for (;;) {
       const int64_t begin = next.fetch_add(kRowsPerPiece, std::memory_order_relaxed);
       if (begin >= args.rows) return;

@@ -7,6 +7,8 @@ bool portable_supported() { return true; }
 
 bool portable_handles(ScalarType, int64_t) { return true; }
 
-void attention_partial_portable(const AttentionArgs& args, int threads) { run_portable_kernel(args, threads); }
+void attention_partial_portable(const AttentionArgs& args, int threads) {
+  run_portable_kernel(args, threads);
+}
 
 }  // namespace cptool::cpu

@@ -1,8 +1,8 @@
-// The kernel in plain C++ with the compiler's own vectors, for whatever instruction set the including file is compiled for.
-// Unnamed namespace: see softmax_state.h.
+// The kernel in plain C++ with the compiler's own vectors, for whatever instruction set the
+// including file is compiled for. Unnamed namespace: see softmax_state.h.
 //
-// Per tile: K is transposed to [head_dim][kKeys], so that scores and output are the same small matrix product,
-// C[rows][columns] += A[rows][depth] B[depth][columns] with B's rows contiguous.
+// Per tile: K is transposed to [head_dim][kKeys], so that scores and output are the same small
+// matrix product, C[rows][columns] += A[rows][depth] B[depth][columns] with B's rows contiguous.
 #pragma once
 
 #include <cstring>
@@ -26,8 +26,8 @@ typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 
 // C[kR][kV * kLanes] (+)= A[kR][depth] B[depth][kV * kLanes].
 template <int kR, int kV>
-inline void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
-                           bool accumulate) {
+inline void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                           int64_t ldc, int64_t depth, bool accumulate) {
   Vector sums[kR][kV];
   for (int r = 0; r < kR; ++r) {
     for (int i = 0; i < kV; ++i) {
@@ -49,20 +49,22 @@ inline void multiply_block(const float* a, int64_t lda, const float* b, int64_t 
 
 // `columns` is a multiple of kLanes.
 template <int kR>
-inline void multiply_rows(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
-                          int64_t columns, bool accumulate) {
+inline void multiply_rows(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                          int64_t ldc, int64_t depth, int64_t columns, bool accumulate) {
   int64_t n = 0;
   for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) {
     multiply_block<kR, kVectors>(a, lda, b + n, ldb, c + n, ldc, depth, accumulate);
   }
-  for (; n < columns; n += kLanes) multiply_block<kR, 1>(a, lda, b + n, ldb, c + n, ldc, depth, accumulate);
+  for (; n < columns; n += kLanes)
+    multiply_block<kR, 1>(a, lda, b + n, ldb, c + n, ldc, depth, accumulate);
 }
 
-// exp2 for arguments up to 0 and -inf, to 2 units in the last place; below 2^-126 it is 0, and NaN stays NaN.
-// Coefficients: the Cephes library's exp2f, minimax on [-1/2, 1/2].
+// exp2 for arguments up to 0 and -inf, to 2 units in the last place; below 2^-126 it is 0, and NaN
+// stays NaN. Coefficients: the Cephes library's exp2f, minimax on [-1/2, 1/2].
 inline float exp2_nonpositive(float x) {
   const float clamped = x < -126.0f ? -126.0f : x;
-  const float shifted = clamped + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which is left in the low bits
+  // Adding 1.5 * 2^23 rounds to an integer, which is left in the low bits.
+  const float shifted = clamped + 12582912.0f;
   const float f = clamped - (shifted - 12582912.0f);
   float p = 1.535336188319500e-4f;
   p = p * f + 1.339887440266574e-3f;
@@ -82,12 +84,18 @@ class PortableKernel {
   static constexpr int kKeys = 64;
 
   static size_t scratch_bytes(const AttentionArgs& args) {
-    return sizeof(float) * (static_cast<size_t>(args.head_dim) * (2 * kRows + 2 * kKeys) + kRows * kKeys);
+    return sizeof(float) *
+           (static_cast<size_t>(args.head_dim) * (2 * kRows + 2 * kKeys) + kRows * kKeys);
   }
 
   PortableKernel(const AttentionArgs& args, void* scratch)
-      : args_(args), head_dim_(args.head_dim), q_(static_cast<float*>(scratch)), acc_(q_ + kRows * head_dim_),
-        k_(acc_ + kRows * head_dim_), v_(k_ + kKeys * head_dim_), p_(v_ + kKeys * head_dim_) {}
+      : args_(args),
+        head_dim_(args.head_dim),
+        q_(static_cast<float*>(scratch)),
+        acc_(q_ + kRows * head_dim_),
+        k_(acc_ + kRows * head_dim_),
+        v_(k_ + kKeys * head_dim_),
+        p_(v_ + kKeys * head_dim_) {}
 
   void begin(const RowBlock<kRows>& block) {
     const float scale = args_.scale * kLog2e;
@@ -110,14 +118,18 @@ class PortableKernel {
     }
     load_keys(static_cast<const T*>(block.k) + key * args_.k_token_stride, keys);
     int64_t v_stride;
-    const float* v = load_values(static_cast<const T*>(block.v) + key * args_.v_token_stride, keys, &v_stride);
+    const float* v =
+        load_values(static_cast<const T*>(block.v) + key * args_.v_token_stride, keys, &v_stride);
 
     int r = first;
     for (; r + 4 <= block.rows; r += 4) rows<masked, 4>(block, r, key, keys, v, v_stride);
     switch (block.rows - r) {
-      case 3: return rows<masked, 3>(block, r, key, keys, v, v_stride);
-      case 2: return rows<masked, 2>(block, r, key, keys, v, v_stride);
-      case 1: return rows<masked, 1>(block, r, key, keys, v, v_stride);
+      case 3:
+        return rows<masked, 3>(block, r, key, keys, v, v_stride);
+      case 2:
+        return rows<masked, 2>(block, r, key, keys, v, v_stride);
+      case 1:
+        return rows<masked, 1>(block, r, key, keys, v, v_stride);
     }
   }
 
@@ -159,11 +171,13 @@ class PortableKernel {
   }
 
   template <bool masked, int kR>
-  void rows(const RowBlock<kRows>& block, int r, int64_t key, int keys, const float* v, int64_t v_stride) {
+  void rows(const RowBlock<kRows>& block, int r, int64_t key, int keys, const float* v,
+            int64_t v_stride) {
     const int columns = (keys + kLanes - 1) / kLanes * kLanes;
     float* p = p_ + r * kKeys;
     float* acc = acc_ + r * head_dim_;
-    multiply_rows<kR>(q_ + r * head_dim_, head_dim_, k_, kKeys, p, kKeys, head_dim_, columns, false);
+    multiply_rows<kR>(q_ + r * head_dim_, head_dim_, k_, kKeys, p, kKeys, head_dim_, columns,
+                      false);
     for (int i = 0; i < kR; ++i) {
       const int64_t visible = masked ? block.limit[r + i] - key : keys;
       softmax(r + i, visible < keys ? static_cast<int>(visible) : keys, keys);
@@ -171,7 +185,8 @@ class PortableKernel {
     multiply_rows<kR>(p, kKeys, v, v_stride, acc, head_dim_, keys, head_dim_, true);
   }
 
-  // Turns the row's scores (base 2) into weights against its new maximum, and rescales what it has. 1 <= visible <= keys.
+  // Turns the row's scores (base 2) into weights against its new maximum, and rescales what it has.
+  // 1 <= visible <= keys.
   void softmax(int r, int visible, int keys) {
     float* p = p_ + r * kKeys;
     float larger = max_[r];
@@ -200,17 +215,20 @@ class PortableKernel {
   float* q_;    // [kRows][head_dim], times scale * log2(e)
   float* acc_;  // [kRows][head_dim]
   float* k_;
-  float* v_;    // [kKeys][head_dim]
-  float* p_;    // [kRows][kKeys]
+  float* v_;          // [kKeys][head_dim]
+  float* p_;          // [kRows][kKeys]
   float max_[kRows];  // base 2
   float sum_[kRows];
 };
 
 inline void run_portable_kernel(const AttentionArgs& args, int threads) {
   switch (args.dtype) {
-    case ScalarType::kFloat32: return run<PortableKernel<float>>(args, threads);
-    case ScalarType::kBFloat16: return run<PortableKernel<BFloat16>>(args, threads);
-    case ScalarType::kFloat16: return run<PortableKernel<Float16>>(args, threads);
+    case ScalarType::kFloat32:
+      return run<PortableKernel<float>>(args, threads);
+    case ScalarType::kBFloat16:
+      return run<PortableKernel<BFloat16>>(args, threads);
+    case ScalarType::kFloat16:
+      return run<PortableKernel<Float16>>(args, threads);
   }
 }
 

@@ -1,5 +1,5 @@
-// Conversions between float32 and the 16-bit formats, in plain integer arithmetic so that they vectorise at any instruction
-// set. Unnamed namespace: see softmax_state.h.
+// Conversions between float32 and the 16-bit formats, in plain integer arithmetic so that they
+// vectorise at any instruction set. Unnamed namespace: see softmax_state.h.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,9 @@ inline float bits_float(uint32_t bits) {
 
 inline float to_float(float value) { return value; }
 
-inline float to_float(BFloat16 value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
+inline float to_float(BFloat16 value) {
+  return bits_float(static_cast<uint32_t>(value.bits) << 16);
+}
 
 inline float to_float(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
@@ -54,12 +56,13 @@ inline void from_float(float value, Float16& to) {
   const uint32_t bits = float_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal: rebias and round the 13 dropped bits; a carry out of the mantissa makes the next exponent, or infinity.
+  // Normal: rebias and round the 13 dropped bits; a carry out of the mantissa makes the next
+  // exponent, or infinity.
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Subnormal: adding 0.5 aligns the mantissa so that the hardware rounds at 2^-24.
   const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f);
   uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
-  half = magnitude >= (143u << 23) ? 0x7c00u : half;       // 65536 and above
+  half = magnitude >= (143u << 23) ? 0x7c00u : half;  // 65536 and above
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   to.bits = static_cast<uint16_t>(sign | half);
 }

@@ -8,13 +8,14 @@
 namespace cptool::cpu {
 namespace {
 
-// A call with fewer items than this has the keys of its items cut too, into ranges of at least kKeyRange keys, so that decoding
-// one token against a long cache still has work for many threads. Constants, because results must not depend on the machine.
+// A call with fewer items than this has the keys of its items cut too, into ranges of at least
+// kKeyRange keys, so that decoding one token against a long cache still has work for many threads.
+// Constants, because results must not depend on the machine.
 constexpr int64_t kWantedItems = 64;
 constexpr int64_t kKeyRange = 1024;
 
-// Multiply-adds that repay waking a thread, roughly 20 microseconds of them; a block of few rows is bound by reading its keys and
-// counts as kBusyRows.
+// Multiply-adds that repay waking a thread, roughly 20 microseconds of them; a block of few rows is
+// bound by reading its keys and counts as kBusyRows.
 constexpr int64_t kThreadWork = 1 << 19;
 constexpr int64_t kBusyRows = 8;
 
@@ -25,9 +26,11 @@ struct Group {
   std::atomic<int32_t> pending{0};
 };
 
-// For each query of one sequence, the number of keys at or before it. Both ascend, so each search starts where the last one
-// ended, and doubles its step: constant time per query when queries and keys advance together.
-void find_limits(const int32_t* q_pos, int64_t queries, const int32_t* k_pos, int64_t keys, int64_t* limits) {
+// For each query of one sequence, the number of keys at or before it. Both ascend, so each search
+// starts where the last one ended, and doubles its step: constant time per query when queries and
+// keys advance together.
+void find_limits(const int32_t* q_pos, int64_t queries, const int32_t* k_pos, int64_t keys,
+                 int64_t* limits) {
   int64_t low = 0;
   for (int64_t i = 0; i < queries; ++i) {
     int64_t high = low;
@@ -60,14 +63,15 @@ Schedule::Schedule(const AttentionArgs& args, int block_rows) : state_(new State
     const int64_t first = args.cu_q[b];
     const int64_t tokens = args.cu_q[b + 1] - first;
     int64_t* limits = state.limits.data() + first;
-    find_limits(args.q_pos + first, tokens, args.k_pos + args.cu_k[b], args.cu_k[b + 1] - args.cu_k[b], limits);
+    find_limits(args.q_pos + first, tokens, args.k_pos + args.cu_k[b],
+                args.cu_k[b + 1] - args.cu_k[b], limits);
     for (int64_t row = 0; row < tokens * group; row += block_rows) {
       const int64_t rows = std::min<int64_t>(block_rows, tokens * group - row);
       const int64_t keys = limits[(row + rows - 1) / group];
       working += keys > 0 ? args.kv_heads : 0;
       for (int64_t head = 0; head < args.kv_heads; ++head) {
-        state.items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(head), row, static_cast<int32_t>(rows), -1, 0, keys,
-                               nullptr, nullptr});
+        state.items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(head), row,
+                               static_cast<int32_t>(rows), -1, 0, keys, nullptr, nullptr});
       }
     }
   }
@@ -109,11 +113,13 @@ Schedule::Schedule(const AttentionArgs& args, int block_rows) : state_(new State
   }
 
   for (const WorkItem& item : state.items) {
-    state.work += std::max<int64_t>(item.rows, kBusyRows) * (item.key_end - item.key_begin) * args.head_dim;
+    state.work +=
+        std::max<int64_t>(item.rows, kBusyRows) * (item.key_end - item.key_begin) * args.head_dim;
   }
-  std::stable_sort(state.items.begin(), state.items.end(), [](const WorkItem& a, const WorkItem& b) {
-    return a.rows * (a.key_end - a.key_begin) > b.rows * (b.key_end - b.key_begin);
-  });
+  std::stable_sort(state.items.begin(), state.items.end(),
+                   [](const WorkItem& a, const WorkItem& b) {
+                     return a.rows * (a.key_end - a.key_begin) > b.rows * (b.key_end - b.key_begin);
+                   });
 }
 
 Schedule::~Schedule() { delete state_; }
@@ -136,7 +142,8 @@ const WorkItem* Schedule::group(int32_t split, int32_t* count) const {
 const int64_t* Schedule::limits() const { return state_->limits.data(); }
 
 int Schedule::useful_threads(int threads) const {
-  const int64_t useful = std::min<int64_t>(static_cast<int64_t>(state_->items.size()), 1 + state_->work / kThreadWork);
+  const int64_t useful =
+      std::min<int64_t>(static_cast<int64_t>(state_->items.size()), 1 + state_->work / kThreadWork);
   return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(useful, 1)));
 }
 

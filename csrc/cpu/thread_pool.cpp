@@ -74,7 +74,8 @@ class ThreadPool {
 // Never destroyed: its threads may outlive static destruction.
 ThreadPool* pool() {
   static ThreadPool* instance = [] {
-    // A forked child has none of its parent's threads, and perhaps a locked mutex: it starts with a pool of its own.
+    // A forked child has none of its parent's threads, and perhaps a locked mutex: it starts with a
+    // pool of its own.
     pthread_atfork(nullptr, nullptr, [] { new (pool()) ThreadPool; });
     return new ThreadPool;
   }();

@@ -1,0 +1,149 @@
+"""What the arguments of the ops must be.
+
+Every failure is a ValueError that names the argument, what it is and what it must be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+
+# The dtypes of q, k, v and partials, with the values of csrc/attention.h's ScalarType.
+SCALAR_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}; it must be {list(shape)} ({meaning})"
+        )
+
+
+def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype, meaning: str = "") -> None:
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}{meaning}")
+
+
+def _check_head_dim(name: str, head_dim: int) -> None:
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{name} has head dimension {head_dim}; "
+            f"it must be a multiple of 8 from 8 to {MAX_HEAD_DIM}"
+        )
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in SCALAR_TYPES:
+        raise ValueError(f"{name} is {tensor.dtype}; it must be float32, bfloat16 or float16")
+
+
+def check_kernels(name: str, device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ValueError(f"{name} is on {device}; this build of cptool has kernels for cpu only")
+
+
+def _check_device(tensor: Tensor, device: torch.device, name: str, first: str) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be on {device} like {first}")
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+) -> None:
+    if q.dim() != 3:
+        raise ValueError(f"q has shape {list(q.shape)}; it must be [tokens, heads, head_dim]")
+    if k.dim() != 3:
+        raise ValueError(f"k has shape {list(k.shape)}; it must be [tokens, kv_heads, head_dim]")
+    q_tokens, q_heads, head_dim = q.shape
+    k_tokens, kv_heads, k_head_dim = k.shape
+    _check_float("q", q)
+    _check_head_dim("q", head_dim)
+    if k_head_dim != head_dim:
+        raise ValueError(f"k has head dimension {k_head_dim}; it must be {head_dim} like q's")
+    if kv_heads < 1 or q_heads < 1 or q_heads % kv_heads:
+        raise ValueError(
+            f"q has {q_heads} heads; they must be a positive multiple of the {kv_heads} heads of k"
+        )
+    _check_shape("v", v, k.shape, "the shape of k")
+    _check_shape("q_pos", q_pos, (q_tokens,), "one position for each token of q")
+    _check_shape("k_pos", k_pos, (k_tokens,), "one position for each token of k")
+    if cu_q.dim() != 1 or cu_q.shape[0] < 1:
+        raise ValueError(f"cu_q has shape {list(cu_q.shape)}; it must be [sequences + 1]")
+    _check_shape("cu_k", cu_k, cu_q.shape, "[sequences + 1], like cu_q")
+    _check_dtype("k", k, q.dtype, " like q")
+    _check_dtype("v", v, q.dtype, " like q")
+    device = q.device
+    for name, tensor in (("q_pos", q_pos), ("k_pos", k_pos), ("cu_q", cu_q), ("cu_k", cu_k)):
+        _check_dtype(name, tensor, torch.int32)
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has stride {tensor.stride(0)}; it must be contiguous")
+        _check_device(tensor, device, name, "q")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.stride(2) != 1:
+            raise ValueError(
+                f"{name} has strides {tensor.stride()}; its innermost dimension must be contiguous"
+            )
+        _check_device(tensor, device, name, "q")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite")
+
+
+def check_new_dtype(out_dtype: torch.dtype | None, q: Tensor) -> torch.dtype:
+    if out_dtype is None:
+        return torch.float32
+    if out_dtype != torch.float32 and out_dtype != q.dtype:
+        raise ValueError(f"out_dtype is {out_dtype}; it must be float32 or q's dtype, {q.dtype}")
+    return out_dtype
+
+
+def check_into(q: Tensor, out: Tensor, lse: Tensor) -> None:
+    _check_shape("into's out", out, q.shape, "the shape of q")
+    _check_shape("into's lse", lse, q.shape[:2], "tokens and heads of q")
+    for name, tensor in (("into's out", out), ("into's lse", lse)):
+        _check_dtype(name, tensor, torch.float32)
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+        _check_device(tensor, q.device, name, "q")
+
+
+def check_merge(
+    outs: Sequence[Tensor], lses: Sequence[Tensor], out_dtype: torch.dtype | None
+) -> torch.dtype:
+    if len(lses) != len(outs):
+        raise ValueError(
+            f"lses holds {len(lses)} tensors; it must hold one for each of the {len(outs)} outs"
+        )
+    first = outs[0]
+    if first.dim() != 3:
+        raise ValueError(
+            f"outs[0] has shape {list(first.shape)}; it must be [tokens, heads, head_dim]"
+        )
+    _check_float("outs[0]", first)
+    _check_head_dim("outs[0]", first.shape[2])
+    device = first.device
+    for i, (out, lse) in enumerate(zip(outs, lses)):
+        _check_shape(f"outs[{i}]", out, first.shape, "the shape of outs[0]")
+        _check_shape(f"lses[{i}]", lse, first.shape[:2], "tokens and heads of outs[0]")
+        _check_dtype(f"outs[{i}]", out, first.dtype, " like outs[0]")
+        _check_dtype(f"lses[{i}]", lse, torch.float32)
+        for name, tensor in ((f"outs[{i}]", out), (f"lses[{i}]", lse)):
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+            _check_device(tensor, device, name, "outs[0]")
+    if out_dtype is None:
+        return torch.float32
+    if out_dtype not in SCALAR_TYPES:
+        raise ValueError(f"out_dtype is {out_dtype}; it must be float32, bfloat16 or float16")
+    return out_dtype
