@@ -218,8 +218,9 @@ def write_segment(
     Returns None, and writes nothing, where there is nothing to write. The file is on disk when this returns, but no
     manifest names it yet.
     """
+    import safetensors.torch
     import torch
-    from safetensors.torch import save_file
+    from safetensors import SafetensorError
 
     lengths = cache.lengths
     tokens = [length - first for length, first in zip(lengths, since)]
@@ -234,8 +235,12 @@ def write_segment(
     # The random part keeps two runs that start from the same turn from writing over each other's files.
     name = f"segment-{revision:05d}-{rank:03d}-{kv_heads[0]:03d}-{secrets.token_hex(4)}.safetensors"
     temporary = directory / f"{name}.tmp"
-    save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary)
-    _sync(temporary)
+    try:
+        safetensors.torch.save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary)
+        _sync(temporary)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{temporary} cannot be written ({error}); the session is as it was") from None
     temporary.rename(directory / name)
     return Segment(
         file=name, bytes=(directory / name).stat().st_size, sha256=_sha256(directory / name),
