@@ -52,6 +52,7 @@ class Engine:
             dtype=self.dtype,
             device=world.device,
         )
+        self.observe: Callable[[int, Placement, torch.Tensor, torch.Tensor], None] | None = None
         self._take_over((nothing_held(batch, "cpu"),) * world.cp)
 
     @torch.inference_mode()
@@ -96,7 +97,10 @@ class Engine:
             if prefilling:
                 self._progress("prefill, layer", layer, config.num_hidden_layers)
             self.cache.store(layer, k, v)
-            return attend(self.choice.variant, q, self.cache.layer(layer), step, self.ring, scale)
+            out = attend(self.choice.variant, q, self.cache.layer(layer), step, self.ring, scale)
+            if self.observe is not None:
+                self.observe(layer, mine, q, out)
+            return out
 
         flat = torch.tensor([token for tokens in todo for token in tokens], dtype=torch.int64)
         local = flat[layout.indices(world.cp_rank)].to(world.device)

@@ -13,7 +13,7 @@ from cptool.errors import UserError
 # took 20 times as long. Read by OpenMP when torch is imported, so it is set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-COMMANDS = ("prefill", "decode", "session", "pull", "demo", "doctor")
+COMMANDS = ("prefill", "decode", "session", "verify", "pull", "demo", "doctor")
 
 
 class Commands(click.Group):

@@ -1,0 +1,197 @@
+"""Is the word "exact" true here? A user's own checkpoint and devices, every variant and every number of ranks.
+
+Each run reads a prompt in two turns (so that the second meets cached keys) and then decodes. In some layers and for some
+query rows the attention that came out is held against attention in float64 over the very q, k and v that went in, beside
+the error that one plain call of the op makes on the same inputs. The greedy tokens are held against those of one rank.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from cptool import selftest
+from cptool.attention import VARIANTS
+from cptool.checkpoint import open_checkpoint
+from cptool.distributed import World, run
+from cptool.engine import Engine
+from cptool.ops import attention_partial
+from cptool.sampling import Sampling
+from cptool.sharding import Placement
+from cptool.weights import load_model
+
+ROWS = 64
+"""Query rows of the second turn that are checked, in each checked layer; rows of decode steps are checked all."""
+
+ALLOWED_GROWTH = 1.1
+"""What merging partials may add to the error of one rank, beside one rounding of the result."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every run does: two turns of tokens, then greedy decode steps."""
+
+    model: str
+    dtype: str
+    turns: tuple[tuple[int, ...], tuple[int, ...]]
+    steps: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One variant on one number of ranks.
+
+    `error` and `one_call_error` are root mean square errors against float64 of what the ranks computed and of a single call
+    on the same inputs, in the layer where they are worst against the bound; `rounding` is that of rounding the result once. `margins[i]` is the distance of the two best
+    logits where `tokens[i]` was chosen, `logits` what the prefill ended with. `repeated`: a second run gave the same bits.
+    """
+
+    variant: str
+    ranks: int
+    error: float
+    one_call_error: float
+    rounding: float
+    tokens: tuple[int, ...]
+    margins: tuple[float, ...]
+    logits: torch.Tensor
+    repeated: bool
+
+    @property
+    def allowed(self) -> float:
+        return ALLOWED_GROWTH * self.one_call_error + self.rounding
+
+    @property
+    def within_bound(self) -> bool:
+        return self.error <= self.allowed  # false for NaN
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A measurement held against one rank. `tokens`: "same", "tie at token I", or "differ at token I"."""
+
+    measurement: Measurement
+    tokens: str
+
+    @property
+    def passed(self) -> bool:
+        return self.measurement.within_bound and self.measurement.repeated and not self.tokens.startswith("differ")
+
+
+def verify(plan: Plan, ranks: list[int], **launch) -> Iterator[Verdict]:
+    """Runs `plan` on one rank and then on each of `ranks`, every variant; `launch` goes to `cptool.distributed.run`."""
+    reference = run(measure, plan, ("pass-kv",), cp=1, **launch)[0]
+    yield Verdict(reference, "same")
+    for count in ranks:
+        for measurement in run(measure, plan, tuple(VARIANTS), cp=count, **launch):
+            yield Verdict(measurement, compare(measurement, reference))
+
+
+def compare(measurement: Measurement, reference: Measurement) -> str:
+    """Where the tokens part, and whether rounding alone explains it.
+
+    Logits that differ by d can only exchange two tokens whose distance is at most 2 d. What follows such a tie has no
+    meaning for the comparison, for the two runs read different texts from there on.
+    """
+    for i, (ours, theirs) in enumerate(zip(measurement.tokens, reference.tokens)):
+        if ours != theirs:
+            difference = (measurement.logits - reference.logits).abs().max().item()
+            tie = reference.margins[i] <= 2 * difference
+            return f"{'tie' if tie else 'differ'} at token {i} (margin {reference.margins[i]:.2g}, logits differ by {difference:.2g})"
+    return "same"
+
+
+def measure(world: World, plan: Plan, variants: tuple[str, ...]) -> list[Measurement]:
+    """Runs on every rank; the measurements are rank 0's."""
+    world.report("load the weights")
+    model = load_model(open_checkpoint(plan.model), getattr(torch, plan.dtype), world.device, world)
+    return [_measure(world, model, plan, variant) for variant in variants]
+
+
+@torch.inference_mode()
+def _measure(world: World, model, plan: Plan, variant: str) -> Measurement:
+    layers = sorted({0, model.config.num_hidden_layers // 2, model.config.num_hidden_layers - 1})
+    first = len(plan.turns[0])
+    second = len(plan.turns[1])
+    positions = {first + i * (second - 1) // (ROWS - 1) for i in range(ROWS)}
+    positions |= set(range(first + second, first + second + plan.steps))
+    digests = []
+    for decodes in (True, False):
+        engine = Engine(model, world, variant=variant, progress=world.report)
+        sample = _Sample(layers, positions)
+        engine.extend([list(plan.turns[0])])
+        engine.observe = sample
+        engine.extend([list(plan.turns[1])], reserve=plan.steps)
+        digests.append(_digest(engine, sample))
+        if decodes:
+            logits = _everywhere(world, engine)
+            tokens, margins = [], []
+            for _ in range(plan.steps):
+                best = _everywhere(world, engine).topk(2).values
+                margins.append(float(best[0] - best[1]))
+                tokens += engine.next_tokens(Sampling())
+                engine.extend([tokens[-1:]])
+            errors = [_errors(world, engine, sample, layer) for layer in layers]
+    error, one_call, rounding = max(errors, key=_over_bound)
+    repeated = all(a == b for a, b in world.gather(tuple(digests)))
+    return Measurement(variant, world.cp, error, one_call, rounding, tuple(tokens), tuple(margins), logits, repeated)
+
+
+class _Sample:
+    """Queries and attention outputs of some layers and positions, as an engine computes them."""
+
+    def __init__(self, layers: list[int], positions: set[int]):
+        self.positions = torch.tensor(sorted(positions), dtype=torch.int32)
+        self.rows: dict[int, list[tuple[torch.Tensor, ...]]] = {layer: [] for layer in layers}
+
+    def __call__(self, layer: int, placement: Placement, q: torch.Tensor, out: torch.Tensor) -> None:
+        if layer in self.rows:
+            chosen = torch.isin(placement.positions.cpu(), self.positions).nonzero().flatten()
+            found = (placement.positions[chosen], q[chosen], out[chosen])
+            self.rows[layer].append(tuple(tensor.cpu().clone() for tensor in found))
+
+    def of(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """Positions, queries and outputs seen in the layer."""
+        return tuple(map(torch.cat, zip(*self.rows[layer])))
+
+
+def _errors(world: World, engine: Engine, sample: _Sample, layer: int) -> tuple[float, float, float]:
+    """Errors of what the ranks computed, of one call on the same inputs, and of rounding the result once."""
+    kv = engine.cache.tokens_from(layer, 0, 0).cpu()
+    gathered = world.gather((*sample.of(layer), engine.cache.held.positions.cpu(), kv))
+    q_pos, q, out, k_pos, kv = map(torch.cat, zip(*gathered))
+    (q_pos, q_order), (k_pos, k_order) = q_pos.sort(), k_pos.sort()
+    q, out, (k, v) = q[q_order], out[q_order], kv[k_order].unbind(1)
+    scale = engine.model.config.head_dim**-0.5
+    truth, _ = selftest.attention(q.double(), k.double(), v.double(), q_pos, k_pos, scale)
+    device = world.device
+    offsets = (torch.tensor([0, len(x)], dtype=torch.int32, device=device) for x in (q_pos, k_pos))
+    tensors = (x.to(device) for x in (q, k, v, q_pos, k_pos))
+    one_call, _ = attention_partial(*tensors, *offsets, scale, out_dtype=q.dtype)
+    unit_roundoff = torch.finfo(q.dtype).eps / 2
+    return _rms(out - truth), _rms(one_call.cpu() - truth), unit_roundoff * _rms(truth)
+
+
+def _rms(x: torch.Tensor) -> float:
+    """The largest error is decided by a few rows and varies by more than the bound allows; the mean does not."""
+    return x.square().mean().sqrt().item()
+
+
+def _everywhere(world: World, engine: Engine) -> torch.Tensor:
+    """The next-token logits of the one sequence, on every rank."""
+    return next(row for row in world.gather(engine.logits[0].cpu() if engine.logits else None) if row is not None)
+
+
+def _digest(engine: Engine, sample: _Sample) -> str:
+    """Of every bit that this rank has computed in the sampled layers, and of its logits."""
+    digest = hashlib.sha256()
+    tensors = [tensor for layer in sample.rows for tensor in (*sample.of(layer), engine.cache.tokens_from(layer, 0, 0))]
+    for tensor in [*tensors, *engine.logits.values()]:
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _over_bound(errors: tuple[float, float, float]) -> float:
+    error, one_call, rounding = errors
+    ratio = error / (ALLOWED_GROWTH * one_call + rounding)
+    return ratio if ratio == ratio else float("inf")

@@ -1,0 +1,77 @@
+"""`cptool verify` says yes where all is well, and no where a kernel is wrong."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cptool import attention, verify
+from cptool.cli.main import main
+
+REFERENCE = verify.Measurement(
+    variant="pass-kv", ranks=1, error=1e-6, one_call_error=1e-6, rounding=1e-7, tokens=(5, 6, 7), margins=(3.0, 1e-4, 2.0),
+    logits=torch.zeros(10), repeated=True,
+)  # fmt: skip
+
+
+def outcome(**changes) -> verify.Verdict:
+    measurement = replace(REFERENCE, ranks=2, **changes)
+    return verify.Verdict(measurement, verify.compare(measurement, REFERENCE))
+
+
+def test_what_passes():
+    assert outcome().passed
+    assert outcome(error=1.15e-6).passed
+    assert not outcome(error=1.25e-6).passed
+    assert not outcome(error=float("nan")).passed
+    assert not outcome(repeated=False).passed
+
+
+def test_tokens_that_differ():
+    assert outcome(tokens=(5, 6, 8), logits=torch.full((10,), 1e-4)).tokens.startswith("differ at token 2")
+    assert not outcome(tokens=(5, 6, 8)).passed
+    tie = outcome(tokens=(5, 9, 9), logits=torch.full((10,), 1e-4))
+    assert tie.tokens.startswith("tie at token 1") and tie.passed
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["verify", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sound_installation_passes(mqa_path, dtype):
+    result = run(mqa_path, "--synthetic", 200, "--dtype", dtype, "--json", "--max-cp", 3)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["passed"] and report["tokens"] == [133, 67, 8]
+    assert {(r["cp"], r["variant"]) for r in report["runs"]} == {(1, "pass-kv")} | {
+        (n, v) for n in (2, 3) for v in attention.VARIANTS
+    }
+    assert all(r["tokens"] == "same" and r["repeated"] and r["error"] <= r["allowed"] for r in report["runs"])
+
+
+def merge_that_forgets_the_lse(outs, lses, out_dtype=None):
+    return torch.stack(tuple(outs)).mean(0).to(out_dtype), torch.stack(tuple(lses)).logsumexp(0)
+
+
+def measure_with_a_broken_merge(world, plan, variants):
+    """Ranks are processes of their own, so what is to be broken is broken there."""
+    right = attention.merge_partials
+    attention.merge_partials = merge_that_forgets_the_lse
+    try:
+        return measure(world, plan, variants)
+    finally:
+        attention.merge_partials = right
+
+
+measure = verify.measure
+
+
+def test_a_broken_kernel_fails(mqa_path, monkeypatch):
+    monkeypatch.setattr(verify, "measure", measure_with_a_broken_merge)
+    result = run(mqa_path, "--synthetic", 120, "--max-cp", 2)
+    assert result.exit_code == 1, result.output
+    assert "NOT exact: 3 of 5 runs failed" in result.stdout  # one rank and gather-kv merge nothing
+    assert "FAILED" in result.stdout
