@@ -38,7 +38,7 @@ class Step:
     """What all layers of one forward share; tensors on the device of the queries.
 
     rank: this CP rank. queries[r]: the new tokens of rank r. keys[r]: all tokens whose KV rank r
-    holds, the new ones included; only the variants of KEYS_TRAVEL read it, elsewhere it may be empty.
+    holds, the new ones included; it may be empty for the variants outside of KEYS_TRAVEL.
     """
 
     rank: int
@@ -148,10 +148,11 @@ def pass_q(
         if source == rank:
             messages[rank] = _pack(*partial)
             continue
-        sender = (2 * rank - source) % size
+        sender, message = (2 * rank - source) % size, _pack(*partial)
         messages[sender] = torch.empty_like(messages[rank])
-        pending.append(ring.send_receive(source, _pack(*partial), sender, messages[sender]))
-    for transfer in pending:
+        transfer = ring.send_receive(source, message, sender, messages[sender])
+        pending.append((transfer, message))
+    for transfer, _ in pending:
         ring.wait(transfer)
     return _merge_messages(messages, q)
 
@@ -180,7 +181,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 KEYS_TRAVEL = frozenset({"pass-kv", "gather-kv"})
-"""The variants that read `Step.keys`: where keys come from other ranks, their positions must be known."""
+"""The variants that read `Step.keys`: the positions of keys that come from other ranks."""
 
 
 def _over_local(q, queries: Placement, kv: LayerKV, scale, out_dtype=None):

@@ -31,7 +31,7 @@ DEFAULT_TIMEOUT_S = 300.0
 
 
 class RankFailed(RuntimeError):
-    """A rank died or raised; one line names the rank and what it was doing. All ranks were ended."""
+    """A rank died or raised: one line names it and what it was doing. All ranks were ended."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def launched_size() -> int | None:
 
 
 def check_size(cp: int, tp: int) -> None:
-    """UserError unless cp and tp are at least 1 and make up the launcher's world, if there is one."""
+    """UserError unless cp and tp are at least 1 and fill the launcher's world, if there is one."""
     for name, value in (("--cp", cp), ("--tp", tp)):
         if value < 1:
             raise UserError(f"{name} {value}: it must be at least 1; leave it out for one rank")
@@ -95,7 +95,7 @@ def check_size(cp: int, tp: int) -> None:
 
 
 def resolve_device(device: str, local_size: int = 1) -> str:
-    """"cpu" or "cuda" for "auto", "cpu" or "cuda" on a machine that runs `local_size` ranks.
+    """What "auto", "cpu" or "cuda" is, "cpu" or "cuda", where a machine runs `local_size` ranks.
 
     Raises UserError when CUDA is asked for and the machine has fewer GPUs than ranks.
     """
@@ -294,7 +294,7 @@ def call_entry(entry: Callable[..., Any], args: tuple, world: World) -> Any:
 
 
 def _joined(entry, args, seat: Seat, options: tuple, board: Board) -> Any:
-    """One rank of a world that a launcher started; the launcher ends the others if this one dies."""
+    """One rank of a world that a launcher started, which also ends the others if this one dies."""
     _rendezvous_address()
     try:
         return call_entry(entry, args, connect(seat, *options, board))

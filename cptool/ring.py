@@ -118,7 +118,7 @@ class Ring:
     def send_receive(
         self, receiver: int, outgoing: torch.Tensor, sender: int, incoming: torch.Tensor
     ) -> list[dist.Work]:
-        """Start sending `outgoing` to `receiver` and receiving `incoming` from `sender`; see `wait`.
+        """Start sending `outgoing` to `receiver` and receiving `incoming` from `sender`.
 
         Both contiguous. Neither may be changed or freed before `wait` has returned.
         """

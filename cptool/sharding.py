@@ -56,7 +56,7 @@ def concat(first: Placement, *later: Placement) -> Placement:
     """
     for new in later:
         if new.batch != first.batch:
-            raise ValueError(f"new has {new.batch} sequences; it must have {first.batch} like cached")
+            raise ValueError(f"new has {new.batch} sequences; it must have {first.batch} too")
     parts = [part for part in (first, *later) if part.tokens]
     if len(parts) < 2:
         return parts[0] if parts else first

@@ -35,8 +35,11 @@ class Status:
 
 @dataclass(frozen=True)
 class Failure:
-    """The exception that ended a rank. kind: "user" for a UserError, "communication" for an error of
-    a transfer, which may only be the echo of another rank's end, else "error"."""
+    """The exception that ended a rank.
+
+    kind: "user" for a UserError, "communication" for an error of a transfer, which may only be the
+    echo of another rank's end, else "error".
+    """
 
     rank: int
     time: float

@@ -12,8 +12,8 @@ MOST = 4
 CASE_TIMEOUT_S = 120
 
 
-def run_ranks(n, fn, *args):
-    """Call fn(world, *args) on n of up to four ranks; return what each rank returned, in rank order.
+def run_ranks(n, fn, *args, **options):
+    """Call fn(world, *args, **options) on n of up to four ranks; return what each returned.
 
     fn is importable by name (the top level of a test module). An exception in a rank fails the call
     with that rank's traceback; the ranks, which may now wait for each other, are then replaced.
@@ -22,7 +22,7 @@ def run_ranks(n, fn, *args):
     if _pool is None:
         _pool = _Pool()
     try:
-        return _pool.run(n, fn, args)
+        return _pool.run(n, fn, args, options)
     except BaseException:
         _pool.close()
         _pool = None
@@ -44,9 +44,9 @@ class _Pool:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, n, fn, args):
+    def run(self, n, fn, args, options):
         for pipe in self.pipes[:n]:
-            pipe.send((n, fn, args))
+            pipe.send((n, fn, args, options))
         values, pending = {}, {pipe: rank for rank, pipe in enumerate(self.pipes[:n])}
         while pending:
             ready = wait(list(pending), timeout=CASE_TIMEOUT_S)
@@ -92,7 +92,7 @@ def _serve(rank, store, pipe):
     groups = {n: dist.new_group(range(n), timeout=patience) for n in range(2, MOST + 1)}
     while True:
         try:
-            n, fn, args = pipe.recv()
+            n, fn, args, options = pipe.recv()
         except EOFError:
             return
         world = World(
@@ -101,6 +101,6 @@ def _serve(rank, store, pipe):
             board=Board(n),
         )  # fmt: skip
         try:
-            pipe.send((None, fn(world, *args)))
+            pipe.send((None, fn(world, *args, **options)))
         except Exception:
             pipe.send((traceback.format_exc(), None))
