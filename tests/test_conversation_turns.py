@@ -1,0 +1,83 @@
+"""Whole models over whole conversations: turns on changing ranks, batches of unlike prompts, long decodes."""
+
+import pytest
+import torch
+
+from conftest import greedy
+from cptool.attention import VARIANTS
+from cptool.checkpoint import open_checkpoint
+from cptool.distributed import run
+from cptool.engine import Engine
+from cptool.sampling import Sampling
+from cptool.weights import load_model
+from test_cli import as_json
+
+TURNS = [
+    [504, 2365, 282, 4649, 314, 7042, 30, 378, 2365, 282, 6219, 314] * 3,
+    [198, 504, 2988, 314, 42, 216, 34],
+    [378, 2365, 282, 4649, 314],
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_three_turns_on_4_then_2_then_3_ranks(smollm2_path, smollm2_reference, token_file, tmp_path, variant):
+    session, said = tmp_path / "s", []
+    for turn, cp in zip(TURNS, (4, 2, 3)):
+        said += turn
+        on = ("--cp", cp, "--variant", variant)
+        if not session.exists():
+            as_json("prefill", smollm2_path, "--token-ids", token_file(turn), "--session", session, *on)
+            answer = as_json("decode", session, "-n", 5, *on)
+        else:
+            answer = as_json("decode", session, "--token-ids", token_file(turn), "-n", 5, *on)
+        assert answer["cp"] == cp
+        assert answer["token_ids"] == [greedy(smollm2_reference, said, 5, (2,))]
+        said += answer["token_ids"][0]
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory):
+    """Two layers, 4 query heads on 2, a context of 4096; no EOS."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, initializer_range=0.3, eos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def prompt(length: int) -> list[int]:
+    return [(5 * i * i + 7 * i + length) % 97 for i in range(length)]
+
+
+def test_a_batch_of_unlike_prompts_on_3_ranks(tiny_path, token_file, tmp_path):
+    batch = [prompt(length) for length in (1, 7, 500, 3000)]
+    together = ("--token-ids", token_file(batch), "--session", tmp_path / "all", "--cp", 3)
+    as_json("prefill", tiny_path, *together)
+    answers = as_json("decode", tmp_path / "all", "-n", 64)["token_ids"]
+    for number, ids in enumerate(batch):
+        alone = tmp_path / str(number)
+        as_json("prefill", tiny_path, "--token-ids", token_file(ids), "--session", alone)
+        assert as_json("decode", alone, "-n", 64)["token_ids"] == [answers[number]]
+
+
+def long_decode(world, path, steps: int, stop: tuple[int, ...]):
+    """KV lengths of every rank at the end, and how many tokens each sequence said."""
+    model = load_model(open_checkpoint(str(path)), torch.float32, world.device, world)
+    engine = Engine(model, world, batch=4)
+    engine.extend([prompt(length) for length in (3, 10, 1, 22)])
+    answers = engine.decode(steps, Sampling(temperature=1.0), stop)
+    return world.gather(engine.cache.lengths), list(map(len, answers))
+
+
+@pytest.mark.parametrize("steps, stop", [(1000, ()), (200, (3,))])
+def test_kv_grows_evenly_over_a_long_decode(tiny_path, steps, stop):
+    lengths, said = run(long_decode, tiny_path, steps, stop, cp=4, threads=1)
+    assert all(max(counts) - min(counts) <= 1 for counts in zip(*lengths))
+    assert [sum(counts) for counts in zip(*lengths)] == [p + n - 1 for p, n in zip((3, 10, 1, 22), said)]
+    if stop:
+        assert len(set(said)) > 1  # some left the batch before others

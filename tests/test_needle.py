@@ -1,0 +1,46 @@
+"""A needle at several depths of texts of several lengths, with the real model: each cell says what one rank says."""
+
+from cptool.checkpoint import open_checkpoint
+from cptool.distributed import run
+from cptool.engine import Engine
+from cptool.sampling import Sampling
+from cptool.weights import load_model
+
+HAY = (
+    "The tide turned before noon and the boats came in one after another. Nobody spoke of the weather. "
+    "A dog slept on the quay, and the nets were hung to dry along the wall. Later the bell rang twice. "
+)
+NEEDLE = "The name of the harbour cat is Pepper. "
+QUESTION = "\nWhat is the name of the harbour cat?"
+DEPTHS, REPEATS = (0.1, 0.5, 0.9), (3, 9)
+
+
+def prompts(tokenizer) -> list[list[int]]:
+    cells = []
+    for repeats in REPEATS:
+        for depth in DEPTHS:
+            before = round(depth * repeats)
+            text = HAY * before + NEEDLE + HAY * (repeats - before) + QUESTION
+            cells.append(tokenizer.chat([{"role": "user", "content": text}]))
+    return cells
+
+
+def answer_all(world, path) -> list[list[int]]:
+    import torch
+
+    checkpoint = open_checkpoint(str(path))
+    model = load_model(checkpoint, torch.float32, world.device, world)
+    answers = []
+    for cell in prompts(checkpoint.tokenizer()):
+        engine = Engine(model, world)
+        engine.extend([cell], reserve=10)
+        answers += engine.decode(10, Sampling(), checkpoint.eos_ids)
+    return answers
+
+
+def test_every_cell_of_the_grid_agrees_with_one_rank(smollm2_path):
+    alone = run(answer_all, smollm2_path, cp=1)
+    assert run(answer_all, smollm2_path, cp=3) == alone
+    decode = open_checkpoint(str(smollm2_path)).tokenizer().decode
+    found = ["Pepper" in decode(ids) for ids in alone]
+    assert sum(found) >= len(found) / 2, found  # a model this small misses some; the text does reach it
