@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy at temperature 0; otherwise one draw from the nucleus `top_p` of softmax(logits / temperature).
+    """Greedy at temperature 0; otherwise one draw from the nucleus `top_p` of softmax(logits /
+    temperature).
 
-    A draw depends on the seed, the sequence's index and the token's position alone: not on the number of ranks, the
-    batch it shares, or where a session was saved in between.
+    A draw depends on the seed, the sequence's index and the token's position alone: not on the
+    number of ranks, the batch it shares, or where a session was saved in between.
     """
 
     temperature: float = 0.0
@@ -24,7 +25,9 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature}: it must be 0 (greedy) or a positive number")
+            raise UserError(
+                f"--temperature {self.temperature}: it must be 0 (greedy) or a positive number"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p}: it must lie in (0, 1]; 1 keeps every token")
 
@@ -36,7 +39,8 @@ class Sampling:
             return int(logits.argmax())
         probabilities = torch.softmax(logits.double() / self.temperature, dim=-1)
         ordered, tokens = probabilities.sort(descending=True, stable=True)
-        # A token stays while the mass before it is within top_p, so the likeliest always stays (Llama's reference rule).
+        # A token stays while the mass before it is within top_p, so the likeliest always stays
+        # (Llama's reference rule).
         kept = ordered * (ordered.cumsum(-1) - ordered <= self.top_p)
         key = hashlib.sha256(f"{self.seed}/{sequence}/{position}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))

@@ -27,12 +27,21 @@ class Check:
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_pos: torch.Tensor, k_pos: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_pos: torch.Tensor,
+    k_pos: torch.Tensor,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one sequence, all scores in memory, computed in the type of q: `(out [Tq, Hq, D], lse [Tq, Hq])`."""
+    """Attention of one sequence, all scores in memory, computed in the type of q: `(out [Tq, Hq,
+    D], lse [Tq, Hq])`.
+    """
     group = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
-    scores = (q.transpose(0, 1) @ keys.transpose(1, 2) * scale).masked_fill(k_pos > q_pos[:, None], -torch.inf)
+    scores = (q.transpose(0, 1) @ keys.transpose(1, 2) * scale).masked_fill(
+        k_pos > q_pos[:, None], -torch.inf
+    )
     lse = scores.logsumexp(-1)
     weights = torch.where(lse.isinf()[..., None], 0, (scores - lse[..., None]).exp())
     return (weights @ values).transpose(0, 1), lse.transpose(0, 1)
@@ -56,7 +65,9 @@ def _attention(device: str, isa: str, dtype: torch.dtype, head_dim: int) -> Chec
     k_pos = [torch.cat([torch.arange(30, 131), torch.arange(300, 500)]), torch.arange(0, 70)]
     slack = 13
     q = torch.randn(sum(map(len, q_pos)), 9, head_dim, generator=generator).to(dtype)
-    kv = torch.randn(sum(map(len, k_pos)) + 2 * slack, 2, 3, head_dim, generator=generator).to(dtype)
+    kv = torch.randn(sum(map(len, k_pos)) + 2 * slack, 2, 3, head_dim, generator=generator).to(
+        dtype
+    )
     slots = [torch.cat([p, torch.full((slack,), NEVER)]) for p in k_pos]
     starts = torch.tensor([0, *map(len, slots)]).cumsum(0)
     for stop in starts[1:].tolist():
@@ -77,13 +88,20 @@ def _attention(device: str, isa: str, dtype: torch.dtype, head_dim: int) -> Chec
     # Twice the error of a plain implementation in the same type, and one rounding of the result.
     allowed = 2 * (plain - out).abs().max() + torch.finfo(dtype).eps * out.abs().max()
     got, got_lse = ops.attention_partial(
-        q.to(device), *kv.to(device).unbind(1), *(torch.cat(p).int().to(device) for p in (q_pos, slots)),
-        rows.int().to(device), starts.int().to(device), scale, out_dtype=dtype,
-    )  # fmt: skip
+        q.to(device),
+        *kv.to(device).unbind(1),
+        *(torch.cat(p).int().to(device) for p in (q_pos, slots)),
+        rows.int().to(device),
+        starts.int().to(device),
+        scale,
+        out_dtype=dtype,
+    )
     seen = ~lse.isinf()
     error = torch.maximum((got.cpu() - out).abs().max(), (got_lse.cpu() - lse)[seen].abs().max())
     if not torch.equal(got_lse.cpu().isinf(), ~seen):
-        error = torch.tensor(torch.inf)  # a query saw keys that it must not see, or none where there are some
+        error = torch.tensor(
+            torch.inf
+        )  # a query saw keys that it must not see, or none where there are some
     return Check(f"attention {isa}, {str(dtype)[6:]}, D {head_dim}", float(error), float(allowed))
 
 
@@ -98,6 +116,9 @@ def _merge(device: str) -> Check:
     total = lses.double().logsumexp(0)
     expected = ((lses.double() - total).exp()[..., None] * outs.double()).sum(0)
     got, lse = ops.merge_partials(list(outs.to(device)), list(lses.to(device)))
-    error = torch.maximum((got.cpu() - expected).abs().max(), ((lse.cpu() - total) / total.abs().clamp(min=1)).abs().max())
+    error = torch.maximum(
+        (got.cpu() - expected).abs().max(),
+        ((lse.cpu() - total) / total.abs().clamp(min=1)).abs().max(),
+    )
     allowed = 4 * torch.finfo(torch.float32).eps * expected.abs().max()
     return Check("merge, LSEs 1e4 apart", float(error), float(allowed))

@@ -1,13 +1,15 @@
 """KV on disk: append-only segments and an atomically replaced manifest.
 
-A session directory holds `manifest.json` and safetensors segments. A segment is what one rank computed in one turn: for
-every layer the K and V of its tokens, with their positions, and perhaps the logits that follow a sequence's last token.
-A turn writes new segments, syncs them to disk, and only then replaces the manifest, so a kill at any moment leaves the
-previous turn whole. Going back writes a manifest alone: it says from which position on a segment no longer counts. Nothing
-is ever unpickled.
+A session directory holds `manifest.json` and safetensors segments. A segment is what one rank
+computed in one turn: for every layer the K and V of its tokens, with their positions, and perhaps
+the logits that follow a sequence's last token. A turn writes new segments, syncs them to disk, and
+only then replaces the manifest, so a kill at any moment leaves the previous turn whole. Going back
+writes a manifest alone: it says from which position on a segment no longer counts. Nothing is ever
+unpickled.
 
-Positions say what a segment is, so a session saved on any number of ranks resumes on any other: a sequence's tokens,
-in the order of the segments, are dealt to the new ranks in equal contiguous shares.
+Positions say what a segment is, so a session saved on any number of ranks resumes on any other: a
+sequence's tokens, in the order of the segments, are dealt to the new ranks in equal contiguous
+shares.
 """
 
 import hashlib
@@ -34,7 +36,9 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model's KV a session holds: where it was, a fingerprint of its contents, and the shape of its KV."""
+    """Which model's KV a session holds: where it was, a fingerprint of its contents, and the shape
+    of its KV.
+    """
 
     path: str
     fingerprint: str
@@ -45,7 +49,8 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class Segment:
-    """One file: what CP rank `rank` added to make `revision`, for KV heads [kv_heads[0], kv_heads[1]).
+    """One file: what CP rank `rank` added to make `revision`, for KV heads [kv_heads[0],
+    kv_heads[1]).
 
     `tokens[b]` tokens of sequence b, of which those at positions in [start[b], until[b]) count.
     """
@@ -68,7 +73,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Everything said so far, how much of it has KV, and the segment with the logits that come next, if they are known."""
+    """Everything said so far, how much of it has KV, and the segment with the logits that come
+    next, if they are known.
+    """
 
     tokens: tuple[int, ...]
     cached: int
@@ -79,7 +86,8 @@ class Sequence:
 class Manifest:
     """The state of a session.
 
-    `revision` counts what was ever committed. `turns[t][b]` is the number of tokens of sequence b after turn t + 1.
+    `revision` counts what was ever committed. `turns[t][b]` is the number of tokens of sequence b
+    after turn t + 1.
     """
 
     model: ModelIdentity
@@ -113,20 +121,25 @@ class Manifest:
                 ),
                 "turns": tuple(map(tuple, fields["turns"])),
                 "segments": tuple(
-                    Segment(**{name: tuple(v) if isinstance(v, list) else v for name, v in s.items()})
+                    Segment(
+                        **{name: tuple(v) if isinstance(v, list) else v for name, v in s.items()}
+                    )
                     for s in fields["segments"]
                 ),
             }
         )
 
     def truncated(self, lengths: list[int]) -> "Manifest":
-        """The state in which sequence b has said its first `lengths[b]` tokens alone; nothing on disk changes.
+        """The state in which sequence b has said its first `lengths[b]` tokens alone; nothing on
+        disk changes.
 
-        Where a sequence gets shorter, what follows its new end is not known any more: the KV of its last token is
-        given up, so that the next turn computes it again.
+        Where a sequence gets shorter, what follows its new end is not known any more: the KV of its
+        last token is given up, so that the next turn computes it again.
         """
         sequences = tuple(
-            s if n == len(s.tokens) else Sequence(tokens=s.tokens[:n], cached=min(s.cached, max(n - 1, 0)))
+            s
+            if n == len(s.tokens)
+            else Sequence(tokens=s.tokens[:n], cached=min(s.cached, max(n - 1, 0)))
             for s, n in zip(self.sequences, lengths, strict=True)
         )
         cached = [sequence.cached for sequence in sequences]
@@ -141,22 +154,30 @@ class Manifest:
 
 
 def load(directory: Path) -> Manifest:
-    """Reads the manifest and checks that every segment is there in full length. UserError in one line otherwise."""
+    """Reads the manifest and checks that every segment is there in full length. UserError in one
+    line otherwise.
+    """
     path = directory / MANIFEST
     try:
         manifest = Manifest.parse(path.read_text())
     except FileNotFoundError:
         raise UserError(
-            f"{directory} holds no session ({MANIFEST} is missing); make one with: cptool prefill MODEL --session DIR"
+            f"{directory} holds no session ({MANIFEST} is missing); make one with: cptool prefill "
+            "MODEL --session DIR"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a readable session manifest ({error}); restore it or prefill anew") from None
+        raise UserError(
+            f"{path} is not a readable session manifest ({error}); restore it or prefill anew"
+        ) from None
     for segment in manifest.segments:
         file = directory / segment.file
         size = file.stat().st_size if file.is_file() else None
         if size != segment.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise UserError(f"{file} {found}, the manifest says {segment.bytes} bytes; restore it or prefill anew")
+            raise UserError(
+                f"{file} {found}, the manifest says {segment.bytes} bytes; restore it or prefill "
+                "anew"
+            )
     return manifest
 
 
@@ -165,24 +186,31 @@ def exists(directory: Path) -> bool:
     return (directory / MANIFEST).exists()
 
 
-def common_prefix(directory: Path, manifest: Manifest, prompts: list[list[int]], rewind: bool) -> list[int]:
+def common_prefix(
+    directory: Path, manifest: Manifest, prompts: list[list[int]], rewind: bool
+) -> list[int]:
     """How many tokens each whole prompt shares with the session.
 
     UserError if a prompt does not begin with all that its sequence says, unless `rewind`.
     """
     if len(prompts) != len(manifest.sequences):
         raise UserError(
-            f"{len(prompts)} prompts for {directory}, which holds {len(manifest.sequences)} sequences; give one for each, "
+            f"{len(prompts)} prompts for {directory}, which holds {len(manifest.sequences)} "
+            "sequences; give one for each, "
             "or name a new directory"
         )
     lengths = []
     for b, (prompt, sequence) in enumerate(zip(prompts, manifest.sequences), 1):
         pairs = zip(prompt, sequence.tokens)
-        shared = next((i for i, (new, old) in enumerate(pairs) if new != old), min(len(prompt), len(sequence.tokens)))
+        shared = next(
+            (i for i, (new, old) in enumerate(pairs) if new != old),
+            min(len(prompt), len(sequence.tokens)),
+        )
         if shared < len(sequence.tokens) and not rewind:
             ends = "ends" if shared == len(prompt) else "differs"
             raise UserError(
-                f"sequence {b}: the prompt {ends} at token {shared}, {directory} holds {len(sequence.tokens)}; a prompt must "
+                f"sequence {b}: the prompt {ends} at token {shared}, {directory} holds "
+                f"{len(sequence.tokens)}; a prompt must "
                 "begin with all of them: add --rewind to go back to there, or name a new directory"
             )
         lengths.append(shared)
@@ -195,28 +223,41 @@ def check_new(directory: Path) -> None:
         raise UserError(f"{directory} is a file, a session needs a directory; name another place")
     foreign = [p.name for p in directory.glob("*") if not _is_ours(p)] if directory.is_dir() else []
     if foreign:
-        raise UserError(f"{directory} is not empty (it holds {foreign[0]}); a session needs a directory of its own")
+        raise UserError(
+            f"{directory} is not empty (it holds {foreign[0]}); a session needs a directory of its "
+            "own"
+        )
 
 
 def check_model(manifest: Manifest, fingerprint: str, model: str) -> None:
     """Refuses another model's KV."""
     if manifest.model.fingerprint != fingerprint:
         raise UserError(
-            f"{model} is not the model of this session (fingerprint {fingerprint[:12]}, the session's is "
+            f"{model} is not the model of this session (fingerprint {fingerprint[:12]}, the "
+            "session's is "
             f"{manifest.model.fingerprint[:12]}); pass the original with --model, or prefill anew"
         )
 
 
 def write_segment(
-    directory: Path, cache: "KVCache", since: list[int], *, revision: int, rank: int, kv_heads: tuple[int, int],
-    start: list[int], until: list[int], logits: "dict[int, torch.Tensor]",
+    directory: Path,
+    cache: "KVCache",
+    since: list[int],
+    *,
+    revision: int,
+    rank: int,
+    kv_heads: tuple[int, int],
+    start: list[int],
+    until: list[int],
+    logits: "dict[int, torch.Tensor]",
 ) -> Segment | None:
-    """Writes what `cache` holds beyond `since` tokens of each sequence, and next-token logits by sequence.
+    """Writes what `cache` holds beyond `since` tokens of each sequence, and next-token logits by
+    sequence.
 
     The positions written lie in [start[b], until[b]) of sequence b.
 
-    Returns None, and writes nothing, where there is nothing to write. The file is on disk when this returns, but no
-    manifest names it yet.
+    Returns None, and writes nothing, where there is nothing to write. The file is on disk when this
+    returns, but no manifest names it yet.
     """
     import safetensors.torch
     import torch
@@ -232,24 +273,37 @@ def write_segment(
     for layer in range(cache.layers):
         parts = [cache.tokens_from(layer, b, first) for b, first in enumerate(since)]
         tensors[f"kv.{layer}"] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-    # The random part keeps two runs that start from the same turn from writing over each other's files.
+    # The random part keeps two runs that start from the same turn from writing over each other's
+    # files.
     name = f"segment-{revision:05d}-{rank:03d}-{kv_heads[0]:03d}-{secrets.token_hex(4)}.safetensors"
     temporary = directory / f"{name}.tmp"
     try:
-        safetensors.torch.save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary)
+        safetensors.torch.save_file(
+            {key: tensor.cpu() for key, tensor in tensors.items()}, temporary
+        )
         _sync(temporary)
     except (SafetensorError, OSError) as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{temporary} cannot be written ({error}); the session is as it was") from None
+        raise OSError(
+            f"{temporary} cannot be written ({error}); the session is as it was"
+        ) from None
     temporary.rename(directory / name)
     return Segment(
-        file=name, bytes=(directory / name).stat().st_size, sha256=_sha256(directory / name),
-        revision=revision, rank=rank, kv_heads=kv_heads, tokens=tuple(tokens), start=tuple(start), until=tuple(until),
+        file=name,
+        bytes=(directory / name).stat().st_size,
+        sha256=_sha256(directory / name),
+        revision=revision,
+        rank=rank,
+        kv_heads=kv_heads,
+        tokens=tuple(tokens),
+        start=tuple(start),
+        until=tuple(until),
     )
 
 
 def commit(directory: Path, manifest: Manifest) -> None:
-    """Makes `manifest` the state of the session in one atomic step, then removes files that it does not name.
+    """Makes `manifest` the state of the session in one atomic step, then removes files that it does
+    not name.
 
     Raises RuntimeError if another run has committed since this one began.
     """
@@ -272,13 +326,20 @@ def commit(directory: Path, manifest: Manifest) -> None:
 
 
 def restore(
-    directory: Path, manifest: Manifest, cache: "KVCache", *, rank: int, ranks: int, kv_heads: tuple[int, int],
+    directory: Path,
+    manifest: Manifest,
+    cache: "KVCache",
+    *,
+    rank: int,
+    ranks: int,
+    kv_heads: tuple[int, int],
     reserve: int = 0,
 ) -> "tuple[Placement, ...]":
     """Fills an empty cache with this rank's share of the session and returns what every rank holds.
 
-    KV heads [kv_heads[0], kv_heads[1]) are read, and room is kept for `reserve` more tokens of each sequence. The
-    segments that are read are verified against their checksums before the cache is touched.
+    KV heads [kv_heads[0], kv_heads[1]) are read, and room is kept for `reserve` more tokens of each
+    sequence. The segments that are read are verified against their checksums before the cache is
+    touched.
     """
     import torch
     from safetensors import safe_open
@@ -291,14 +352,19 @@ def restore(
     # shares[r][b]: (piece, first, last) in the order of the segments, rows of the piece's tensors.
     shares = [[_share(pieces, b, r, ranks) for b in range(batch)] for r in range(ranks)]
 
-    mine = {s.file: s for b in range(batch) for piece, _, _ in shares[rank][b] for s in piece.segments}
+    mine = {
+        s.file: s for b in range(batch) for piece, _, _ in shares[rank][b] for s in piece.segments
+    }
     for segment in mine.values():
         check_digest(directory, segment)
 
     placements, order = [], []
     for r in range(ranks):
         rows = [
-            torch.cat([piece.positions[a:z] for piece, a, z in share] or [torch.empty(0, dtype=torch.int32)])
+            torch.cat(
+                [piece.positions[a:z] for piece, a, z in share]
+                or [torch.empty(0, dtype=torch.int32)]
+            )
             for share in shares[r]
         ]
         sorts = [row.argsort() for row in rows]
@@ -337,7 +403,8 @@ def read_logits(directory: Path, manifest: Manifest) -> "dict[int, torch.Tensor]
 class _Piece:
     """Segments that hold different KV heads of the same tokens, in the order of their heads.
 
-    `positions` of its rows; rows [before[b], before[b] + live[b]) are the tokens of sequence b that count.
+    `positions` of its rows; rows [before[b], before[b] + live[b]) are the tokens of sequence b that
+    count.
     """
 
     segments: tuple[Segment, ...]
@@ -356,7 +423,9 @@ class _Piece:
 
 
 def _groups(manifest: Manifest) -> list[tuple[Segment, ...]]:
-    """Segments by the revision and rank that wrote them: each group has the same tokens and other KV heads."""
+    """Segments by the revision and rank that wrote them: each group has the same tokens and other
+    KV heads.
+    """
     groups: dict[tuple[int, int], list[Segment]] = {}
     for segment in manifest.segments:
         if segment.live:
@@ -365,7 +434,9 @@ def _groups(manifest: Manifest) -> list[tuple[Segment, ...]]:
 
 
 def _share(pieces: list[_Piece], b: int, rank: int, ranks: int) -> list[tuple[_Piece, int, int]]:
-    """Which rows of which pieces rank `rank` takes of sequence b: an equal, contiguous part of all its tokens."""
+    """Which rows of which pieces rank `rank` takes of sequence b: an equal, contiguous part of all
+    its tokens.
+    """
     total = sum(piece.live[b] for piece in pieces)
     first, last = total * rank // ranks, total * (rank + 1) // ranks
     found, seen = [], 0
@@ -378,7 +449,9 @@ def _share(pieces: list[_Piece], b: int, rank: int, ranks: int) -> list[tuple[_P
     return found
 
 
-def _read(files, piece: _Piece, layer: int, first: int, last: int, kv_heads: tuple[int, int]) -> "torch.Tensor":
+def _read(
+    files, piece: _Piece, layer: int, first: int, last: int, kv_heads: tuple[int, int]
+) -> "torch.Tensor":
     """Rows [first, last) of a piece's layer for KV heads [kv_heads[0], kv_heads[1])."""
     import torch
 
@@ -387,7 +460,9 @@ def _read(files, piece: _Piece, layer: int, first: int, last: int, kv_heads: tup
         low, high = segment.kv_heads
         a, z = max(low, kv_heads[0]), min(high, kv_heads[1])
         if a < z:
-            heads.append(files[segment.file].get_slice(f"kv.{layer}")[first:last, :, a - low : z - low])
+            heads.append(
+                files[segment.file].get_slice(f"kv.{layer}")[first:last, :, a - low : z - low]
+            )
     return heads[0] if len(heads) == 1 else torch.cat(heads, dim=2)
 
 
@@ -395,7 +470,9 @@ def check_digest(directory: Path, segment: Segment) -> None:
     """UserError if a segment's contents are not what was written."""
     file = directory / segment.file
     if _sha256(file) != segment.sha256:
-        raise UserError(f"{file} does not match its checksum; the file is damaged: restore it or prefill anew")
+        raise UserError(
+            f"{file} does not match its checksum; the file is damaged: restore it or prefill anew"
+        )
 
 
 def _is_ours(path: Path) -> bool:

@@ -9,7 +9,9 @@ from cptool.session import Manifest
 
 
 def problems(directory: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the session's files, a line each: every byte is read. Nothing where it is sound."""
+    """What is wrong with the session's files, a line each: every byte is read. Nothing where it is
+    sound.
+    """
     from safetensors import safe_open
 
     found = []
@@ -32,24 +34,36 @@ def problems(directory: Path, manifest: Manifest) -> list[str]:
     for b, (rows, sequence) in enumerate(zip(positions, manifest.sequences), 1):
         held = sorted(position for row in rows for position in row.tolist())
         if held != list(range(sequence.cached)):
-            found.append(f"sequence {b}: the segments hold {len(held)} positions, they must be 0 to {sequence.cached - 1}, each once")
+            found.append(
+                f"sequence {b}: the segments hold {len(held)} positions, they must be 0 to "
+                f"{sequence.cached - 1}, each once"
+            )
         if not sequence.cached <= len(sequence.tokens):
-            found.append(f"sequence {b}: KV of {sequence.cached} tokens, but only {len(sequence.tokens)} were said")
+            found.append(
+                f"sequence {b}: KV of {sequence.cached} tokens, but only {len(sequence.tokens)} "
+                "were said"
+            )
     covered = {(s.revision, s.rank): 0 for s in manifest.segments if s.live}
     for segment in manifest.segments:
         if segment.live:
             covered[segment.revision, segment.rank] += segment.kv_heads[1] - segment.kv_heads[0]
     for (revision, rank), heads in covered.items():
         if heads != manifest.model.kv_heads:
-            found.append(f"revision {revision}, rank {rank}: KV of {heads} heads, the model has {manifest.model.kv_heads}")
+            found.append(
+                f"revision {revision}, rank {rank}: KV of {heads} heads, the model has "
+                f"{manifest.model.kv_heads}"
+            )
     return found
 
 
 def roll_back(directory: Path, manifest: Manifest, turns: int) -> Manifest:
-    """Goes back by `turns` turns and commits that; UserError if there are not so many before the first."""
+    """Goes back by `turns` turns and commits that; UserError if there are not so many before the
+    first.
+    """
     if turns >= len(manifest.turns):
         raise UserError(
-            f"--turns {turns}: {directory} has {len(manifest.turns)} turns, and at least the first must stay; "
+            f"--turns {turns}: {directory} has {len(manifest.turns)} turns, and at least the first "
+            "must stay; "
             "remove the directory to give up all"
         )
     back = manifest.truncated(list(manifest.turns[-1 - turns]))
@@ -61,8 +75,8 @@ def roll_back(directory: Path, manifest: Manifest, turns: int) -> Manifest:
 def compact(directory: Path, manifest: Manifest) -> Manifest:
     """Rewrites what counts as one segment for each CP rank of the last turn, and commits that.
 
-    The KV is read and checked rank by rank, so one rank's share must fit in memory. The old segments go once the new ones
-    are committed.
+    The KV is read and checked rank by rank, so one rank's share must fit in memory. The old
+    segments go once the new ones are committed.
     """
     import torch
 
@@ -74,18 +88,30 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
     cached = [sequence.cached for sequence in manifest.sequences]
     for rank in range(manifest.cp):
         cache = KVCache(
-            layers=model.layers, kv_heads=model.kv_heads, head_dim=model.head_dim, batch=batch,
-            dtype=getattr(torch, manifest.dtype), device="cpu",
-        )  # fmt: skip
+            layers=model.layers,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            batch=batch,
+            dtype=getattr(torch, manifest.dtype),
+            device="cpu",
+        )
         session.restore(directory, manifest, cache, rank=rank, ranks=manifest.cp, kv_heads=heads)
         segments.append(
             session.write_segment(
-                directory, cache, [0] * batch, revision=revision, rank=rank, kv_heads=heads, start=[0] * batch, until=cached,
+                directory,
+                cache,
+                [0] * batch,
+                revision=revision,
+                rank=rank,
+                kv_heads=heads,
+                start=[0] * batch,
+                until=cached,
                 logits=logits if rank == 0 else {},
             )
-        )  # fmt: skip
+        )
     sequences = tuple(
-        replace(s, logits=segments[0].file if b in logits else None) for b, s in enumerate(manifest.sequences)
+        replace(s, logits=segments[0].file if b in logits else None)
+        for b, s in enumerate(manifest.sequences)
     )
     written = tuple(segment for segment in segments if segment is not None)
     compacted = replace(manifest, revision=revision, sequences=sequences, segments=written)

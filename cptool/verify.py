@@ -1,8 +1,10 @@
-"""Is the word "exact" true here? A user's own checkpoint and devices, every variant and every number of ranks.
+"""Is the word "exact" true here? A user's own checkpoint and devices, every variant and every
+number of ranks.
 
-Each run reads a prompt in two turns (so that the second meets cached keys) and then decodes. In some layers and for some
-query rows the attention that came out is held against attention in float64 over the very q, k and v that went in, beside
-the error that one plain call of the op makes on the same inputs. The greedy tokens are held against those of one rank.
+Each run reads a prompt in two turns (so that the second meets cached keys) and then decodes. In
+some layers and for some query rows the attention that came out is held against attention in float64
+over the very q, k and v that went in, beside the error that one plain call of the op makes on the
+same inputs. The greedy tokens are held against those of one rank.
 """
 
 import hashlib
@@ -22,7 +24,9 @@ from cptool.sharding import Placement
 from cptool.weights import load_model
 
 ROWS = 64
-"""Query rows of the second turn that are checked, in each checked layer; rows of decode steps are checked all."""
+"""Query rows of the second turn that are checked, in each checked layer; rows of decode steps are
+checked all.
+"""
 
 ALLOWED_GROWTH = 1.1
 """What merging partials may add to the error of one rank, beside one rounding of the result."""
@@ -42,9 +46,11 @@ class Plan:
 class Measurement:
     """One variant on one number of ranks.
 
-    `error` and `one_call_error` are root mean square errors against float64 of what the ranks computed and of a single call
-    on the same inputs, in the layer where they are worst against the bound; `rounding` is that of rounding the result once. `margins[i]` is the distance of the two best
-    logits where `tokens[i]` was chosen, `logits` what the prefill ended with. `repeated`: a second run gave the same bits.
+    `error` and `one_call_error` are root mean square errors against float64 of what the ranks
+    computed and of a single call on the same inputs, in the layer where they are worst against the
+    bound; `rounding` is that of rounding the result once. `margins[i]` is the distance of the two
+    best logits where `tokens[i]` was chosen, `logits` what the prefill ended with. `repeated`: a
+    second run gave the same bits.
     """
 
     variant: str
@@ -68,18 +74,26 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A measurement held against one rank. `tokens`: "same", "tie at token I", or "differ at token I"."""
+    """A measurement held against one rank. `tokens`: "same", "tie at token I", or "differ at token
+    I".
+    """
 
     measurement: Measurement
     tokens: str
 
     @property
     def passed(self) -> bool:
-        return self.measurement.within_bound and self.measurement.repeated and not self.tokens.startswith("differ")
+        return (
+            self.measurement.within_bound
+            and self.measurement.repeated
+            and not self.tokens.startswith("differ")
+        )
 
 
 def verify(plan: Plan, ranks: list[int], **launch) -> Iterator[Verdict]:
-    """Runs `plan` on one rank and then on each of `ranks`, every variant; `launch` goes to `cptool.distributed.run`."""
+    """Runs `plan` on one rank and then on each of `ranks`, every variant; `launch` goes to
+    `cptool.distributed.run`.
+    """
     reference = run(measure, plan, ("pass-kv",), cp=1, **launch)[0]
     yield Verdict(reference, "same")
     for count in ranks:
@@ -90,14 +104,18 @@ def verify(plan: Plan, ranks: list[int], **launch) -> Iterator[Verdict]:
 def compare(measurement: Measurement, reference: Measurement) -> str:
     """Where the tokens part, and whether rounding alone explains it.
 
-    Logits that differ by d can only exchange two tokens whose distance is at most 2 d. What follows such a tie has no
-    meaning for the comparison, for the two runs read different texts from there on.
+    Logits that differ by d can only exchange two tokens whose distance is at most 2 d. What follows
+    such a tie has no meaning for the comparison, for the two runs read different texts from there
+    on.
     """
     for i, (ours, theirs) in enumerate(zip(measurement.tokens, reference.tokens)):
         if ours != theirs:
             difference = (measurement.logits - reference.logits).abs().max().item()
             tie = reference.margins[i] <= 2 * difference
-            return f"{'tie' if tie else 'differ'} at token {i} (margin {reference.margins[i]:.2g}, logits differ by {difference:.2g})"
+            return (
+                f"{'tie' if tie else 'differ'} at token {i} "
+                f"(margin {reference.margins[i]:.2g}, logits differ by {difference:.2g})"
+            )
     return "same"
 
 
@@ -134,7 +152,17 @@ def _measure(world: World, model, plan: Plan, variant: str) -> Measurement:
             errors = [_errors(world, engine, sample, layer) for layer in layers]
     error, one_call, rounding = max(errors, key=_over_bound)
     repeated = all(a == b for a, b in world.gather(tuple(digests)))
-    return Measurement(variant, world.cp, error, one_call, rounding, tuple(tokens), tuple(margins), logits, repeated)
+    return Measurement(
+        variant,
+        world.cp,
+        error,
+        one_call,
+        rounding,
+        tuple(tokens),
+        tuple(margins),
+        logits,
+        repeated,
+    )
 
 
 class _Sample:
@@ -144,7 +172,9 @@ class _Sample:
         self.positions = torch.tensor(sorted(positions), dtype=torch.int32)
         self.rows: dict[int, list[tuple[torch.Tensor, ...]]] = {layer: [] for layer in layers}
 
-    def __call__(self, layer: int, placement: Placement, q: torch.Tensor, out: torch.Tensor) -> None:
+    def __call__(
+        self, layer: int, placement: Placement, q: torch.Tensor, out: torch.Tensor
+    ) -> None:
         if layer in self.rows:
             chosen = torch.isin(placement.positions.cpu(), self.positions).nonzero().flatten()
             found = (placement.positions[chosen], q[chosen], out[chosen])
@@ -155,8 +185,12 @@ class _Sample:
         return tuple(map(torch.cat, zip(*self.rows[layer])))
 
 
-def _errors(world: World, engine: Engine, sample: _Sample, layer: int) -> tuple[float, float, float]:
-    """Errors of what the ranks computed, of one call on the same inputs, and of rounding the result once."""
+def _errors(
+    world: World, engine: Engine, sample: _Sample, layer: int
+) -> tuple[float, float, float]:
+    """Errors of what the ranks computed, of one call on the same inputs, and of rounding the result
+    once.
+    """
     kv = engine.cache.tokens_from(layer, 0, 0).cpu()
     gathered = world.gather((*sample.of(layer), engine.cache.held.positions.cpu(), kv))
     q_pos, q, out, k_pos, kv = map(torch.cat, zip(*gathered))
@@ -173,19 +207,29 @@ def _errors(world: World, engine: Engine, sample: _Sample, layer: int) -> tuple[
 
 
 def _rms(x: torch.Tensor) -> float:
-    """The largest error is decided by a few rows and varies by more than the bound allows; the mean does not."""
+    """The largest error is decided by a few rows and varies by more than the bound allows; the mean
+    does not.
+    """
     return x.square().mean().sqrt().item()
 
 
 def _everywhere(world: World, engine: Engine) -> torch.Tensor:
     """The next-token logits of the one sequence, on every rank."""
-    return next(row for row in world.gather(engine.logits[0].cpu() if engine.logits else None) if row is not None)
+    return next(
+        row
+        for row in world.gather(engine.logits[0].cpu() if engine.logits else None)
+        if row is not None
+    )
 
 
 def _digest(engine: Engine, sample: _Sample) -> str:
     """Of every bit that this rank has computed in the sampled layers, and of its logits."""
     digest = hashlib.sha256()
-    tensors = [tensor for layer in sample.rows for tensor in (*sample.of(layer), engine.cache.tokens_from(layer, 0, 0))]
+    tensors = [
+        tensor
+        for layer in sample.rows
+        for tensor in (*sample.of(layer), engine.cache.tokens_from(layer, 0, 0))
+    ]
     for tensor in [*tensors, *engine.logits.values()]:
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

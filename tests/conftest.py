@@ -29,7 +29,9 @@ def smollm2_reference(smollm2_path):
 
 @pytest.fixture(scope="session")
 def mqa_path(tmp_path_factory) -> Path:
-    """A random-weight checkpoint with 5 query heads on 1 KV head, written by `transformers`; no tokenizer."""
+    """A random-weight checkpoint with 5 query heads on 1 KV head, written by `transformers`; no
+    tokenizer.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -72,11 +74,19 @@ def token_file(tmp_path):
 
 
 def greedy(reference, ids: list[int], count: int, eos: tuple[int, ...]) -> list[int]:
-    """What `transformers` continues `ids` with: greedy, at most `count` tokens, up to and with a token of `eos`."""
+    """What `transformers` continues `ids` with: greedy, at most `count` tokens, up to and with a
+    token of `eos`.
+    """
     tokens = torch.tensor([ids])
     with torch.inference_mode():
         out = reference.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, do_sample=False,
-            temperature=None, top_p=None, eos_token_id=list(eos) or None, pad_token_id=0,
-        )  # fmt: skip
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=count,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            eos_token_id=list(eos) or None,
+            pad_token_id=0,
+        )
     return out[0, len(ids) :].tolist()

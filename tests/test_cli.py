@@ -1,4 +1,6 @@
-"""The commands as users type them: tokens against `transformers`, mistakes in one line, the death of a rank."""
+"""The commands as users type them: tokens against `transformers`, mistakes in one line, the death
+of a rank.
+"""
 
 import json
 import os
@@ -10,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-
 from conftest import greedy
+
 from cptool.cli.main import main
 
 STORY = [504, 2365, 282, 4649, 314] * 9 + [7042, 30, 378, 2365, 282, 6219, 314]
@@ -40,17 +42,28 @@ def test_tokens_are_those_of_transformers(request, token_file, tmp_path, model, 
     where = ("--session", tmp_path / "s", "--cp", cp, "--variant", variant)
     first = as_json("prefill", path, "--token-ids", token_file(ids), *where)
     assert first["first_token"] == expected[:1]
-    assert (first["tokens"], first["cached"], first["cp"], first["variant"]) == (len(ids), 0, cp, variant)
+    assert (first["tokens"], first["cached"], first["cp"], first["variant"]) == (
+        len(ids),
+        0,
+        cp,
+        variant,
+    )
     answer = as_json("decode", tmp_path / "s", "-n", 32)
     assert answer["token_ids"] == [expected]
     assert answer["cp"] == cp
 
 
-def test_a_session_resumes_on_other_ranks_and_takes_a_next_turn(mqa_path, mqa_reference, token_file, tmp_path):
+def test_a_session_resumes_on_other_ranks_and_takes_a_next_turn(
+    mqa_path, mqa_reference, token_file, tmp_path
+):
     session, turns = tmp_path / "s", [MQA_IDS[:31], MQA_IDS[31:50], MQA_IDS[50:]]
     said = list(turns[0])
-    as_json("prefill", mqa_path, "--token-ids", token_file(turns[0]), "--session", session, "--cp", 4)
-    for turn, (cp, variant) in zip([[], *turns[1:]], [(2, "pass-kv"), (3, "gather-q"), (1, "auto")]):
+    as_json(
+        "prefill", mqa_path, "--token-ids", token_file(turns[0]), "--session", session, "--cp", 4
+    )
+    for turn, (cp, variant) in zip(
+        [[], *turns[1:]], [(2, "pass-kv"), (3, "gather-q"), (1, "auto")]
+    ):
         said += turn
         prompt = ("--token-ids", token_file(turn)) if turn else ()
         answer = as_json("decode", session, *prompt, "-n", 9, "--cp", cp, "--variant", variant)
@@ -61,7 +74,16 @@ def test_a_session_resumes_on_other_ranks_and_takes_a_next_turn(mqa_path, mqa_re
 
 def test_a_batch_says_what_its_members_say_alone(mqa_path, mqa_reference, token_file, tmp_path):
     batch = [MQA_IDS[:1], MQA_IDS[1:8], MQA_IDS[8:], MQA_IDS[3:6]]
-    first = as_json("prefill", mqa_path, "--token-ids", token_file(batch), "--session", tmp_path / "s", "--cp", 3)
+    first = as_json(
+        "prefill",
+        mqa_path,
+        "--token-ids",
+        token_file(batch),
+        "--session",
+        tmp_path / "s",
+        "--cp",
+        3,
+    )
     expected = [greedy(mqa_reference, ids, 12, (300,)) for ids in batch]
     assert first["first_token"] == [ids[0] for ids in expected]
     assert first["tokens_per_sequence"] == list(map(len, batch))
@@ -73,7 +95,16 @@ def test_sampling_depends_on_the_seed_and_not_on_ranks(mqa_path, token_file, tmp
     for cp in (1, 3):
         for seed in (1, 2):
             session = tmp_path / f"{cp}-{seed}"
-            as_json("prefill", mqa_path, "--token-ids", token_file(MQA_IDS), "--session", session, "--cp", cp)
+            as_json(
+                "prefill",
+                mqa_path,
+                "--token-ids",
+                token_file(MQA_IDS),
+                "--session",
+                session,
+                "--cp",
+                cp,
+            )
             options = ("--temperature", 0.8, "--top-p", 0.9, "--seed", seed)
             draws[cp, seed] = as_json("decode", session, "-n", 16, *options)["token_ids"]
     assert draws[1, 1] == draws[3, 1] != draws[1, 2] == draws[3, 2]
@@ -91,7 +122,9 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
 
 
 def test_text_streams_to_standard_output(smollm2_path, tmp_path):
-    done = run("prefill", smollm2_path, "--prompt", "The capital of France is", "--session", tmp_path / "s")
+    done = run(
+        "prefill", smollm2_path, "--prompt", "The capital of France is", "--session", tmp_path / "s"
+    )
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout and "pass-kv" in done.stdout
     done = run("decode", tmp_path / "s", "-n", 2, "--cp", 2)
@@ -100,14 +133,32 @@ def test_text_streams_to_standard_output(smollm2_path, tmp_path):
 
 
 def test_torchrun_joins(mqa_path, mqa_reference, token_file, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "cptool"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "cptool",
+    ]
     steps = [
-        ["prefill", mqa_path, "--token-ids", token_file(MQA_IDS), "--session", tmp_path / "s", "--json"],
+        [
+            "prefill",
+            mqa_path,
+            "--token-ids",
+            token_file(MQA_IDS),
+            "--session",
+            tmp_path / "s",
+            "--json",
+        ],
         ["decode", tmp_path / "s", "-n", 8, "--json"],
     ]
     outputs = []
     for step in steps:
-        done = subprocess.run([*torchrun, *map(str, step)], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [*torchrun, *map(str, step)], capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         outputs.append(json.loads(done.stdout))  # one object, from one rank
     assert outputs[0]["cp"] == outputs[1]["cp"] == 2
@@ -133,16 +184,34 @@ def descendants(pid: int) -> list[int]:
 
 def rank_pids(process: subprocess.Popen) -> list[int]:
     """Ranks are what the fork server has started: children of a child."""
-    children = {pid for pid in descendants(process.pid) if f"PPid:\t{process.pid}\n" in Path(f"/proc/{pid}/status").read_text()}
+    children = {
+        pid
+        for pid in descendants(process.pid)
+        if f"PPid:\t{process.pid}\n" in Path(f"/proc/{pid}/status").read_text()
+    }
     return [pid for pid in descendants(process.pid) if pid not in children]
 
 
-def test_the_death_of_a_rank_ends_all_and_leaves_the_session(mqa_path, smollm2_path, token_file, tmp_path):
+def test_the_death_of_a_rank_ends_all_and_leaves_the_session(
+    mqa_path, smollm2_path, token_file, tmp_path
+):
     session = tmp_path / "s"
     as_json("prefill", smollm2_path, "--synthetic", 5, "--session", session, "--cp", 3)
     before = {p.name: p.read_bytes() for p in session.iterdir()}
-    command = [sys.executable, "-m", "cptool", "decode", str(session), "--synthetic", "8000", "-n", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "cptool",
+        "decode",
+        str(session),
+        "--synthetic",
+        "8000",
+        "-n",
+        "1",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         while len(ranks := rank_pids(process)) < 3:
             assert process.poll() is None
             time.sleep(0.05)
@@ -162,25 +231,43 @@ def test_the_death_of_a_rank_ends_all_and_leaves_the_session(mqa_path, smollm2_p
 MISTAKES = {
     "no prompt": (["{mqa}"], "no prompt"),
     "missing model": (["/nowhere/model", "--synthetic", "4"], "/nowhere/model"),
-    "missing prompt file": (["{mqa}", "--prompt-file", "/nowhere.txt"], "/nowhere.txt cannot be read"),
+    "missing prompt file": (
+        ["{mqa}", "--prompt-file", "/nowhere.txt"],
+        "/nowhere.txt cannot be read",
+    ),
     "missing ids": (["{mqa}", "--token-ids", "/nowhere.json"], "/nowhere.json cannot be read"),
     "no tokenizer": (["{mqa}", "--prompt", "hello"], "has no tokenizer"),
     "empty prompt": (["{smollm2}", "--prompt", ""], "the prompt is empty"),
     "empty ids": (["{mqa}", "--token-ids", "{ids:[]}"], "the prompt is empty"),
-    "an empty sequence": (["{mqa}", "--token-ids", "{ids:[[1], []]}"], "sequence 2: the prompt is empty"),
+    "an empty sequence": (
+        ["{mqa}", "--token-ids", "{ids:[[1], []]}"],
+        "sequence 2: the prompt is empty",
+    ),
     "not ids": (["{mqa}", "--token-ids", '{ids:"word"}'], "must be a list of integers"),
     "a float": (["{mqa}", "--token-ids", "{ids:[1.5]}"], "must be a list of integers"),
     "not JSON": (["{mqa}", "--token-ids", "{raw:[1, 2}"], "is not JSON"),
-    "a foreign id": (["{mqa}", "--token-ids", "{ids:[301]}"], "token id 301 is not in the model's vocabulary, 0 to 300"),
+    "a foreign id": (
+        ["{mqa}", "--token-ids", "{ids:[301]}"],
+        "token id 301 is not in the model's vocabulary, 0 to 300",
+    ),
     "a negative id": (["{mqa}", "--token-ids", "{ids:[-1]}"], "token id -1"),
-    "too long": (["{mqa}", "--synthetic", "2049"], "has 2049 tokens (2049 new), the model's context is 2048"),
-    "unknown variant": (["{mqa}", "--synthetic", "4", "--variant", "pass-x"], "'pass-x' is not one of"),
+    "too long": (
+        ["{mqa}", "--synthetic", "2049"],
+        "has 2049 tokens (2049 new), the model's context is 2048",
+    ),
+    "unknown variant": (
+        ["{mqa}", "--synthetic", "4", "--variant", "pass-x"],
+        "'pass-x' is not one of",
+    ),
     "no ranks": (["{mqa}", "--synthetic", "4", "--cp", "0"], "0 is not in the range"),
     "no such option": (["{mqa}", "--synthetic", "4", "--frob"], "--frob"),
     "no GPU": (["{mqa}", "--synthetic", "4", "--device", "cuda"], "--device cuda"),
     "truncated weights": (["{truncated}", "--synthetic", "4"], "model.safetensors"),
     "another architecture": (["{gpt2}", "--synthetic", "4"], "gpt2"),
-    "session in the way": (["{mqa}", "--synthetic", "4", "--session", "{truncated}"], "is not empty"),
+    "session in the way": (
+        ["{mqa}", "--synthetic", "4", "--session", "{truncated}"],
+        "is not empty",
+    ),
 }
 
 
@@ -206,7 +293,9 @@ def broken(mqa_path, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_code_2(name, mqa_path, smollm2_path, broken, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line_and_code_2(
+    name, mqa_path, smollm2_path, broken, tmp_path, monkeypatch
+):
     from cptool import distributed
 
     if name == "no GPU":
@@ -236,7 +325,10 @@ def test_decode_mistakes(mqa_path, smollm2_path, token_file, tmp_path):
         ([tmp_path / "none"], "holds no session"),
         ([session, "--model", smollm2_path], "is not the model of this session"),
         ([session, "-n", 2048], "the model's context is 2048"),
-        ([session, "--token-ids", token_file([[1], [2]])], "2 prompts for a session of 1 sequences"),
+        (
+            [session, "--token-ids", token_file([[1], [2]])],
+            "2 prompts for a session of 1 sequences",
+        ),
         ([session, "--temperature", -1], "--temperature -1.0"),
     ]:
         result = cptool("decode", *arguments, code=2)
@@ -250,7 +342,11 @@ def test_help_and_mistakes_do_not_wait_for_torch():
         "import sys\nfrom cptool.cli.main import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules\n"
     )
-    for arguments in (["--help"], ["prefill", "--help"], ["prefill", "/nowhere", "--synthetic", "3"]):
+    for arguments in (
+        ["--help"],
+        ["prefill", "--help"],
+        ["prefill", "/nowhere", "--synthetic", "3"],
+    ):
         subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
 
 

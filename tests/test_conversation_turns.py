@@ -1,16 +1,18 @@
-"""Whole models over whole conversations: turns on changing ranks, batches of unlike prompts, long decodes."""
+"""Whole models over whole conversations: turns on changing ranks, batches of unlike prompts, long
+decodes.
+"""
 
 import pytest
 import torch
-
 from conftest import greedy
+from test_cli import as_json
+
 from cptool.attention import VARIANTS
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
 from cptool.engine import Engine
 from cptool.sampling import Sampling
 from cptool.weights import load_model
-from test_cli import as_json
 
 TURNS = [
     [504, 2365, 282, 4649, 314, 7042, 30, 378, 2365, 282, 6219, 314] * 3,
@@ -20,13 +22,17 @@ TURNS = [
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_three_turns_on_4_then_2_then_3_ranks(smollm2_path, smollm2_reference, token_file, tmp_path, variant):
+def test_three_turns_on_4_then_2_then_3_ranks(
+    smollm2_path, smollm2_reference, token_file, tmp_path, variant
+):
     session, said = tmp_path / "s", []
     for turn, cp in zip(TURNS, (4, 2, 3)):
         said += turn
         on = ("--cp", cp, "--variant", variant)
         if not session.exists():
-            as_json("prefill", smollm2_path, "--token-ids", token_file(turn), "--session", session, *on)
+            as_json(
+                "prefill", smollm2_path, "--token-ids", token_file(turn), "--session", session, *on
+            )
             answer = as_json("decode", session, "-n", 5, *on)
         else:
             answer = as_json("decode", session, "--token-ids", token_file(turn), "-n", 5, *on)
@@ -43,9 +49,17 @@ def tiny_path(tmp_path_factory):
     torch.manual_seed(1)
     path = tmp_path_factory.mktemp("models") / "tiny"
     config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, initializer_range=0.3, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+        eos_token_id=None,
+    )
     LlamaForCausalLM(config).save_pretrained(path)
     return path
 
@@ -78,6 +92,8 @@ def long_decode(world, path, steps: int, stop: tuple[int, ...]):
 def test_kv_grows_evenly_over_a_long_decode(tiny_path, steps, stop):
     lengths, said = run(long_decode, tiny_path, steps, stop, cp=4, threads=1)
     assert all(max(counts) - min(counts) <= 1 for counts in zip(*lengths))
-    assert [sum(counts) for counts in zip(*lengths)] == [p + n - 1 for p, n in zip((3, 10, 1, 22), said)]
+    assert [sum(counts) for counts in zip(*lengths)] == [
+        p + n - 1 for p, n in zip((3, 10, 1, 22), said)
+    ]
     if stop:
         assert len(set(said)) > 1  # some left the batch before others

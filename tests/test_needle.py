@@ -1,4 +1,6 @@
-"""A needle at several depths of texts of several lengths, with the real model: each cell says what one rank says."""
+"""A needle at several depths of texts of several lengths, with the real model: each cell says what
+one rank says.
+"""
 
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
@@ -7,8 +9,10 @@ from cptool.sampling import Sampling
 from cptool.weights import load_model
 
 HAY = (
-    "The tide turned before noon and the boats came in one after another. Nobody spoke of the weather. "
-    "A dog slept on the quay, and the nets were hung to dry along the wall. Later the bell rang twice. "
+    "The tide turned before noon and the boats came in one after another. Nobody spoke of the "
+    "weather. "
+    "A dog slept on the quay, and the nets were hung to dry along the wall. Later the bell rang "
+    "twice. "
 )
 NEEDLE = "The name of the harbour cat is Pepper. "
 QUESTION = "\nWhat is the name of the harbour cat?"
@@ -43,4 +47,6 @@ def test_every_cell_of_the_grid_agrees_with_one_rank(smollm2_path):
     assert run(answer_all, smollm2_path, cp=3) == alone
     decode = open_checkpoint(str(smollm2_path)).tokenizer().decode
     found = ["Pepper" in decode(ids) for ids in alone]
-    assert sum(found) >= len(found) / 2, found  # a model this small misses some; the text does reach it
+    assert sum(found) >= len(found) / 2, (
+        found
+    )  # a model this small misses some; the text does reach it

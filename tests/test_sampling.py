@@ -14,7 +14,9 @@ def test_greedy_takes_the_largest():
 
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.9, 1.0])
 def test_nucleus_is_the_reference_rule(top_p):
-    """A token is kept iff the mass of all likelier ones is at most top_p (Llama's reference code)."""
+    """A token is kept iff the mass of all likelier ones is at most top_p (Llama's reference
+    code).
+    """
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1], dtype=torch.float64)
     kept = {i for i in range(4) if float(probabilities[:i].sum()) <= top_p}
     sampling = Sampling(temperature=1.0, top_p=top_p)
@@ -35,13 +37,25 @@ def test_frequencies_follow_the_tempered_softmax():
 
 def test_a_draw_depends_on_seed_sequence_and_position_alone():
     logits = torch.randn(50)
-    draws = [Sampling(1.0, seed=s).pick(logits, sequence=b, position=p) for s in range(4) for b in range(4) for p in range(4)]
-    again = [Sampling(1.0, seed=s).pick(logits, sequence=b, position=p) for s in range(4) for b in range(4) for p in range(4)]
+    draws = [
+        Sampling(1.0, seed=s).pick(logits, sequence=b, position=p)
+        for s in range(4)
+        for b in range(4)
+        for p in range(4)
+    ]
+    again = [
+        Sampling(1.0, seed=s).pick(logits, sequence=b, position=p)
+        for s in range(4)
+        for b in range(4)
+        for p in range(4)
+    ]
     assert draws == again
     assert len(set(draws)) > 10
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}]
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match="must"):
         Sampling(**wrong)

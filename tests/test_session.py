@@ -1,4 +1,6 @@
-"""Sessions on disk: any split is restored on any other, damage is refused, a turn is all or nothing."""
+"""Sessions on disk: any split is restored on any other, damage is refused, a turn is all or
+nothing.
+"""
 
 import json
 
@@ -14,17 +16,23 @@ from cptool.session import Manifest, ModelIdentity, Sequence
 from cptool.sharding import balanced
 
 LAYERS, HEADS, DIM = 2, 4, 2
-MODEL = ModelIdentity(path="model", fingerprint="f" * 64, layers=LAYERS, kv_heads=HEADS, head_dim=DIM)
+MODEL = ModelIdentity(
+    path="model", fingerprint="f" * 64, layers=LAYERS, kv_heads=HEADS, head_dim=DIM
+)
 
 
 def new_cache(batch: int, heads: int = HEADS) -> KVCache:
-    return KVCache(layers=LAYERS, kv_heads=heads, head_dim=DIM, batch=batch, dtype=torch.float32, device="cpu")
+    return KVCache(
+        layers=LAYERS, kv_heads=heads, head_dim=DIM, batch=batch, dtype=torch.float32, device="cpu"
+    )
 
 
 def kv_of(layer: int, sequence: int, positions: torch.Tensor, heads: slice) -> torch.Tensor:
     """K and V that say whose they are: [tokens, 2, heads, dim]."""
     code = positions[:, None, None, None] * 1000.0 + sequence * 100 + layer * 10
-    which = torch.arange(2)[:, None, None] * 5 + torch.arange(HEADS)[:, None] + torch.arange(DIM) / 10
+    which = (
+        torch.arange(2)[:, None, None] * 5 + torch.arange(HEADS)[:, None] + torch.arange(DIM) / 10
+    )
     return (code + which)[:, :, heads].float()
 
 
@@ -36,7 +44,9 @@ def store(cache: KVCache, placement, heads: slice = slice(None)) -> None:
 
 
 def save_turn(directory, lengths, starts, ranks, tp, previous):
-    """A turn of `lengths` new tokens, computed on `ranks` x `tp` ranks, saved as the engine does."""
+    """A turn of `lengths` new tokens, computed on `ranks` x `tp` ranks, saved as the engine
+    does.
+    """
     directory.mkdir(exist_ok=True)
     revision, segments, logits_of = (previous.revision if previous else 0) + 1, [], {}
     total = [s + n for s, n in zip(starts, lengths)]
@@ -46,36 +56,62 @@ def save_turn(directory, lengths, starts, ranks, tp, previous):
             heads = (part * HEADS // tp, (part + 1) * HEADS // tp)
             cache = new_cache(len(lengths), heads[1] - heads[0])
             store(cache, layout.placement(rank), slice(*heads))
-            logits = {b: torch.full((7,), float(b)) for b in range(len(lengths)) if rank == 0 and part == 0}
+            logits = {
+                b: torch.full((7,), float(b))
+                for b in range(len(lengths))
+                if rank == 0 and part == 0
+            }
             segment = session.write_segment(
-                directory, cache, [0] * len(lengths), revision=revision, rank=rank, kv_heads=heads, start=starts,
-                until=total, logits=logits,
-            )  # fmt: skip
+                directory,
+                cache,
+                [0] * len(lengths),
+                revision=revision,
+                rank=rank,
+                kv_heads=heads,
+                start=starts,
+                until=total,
+                logits=logits,
+            )
             if segment is not None:
                 segments.append(segment)
                 logits_of |= dict.fromkeys(logits, segment.file)
-    sequences = tuple(Sequence(tokens=tuple(range(n)), cached=n, logits=logits_of.get(b)) for b, n in enumerate(total))
+    sequences = tuple(
+        Sequence(tokens=tuple(range(n)), cached=n, logits=logits_of.get(b))
+        for b, n in enumerate(total)
+    )
     manifest = Manifest(
-        model=MODEL, dtype="float32", cp=ranks, tp=tp, revision=revision,
-        turns=(previous.turns if previous else ()) + (tuple(total),), sequences=sequences,
+        model=MODEL,
+        dtype="float32",
+        cp=ranks,
+        tp=tp,
+        revision=revision,
+        turns=(previous.turns if previous else ()) + (tuple(total),),
+        sequences=sequences,
         segments=(previous.segments if previous else ()) + tuple(segments),
-    )  # fmt: skip
+    )
     session.commit(directory, manifest)
     return manifest
 
 
 turns = st.integers(1, 3).flatmap(
     lambda batch: st.lists(
-        st.tuples(st.lists(st.integers(0, 9), min_size=batch, max_size=batch), st.integers(1, 4), st.sampled_from([1, 2])),
-        min_size=1, max_size=4,
+        st.tuples(
+            st.lists(st.integers(0, 9), min_size=batch, max_size=batch),
+            st.integers(1, 4),
+            st.sampled_from([1, 2]),
+        ),
+        min_size=1,
+        max_size=4,
     )
-)  # fmt: skip
+)
 
 
 @settings(deadline=None, max_examples=40)
 @given(turns=turns, ranks=st.integers(1, 5), tp=st.sampled_from([1, 2, 4]))
 def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
-    """Turns follow each other, some after going back to half of what was said; and one is taken back at the end."""
+    """Turns follow each other, some after going back to half of what was said; and one is taken
+    back at the end.
+    """
     directory = tmp_path_factory.mktemp("session")
     batch, starts, manifest = len(turns[0][0]), [0] * len(turns[0][0]), None
     for lengths, cp, parts in turns:
@@ -97,19 +133,25 @@ def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
         for part in range(tp):
             heads = (part * HEADS // tp, (part + 1) * HEADS // tp)
             cache = new_cache(batch, heads[1] - heads[0])
-            placements = session.restore(directory, manifest, cache, rank=rank, ranks=ranks, kv_heads=heads)
+            placements = session.restore(
+                directory, manifest, cache, rank=rank, ranks=ranks, kv_heads=heads
+            )
             assert torch.equal(placements[rank].positions, cache.held.positions)
             for b, positions in enumerate(placements[rank].sequences()):
                 assert (positions.diff() > 0).all()
                 for layer in range(LAYERS):
-                    assert torch.equal(cache.tokens_from(layer, b, 0), kv_of(layer, b, positions, slice(*heads)))
+                    assert torch.equal(
+                        cache.tokens_from(layer, b, 0), kv_of(layer, b, positions, slice(*heads))
+                    )
         lengths = cache.lengths
         assert all(abs(n - s / ranks) < 1 for n, s in zip(lengths, starts))
         for b, positions in enumerate(placements[rank].sequences()):
             held[b] += positions.tolist()
     assert [sorted(h) for h in held] == [list(range(s)) for s in starts]
     if any(starts):
-        assert set(session.read_logits(directory, manifest)) == {b for b, s in enumerate(manifest.sequences) if s.logits}
+        assert set(session.read_logits(directory, manifest)) == {
+            b for b, s in enumerate(manifest.sequences) if s.logits
+        }
 
 
 @pytest.fixture
@@ -127,14 +169,26 @@ def test_only_named_files_remain(saved):
     directory, manifest = saved
     (directory / "segment-00002-000-000-dead.safetensors.tmp").write_text("left by a killed turn")
     manifest = save_turn(directory, [1, 1], [40, 7], 2, 1, manifest)
-    assert {p.name for p in directory.iterdir()} == {"manifest.json"} | {s.file for s in manifest.segments}
+    assert {p.name for p in directory.iterdir()} == {"manifest.json"} | {
+        s.file for s in manifest.segments
+    }
 
 
 def test_a_segment_without_a_manifest_changes_nothing(saved):
     directory, manifest = saved
     cache = new_cache(2)
     store(cache, balanced([3, 3], 1, starts=[40, 7]).placement(0))
-    session.write_segment(directory, cache, [0, 0], revision=2, rank=0, kv_heads=(0, HEADS), start=[40, 7], until=[43, 10], logits={})
+    session.write_segment(
+        directory,
+        cache,
+        [0, 0],
+        revision=2,
+        rank=0,
+        kv_heads=(0, HEADS),
+        start=[40, 7],
+        until=[43, 10],
+        logits={},
+    )
     assert session.load(directory) == manifest
 
 
@@ -162,14 +216,18 @@ def test_damage_is_refused_in_one_line(saved):
     with pytest.raises(UserError, match="does not match its checksum"):
         restore(directory, manifest)
     file.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=f"has {len(whole) - 1} bytes, the manifest says {len(whole)}"):
+    with pytest.raises(
+        UserError, match=f"has {len(whole) - 1} bytes, the manifest says {len(whole)}"
+    ):
         session.load(directory)
     file.unlink()
     with pytest.raises(UserError, match="is missing"):
         session.load(directory)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1}', '{"format": 1, "model": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1}', '{"format": 1, "model": 3}']
+)
 def test_hostile_manifests_are_refused_in_one_line(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="not a readable session manifest") as error:

@@ -1,7 +1,6 @@
 """Sessions as users handle them: whole prompts over a session, going back, checking, compacting."""
 
 import pytest
-
 from conftest import greedy
 from test_cli import MQA_IDS, as_json, cptool
 
@@ -12,7 +11,9 @@ EOS = (300,)
 def session(mqa_path, token_file, tmp_path):
     """50 tokens read on 3 ranks, then 6 said."""
     where = tmp_path / "s"
-    as_json("prefill", mqa_path, "--token-ids", token_file(MQA_IDS[:50]), "--session", where, "--cp", 3)
+    as_json(
+        "prefill", mqa_path, "--token-ids", token_file(MQA_IDS[:50]), "--session", where, "--cp", 3
+    )
     answer = as_json("decode", where, "-n", 6)["token_ids"][0]
     return where, MQA_IDS[:50] + answer
 
@@ -24,8 +25,13 @@ def files(session):
 def test_a_longer_prompt_computes_what_it_adds(session, mqa_path, mqa_reference, token_file):
     where, said = session
     prompt = said + MQA_IDS[60:70]
-    first = as_json("prefill", mqa_path, "--token-ids", token_file(prompt), "--session", where, "--cp", 2)
-    assert (first["cached"], first["tokens"]) == (55, 11)  # the last token of the answer had no KV yet
+    first = as_json(
+        "prefill", mqa_path, "--token-ids", token_file(prompt), "--session", where, "--cp", 2
+    )
+    assert (first["cached"], first["tokens"]) == (
+        55,
+        11,
+    )  # the last token of the answer had no KV yet
     assert first["first_token"] == greedy(mqa_reference, prompt, 1, EOS)
     assert as_json("decode", where, "-n", 4)["token_ids"] == [greedy(mqa_reference, prompt, 4, EOS)]
 
@@ -36,12 +42,21 @@ def test_the_same_prompt_again_computes_nothing(mqa_path, token_file, tmp_path):
     first = as_json(*arguments)
     before = files(where)
     again = as_json(*arguments)
-    assert (again["tokens"], again["cached"], again["first_token"]) == (0, len(MQA_IDS), first["first_token"])
+    assert (again["tokens"], again["cached"], again["first_token"]) == (
+        0,
+        len(MQA_IDS),
+        first["first_token"],
+    )
     assert files(where) == before
 
 
-@pytest.mark.parametrize("prompt, place", [(MQA_IDS[:20] + [7, 8, 9], "differs at token 20"), (MQA_IDS[:30], "ends at token 30")])
-def test_another_prompt_is_refused_or_rewinds(session, mqa_path, mqa_reference, token_file, prompt, place):
+@pytest.mark.parametrize(
+    "prompt, place",
+    [(MQA_IDS[:20] + [7, 8, 9], "differs at token 20"), (MQA_IDS[:30], "ends at token 30")],
+)
+def test_another_prompt_is_refused_or_rewinds(
+    session, mqa_path, mqa_reference, token_file, prompt, place
+):
     where, _ = session
     before = files(where)
     arguments = ("prefill", mqa_path, "--token-ids", token_file(prompt), "--session", where)
@@ -64,7 +79,10 @@ def test_rollback_takes_back_turns(session, mqa_reference):
     assert (shown["turns"], shown["tokens"], shown["cached"]) == ([[50]], [50], [49])
     cptool("session", "verify", where)
     assert as_json("decode", where, "-n", 6)["token_ids"] == [said[50:]]
-    assert "at least the first must stay" in cptool("session", "rollback", where, "--turns", 2, code=2).stderr
+    assert (
+        "at least the first must stay"
+        in cptool("session", "rollback", where, "--turns", 2, code=2).stderr
+    )
 
 
 def test_compact_keeps_what_counts(session, mqa_reference):
@@ -74,7 +92,11 @@ def test_compact_keeps_what_counts(session, mqa_reference):
     before = as_json("session", "show", where)
     cptool("session", "compact", where)
     after = as_json("session", "show", where)
-    assert (after["tokens"], after["cached"], after["turns"]) == (before["tokens"], before["cached"], before["turns"])
+    assert (after["tokens"], after["cached"], after["turns"]) == (
+        before["tokens"],
+        before["cached"],
+        before["turns"],
+    )
     assert after["segments"] <= 3 and after["bytes"] < before["bytes"]
     cptool("session", "verify", where)
     assert as_json("decode", where, "-n", 3)["token_ids"] == [greedy(mqa_reference, said, 3, EOS)]
@@ -101,5 +123,14 @@ def test_a_session_of_a_batch_takes_whole_prompts(mqa_path, mqa_reference, token
     assert first["first_token"] == [greedy(mqa_reference, ids, 1, EOS)[0] for ids in longer]
     wrong = cptool("prefill", mqa_path, "--token-ids", token_file(batch[0]), *arguments, code=2)
     assert "1 prompts" in wrong.stderr
-    other = cptool("prefill", mqa_path, "--token-ids", token_file(longer), *arguments, "--dtype", "bfloat16", code=2)
+    other = cptool(
+        "prefill",
+        mqa_path,
+        "--token-ids",
+        token_file(longer),
+        *arguments,
+        "--dtype",
+        "bfloat16",
+        code=2,
+    )
     assert "--dtype bfloat16" in other.stderr

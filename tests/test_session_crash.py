@@ -1,4 +1,6 @@
-"""kill -9 at any write of a turn, of a rollback or of compaction leaves a sound session: the one before, or the one after."""
+"""kill -9 at any write of a turn, of a rollback or of compaction leaves a sound session: the one
+before, or the one after.
+"""
 
 import os
 import signal
@@ -9,13 +11,15 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from test_session import save_turn
 
 from cptool import session, session_care
-from test_session import save_turn
 
 
 def kill_at(point: int) -> None:
-    """Ends this process with SIGKILL before or after the `point`-th operation on the file system, or in the middle of a write."""
+    """Ends this process with SIGKILL before or after the `point`-th operation on the file system,
+    or in the middle of a write.
+    """
     passed = 0
 
     def step() -> None:
@@ -37,8 +41,16 @@ def kill_at(point: int) -> None:
 
         setattr(owner, name, replacement)
 
-    around(safetensors.torch, "save_file", torn=lambda tensors, path: Path(path).write_bytes(b"half a segment"))
-    around(Path, "write_text", torn=lambda path, text: path.write_bytes(text[: len(text) // 2].encode()))
+    around(
+        safetensors.torch,
+        "save_file",
+        torn=lambda tensors, path: Path(path).write_bytes(b"half a segment"),
+    )
+    around(
+        Path,
+        "write_text",
+        torn=lambda path, text: path.write_bytes(text[: len(text) // 2].encode()),
+    )
     for name in ("rename", "replace", "unlink"):
         around(Path, name)
     around(session, "_sync")
@@ -80,16 +92,28 @@ def kill_at_every_point(change, places: Path) -> None:
         assert exitcode == -signal.SIGKILL
         # What a killed run left behind must not keep the next one from working.
         after = save_turn(directory, [1, 1], [s.cached for s in found.sequences], 2, 1, found)
-        assert {p.name for p in directory.iterdir()} == {"manifest.json"} | {s.file for s in after.segments}
+        assert {p.name for p in directory.iterdir()} == {"manifest.json"} | {
+            s.file for s in after.segments
+        }
     assert exitcode == 0 and point > 4
     assert survived == {before.revision, before.revision + 1}
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_kill_at_any_write_leaves_a_sound_session(tmp_path, name):
-    # In a process of its own: a fork of this one could find torch's threads in the middle of something.
-    command, paths = [sys.executable, __file__, name, str(tmp_path)], os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    # In a process of its own: a fork of this one could find torch's threads in the middle of
+    # something.
+    command, paths = (
+        [sys.executable, __file__, name, str(tmp_path)],
+        os.pathsep.join(filter(None, sys.path)),
+    )
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -99,7 +123,9 @@ def test_a_full_disk_is_one_line_and_changes_nothing(tmp_path, monkeypatch):
 
     def no_room(tensors, path):
         Path(path).write_bytes(b"half a segment")
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise safetensors.SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr(safetensors.torch, "save_file", no_room)
     with pytest.raises(OSError, match="cannot be written"):

@@ -11,9 +11,16 @@ from cptool import attention, verify
 from cptool.cli.main import main
 
 REFERENCE = verify.Measurement(
-    variant="pass-kv", ranks=1, error=1e-6, one_call_error=1e-6, rounding=1e-7, tokens=(5, 6, 7), margins=(3.0, 1e-4, 2.0),
-    logits=torch.zeros(10), repeated=True,
-)  # fmt: skip
+    variant="pass-kv",
+    ranks=1,
+    error=1e-6,
+    one_call_error=1e-6,
+    rounding=1e-7,
+    tokens=(5, 6, 7),
+    margins=(3.0, 1e-4, 2.0),
+    logits=torch.zeros(10),
+    repeated=True,
+)
 
 
 def outcome(**changes) -> verify.Verdict:
@@ -30,7 +37,9 @@ def test_what_passes():
 
 
 def test_tokens_that_differ():
-    assert outcome(tokens=(5, 6, 8), logits=torch.full((10,), 1e-4)).tokens.startswith("differ at token 2")
+    assert outcome(tokens=(5, 6, 8), logits=torch.full((10,), 1e-4)).tokens.startswith(
+        "differ at token 2"
+    )
     assert not outcome(tokens=(5, 6, 8)).passed
     tie = outcome(tokens=(5, 9, 9), logits=torch.full((10,), 1e-4))
     assert tie.tokens.startswith("tie at token 1") and tie.passed
@@ -49,7 +58,10 @@ def test_a_sound_installation_passes(mqa_path, dtype):
     assert {(r["cp"], r["variant"]) for r in report["runs"]} == {(1, "pass-kv")} | {
         (n, v) for n in (2, 3) for v in attention.VARIANTS
     }
-    assert all(r["tokens"] == "same" and r["repeated"] and r["error"] <= r["allowed"] for r in report["runs"])
+    assert all(
+        r["tokens"] == "same" and r["repeated"] and r["error"] <= r["allowed"]
+        for r in report["runs"]
+    )
 
 
 def merge_that_forgets_the_lse(outs, lses, out_dtype=None):

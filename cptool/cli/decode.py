@@ -7,7 +7,14 @@ from pathlib import Path
 import click
 
 from cptool.cli import draw
-from cptool.cli.options import Prompts, check_context, json_option, prompt_options, rank_options, resolve_ranks
+from cptool.cli.options import (
+    Prompts,
+    check_context,
+    json_option,
+    prompt_options,
+    rank_options,
+    resolve_ranks,
+)
 from cptool.errors import UserError
 
 DEFAULT_TOKENS = 128
@@ -16,20 +23,47 @@ DEFAULT_TOKENS = 128
 @click.command()
 @click.argument("session", type=click.Path(path_type=Path))
 @prompt_options
-@click.option("-n", "--tokens", "count", type=click.IntRange(min=0), help=f"Append up to this many tokens.  [default: {DEFAULT_TOKENS}]")
+@click.option(
+    "-n",
+    "--tokens",
+    "count",
+    type=click.IntRange(min=0),
+    help=f"Append up to this many tokens.  [default: {DEFAULT_TOKENS}]",
+)
 @click.option("--temperature", type=float, default=0.0, help="0 is greedy.  [default: 0]")
-@click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest tokens of this mass.  [default: 1]")
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    help="Draw from the likeliest tokens of this mass.  [default: 1]",
+)
 @click.option("--seed", type=int, default=0, help="Of the draws.  [default: 0]")
 @click.option("--model", help="Where the session's model is now, if it moved.")
 @rank_options
 @json_option
 def decode(
-    session, prompts, prompt_files, token_files, synthetic, count, temperature, top_p, seed, model, cp, tp, device, variant, threads,
-    timeout, as_json,
-):  # fmt: skip
+    session,
+    prompts,
+    prompt_files,
+    token_files,
+    synthetic,
+    count,
+    temperature,
+    top_p,
+    seed,
+    model,
+    cp,
+    tp,
+    device,
+    variant,
+    threads,
+    timeout,
+    as_json,
+):
     """Append tokens to a SESSION that `cptool prefill --session` made, and save it.
 
-    With a prompt option, its tokens are the next turn and are read first. Without --cp and --tp, as many ranks as last time.
+    With a prompt option, its tokens are the next turn and are read first. Without --cp and --tp, as
+    many ranks as last time.
     """
     from cptool import session as sessions
     from cptool.checkpoint import open_checkpoint
@@ -40,14 +74,22 @@ def decode(
     manifest = sessions.load(session)
     source = model or manifest.model.path
     if model is None and not Path(source).exists():
-        raise UserError(f"{source}, the model of this session, is not there any more; say where it is with --model")
+        raise UserError(
+            f"{source}, the model of this session, is not there any more; say where it is with "
+            "--model"
+        )
     checkpoint = open_checkpoint(source)
     sessions.check_model(manifest, checkpoint.fingerprint, source)
 
     batch = len(manifest.sequences)
-    sequences = Prompts(prompts, prompt_files, token_files, synthetic, chat=False).encode(checkpoint, begin=False)
+    sequences = Prompts(prompts, prompt_files, token_files, synthetic, chat=False).encode(
+        checkpoint, begin=False
+    )
     if sequences and len(sequences) != batch:
-        raise UserError(f"{len(sequences)} prompts for a session of {batch} sequences; give one for each, or none")
+        raise UserError(
+            f"{len(sequences)} prompts for a session of {batch} sequences; give one for each, or "
+            "none"
+        )
     sequences = sequences or [[]] * batch
     held = [len(sequence.tokens) for sequence in manifest.sequences]
     lengths = [len(tokens) for tokens in sequences]
@@ -57,7 +99,9 @@ def decode(
     check_context(lengths, held, count, checkpoint.config)
     if cp is None and launched_size() is None:
         cp, tp = manifest.cp, manifest.tp if tp is None else tp
-    ranks = resolve_ranks(cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config)
+    ranks = resolve_ranks(
+        cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
+    )
 
     from cptool.cli.launch import run_turn
     from cptool.turn import Turn
@@ -88,7 +132,10 @@ def decode(
             "ttit_ms": report.ttit_ms,
             "token_ids": [list(ids) for ids in report.token_ids],
             "text": texts,
-            "stopped": ["eos" if ids and ids[-1] in checkpoint.eos_ids else "length" for ids in report.token_ids],
+            "stopped": [
+                "eos" if ids and ids[-1] in checkpoint.eos_ids else "length"
+                for ids in report.token_ids
+            ],
             "session": turn.session,
         }
         click.echo(json.dumps(fields))

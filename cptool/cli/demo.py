@@ -1,4 +1,6 @@
-"""`cptool demo`: a real model reads a long document on two ranks and answers from it, as one rank does."""
+"""`cptool demo`: a real model reads a long document on two ranks and answers from it, as one rank
+does.
+"""
 
 import sys
 import time
@@ -16,13 +18,16 @@ ANSWER_TOKENS = 40
 
 
 @click.command()
-@click.option("--question", default=QUESTION, show_default=True, help="What to ask about the document.")
+@click.option(
+    "--question", default=QUESTION, show_default=True, help="What to ask about the document."
+)
 @rank_options
 def demo(question, cp, tp, device, variant, threads, timeout):
     """Read a long document on two ranks, answer a question about it, and compare with one rank.
 
-    The document is a lighthouse keeper's logbook of several thousand tokens that comes with cptool; the model is
-    smollm2-135m-instruct, pulled if it is not here yet. Exits with 1 if the answers differ.
+    The document is a lighthouse keeper's logbook of several thousand tokens that comes with cptool;
+    the model is smollm2-135m-instruct, pulled if it is not here yet. Exits with 1 if the answers
+    differ.
     """
     from cptool.checkpoint import catalogue, open_checkpoint
     from cptool.distributed import launched_size
@@ -31,23 +36,34 @@ def demo(question, cp, tp, device, variant, threads, timeout):
         raise UserError("cptool demo starts its own ranks; run it without a launcher")
     path = catalogue.pull(MODEL, lambda step: draw.say(f"{MODEL}: {step}"))
     checkpoint = open_checkpoint(str(path))
-    document = resources.files("cptool").joinpath("data", "lighthouse.txt").read_text(encoding="utf-8")
+    document = (
+        resources.files("cptool").joinpath("data", "lighthouse.txt").read_text(encoding="utf-8")
+    )
     tokenizer = checkpoint.tokenizer()
     prompt = tokenizer.chat([{"role": "user", "content": f"{document}\n{question}"}])
     check_context([len(prompt)], [0], ANSWER_TOKENS, checkpoint.config)
-    many = resolve_ranks(cp=cp or 2, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config)
+    many = resolve_ranks(
+        cp=cp or 2, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
+    )
 
     from cptool.cli.launch import run_turn
     from cptool.turn import Turn
 
     turn = Turn(
-        model=str(path), prompts=(tuple(prompt),), dtype=checkpoint.dtype, variant=variant, max_new_tokens=ANSWER_TOKENS
+        model=str(path),
+        prompts=(tuple(prompt),),
+        dtype=checkpoint.dtype,
+        variant=variant,
+        max_new_tokens=ANSWER_TOKENS,
     )
     reports = []
     for ranks in (many, Ranks(cp=1, tp=1, device=many.device, threads=threads, timeout=timeout)):
         stream = not reports
         if stream:
-            draw.say(f"{MODEL} reads {len(document.split()):,} words ({len(prompt):,} tokens) on {ranks.cp * ranks.tp} ranks.")
+            draw.say(
+                f"{MODEL} reads {len(document.split()):,} words ({len(prompt):,} tokens) on "
+                f"{ranks.cp * ranks.tp} ranks."
+            )
             click.echo(f"Q: {question}")
             click.echo("A: ", nl=False)
             sys.stdout.flush()
@@ -55,12 +71,24 @@ def demo(question, cp, tp, device, variant, threads, timeout):
         report = run_turn(turn, ranks, stream=stream)
         reports.append(report)
         draw.table(
-            [("", f"{ranks.cp * ranks.tp} rank(s), {draw.seconds(time.perf_counter() - began)} with start and loading")]
+            [
+                (
+                    "",
+                    f"{ranks.cp * ranks.tp} rank(s), {draw.seconds(time.perf_counter() - began)} "
+                    "with start and loading",
+                )
+            ]
             + draw.prefill_rows(report)
             + draw.decode_rows(report)
         )
     answers = [list(report.token_ids[0]) for report in reports]
     if answers[0] != answers[1]:
-        click.echo(f"check: the tokens of {many.cp * many.tp} ranks differ from those of 1 rank: {answers[0]} and {answers[1]}")
+        click.echo(
+            f"check: the tokens of {many.cp * many.tp} ranks differ from those of 1 rank: "
+            f"{answers[0]} and {answers[1]}"
+        )
         sys.exit(1)
-    click.echo(f"check: tokens of {many.cp * many.tp} ranks = tokens of 1 rank ({len(answers[0])} of {len(answers[0])})")
+    click.echo(
+        f"check: tokens of {many.cp * many.tp} ranks = tokens of 1 rank ({len(answers[0])} of "
+        f"{len(answers[0])})"
+    )

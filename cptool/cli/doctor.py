@@ -1,4 +1,6 @@
-"""`cptool doctor`: what was built, what the machine offers, and whether the kernels are right on it."""
+"""`cptool doctor`: what was built, what the machine offers, and whether the kernels are right on
+it.
+"""
 
 import os
 import platform
@@ -24,11 +26,25 @@ def doctor() -> None:
     draw.table(
         [
             ("cptool", f"{cptool.__version__} in {Path(cptool.__file__).parent}"),
-            ("kernels", f"{', '.join(ops.build_info()['isas'])}; {_cuda()}; built with {ops.build_info()['compiler']}"),
-            ("in use", ", ".join(f"{name}: {ops.cpu_isa(getattr(torch, name))}" for name in ("float32", "bfloat16", "float16"))),
+            (
+                "kernels",
+                f"{', '.join(ops.build_info()['isas'])}; {_cuda()}; built with "
+                f"{ops.build_info()['compiler']}",
+            ),
+            (
+                "in use",
+                ", ".join(
+                    f"{name}: {ops.cpu_isa(getattr(torch, name))}"
+                    for name in ("float32", "bfloat16", "float16")
+                ),
+            ),
             ("python", f"{platform.python_version()}, torch {torch.__version__}"),
             ("machine", f"{_processor()}, {os.cpu_count()} processors, {_memory()}"),
-            ("GPUs", ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"),
+            (
+                "GPUs",
+                ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+                or "none",
+            ),
         ]
     )
     failed = 0
@@ -38,10 +54,19 @@ def doctor() -> None:
         for check in selftest.run(device):
             failed += not check.passed
             verdict = "ok" if check.passed else "WRONG"
-            rows.append((verdict, f"{check.name} on {device}: error {check.error:.2e}, allowed {check.allowed:.2e}"))
+            rows.append(
+                (
+                    verdict,
+                    f"{check.name} on {device}: error {check.error:.2e}, allowed "
+                    f"{check.allowed:.2e}",
+                )
+            )
     draw.table(rows)
     if failed:
-        draw.say(f"cptool doctor: {failed} of {len(rows)} checks failed; results on this machine are not to be trusted")
+        draw.say(
+            f"cptool doctor: {failed} of {len(rows)} checks failed; results on this machine are "
+            "not to be trusted"
+        )
         sys.exit(1)
 
 

@@ -26,14 +26,27 @@ def seconds(value: float) -> str:
 def prefill_rows(report: "Report") -> list[tuple[str, str]]:
     """What a prefill did, chose and reached."""
     rows = [
-        ("prompt", f"{report.tokens:,} tokens" + (f" after {report.cached:,} cached" if report.cached else "")),
+        (
+            "prompt",
+            f"{report.tokens:,} tokens"
+            + (f" after {report.cached:,} cached" if report.cached else ""),
+        ),
         ("ranks", f"{report.cp} cp x {report.tp} tp on {report.device}, {report.dtype}"),
         ("variant", f"{report.variant} ({report.reason})"),
-        ("first token", f"{seconds(report.ttft_s)}, {report.tokens / report.ttft_s:,.0f} tokens/s, "
-                        f"{report.flops / report.ttft_s / 1e12:.3g} TFLOP/s in all (weights loaded in {seconds(report.load_s)})"),
-    ]  # fmt: skip
+        (
+            "first token",
+            f"{seconds(report.ttft_s)}, {report.tokens / report.ttft_s:,.0f} tokens/s, "
+            f"{report.flops / report.ttft_s / 1e12:.3g} TFLOP/s in all (weights loaded in "
+            f"{seconds(report.load_s)})",
+        ),
+    ]
     if report.cp > 1:
-        rows.append(("exchange", f"{size(report.wire_bytes)} sent by a rank, {seconds(report.exposed_s)} exposed"))
+        rows.append(
+            (
+                "exchange",
+                f"{size(report.wire_bytes)} sent by a rank, {seconds(report.exposed_s)} exposed",
+            )
+        )
     return rows
 
 
@@ -44,7 +57,11 @@ def decode_rows(report: "Report") -> list[tuple[str, str]]:
     count = sum(map(len, report.token_ids))
     rate = report.decode_bytes / report.ttit_ms / 1e6
     return [
-        ("decode", f"{count} tokens, {report.ttit_ms:.1f} ms each, {rate:.3g} GB/s of weights and KV a rank ({report.decode_variant})")
+        (
+            "decode",
+            f"{count} tokens, {report.ttit_ms:.1f} ms each, {rate:.3g} GB/s of weights and KV a "
+            f"rank ({report.decode_variant})",
+        )
     ]
 
 
@@ -68,14 +85,27 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress(*, quiet: bool = False) -> Iterator["Callable[[Board], None] | None"]:
-    """Yields what to call with the ranks' status board now and then; None unless standard error is a terminal."""
+    """Yields what to call with the ranks' status board now and then; None unless standard error is
+    a terminal.
+    """
     if quiet or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("start the ranks", total=None)
 

@@ -15,13 +15,21 @@ if TYPE_CHECKING:
 def run_turn(turn: Turn, ranks: Ranks, *, stream: bool = False) -> Report | None:
     """The report of rank 0; None in the other processes of a launcher.
 
-    With `stream`, rank 0 writes the answer to standard output as it comes, for a single sequence with a tokenizer.
+    With `stream`, rank 0 writes the answer to standard output as it comes, for a single sequence
+    with a tokenizer.
     """
     with draw.progress(quiet=stream) as watch:
         report, rank = distributed.run(
-            _on_rank, turn, stream,
-            cp=ranks.cp, tp=ranks.tp, device=ranks.device, threads=ranks.threads, timeout=ranks.timeout, watch=watch,
-        )  # fmt: skip
+            _on_rank,
+            turn,
+            stream,
+            cp=ranks.cp,
+            tp=ranks.tp,
+            device=ranks.device,
+            threads=ranks.threads,
+            timeout=ranks.timeout,
+            watch=watch,
+        )
     return report if rank == 0 else None
 
 

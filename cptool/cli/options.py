@@ -28,28 +28,85 @@ def _stack(*decorators: Callable) -> Callable:
 
 
 prompt_options = _stack(
-    click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A prompt. Repeat any prompt option for a batch."),
-    click.option("--prompt-file", "prompt_files", multiple=True, type=click.Path(path_type=Path), help="A UTF-8 text file as a prompt."),
     click.option(
-        "--token-ids", "token_files", multiple=True, type=click.Path(path_type=Path),
+        "--prompt",
+        "prompts",
+        multiple=True,
+        metavar="TEXT",
+        help="A prompt. Repeat any prompt option for a batch.",
+    ),
+    click.option(
+        "--prompt-file",
+        "prompt_files",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="A UTF-8 text file as a prompt.",
+    ),
+    click.option(
+        "--token-ids",
+        "token_files",
+        multiple=True,
+        type=click.Path(path_type=Path),
         help="A JSON file: a list of token ids, taken as they are, or a list of such lists.",
     ),
-    click.option("--synthetic", multiple=True, type=click.IntRange(min=1), metavar="N", help="A prompt of N pseudo-random tokens."),
-)  # fmt: skip
+    click.option(
+        "--synthetic",
+        multiple=True,
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="A prompt of N pseudo-random tokens.",
+    ),
+)
 
 rank_options = _stack(
-    click.option("--cp", type=click.IntRange(min=1), metavar="N", help="Context-parallel ranks.  [default: 1, or what the launcher started]"),
-    click.option("--tp", type=click.IntRange(min=1), metavar="M", help="Tensor-parallel ranks for each of them.  [default: 1]"),
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run.  [default: auto]"),
-    click.option("--variant", type=click.Choice(VARIANTS), default="auto", help="How attention crosses ranks.  [default: auto]"),
-    click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads a rank.  [default: the cores, shared out]"),
-    click.option("--timeout", type=click.FloatRange(min=1), default=300.0, metavar="S", help="Seconds to wait for another rank.  [default: 300]"),
-)  # fmt: skip
+    click.option(
+        "--cp",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Context-parallel ranks.  [default: 1, or what the launcher started]",
+    ),
+    click.option(
+        "--tp",
+        type=click.IntRange(min=1),
+        metavar="M",
+        help="Tensor-parallel ranks for each of them.  [default: 1]",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        help="Where to run.  [default: auto]",
+    ),
+    click.option(
+        "--variant",
+        type=click.Choice(VARIANTS),
+        default="auto",
+        help="How attention crosses ranks.  [default: auto]",
+    ),
+    click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="CPU threads a rank.  [default: the cores, shared out]",
+    ),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=1),
+        default=300.0,
+        metavar="S",
+        help="Seconds to wait for another rank.  [default: 300]",
+    ),
+)
 
 dtype_option = click.option(
-    "--dtype", type=click.Choice(DTYPES), default="auto", help="Compute and cache in this type.  [default: auto, the checkpoint's own]"
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    help="Compute and cache in this type.  [default: auto, the checkpoint's own]",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on standard output.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print exactly one JSON object on standard output."
+)
 
 
 @dataclass(frozen=True)
@@ -77,9 +134,11 @@ class Prompts:
         return bool(self.texts or self.files or self.token_files or self.synthetic)
 
     def encode(self, checkpoint: "Checkpoint", *, begin: bool) -> list[list[int]]:
-        """Token ids of each prompt; `begin` says that a text starts a sequence and so takes the BOS that the model asks for.
+        """Token ids of each prompt; `begin` says that a text starts a sequence and so takes the BOS
+        that the model asks for.
 
-        UserError in one line for a prompt that is empty, unreadable or not of the model's vocabulary.
+        UserError in one line for a prompt that is empty, unreadable or not of the model's
+        vocabulary.
         """
         texts = [(f"--prompt {number}", text) for number, text in enumerate(self.texts, 1)]
         texts += [(str(path), _read_text(path)) for path in self.files]
@@ -87,7 +146,10 @@ class Prompts:
         if texts:
             tokenizer = checkpoint.tokenizer()
             if tokenizer is None:
-                raise UserError(f"{checkpoint.path} has no tokenizer, so a text prompt cannot be read; give --token-ids")
+                raise UserError(
+                    f"{checkpoint.path} has no tokenizer, so a text prompt cannot be read; give "
+                    "--token-ids"
+                )
             for name, text in texts:
                 if not text:
                     raise UserError(f"{name}: the prompt is empty; give at least one character")
@@ -96,9 +158,14 @@ class Prompts:
                 else:
                     sequences.append((name, tokenizer.encode(text, bos=begin)))
         elif self.chat:
-            raise UserError("--chat: it needs a text prompt; give --prompt or --prompt-file, or leave it out")
+            raise UserError(
+                "--chat: it needs a text prompt; give --prompt or --prompt-file, or leave it out"
+            )
         sequences += [entry for path in self.token_files for entry in _read_token_ids(path)]
-        sequences += [(f"--synthetic {n}", _synthetic(n, checkpoint.config.vocab_size)) for n in self.synthetic]
+        sequences += [
+            (f"--synthetic {n}", _synthetic(n, checkpoint.config.vocab_size))
+            for n in self.synthetic
+        ]
         for name, tokens in sequences:
             _check_tokens(name, tokens, checkpoint.config)
         return [tokens for _, tokens in sequences]
@@ -108,14 +175,27 @@ def check_context(new: list[int], cached: list[int], more: int, config: "LlamaCo
     """Refuses sequences that would outgrow the positions the model was made for."""
     for b, (added, held) in enumerate(zip(new, cached), 1):
         if added + held + more > config.max_position_embeddings:
-            parts = [f"{held} cached"] * bool(held) + [f"{added} new"] + [f"{more} to come"] * bool(more)
+            parts = (
+                [f"{held} cached"] * bool(held)
+                + [f"{added} new"]
+                + [f"{more} to come"] * bool(more)
+            )
             raise UserError(
-                f"sequence {b} has {added + held + more} tokens ({', '.join(parts)}), the model's context is "
+                f"sequence {b} has {added + held + more} tokens ({', '.join(parts)}), the model's "
+                "context is "
                 f"{config.max_position_embeddings}; shorten it"
             )
 
 
-def resolve_ranks(*, cp: int | None, tp: int | None, device: str, threads: int | None, timeout: float, config: "LlamaConfig") -> Ranks:
+def resolve_ranks(
+    *,
+    cp: int | None,
+    tp: int | None,
+    device: str,
+    threads: int | None,
+    timeout: float,
+    config: "LlamaConfig",
+) -> Ranks:
     """Checks the ranks asked for against the launcher, the model and the machine."""
     from cptool import distributed, tensor_parallel
 
@@ -124,7 +204,9 @@ def resolve_ranks(*, cp: int | None, tp: int | None, device: str, threads: int |
         cp = 1 if launched is None else max(1, launched // tp)
     tensor_parallel.check(config, tp)
     distributed.check_size(cp, tp)
-    return Ranks(cp=cp, tp=tp, device=distributed.resolve_device(device), threads=threads, timeout=timeout)
+    return Ranks(
+        cp=cp, tp=tp, device=distributed.resolve_device(device), threads=threads, timeout=timeout
+    )
 
 
 def resolve_dtype(asked: str, checkpoint: "Checkpoint", device: str) -> str:
@@ -137,7 +219,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a text file") from None
 
@@ -146,14 +230,26 @@ def _read_token_ids(path: Path) -> list[tuple[str, list[int]]]:
     try:
         value = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); name a JSON file of token ids") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); name a JSON file of token ids"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); it must be a list of token ids") from None
-    rows = value if isinstance(value, list) and value and all(isinstance(row, list) for row in value) else [value]
+    rows = (
+        value
+        if isinstance(value, list) and value and all(isinstance(row, list) for row in value)
+        else [value]
+    )
     for row in rows:
         if not isinstance(row, list) or not all(type(token) is int for token in row):
-            raise UserError(f"{path}: token ids must be a list of integers, or a list of such lists")
-    names = [str(path)] if len(rows) == 1 else [f"{path}, sequence {b}" for b in range(1, len(rows) + 1)]
+            raise UserError(
+                f"{path}: token ids must be a list of integers, or a list of such lists"
+            )
+    names = (
+        [str(path)]
+        if len(rows) == 1
+        else [f"{path}, sequence {b}" for b in range(1, len(rows) + 1)]
+    )
     return list(zip(names, rows))
 
 
@@ -163,7 +259,10 @@ def _check_tokens(name: str, tokens: list[int], config: "LlamaConfig") -> None:
     low, high = min(tokens), max(tokens)
     if low < 0 or high >= config.vocab_size:
         wrong = low if low < 0 else high
-        raise UserError(f"{name}: token id {wrong} is not in the model's vocabulary, 0 to {config.vocab_size - 1}")
+        raise UserError(
+            f"{name}: token id {wrong} is not in the model's vocabulary, 0 to "
+            f"{config.vocab_size - 1}"
+        )
 
 
 def _synthetic(count: int, vocab_size: int) -> list[int]:

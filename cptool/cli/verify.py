@@ -1,4 +1,6 @@
-"""`cptool verify`: holds every variant and number of ranks against one rank and against float64, on the user's machine."""
+"""`cptool verify`: holds every variant and number of ranks against one rank and against float64, on
+the user's machine.
+"""
 
 import json
 import sys
@@ -6,7 +8,14 @@ import sys
 import click
 
 from cptool.cli import draw
-from cptool.cli.options import Prompts, check_context, dtype_option, json_option, prompt_options, resolve_dtype
+from cptool.cli.options import (
+    Prompts,
+    check_context,
+    dtype_option,
+    json_option,
+    prompt_options,
+    resolve_dtype,
+)
 from cptool.errors import UserError
 
 TOKENS = 768
@@ -16,17 +25,51 @@ STEPS = 8
 @click.command()
 @click.argument("model")
 @prompt_options
-@click.option("--max-cp", type=click.IntRange(min=2), metavar="N", help="Up to this many ranks.  [default: 4, or the GPUs]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run.  [default: auto]")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads a rank.  [default: the cores, shared out]")
-@click.option("--timeout", type=click.FloatRange(min=1), default=300.0, metavar="S", help="Seconds to wait for another rank.  [default: 300]")
+@click.option(
+    "--max-cp",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Up to this many ranks.  [default: 4, or the GPUs]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="Where to run.  [default: auto]",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="CPU threads a rank.  [default: the cores, shared out]",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=300.0,
+    metavar="S",
+    help="Seconds to wait for another rank.  [default: 300]",
+)
 @dtype_option
 @json_option
-def verify(model, prompts, prompt_files, token_files, synthetic, max_cp, device, threads, timeout, dtype, as_json):  # fmt: skip
+def verify(
+    model,
+    prompts,
+    prompt_files,
+    token_files,
+    synthetic,
+    max_cp,
+    device,
+    threads,
+    timeout,
+    dtype,
+    as_json,
+):
     """Check that results are exact with your MODEL on your devices.
 
-    Runs every variant on 1 to N ranks over one prompt (by default, synthetic tokens), in two turns and some decode steps.
-    Exits with 1 if an error exceeds its bound, a token differs from one rank's, or a repeated run gives other bits.
+    Runs every variant on 1 to N ranks over one prompt (by default, synthetic tokens), in two turns
+    and some decode steps. Exits with 1 if an error exceeds its bound, a token differs from one
+    rank's, or a repeated run gives other bits.
     """
     from cptool import distributed
     from cptool.checkpoint import open_checkpoint
@@ -34,7 +77,13 @@ def verify(model, prompts, prompt_files, token_files, synthetic, max_cp, device,
     if distributed.launched_size() is not None:
         raise UserError("cptool verify starts its own ranks; run it without a launcher")
     checkpoint = open_checkpoint(model)
-    asked = Prompts(prompts, prompt_files, token_files, synthetic or (() if prompts or prompt_files or token_files else (TOKENS,)), chat=False)
+    asked = Prompts(
+        prompts,
+        prompt_files,
+        token_files,
+        synthetic or (() if prompts or prompt_files or token_files else (TOKENS,)),
+        chat=False,
+    )
     sequences = asked.encode(checkpoint, begin=True)
     if len(sequences) != 1 or len(sequences[0]) < 2:
         raise UserError("cptool verify takes one prompt of at least 2 tokens")
@@ -85,8 +134,15 @@ def verify(model, prompts, prompt_files, token_files, synthetic, max_cp, device,
     else:
         _draw(verdicts)
         count = sum(not verdict.passed for verdict in verdicts)
-        said = "exact: all within the bound, same tokens" if passed else f"NOT exact: {count} of {len(verdicts)} runs failed"
-        click.echo(f"{checkpoint.path}, {plan.dtype}, {half} + {len(tokens) - half} tokens and {STEPS} steps on {device}: {said}")
+        said = (
+            "exact: all within the bound, same tokens"
+            if passed
+            else f"NOT exact: {count} of {len(verdicts)} runs failed"
+        )
+        click.echo(
+            f"{checkpoint.path}, {plan.dtype}, {half} + {len(tokens) - half} tokens and {STEPS} "
+            f"steps on {device}: {said}"
+        )
     sys.exit(0 if passed else 1)
 
 
@@ -94,11 +150,31 @@ def _draw(verdicts) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(caption="Root mean square errors of attention against float64 on the same inputs.", box=None)
-    for name in ("ranks", "variant", "error", "one call's", "allowed", "tokens", "same bits twice", ""):
-        table.add_column(name, justify="right" if name in ("ranks", "error", "one call's", "allowed") else "left")
+    table = Table(
+        caption="Root mean square errors of attention against float64 on the same inputs.", box=None
+    )
+    for name in (
+        "ranks",
+        "variant",
+        "error",
+        "one call's",
+        "allowed",
+        "tokens",
+        "same bits twice",
+        "",
+    ):
+        table.add_column(
+            name, justify="right" if name in ("ranks", "error", "one call's", "allowed") else "left"
+        )
     for verdict in verdicts:
         m = verdict.measurement
         numbers = (f"{x:.3g}" for x in (m.error, m.one_call_error, m.allowed))
-        table.add_row(str(m.ranks), m.variant, *numbers, verdict.tokens, "yes" if m.repeated else "NO", "ok" if verdict.passed else "FAILED")
+        table.add_row(
+            str(m.ranks),
+            m.variant,
+            *numbers,
+            verdict.tokens,
+            "yes" if m.repeated else "NO",
+            "ok" if verdict.passed else "FAILED",
+        )
     Console(highlight=False).print(table)
