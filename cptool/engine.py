@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cptool import session
+from cptool import segments, session
 from cptool.attention import KEYS_TRAVEL, Step, attend
-from cptool.cache import KVCache, nothing_held
+from cptool.cache import KVCache, nothing_held, truncated
 from cptool.distributed import World
+from cptool.hardware import HardwareProfile, default_profile
 from cptool.model.llama import Llama
 from cptool.ring import Ring
 from cptool.sampling import Sampling
@@ -33,9 +34,11 @@ class Engine:
     """
 
     def __init__(
-        self, model: Llama, world: World, *, batch: int = 1, variant: str = AUTO, progress: Progress | None = None
+        self, model: Llama, world: World, *, batch: int = 1, variant: str = AUTO,
+        profile: HardwareProfile | None = None, progress: Progress | None = None,
     ):
         self.model, self.world, self.variant = model, world, variant
+        self.profile = profile or default_profile(world.device.type)
         self.dtype = model.norm.weight.dtype
         self.ring = Ring(world.cp_group)
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
@@ -73,12 +76,15 @@ class Engine:
             new=sum(lengths),
             cached=sum(self.computed),
             ranks=world.cp,
-            q_heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            element_bytes=self.dtype.itemsize,
+            config=config,
+            dtype=str(self.dtype).removeprefix("torch."),
+            profile=self.profile,
+            batch=sum(map(bool, lengths)),
+            tp=world.tp,
         )
-        layout = balanced(lengths, world.cp, starts=self.computed, held=self._held)
+        layout = balanced(
+            lengths, world.cp, starts=self.computed, held=self._held, active=self.choice.active
+        )
         queries = layout.placements()
         for rank, added in enumerate(queries):
             self._keys[rank].append(added)
@@ -134,11 +140,13 @@ class Engine:
         sampling: Sampling,
         stop: tuple[int, ...] = (),
         emit: Callable[[int, int], None] | None = None,
+        interrupted: Callable[[], bool] | None = None,
     ) -> list[list[int]]:
         """Appends up to `limit` tokens to each sequence and returns them.
 
         A sequence that says a token of `stop` keeps it and leaves the batch. `emit(sequence, token)` is called for each
-        token as it is known. The KV of a sequence's last token stays pending.
+        token as it is known. The KV of a sequence's last token stays pending. `interrupted` is asked at each token; once it
+        says so on any rank, that token is the last one of every sequence, on all ranks.
         """
         if any(computed < len(said) for computed, said in zip(self.computed, self.tokens)):
             self.extend([[] for _ in self.tokens])
@@ -147,11 +155,12 @@ class Engine:
         while talking:
             self._progress("decode, token", max(map(len, answers)), limit)
             picks = self.next_tokens(sampling)
+            over = interrupted is not None and self._any_rank(interrupted())
             for b in sorted(talking):
                 answers[b].append(picks[b])
                 if emit is not None:
                     emit(b, picks[b])
-                if picks[b] in stop or len(answers[b]) == limit:
+                if over or picks[b] in stop or len(answers[b]) == limit:
                     talking.remove(b)
                     self.logits.pop(b, None)
             self.extend([[pick] if b in talking else [] for b, pick in enumerate(picks)])
@@ -160,12 +169,27 @@ class Engine:
             said.extend(answer[-1:])
         return answers
 
+    def truncate(self, lengths: list[int]) -> None:
+        """Goes back to the first `lengths[b]` tokens of each sequence; costs no computation.
+
+        Where a sequence gets shorter, what follows its new end is not known any more: the KV of its last token is
+        given up, so that the next `extend` computes it again, as in `Manifest.truncated`.
+        """
+        for b, length in enumerate(lengths):
+            if length < len(self.tokens[b]):
+                del self.tokens[b][length:]
+                self.computed[b] = min(self.computed[b], max(length - 1, 0))
+                self.logits.pop(b, None)
+        self.cache.truncate(self.computed)
+        self._take_over(tuple(truncated(concat(*parts), self.computed) for parts in self._keys))
+        self.saved = list(map(min, self.saved, self.cache.lengths))
+
     def restore(self, directory: Path, manifest: Manifest, *, reserve: int = 0) -> None:
         """Takes over a session's state; `reserve` keeps room for that many more tokens of each sequence."""
         self.tokens = [list(sequence.tokens) for sequence in manifest.sequences]
         self.computed = [sequence.cached for sequence in manifest.sequences]
         self._take_over(
-            session.restore(
+            segments.restore(
                 directory,
                 manifest,
                 self.cache,
@@ -177,7 +201,7 @@ class Engine:
         )
         self.saved = self.cache.lengths
         if self.world.cp_rank == 0:
-            rows = session.read_logits(directory, manifest)
+            rows = segments.read_logits(directory, manifest)
             self.logits = {b: row.to(self.world.device) for b, row in rows.items()}
 
     def save(self, directory: Path, previous: Manifest | None, model: ModelIdentity) -> Manifest:
@@ -191,7 +215,7 @@ class Engine:
         segment = None
         if not self._replica:
             logits = self.logits if world.tp_rank == 0 else {}
-            segment = session.write_segment(
+            segment = segments.write_segment(
                 directory,
                 self.cache,
                 self.saved,
@@ -203,7 +227,7 @@ class Engine:
                 logits=logits,
             )
         written = world.gather((segment, sorted(self.logits)))
-        segments = tuple(s for s, _ in written if s is not None)
+        added = tuple(s for s, _ in written if s is not None)
         logits_of = {b: s.file for s, owned in written if s is not None and s.kv_heads[0] == 0 for b in owned}
         manifest = Manifest(
             model=model,
@@ -216,13 +240,21 @@ class Engine:
                 Sequence(tokens=tuple(said), cached=computed, logits=logits_of.get(b))
                 for b, (said, computed) in enumerate(zip(self.tokens, self.computed))
             ),
-            segments=(previous.segments if previous else ()) + segments,
+            segments=(previous.segments if previous else ()) + added,
         )
         if world.rank == 0:
             session.commit(directory, manifest)
         world.gather(None)  # no rank leaves before the turn is on disk
         self.saved = self.cache.lengths
         return manifest
+
+    def _any_rank(self, value: bool) -> bool:
+        """Whether `value` holds on any rank."""
+        if self.world.size == 1:
+            return value
+        told = torch.tensor(int(value), device=self.world.device)
+        dist.all_reduce(told)
+        return bool(told)
 
     def _take_over(self, held: tuple[Placement, ...]) -> None:
         """Notes what every CP rank holds: by count for dealing tokens, by position for variants in which keys travel."""

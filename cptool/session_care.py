@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from cptool import session
+from cptool import segments, session
 from cptool.errors import UserError
 from cptool.session import Manifest
 
@@ -18,7 +18,7 @@ def problems(directory: Path, manifest: Manifest) -> list[str]:
     positions: list[list] = [[] for _ in manifest.sequences]
     for segment in manifest.segments:
         try:
-            session.check_digest(directory, segment)
+            segments.check_digest(directory, segment)
         except UserError as error:
             found.append(str(error))
             continue
@@ -83,8 +83,8 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
     from cptool.cache import KVCache
 
     model, batch, revision = manifest.model, len(manifest.sequences), manifest.revision + 1
-    heads, segments = (0, model.kv_heads), []
-    logits = session.read_logits(directory, manifest)
+    heads, rewritten = (0, model.kv_heads), []
+    logits = segments.read_logits(directory, manifest)
     cached = [sequence.cached for sequence in manifest.sequences]
     for rank in range(manifest.cp):
         cache = KVCache(
@@ -95,9 +95,9 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
             dtype=getattr(torch, manifest.dtype),
             device="cpu",
         )
-        session.restore(directory, manifest, cache, rank=rank, ranks=manifest.cp, kv_heads=heads)
-        segments.append(
-            session.write_segment(
+        segments.restore(directory, manifest, cache, rank=rank, ranks=manifest.cp, kv_heads=heads)
+        rewritten.append(
+            segments.write_segment(
                 directory,
                 cache,
                 [0] * batch,
@@ -110,10 +110,10 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
             )
         )
     sequences = tuple(
-        replace(s, logits=segments[0].file if b in logits else None)
+        replace(s, logits=rewritten[0].file if b in logits else None)
         for b, s in enumerate(manifest.sequences)
     )
-    written = tuple(segment for segment in segments if segment is not None)
+    written = tuple(segment for segment in rewritten if segment is not None)
     compacted = replace(manifest, revision=revision, sequences=sequences, segments=written)
     session.commit(directory, compacted)
     return compacted

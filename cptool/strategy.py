@@ -1,41 +1,201 @@
-"""Which variant of context-parallel attention moves the least, now."""
+"""Which variant of context-parallel attention, and how many ranks are worth using, now.
 
+A choice depends on nothing but its arguments, so ranks that share a profile choose alike.
+"""
+
+import math
 from dataclasses import dataclass
+from functools import lru_cache
+
+from cptool.cost import ELEMENT_BYTES, VARIANTS, Forward, predict
+from cptool.hardware import HardwareProfile
+from cptool.model.config import LlamaConfig
 
 AUTO = "auto"
+RULES = ("predicted", "algorithm1", "algorithm5", "fitted")
+
+SHORT = 4096
+"""New tokens up to which fewer ranks may share them; others found the break-even near 8K."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A variant and the reason for it, in words that the command line shows."""
+    """A variant, the ranks that share the new tokens, and why, in words that the user is shown.
+
+    predicted_s: of one layer on the busiest rank.
+    """
 
     variant: str
+    active: int
     reason: str
+    predicted_s: float
 
 
 def choose(
-    asked: str, *, new: int, cached: int, ranks: int, q_heads: int, kv_heads: int, head_dim: int, element_bytes: int
+    asked: str,
+    *,
+    new: int,
+    cached: int,
+    ranks: int,
+    config: LlamaConfig,
+    dtype: str,
+    profile: HardwareProfile,
+    rule: str = "predicted",
+    batch: int = 1,
+    tp: int = 1,
 ) -> Choice:
-    """Picks the variant for `new` tokens (T) over `cached` ones (P) on `ranks` CP ranks (N).
+    """The variant for T = `new` tokens over P = `cached` ones on N = `ranks` CP ranks.
 
-    Either the KV of all tokens travels, `2 (T + P) N_KV D_H e` bytes, hidden under attention in a ring; or the queries
-    travel and their float32 partials come back, `T N_H (D_H e + 4 D_H + 4)` bytes, on the critical path. This is
-    equation 1 of the paper with the return of the partials counted, as its equation 5 does.
+    asked: a variant, which is then taken, or "auto". batch: sequences that the tokens belong to.
+    rule: "predicted" takes the variant and the number of active ranks that `cptool.cost` predicts
+    to be fastest; the others choose between pass-kv and pass-q alone, on all ranks, by the paper's
+    `algorithm1`, `algorithm5` (sections 3.4 and appendix C) or `fitted` rule (appendix D).
+
+    Raises ValueError for another rule, or for "fitted" with a profile that has no coefficients.
     """
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}")
+    # Decode asks at every step, for one more cached token each time.
+    at = (_rounded(new), _rounded(cached))
+    return _choose(asked, *at, ranks, config, dtype, profile, rule, _rounded(batch), tp)
+
+
+def _rounded(count: int) -> int:
+    """To five significant bits, up: within 7%, and few values over a whole decode."""
+    unit = 1 << max(0, count.bit_length() - 5)
+    return -(-count // unit) * unit
+
+
+@lru_cache(maxsize=1024)
+def _choose(asked, new, cached, ranks, config, dtype, profile, rule, batch, tp) -> Choice:
+    def seconds(variant: str, active: int) -> float:
+        forward = Forward(config, dtype, new, cached, ranks, active, batch, tp)
+        return predict(variant, forward, profile).seconds
+
     if asked != AUTO:
-        return Choice(asked, "as asked")
+        return Choice(asked, ranks, "as asked", seconds(asked, ranks))
     if ranks == 1:
-        return Choice("pass-kv", "one rank, nothing travels")
-    kv = 2 * (new + cached) * kv_heads * head_dim * element_bytes
-    queries = new * q_heads * (head_dim * (element_bytes + 4) + 4)
-    if queries < kv:
-        return Choice("gather-q", f"queries and partials {_size(queries)} a layer < keys and values {_size(kv)}")
-    return Choice("pass-kv", f"keys and values {_size(kv)} a layer, hidden under attention, <= queries and partials {_size(queries)}")
+        return Choice("pass-kv", 1, "one rank, nothing travels", seconds("pass-kv", 1))
+    if rule == "predicted":
+        times = [
+            (seconds(variant, active), order, variant, active)
+            for active in _candidates(new, ranks)
+            for order, variant in enumerate(VARIANTS)
+        ]
+        best = min(times)
+        following = min(time for time in times if time[2] != best[2])
+        return Choice(best[2], best[3], _comparison(best, following, ranks), best[0])
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if rule == "fitted":
+        if profile.rule is None:
+            raise ValueError("profile has no coefficients of the fitted rule; calibrate it first")
+        keys_travel = fitted(new, cached, profile.rule) > 0
+        reason = "fitted rule"
+    else:
+        algorithm = algorithm1 if rule == "algorithm1" else algorithm5
+        keys_travel = algorithm(
+            new, cached, ranks, heads, kv_heads, ELEMENT_BYTES[dtype],
+            profile.attention_flops[dtype], profile.link_bandwidth,
+        )  # fmt: skip
+        reason = f"algorithm {rule[-1]}"
+    variant = "pass-kv" if keys_travel else "pass-q"
+    reason += f", miss rate {miss_rate(new, cached):.3g}"
+    return Choice(variant, ranks, reason, seconds(variant, ranks))
 
 
-def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"
+def miss_rate(new: int, cached: int) -> float:
+    """T / (T + P)."""
+    return new / (new + cached)
+
+
+def algorithm1(
+    new: int, cached: int, ranks: int, heads: int, kv_heads: int, element_bytes: int,
+    flops: float, bandwidth: float,
+) -> bool:  # fmt: skip
+    """Whether keys and values travel: the paper's algorithm 1 (section 3.4).
+
+    They do where attention hides them, `T >= N C N_KV e / (2 N_H BW)` (equation 2), or where they
+    are the smaller message, `T / (T + P) >= 2 N_KV / N_H` (equation 1). flops: C of a rank, FLOP/s.
+    bandwidth: BW, B/s.
+    """
+    hidden = new >= ranks * flops * kv_heads * element_bytes / (2 * heads * bandwidth)
+    return hidden or miss_rate(new, cached) >= 2 * kv_heads / heads
+
+
+def algorithm5(
+    new: int, cached: int, ranks: int, heads: int, kv_heads: int, element_bytes: int,
+    flops: float, bandwidth: float,
+) -> bool:  # fmt: skip
+    """Whether keys and values travel: the paper's algorithm 5 (appendix C); see `algorithm1`.
+
+    The exposed return of the partials lowers the miss rate at which queries stop paying by
+    `4 T BW / (N C e)` (equation 5).
+    """
+    hidden = new >= ranks * flops * kv_heads * element_bytes / (2 * heads * bandwidth)
+    returned = 4 * new * bandwidth / (ranks * flops * element_bytes)
+    return hidden or miss_rate(new, cached) >= 2 * kv_heads / heads - returned
+
+
+def fitted(new: int, cached: int, rule: tuple[float, float, float]) -> float:
+    """h(T, P) = alpha log T + beta log(T / (T + P)) + gamma, natural logs (appendix D).
+
+    Keys and values travel where it is positive.
+    """
+    alpha, beta, gamma = rule
+    return alpha * math.log(new) + beta * math.log(miss_rate(new, cached)) + gamma
+
+
+def fit_rule(
+    config: LlamaConfig, dtype: str, ranks: int, profile: HardwareProfile
+) -> tuple[float, float, float]:
+    """(alpha, beta, gamma) such that h approximates log(time of pass-q / time of pass-kv).
+
+    Weighted least squares over a grid of T and miss rates; a point counts the more, the nearer the
+    two predicted times are, for the sign of h is all that matters.
+    """
+    sums = [[0.0] * 4 for _ in range(3)]
+    for exponent in range(4, 18):
+        for miss in (0.003, 0.01, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0):
+            new = 2**exponent
+            forward = Forward(config, dtype, new, round(new / miss) - new, ranks, ranks)
+            keys, queries = (predict(v, forward, profile).seconds for v in ("pass-kv", "pass-q"))
+            difference = math.log(queries / keys)
+            row = (math.log(new), math.log(miss_rate(new, forward.cached)), 1.0, difference)
+            weight = 1 / (0.01 + difference**2)
+            for i in range(3):
+                for j in range(4):
+                    sums[i][j] += weight * row[i] * row[j]
+    return _solved(sums)
+
+
+def _solved(rows: list[list[float]]) -> tuple[float, float, float]:
+    """Of three linear equations, [A | b], A positive definite, by elimination."""
+    for i in range(3):
+        rows[i] = [value / rows[i][i] for value in rows[i]]
+        for j in range(3):
+            if j != i:
+                factor = rows[j][i]
+                rows[j] = [a - factor * b for a, b in zip(rows[j], rows[i])]
+    return rows[0][3], rows[1][3], rows[2][3]
+
+
+def _candidates(new: int, ranks: int) -> list[int]:
+    """Numbers of active ranks worth a prediction: all, and for a short prompt, halves of it.
+
+    A long one is worth all ranks for their memory alone.
+    """
+    counts = [ranks]
+    while new <= SHORT and counts[-1] > 1:
+        counts.append(counts[-1] // 2)
+    return [count for count in counts if count == ranks or count < new]
+
+
+def _comparison(best: tuple, following: tuple, ranks: int) -> str:
+    few = f" on {best[3]} of {ranks} ranks" if best[3] < ranks else ""
+    return f"{best[2]} {_time(best[0])} a layer{few}, next {following[2]} {_time(following[0])}"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} us"

@@ -78,13 +78,21 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     from cptool import session
     from cptool.checkpoint import open_checkpoint
     from cptool.engine import Engine
+    from cptool.hardware import world_profile
     from cptool.weights import load_model
 
     began = time.perf_counter()
     world.report("load the weights")
     checkpoint = open_checkpoint(turn.model)
     model = load_model(checkpoint, getattr(torch, turn.dtype), world.device, world)
-    engine = Engine(model, world, batch=len(turn.prompts), variant=turn.variant, progress=world.report)
+    engine = Engine(
+        model,
+        world,
+        batch=len(turn.prompts),
+        variant=turn.variant,
+        profile=world_profile(world),
+        progress=world.report,
+    )
     directory, manifest = Path(turn.session) if turn.session else None, None
     room = turn.max_new_tokens + max(map(len, turn.prompts), default=0)
     if turn.resume:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cptool import session, session_care
+from cptool import segments, session, session_care
 from cptool.cache import KVCache
 from cptool.errors import UserError
 from cptool.session import Manifest, ModelIdentity, Sequence
@@ -48,7 +48,7 @@ def save_turn(directory, lengths, starts, ranks, tp, previous):
     does.
     """
     directory.mkdir(exist_ok=True)
-    revision, segments, logits_of = (previous.revision if previous else 0) + 1, [], {}
+    revision, written, logits_of = (previous.revision if previous else 0) + 1, [], {}
     total = [s + n for s, n in zip(starts, lengths)]
     layout = balanced(lengths, ranks, starts=starts)
     for rank in range(ranks):
@@ -61,7 +61,7 @@ def save_turn(directory, lengths, starts, ranks, tp, previous):
                 for b in range(len(lengths))
                 if rank == 0 and part == 0
             }
-            segment = session.write_segment(
+            segment = segments.write_segment(
                 directory,
                 cache,
                 [0] * len(lengths),
@@ -73,7 +73,7 @@ def save_turn(directory, lengths, starts, ranks, tp, previous):
                 logits=logits,
             )
             if segment is not None:
-                segments.append(segment)
+                written.append(segment)
                 logits_of |= dict.fromkeys(logits, segment.file)
     sequences = tuple(
         Sequence(tokens=tuple(range(n)), cached=n, logits=logits_of.get(b))
@@ -87,7 +87,7 @@ def save_turn(directory, lengths, starts, ranks, tp, previous):
         revision=revision,
         turns=(previous.turns if previous else ()) + (tuple(total),),
         sequences=sequences,
-        segments=(previous.segments if previous else ()) + tuple(segments),
+        segments=(previous.segments if previous else ()) + tuple(written),
     )
     session.commit(directory, manifest)
     return manifest
@@ -133,7 +133,7 @@ def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
         for part in range(tp):
             heads = (part * HEADS // tp, (part + 1) * HEADS // tp)
             cache = new_cache(batch, heads[1] - heads[0])
-            placements = session.restore(
+            placements = segments.restore(
                 directory, manifest, cache, rank=rank, ranks=ranks, kv_heads=heads
             )
             assert torch.equal(placements[rank].positions, cache.held.positions)
@@ -149,7 +149,7 @@ def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
             held[b] += positions.tolist()
     assert [sorted(h) for h in held] == [list(range(s)) for s in starts]
     if any(starts):
-        assert set(session.read_logits(directory, manifest)) == {
+        assert set(segments.read_logits(directory, manifest)) == {
             b for b, s in enumerate(manifest.sequences) if s.logits
         }
 
@@ -178,7 +178,7 @@ def test_a_segment_without_a_manifest_changes_nothing(saved):
     directory, manifest = saved
     cache = new_cache(2)
     store(cache, balanced([3, 3], 1, starts=[40, 7]).placement(0))
-    session.write_segment(
+    segments.write_segment(
         directory,
         cache,
         [0, 0],
@@ -203,7 +203,7 @@ def test_two_runs_from_one_turn_cannot_both_commit(saved):
 def restore(directory, manifest):
     cache = new_cache(2)
     try:
-        session.restore(directory, manifest, cache, rank=0, ranks=1, kv_heads=(0, HEADS))
+        segments.restore(directory, manifest, cache, rank=0, ranks=1, kv_heads=(0, HEADS))
     finally:
         assert cache.lengths == [0, 0]  # damage is found before anything is taken over
 

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from test_session import save_turn
 
-from cptool import session, session_care
+from cptool import segments, session, session_care
 
 
 def kill_at(point: int) -> None:
@@ -53,7 +53,8 @@ def kill_at(point: int) -> None:
     )
     for name in ("rename", "replace", "unlink"):
         around(Path, name)
-    around(session, "_sync")
+    around(session, "sync")
+    around(segments, "sync")
 
 
 def turn(directory, manifest):

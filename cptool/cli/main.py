@@ -39,7 +39,9 @@ class Commands(click.Group):
             where = error.ctx.command_path if error.ctx else "cptool"
             self._fail(2, f"{where}: {error.format_message()} (see {where} --help)")
         except (click.ClickException, UserError) as error:
-            message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+            message = (
+                error.format_message() if isinstance(error, click.ClickException) else str(error)
+            )
             self._fail(2, f"cptool: {message}")
         except (KeyboardInterrupt, click.Abort):
             self._fail(130, "cptool: interrupted")
