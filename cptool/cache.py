@@ -22,6 +22,11 @@ def nothing_held(batch: int, device: torch.device | str) -> Placement:
     return Placement.of([torch.empty(0, dtype=torch.int32)] * batch).to(device)
 
 
+def truncated(held: Placement, limits: Sequence[int]) -> Placement:
+    """The tokens of `held` whose position is less than `limits[b]`; positions ascend, so others are a suffix."""
+    return Placement.of([row[: int((row < limit).sum())] for row, limit in zip(held.sequences(), limits)]).to(held.positions.device)
+
+
 @dataclass(frozen=True)
 class LayerKV:
     """One layer of a cache, as attention reads it.
@@ -108,6 +113,11 @@ class KVCache:
             self._new = runs[0] if runs else slice(0, 0)
         else:
             self._new = torch.cat([torch.arange(r.start, r.stop) for r in runs]).to(self._slab.device)
+        self._index()
+
+    def truncate(self, limits: Sequence[int]) -> None:
+        """Drops the tokens of sequence b whose position is `limits[b]` or more; their slots become slack."""
+        self.held = truncated(self.held, limits)
         self._index()
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:

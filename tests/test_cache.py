@@ -51,3 +51,34 @@ def test_one_sequence_is_sent_without_a_copy():
     cache.extend(placement([3], [0]))
     assert cache.layer(0).packed().data_ptr() == cache.layer(0).slab.data_ptr()
     assert len(cache.layer(0).packed()) == 3
+
+
+@settings(deadline=None, max_examples=60)
+@given(steps, st.lists(st.integers(0, 15), min_size=4, max_size=4), st.integers(2, 3))
+def test_truncate_drops_positions_and_what_follows_takes_their_place(steps, limits, stride):
+    batch = len(steps[0])
+    cache = KVCache(layers=2, kv_heads=1, head_dim=2, batch=batch, dtype=torch.float32, device="cpu")
+    kept = [torch.empty(0, dtype=torch.int32)] * batch
+
+    def append(lengths: list[int]) -> None:
+        # A rank among several holds only some of the positions.
+        starts = [int(row[-1]) + 1 if len(row) else 1 for row in kept]
+        new = [torch.arange(n, dtype=torch.int32) * stride + start for n, start in zip(lengths, starts)]
+        cache.extend(Placement.of(new))
+        for layer in range(2):
+            kv = torch.cat(new)[:, None, None].expand(-1, 1, 2) + 100.0 * layer
+            cache.store(layer, kv, -kv)
+        kept[:] = map(torch.cat, zip(kept, new))
+
+    for lengths in steps:
+        append(lengths)
+    cache.truncate(limits[:batch])
+    kept = [row[row < limit] for row, limit in zip(kept, limits)]
+    for _ in range(2):
+        assert cache.lengths == list(map(len, kept))
+        assert [row.tolist() for row in cache.held.sequences()] == [row.tolist() for row in kept]
+        for layer in range(2):
+            expected = torch.cat(kept) + 100.0 * layer
+            assert torch.equal(cache.layer(layer).packed()[:, 0, 0, 1], expected)
+            assert torch.equal(cache.layer(layer).packed()[:, 1, 0, 0], -expected)
+        append(steps[0])
