@@ -170,35 +170,36 @@ def launched() -> Seat | None:
         rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
         local_rank = int(env.get("LOCAL_RANK", rank))
         return Seat(rank, size, local_rank, int(env.get("LOCAL_WORLD_SIZE", size)))
-    # A batch script is itself a Slurm process, of a step of one task.
-    size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
+    # Only the tasks of srun are told of a step; a batch script, or a shell in an allocation, has
+    # SLURM_NTASKS and SLURM_PROCID too, but is alone.
+    size = int(env.get("SLURM_STEP_NUM_TASKS", 1))
     if "SLURM_PROCID" in env and size > 1:
-        return Seat(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), _slurm_local_size())
+        counts = _slurm_counts(env["SLURM_STEP_TASKS_PER_NODE"])
+        local_size = counts[int(env["SLURM_NODEID"])]
+        return Seat(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size)
     return None
 
 
-def _slurm_local_size() -> int:
-    """This node's entry of a list such as "4(x2),3"."""
-    env = os.environ
-    listed = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE"))
-    if listed is None:
-        return int(env["SLURM_NTASKS"])
+def _slurm_counts(listed: str) -> list[int]:
+    """Tasks of each node from a list such as "4(x2),3"."""
     counts: list[int] = []
     for item in listed.split(","):
         count, _, repeat = item.rstrip(")").partition("(x")
         counts += [int(count)] * int(repeat or 1)
-    return counts[int(env.get("SLURM_NODEID", 0))]
+    return counts
 
 
 def _rendezvous_address() -> None:
     """See that the environment says where the ranks meet, as torchrun's already does."""
     env = os.environ
-    env.setdefault("MASTER_PORT", "29500")
+    # Jobs that share a node, and steps of one job, must not meet each other.
+    job, step = (int(env.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    env.setdefault("MASTER_PORT", str(10_000 + (100 * job + step) % 20_000))
     if "MASTER_ADDR" in env:
         return
     try:
         shown = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]],
+            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         env["MASTER_ADDR"] = shown.stdout.split()[0]

@@ -118,23 +118,25 @@ def _is_communication(error: Exception) -> bool:
 def _cause(board: Board, rank: int, pid: int, exitcode: int) -> BaseException:
     """Why the run ended, given the process that the agent saw end first.
 
-    A signal is told by that process's exit code. Else the earliest failure on the board counts; if
-    that is an error of communication, ranks that recorded nothing are the ones that hang.
+    If it left without a word, by a signal or by an exit of its own, that is the cause. Else the
+    earliest failure on the board counts; if that is an error of communication, ranks that recorded
+    nothing are the ones that hang.
     """
     if exitcode == -signal.SIGINT:
         return KeyboardInterrupt()
     failures = board.failures()
+    recorded = {failure.rank for failure in failures}
     if exitcode < 0:
         number = -exitcode
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         told = f"rank {rank} (pid {pid}) was killed by {name} during {board.read(rank)}"
-    elif not failures:
+    elif rank not in recorded:
         told = f"rank {rank} (pid {pid}) exited with code {exitcode} during {board.read(rank)}"
     else:
         told = failures[0].message
         if failures[0].kind == "user":
             return UserError(told)
-        silent = set(range(board.ranks)) - {failure.rank for failure in failures}
+        silent = set(range(board.ranks)) - recorded
         if failures[0].kind == "communication" and silent:
             stuck = ", ".join(f"rank {r} during {board.read(r)}" for r in sorted(silent))
             told = f"no answer from {stuck} ({told})"

@@ -1,0 +1,374 @@
+"""Starting and joining ranks, and their ends: what is told, that nobody is left, and signals."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cptool import distributed
+from cptool.distributed import RankFailed, Seat, check_size, launched, resolve_device, run
+from cptool.errors import UserError
+from cptool.ring import Ring
+from cptool.status import Board, Status
+
+GENEROUS_S = 60
+"""Upper bound of anything that takes a few seconds, on a machine that does much else."""
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def outside_of_a_launcher(monkeypatch):
+    for name in [*LAUNCHERS, *(name for name in os.environ if name.startswith("SLURM_"))]:
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)  # a run of one rank sets them in this process
+
+
+# What ranks run. Ranks import these by name.
+
+
+def describe(world, word):
+    """Where every rank is, and what sums over its groups give."""
+
+    def total(group):
+        if group is None:
+            return None
+        value = torch.tensor([10**world.rank])
+        dist.all_reduce(value, group=group)
+        return int(value)
+
+    place = (world.rank, world.cp_rank, world.tp_rank, world.local_rank, world.local_size)
+    mesh = world.mesh and (world.mesh.mesh_dim_names, world.mesh.mesh.tolist())
+    facts = (place, mesh, total(world.cp_group), total(world.tp_group), torch.get_num_threads())
+    return word, world.gather((*facts, str(world.device), launched() is not None))
+
+
+def own_place(world):
+    values = world.gather(world.rank)
+    return f"{world.rank} of {values}, {world.local_rank} of {world.local_size} here"
+
+
+def mistake(world):
+    raise UserError(f"--prompt: {world.size} ranks find it empty; give one")
+
+
+def mistake_of_one(world):
+    if world.rank == 1:
+        raise UserError("--prompt: it is empty; give one")
+    world.barrier()
+
+
+def defect_of_one(world):
+    world.report("decode, token", 2, 5)
+    if world.rank == world.size - 1:
+        raise KeyError("no\nsuch key")
+    world.barrier()
+
+
+def leaves(world):
+    world.report("prefill")
+    if world.rank == 1:
+        os._exit(7)
+    world.barrier()
+
+
+def hangs(world):
+    world.report("hang" if world.rank == 1 else "wait")
+    if world.rank == 1:
+        time.sleep(10 * GENEROUS_S)
+    world.barrier()
+
+
+def ring_for_ever(world, folder, victim=None):
+    """Blocks go round until somebody ends it; rank `victim` does so itself, between two blocks."""
+    for pid, kind in ((os.getpid(), f"rank{world.rank}"), (os.getppid(), "server")):
+        file = Path(folder, f"{kind}.tmp{world.rank}")
+        file.write_text(str(pid))
+        file.rename(Path(folder, kind))  # whoever waits for the file finds it whole
+    ring = Ring(world.cp_group)
+    local = torch.ones(20_000, 8)
+    for turn in range(10**9):
+        world.report("ring, turn", turn, 10**9)
+        for source, _ in ring.blocks(local, [20_000] * ring.size):
+            if turn == 3 and world.rank == victim and source != world.rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def alive(pid):
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + GENEROUS_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def pids_in(folder, *kinds, of=None):
+    """What ring_for_ever wrote, as soon as it is there; `of`, a process, must live until then."""
+    wait_until(lambda: all(Path(folder, kind).exists() for kind in kinds) or of and of.poll())
+    return [int(Path(folder, kind).read_text()) for kind in kinds]
+
+
+# Starting.
+
+
+def test_one_rank_runs_in_this_process():
+    word, [facts] = run(describe, "word", threads=3, device="cpu")
+    assert word == "word"
+    assert facts == ((0, 0, 0, 0, 1), None, None, None, 3, "cpu", False)
+    with pytest.raises(KeyError):  # as it is
+        run(defect_of_one, device="cpu")
+    with pytest.raises(UserError, match="1 ranks find it empty"):
+        run(mistake, device="cpu")
+
+
+def test_ranks_form_a_mesh_and_rank_0_answers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    word, facts = run(describe, "word", cp=2, tp=2, device="cpu", threads=2)
+    mesh = (("cp", "tp"), [[0, 1], [2, 3]])
+    over_cp, over_tp = (101, 1010, 101, 1010), (11, 11, 1100, 1100)
+    assert word == "word"
+    assert facts == [
+        ((r, r // 2, r % 2, r, 4), mesh, over_cp[r], over_tp[r], 2, "cpu", True) for r in range(4)
+    ]
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_cores_are_shared_out_and_groups_of_one_are_none():
+    _, facts = run(describe, "word", tp=2, device="cpu")
+    share = max(1, distributed._cores() // 2)
+    assert [(cp, tp, threads) for _, _, cp, tp, threads, *_ in facts] == [(None, 11, share)] * 2
+
+
+def test_cores_are_physical_ones(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    siblings = {"cpu0": "0,2", "cpu1": "1,3", "cpu2": "0,2"}
+    monkeypatch.setattr(Path, "read_text", lambda path: siblings[path.parent.parent.name])
+    assert distributed._cores() == 2
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(distributed, "_gpus", lambda: 2)
+    assert [resolve_device("auto", n) for n in (1, 2, 3)] == ["cuda", "cuda", "cpu"]
+    assert resolve_device("cpu") == "cpu"
+    with pytest.raises(UserError, match="--device cuda: 3 ranks need a GPU each and torch sees 2"):
+        resolve_device("cuda", 3)
+    with pytest.raises(UserError, match="--device tpu: it must be auto, cpu or cuda"):
+        resolve_device("tpu")
+
+
+# Ends.
+
+
+def test_a_users_mistake_on_one_rank():
+    with pytest.raises(UserError, match="^--prompt: it is empty; give one$"):
+        run(mistake_of_one, cp=3, device="cpu")
+
+
+def test_an_exception_names_rank_step_and_error():
+    told = r"^rank 2 failed during decode, token, step 3 of 5: KeyError: 'no\\nsuch key'; all"
+    with pytest.raises(RankFailed, match=told):
+        run(defect_of_one, cp=3, device="cpu")
+
+
+def test_a_rank_that_leaves():
+    told = r"^rank 1 \(pid \d+\) exited with code 7 during prefill; all ranks were ended$"
+    with pytest.raises(RankFailed, match=told):
+        run(leaves, cp=3, device="cpu")
+
+
+def test_a_rank_that_hangs_is_named_after_the_timeout():
+    with pytest.raises(RankFailed, match="^no answer from rank 1 during hang .*during wait: "):
+        run(hangs, cp=3, device="cpu", timeout=1)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2, 1])
+def test_the_killed_rank_is_named_and_no_peer(victim, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(RankFailed) as failed:
+        run(ring_for_ever, str(tmp_path), victim, cp=3, device="cpu")
+    assert time.monotonic() - began < GENEROUS_S
+    pids = pids_in(tmp_path, "rank0", "rank1", "rank2")
+    assert str(failed.value) == (
+        f"rank {victim} (pid {pids[victim]}) was killed by SIGKILL during "
+        f"ring, turn, step 4 of {10**9}; all ranks were ended"
+    )
+    wait_until(lambda: not any(map(alive, pids)))
+
+
+def driver(entry, *arguments, **options):
+    """A script that calls run(entry, *arguments, **options) and prints what it got."""
+    return f"""
+import sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(distributed.__file__).parents[1])!r}]
+import test_distributed as tests
+from cptool.distributed import RankFailed, run
+if __name__ == "__main__":
+    try:
+        print(run(tests.{entry}, *{arguments!r}, device="cpu", **{options!r}))
+    except (tests.UserError, RankFailed, KeyboardInterrupt) as error:
+        sys.exit(f"{{type(error).__name__}}: {{error}}")
+"""
+
+
+def start(tmp_path, *prefix, script, **options):
+    file = tmp_path / "driver.py"
+    file.write_text(script)
+    command = [sys.executable, *prefix, str(file)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_a_mistake_of_all_ranks_is_told_once(tmp_path):
+    process = start(tmp_path, script=driver("mistake", cp=2))
+    output, errors = process.communicate(timeout=GENEROUS_S)
+    assert (output, errors) == ("", "UserError: --prompt: 2 ranks find it empty; give one\n")
+
+
+def test_the_traceback_of_a_defect_is_shown_once_and_no_echo_of_it(tmp_path):
+    process = start(tmp_path, script=driver("defect_of_one", cp=3))
+    output, errors = process.communicate(timeout=GENEROUS_S)
+    assert (process.returncode, output) == (1, "")
+    assert errors.count("Traceback") == 1 and "in defect_of_one" in errors
+    assert errors.splitlines()[-1].startswith("RankFailed: rank 2 failed during decode, token")
+
+
+@pytest.mark.parametrize(
+    "number, to_all, code, told",
+    [
+        (signal.SIGINT, False, 1, "KeyboardInterrupt: \n"),
+        (signal.SIGINT, True, 1, "KeyboardInterrupt: \n"),
+        (signal.SIGTERM, False, 128 + signal.SIGTERM, ""),
+        (signal.SIGKILL, False, -signal.SIGKILL, None),
+    ],
+    ids=["interrupt", "Ctrl-C at the terminal", "terminate", "kill"],
+)
+def test_no_process_outlives_the_launcher(tmp_path, number, to_all, code, told):
+    script = driver("ring_for_ever", str(tmp_path), cp=2)
+    process = start(tmp_path, script=script, start_new_session=True)
+    pids = pids_in(tmp_path, "rank0", "rank1", "server", of=process)
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    output, errors = process.communicate(timeout=GENEROUS_S)
+    assert (process.returncode, output) == (code, "")
+    assert told in (None, errors)  # Python's own tracker of semaphores tells of a kill
+    wait_until(lambda: not any(map(alive, pids)))
+
+
+# The world of a launcher.
+
+
+def test_torchruns_world_is_joined_and_every_rank_gets_its_own_value(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    script = driver("own_place", cp=2, threads=1)
+    process = start(tmp_path, *torchrun, script=script)
+    output, errors = process.communicate(timeout=GENEROUS_S)
+    assert process.returncode == 0, errors
+    assert sorted(output.splitlines()) == ["0 of [0, 1], 0 of 2 here", "1 of [0, 1], 1 of 2 here"]
+
+
+@pytest.mark.parametrize("cp, tp", [(2, 1), (1, 1), (4, 2)])
+def test_ranks_that_do_not_fill_the_launchers_world(monkeypatch, cp, tp):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    told = f"^--cp {cp} --tp {tp} make {cp * tp} ranks, the launcher started 4; give it as many"
+    with pytest.raises(UserError, match=told):
+        run(describe, "word", cp=cp, tp=tp)
+
+
+def test_sizes_below_one():
+    for sizes, name in (((0, 1), "--cp 0"), ((1, -2), "--tp -2")):
+        with pytest.raises(UserError, match=f"^{name}: it must be at least 1"):
+            check_size(*sizes)
+
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+# What Slurm sets for a batch script of 7 tasks on 3 nodes, which is a process on its own ...
+BATCH = {
+    "SLURM_JOB_ID": "200505", "SLURM_NTASKS": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "2(x2),3", "SLURM_JOB_NODELIST": "n[1-3]",
+}  # fmt: skip
+# ... and add for the tasks of `srun` in it.
+STEP = {
+    **BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "6",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),3", "SLURM_LOCALID": "2", "SLURM_NODEID": "2",
+    "SLURM_STEP_NODELIST": "n[1-3]",
+}  # fmt: skip
+
+SECOND_NODE = {"SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1"}
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, None),
+        (TORCHRUN, Seat(5, 8, 1, 4)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Seat(1, 2, 1, 2)),
+        (BATCH, None),
+        (STEP, Seat(6, 7, 2, 3)),
+        ({**STEP, **SECOND_NODE}, Seat(2, 7, 0, 2)),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+        ({**STEP, **TORCHRUN}, Seat(5, 8, 1, 4)),
+    ],
+    ids=["none", "torchrun", "by hand", "batch", "srun", "srun's second node", "shell", "both"],
+)
+def test_launchers_are_known_by_their_environment(monkeypatch, environment, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == expected
+
+
+def test_slurm_ranks_meet_on_the_first_node(monkeypatch, tmp_path):
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="^MASTER_ADDR is not set and scontrol does not tell"):
+        distributed._rendezvous_address()
+    tool = tmp_path / "scontrol"
+    tool.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-3]" ] && printf "n1\\nn2\\nn3\\n"\n')
+    tool.chmod(0o755)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    distributed._rendezvous_address()
+    first = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    assert first[0] == "n1" and 1024 <= int(first[1]) < 32768
+    # The next step of the job may begin before the last one's port is free again.
+    monkeypatch.setenv("SLURM_STEP_ID", "1")
+    monkeypatch.delenv("MASTER_PORT")
+    distributed._rendezvous_address()
+    assert os.environ["MASTER_PORT"] != first[1]
+
+
+# The status board.
+
+
+def test_the_board_shows_what_ranks_write(tmp_path):
+    board = Board(2, tmp_path / "status")
+    other = pickle.loads(pickle.dumps(board))
+    assert str(board.read(1)) == "start"
+    other.write(1, "decode, token", 4, 9)
+    assert board.read(1) == Status("decode, token", 4, 9)
+    assert [str(s) for s in (board.read(1), Status("load", 0, 0), Status("ring", 3, 3))] == [
+        "decode, token, step 5 of 9", "load", "ring, step 3 of 3",
+    ]  # fmt: skip
+    other.fail(1, "error", "first")
+    other.fail(0, "communication", "é" * 5000)
+    failures = board.failures()
+    assert [(f.rank, f.kind) for f in failures] == [(1, "error"), (0, "communication")]
+    assert failures[0].message == "first" and failures[1].message.startswith("éé")
+    with pytest.raises(TypeError, match="cannot be sent"):
+        pickle.dumps(Board(1))
