@@ -1,9 +1,10 @@
 """Keys and values in memory: what one rank holds of every sequence, in every layer.
 
-Positions say what a slot is, so a rank may hold any tokens of any sequence. Each layer is one token-major slab
-`[slots, 2, kv_heads, head_dim]` (K at index 0, V at index 1), so that K and V of a token travel in one message and a
-single sequence's message is a view. Sequence b owns a run of slots; the tokens it holds come first, then slack for
-growth, whose position is `NEVER`: no query can see it, and kernels skip it by its position alone.
+Positions say what a slot is, so a rank may hold any tokens of any sequence. Each layer is one
+token-major slab `[slots, 2, kv_heads, head_dim]` (K at index 0, V at index 1), so that K and V of a
+token travel in one message and a single sequence's message is a view. Sequence b owns a run of
+slots; the tokens it holds come first, then slack for growth, whose position is `NEVER`: no query
+can see it, and kernels skip it by its position alone.
 """
 
 from collections.abc import Sequence
@@ -23,16 +24,20 @@ def nothing_held(batch: int, device: torch.device | str) -> Placement:
 
 
 def truncated(held: Placement, limits: Sequence[int]) -> Placement:
-    """The tokens of `held` whose position is less than `limits[b]`; positions ascend, so others are a suffix."""
-    return Placement.of([row[: int((row < limit).sum())] for row, limit in zip(held.sequences(), limits)]).to(held.positions.device)
+    """The tokens of `held` whose position is less than `limits[b]`; positions ascend, so others are
+    a suffix.
+    """
+    return Placement.of(
+        [row[: int((row < limit).sum())] for row, limit in zip(held.sequences(), limits)]
+    ).to(held.positions.device)
 
 
 @dataclass(frozen=True)
 class LayerKV:
     """One layer of a cache, as attention reads it.
 
-    `local` is `(k, v, k_pos, cu_k)`: k and v `[slots, kv_heads, head_dim]` strided views of the slab, k_pos int32
-    `[slots]` with `NEVER` in slack slots, cu_k int32 `[batch + 1]`.
+    `local` is `(k, v, k_pos, cu_k)`: k and v `[slots, kv_heads, head_dim]` strided views of the
+    slab, k_pos int32 `[slots]` with `NEVER` in slack slots, cu_k int32 `[batch + 1]`.
     """
 
     slab: torch.Tensor
@@ -45,18 +50,23 @@ class LayerKV:
         return self.slab[:, 0], self.slab[:, 1], self.k_pos, self.cu_k
 
     def packed(self) -> torch.Tensor:
-        """The tokens held, without slack: `[tokens, 2, kv_heads, head_dim]`, contiguous; a view if there is no slack."""
+        """The tokens held, without slack: `[tokens, 2, kv_heads, head_dim]`, contiguous; a view if
+        there is no slack.
+        """
         return self.slab if self.held_slots is None else self.slab.index_select(0, self.held_slots)
 
 
 class KVCache:
-    """The KV of `batch` sequences on this rank, for `layers` layers of `kv_heads` heads of `head_dim`.
+    """The KV of `batch` sequences on this rank, for `layers` layers of `kv_heads` heads of
+    `head_dim`.
 
-    Tokens are appended in two steps: `extend` makes room and records the positions once a forward, `store` writes one
-    layer's K and V.
+    Tokens are appended in two steps: `extend` makes room and records the positions once a forward,
+    `store` writes one layer's K and V.
     """
 
-    def __init__(self, *, layers: int, kv_heads: int, head_dim: int, batch: int, dtype: torch.dtype, device):
+    def __init__(
+        self, *, layers: int, kv_heads: int, head_dim: int, batch: int, dtype: torch.dtype, device
+    ):
         self.batch = batch
         self.held = nothing_held(batch, device)
         self._shape = (2, kv_heads, head_dim)
@@ -84,7 +94,9 @@ class KVCache:
         return self._slab.nbytes
 
     def reserve(self, lengths: Sequence[int]) -> None:
-        """Makes sure that sequence b has room for `lengths[b]` tokens in all; what is held stays."""
+        """Makes sure that sequence b has room for `lengths[b]` tokens in all; what is held
+        stays.
+        """
         have = [stop - start for start, stop in zip(self._offsets, self._offsets[1:])]
         if all(want <= room for want, room in zip(lengths, have)):
             return
@@ -100,7 +112,9 @@ class KVCache:
         self._index()
 
     def extend(self, new: Placement) -> None:
-        """Appends the positions of new tokens; `store` then writes their K and V, layer by layer."""
+        """Appends the positions of new tokens; `store` then writes their K and V, layer by
+        layer.
+        """
         held, added = self.lengths, new.cu_seqlens.diff().tolist()
         total = [h + a for h, a in zip(held, added)]
         room = [stop - start for start, stop in zip(self._offsets, self._offsets[1:])]
@@ -112,16 +126,22 @@ class KVCache:
         if len(runs) <= 1:
             self._new = runs[0] if runs else slice(0, 0)
         else:
-            self._new = torch.cat([torch.arange(r.start, r.stop) for r in runs]).to(self._slab.device)
+            self._new = torch.cat([torch.arange(r.start, r.stop) for r in runs]).to(
+                self._slab.device
+            )
         self._index()
 
     def truncate(self, limits: Sequence[int]) -> None:
-        """Drops the tokens of sequence b whose position is `limits[b]` or more; their slots become slack."""
+        """Drops the tokens of sequence b whose position is `limits[b]` or more; their slots become
+        slack.
+        """
         self.held = truncated(self.held, limits)
         self._index()
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Writes K and V `[new tokens, kv_heads, head_dim]` of the tokens that `extend` announced last."""
+        """Writes K and V `[new tokens, kv_heads, head_dim]` of the tokens that `extend` announced
+        last.
+        """
         slab = self._slab[layer]
         slab[self._new, 0] = k
         slab[self._new, 1] = v
@@ -130,15 +150,23 @@ class KVCache:
         return LayerKV(self._slab[layer, : self._slots], self._k_pos, self._cu_k, self._held_slots)
 
     def tokens_from(self, layer: int, sequence: int, first: int) -> torch.Tensor:
-        """K and V of the sequence's tokens held at index `first` and after: `[tokens, 2, kv_heads, head_dim]`, a view."""
+        """K and V of the sequence's tokens held at index `first` and after: `[tokens, 2, kv_heads,
+        head_dim]`, a view.
+        """
         start, held = self._offsets[sequence], self.lengths[sequence]
         return self._slab[layer, start + first : start + held]
 
     def _index(self) -> None:
-        """Works out once what every layer's view shares: slot positions, offsets and where the held slots lie."""
+        """Works out once what every layer's view shares: slot positions, offsets and where the held
+        slots lie.
+        """
         device, held = self._slab.device, self.lengths
         if self.batch == 1:  # slack lies at the end alone, so the exact view is a slice
-            self._slots, self._k_pos, self._cu_k = held[0], self.held.positions, self.held.cu_seqlens
+            self._slots, self._k_pos, self._cu_k = (
+                held[0],
+                self.held.positions,
+                self.held.cu_seqlens,
+            )
             self._held_slots = None
             return
         self._slots = self._offsets[-1]
@@ -147,7 +175,9 @@ class KVCache:
             self._k_pos, self._held_slots = self.held.positions, None
             return
         starts = torch.tensor(self._offsets[:-1]).repeat_interleave(torch.tensor(held))
-        within = torch.arange(sum(held)) - self.held.cu_seqlens[:-1].cpu().repeat_interleave(torch.tensor(held))
+        within = torch.arange(sum(held)) - self.held.cu_seqlens[:-1].cpu().repeat_interleave(
+            torch.tensor(held)
+        )
         self._held_slots = (starts + within).to(device)
         self._k_pos = torch.full((self._slots,), NEVER, dtype=torch.int32, device=device)
         self._k_pos[self._held_slots] = self.held.positions

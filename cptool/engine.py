@@ -1,8 +1,9 @@
 """Prefill, extend, decode: exact inference of a batch of sequences, split over ranks by context.
 
-Every rank runs the same program with the same arguments. A forward over T new tokens on top of P cached ones is one
-method, `extend`: a full prefill is P = 0, a decode step is T = 1 for every sequence still talking. New tokens are dealt
-to the CP ranks in balance whatever the placement of the cached ones; positions are the mask.
+Every rank runs the same program with the same arguments. A forward over T new tokens on top of P
+cached ones is one method, `extend`: a full prefill is P = 0, a decode step is T = 1 for every
+sequence still talking. New tokens are dealt to the CP ranks in balance whatever the placement of
+the cached ones; positions are the mask.
 """
 
 from collections.abc import Callable
@@ -29,13 +30,20 @@ Progress = Callable[[str, int, int], None]
 class Engine:
     """A model, `batch` sequences and their KV on this rank.
 
-    `tokens[b]` is everything said so far, `computed[b]` how many of them have KV (the last token of a decode may be
-    pending), `logits[b]` float32 [vocabulary] what follows, on the rank that owns the sequence's last token.
+    `tokens[b]` is everything said so far, `computed[b]` how many of them have KV (the last token of
+    a decode may be pending), `logits[b]` float32 [vocabulary] what follows, on the rank that owns
+    the sequence's last token.
     """
 
     def __init__(
-        self, model: Llama, world: World, *, batch: int = 1, variant: str = AUTO,
-        profile: HardwareProfile | None = None, progress: Progress | None = None,
+        self,
+        model: Llama,
+        world: World,
+        *,
+        batch: int = 1,
+        variant: str = AUTO,
+        profile: HardwareProfile | None = None,
+        progress: Progress | None = None,
     ):
         self.model, self.world, self.variant = model, world, variant
         self.profile = profile or default_profile(world.device.type)
@@ -60,9 +68,11 @@ class Engine:
 
     @torch.inference_mode()
     def extend(self, new: list[list[int]], *, reserve: int = 0) -> None:
-        """Computes the pending tokens of each sequence and then `new[b]`, and leaves what follows in `logits`.
+        """Computes the pending tokens of each sequence and then `new[b]`, and leaves what follows
+        in `logits`.
 
-        A sequence with nothing to compute keeps its logits. `reserve` keeps room in the cache for that many more tokens.
+        A sequence with nothing to compute keeps its logits. `reserve` keeps room in the cache for
+        that many more tokens.
         """
         world, config = self.world, self.model.config
         for said, added in zip(self.tokens, new, strict=True):
@@ -88,7 +98,9 @@ class Engine:
         queries = layout.placements()
         for rank, added in enumerate(queries):
             self._keys[rank].append(added)
-            self._held[rank] = [h + a for h, a in zip(self._held[rank], added.cu_seqlens.diff().tolist())]
+            self._held[rank] = [
+                h + a for h, a in zip(self._held[rank], added.cu_seqlens.diff().tolist())
+            ]
         queries = tuple(placement.to(world.device) for placement in queries)
         mine = queries[world.cp_rank]
         if reserve:
@@ -99,7 +111,9 @@ class Engine:
         step = Step(rank=world.cp_rank, queries=queries, keys=self._all_keys() if travels else ())
         scale, prefilling = config.head_dim**-0.5, max(lengths) > 1
 
-        def attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attention(
+            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        ) -> torch.Tensor:
             if prefilling:
                 self._progress("prefill, layer", layer, config.num_hidden_layers)
             self.cache.store(layer, k, v)
@@ -125,7 +139,8 @@ class Engine:
     def next_tokens(self, sampling: Sampling) -> list[int]:
         """The token that follows each sequence, the same on every rank; nothing is appended.
 
-        Each is picked by the rank that holds its logits and summed over the CP ranks with zeros from the others.
+        Each is picked by the rank that holds its logits and summed over the CP ranks with zeros
+        from the others.
         """
         picks = torch.zeros(len(self.tokens), dtype=torch.int64, device=self.world.device)
         for b, row in self.logits.items():
@@ -144,9 +159,10 @@ class Engine:
     ) -> list[list[int]]:
         """Appends up to `limit` tokens to each sequence and returns them.
 
-        A sequence that says a token of `stop` keeps it and leaves the batch. `emit(sequence, token)` is called for each
-        token as it is known. The KV of a sequence's last token stays pending. `interrupted` is asked at each token; once it
-        says so on any rank, that token is the last one of every sequence, on all ranks.
+        A sequence that says a token of `stop` keeps it and leaves the batch. `emit(sequence,
+        token)` is called for each token as it is known. The KV of a sequence's last token stays
+        pending. `interrupted` is asked at each token; once it says so on any rank, that token is
+        the last one of every sequence, on all ranks.
         """
         if any(computed < len(said) for computed, said in zip(self.computed, self.tokens)):
             self.extend([[] for _ in self.tokens])
@@ -172,8 +188,9 @@ class Engine:
     def truncate(self, lengths: list[int]) -> None:
         """Goes back to the first `lengths[b]` tokens of each sequence; costs no computation.
 
-        Where a sequence gets shorter, what follows its new end is not known any more: the KV of its last token is
-        given up, so that the next `extend` computes it again, as in `Manifest.truncated`.
+        Where a sequence gets shorter, what follows its new end is not known any more: the KV of its
+        last token is given up, so that the next `extend` computes it again, as in
+        `Manifest.truncated`.
         """
         for b, length in enumerate(lengths):
             if length < len(self.tokens[b]):
@@ -185,7 +202,9 @@ class Engine:
         self.saved = list(map(min, self.saved, self.cache.lengths))
 
     def restore(self, directory: Path, manifest: Manifest, *, reserve: int = 0) -> None:
-        """Takes over a session's state; `reserve` keeps room for that many more tokens of each sequence."""
+        """Takes over a session's state; `reserve` keeps room for that many more tokens of each
+        sequence.
+        """
         self.tokens = [list(sequence.tokens) for sequence in manifest.sequences]
         self.computed = [sequence.cached for sequence in manifest.sequences]
         self._take_over(
@@ -207,7 +226,8 @@ class Engine:
     def save(self, directory: Path, previous: Manifest | None, model: ModelIdentity) -> Manifest:
         """Writes what came since `previous` as the session's next turn and returns its manifest.
 
-        Every rank writes its segment; the first then replaces the manifest, and nothing before that changes the session.
+        Every rank writes its segment; the first then replaces the manifest, and nothing before that
+        changes the session.
         """
         world, revision = self.world, 1 if previous is None else previous.revision + 1
         self._progress("save the session", 0, 0)
@@ -222,13 +242,17 @@ class Engine:
                 revision=revision,
                 rank=world.cp_rank,
                 kv_heads=self._kv_heads,
-                start=[s.cached for s in previous.sequences] if previous else [0] * len(self.tokens),
+                start=[s.cached for s in previous.sequences]
+                if previous
+                else [0] * len(self.tokens),
                 until=self.computed,
                 logits=logits,
             )
         written = world.gather((segment, sorted(self.logits)))
         added = tuple(s for s, _ in written if s is not None)
-        logits_of = {b: s.file for s, owned in written if s is not None and s.kv_heads[0] == 0 for b in owned}
+        logits_of = {
+            b: s.file for s, owned in written if s is not None and s.kv_heads[0] == 0 for b in owned
+        }
         manifest = Manifest(
             model=model,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -257,12 +281,16 @@ class Engine:
         return bool(told)
 
     def _take_over(self, held: tuple[Placement, ...]) -> None:
-        """Notes what every CP rank holds: by count for dealing tokens, by position for variants in which keys travel."""
+        """Notes what every CP rank holds: by count for dealing tokens, by position for variants in
+        which keys travel.
+        """
         self._held = [placement.cu_seqlens.diff().tolist() for placement in held]
         self._keys = [[placement] for placement in held]
 
     def _all_keys(self) -> tuple[Placement, ...]:
-        """What every CP rank holds now. Put together only where it is needed: a decode step is too short for it."""
+        """What every CP rank holds now. Put together only where it is needed: a decode step is too
+        short for it.
+        """
         self._keys = [[concat(*parts)] for parts in self._keys]
         return tuple(parts[0].to(self.world.device) for parts in self._keys)
 

@@ -1,7 +1,7 @@
 """One turn of a conversation with a model: what every rank runs when a command is given.
 
-A turn takes new tokens for each sequence of a batch, on top of a session or of nothing, answers with up to
-`max_new_tokens` tokens each, and may leave a session behind.
+A turn takes new tokens for each sequence of a batch, on top of a session or of nothing, answers
+with up to `max_new_tokens` tokens each, and may leave a session behind.
 """
 
 import time
@@ -17,8 +17,8 @@ from cptool.sampling import Sampling
 class Turn:
     """What is asked.
 
-    `prompts[b]` are the new tokens of sequence b; with `resume` they follow what the session holds, or the first `keep[b]`
-    tokens of it.
+    `prompts[b]` are the new tokens of sequence b; with `resume` they follow what the session holds,
+    or the first `keep[b]` tokens of it.
     """
 
     model: str
@@ -36,11 +36,12 @@ class Turn:
 class Report:
     """What happened, the same on every rank but for the times, which are this rank's.
 
-    `first_token` follows the new tokens (under the turn's sampling), whether or not it was appended. `token_ids` are the
-    tokens appended. `ttft_s` runs from tokens and weights in memory to the first token; `ttit_ms` is the mean time of
-    each further token, None where there was none. `exposed_s` is time that attention waited for other ranks during the
-    prefill, `wire_bytes` what this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank
-    reads for one step of decode.
+    `first_token` follows the new tokens (under the turn's sampling), whether or not it was
+    appended. `token_ids` are the tokens appended. `ttft_s` runs from tokens and weights in memory
+    to the first token; `ttit_ms` is the mean time of each further token, None where there was none.
+    `exposed_s` is time that attention waited for other ranks during the prefill, `wire_bytes` what
+    this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank reads
+    for one step of decode.
     """
 
     tokens: int
@@ -139,7 +140,11 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
         exposed_s=exposed,
         wire_bytes=sent,
         flops=flops,
-        decode_bytes=(weight_bytes(config, size) + kv_bytes(config, -(-sum(engine.computed) // world.cp), size)) // world.tp,
+        decode_bytes=(
+            weight_bytes(config, size)
+            + kv_bytes(config, -(-sum(engine.computed) // world.cp), size)
+        )
+        // world.tp,
     )
 
 

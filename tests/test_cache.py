@@ -8,19 +8,25 @@ from cptool.cache import NEVER, KVCache
 from cptool.sharding import Placement
 
 steps = st.integers(1, 4).flatmap(
-    lambda batch: st.lists(st.lists(st.integers(0, 5), min_size=batch, max_size=batch), min_size=1, max_size=6)
+    lambda batch: st.lists(
+        st.lists(st.integers(0, 5), min_size=batch, max_size=batch), min_size=1, max_size=6
+    )
 )
 
 
 def placement(lengths: list[int], starts: list[int]) -> Placement:
-    return Placement.of([torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lengths)])
+    return Placement.of(
+        [torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lengths)]
+    )
 
 
 @settings(deadline=None, max_examples=60)
 @given(steps, st.lists(st.integers(0, 30), min_size=4, max_size=4))
 def test_views_show_what_was_stored(steps, reserved):
     batch = len(steps[0])
-    cache = KVCache(layers=2, kv_heads=3, head_dim=4, batch=batch, dtype=torch.float32, device="cpu")
+    cache = KVCache(
+        layers=2, kv_heads=3, head_dim=4, batch=batch, dtype=torch.float32, device="cpu"
+    )
     cache.reserve(reserved[:batch])
     expected = [torch.empty(2, 0, 2, 3, 4) for _ in range(batch)]
     for lengths in steps:
@@ -42,7 +48,9 @@ def test_views_show_what_was_stored(steps, reserved):
             assert torch.equal(v[start : start + held], expected[b][layer, :, 1])
             assert k_pos[start : start + held].tolist() == list(range(held))
             assert (k_pos[start + held : stop] == NEVER).all()
-            assert torch.equal(cache.tokens_from(layer, b, held // 2), expected[b][layer, held // 2 :])
+            assert torch.equal(
+                cache.tokens_from(layer, b, held // 2), expected[b][layer, held // 2 :]
+            )
 
 
 def test_one_sequence_is_sent_without_a_copy():
@@ -57,13 +65,17 @@ def test_one_sequence_is_sent_without_a_copy():
 @given(steps, st.lists(st.integers(0, 15), min_size=4, max_size=4), st.integers(2, 3))
 def test_truncate_drops_positions_and_what_follows_takes_their_place(steps, limits, stride):
     batch = len(steps[0])
-    cache = KVCache(layers=2, kv_heads=1, head_dim=2, batch=batch, dtype=torch.float32, device="cpu")
+    cache = KVCache(
+        layers=2, kv_heads=1, head_dim=2, batch=batch, dtype=torch.float32, device="cpu"
+    )
     kept = [torch.empty(0, dtype=torch.int32)] * batch
 
     def append(lengths: list[int]) -> None:
         # A rank among several holds only some of the positions.
         starts = [int(row[-1]) + 1 if len(row) else 1 for row in kept]
-        new = [torch.arange(n, dtype=torch.int32) * stride + start for n, start in zip(lengths, starts)]
+        new = [
+            torch.arange(n, dtype=torch.int32) * stride + start for n, start in zip(lengths, starts)
+        ]
         cache.extend(Placement.of(new))
         for layer in range(2):
             kv = torch.cat(new)[:, None, None].expand(-1, 1, 2) + 100.0 * layer

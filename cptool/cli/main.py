@@ -1,4 +1,6 @@
-"""The `cptool` command: finds the subcommand, and turns what goes wrong into one line and an exit code."""
+"""The `cptool` command: finds the subcommand, and turns what goes wrong into one line and an exit
+code.
+"""
 
 import importlib
 import os
@@ -9,8 +11,9 @@ import click
 import cptool
 from cptool.errors import UserError
 
-# Threads that spin while they wait take the cores from ranks and from our kernels' threads: on two busy cores a decode step
-# took 20 times as long. Read by OpenMP when torch is imported, so it is set before.
+# Threads that spin while they wait take the cores from ranks and from our kernels' threads: on two
+# busy cores a decode step took 20 times as long. Read by OpenMP when torch is imported, so it is
+# set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 COMMANDS = ("prefill", "decode", "session", "verify", "pull", "demo", "doctor")
