@@ -1,0 +1,342 @@
+"""CPU attention held against the machine and against torch.
+
+    python benchmarks/cpu_attention.py                      # 8K tokens, one thread
+    python benchmarks/cpu_attention.py --tokens 2048 --isa all --json FILE
+
+Three things are measured, each interleaved with its ceiling and with torch in the same run:
+
+- prefill: causal attention of T new tokens over P cached ones and themselves, 4 D flops for each of
+  the (P T + T (T + 1) / 2) pairs and each query head; the ceiling is the rate of multiply-adds in
+  registers of the units that the kernel uses (ceilings.cpp), the peer torch's flash attention.
+- decode: one query token over a long KV cache; the ceiling is a plain read of the same bytes.
+- merge of partials; the ceiling is torch's copy, counted as bytes read and bytes written.
+
+Torch gets contiguous [heads, tokens, D], our op [tokens, heads, D] and a slab of K and V as the KV
+cache holds them. torch's causal mask has no form for cached tokens, so these go without a peer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+sys.path.append(str(Path(__file__).parents[1]))  # the checkout's cptool, where none is installed
+
+from ceilings import Ceilings  # noqa: E402
+from measure import circumstances, clock_name, interleave, stopwatch  # noqa: E402
+
+from cptool import ops  # noqa: E402
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`tokens` queries over `cached` keys and over themselves."""
+
+    tokens: int
+    cached: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def flops(self) -> float:
+        pairs = self.tokens * self.cached + self.tokens * (self.tokens + 1) / 2
+        return 4.0 * self.head_dim * self.q_heads * pairs
+
+    def facts(self) -> dict[str, object]:
+        return {**vars(self), "dtype": str(self.dtype).removeprefix("torch.")}
+
+
+class Inputs:
+    """Random arguments of one shape, and the calls of ours and torch's on them."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        keys = shape.cached + shape.tokens
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn(size, generator=generator).to(shape.dtype)
+
+        self.q = random(shape.tokens, shape.q_heads, shape.head_dim)
+        self.slab = random(keys, 2, shape.kv_heads, shape.head_dim)
+        self.scale = shape.head_dim**-0.5
+        self.q_pos = torch.arange(shape.cached, keys, dtype=torch.int32)
+        self.k_pos = torch.arange(keys, dtype=torch.int32)
+        self.cu_q = torch.tensor([0, shape.tokens], dtype=torch.int32)
+        self.cu_k = torch.tensor([0, keys], dtype=torch.int32)
+        self._torch = [
+            x.transpose(0, 1)[None].contiguous() for x in (self.q, self.slab[:, 0], self.slab[:, 1])
+        ]
+
+    def ours(self) -> torch.Tensor:
+        k, v = self.slab.unbind(1)
+        positions = (self.q_pos, self.k_pos, self.cu_q, self.cu_k)
+        return ops.attention_partial(
+            self.q, k, v, *positions, self.scale, out_dtype=self.shape.dtype
+        )[0]
+
+    @property
+    def torch_can(self) -> bool:
+        return self.shape.cached == 0 or self.shape.tokens == 1
+
+    def torch(self) -> torch.Tensor:
+        shape = self.shape
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = scaled_dot_product_attention(
+                *self._torch,
+                is_causal=shape.tokens > 1,
+                scale=self.scale,
+                enable_gqa=shape.q_heads != shape.kv_heads,
+            )
+        return out[0].transpose(0, 1)
+
+    def errors(self) -> dict[str, float | None]:
+        """Largest distances from float64 over sampled rows, the first and the last among them."""
+        group = self.shape.q_heads // self.shape.kv_heads
+        rows = torch.linspace(0, self.shape.tokens - 1, SAMPLED_ROWS).long().unique()
+        k, v = self.slab.repeat_interleave(group, 2).unbind(1)
+        exact = torch.empty(len(rows), *self.q.shape[1:], dtype=torch.float64)
+        for i, row in enumerate(rows):
+            end = self.shape.cached + int(row) + 1
+            scores = torch.einsum("hd,khd->hk", self.q[row].double(), k[:end].double()) * self.scale
+            exact[i] = torch.einsum("hk,khd->hd", scores.softmax(-1), v[:end].double())
+
+        def error(out: torch.Tensor) -> float:
+            return float((out[rows].double() - exact).abs().max())
+
+        return {
+            "error": error(self.ours()),
+            "torch_error": error(self.torch()) if self.torch_can else None,
+        }
+
+
+def _timed_on(isa: str, run: Callable[[], object]) -> Callable[[], float]:
+    def measure() -> float:
+        with ops.force_cpu_isa(isa):
+            return stopwatch(run)
+
+    return measure
+
+
+def _kernels(isas: tuple[str, ...], shape: Shape) -> list[str]:
+    """Of `isas` ("all": every one) those that take the shape; without any, the op's own choice."""
+    if not isas:
+        return [ops.cpu_isa(shape.dtype, shape.head_dim)]
+    taking = []
+    for isa in ops.cpu_isas() if "all" in isas else isas:
+        with ops.force_cpu_isa(isa):
+            taking += [isa] if ops.cpu_isa(shape.dtype, shape.head_dim) == isa else []
+    return taking
+
+
+def attention(
+    kind: str, shape: Shape, isas: tuple[str, ...], ceilings: Ceilings | None, repeats: int
+) -> list[dict[str, object]]:
+    """Measures one shape: a result per instruction set."""
+    inputs = Inputs(shape)
+    kernels = _kernels(isas, shape)
+    measures: dict[str, Callable[[], float | None]] = {}
+    for isa in kernels:
+        measures[f"ours {isa}"] = _timed_on(isa, inputs.ours)
+    if inputs.torch_can:
+        measures["torch"] = lambda: stopwatch(inputs.torch)
+    if ceilings and kind == "decode":
+        measures["read"] = lambda: ceilings.read(inputs.slab)
+    elif ceilings:
+        for name in ("fma", "amx", "amx_l1"):
+            measures[name] = lambda name=name: ceilings.flops(name)
+    measured = interleave(measures, repeats)
+    peer = measured.get("torch")
+    results = []
+    for isa in kernels:
+        ours = measured[f"ours {isa}"]
+        time = ours["median"]
+        if kind == "decode":
+            ceiling, rate = "read", inputs.slab.nbytes / time
+        else:
+            ceiling, rate = "amx" if isa == "amx" else "fma", shape.flops / time
+        limit = measured.get(ceiling)
+        with ops.force_cpu_isa(isa):
+            errors = inputs.errors()
+        results.append(
+            {
+                "case": kind,
+                **shape.facts(),
+                "isa": isa,
+                "seconds": ours,
+                "rate": rate,
+                "unit": "bytes/s" if kind == "decode" else "flop/s",
+                "ceiling": ceiling,
+                "of_ceiling": rate / limit["median"] if limit else None,
+                "torch_seconds": peer,
+                "torch_over_ours": peer["median"] / time if peer else None,
+                "ceilings": {name: measured.get(name) for name in ("fma", "amx", "amx_l1", "read")},
+                **errors,
+            }
+        )
+    return results
+
+
+def merge(
+    partials: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, repeats: int
+) -> dict[str, object]:
+    """Measures merge_partials into the partials' dtype."""
+    outs = [torch.randn(tokens, heads, head_dim).to(dtype) for _ in range(partials)]
+    lses = [torch.randn(tokens, heads) for _ in range(partials)]
+    source = torch.cat(outs)
+    target = torch.empty_like(source)
+    moved = (partials + 1) * (outs[0].nbytes + lses[0].nbytes)
+    measured = interleave(
+        {
+            "merge": lambda: stopwatch(lambda: ops.merge_partials(outs, lses, dtype)),
+            "copy": lambda: 2 * source.nbytes / stopwatch(lambda: target.copy_(source)),
+        },
+        repeats,
+    )
+    rate = moved / measured["merge"]["median"]
+    exact = torch.einsum(
+        "sth,sthd->thd", torch.stack(lses).double().softmax(0), torch.stack(outs).double()
+    )
+    return {
+        "case": "merge",
+        "partials": partials,
+        "tokens": tokens,
+        "q_heads": heads,
+        "head_dim": head_dim,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": measured["merge"],
+        "rate": rate,
+        "unit": "bytes/s",
+        "ceiling": "copy",
+        "of_ceiling": rate / measured["copy"]["median"],
+        "ceilings": {"copy": measured["copy"]},
+        "error": float((ops.merge_partials(outs, lses, dtype)[0].double() - exact).abs().max()),
+    }
+
+
+def draw(results: list[dict[str, object]], console: Console) -> None:
+    table = Table(box=None, header_style="bold", padding=(0, 1))
+    for column in ("case", "dtype", "D", "heads", "tokens", "isa"):
+        table.add_column(column, no_wrap=True)
+    for column in ("ms (min, max)", "rate", "of ceiling", "x torch", "error (torch's)"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in results:
+        time = [f"{1e3 * r['seconds'][key]:.4g}" for key in ("median", "min", "max")]
+        rate = (
+            f"{r['rate'] / 1e12:.3f} TFLOP/s"
+            if r["unit"] == "flop/s"
+            else f"{r['rate'] / 1e9:.1f} GB/s"
+        )
+        ratio, torch_error = r.get("torch_over_ours"), r.get("torch_error")
+        table.add_row(
+            str(r["case"]),
+            r["dtype"],
+            str(r["head_dim"]),
+            f"{r['q_heads']}/{r['kv_heads']}" if "kv_heads" in r else str(r["q_heads"]),
+            f"{r['tokens']}"
+            + (f" + {r['cached']} cached" if r.get("cached") else "")
+            + (f" x {r['partials']}" if "partials" in r else ""),
+            r.get("isa", ""),
+            f"{time[0]} ({time[1]}, {time[2]})",
+            rate,
+            f"{100 * r['of_ceiling']:.1f}% {r['ceiling']}" if r["of_ceiling"] else "",
+            f"{ratio:.2f}" if ratio else "",
+            f"{r['error']:.1e}" + (f" ({torch_error:.1e})" if torch_error else ""),
+        )
+    console.print(table)
+
+
+def _heads(_context: object, _option: object, values: tuple[str, ...]) -> list[tuple[int, int]]:
+    pairs = []
+    for value in values:
+        q, _, kv = value.partition("/")
+        if not (q.isdigit() and kv.isdigit() and int(kv) > 0 and int(q) % int(kv) == 0):
+            raise click.BadParameter(f"{value!r} must be QUERY/KV, a multiple over a divisor")
+        pairs.append((int(q), int(kv)))
+    return pairs
+
+
+POSITIVE = click.IntRange(min=1)
+
+
+@click.command(help=__doc__.partition("\n\n")[0], context_settings={"show_default": True})
+@click.option("--tokens", "-t", type=POSITIVE, multiple=True, default=(8192,), help="New tokens.")
+@click.option("--cached", type=click.IntRange(min=0), multiple=True, default=(0,))
+@click.option("--head-dim", "-d", type=click.IntRange(min=8, max=256), multiple=True,
+              default=(64, 80, 128))
+@click.option("--heads", callback=_heads, multiple=True, default=("8/8", "8/2"), metavar="Q/KV")
+@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True,
+              default=("float32", "bfloat16"))
+@click.option("--isa", "isas", type=click.Choice([*ops.cpu_isas(), "all"]), multiple=True,
+              help="Instruction sets; without any, the one that the op chooses.")
+@click.option("--threads", type=POSITIVE, default=1)
+@click.option("--repeats", type=POSITIVE, default=5)
+@click.option("--decode-keys", type=click.IntRange(min=0), default=32768,
+              help="Keys of the decode shape; 0 leaves it out.")
+@click.option("--merge-tokens", type=click.IntRange(min=0), default=8192,
+              help="Tokens of the merged partials; 0 leaves them out.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+def main(tokens, cached, head_dim, heads, dtypes, isas, threads, repeats, decode_keys,
+         merge_tokens, json_file) -> None:  # fmt: skip
+    torch.set_num_threads(threads)
+    log = Console(stderr=True, highlight=False)
+    head = {**circumstances(), "threads": threads, "clock": clock_name()}
+    try:
+        ceilings = Ceilings(threads)
+    except OSError as error:
+        log.print(f"No ceilings: {error}")
+        ceilings = None
+    shapes = [
+        ("prefill", Shape(t, p, *h, d, DTYPES[dtype]))
+        for d in head_dim for h in heads for dtype in dtypes for t in tokens for p in cached
+    ]  # fmt: skip
+    if decode_keys:
+        shapes += [
+            ("decode", Shape(1, decode_keys - 1, *h, d, DTYPES[dtype]))
+            for d in head_dim for h in heads for dtype in dtypes
+        ]  # fmt: skip
+    results: list[dict[str, object]] = []
+    with log.status("") as status:
+        for kind, shape in shapes:
+            facts = " ".join(f"{name}={value}" for name, value in shape.facts().items())
+            status.update(f"{kind} {facts}")
+            # A decode step takes about a millisecond, a prefill about a second.
+            rounds = 10 * repeats if kind == "decode" else repeats
+            results += attention(kind, shape, isas, ceilings, rounds)
+        if merge_tokens:
+            for dtype in dtypes:
+                for partials in (2, 4):
+                    status.update(f"merge of {partials}, {dtype}")
+                    results.append(
+                        merge(partials, merge_tokens, max(h for h, _ in heads), max(head_dim),
+                              DTYPES[dtype], 4 * repeats)
+                    )  # fmt: skip
+    draw(results, Console(width=None if log.is_terminal else 160, highlight=False))
+    rates = [r["ceilings"] for r in results if r["case"] == "prefill"]
+    for name in ("fma", "amx", "amx_l1"):
+        medians = [r[name]["median"] for r in rates if r[name]]
+        if medians:
+            rate = math.fsum(medians) / len(medians) / 1e12
+            log.print(f"{name}: {rate:.3f} TFLOP/s on {threads} thread(s)")
+    if json_file:
+        json_file.write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
