@@ -1,7 +1,7 @@
 """Compiles csrc/ into cptool/_C with CMake and Ninja; all else is in pyproject.toml.
 
-Environment: CPTOOL_CUDA=auto|on|off, CPTOOL_CUDA_ARCHS (default "80;90a"), CPTOOL_WERROR=1
-(warnings are errors; implied by CI=true). CMAKE_ARGS is passed on.
+Environment: CPTOOL_CUDA=auto|on|off (auto: if nvcc is found), CPTOOL_CUDA_ARCHS (default "80;90a"),
+CPTOOL_WERROR=1 (warnings are errors). CMAKE_ARGS is passed on.
 """
 
 from __future__ import annotations
@@ -27,11 +27,6 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
-        strict = os.environ.get("CPTOOL_WERROR", os.environ.get("CI", "")).lower() in (
-            "1",
-            "on",
-            "true",
-        )
         settings = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
@@ -41,7 +36,7 @@ class CMakeBuild(build_ext):
             "CPTOOL_SOURCE_HASH": source_hash(ROOT / "csrc"),
             "CPTOOL_CUDA": os.environ.get("CPTOOL_CUDA", "auto"),
             "CPTOOL_CUDA_ARCHS": os.environ.get("CPTOOL_CUDA_ARCHS", "80;90a"),
-            "CPTOOL_WERROR": "ON" if strict else "OFF",
+            "CPTOOL_WERROR": "ON" if os.environ.get("CPTOOL_WERROR") == "1" else "OFF",
         }
         # An isolated build brings its own Ninja, in a directory that is gone at the next build: an
         # old cache must not name it.

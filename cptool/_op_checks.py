@@ -42,9 +42,15 @@ def _check_float(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is {tensor.dtype}; it must be float32, bfloat16 or float16")
 
 
-def check_kernels(name: str, device: torch.device) -> None:
-    if device.type != "cpu":
-        raise ValueError(f"{name} is on {device}; this build of cptool has kernels for cpu only")
+def check_kernels(name: str, device: torch.device, cuda_archs: str) -> None:
+    """`cuda_archs`: the CUDA architectures that the extension was built for, empty for none."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} is on {device}; it must be on cpu or cuda")
+    if device.type == "cuda" and not cuda_archs:
+        raise ValueError(
+            f"{name} is on {device}, but cptool was built without CUDA kernels; "
+            "reinstall where nvcc is found"
+        )
 
 
 def _check_device(tensor: Tensor, device: torch.device, name: str, first: str) -> None:

@@ -73,8 +73,9 @@ def attention_partial(
         ValueError: an argument breaks the contract. Offsets and positions are checked on the CPU
             only, where that costs no synchronisation.
 
-    On the CPU the work is spread over ``torch.get_num_threads()`` threads; the result does not
-    depend on their number.
+    On CUDA the work is queued on the current stream of q's device, and nothing waits for it. On the
+    CPU it is spread over ``torch.get_num_threads()`` threads; the result does not depend on their
+    number.
     """
     if into is None:
         return _attention_partial_op(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype)
@@ -157,16 +158,20 @@ if _forced_isa and not _C.force_cpu_isa(_forced_isa):
 
 
 def _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulate):
-    check_kernels("q", q.device)
+    check_kernels("q", q.device, _C.cuda_archs)
     q_tokens, q_heads, head_dim = q.shape
     k_tokens, kv_heads, _ = k.shape
-    _C.attention_partial_cpu(
+    arguments = (
         q.data_ptr(), *q.stride()[:2], k.data_ptr(), *k.stride()[:2], v.data_ptr(), *v.stride()[:2],
         q_pos.data_ptr(), k_pos.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr(),
         cu_q.shape[0] - 1, q_tokens, k_tokens, q_heads, kv_heads, head_dim, scale,
         SCALAR_TYPES[q.dtype], SCALAR_TYPES[out.dtype], out.data_ptr(), lse.data_ptr(), accumulate,
-        torch.get_num_threads(),
     )  # fmt: skip
+    if q.is_cuda:
+        with torch.cuda.device(q.device):
+            _C.attention_partial_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+    else:
+        _C.attention_partial_cpu(*arguments, torch.get_num_threads())
 
 
 def _attention_partial(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype=None):
@@ -196,15 +201,19 @@ def _attention_partial_into_fake(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, 
 
 def _merge_partials(outs, lses, out_dtype=None):
     dtype = check_merge(outs, lses, out_dtype)
-    check_kernels("outs[0]", outs[0].device)
+    check_kernels("outs[0]", outs[0].device, _C.cuda_archs)
     tokens, heads, head_dim = outs[0].shape
     out = torch.empty((tokens, heads, head_dim), dtype=dtype, device=outs[0].device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=outs[0].device)
-    _C.merge_partials_cpu(
+    arguments = (
         [o.data_ptr() for o in outs], [x.data_ptr() for x in lses], tokens * heads, head_dim,
         SCALAR_TYPES[outs[0].dtype], SCALAR_TYPES[dtype], out.data_ptr(), lse.data_ptr(),
-        torch.get_num_threads(),
     )  # fmt: skip
+    if out.is_cuda:
+        with torch.cuda.device(out.device):
+            _C.merge_partials_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+    else:
+        _C.merge_partials_cpu(*arguments, torch.get_num_threads())
     return out, lse
 
 
@@ -236,7 +245,8 @@ for _name, _schema, _function, _fake in (
     ),
 ):
     _library.define(_name + _schema)
-    # For every device, so that those without kernels are refused in our words.
+    # For every device, CPU and CUDA among them, so that those without kernels are refused in our
+    # words.
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cptool::{_name}", _fake, lib=_library)
 

@@ -10,6 +10,9 @@
 
 #include "attention.h"
 #include "cpu/dispatch.h"
+#if defined(CPTOOL_HAS_CUDA)
+#include "cuda/kernels.h"
+#endif
 
 namespace py = pybind11;
 
@@ -71,27 +74,31 @@ auto with_attention_args(void (*run)(const AttentionArgs&, Extra),
   };
 }
 
-void merge_partials(const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lses,
-                    int64_t rows, int64_t head_dim, int dtype, int out_dtype, uintptr_t out,
-                    uintptr_t lse, int threads) {
-  std::vector<const void*> out_pointers;
-  std::vector<const float*> lse_pointers;
-  for (size_t i = 0; i < outs.size(); ++i) {
-    out_pointers.push_back(pointer<const void>(outs[i]));
-    lse_pointers.push_back(pointer<const float>(lses[i]));
-  }
-  MergeArgs args;
-  args.outs = out_pointers.data();
-  args.lses = lse_pointers.data();
-  args.partials = static_cast<int64_t>(outs.size());
-  args.rows = rows;
-  args.head_dim = head_dim;
-  args.dtype = static_cast<ScalarType>(dtype);
-  args.out_dtype = static_cast<ScalarType>(out_dtype);
-  args.out = pointer<void>(out);
-  args.lse = pointer<float>(lse);
-  py::gil_scoped_release released;
-  cptool::cpu::merge_partials(args, threads);
+// The same for partials.
+template <class Extra>
+auto with_merge_args(void (*run)(const MergeArgs&, Extra)) {
+  return [run](const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lses, int64_t rows,
+               int64_t head_dim, int dtype, int out_dtype, uintptr_t out, uintptr_t lse,
+               Extra extra) {
+    std::vector<const void*> out_pointers;
+    std::vector<const float*> lse_pointers;
+    for (size_t i = 0; i < outs.size(); ++i) {
+      out_pointers.push_back(pointer<const void>(outs[i]));
+      lse_pointers.push_back(pointer<const float>(lses[i]));
+    }
+    MergeArgs args;
+    args.outs = out_pointers.data();
+    args.lses = lse_pointers.data();
+    args.partials = static_cast<int64_t>(outs.size());
+    args.rows = rows;
+    args.head_dim = head_dim;
+    args.dtype = static_cast<ScalarType>(dtype);
+    args.out_dtype = static_cast<ScalarType>(out_dtype);
+    args.out = pointer<void>(out);
+    args.lse = pointer<float>(lse);
+    py::gil_scoped_release released;
+    run(args, extra);
+  };
 }
 
 std::vector<std::string> cpu_isas(bool supported_only) {
@@ -115,7 +122,13 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("attention_partial_cpu",
         with_attention_args<int>(cptool::cpu::attention_partial, attention_args));
-  m.def("merge_partials_cpu", merge_partials);
+  m.def("merge_partials_cpu", with_merge_args<int>(cptool::cpu::merge_partials));
+#if defined(CPTOOL_HAS_CUDA)
+  // The last argument is a cudaStream_t of the current device.
+  m.def("attention_partial_cuda",
+        with_attention_args<uintptr_t>(cptool::cuda::attention_partial, attention_args));
+  m.def("merge_partials_cuda", with_merge_args<uintptr_t>(cptool::cuda::merge_partials));
+#endif
   m.def("cpu_isas", [] { return cpu_isas(true); });
   m.def("cpu_isa", [](int dtype, int64_t head_dim) {
     return cptool::cpu::select_isa(static_cast<ScalarType>(dtype), head_dim)->name;

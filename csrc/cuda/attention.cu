@@ -1,0 +1,268 @@
+// The reference kernel: attention partials in float32 arithmetic on the CUDA cores, for every dtype
+// and head_dim.
+//
+// FlashAttention's schedule (Dao et al., 2022; 2023). A block of 256 threads holds kRows packed
+// query rows (query_blocks.h) and walks the keys that its last row sees, a tile at a time:
+// S = scale Q K^T in registers, online softmax, P through shared memory, acc = acc keep + P V in
+// registers. Thread (x, y) of 16 x 16 owns kThreadRows consecutive rows from y kThreadRows, and of
+// those rows the scores x, x + 16 and the columns 2 x + 32 c, 2 x + 32 c + 1. The 16 threads of a
+// row are half a warp. There is one kernel for each padded head_dim.
+#include <cmath>
+
+#include "cuda/device.h"
+#include "cuda/kernels.h"
+#include "cuda/query_blocks.h"
+#include "cuda/tiles.h"
+#include "softmax_state.h"
+
+namespace cptool::cuda {
+namespace {
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+__device__ float row_max(float value) {
+  for (int lane = kThreadsX / 2; lane > 0; lane /= 2)
+    value = fmaxf(value, __shfl_xor_sync(kWholeWarp, value, lane));
+  return value;
+}
+
+__device__ float row_sum(float value) {
+  for (int lane = kThreadsX / 2; lane > 0; lane /= 2)
+    value += __shfl_xor_sync(kWholeWarp, value, lane);
+  return value;
+}
+
+// One thread's share of the block's rows.
+template <int kHeadDim>
+struct ThreadRows {
+  using Shared = Tiles<kHeadDim>;
+  static constexpr int kThreadRows = Shared::kThreadRows;
+  static constexpr int kThreadKeys = Shared::kThreadKeys;
+  static constexpr int kChunks = kHeadDim / (2 * kThreadsX);
+
+  SoftmaxState state[kThreadRows];  // max is the row's; sum, until finish(), this thread's keys'
+  float2 acc[kThreadRows][kChunks] = {};
+
+  // Takes the scores of the keys in shared.kv, `key` being the number of the first, and leaves
+  // their weights in shared.p.
+  __device__ void scores(Shared& shared, int x, int y, int head_dim, float scale, int64_t key,
+                         bool masked) {
+    float score[kThreadRows][kThreadKeys] = {};
+    for (int column = 0; column < head_dim; column += 4) {
+      float4 keys[kThreadKeys];
+#pragma unroll
+      for (int j = 0; j < kThreadKeys; ++j) {
+        keys[j] = *reinterpret_cast<const float4*>(&shared.kv[x + kThreadsX * j][column]);
+      }
+#pragma unroll
+      for (int i = 0; i < kThreadRows; ++i) {
+        const float4 query =
+            *reinterpret_cast<const float4*>(&shared.q[y * kThreadRows + i][column]);
+#pragma unroll
+        for (int j = 0; j < kThreadKeys; ++j) {
+          score[i][j] += query.x * keys[j].x;
+          score[i][j] += query.y * keys[j].y;
+          score[i][j] += query.z * keys[j].z;
+          score[i][j] += query.w * keys[j].w;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      const int row = y * kThreadRows + i;
+      float largest = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < kThreadKeys; ++j) {
+        const bool hidden = masked && key + x + kThreadsX * j >= shared.limits[row];
+        score[i][j] = hidden ? -INFINITY : score[i][j] * scale;
+        largest = fmaxf(largest, score[i][j]);
+      }
+      // The tile's state is taken at the maximum of all keys so far, so that its weights need no
+      // factor in merge().
+      SoftmaxState tile;
+      tile.max = fmaxf(state[i].max, row_max(largest));
+      const float base = tile.max == -INFINITY ? 0.0f : tile.max;  // -inf - -inf would be NaN
+#pragma unroll
+      for (int j = 0; j < kThreadKeys; ++j) {
+        const float weight = expf(score[i][j] - base);
+        tile.sum += weight;
+        shared.p[row][x + kThreadsX * j] = weight;
+      }
+      float keep, add;
+      state[i].merge(tile, keep, add);
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        acc[i][c].x *= keep;
+        acc[i][c].y *= keep;
+      }
+    }
+  }
+
+  // acc += P V, of the values in shared.kv.
+  __device__ void values(const Shared& shared, int x, int y) {
+#pragma unroll 1
+    for (int key = 0; key < Shared::kKeys; key += 4) {
+      float weight[kThreadRows][4];
+#pragma unroll
+      for (int i = 0; i < kThreadRows; ++i) {
+        *reinterpret_cast<float4*>(weight[i]) =
+            *reinterpret_cast<const float4*>(&shared.p[y * kThreadRows + i][key]);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          const float2 value =
+              *reinterpret_cast<const float2*>(&shared.kv[key + j][2 * (x + kThreadsX * c)]);
+#pragma unroll
+          for (int i = 0; i < kThreadRows; ++i) {
+            acc[i][c].x += weight[i][j] * value.x;
+            acc[i][c].y += weight[i][j] * value.y;
+          }
+        }
+      }
+    }
+  }
+
+  // Writes the rows of the result, or merges them into those that are there. `result_row(row)`: a
+  // row's place in out and lse.
+  template <class ResultRow>
+  __device__ void finish(const AttentionArgs& args, int x, int y, int rows, ResultRow result_row) {
+    SoftmaxState before[kThreadRows];
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      const int row = y * kThreadRows + i;
+      state[i].sum = row_sum(state[i].sum);
+      if (args.accumulate && row < rows) {
+        before[i] = SoftmaxState::of_lse(args.lse[result_row(row)]);
+      }
+    }
+    __syncwarp();  // every thread of a row has read its lse before one of them writes it
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      const int row = y * kThreadRows + i;
+      if (row >= rows || (args.accumulate && state[i].empty())) continue;
+      SoftmaxState total = before[i];
+      float keep, add;
+      total.merge(state[i], keep, add);
+      const float divisor = total.empty() ? 1.0f : total.sum;
+      keep /= divisor;
+      add /= divisor;
+      const int64_t at = result_row(row);
+      if (x == 0) args.lse[at] = total.lse();
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const int column = 2 * (x + kThreadsX * c);
+        if (column >= args.head_dim) continue;
+        const int64_t index = at * args.head_dim + column;
+        float2 out = make_float2(0.0f, 0.0f);  // of a row that saw no key, whatever acc holds
+        if (!total.empty()) out = make_float2(acc[i][c].x * add, acc[i][c].y * add);
+        if (!before[i].empty()) {  // else what is there is ignored, whatever it is
+          const float* there = static_cast<const float*>(args.out) + index;
+          out.x += there[0] * keep;
+          out.y += there[1] * keep;
+        }
+        store_float(args.out, args.out_dtype, index, out.x);
+        store_float(args.out, args.out_dtype, index + 1, out.y);
+      }
+    }
+  }
+};
+
+// At least two blocks a multiprocessor, hence at most 128 registers a thread.
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionArgs args) {
+  using Shared = Tiles<kHeadDim>;
+  extern __shared__ float4 shared_memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+  const int x = threadIdx.x % kThreadsX;
+  const int y = threadIdx.x / kThreadsX;
+  const int head_dim = static_cast<int>(args.head_dim);
+
+  // The last queries see the most keys: they start first.
+  const QueryBlock block = query_block(args, Shared::kRows, gridDim.x - 1 - blockIdx.x);
+  if (block.rows <= 0) return;
+  const int rows = static_cast<int>(block.rows);
+  const int64_t group = args.q_heads / args.kv_heads;
+  const int64_t kv_head = blockIdx.y;
+  const auto token = [&](int row) { return block.first_token + (block.first_row + row) / group; };
+  const auto head = [&](int row) { return kv_head * group + (block.first_row + row) % group; };
+
+  const int64_t first_key = offset_at(args.cu_k, block.sequence, args.k_tokens);
+  const int64_t keys = offset_at(args.cu_k, block.sequence + 1, args.k_tokens) - first_key;
+  if (threadIdx.x < Shared::kRows) {
+    const int row = threadIdx.x;
+    shared.limits[row] =
+        row < rows ? visible_keys(args.k_pos + first_key, keys, args.q_pos[token(row)]) : 0;
+  }
+  const auto query_at = [&](int row) {
+    return token(row) * args.q_token_stride + head(row) * args.q_head_stride;
+  };
+  load_tile(args.dtype, args.q, query_at, rows, head_dim, shared.q);
+  __syncthreads();
+  // Rows ascend in position, so the first row sees the fewest keys and the last one the most.
+  const int64_t dense_end = shared.limits[0];
+  const int64_t key_end = shared.limits[rows - 1];
+
+  ThreadRows<kHeadDim> mine;
+  for (int64_t key = 0; key < key_end; key += Shared::kKeys) {
+    const int64_t left = key_end - key;
+    const int held = left < Shared::kKeys ? static_cast<int>(left) : Shared::kKeys;
+    const int64_t first = first_key + key;
+    const auto key_at = [&](int j) {
+      return (first + j) * args.k_token_stride + kv_head * args.k_head_stride;
+    };
+    load_tile(args.dtype, args.k, key_at, held, head_dim, shared.kv);
+    __syncthreads();
+    mine.scores(shared, x, y, head_dim, args.scale, key, key + Shared::kKeys > dense_end);
+    __syncthreads();
+    const auto value_at = [&](int j) {
+      return (first + j) * args.v_token_stride + kv_head * args.v_head_stride;
+    };
+    load_tile(args.dtype, args.v, value_at, held, head_dim, shared.kv);
+    __syncthreads();
+    mine.values(shared, x, y);
+    __syncthreads();
+  }
+  mine.finish(args, x, y, rows,
+              [&](int row) { return token(row) * args.q_heads + head(row); });
+}
+
+template <int kHeadDim>
+void launch(const AttentionArgs& args, cudaStream_t stream) {
+  using Shared = Tiles<kHeadDim>;
+  static_assert(sizeof(Shared) <= 99 * 1024);
+  const int64_t blocks = query_block_count(args, Shared::kRows);
+  if (blocks > INT32_MAX || args.kv_heads > UINT16_MAX) {
+    throw std::invalid_argument("attention_partial on CUDA would need a grid of " +
+                                std::to_string(blocks) + " x " + std::to_string(args.kv_heads) +
+                                " thread blocks; the limit is 2147483647 x 65535");
+  }
+  // Shared memory above 48 KiB has to be asked for, on every device anew.
+  check(cudaFuncSetAttribute(attention_kernel<kHeadDim>,
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)),
+        "attention_partial");
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(args.kv_heads));
+  attention_kernel<kHeadDim><<<grid, kThreads, sizeof(Shared), stream>>>(args);
+  check(cudaGetLastError(), "attention_partial");
+}
+
+}  // namespace
+
+void attention_partial(const AttentionArgs& args, uintptr_t stream) {
+  if (args.head_dim % 8 != 0 || args.head_dim <= 0 || args.head_dim > 256) {
+    throw std::invalid_argument("head_dim is " + std::to_string(args.head_dim) +
+                                "; CUDA takes multiples of 8 up to 256");
+  }
+  if (args.q_tokens == 0) return;
+  if (args.batch < 1) {
+    throw std::invalid_argument("q has tokens, but cu_q has no sequence that they could belong to");
+  }
+  const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
+  if (args.head_dim <= 64) return launch<64>(args, on);
+  if (args.head_dim <= 96) return launch<96>(args, on);
+  if (args.head_dim <= 128) return launch<128>(args, on);
+  return launch<256>(args, on);
+}
+
+}  // namespace cptool::cuda
