@@ -7,6 +7,7 @@ of messages. What travels is only q, K and V, or partials: positions are known t
 - pass-kv: KV blocks go round a ring, hidden under the attention on the block in hand (algorithm 2).
 - gather-kv: all KV at once, then one attention; no overlap, but one kernel call.
 - pass-q: queries go round the ring, partials return to their owners on the way (algorithm 3).
+- pass-q-all2all: the paper's own form of it, all partials return at the end.
 - gather-q: all queries at once, one attention on the local KV, one exchange of partials.
 
 Partials are merged by the rank of their keys, 0 to N - 1, whatever the order of arrival: the same
@@ -39,11 +40,19 @@ class Step:
 
     rank: this CP rank. queries[r]: the new tokens of rank r. keys[r]: all tokens whose KV rank r
     holds, the new ones included; it may be empty for the variants outside of KEYS_TRAVEL.
+
+    partial_dtype: dtype in which outputs of partials travel, float32 or q's; their log-sum-exps are
+    float32 always. With u the unit roundoff of q's dtype, the result rounds once: it errs by
+    u |out| beside the float32 sums' own error. Partials in q's dtype halve what 16-bit queries send
+    back, and are rounded before the merge, whose weights sum to 1: that adds at most u max|v|, one
+    more rounding of values as large as the largest partial. No such error is in pass-kv and
+    gather-kv, whose partials do not travel.
     """
 
     rank: int
     queries: tuple[Placement, ...]
     keys: tuple[Placement, ...]
+    partial_dtype: torch.dtype = torch.float32
 
     @cached_property
     def query_sizes(self) -> list[int]:
@@ -86,9 +95,10 @@ def attend(
 
 def find_variant(name: str) -> Variant:
     """The function of a variant; UserError if there is none of that name."""
-    if name not in VARIANTS:
-        raise UserError(f"--variant {name}: it must be one of {', '.join(VARIANTS)}")
-    return VARIANTS[name]
+    known = VARIANTS | BASELINES
+    if name not in known:
+        raise UserError(f"--variant {name}: it must be one of {', '.join(known)}")
+    return known[name]
 
 
 def pass_kv(
@@ -144,17 +154,31 @@ def pass_q(
     messages: list[torch.Tensor] = [q.new_empty(0)] * size
     pending = []
     for source, block in ring.blocks(q.contiguous(), step.query_sizes):
-        partial = _over_local(block, step.queries[source], kv, scale)
+        message = _pack(*_over_local(block, step.queries[source], kv, scale, step.partial_dtype))
         if source == rank:
-            messages[rank] = _pack(*partial)
+            messages[rank] = message
             continue
-        sender, message = (2 * rank - source) % size, _pack(*partial)
+        sender = (2 * rank - source) % size
         messages[sender] = torch.empty_like(messages[rank])
         transfer = ring.send_receive(source, message, sender, messages[sender])
         pending.append((transfer, message))
     for transfer, _ in pending:
         ring.wait(transfer)
     return _merge_messages(messages, q)
+
+
+def pass_q_all2all(
+    q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
+) -> torch.Tensor:
+    """Ring of queries, then one exchange of all partials, which nothing hides (paper, algorithm 3).
+
+    The same bits as `pass_q`; it is here to measure what returning them early gains.
+    """
+    outgoing: list[torch.Tensor] = [q.new_empty(0)] * ring.size
+    for source, block in ring.blocks(q.contiguous(), step.query_sizes):
+        partial = _over_local(block, step.queries[source], kv, scale, step.partial_dtype)
+        outgoing[source] = _pack(*partial)
+    return _merge_messages(_exchange(outgoing, step, ring), q)
 
 
 def gather_q(
@@ -166,10 +190,10 @@ def gather_q(
     """
     queries, order = step.all_queries
     gathered = torch.cat(ring.gather(q.contiguous(), step.query_sizes))
-    out, lse = _over_local(gathered.index_select(0, order), queries, kv, scale)
+    gathered = gathered.index_select(0, order)
+    out, lse = _over_local(gathered, queries, kv, scale, step.partial_dtype)
     outgoing = [_pack(out.index_select(0, rows), lse.index_select(0, rows)) for rows in step.rows]
-    messages = ring.exchange(outgoing, [outgoing[step.rank].numel()] * ring.size)
-    return _merge_messages(messages, q)
+    return _merge_messages(_exchange(outgoing, step, ring), q)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -179,6 +203,8 @@ VARIANTS: dict[str, Variant] = {
     "gather-q": gather_q,
 }
 
+BASELINES: dict[str, Variant] = {"pass-q-all2all": pass_q_all2all}
+"""What others are measured against: the bits of `pass-q`, later."""
 
 KEYS_TRAVEL = frozenset({"pass-kv", "gather-kv"})
 """The variants that read `Step.keys`: the positions of keys that come from other ranks."""
@@ -200,12 +226,17 @@ def _over_block(q, queries: Placement, block, keys: Placement, scale, into=None,
 
 
 def _pack(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """A partial as one float32 message: out [T, H, D], then lse [T, H]."""
-    return torch.cat([out.flatten(), lse.flatten()])
+    """A partial as one message in out's dtype: out [T, H, D], then the bits of lse [T, H]."""
+    return torch.cat([out.flatten(), lse.view(out.dtype).flatten()])
+
+
+def _exchange(outgoing: list[torch.Tensor], step: Step, ring: Ring) -> list[torch.Tensor]:
+    """Give outgoing[r] to rank r; every rank's partial of this rank's queries, in rank order."""
+    return ring.exchange(outgoing, [outgoing[step.rank].numel()] * ring.size)
 
 
 def _merge_messages(messages: list[torch.Tensor], q: torch.Tensor) -> torch.Tensor:
     """Merge packed partials of q's tokens in the order given; [T, H, D] in q's dtype."""
     outs = [message[: q.numel()].view(q.shape) for message in messages]
-    lses = [message[q.numel() :].view(q.shape[:2]) for message in messages]
+    lses = [message[q.numel() :].view(torch.float32).view(q.shape[:2]) for message in messages]
     return merge_partials(outs, lses, q.dtype)[0]

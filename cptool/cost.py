@@ -163,7 +163,7 @@ class _Layer:
 
     def touch(self, count: float, calls: int = 1) -> float:
         """Calls that read or write `count` bytes of memory."""
-        return calls * self.profile.call_overhead_s + count / self.profile.memory_bandwidth
+        return calls * self.profile.op_overhead_s + count / self.profile.memory_bandwidth
 
     def transfer(self, count: float, messages: int = 1) -> float:
         """One batch of messages of `count` bytes in all, one way."""
@@ -217,6 +217,13 @@ class _Layer:
         return Prediction(compute + exposed, compute, exposed, sent)
 
     def pass_q(self) -> Prediction:
+        return self._ring_of_queries(early=True)
+
+    def pass_q_all2all(self) -> Prediction:
+        return self._ring_of_queries(early=False)
+
+    def _ring_of_queries(self, early: bool) -> Prediction:
+        """early: partials return as the ring goes, not all at its end."""
         ranks, sources = self.forward.ranks, self.sources
         crowd = self.crowd(ranks if self.forward.cached else sources)
         block = self.queries * self.query_width * self.element
@@ -230,12 +237,17 @@ class _Layer:
             spent = crowd * (self.attention(pairs, keys) + self.touch(packed))
             compute += spent
             if step < ranks - 1:
-                exposed += self.hidden(spent, self.transfer(block))
+                # A rank without queries of its own has nothing to do until some arrive.
+                cover = spent if sources == ranks else 0.0
+                exposed += self.hidden(cover, self.transfer(block))
             if step:
                 link_free = max(compute + exposed, link_free) + self.transfer(partial)
-        late = max(0.0, link_free - compute - exposed)
-        back = (ranks - 1) * self.transfer(partial)
-        exposed += max(late, self.profile.transfer_steals * back)
+        if early:
+            late = max(0.0, link_free - compute - exposed)
+            back = (ranks - 1) * self.transfer(partial)
+            exposed += max(late, self.profile.transfer_steals * back)
+        else:
+            exposed += self.transfer((ranks - 1) * partial, ranks - 1)
         compute += crowd * self.merged(ranks)
         sent = (ranks - 1) * block + (sources - 1) * partial
         return Prediction(compute + exposed, compute, exposed, sent)
@@ -249,7 +261,7 @@ class _Layer:
         compute = crowd * (
             self.touch(4 * asked, calls=2)
             + self.attention(pairs, self.keys)
-            + self.touch(4 * partials, calls=3 * sources)
+            + self.touch(4 * partials, calls=3 * ranks)
             + self.merged(ranks)
         )
         mine = asked / sources

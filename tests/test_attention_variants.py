@@ -6,14 +6,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ranks import run_ranks
 
-from cptool.attention import VARIANTS, Step, attend
+from cptool.attention import BASELINES, KEYS_TRAVEL, VARIANTS, Step, attend
+from cptool.cache import NEVER, KVCache
 from cptool.errors import UserError
 from cptool.ring import Ring
 from cptool.sharding import Placement, balanced, concat
 
-NEVER = 2**31 - 1
+ALL = [*VARIANTS, *BASELINES]
+QUERIES_TRAVEL = [variant for variant in ALL if variant not in KEYS_TRAVEL]
 
 
 @dataclass(frozen=True)
@@ -78,25 +82,22 @@ CASES = [
 ]
 
 
-class SlackKV:
-    """One layer's KV as the cache gives it: slack after each sequence, full of NaN."""
-
-    def __init__(self, placement, kv, starts):
-        slots, positions, offsets, packed = [], [], [0], []
-        for seq, held in enumerate(placement.sequences()):
-            rows = kv[starts[seq] + held.long()]
-            slack = 3 + seq
-            slots += [rows, rows.new_full((slack, *rows.shape[1:]), float("nan"))]
-            positions += [held, torch.full((slack,), NEVER, dtype=torch.int32)]
-            offsets.append(offsets[-1] + len(held) + slack)
-            packed.append(rows)
-        slab = torch.cat(slots)
-        cu_k = torch.tensor(offsets, dtype=torch.int32)
-        self.local = (slab[:, 0], slab[:, 1], torch.cat(positions), cu_k)
-        self._packed = torch.cat(packed)
-
-    def packed(self):
-        return self._packed
+def stored(case, cached, new):
+    """A cache layer with this rank's KV, stored in two turns; slack after each sequence is NaN."""
+    _, k, v = case.tensors()
+    starts = [sum(case.new[:b]) + sum(case.cached[:b]) for b in range(len(case.new))]
+    cache = KVCache(
+        layers=1, kv_heads=case.heads[1], head_dim=case.head_dim, batch=len(starts),
+        dtype=case.dtype, device="cpu",
+    )  # fmt: skip
+    cache.reserve([len(c) + len(n) + 3 for c, n in zip(cached.sequences(), new.sequences())])
+    for added in (cached, new):
+        cache.extend(added)
+        rows = [start + held.long() for start, held in zip(starts, added.sequences())]
+        cache.store(0, k[torch.cat(rows)], v[torch.cat(rows)])
+    layer = cache.layer(0)
+    layer.slab[layer.k_pos == NEVER] = torch.nan
+    return layer
 
 
 def reference(case):
@@ -116,19 +117,18 @@ def reference(case):
     return torch.cat(outs)
 
 
-def attend_all_cases(world, cases, variants, jitter=False):
+def attend_all_cases(world, cases, variants, jitter=False, narrow=False):
     """This rank's (indices, out) for every case and variant, computed as the engine does."""
     ring = Ring(world.cp_group)
     answers = []
     for case in cases:
-        q, k, v = case.tensors()
-        kv = torch.stack([k, v], dim=1)
-        starts = [sum(case.new[:b]) + sum(case.cached[:b]) for b in range(len(case.new))]
+        q = case.tensors()[0]
         layout = case.layout(ring.size)
         queries, cached = layout.placements(), case.cached_placements(ring.size)
         keys = tuple(concat(held, new) for held, new in zip(cached, queries))
-        step = Step(rank=ring.rank, queries=queries, keys=keys)
-        layer = SlackKV(keys[ring.rank], kv, starts)
+        partial_dtype = case.dtype if narrow else torch.float32
+        step = Step(ring.rank, queries, keys, partial_dtype)
+        layer = stored(case, cached[ring.rank], queries[ring.rank])
         indices = layout.indices(ring.rank)
         for variant in variants:
             if jitter:
@@ -164,13 +164,12 @@ def one_rank():
     return [(reference(case), outputs[index, "pass-kv"]) for index, case in enumerate(CASES)]
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
-def test_splitting_adds_no_error(n, one_rank):
+def splitting_adds_no_error(n, cases, one_rank):
     """Error of N ranks <= 1.1 x error of one rank + one rounding of the output (the contract).
 
     As root mean square: the largest of a few hundred errors varies by more than that by chance.
     """
-    for (index, variant), out in whole_outputs(n, CASES, list(VARIANTS)).items():
+    for (index, variant), out in whole_outputs(n, cases, ALL).items():
         expected, single = one_rank[index]
         if not expected.numel():
             assert not out.numel()
@@ -178,7 +177,29 @@ def test_splitting_adds_no_error(n, one_rank):
         error = (out.double() - expected).norm()
         own = (single.double() - expected).norm()
         rounding = torch.finfo(out.dtype).eps / 2 * expected.norm()
-        assert error <= 1.1 * own + rounding, f"{variant} on {n} ranks, {CASES[index]}"
+        assert error <= 1.1 * own + rounding, f"{variant} on {n} ranks, {cases[index]}"
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_splitting_adds_no_error(n, one_rank):
+    splitting_adds_no_error(n, CASES, one_rank)
+
+
+SEQUENCES = st.tuples(st.sampled_from([0, 1, 2, 3, 5, 13, 31]), st.sampled_from([0, 1, 17, 101]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(SEQUENCES, min_size=1, max_size=5),
+    st.sampled_from([(9, 3), (5, 1), (3, 3)]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(2, 4),
+)
+def test_splitting_any_batch_adds_no_error(sequences, heads, dtype, n):
+    new, cached = zip(*sequences)
+    cases = [Case(new, cached, heads, dtype=dtype, scatter=True)]
+    single = whole_outputs(1, cases, ["pass-kv"])[0, "pass-kv"]
+    splitting_adds_no_error(n, cases, [(reference(cases[0]), single)])
 
 
 def bound(case, expected):
@@ -197,33 +218,79 @@ def test_one_rank_agrees_with_the_definition(one_rank):
 
 
 def test_one_rank_gives_the_same_for_every_variant():
-    outputs = whole_outputs(1, CASES, list(VARIANTS))
+    outputs = whole_outputs(1, CASES, ALL)
     for (index, _), out in outputs.items():
         assert torch.equal(out, outputs[index, "pass-kv"])
 
 
 def test_runs_are_bit_identical_whatever_the_arrival():
     cases = [CASES[1], CASES[5], CASES[7], CASES[10]]
-    first = whole_outputs(4, cases, list(VARIANTS))
+    first = whole_outputs(4, cases, ALL)
     for _ in range(2):
-        again = whole_outputs(4, cases, list(VARIANTS), jitter=True)
+        again = whole_outputs(4, cases, ALL, jitter=True)
         assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_pass_q_returns_the_same_partials_early_or_late():
+    outputs = whole_outputs(3, CASES, ["pass-q", "pass-q-all2all"])
+    for index in range(len(CASES)):
+        assert torch.equal(outputs[index, "pass-q"], outputs[index, "pass-q-all2all"])
+
+
+@pytest.mark.parametrize("variant", QUERIES_TRAVEL)
+def test_partials_in_the_working_dtype_err_by_one_more_rounding(variant):
+    """Outputs of partials are off by u |out_i| <= u max|v|, and are merged with weights of sum 1;
+    then both results are rounded to the dtype."""
+    cases = [case for case in CASES if case.dtype != torch.float32]
+    wide = whole_outputs(3, cases, [variant])
+    narrow = whole_outputs(3, cases, [variant], narrow=True)
+    errors = torch.zeros(2)
+    for index, case in enumerate(cases):
+        results = [outputs[index, variant].double() for outputs in (wide, narrow)]
+        largest = case.tensors()[2].abs().max().double()
+        u = torch.finfo(case.dtype).eps / 2
+        assert ((results[1] - results[0]).abs() <= u * (largest + 2 * results[0].abs())).all()
+        errors += torch.tensor([(result - reference(case)).norm() / u for result in results])
+    assert errors[1] > errors[0]
+
+
+def bytes_sent(world, case, variant, narrow):
+    ring = Ring(world.cp_group)
+    layout, cached = case.layout(ring.size), case.cached_placements(ring.size)
+    queries = layout.placements()
+    keys = tuple(concat(held, new) for held, new in zip(cached, queries))
+    step = Step(ring.rank, queries, keys, case.dtype if narrow else torch.float32)
+    layer = stored(case, cached[ring.rank], queries[ring.rank])
+    mine = case.tensors()[0][layout.indices(ring.rank)]
+    attend(variant, mine, layer, step, ring, case.head_dim**-0.5)
+    return ring.sent_bytes
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("variant", ALL)
+def test_nothing_but_tokens_travels(variant, narrow):
+    """All messages of all ranks together: no padding, K and V or queries and partials only."""
+    case, n = CASES[10], 4
+    new, total, element = sum(case.new), sum(case.new) + sum(case.cached), case.dtype.itemsize
+    width = element if narrow else 4
+    partial = case.heads[0] * (case.head_dim * width + 4)
+    expected = new * (case.heads[0] * case.head_dim * element + partial)
+    if variant in KEYS_TRAVEL:
+        expected = total * 2 * case.heads[1] * case.head_dim * element
+    assert sum(run_ranks(n, bytes_sent, case, variant, narrow)) == (n - 1) * expected
 
 
 def local_only(world):
     """Without keys of other ranks in the Step, for the variants that do not look at them."""
     ring, case = Ring(world.cp_group), CASES[7]
-    q, k, v = case.tensors()
-    starts = [sum(case.new[:b]) + sum(case.cached[:b]) for b in range(len(case.new))]
     layout = case.layout(ring.size)
-    held = concat(case.cached_placements(ring.size)[ring.rank], layout.placement(ring.rank))
     step = Step(rank=ring.rank, queries=layout.placements(), keys=())
-    layer = SlackKV(held, torch.stack([k, v], dim=1), starts)
-    mine = q[layout.indices(ring.rank)]
+    cached = case.cached_placements(ring.size)[ring.rank]
+    layer = stored(case, cached, layout.placement(ring.rank))
+    mine = case.tensors()[0][layout.indices(ring.rank)]
     scale = case.head_dim**-0.5
     return [
-        attend(variant, mine, layer, step, ring, scale).numpy()
-        for variant in ("pass-q", "gather-q")
+        attend(variant, mine, layer, step, ring, scale).numpy() for variant in QUERIES_TRAVEL
     ]
 
 

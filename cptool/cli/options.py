@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.model.config import LlamaConfig
 
-VARIANTS = ("auto", "pass-kv", "pass-q", "gather-kv", "gather-q")
+VARIANTS = ("auto", "pass-kv", "pass-q", "gather-kv", "gather-q", "pass-q-all2all")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
