@@ -254,7 +254,7 @@ def commit(directory: Path, manifest: Manifest) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.name.startswith("segment-") or path.name.startswith("manifest.")
+    return path.name.startswith(("segment-", "manifest.", "chat."))
 
 
 def sync(path: Path) -> None:

@@ -1,0 +1,217 @@
+"""A model that stays on its ranks between requests of the process that started them.
+
+`Resident` is that process's side, `serve` what every rank runs. Each rank has a connection of its own to wait on, not a
+collective: idle ranks burn no CPU and meet no timeout, however long the user thinks. All ranks get the same requests and
+so make the same calls; the first one answers.
+"""
+
+import os
+import secrets
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cptool import distributed
+from cptool.conversation import common_prefix
+from cptool.sampling import Sampling
+
+if TYPE_CHECKING:
+    from cptool.distributed import World
+    from cptool.engine import Engine
+    from cptool.session import Manifest
+
+_STOP, _END = "stop", "end"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the ranks load: a model, and a session's state if one is named."""
+
+    model: str
+    dtype: str
+    variant: str = "auto"
+    session: str | None = None
+
+
+@dataclass(frozen=True)
+class Continue:
+    """Make the sequence say `tokens`, with as much of the KV as is of use, and append up to `limit` tokens."""
+
+    tokens: tuple[int, ...]
+    limit: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Save:
+    """Make the sequence say `tokens`, computing nothing, and commit it to the session in `directory`."""
+
+    tokens: tuple[int, ...]
+    directory: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`reused` of the tokens asked for had KV."""
+
+    token_ids: list[int]
+    reused: int
+
+
+class Resident:
+    """Ranks at work for this process; a context manager that ends them.
+
+    `ranks` are keyword arguments of `distributed.run`, which runs in a thread. When ranks end before they are told to,
+    whatever `run` raised comes out of the call that was waiting for them.
+    """
+
+    def __init__(self, setup: Setup, **ranks: Any):
+        self._folder = tempfile.TemporaryDirectory(prefix="cptool-")
+        self._address, self._key = os.path.join(self._folder.name, "ranks"), secrets.token_bytes(32)
+        self._failure: BaseException | None = None
+        self._setup, self._ranks = setup, ranks
+        self._connections: dict[int, Connection] = {}
+        self._thread = threading.Thread(target=self._run, name="cptool-ranks", daemon=True)
+
+    def __enter__(self) -> "Resident":
+        size = self._ranks["cp"] * self._ranks["tp"]
+        with Listener(self._address, authkey=self._key) as listener:
+            self._thread.start()
+            while len(self._connections) < size:
+                connection = listener.accept()
+                rank = connection.recv()
+                if rank is None:
+                    self._raise()
+                self._connections[rank] = connection
+        self._receive()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self._send(_END)
+        for connection in self._connections.values():
+            connection.close()
+        # Ranks that compute notice the closed connection when they are done; an error does not wait for them.
+        self._thread.join(None if kind is None else 1.0)
+        self._folder.cleanup()
+
+    def answer(self, request: Continue, emit: Callable[[int], None]) -> Answer:
+        """Fulfils the request; `emit(token)` is called for each token as it comes."""
+        self._send(request)
+        while not isinstance(reply := self._receive(), Answer):
+            emit(reply)
+        return reply
+
+    def stop(self) -> None:
+        """Ends the answer that is coming with its next token. May be called from a signal handler during `answer`."""
+        self._connections[0].send(_STOP)
+
+    def save(self, request: Save) -> "Manifest":
+        """Commits and returns the session's manifest."""
+        self._send(request)
+        return self._receive()
+
+    def _send(self, request: Any) -> None:
+        try:
+            for connection in self._connections.values():
+                connection.send(request)
+        except OSError:
+            self._raise()
+
+    def _receive(self) -> Any:
+        try:
+            return self._connections[0].recv()
+        except (EOFError, OSError):
+            self._raise()
+
+    def _raise(self) -> None:
+        self._thread.join()
+        raise self._failure or RuntimeError("the ranks have ended by themselves")
+
+    def _run(self) -> None:
+        try:
+            distributed.run(serve, self._setup, self._address, self._key, **self._ranks)
+        except BaseException as failure:
+            self._failure = failure
+        try:  # Where the ranks failed before all of them called, somebody still waits for a call.
+            with Client(self._address, authkey=self._key) as connection:
+                connection.send(None)
+        except (OSError, EOFError, AuthenticationError):
+            pass
+
+
+def serve(world: "World", setup: Setup, address: str, key: bytes) -> None:
+    """Serves requests until the other side says so or is gone."""
+    if world.size > 1:
+        import signal
+
+        # Ctrl-C reaches every process of the terminal; what it means there is for the other side to say.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Client(address, authkey=key) as connection:
+        connection.send(world.rank)
+        try:
+            _serve(world, setup, connection)
+        except (EOFError, ConnectionError):
+            return
+
+
+def _serve(world: "World", setup: Setup, connection: Connection) -> None:
+    import torch
+
+    from cptool import session
+    from cptool.checkpoint import open_checkpoint
+    from cptool.engine import Engine
+    from cptool.turn import identity
+    from cptool.weights import load_model
+
+    world.report("load the weights")
+    checkpoint = open_checkpoint(setup.model)
+    model = load_model(checkpoint, getattr(torch, setup.dtype), world.device, world)
+    engine = Engine(model, world, variant=setup.variant, progress=world.report)
+    where, manifest = setup.session, None
+    if where is not None:
+        manifest = session.load(Path(where))
+        engine.restore(Path(where), manifest)
+    world.barrier()
+
+    def reply(value: Any) -> None:
+        if world.rank == 0:
+            connection.send(value)
+
+    def stopped() -> bool:
+        return connection.poll() and connection.recv() == _STOP
+
+    reply("ready")
+    while True:
+        world.report("wait for a request")
+        request = connection.recv()
+        if request == _END:
+            return
+        if request == _STOP:  # came after the last token of its answer
+            continue
+        tokens = list(request.tokens)
+        shared = common_prefix(engine.tokens[0], tokens)
+        engine.truncate([shared])
+        if manifest is not None:
+            # What is on disk beyond the common beginning does not count any more, once this is saved.
+            manifest = manifest.truncated([min(shared, len(manifest.sequences[0].tokens))])
+        if isinstance(request, Continue):
+            reused = engine.computed[0]
+            engine.extend([tokens[shared:]], reserve=request.limit)
+            ids = engine.decode(
+                request.limit, request.sampling, checkpoint.eos_ids,
+                emit=lambda sequence, token: reply(token), interrupted=stopped,
+            )[0]  # fmt: skip
+            reply(Answer(ids, reused))
+            continue
+        engine.tokens[0].extend(tokens[shared:])  # their KV is pending, as a last token's is
+        if request.directory != where:
+            where, manifest = request.directory, None
+            engine.saved = [0]
+        manifest = engine.save(Path(where), manifest, identity(checkpoint))
+        reply(replace(manifest, segments=()))

@@ -1,0 +1,232 @@
+"""Chat: the context is always the template's rendering, whatever was undone, cut or saved in between."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from conftest import greedy
+from cptool import session
+from cptool.checkpoint import open_checkpoint
+from cptool.cli.main import main
+from cptool.conversation import FILE, Conversation
+from cptool.errors import UserError
+
+EOS = (2,)
+QUESTIONS = ["What is the capital of France?", "And of <|im_end|> Spain?", "Name three colours."]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_path):
+    return open_checkpoint(str(smollm2_path)).tokenizer()
+
+
+def chat(source, *arguments, say: list[str], code: int = 0):
+    """The result of `cptool chat SOURCE ARGUMENTS` with a line of input for each of `say`."""
+    text = "".join(f"{line}\n" for line in say)
+    result = CliRunner().invoke(main, ["chat", str(source), *map(str, arguments)], input=text)
+    assert result.exit_code == code, (result.output, result.stderr, result.exception)
+    return result
+
+
+def said(tokenizer, reference, questions: list[str], count: int) -> tuple[str, list[int]]:
+    """What `transformers` answers in a conversation, and the ids of the last turn with its answer."""
+    messages, text, ids = [], "", []
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        ids = tokenizer.chat(messages)
+        answer = greedy(reference, ids, count, EOS)
+        messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
+        text, ids = text + tokenizer.decode(answer) + "\n", ids + answer
+    return text, ids
+
+
+def reused(result) -> list[tuple[int, int]]:
+    """(tokens that had KV, tokens of the context) of each answer, from the lines on standard error."""
+    found = re.findall(r"([\d,]+) of ([\d,]+) reused", result.stderr)
+    return [(int(a.replace(",", "")), int(b.replace(",", ""))) for a, b in found]
+
+
+@pytest.mark.parametrize("system", [None, "You are terse."])
+def test_a_context_is_the_rendering_of_all_messages(tokenizer, system):
+    conversation = Conversation(tokenizer, system)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    # Whole answers, one cut in a word, one of control tokens alone, one that tokenises otherwise when read again.
+    answers = [tokenizer.encode("Paris.") + [2], tokenizer.encode("Mad"), [2], [66, 67, 2]]
+    for question, answer in zip([*QUESTIONS, "x"], answers):
+        messages.append({"role": "user", "content": question})
+        context = conversation.ask(question)
+        assert context == tokenizer.chat(messages)
+        conversation.answered(question, context, answer)
+        assert conversation.tokens == context + answer
+        messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
+        assert conversation.messages == messages
+    for question in ["x", *QUESTIONS[::-1]]:
+        assert conversation.undo() == question
+        del messages[-2:]
+        assert conversation.ask("y") == tokenizer.chat([*messages, {"role": "user", "content": "y"}])
+    assert conversation.undo() is None and conversation.tokens == []
+
+
+def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_path):
+    conversation = Conversation(tokenizer, "Be brief.")
+    states = []
+    for question in QUESTIONS:
+        conversation.answered(question, conversation.ask(question), [2])
+        conversation.write(tmp_path)
+        states.append((conversation.tokens, conversation.messages))
+        for tokens, messages in states[-2:]:  # the manifest is the new one, or still the one before
+            found = Conversation.read(tmp_path, tokens, tokenizer)
+            assert (found.tokens, found.messages) == (tokens, messages)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    with pytest.raises(UserError, match="does not tell what"):
+        Conversation.read(tmp_path, states[0][0], tokenizer)
+    for damaged in ("", "{}", '{"format": 9}', '{"format": 1, "states": [{"tokens": "", "system": 1, "exchanges": []}]}'):
+        (tmp_path / FILE).write_text(damaged)
+        with pytest.raises(UserError, match="not a readable conversation"):
+            Conversation.read(tmp_path, states[0][0], tokenizer)
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_answers_are_those_of_transformers(smollm2_path, smollm2_reference, tokenizer, tmp_path, cp):
+    where = tmp_path / "s"
+    result = chat(smollm2_path, "--cp", cp, "-n", 6, say=[*QUESTIONS, f"/save {where}"])
+    text, ids = said(tokenizer, smollm2_reference, QUESTIONS, 6)
+    assert result.stdout == text
+    assert list(session.load(where).sequences[0].tokens) == ids
+    (none, _), *later = reused(result)
+    assert none == 0
+    for (kept, _), (_, before) in zip(later, reused(result)):
+        assert kept >= before  # all of the turn before, but for an end that was cut
+
+
+def test_undo_forgets_and_a_mistake_changes_nothing(smollm2_path, smollm2_reference, tokenizer, tmp_path):
+    where = tmp_path / "s"
+    lines = ["/undo", "/save", QUESTIONS[0], QUESTIONS[1], "/undo", "/nonsense", f"/save {where}", "word " * 8200, QUESTIONS[2]]
+    result = chat(smollm2_path, "-n", 5, say=[*lines, "/save", "/reset", QUESTIONS[1], "/save", "/exit", "not read"])
+    first, _ = said(tokenizer, smollm2_reference, QUESTIONS[:2], 5)
+    kept, _ = said(tokenizer, smollm2_reference, [QUESTIONS[0], QUESTIONS[2]], 5)
+    fresh, ids = said(tokenizer, smollm2_reference, [QUESTIONS[1]], 5)
+    start, _ = said(tokenizer, smollm2_reference, QUESTIONS[:1], 5)
+    assert result.stdout == first + kept.removeprefix(start) + fresh
+    for told in ("no question to take back", "name a directory", "/nonsense is no command", "the context is full"):
+        assert told in result.stderr
+    manifest = session.load(where)
+    assert manifest.revision == 3 and list(manifest.sequences[0].tokens) == ids
+    assert CliRunner().invoke(main, ["session", "verify", str(where)]).exit_code == 0
+
+
+def test_a_saved_chat_is_a_session(smollm2_path, smollm2_reference, tokenizer, tmp_path):
+    where = tmp_path / "s"
+    chat(smollm2_path, "--cp", 2, "-n", 4, say=[QUESTIONS[0], f"/save {where}"])
+    result = chat(where, "--cp", 1, "-n", 4, say=[QUESTIONS[1], "/save"])
+    text, ids = said(tokenizer, smollm2_reference, QUESTIONS[:2], 4)
+    assert text.endswith(result.stdout) and result.stdout
+    assert reused(result)[0][0] > 30
+    decoded = CliRunner().invoke(main, ["decode", str(where), "-n", "3", "--json"])
+    assert json.loads(decoded.stdout)["token_ids"] == [greedy(smollm2_reference, ids, 3, ())]
+    assert "does not tell what" in chat(where, say=[], code=2).stderr
+    (where / FILE).unlink()
+    error = chat(where, say=[], code=2).stderr
+    assert f"{FILE} is missing" in error and len(error.splitlines()) == 1
+
+
+def test_mistakes_are_told_before_any_rank_starts(smollm2_path, mqa_path, monkeypatch):
+    assert "has no tokenizer" in chat(mqa_path, say=[], code=2).stderr
+    assert "is no session" in chat(smollm2_path, "--model", smollm2_path, say=[], code=2).stderr
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    error = chat(smollm2_path, say=[], code=2).stderr
+    assert "starts its own ranks" in error and len(error.splitlines()) == 1
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "cptool", "chat", *map(str, arguments)]
+
+
+def read_until(terminal: int, pattern: str, patience: float = 60) -> str:
+    """What the program writes until `pattern` is in it."""
+    seen, end = "", time.monotonic() + patience
+    while not re.search(pattern, seen):
+        assert select.select([terminal], [], [], max(0, end - time.monotonic()))[0], seen
+        seen += os.read(terminal, 4096).decode(errors="replace")
+    return seen
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(smollm2_path, tokenizer, tmp_path, cp):
+    """At a real terminal, where Ctrl-C reaches all processes of the foreground group."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvp(sys.executable, command(smollm2_path, "--cp", cp, "-n", 200))
+    try:
+        read_until(terminal, "> ")
+        os.write(terminal, b"\x03")
+        read_until(terminal, "Ctrl-C again")
+        os.write(terminal, b"Write a long story.\n")
+        read_until(terminal, r"story\.\s+\w")
+        os.write(terminal, b"\x03")
+        assert "tokens, stopped;" in read_until(terminal, r"in context\][^>]*> ")
+        os.write(terminal, f"/save {tmp_path / 's'}\n".encode())
+        read_until(terminal, r"continue with[^>]*> ")
+        os.write(terminal, b"What is the capital of France?\n")
+        again = read_until(terminal, r"in context\][^>]*> ")
+        kept, context = map(int, re.search(r"(\d+) of (\d+) reused", again).groups())
+        os.write(terminal, b"\x04")
+        while True:
+            try:
+                if not os.read(terminal, 4096):
+                    break
+            except OSError:  # how a pseudo-terminal says that the other end is closed
+                break
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        os.close(terminal)
+    tokens = session.load(tmp_path / "s").sequences[0].tokens
+    assert 0 < kept <= len(tokens) < context
+    assert Conversation.read(tmp_path / "s", tokens, tokenizer).exchanges[0].answer
+    assert CliRunner().invoke(main, ["session", "verify", str(tmp_path / "s")]).exit_code == 0
+
+
+def test_ranks_end_with_the_terminal(smollm2_path):
+    process = subprocess.Popen(
+        command(smollm2_path, "--cp", 2, "-n", 4), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    process.stdin.write("Hi\n")
+    process.stdin.flush()
+    process.stderr.readline()  # the line after the first answer: all ranks are up, and idle
+    ranks = members(process.pid) - {process.pid}
+    assert len(ranks) >= 2
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20
+    while members(process.pid):
+        assert time.monotonic() < end, "ranks have outlived the process that started them"
+        time.sleep(0.05)
+    process.stdin.close(), process.stdout.close(), process.stderr.close()
+
+
+def members(session_id: int) -> set[int]:
+    """Processes, ended ones that wait for their parent left out, of a session of the system."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, owner = path.read_text().rpartition(") ")[2].split()[:4]
+        except OSError:
+            continue
+        if int(owner) == session_id and state not in "ZX":
+            found.add(int(path.parent.name))
+    return found
