@@ -33,9 +33,10 @@ class HardwareProfile:
     cache_bandwidth: B/s at which attention reads keys and values, as it does once a call.
     link_bandwidth: B/s one way. link_latency_s: of a message, from the call to its end.
     message_overhead_s: of each further message of the same batch.
-    call_overhead_s: of one call of an op. layer_overhead_s: of what else a layer does whatever its
-        tokens (projections, norms, the host's share). position_s: of bringing the position of one
-        key into sequence order among those of all ranks, once a forward.
+    call_overhead_s: of one call of attention. op_overhead_s: of a copy or another small op.
+    layer_overhead_s: of what else a layer does whatever its tokens (projections, norms, the host's
+        share). position_s: of bringing the position of one key into sequence order among those of
+        all ranks, once a forward.
     transfer_steals: of a transfer's time, the part that compute loses meanwhile: 0 where copy
         engines move it, up to 1 where the cores that compute do.
     ranks_at_once: how many ranks the processors serve at the full rate, None for one device a rank;
@@ -54,6 +55,7 @@ class HardwareProfile:
     link_latency_s: float
     message_overhead_s: float
     call_overhead_s: float
+    op_overhead_s: float
     layer_overhead_s: float
     position_s: float
     transfer_steals: float
@@ -91,6 +93,7 @@ def default_profile(device: str) -> HardwareProfile:
             link_latency_s=150e-6,
             message_overhead_s=50e-6,
             call_overhead_s=20e-6,
+            op_overhead_s=3e-6,
             layer_overhead_s=100e-6,
             position_s=60e-9,
             transfer_steals=1.0,
@@ -108,6 +111,7 @@ def default_profile(device: str) -> HardwareProfile:
         link_latency_s=15e-6,
         message_overhead_s=5e-6,
         call_overhead_s=8e-6,
+        op_overhead_s=3e-6,
         layer_overhead_s=60e-6,
         position_s=1e-9,
         transfer_steals=0.05,
@@ -184,7 +188,8 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
     rates = [*profile.linear_flops.values(), *profile.attention_flops.values()]
     rates += [profile.memory_bandwidth, profile.cache_bandwidth, profile.link_bandwidth]
     costs = [profile.link_latency_s, profile.message_overhead_s, profile.call_overhead_s]
-    costs += [profile.layer_overhead_s, profile.position_s, profile.transfer_steals]
+    costs += [profile.op_overhead_s, profile.layer_overhead_s, profile.position_s]
+    costs += [profile.transfer_steals]
     if not rates[:-3] or any(not 0 < rate < float("inf") for rate in rates):
         raise ValueError("a rate is not positive")
     if any(not 0 <= cost < float("inf") for cost in costs):

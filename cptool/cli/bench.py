@@ -1,0 +1,104 @@
+"""`cptool bench`: measures the machine."""
+
+import dataclasses
+import json
+
+import click
+
+from cptool.cli import draw
+from cptool.cli.options import DTYPES, json_option
+
+
+@click.group()
+def bench() -> None:
+    """Measure the machine."""
+
+
+@bench.command()
+@click.option("--cp", type=click.IntRange(min=1), metavar="N", help="Ranks.  [default: 2]")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads a rank.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    help="Measure this one.  [default: auto, bfloat16 and float32]",
+)
+@json_option
+def calibrate(cp, threads, device, dtype, as_json) -> None:
+    """Measure compute and links of this machine for the choice of variants, and keep the result.
+
+    Under a launcher, as many ranks as it started. The profile stays in the user's cache
+    (hardware.json); `--variant auto` reads it from there.
+    """
+    from cptool import distributed
+
+    launched = distributed.launched_size()
+    cp = cp or launched or 2
+    distributed.check_size(cp, 1)
+    dtypes = ("bfloat16", "float32") if dtype == "auto" else (dtype,)
+    with draw.progress() as watch:
+        profile, path, rank = distributed.run(
+            _on_rank, dtypes, cp=cp, device=device, threads=threads, watch=watch
+        )
+    if rank:
+        return
+    if as_json:
+        click.echo(json.dumps({"path": path, **dataclasses.asdict(profile)}))
+        return
+    draw.table(_rows(profile, dtypes, cp) + [("kept in", path)])
+
+
+def _on_rank(world, dtypes: tuple[str, ...]):
+    from cptool.calibration import measure
+    from cptool.hardware import profile_path, save_profile
+
+    profile = measure(world, dtypes)
+    if world.local_rank == 0:
+        save_profile(profile)
+    return profile, str(profile_path()), world.rank
+
+
+def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
+    rows = [
+        (
+            name,
+            f"linear layers {profile.linear_flops[name] / 1e12:.3g} TFLOP/s, "
+            f"attention {profile.attention_flops[name] / 1e12:.3g} TFLOP/s a rank",
+        )
+        for name in dtypes
+    ]
+    rows.append(
+        (
+            "memory",
+            f"weights {draw.size(profile.memory_bandwidth)}/s, "
+            f"keys and values {draw.size(profile.cache_bandwidth)}/s a rank",
+        )
+    )
+    if cp > 1:
+        rows.append(
+            (
+                "link",
+                f"{draw.size(profile.link_bandwidth)}/s one way, "
+                f"{draw.seconds(profile.link_latency_s)} a message, "
+                f"{draw.seconds(profile.message_overhead_s)} each further one; "
+                f"compute loses {profile.transfer_steals:.0%} of a transfer's time",
+            )
+        )
+    else:
+        rows.append(("link", "not measured on one rank, the default stays"))
+    rows.append(
+        (
+            "overheads",
+            f"{draw.seconds(profile.call_overhead_s)} a call of attention, "
+            f"{draw.seconds(profile.layer_overhead_s)} a layer",
+        )
+    )
+    alpha, beta, gamma = profile.rule
+    rows.append(
+        (
+            "fitted rule",
+            f"{alpha:.3g} log T {beta:+.3g} log(T/(T+P)) {gamma:+.3g} > 0: keys and values travel",
+        )
+    )
+    return rows

@@ -1,0 +1,110 @@
+"""The cost model: its limits, its monotonicity, and counts that can be done by hand."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cptool import cost
+from cptool.cost import VARIANTS, Forward, predict
+from cptool.hardware import default_profile
+from cptool.model.config import LlamaConfig
+
+CONFIG = LlamaConfig(
+    vocab_size=1000,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    max_position_embeddings=131072,
+    tie_word_embeddings=True,
+)
+PROFILES = {device: default_profile(device) for device in ("cpu", "cuda")}
+free = settings(deadline=None, max_examples=60)
+variants, profiles = st.sampled_from(VARIANTS), st.sampled_from(list(PROFILES.values()))
+tokens, cached, ranks = st.integers(1, 10**6), st.integers(0, 10**6), st.integers(1, 16)
+
+
+def on(ranks: int, new: int, cached: int = 0, active: int | None = None, **more) -> Forward:
+    return Forward(CONFIG, "bfloat16", new, cached, ranks, active or ranks, **more)
+
+
+def test_attention_flops_count_visible_pairs():
+    width = 8 * 128
+    assert cost.attention_flops(CONFIG, 3) == 4 * 4 * width * (1 + 2 + 3)
+    assert cost.attention_flops(CONFIG, 2, 10) == 4 * 4 * width * (11 + 12)
+
+
+@free
+@given(variants, profiles, tokens, cached)
+def test_one_rank_exposes_and_sends_nothing(variant, profile, new, cached):
+    result = predict(variant, on(1, new, cached), profile)
+    assert (result.exposed_s, result.bytes) == (0.0, 0.0)
+    assert result.seconds == result.compute_s > 0
+
+
+@free
+@given(variants, profiles, tokens, cached, ranks)
+def test_seconds_are_compute_and_what_is_exposed(variant, profile, new, cached, ranks):
+    result = predict(variant, on(ranks, new, cached), profile)
+    assert result.seconds == pytest.approx(result.compute_s + result.exposed_s)
+    assert result.exposed_s >= 0 and result.compute_s > 0
+
+
+@free
+@given(variants, profiles, tokens, cached, st.integers(2, 16))
+def test_a_perfect_link_exposes_nothing(variant, profile, new, cached, ranks):
+    perfect = dataclasses.replace(
+        profile, link_bandwidth=float("inf"), link_latency_s=0.0, message_overhead_s=0.0
+    )
+    exposed = predict(variant, on(ranks, new, cached), perfect).exposed_s
+    assert exposed == pytest.approx(0, abs=1e-12)
+
+
+@free
+@given(variants, profiles, tokens, cached, st.integers(2, 16))
+def test_a_slower_link_never_helps(variant, profile, new, cached, ranks):
+    slower = dataclasses.replace(profile, link_bandwidth=profile.link_bandwidth / 3)
+    forward = on(ranks, new, cached)
+    seconds = predict(variant, forward, profile).seconds
+    assert predict(variant, forward, slower).seconds >= seconds * (1 - 1e-9)
+
+
+@free
+@given(variants, profiles, st.integers(64, 10**6), cached, st.integers(1, 8))
+def test_more_tokens_never_take_less_time(variant, profile, new, cached, ranks):
+    seconds = predict(variant, on(ranks, new, cached), profile).seconds
+    assert predict(variant, on(ranks, 2 * new, cached), profile).seconds >= seconds
+    assert predict(variant, on(ranks, new, cached + 1000), profile).seconds >= seconds
+
+
+def test_compute_of_a_long_prefill_is_shared():
+    profile = PROFILES["cuda"]
+    one = predict("pass-kv", on(1, 10**6), profile).compute_s
+    eight = predict("pass-kv", on(8, 10**6), profile).compute_s
+    assert one / 8 < eight < 1.02 * one / 8
+
+
+def test_bytes_are_those_of_table_3():
+    """KV: 2 (T + P) N_KV D_H e over N ranks, N - 1 times; Q: T D e likewise."""
+    new, cached, ranks = 4096, 8192, 4
+    forward, profile = on(ranks, new, cached), PROFILES["cuda"]
+    keys = 2 * (new + cached) * 2 * 128 * 2 * (ranks - 1) / ranks
+    assert predict("pass-kv", forward, profile).bytes == keys
+    assert predict("gather-kv", forward, profile).bytes == keys
+    share = new / ranks * (ranks - 1)
+    queries, partials = share * 1024 * 2, share * (1024 + 8) * 4
+    assert predict("pass-q", forward, profile).bytes == queries + partials
+    assert predict("gather-q", forward, profile).bytes == queries + partials
+
+
+def test_ranks_beyond_the_processors_take_turns():
+    profile = dataclasses.replace(PROFILES["cpu"], ranks_at_once=2)
+    two = predict("gather-kv", on(4, 4096, active=2), profile).compute_s
+    four = predict("gather-kv", on(4, 4096), profile).compute_s
+    assert four == pytest.approx(two, rel=0.1)
