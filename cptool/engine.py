@@ -7,6 +7,7 @@ the cached ones; positions are the mask.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,6 +56,7 @@ class Engine:
         self.choice: Choice | None = None
         self._progress = progress or (lambda phase, done, total: None)
         self.saved = [0] * batch
+        self._on_disk = [0] * batch
         self.cache = KVCache(
             layers=model.config.num_hidden_layers,
             kv_heads=model.num_kv_heads,
@@ -200,6 +202,7 @@ class Engine:
         self.cache.truncate(self.computed)
         self._take_over(tuple(truncated(concat(*parts), self.computed) for parts in self._keys))
         self.saved = list(map(min, self.saved, self.cache.lengths))
+        self._on_disk = list(map(min, self._on_disk, self.computed))
 
     def restore(self, directory: Path, manifest: Manifest, *, reserve: int = 0) -> None:
         """Takes over a session's state; `reserve` keeps room for that many more tokens of each
@@ -218,7 +221,7 @@ class Engine:
                 reserve=-(-reserve // self.world.cp) + 1,
             )
         )
-        self.saved = self.cache.lengths
+        self.saved, self._on_disk = self.cache.lengths, list(self.computed)
         if self.world.cp_rank == 0:
             rows = segments.read_logits(directory, manifest)
             self.logits = {b: row.to(self.world.device) for b, row in rows.items()}
@@ -232,6 +235,10 @@ class Engine:
         world, revision = self.world, 1 if previous is None else previous.revision + 1
         self._progress("save the session", 0, 0)
         directory.mkdir(parents=True, exist_ok=True)
+        # What was computed anew since `previous` counts in the new segment alone.
+        start = self._on_disk if previous else [0] * len(self.tokens)
+        older = previous.segments if previous else ()
+        older = (replace(s, until=tuple(map(min, s.until, start))) for s in older)
         segment = None
         if not self._replica:
             logits = self.logits if world.tp_rank == 0 else {}
@@ -242,9 +249,7 @@ class Engine:
                 revision=revision,
                 rank=world.cp_rank,
                 kv_heads=self._kv_heads,
-                start=[s.cached for s in previous.sequences]
-                if previous
-                else [0] * len(self.tokens),
+                start=start,
                 until=self.computed,
                 logits=logits,
             )
@@ -264,12 +269,12 @@ class Engine:
                 Sequence(tokens=tuple(said), cached=computed, logits=logits_of.get(b))
                 for b, (said, computed) in enumerate(zip(self.tokens, self.computed))
             ),
-            segments=(previous.segments if previous else ()) + added,
+            segments=tuple(s for s in older if s.live) + added,
         )
         if world.rank == 0:
             session.commit(directory, manifest)
         world.gather(None)  # no rank leaves before the turn is on disk
-        self.saved = self.cache.lengths
+        self.saved, self._on_disk = self.cache.lengths, list(self.computed)
         return manifest
 
     def _any_rank(self, value: bool) -> bool:

@@ -7,11 +7,13 @@ import torch
 from conftest import greedy
 from test_cli import as_json
 
+from cptool import session, session_care
 from cptool.attention import VARIANTS
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
 from cptool.engine import Engine
 from cptool.sampling import Sampling
+from cptool.turn import identity
 from cptool.weights import load_model
 
 TURNS = [
@@ -97,3 +99,27 @@ def test_kv_grows_evenly_over_a_long_decode(tiny_path, steps, stop):
     ]
     if stop:
         assert len(set(said)) > 1  # some left the batch before others
+
+
+def undone_turn(world, path, directory) -> None:
+    """Says a turn on top of a session, takes it back to the session's end, says another, saves."""
+    checkpoint = open_checkpoint(str(path))
+    engine = Engine(load_model(checkpoint, torch.float32, world.device, world), world)
+    engine.extend([prompt(9)])
+    manifest = engine.save(directory, None, identity(checkpoint))
+    engine.extend([prompt(6)])
+    engine.truncate([9])
+    engine.extend([prompt(4)])
+    engine.save(directory, manifest.truncated([9]), identity(checkpoint))
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_a_turn_taken_back_to_the_end_of_a_session(tiny_path, token_file, tmp_path, cp):
+    directory = tmp_path / "s"
+    run(undone_turn, tiny_path, directory, cp=cp, threads=1)
+    assert session_care.problems(directory, session.load(directory)) == []
+    whole = tmp_path / "whole"
+    ids = prompt(9) + prompt(4)
+    as_json("prefill", tiny_path, "--token-ids", token_file(ids), "--session", whole)
+    answers = [as_json("decode", place, "-n", 8)["token_ids"] for place in (directory, whole)]
+    assert answers[0] == answers[1]
