@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -55,7 +56,7 @@ def random_model(dtype: str, device):
     return model.to(getattr(torch, dtype)).to(device)
 
 
-def measure(world, dtype: str, repeats: int) -> tuple[list[dict], dict]:
+def measure(world, dtype: str, repeats: int, news: list[int], cacheds: list[int]) -> tuple[list[dict], dict]:
     from unittest import mock
 
     from cptool.engine import Engine
@@ -68,13 +69,13 @@ def measure(world, dtype: str, repeats: int) -> tuple[list[dict], dict]:
     identity = ModelIdentity("random", "0", config.num_hidden_layers, 2, 64)
     folder = Path(world.gather(tempfile.mkdtemp())[0])
     cells = []
-    for cached in CACHED:
+    for cached in cacheds:
         start = Engine(model, world, profile=profile)
         manifest, directory = None, folder / str(cached)
         if cached:
             start.extend([[i % 1000 for i in range(cached)]])
             manifest = start.save(directory, None, identity)
-        for new in NEW:
+        for new in news:
             auto = choose(
                 "auto", new=new, cached=cached, ranks=world.cp, config=config, dtype=dtype,
                 profile=profile,
@@ -100,7 +101,7 @@ def measure(world, dtype: str, repeats: int) -> tuple[list[dict], dict]:
             medians = {key: statistics.median(times) for key, times in spent.items()}
             best = min(medians, key=medians.get)
             picked = (auto.variant, auto.active)
-            world.report(f"{new} tokens over {cached}", len(cells), len(NEW) * len(CACHED))
+            world.report(f"{new} tokens over {cached}", len(cells), len(news) * len(cacheds))
             cells.append(
                 {
                     "ranks": world.cp,
@@ -140,13 +141,18 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cp", type=int, action="append")
+    parser.add_argument("--new", type=int, action="append", help=f"T; default {NEW}")
+    parser.add_argument("--cached", type=int, action="append", help=f"P; default {CACHED}")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS / "auto_regret.json")
     arguments = parser.parse_args()
     cells, profile = [], None
     for ranks in arguments.cp or [2, 4]:
-        measured, profile = run(measure, arguments.dtype, arguments.repeats, cp=ranks, device="cpu")
+        measured, profile = run(
+            measure, arguments.dtype, arguments.repeats, arguments.new or list(NEW),
+            arguments.cached or list(CACHED), cp=ranks, device="cpu",
+        )  # fmt: skip
         cells += measured
         for c in measured:
             print(
@@ -159,11 +165,9 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    flags = " ".join(f"--cp {n}" for n in arguments.cp or [2, 4])
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": f"python benchmarks/auto_regret.py {flags} --dtype {arguments.dtype} "
-        f"--repeats {arguments.repeats}",
+        "command": f"python benchmarks/auto_regret.py {' '.join(sys.argv[1:])}".strip(),
         "date": datetime.date.today().isoformat(),
         "commit": commit,
         "processors": os.cpu_count(),

@@ -58,7 +58,8 @@ class Forward:
     """T = `new` tokens over P = `cached` ones, all sequences together, on N = `ranks` CP ranks.
 
     active: how many of the ranks share the new tokens; the cached ones lie on all. batch: the
-    sequences, taken as equally long. tp: tensor-parallel ranks that divide each CP rank's heads and widths.
+    sequences, taken as equally long. tp: tensor-parallel ranks that divide each CP rank's heads and
+    widths.
     """
 
     config: LlamaConfig

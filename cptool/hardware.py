@@ -125,9 +125,12 @@ def world_profile(world: World) -> HardwareProfile:
     """
     import torch
 
-    profile = world.gather(load_profile(world.device.type))[0]
     machines = world.size // world.local_size
-    return profile.for_ranks(torch.get_num_threads(), machines * usable_processors() // world.tp)
+    profile = load_profile(world.device.type).for_ranks(
+        torch.get_num_threads(), machines * usable_processors() // world.tp
+    )
+    # The threads too are those of rank 0: ranks whose profiles differ would choose different variants.
+    return world.gather(profile)[0]
 
 
 def usable_processors() -> int:

@@ -16,7 +16,7 @@ from cptool.errors import UserError
 # set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-COMMANDS = ("prefill", "decode", "chat", "session", "verify", "pull", "demo", "doctor")
+COMMANDS = ("prefill", "decode", "chat", "session", "verify", "bench", "pull", "demo", "doctor")
 
 
 class Commands(click.Group):
