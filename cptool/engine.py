@@ -17,6 +17,7 @@ from cptool import segments, session
 from cptool.attention import KEYS_TRAVEL, Step, attend
 from cptool.cache import KVCache, nothing_held, truncated
 from cptool.distributed import World
+from cptool.errors import UserError
 from cptool.hardware import HardwareProfile, default_profile
 from cptool.model.llama import Llama
 from cptool.ring import Ring
@@ -207,7 +208,10 @@ class Engine:
     def restore(self, directory: Path, manifest: Manifest, *, reserve: int = 0) -> None:
         """Takes over a session's state; `reserve` keeps room for that many more tokens of each
         sequence.
+
+        Collective. Raises UserError on all ranks, before any state changes, if a segment is damaged.
         """
+        self._check(directory, manifest)
         self.tokens = [list(sequence.tokens) for sequence in manifest.sequences]
         self.computed = [sequence.cached for sequence in manifest.sequences]
         self._take_over(
@@ -276,6 +280,17 @@ class Engine:
         world.gather(None)  # no rank leaves before the turn is on disk
         self.saved, self._on_disk = self.cache.lengths, list(self.computed)
         return manifest
+
+    def _check(self, directory: Path, manifest: Manifest) -> None:
+        """Verifies the session's segments, each on one rank; nobody opens one before all are known."""
+        damage = None
+        try:
+            segments.check(directory, manifest.segments[self.world.rank :: self.world.size])
+        except UserError as error:
+            damage = error
+        for found in self.world.gather(damage):
+            if found is not None:
+                raise found
 
     def _any_rank(self, value: bool) -> bool:
         """Whether `value` holds on any rank."""

@@ -37,7 +37,9 @@ class Sampling:
 
         if self.temperature == 0:
             return int(logits.argmax())
-        probabilities = torch.softmax(logits.double() / self.temperature, dim=-1)
+        # Relative to the largest, so that no temperature however small makes an infinity of it.
+        relative = logits.double() - logits.max()
+        probabilities = torch.softmax(relative / self.temperature, dim=-1)
         ordered, tokens = probabilities.sort(descending=True, stable=True)
         # A token stays while the mass before it is within top_p, so the likeliest always stays
         # (Llama's reference rule).

@@ -7,6 +7,7 @@ sequence B, where this rank knew it. Nothing is ever unpickled.
 
 import hashlib
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -97,8 +98,7 @@ def restore(
     """Fills an empty cache with this rank's share of the session and returns what every rank holds.
 
     KV heads [kv_heads[0], kv_heads[1]) are read, and room is kept for `reserve` more tokens of each
-    sequence. The segments that are read are verified against their checksums before the cache is
-    touched.
+    sequence. The caller has verified the segments with `check`.
     """
     import torch
     from safetensors import safe_open
@@ -110,12 +110,6 @@ def restore(
     pieces = [_Piece.of(group, files) for group in _groups(manifest)]
     # shares[r][b]: (piece, first, last) in the order of the segments, rows of the piece's tensors.
     shares = [[_share(pieces, b, r, ranks) for b in range(batch)] for r in range(ranks)]
-
-    mine = {
-        s.file: s for b in range(batch) for piece, _, _ in shares[rank][b] for s in piece.segments
-    }
-    for segment in mine.values():
-        check_digest(directory, segment)
 
     placements, order = [], []
     for r in range(ranks):
@@ -225,13 +219,15 @@ def _read(
     return heads[0] if len(heads) == 1 else torch.cat(heads, dim=2)
 
 
-def check_digest(directory: Path, segment: Segment) -> None:
-    """UserError if a segment's contents are not what was written."""
-    file = directory / segment.file
-    if _sha256(file) != segment.sha256:
-        raise UserError(
-            f"{file} does not match its checksum; the file is damaged: restore it or prefill anew"
-        )
+def check(directory: Path, segments: Iterable[Segment]) -> None:
+    """UserError if a segment's contents are not what was written. Every byte is read."""
+    for segment in segments:
+        file = directory / segment.file
+        if _sha256(file) != segment.sha256:
+            raise UserError(
+                f"{file} does not match its checksum; the file is damaged: restore it or prefill "
+                "anew"
+            )
 
 
 def _sha256(path: Path) -> str:

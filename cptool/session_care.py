@@ -18,7 +18,7 @@ def problems(directory: Path, manifest: Manifest) -> list[str]:
     positions: list[list] = [[] for _ in manifest.sequences]
     for segment in manifest.segments:
         try:
-            segments.check_digest(directory, segment)
+            segments.check(directory, [segment])
         except UserError as error:
             found.append(str(error))
             continue
@@ -84,6 +84,7 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
 
     model, batch, revision = manifest.model, len(manifest.sequences), manifest.revision + 1
     heads, rewritten = (0, model.kv_heads), []
+    segments.check(directory, manifest.segments)
     logits = segments.read_logits(directory, manifest)
     cached = [sequence.cached for sequence in manifest.sequences]
     for rank in range(manifest.cp):

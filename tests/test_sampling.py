@@ -53,6 +53,12 @@ def test_a_draw_depends_on_seed_sequence_and_position_alone():
     assert len(set(draws)) > 10
 
 
+def test_any_temperature_above_zero_draws():
+    logits = torch.tensor([3.0, 5.0, -2.0])
+    assert Sampling(1e-320).pick(logits, sequence=0, position=0) == 1
+    assert Sampling(1e300).pick(logits, sequence=0, position=0) in (0, 1, 2)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}]
 )

@@ -200,21 +200,13 @@ def test_two_runs_from_one_turn_cannot_both_commit(saved):
     assert session.load(directory).revision == 2
 
 
-def restore(directory, manifest):
-    cache = new_cache(2)
-    try:
-        segments.restore(directory, manifest, cache, rank=0, ranks=1, kv_heads=(0, HEADS))
-    finally:
-        assert cache.lengths == [0, 0]  # damage is found before anything is taken over
-
-
 def test_damage_is_refused_in_one_line(saved):
     directory, manifest = saved
     file = directory / manifest.segments[0].file
     whole = file.read_bytes()
     file.write_bytes(whole[:-10] + bytes(10))
     with pytest.raises(UserError, match="does not match its checksum"):
-        restore(directory, manifest)
+        segments.check(directory, manifest.segments)
     file.write_bytes(whole[:-1])
     with pytest.raises(
         UserError, match=f"has {len(whole) - 1} bytes, the manifest says {len(whole)}"

@@ -102,15 +102,20 @@ def test_compact_keeps_what_counts(session, mqa_reference):
     assert as_json("decode", where, "-n", 3)["token_ids"] == [greedy(mqa_reference, said, 3, EOS)]
 
 
-def test_verify_tells_what_is_wrong(session):
+@pytest.mark.parametrize("at", [3, 9, -5], ids=["length of the header", "header", "contents"])
+def test_verify_tells_what_is_wrong(session, at):
     where, _ = session
     segment = next(where.glob("segment-*"))
     data = bytearray(segment.read_bytes())
-    data[-5] ^= 1
+    data[at] ^= 1
     segment.write_bytes(data)
     result = cptool("session", "verify", where, code=1)
     assert "does not match its checksum" in result.stderr
-    assert "does not match its checksum" in cptool("decode", where, "-n", 1, code=2).stderr
+    result = cptool("session", "compact", where, code=2)
+    assert "does not match its checksum" in result.stderr
+    for cp in (1, 2):
+        told = cptool("decode", where, "-n", 1, "--cp", cp, code=2).stderr
+        assert "does not match its checksum" in told and told.count("\n") == 1
 
 
 def test_a_session_of_a_batch_takes_whole_prompts(mqa_path, mqa_reference, token_file, tmp_path):
