@@ -132,8 +132,9 @@ def run(
     watch: called with the status board about ten times a second while ranks work (on rank 0).
 
     Raises the UserError that a rank raised; RankFailed when a rank died or raised anything else
-    (its traceback is on standard error); KeyboardInterrupt for SIGINT and SystemExit for SIGTERM
-    after all ranks are ended. With one rank, exceptions pass through as they are.
+    (its traceback is on standard error, but not those of transfers that broke off); after all ranks
+    are ended, KeyboardInterrupt for SIGINT and SystemExit for SIGTERM. With one rank, exceptions
+    pass through as they are.
     """
     check_size(cp, tp)
     seat = launched()
@@ -302,8 +303,18 @@ def _joined(entry, args, seat: Seat, options: tuple, board: Board) -> Any:
     except UserError:
         raise
     except Exception as error:
-        traceback.print_exc()
+        if not is_communication(error):
+            traceback.print_exc()
         raise RankFailed(describe(seat.rank, board, error)) from error
+
+
+def is_communication(error: Exception) -> bool:
+    """Whether a transfer failed, most often as the echo of another rank's end."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
+    )
 
 
 def describe(rank: int, board: Board, error: BaseException) -> str:

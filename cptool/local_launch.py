@@ -25,6 +25,7 @@ from cptool.distributed import (
     call_entry,
     connect,
     describe,
+    is_communication,
     launched,
     resolve_device,
 )
@@ -97,22 +98,15 @@ def _rank_main(entry: Callable[..., Any], args: tuple, options: tuple, board: Bo
     except UserError as error:
         board.fail(seat.rank, "user", str(error))
     except Exception as error:
-        kind = "communication" if _is_communication(error) else "error"
+        kind = "communication" if is_communication(error) else "error"
         board.fail(seat.rank, kind, describe(seat.rank, board, error))
         time.sleep(_LINGER_S[kind])
-        traceback.print_exc()
+        if kind == "error":
+            traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: leaving in order would wait for groups whose other ranks are stuck.
     os._exit(1)
-
-
-def _is_communication(error: Exception) -> bool:
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
-    )
 
 
 def _cause(board: Board, rank: int, pid: int, exitcode: int) -> BaseException:

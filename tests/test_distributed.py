@@ -282,6 +282,15 @@ def test_torchruns_world_is_joined_and_every_rank_gets_its_own_value(tmp_path):
     assert sorted(output.splitlines()) == ["0 of [0, 1], 0 of 2 here", "1 of [0, 1], 1 of 2 here"]
 
 
+def test_in_torchruns_world_only_the_cause_shows_a_traceback(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    process = start(tmp_path, *torchrun, script=driver("defect_of_one", cp=2))
+    output, errors = process.communicate(timeout=GENEROUS_S)
+    assert (process.returncode, output) == (1, "")
+    assert "RankFailed: rank 1 failed during decode, token, step 3 of 5: KeyError" in errors
+    assert errors.count("in defect_of_one") == 1
+
+
 @pytest.mark.parametrize("cp, tp", [(2, 1), (1, 1), (4, 2)])
 def test_ranks_that_do_not_fill_the_launchers_world(monkeypatch, cp, tp):
     monkeypatch.setenv("RANK", "1")
