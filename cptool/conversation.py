@@ -1,8 +1,9 @@
 """A conversation as its messages, and the token ids that the model's chat template makes of them.
 
-The template is the truth: the context of an answer is exactly its rendering of all messages. What the ranks hold
-already is only a saving, worth the prefix that it has in common with that rendering. So a template that rewrites
-earlier turns, an answer cut short, or text that tokenises otherwise than the model wrote it, are one case.
+The template is the truth: the context of an answer is exactly its rendering of all messages. What
+the ranks hold already is only a saving, worth the prefix that it has in common with that rendering.
+So a template that rewrites earlier turns, an answer cut short, and text that tokenises otherwise
+than the model wrote it are one case.
 """
 
 import hashlib
@@ -38,8 +39,8 @@ class Exchange:
 class Conversation:
     """Questions and their answers, after an optional system message.
 
-    `tokens` is what the ranks should hold of it: after an answer the context it was given in and the tokens said,
-    whatever they are; after `undo` the template's rendering of the messages left.
+    `tokens` is what the ranks should hold of it: after an answer the context it was given in and
+    the tokens said, whatever they are; after `undo` the template's rendering of the messages left.
     """
 
     def __init__(self, tokenizer: "Tokenizer", system: str | None = None):
@@ -58,7 +59,7 @@ class Conversation:
         return messages
 
     def ask(self, question: str) -> list[int]:
-        """Token ids of the context in which `question` is to be answered; the conversation stays as it is.
+        """Token ids of the context in which to answer `question`, which is not added yet.
 
         UserError where the template refuses the messages.
         """
@@ -70,11 +71,15 @@ class Conversation:
         self.tokens = context + answer
 
     def undo(self) -> str | None:
-        """Takes back the last question with its answer and returns the question; None if there is none."""
+        """Takes back the last question with its answer and returns it; None if there is none."""
         if not self.exchanges:
             return None
         taken = self.exchanges.pop()
-        self.tokens = self._tokenizer.chat(self.messages, add_generation_prompt=False) if self.exchanges else []
+        self.tokens = (
+            self._tokenizer.chat(self.messages, add_generation_prompt=False)
+            if self.exchanges
+            else []
+        )
         return taken.question
 
     def reset(self) -> None:
@@ -84,8 +89,8 @@ class Conversation:
     def write(self, directory: Path) -> None:
         """Puts the conversation on disk, before the session that it belongs to is committed.
 
-        The state that the file held last stays beside the new one, and `read` takes that which fits the manifest: a
-        kill between the two files loses nothing.
+        The state that the file held last stays beside the new one, and `read` takes that which fits
+        the manifest: a kill between the two files loses nothing.
         """
         path = directory / FILE
         state = {
@@ -93,7 +98,11 @@ class Conversation:
             "system": self.system,
             "exchanges": [[exchange.question, exchange.answer] for exchange in self.exchanges],
         }
-        kept = [old for old in _states(path)[-1:] if old["tokens"] != state["tokens"]] if path.exists() else []
+        kept = (
+            [old for old in _states(path)[-1:] if old["tokens"] != state["tokens"]]
+            if path.exists()
+            else []
+        )
         temporary = path.with_suffix(".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump({"format": FORMAT, "states": [*kept, state]}, file, ensure_ascii=False)
@@ -103,15 +112,18 @@ class Conversation:
 
     @staticmethod
     def read(directory: Path, tokens: Sequence[int], tokenizer: "Tokenizer") -> "Conversation":
-        """The conversation of a session that says `tokens`; UserError if none is there or it is another one's."""
+        """The conversation of a session that says `tokens`; UserError if it is not there."""
         path = directory / FILE
         if not path.exists():
-            raise UserError(f"{directory} holds no conversation ({FILE} is missing); continue it with: cptool decode {directory}")
+            raise UserError(
+                f"{directory} holds no conversation ({FILE} is missing); "
+                f"continue it with: cptool decode {directory}"
+            )
         state = next((state for state in _states(path) if state["tokens"] == digest(tokens)), None)
         if state is None:
             raise UserError(
                 f"{path} does not tell what {directory} says (was it continued by cptool decode?); "
-                f"go back with cptool session rollback {directory}, or continue it with cptool decode"
+                f"go back with: cptool session rollback {directory}, or go on with cptool decode"
             )
         found = Conversation(tokenizer, state["system"])
         found.exchanges = [Exchange(question, answer) for question, answer in state["exchanges"]]
@@ -131,10 +143,19 @@ def _states(path: Path) -> list[dict]:
         if fields["format"] != FORMAT:
             raise ValueError(f"it has format {fields['format']}, this cptool reads format {FORMAT}")
         for state in fields["states"]:
-            texts = [state["tokens"], *(text for exchange in state["exchanges"] for text in exchange)]
+            texts = [
+                state["tokens"],
+                *(text for exchange in state["exchanges"] for text in exchange),
+            ]
             known = state["system"] is None or isinstance(state["system"], str)
-            if not known or not all(isinstance(text, str) for text in texts) or any(len(e) != 2 for e in state["exchanges"]):
+            if (
+                not known
+                or not all(isinstance(text, str) for text in texts)
+                or any(len(e) != 2 for e in state["exchanges"])
+            ):
                 raise ValueError("a state of it has parts of the wrong type")
         return fields["states"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a readable conversation ({error}); restore it or remove it") from None
+        raise UserError(
+            f"{path} is not a readable conversation ({error}); restore it or remove it"
+        ) from None

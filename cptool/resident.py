@@ -1,10 +1,11 @@
 """A model that stays on its ranks between requests of the process that started them.
 
-`Resident` is that process's side, `serve` what every rank runs. Each rank has a connection of its own to wait on, not a
-collective: idle ranks burn no CPU and meet no timeout, however long the user thinks. All ranks get the same requests and
-so make the same calls; the first one answers.
+`Resident` is that process's side, `serve` what every rank runs. Each rank has a connection of its
+own to wait on, not a collective: idle ranks burn no CPU and meet no timeout, however long the user
+thinks. All ranks get the same requests and so make the same calls; the first one answers.
 """
 
+import multiprocessing
 import os
 import secrets
 import tempfile
@@ -22,10 +23,10 @@ from cptool.sampling import Sampling
 
 if TYPE_CHECKING:
     from cptool.distributed import World
-    from cptool.engine import Engine
     from cptool.session import Manifest
 
 _STOP, _END = "stop", "end"
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Continue:
-    """Make the sequence say `tokens`, with as much of the KV as is of use, and append up to `limit` tokens."""
+    """Make the sequence say `tokens`, with what KV is of use, and append up to `limit` more."""
 
     tokens: tuple[int, ...]
     limit: int
@@ -49,7 +50,7 @@ class Continue:
 
 @dataclass(frozen=True)
 class Save:
-    """Make the sequence say `tokens`, computing nothing, and commit it to the session in `directory`."""
+    """Make the sequence say `tokens`, computing nothing, and commit it to a session."""
 
     tokens: tuple[int, ...]
     directory: str
@@ -66,8 +67,8 @@ class Answer:
 class Resident:
     """Ranks at work for this process; a context manager that ends them.
 
-    `ranks` are keyword arguments of `distributed.run`, which runs in a thread. When ranks end before they are told to,
-    whatever `run` raised comes out of the call that was waiting for them.
+    `ranks` are keyword arguments of `distributed.run`, which runs in a thread. When ranks end
+    before they are told to, whatever `run` raised comes out of the call that was waiting for them.
     """
 
     def __init__(self, setup: Setup, **ranks: Any):
@@ -79,25 +80,41 @@ class Resident:
         self._thread = threading.Thread(target=self._run, name="cptool-ranks", daemon=True)
 
     def __enter__(self) -> "Resident":
-        size = self._ranks["cp"] * self._ranks["tp"]
-        with Listener(self._address, authkey=self._key) as listener:
-            self._thread.start()
-            while len(self._connections) < size:
-                connection = listener.accept()
-                rank = connection.recv()
-                if rank is None:
-                    self._raise()
-                self._connections[rank] = connection
-        self._receive()
+        try:
+            with Listener(self._address, authkey=self._key) as listener:
+                self._thread.start()
+                while len(self._connections) < self._ranks["cp"] * self._ranks["tp"]:
+                    connection = listener.accept()
+                    rank = connection.recv()
+                    if rank is None:
+                        self._raise()
+                    self._connections[rank] = connection
+            self._receive()
+        except BaseException:
+            self._abandon()
+            raise
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self._send(_END)
+        if kind is not None:
+            self._abandon()
+            return
+        self._send(_END)
+        self._thread.join()
+        self._close()
+
+    def _abandon(self) -> None:
+        """Ends ranks that may be in the midst of a computation, where they read no request."""
+        ranks = multiprocessing.active_children()
+        for rank in ranks:
+            rank.terminate()
+        if ranks:
+            self._thread.join(_PATIENCE_S)
+        self._close()
+
+    def _close(self) -> None:
         for connection in self._connections.values():
             connection.close()
-        # Ranks that compute notice the closed connection when they are done; an error does not wait for them.
-        self._thread.join(None if kind is None else 1.0)
         self._folder.cleanup()
 
     def answer(self, request: Continue, emit: Callable[[int], None]) -> Answer:
@@ -108,7 +125,7 @@ class Resident:
         return reply
 
     def stop(self) -> None:
-        """Ends the answer that is coming with its next token. May be called from a signal handler during `answer`."""
+        """Ends the answer that is coming with its next token; a signal handler may call it."""
         self._connections[0].send(_STOP)
 
     def save(self, request: Save) -> "Manifest":
@@ -150,7 +167,7 @@ def serve(world: "World", setup: Setup, address: str, key: bytes) -> None:
     if world.size > 1:
         import signal
 
-        # Ctrl-C reaches every process of the terminal; what it means there is for the other side to say.
+        # Ctrl-C reaches every process of the terminal; what it means is for the other side to say.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Client(address, authkey=key) as connection:
         connection.send(world.rank)
@@ -198,7 +215,7 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
         shared = common_prefix(engine.tokens[0], tokens)
         engine.truncate([shared])
         if manifest is not None:
-            # What is on disk beyond the common beginning does not count any more, once this is saved.
+            # What is on disk beyond the common beginning no longer counts, once this is saved.
             manifest = manifest.truncated([min(shared, len(manifest.sequences[0].tokens))])
         if isinstance(request, Continue):
             reused = engine.computed[0]

@@ -1,4 +1,4 @@
-"""Chat: the context is always the template's rendering, whatever was undone, cut or saved in between."""
+"""Chat: the context is always the template's rendering, whatever was undone, cut or saved."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def chat(source, *arguments, say: list[str], code: int = 0):
 
 
 def said(tokenizer, reference, questions: list[str], count: int) -> tuple[str, list[int]]:
-    """What `transformers` answers in a conversation, and the ids of the last turn with its answer."""
+    """What `transformers` answers in a conversation, and the last turn's ids with its answer."""
     messages, text, ids = [], "", []
     for question in questions:
         messages.append({"role": "user", "content": question})
@@ -51,7 +51,7 @@ def said(tokenizer, reference, questions: list[str], count: int) -> tuple[str, l
 
 
 def reused(result) -> list[tuple[int, int]]:
-    """(tokens that had KV, tokens of the context) of each answer, from the lines on standard error."""
+    """(tokens that had KV, tokens of the context) of each answer, from standard error."""
     found = re.findall(r"([\d,]+) of ([\d,]+) reused", result.stderr)
     return [(int(a.replace(",", "")), int(b.replace(",", ""))) for a, b in found]
 
@@ -60,7 +60,7 @@ def reused(result) -> list[tuple[int, int]]:
 def test_a_context_is_the_rendering_of_all_messages(tokenizer, system):
     conversation = Conversation(tokenizer, system)
     messages = [] if system is None else [{"role": "system", "content": system}]
-    # Whole answers, one cut in a word, one of control tokens alone, one that tokenises otherwise when read again.
+    # A whole answer, one cut in a word, an empty one, one that tokenises otherwise when read again.
     answers = [tokenizer.encode("Paris.") + [2], tokenizer.encode("Mad"), [2], [66, 67, 2]]
     for question, answer in zip([*QUESTIONS, "x"], answers):
         messages.append({"role": "user", "content": question})
@@ -73,7 +73,9 @@ def test_a_context_is_the_rendering_of_all_messages(tokenizer, system):
     for question in ["x", *QUESTIONS[::-1]]:
         assert conversation.undo() == question
         del messages[-2:]
-        assert conversation.ask("y") == tokenizer.chat([*messages, {"role": "user", "content": "y"}])
+        assert conversation.ask("y") == tokenizer.chat(
+            [*messages, {"role": "user", "content": "y"}]
+        )
     assert conversation.undo() is None and conversation.tokens == []
 
 
@@ -90,14 +92,21 @@ def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
     with pytest.raises(UserError, match="does not tell what"):
         Conversation.read(tmp_path, states[0][0], tokenizer)
-    for damaged in ("", "{}", '{"format": 9}', '{"format": 1, "states": [{"tokens": "", "system": 1, "exchanges": []}]}'):
+    for damaged in (
+        "",
+        "{}",
+        '{"format": 9}',
+        '{"format": 1, "states": [{"tokens": "", "system": 1, "exchanges": []}]}',
+    ):
         (tmp_path / FILE).write_text(damaged)
         with pytest.raises(UserError, match="not a readable conversation"):
             Conversation.read(tmp_path, states[0][0], tokenizer)
 
 
 @pytest.mark.parametrize("cp", [1, 2])
-def test_answers_are_those_of_transformers(smollm2_path, smollm2_reference, tokenizer, tmp_path, cp):
+def test_answers_are_those_of_transformers(
+    smollm2_path, smollm2_reference, tokenizer, tmp_path, cp
+):
     where = tmp_path / "s"
     result = chat(smollm2_path, "--cp", cp, "-n", 6, say=[*QUESTIONS, f"/save {where}"])
     text, ids = said(tokenizer, smollm2_reference, QUESTIONS, 6)
@@ -109,16 +118,38 @@ def test_answers_are_those_of_transformers(smollm2_path, smollm2_reference, toke
         assert kept >= before  # all of the turn before, but for an end that was cut
 
 
-def test_undo_forgets_and_a_mistake_changes_nothing(smollm2_path, smollm2_reference, tokenizer, tmp_path):
+def test_undo_forgets_and_a_mistake_changes_nothing(
+    smollm2_path, smollm2_reference, tokenizer, tmp_path
+):
     where = tmp_path / "s"
-    lines = ["/undo", "/save", QUESTIONS[0], QUESTIONS[1], "/undo", "/nonsense", f"/save {where}", "word " * 8200, QUESTIONS[2]]
-    result = chat(smollm2_path, "-n", 5, say=[*lines, "/save", "/reset", QUESTIONS[1], "/save", "/exit", "not read"])
+    lines = [
+        "/undo",
+        "/save",
+        QUESTIONS[0],
+        QUESTIONS[1],
+        "/undo",
+        "/nonsense",
+        f"/save {where}",
+        "word " * 8200,
+        QUESTIONS[2],
+    ]
+    result = chat(
+        smollm2_path,
+        "-n",
+        5,
+        say=[*lines, "/save", "/reset", QUESTIONS[1], "/save", "/exit", "not read"],
+    )
     first, _ = said(tokenizer, smollm2_reference, QUESTIONS[:2], 5)
     kept, _ = said(tokenizer, smollm2_reference, [QUESTIONS[0], QUESTIONS[2]], 5)
     fresh, ids = said(tokenizer, smollm2_reference, [QUESTIONS[1]], 5)
     start, _ = said(tokenizer, smollm2_reference, QUESTIONS[:1], 5)
     assert result.stdout == first + kept.removeprefix(start) + fresh
-    for told in ("no question to take back", "name a directory", "/nonsense is no command", "the context is full"):
+    for told in (
+        "no question to take back",
+        "name a directory",
+        "/nonsense is no command",
+        "the context is full",
+    ):
         assert told in result.stderr
     manifest = session.load(where)
     assert manifest.revision == 3 and list(manifest.sequences[0].tokens) == ids

@@ -35,18 +35,46 @@ Ctrl-C stops an answer; what was said of it stays in the conversation."""
 @click.command()
 @click.argument("source", metavar="MODEL|SESSION")
 @click.option("--system", metavar="TEXT", help="A system message to begin with.")
-@click.option("-n", "--tokens", "count", type=click.IntRange(min=1), default=DEFAULT_TOKENS, show_default=True, help="Answer with up to this many tokens.")
+@click.option(
+    "-n",
+    "--tokens",
+    "count",
+    type=click.IntRange(min=1),
+    default=DEFAULT_TOKENS,
+    show_default=True,
+    help="Answer with up to this many tokens.",
+)
 @click.option("--temperature", type=float, default=0.0, help="0 is greedy.  [default: 0]")
-@click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest tokens of this mass.  [default: 1]")
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    help="Draw from the likeliest tokens of this mass.  [default: 1]",
+)
 @click.option("--seed", type=int, default=0, help="Of the draws.  [default: 0]")
 @click.option("--model", help="Where the session's model is now, if it moved.")
 @rank_options
 @dtype_option
-def chat(source, system, count, temperature, top_p, seed, model, cp, tp, device, variant, threads, timeout, dtype):
+def chat(
+    source,
+    system,
+    count,
+    temperature,
+    top_p,
+    seed,
+    model,
+    cp,
+    tp,
+    device,
+    variant,
+    threads,
+    timeout,
+    dtype,
+):
     """Talk with a MODEL in its own chat template, or go on in a SESSION that /save made.
 
-    Only what a turn adds is computed. Where standard input is not a terminal, each line of it is a question. /help tells
-    the commands.
+    Only what a turn adds is computed. Where standard input is not a terminal, each line of it is a
+    question. /help tells the commands.
     """
     from cptool import session as sessions
     from cptool.checkpoint import open_checkpoint
@@ -54,32 +82,48 @@ def chat(source, system, count, temperature, top_p, seed, model, cp, tp, device,
     from cptool.sampling import Sampling
 
     if launched_size() is not None:
-        raise UserError("cptool chat starts its own ranks; run it without a launcher, with --cp and --tp")
+        raise UserError(
+            "cptool chat starts its own ranks; run it without a launcher, with --cp and --tp"
+        )
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     directory, manifest = Path(source), None
     if sessions.exists(directory):
         manifest = sessions.load(directory)
         if system is not None:
-            raise UserError(f"--system: {source} is a conversation with a beginning of its own; leave it out")
+            raise UserError(
+                f"--system: {source} is a conversation with a beginning of its own; leave it out"
+            )
         if dtype not in ("auto", manifest.dtype):
-            raise UserError(f"--dtype {dtype}: the KV of {source} is {manifest.dtype}; leave --dtype out")
+            raise UserError(
+                f"--dtype {dtype}: the KV of {source} is {manifest.dtype}; leave --dtype out"
+            )
         model = model or manifest.model.path
         if not Path(model).exists():
-            raise UserError(f"{model}, the model of this session, is not there any more; say where it is with --model")
+            raise UserError(
+                f"{model}, the model of this session, is not there any more; "
+                "say where it is with --model"
+            )
     elif model is not None:
         raise UserError(f"--model {model}: {source} is no session; name the model alone")
     checkpoint = open_checkpoint(model or source)
     tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
-        raise UserError(f"{checkpoint.path} has no tokenizer, so it cannot be talked with; use prefill with --token-ids")
+        raise UserError(
+            f"{checkpoint.path} has no tokenizer, so it cannot be talked with; "
+            "use prefill with --token-ids"
+        )
     conversation = Conversation(tokenizer, system)
-    conversation.ask("Hello")  # a template that refuses the system message, or is not there, does so now
+    conversation.ask(
+        "Hello"
+    )  # a template that refuses the system message, or is not there, does so now
     if manifest is not None:
         sessions.check_model(manifest, checkpoint.fingerprint, model)
         conversation = Conversation.read(directory, manifest.sequences[0].tokens, tokenizer)
         if cp is None:
             cp, tp = manifest.cp, manifest.tp if tp is None else tp
-    ranks = resolve_ranks(cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config)
+    ranks = resolve_ranks(
+        cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
+    )
 
     from cptool.resident import Resident, Setup
 
@@ -91,14 +135,25 @@ def chat(source, system, count, temperature, top_p, seed, model, cp, tp, device,
     )
     interactive = sys.stdin.isatty()
     if interactive:
-        draw.say(f"{checkpoint.name}: starting {ranks.cp} cp x {ranks.tp} tp on {ranks.device}, {setup.dtype} ...")
+        draw.say(
+            f"{checkpoint.name}: starting {ranks.cp} cp x {ranks.tp} tp on {ranks.device}, "
+            f"{setup.dtype} ..."
+        )
     with Resident(
-        setup, cp=ranks.cp, tp=ranks.tp, device=ranks.device, threads=ranks.threads, timeout=ranks.timeout
+        setup,
+        cp=ranks.cp,
+        tp=ranks.tp,
+        device=ranks.device,
+        threads=ranks.threads,
+        timeout=ranks.timeout,
     ) as resident:
         terminal = Terminal(resident, checkpoint, conversation, sampling, count, setup.dtype)
         if manifest is not None:
             terminal.saved = (directory, manifest.revision)
-            draw.say(f"{directory}: {len(conversation.exchanges)} answers, {len(conversation.tokens):,} tokens so far")
+            draw.say(
+                f"{directory}: {len(conversation.exchanges)} answers, "
+                f"{len(conversation.tokens):,} tokens so far"
+            )
         for line in _typed() if interactive else _piped():
             if not terminal.handle(line):
                 break
@@ -107,13 +162,19 @@ def chat(source, system, count, temperature, top_p, seed, model, cp, tp, device,
 class Terminal:
     """What lines of the user do.
 
-    `saved` is the directory of the session that the ranks go on with and its revision, None before the first /save.
+    `saved` is the directory of the session that the ranks go on with and its revision, None before
+    the first /save.
     """
 
     def __init__(
-        self, resident: "Resident", checkpoint: "Checkpoint", conversation: Conversation, sampling: "Sampling",
-        count: int, dtype: str,
-    ):  # fmt: skip
+        self,
+        resident: "Resident",
+        checkpoint: "Checkpoint",
+        conversation: Conversation,
+        sampling: "Sampling",
+        count: int,
+        dtype: str,
+    ):
         self.resident, self.checkpoint, self.conversation = resident, checkpoint, conversation
         self.sampling, self.count, self.dtype = sampling, count, dtype
         self.tokenizer = checkpoint.tokenizer()
@@ -122,14 +183,21 @@ class Terminal:
     def handle(self, line: str) -> bool:
         """Does what a line says; False if that is to end. A mistake is told and changes nothing."""
         command, _, argument = line.strip().partition(" ")
-        commands = {"/save": self.save, "/undo": self.undo, "/reset": self.reset, "/help": self.help}
+        commands = {
+            "/save": self.save,
+            "/undo": self.undo,
+            "/reset": self.reset,
+            "/help": self.help,
+        }
         try:
             if command == "/exit":
                 return False
             if command in commands:
                 commands[command](argument.strip())
             elif command.startswith("/") and not command.startswith("//"):
-                raise UserError(f"{command} is no command; /help lists them, and //... asks what begins with /")
+                raise UserError(
+                    f"{command} is no command; /help lists them, and //... asks what begins with /"
+                )
             elif line.strip():
                 self.ask(line.removeprefix("/") if line.startswith("//") else line)
         except UserError as error:
@@ -145,7 +213,8 @@ class Terminal:
         room = min(self.count, limit - len(context))
         if room < 1:
             raise UserError(
-                f"the context is full: with this question it has {len(context):,} tokens, the model's limit is {limit:,}; "
+                f"the context is full: with this question it has {len(context):,} tokens, "
+                f"the model's limit is {limit:,}; "
                 "nothing was lost: ask something shorter, /save, /undo or /reset"
             )
         text = self.tokenizer.stream()
@@ -165,10 +234,17 @@ class Terminal:
         _write(text.flush() + "\n")
         self.conversation.answered(question, context, answer.token_ids)
         rate = f", then {(len(ids) - 1) / (ended - first):.1f} tokens/s" if len(ids) > 1 else ""
-        cut = "" if ids[-1] in self.checkpoint.eos_ids else ", stopped" if stopped() else ", cut at the limit of tokens"
+        cut = (
+            ""
+            if ids[-1] in self.checkpoint.eos_ids
+            else ", stopped"
+            if stopped()
+            else ", cut at the limit of tokens"
+        )
         draw.say(
             f"[{len(ids)} tokens{cut}; {answer.reused:,} of {len(context):,} reused; "
-            f"first after {draw.seconds(first - began)}{rate}; {len(self.conversation.tokens):,} of {limit:,} in context]"
+            f"first after {draw.seconds(first - began)}{rate}; "
+            f"{len(self.conversation.tokens):,} of {limit:,} in context]"
         )
 
     def save(self, argument: str) -> None:
@@ -184,23 +260,36 @@ class Terminal:
         if self.saved is not None and directory.resolve() == self.saved[0].resolve():
             directory, revision = self.saved
             if session.load(directory).revision != revision:
-                raise UserError(f"/save: {directory} was changed by another run; name a new directory")
+                raise UserError(
+                    f"/save: {directory} was changed by another run; name a new directory"
+                )
         elif session.exists(directory):
             raise UserError(f"/save: {directory} holds another session; name a new directory")
         else:
             session.check_new(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            needed = kv_bytes(self.checkpoint.config, len(self.conversation.tokens), ITEM_BYTES[self.dtype])
+            needed = kv_bytes(
+                self.checkpoint.config, len(self.conversation.tokens), ITEM_BYTES[self.dtype]
+            )
             free = shutil.disk_usage(directory).free
             if free < needed:
-                raise UserError(f"/save: {directory} has {draw.size(free)} free, {draw.size(needed)} are needed; make room")
+                raise UserError(
+                    f"/save: {directory} has {draw.size(free)} free, "
+                    f"{draw.size(needed)} are needed; "
+                    "make room"
+                )
             self.conversation.write(directory)
         except OSError as error:
-            raise UserError(f"/save: {directory} cannot be written ({error.strerror}); name another place") from None
+            raise UserError(
+                f"/save: {directory} cannot be written ({error.strerror}); name another place"
+            ) from None
         manifest = self.resident.save(Save(tuple(self.conversation.tokens), str(directory)))
         self.saved = (directory, manifest.revision)
-        draw.say(f"saved {len(self.conversation.tokens):,} tokens; continue with: cptool chat {directory}")
+        draw.say(
+            f"saved {len(self.conversation.tokens):,} tokens; "
+            f"continue with: cptool chat {directory}"
+        )
 
     def undo(self, argument: str) -> None:
         question = self.conversation.undo()
@@ -223,7 +312,7 @@ def _write(text: str) -> None:
 
 @contextmanager
 def _stopping(resident: "Resident") -> Iterator:
-    """Ctrl-C stops the answer that is coming, a second one the program. Yields what tells whether one came."""
+    """Ctrl-C stops the answer that is coming, a second one the program; tells whether one came."""
     count = 0
 
     def interrupt(number, frame) -> None:
