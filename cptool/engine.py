@@ -209,7 +209,7 @@ class Engine:
         """Takes over a session's state; `reserve` keeps room for that many more tokens of each
         sequence.
 
-        Collective. Raises UserError on all ranks, before any state changes, if a segment is damaged.
+        Collective. Raises UserError on all ranks, before anything changes, if a segment is damaged.
         """
         self._check(directory, manifest)
         self.tokens = [list(sequence.tokens) for sequence in manifest.sequences]
@@ -282,7 +282,7 @@ class Engine:
         return manifest
 
     def _check(self, directory: Path, manifest: Manifest) -> None:
-        """Verifies the session's segments, each on one rank; nobody opens one before all are known."""
+        """Verifies every segment, each on one rank; nobody opens one before all are known."""
         damage = None
         try:
             segments.check(directory, manifest.segments[self.world.rank :: self.world.size])

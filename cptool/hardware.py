@@ -129,7 +129,7 @@ def world_profile(world: World) -> HardwareProfile:
     profile = load_profile(world.device.type).for_ranks(
         torch.get_num_threads(), machines * usable_processors() // world.tp
     )
-    # The threads too are those of rank 0: ranks whose profiles differ would choose different variants.
+    # The threads too are those of rank 0: ranks whose profiles differ would choose differently.
     return world.gather(profile)[0]
 
 

@@ -102,6 +102,10 @@ class Manifest:
         for segment in fields["segments"]:
             if Path(segment["file"]).name != segment["file"]:
                 raise ValueError(f"segment {segment['file']!r} is not in the session's directory")
+        named = {None, *(segment["file"] for segment in fields["segments"])}
+        for sequence in fields["sequences"]:
+            if sequence["logits"] not in named:
+                raise ValueError(f"logits {sequence['logits']!r} are in none of its segments")
         return Manifest(
             **{
                 **fields,
@@ -150,7 +154,7 @@ def load(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         manifest = Manifest.parse(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{directory} holds no session ({MANIFEST} is missing); make one with: cptool prefill "
             "MODEL --session DIR"
@@ -205,6 +209,16 @@ def common_prefix(
             )
         lengths.append(shared)
     return lengths
+
+
+def check_writable(directory: Path) -> None:
+    """Refuses a place where the next turn could not be saved."""
+    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        fault = "is not writable" if place.is_dir() else "is a file"
+        raise UserError(
+            f"{directory}: {place} {fault}, so no turn can be saved; name another place"
+        )
 
 
 def check_new(directory: Path) -> None:

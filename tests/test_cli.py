@@ -228,6 +228,27 @@ def test_the_death_of_a_rank_ends_all_and_leaves_the_session(
     assert {p.name: p.read_bytes() for p in session.iterdir()} == before
 
 
+@pytest.mark.parametrize("cp", [1, 2])
+def test_a_turn_is_saved_though_nobody_reads_the_answer(smollm2_path, tmp_path, cp):
+    session = tmp_path / "s"
+    as_json("prefill", smollm2_path, "--synthetic", 5, "--session", session)
+    command = [sys.executable, "-m", "cptool", "decode", str(session), "-n", "8", "--cp", str(cp)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert as_json("session", "show", session)["tokens"] == [13]
+
+
+@pytest.mark.parametrize("group", [[], ["session"]])
+def test_a_group_alone_shows_its_commands(group):
+    result = cptool(*group, code=2)
+    assert len(result.output.splitlines()) > 5
+
+
 MISTAKES = {
     "no prompt": (["{mqa}"], "no prompt"),
     "missing model": (["/nowhere/model", "--synthetic", "4"], "/nowhere/model"),
@@ -264,6 +285,11 @@ MISTAKES = {
     "no GPU": (["{mqa}", "--synthetic", "4", "--device", "cuda"], "--device cuda"),
     "truncated weights": (["{truncated}", "--synthetic", "4"], "model.safetensors"),
     "another architecture": (["{gpt2}", "--synthetic", "4"], "gpt2"),
+    "far too long": (["{mqa}", "--synthetic", str(10**12)], "the model's context is 2048"),
+    "session under a file": (
+        ["{mqa}", "--synthetic", "4", "--session", "{truncated}/config.json/s"],
+        "config.json is a file, so no turn can be saved",
+    ),
     "session in the way": (
         ["{mqa}", "--synthetic", "4", "--session", "{truncated}"],
         "is not empty",
@@ -310,7 +336,9 @@ def test_a_mistake_is_one_line_and_code_2(
             file = tmp_path / "given.json"
             file.write_text(word[5:-1])
             word = str(file)
-        arguments.append(places.get(word, word))
+        for placeholder, place in places.items():
+            word = word.replace(placeholder, place)
+        arguments.append(word)
     result = cptool("prefill", *arguments, code=2)
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1, result.stderr
@@ -323,6 +351,7 @@ def test_decode_mistakes(mqa_path, smollm2_path, token_file, tmp_path):
     before = {p.name: p.read_bytes() for p in session.iterdir()}
     for arguments, expected in [
         ([tmp_path / "none"], "holds no session"),
+        ([mqa_path / "config.json"], "holds no session"),
         ([session, "--model", smollm2_path], "is not the model of this session"),
         ([session, "-n", 2048], "the model's context is 2048"),
         (

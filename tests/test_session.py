@@ -236,6 +236,15 @@ def test_segment_names_cannot_leave_the_directory(saved):
         session.load(directory)
 
 
+def test_logits_must_be_in_a_segment(saved):
+    directory, manifest = saved
+    fields = json.loads(manifest.dump())
+    fields["sequences"][0]["logits"] = "elsewhere.safetensors"
+    (directory / "manifest.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="not a readable session manifest"):
+        session.load(directory)
+
+
 def test_places_that_are_not_for_a_new_session(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):

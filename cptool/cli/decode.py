@@ -72,6 +72,7 @@ def decode(
 
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     manifest = sessions.load(session)
+    sessions.check_writable(session)
     source = model or manifest.model.path
     if model is None and not Path(source).exists():
         raise UserError(

@@ -1,5 +1,6 @@
 """Runs a turn on the ranks that were asked for, and shows how far they are."""
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -40,11 +41,15 @@ def _on_rank(world: "World", turn: Turn, stream: bool) -> tuple[Report, int]:
 
     text = open_checkpoint(turn.model).tokenizer().stream()
 
-    def emit(sequence: int, token: int) -> None:
-        sys.stdout.write(text.push(token))
-        sys.stdout.flush()
-
-    report = run(world, turn, emit)
-    sys.stdout.write(text.flush() + "\n")
-    sys.stdout.flush()
+    report = run(world, turn, lambda sequence, token: _write(text.push(token)))
+    _write(text.flush() + "\n")
     return report, world.rank
+
+
+def _write(text: str) -> None:
+    """To standard output; nowhere once its reader has left, for the turn is still to be saved."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

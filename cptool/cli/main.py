@@ -18,6 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 COMMANDS = ("prefill", "decode", "chat", "session", "verify", "bench", "pull", "demo", "doctor")
 
+# From click 8.2 on; before, click shows the help by itself.
+_NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())
+
 
 class Commands(click.Group):
     """Subcommands imported when they are asked for; mistakes told in one line.
@@ -38,6 +41,9 @@ class Commands(click.Group):
             return super().main(*args, standalone_mode=False, **kwargs)
         try:
             sys.exit(super().main(*args, standalone_mode=False, **kwargs) or 0)
+        except _NO_ARGUMENTS as error:
+            error.show()
+            sys.exit(2)
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx else "cptool"
             self._fail(2, f"{where}: {error.format_message()} (see {where} --help)")
@@ -48,7 +54,7 @@ class Commands(click.Group):
             self._fail(2, f"cptool: {message}")
         except (KeyboardInterrupt, click.Abort):
             self._fail(130, "cptool: interrupted")
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ImportError) as error:
             self._fail(1, f"cptool: {error}")
 
     @staticmethod

@@ -162,6 +162,7 @@ class Prompts:
                 "--chat: it needs a text prompt; give --prompt or --prompt-file, or leave it out"
             )
         sequences += [entry for path in self.token_files for entry in _read_token_ids(path)]
+        check_context(list(self.synthetic), [0] * len(self.synthetic), 0, checkpoint.config)
         sequences += [
             (f"--synthetic {n}", _synthetic(n, checkpoint.config.vocab_size))
             for n in self.synthetic
@@ -204,9 +205,9 @@ def resolve_ranks(
         cp = 1 if launched is None else max(1, launched // tp)
     tensor_parallel.check(config, tp)
     distributed.check_size(cp, tp)
-    return Ranks(
-        cp=cp, tp=tp, device=distributed.resolve_device(device), threads=threads, timeout=timeout
-    )
+    seat = distributed.launched()
+    device = distributed.resolve_device(device, seat.local_size if seat else cp * tp)
+    return Ranks(cp=cp, tp=tp, device=device, threads=threads, timeout=timeout)
 
 
 def resolve_dtype(asked: str, checkpoint: "Checkpoint", device: str) -> str:

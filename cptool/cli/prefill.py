@@ -76,6 +76,7 @@ def prefill(
         )
     manifest = None
     if session is not None:
+        sessions.check_writable(session)
         manifest = (
             sessions.load(session) if sessions.exists(session) else sessions.check_new(session)
         )
