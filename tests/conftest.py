@@ -1,14 +1,32 @@
 """Models that several test files read."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from cptool.checkpoint import catalogue
+from cptool.paths import cache_dir
 
 SMOLLM2 = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache that shares its models with the user's, and no hardware profile but what tests save."""
+    directory = tmp_path_factory.mktemp("cache")
+    models = cache_dir() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    (directory / "models").symlink_to(models, target_is_directory=True)
+    before = os.environ.get("CPTOOL_CACHE")
+    os.environ["CPTOOL_CACHE"] = str(directory)
+    yield
+    if before is None:
+        del os.environ["CPTOOL_CACHE"]
+    else:
+        os.environ["CPTOOL_CACHE"] = before
 
 
 @pytest.fixture(scope="session")
