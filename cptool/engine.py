@@ -282,8 +282,12 @@ class Engine:
         return manifest
 
     def _check(self, directory: Path, manifest: Manifest) -> None:
-        """Verifies every segment, each on one rank; nobody opens one before all are known."""
-        damage = None
+        """Verifies that all ranks see one revision, and every segment, each on one rank; nobody
+        opens one before all are known.
+        """
+        damage, here = None, self.world.gather(manifest.revision)
+        if here != here[:1] * len(here):
+            raise RuntimeError(session.changed(directory, max(here), min(here)))
         try:
             segments.check(directory, manifest.segments[self.world.rank :: self.world.size])
         except UserError as error:

@@ -12,8 +12,11 @@ sequence's tokens, in the order of the segments, are dealt to the new ranks in e
 shares.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from operator import le
 from pathlib import Path
@@ -249,22 +252,45 @@ def commit(directory: Path, manifest: Manifest) -> None:
 
     Raises RuntimeError if another run has committed since this one began.
     """
+    with _locked(directory):
+        _commit(directory, manifest)
+
+
+def _commit(directory: Path, manifest: Manifest) -> None:
     path = directory / MANIFEST
     found = Manifest.parse(path.read_text()).revision if path.exists() else 0
     if found != manifest.revision - 1:
-        raise RuntimeError(
-            f"{directory} was changed by another run (it is at revision {found}, this run began at "
-            f"{manifest.revision - 1}); what this run computed was not saved"
-        )
+        raise RuntimeError(changed(directory, found, manifest.revision - 1))
     temporary = path.with_suffix(".tmp")
     temporary.write_text(manifest.dump())
     sync(temporary)
+    sync(directory)  # the segments' names, before the manifest that names them
     temporary.replace(path)
     sync(directory)
     named = {segment.file for segment in manifest.segments}
     for file in directory.glob("segment-*"):
         if file.name not in named:
             file.unlink(missing_ok=True)
+
+
+def changed(directory: Path, found: int, began: int) -> str:
+    """The line that says that two runs continued the same revision."""
+    return (
+        f"{directory} was changed by another run (it is at revision {found}, this run began at "
+        f"{began}); nothing of this run was saved"
+    )
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Other commits to the session wait until the body is done."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_ours(path: Path) -> bool:

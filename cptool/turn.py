@@ -17,8 +17,8 @@ from cptool.sampling import Sampling
 class Turn:
     """What is asked.
 
-    `prompts[b]` are the new tokens of sequence b; with `resume` they follow what the session holds,
-    or the first `keep[b]` tokens of it.
+    `prompts[b]` are the new tokens of sequence b; they follow what the session held at revision
+    `resume`, or the first `keep[b]` tokens of it.
     """
 
     model: str
@@ -26,7 +26,7 @@ class Turn:
     dtype: str
     variant: str = "auto"
     session: str | None = None
-    resume: bool = False
+    resume: int | None = None
     keep: tuple[int, ...] | None = None
     max_new_tokens: int = 0
     sampling: Sampling = Sampling()
@@ -96,8 +96,10 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     )
     directory, manifest = Path(turn.session) if turn.session else None, None
     room = turn.max_new_tokens + max(map(len, turn.prompts), default=0)
-    if turn.resume:
+    if turn.resume is not None:
         manifest = session.load(directory)
+        if manifest.revision != turn.resume:
+            raise RuntimeError(session.changed(directory, manifest.revision, turn.resume))
         session.check_model(manifest, checkpoint.fingerprint, turn.model)
         if turn.keep is not None:
             manifest = manifest.truncated(list(turn.keep))

@@ -3,6 +3,8 @@ nothing.
 """
 
 import json
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -198,6 +200,29 @@ def test_two_runs_from_one_turn_cannot_both_commit(saved):
     with pytest.raises(RuntimeError, match="changed by another run"):
         save_turn(directory, [2, 2], [40, 7], 1, 1, manifest)
     assert session.load(directory).revision == 2
+
+
+def test_of_two_commits_at_the_same_time_one_fails(saved, monkeypatch):
+    directory, manifest = saved
+    next_one = replace(manifest, revision=manifest.revision + 1)
+    synced, late = session.sync, []
+
+    def second():
+        with pytest.raises(RuntimeError, match="changed by another run"):
+            session.commit(directory, replace(next_one, segments=()))
+        late.append(session.load(directory))
+
+    def sync(path):
+        if not thread.ident:
+            thread.start()
+            thread.join(0.3)  # it must wait, so this passes only by the clock
+        synced(path)
+
+    thread = threading.Thread(target=second)
+    monkeypatch.setattr(session, "sync", sync)
+    session.commit(directory, next_one)
+    thread.join()
+    assert late == [next_one]
 
 
 def test_damage_is_refused_in_one_line(saved):

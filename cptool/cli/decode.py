@@ -113,7 +113,7 @@ def decode(
         dtype=manifest.dtype,
         variant=variant,
         session=str(session),
-        resume=True,
+        resume=manifest.revision,
         max_new_tokens=count,
         sampling=sampling,
     )

@@ -107,7 +107,7 @@ def prefill(
         dtype=manifest.dtype if manifest else resolve_dtype(dtype, checkpoint, ranks.device),
         variant=variant,
         session=None if session is None else str(session),
-        resume=manifest is not None,
+        resume=manifest.revision if manifest else None,
         keep=None if keep is None else tuple(keep),
     )
     report = run_turn(turn, ranks)
