@@ -162,15 +162,16 @@ class Engine:
     ) -> list[list[int]]:
         """Appends up to `limit` tokens to each sequence and returns them.
 
-        A sequence that says a token of `stop` keeps it and leaves the batch. `emit(sequence,
-        token)` is called for each token as it is known. The KV of a sequence's last token stays
-        pending. `interrupted` is asked at each token; once it says so on any rank, that token is
-        the last one of every sequence, on all ranks.
+        A sequence that says a token of `stop` keeps it and leaves the batch; an empty one, which
+        nothing follows, has no part in it. `emit(sequence, token)` is called for each token as it
+        is known. The KV of a sequence's last token stays pending. `interrupted` is asked at each
+        token; once it says so on any rank, that token is the last one of every sequence, on all
+        ranks.
         """
         if any(computed < len(said) for computed, said in zip(self.computed, self.tokens)):
             self.extend([[] for _ in self.tokens])
         answers: list[list[int]] = [[] for _ in self.tokens]
-        talking = set(range(len(self.tokens))) if limit else set()
+        talking = {b for b, said in enumerate(self.tokens) if said and limit}
         while talking:
             self._progress("decode, token", max(map(len, answers)), limit)
             picks = self.next_tokens(sampling)

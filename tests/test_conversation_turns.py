@@ -123,3 +123,16 @@ def test_a_turn_taken_back_to_the_end_of_a_session(tiny_path, token_file, tmp_pa
     as_json("prefill", tiny_path, "--token-ids", token_file(ids), "--session", whole)
     answers = [as_json("decode", place, "-n", 8)["token_ids"] for place in (directory, whole)]
     assert answers[0] == answers[1]
+
+
+def with_an_empty_member(world, path) -> list[list[int]]:
+    model = load_model(open_checkpoint(str(path)), torch.float32, world.device, world)
+    engine = Engine(model, world, batch=3)
+    engine.extend([prompt(5), [], prompt(3)])
+    answers = engine.decode(4, Sampling())
+    assert engine.tokens == [prompt(5) + answers[0], [], prompt(3) + answers[2]]
+    return answers
+
+
+def test_an_empty_sequence_says_nothing(tiny_path):
+    assert [len(ids) for ids in run(with_an_empty_member, tiny_path, cp=2, threads=1)] == [4, 0, 4]
