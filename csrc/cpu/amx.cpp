@@ -1,43 +1,36 @@
-// attention_partial for bfloat16 with AMX: both products are tile products with float32 accumulation, the softmax is AVX-512.
+// attention_partial for bfloat16 with AMX: both products are tile products with float32
+// accumulation, the softmax is AVX-512.
 //
 // Transposed like all panels (avx512_panel.h), scores^T = K Q^T and out^T = V^T weights^T, so that
-// - K is the row-major operand of its product and only copied into tiles; V is transposed once per tile of keys;
-// - two consecutive keys' weights, interleaved, are what the second product takes as its pair-interleaved operand;
+// - K is the row-major operand of its product and only copied into tiles; V is transposed once per
+//   tile of keys;
+// - two consecutive keys' weights, interleaved, are what the second product takes as its
+//   pair-interleaved operand;
 // - the softmax is vertical.
-// The weights are rounded to bfloat16; their sum is taken of the rounded values, so that weights add up to one and an error common
-// to all cancels.
+// The weights are rounded to bfloat16; their sum is taken of the rounded values, so that weights
+// add up to one and an error common to all cancels.
 #include <cstring>
 
-#include "cpu/amx_tiles.h"
-#include "cpu/avx512_panel.h"
+#include "cpu/amx_pack.h"
+#include "cpu/avx512_stream.h"
 
 namespace cptool::cpu {
 namespace {
 
-constexpr int kStrip = 32;  // keys that share a step of the second product; dimensions that share a step of the first
 constexpr int kPanel = 32;  // rows: two tiles side by side
-// Rows keep their maximum until a score exceeds it by this much (log2): weights up to 2^8 cost no precision, and the
-// accumulators seldom need rescaling.
+// Rows keep their maximum until a score exceeds it by this much (log2): weights up to 2^8 cost no
+// precision, and the accumulators seldom need rescaling.
 constexpr float kSlack = 8.0f;
-
-// 2^x like exp2_full, by a cubic: relative error 8.6e-5, a fortieth of bfloat16's rounding.
-inline __m512 exp2_cubic(__m512 x) {
-  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  __m512 p = _mm512_set1_ps(0x1.3baaa8p-4f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.d2378ap-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.63e658p-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, x);
-}
 
 class AmxKernel {
  public:
   static constexpr int kRows = 16 * kPanel;
-  static constexpr int kKeys = 256;
+  static constexpr int kKeys = 128;
 
   static size_t scratch_bytes(const AttentionArgs& args) {
     const size_t dims = padded(args.head_dim);
-    return sizeof(Fixed) + (kRows + 2 * kKeys) * dims * sizeof(BFloat16) + kRows * dims * sizeof(float);
+    return sizeof(Fixed) + (kRows + 2 * kKeys) * dims * sizeof(BFloat16) +
+           kRows * dims * sizeof(float);
   }
 
   AmxKernel(const AttentionArgs& args, void* scratch)
@@ -53,15 +46,22 @@ class AmxKernel {
   void begin(const RowBlock<kRows>& block) {
     const int rows = round_up(block.rows, kPanel);
     fixed_.rows.begin(block, rows);
-    for (int row = 0; row < rows; row += kLanes) pack_queries(block, row);
+    for (int row = 0; row < rows; row += kLanes) {
+      pack_queries(block.q + row, block.rows - row, args_.head_dim, args_.scale < 0,
+                   q_ + row * dims_ * sizeof(BFloat16));
+    }
     std::memset(acc_, 0, rows * dims_ * sizeof(float));
   }
 
   template <bool masked>
   void tile(const RowBlock<kRows>& block, int64_t key, int keys) {
-    pack_keys(block, key, keys);
-    pack_values(block, key, keys);
+    const BFloat16* k = static_cast<const BFloat16*>(block.k) + key * args_.k_token_stride;
+    const BFloat16* v = static_cast<const BFloat16*>(block.v) + key * args_.v_token_stride;
+    pack_keys(k, args_.k_token_stride, keys, args_.head_dim, k_);
+    pack_values<kKeys>(v, args_.v_token_stride, keys, args_.head_dim, v_);
+    const int share = kKeys / ((block.rows + kPanel - 1) / kPanel);
     for (int row = 0; row < block.rows; row += kPanel) {
+      prefetch_keys(args_, block, key + kKeys + row / kPanel * share, share);
       const Visible visible(fixed_.rows, row, row + kPanel - 1, key, keys);
       if (visible.keys == 0) continue;
       const int strips = (visible.keys + kStrip - 1) / kStrip;
@@ -101,77 +101,21 @@ class AmxKernel {
  private:
   struct Fixed {
     RowStates<kRows> rows;
-    // Two strips, so that one is computed while the other is read: tiles [2 of keys][2 of rows], each [16 keys][16 rows].
+    // Two strips, so that one is computed while the other is read: tiles [2 of keys][2 of rows],
+    // each [16 keys][16 rows].
     alignas(64) float scores[2][kStrip * kPanel];
-    alignas(64) BFloat16 weights[kKeys * kPanel];  // tiles [keys / 32][2 of rows], each [16 key pairs][16 rows][2]
+    alignas(64) BFloat16
+        weights[kKeys * kPanel];  // tiles [keys / 32][2 of rows], each [16 key pairs][16 rows][2]
   };
 
   static int64_t padded(int64_t head_dim) { return (head_dim + kStrip - 1) / kStrip * kStrip; }
 
   // The two tiles of weights of 32 keys by 32 rows.
-  char* weight_tiles(int strip) const { return reinterpret_cast<char*>(fixed_.weights) + strip * 2 * kTileBytes; }
+  char* weight_tiles(int strip) const {
+    return reinterpret_cast<char*>(fixed_.weights) + strip * 2 * kTileBytes;
+  }
 
   float* accumulator(int row) const { return reinterpret_cast<float*>(acc_) + row * dims_; }
-
-  // Elements [d, d + 32) of a vector, zeros from head_dim on.
-  __m512i load_dims(const BFloat16* from, int64_t d) const {
-    const int64_t left = args_.head_dim - d;
-    const __mmask32 mask = left >= kStrip ? ~0u : (1u << left) - 1;
-    return _mm512_maskz_loadu_epi16(mask, from + d);
-  }
-
-  // Tiles [rows / 16][dims / 32], each [16 dim pairs][16 rows][2], with the sign of the scale folded in.
-  void pack_queries(const RowBlock<kRows>& block, int row) {
-    const __m512i sign = _mm512_set1_epi16(args_.scale < 0 ? -0x8000 : 0);
-    for (int64_t d = 0; d < dims_; d += kStrip) {
-      __m512i r[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        r[i] = row + i < block.rows ? load_dims(static_cast<const BFloat16*>(block.q[row + i]), d) : _mm512_setzero_si512();
-        r[i] = _mm512_xor_si512(r[i], sign);
-      }
-      transpose16(r);
-      char* to = q_ + row * dims_ * 2 + d / kStrip * kTileBytes;
-      for (int i = 0; i < kLanes; ++i) _mm512_store_si512(to + i * 64, r[i]);
-    }
-  }
-
-  // Tiles [keys / 16][dims / 32], each [16 keys][32 dims].
-  void pack_keys(const RowBlock<kRows>& block, int64_t key, int keys) {
-    const BFloat16* k = static_cast<const BFloat16*>(block.k) + key * args_.k_token_stride;
-    for (int j = 0; j < round_up(keys, kStrip); ++j) {
-      char* to = k_ + j / kLanes * kLanes * dims_ * 2 + j % kLanes * 64;
-      for (int64_t d = 0; d < dims_; d += kStrip) {
-        _mm512_store_si512(to + d / kStrip * kTileBytes, j < keys ? load_dims(k + j * args_.k_token_stride, d) : _mm512_setzero_si512());
-      }
-    }
-  }
-
-  // Tiles [dims / 16][keys / 32], each [16 dims][32 keys].
-  void pack_values(const RowBlock<kRows>& block, int64_t key, int keys) {
-    const BFloat16* v = static_cast<const BFloat16*>(block.v) + key * args_.v_token_stride;
-    for (int first = 0; first < keys; first += kStrip) {
-      for (int64_t d = 0; d < dims_; d += kStrip) {
-        // Interleaving two keys leaves, in each 128-bit lane, dimensions 0-3 in one register and 4-7 in the other.
-        __m512i low[kLanes], high[kLanes];
-        for (int pair = 0; pair < kLanes; ++pair) {
-          const int j = first + 2 * pair;
-          const __m512i even = j < keys ? load_dims(v + j * args_.v_token_stride, d) : _mm512_setzero_si512();
-          const __m512i odd = j + 1 < keys ? load_dims(v + (j + 1) * args_.v_token_stride, d) : _mm512_setzero_si512();
-          low[pair] = _mm512_unpacklo_epi16(even, odd);
-          high[pair] = _mm512_unpackhi_epi16(even, odd);
-        }
-        transpose16(low);
-        transpose16(high);
-        char* to = v_ + (d / kLanes * (kKeys / kStrip) + first / kStrip) * kTileBytes;
-        for (int i = 0; i < kLanes; ++i) {
-          const int dim = i / 4 * 8 + i % 4;  // of low[i]; high[i] is 4 further
-          char* row = to + dim / kLanes * (kKeys / kStrip) * kTileBytes + dim % kLanes * 64;
-          _mm512_store_si512(row, low[i]);
-          _mm512_store_si512(row + 4 * 64, high[i]);
-        }
-      }
-    }
-  }
 
   // One step of the scores of 32 keys by 32 rows: 32 dimensions, the c-th.
   void score_step(int row, int strip, int64_t c) {
@@ -214,11 +158,16 @@ class AmxKernel {
   void weigh(int row, int strip, int strips, int64_t key) {
     RowStates<kRows>& rows = fixed_.rows;
     const float* scores = fixed_.scores[strip % 2];
-    auto score_at = [&](int half, int j) { return _mm512_load_ps(scores + j / kLanes * 512 + half * 256 + j % kLanes * kLanes); };
+    auto score_at = [&](int half, int j) {
+      return _mm512_load_ps(scores + j / kLanes * 512 + half * 256 + j % kLanes * kLanes);
+    };
     const __m512i first_key = _mm512_set1_epi32(static_cast<int32_t>(key + strip * kStrip));
-    const __m512i left[2] = {_mm512_sub_epi32(_mm512_load_si512(rows.limit + row), first_key),
-                             _mm512_sub_epi32(_mm512_load_si512(rows.limit + row + kLanes), first_key)};
-    auto visible = [&](int half, int j) { return _mm512_cmpgt_epi32_mask(left[half], _mm512_set1_epi32(j)); };
+    const __m512i left[2] = {
+        _mm512_sub_epi32(_mm512_load_si512(rows.limit + row), first_key),
+        _mm512_sub_epi32(_mm512_load_si512(rows.limit + row + kLanes), first_key)};
+    auto visible = [&](int half, int j) {
+      return _mm512_cmpgt_epi32_mask(left[half], _mm512_set1_epi32(j));
+    };
 
     const __m512 scale = _mm512_set1_ps(scale_log2_);
     __m512 base[2];
@@ -229,11 +178,13 @@ class AmxKernel {
       for (int j = 0; j < kStrip; j += 4) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          most[i] = masked ? _mm512_mask_max_ps(most[i], visible(half, j + i), most[i], score_at(half, j + i))
+          most[i] = masked ? _mm512_mask_max_ps(most[i], visible(half, j + i), most[i],
+                                                score_at(half, j + i))
                            : _mm512_max_ps(most[i], score_at(half, j + i));
         }
       }
-      const __m512 top = _mm512_mul_ps(_mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])), scale);
+      const __m512 top = _mm512_mul_ps(
+          _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])), scale);
       base[half] = _mm512_load_ps(rows.max + row + half * kLanes);
       if (_mm512_cmp_ps_mask(top, _mm512_add_ps(base[half], _mm512_set1_ps(kSlack)), _CMP_GT_OQ)) {
         base[half] = raise(row, half, strip, top);
@@ -241,8 +192,6 @@ class AmxKernel {
     }
 
     __m512 total[2] = {_mm512_load_ps(rows.sum + row), _mm512_load_ps(rows.sum + row + kLanes)};
-    const __m512i half_unit = _mm512_set1_epi32(0x8000);
-    const __m512i high_half = _mm512_set1_epi32(-0x10000);
     char* to = weight_tiles(strip);
     auto weigh_pairs = [&](int begin, int end) {
       for (int pair = begin; pair < end; ++pair) {
@@ -253,10 +202,11 @@ class AmxKernel {
           for (int i = 0; i < 2; ++i) {
             __m512 w = exp2_cubic(_mm512_fmsub_ps(score_at(half, 2 * pair + i), scale, base[half]));
             if (masked) w = _mm512_maskz_mov_ps(visible(half, 2 * pair + i), w);
-            weight[i] = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(w), half_unit), high_half);
+            weight[i] = round_bits(w);
           }
-          total[half] = _mm512_add_ps(total[half], _mm512_add_ps(_mm512_castsi512_ps(weight[0]), _mm512_castsi512_ps(weight[1])));
-          _mm512_store_si512(to + half * kTileBytes + pair * 64, _mm512_or_si512(_mm512_srli_epi32(weight[0], 16), weight[1]));
+          total[half] = _mm512_add_ps(total[half], _mm512_add_ps(_mm512_castsi512_ps(weight[0]),
+                                                                 _mm512_castsi512_ps(weight[1])));
+          _mm512_store_si512(to + half * kTileBytes + pair * 64, pair_up(weight[0], weight[1]));
         }
       }
     };
@@ -275,7 +225,8 @@ class AmxKernel {
     _mm512_store_ps(rows.sum + row + kLanes, total[1]);
   }
 
-  // Raises the maxima of 16 rows to at least `top`, with all that was computed against the old ones; returns them.
+  // Raises the maxima of 16 rows to at least `top`, with all that was computed against the old
+  // ones; returns them.
   __attribute__((noinline)) __m512 raise(int row, int half, int strip, __m512 top) {
     RowStates<kRows>& rows = fixed_.rows;
     row += half * kLanes;
@@ -285,16 +236,17 @@ class AmxKernel {
     _mm512_store_ps(rows.max + row, base);
     _mm512_store_ps(rows.sum + row, _mm512_mul_ps(_mm512_load_ps(rows.sum + row), keep));
     float* acc = accumulator(row);
-    for (int64_t d = 0; d < dims_; ++d) _mm512_store_ps(acc + d * kLanes, _mm512_mul_ps(_mm512_load_ps(acc + d * kLanes), keep));
+    for (int64_t d = 0; d < dims_; ++d)
+      _mm512_store_ps(acc + d * kLanes, _mm512_mul_ps(_mm512_load_ps(acc + d * kLanes), keep));
     const __m512i high_half = _mm512_set1_epi32(-0x10000);
     for (int s = 0; s < strip; ++s) {  // the weights that are not accumulated yet
       for (int pair = 0; pair < kLanes; ++pair) {
         char* at = weight_tiles(s) + half * kTileBytes + pair * 64;
         const __m512i both = _mm512_load_si512(at);
         const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), keep);
-        const __m512 odd = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(both, high_half)), keep);
-        _mm512_store_si512(at, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16),
-                                               _mm512_and_si512(_mm512_castps_si512(odd), high_half)));
+        const __m512 odd =
+            _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(both, high_half)), keep);
+        _mm512_store_si512(at, pair_up(round_bits(even), round_bits(odd)));
       }
     }
     return base;
@@ -325,6 +277,7 @@ class AmxKernel {
     store_tile<3>(acc + kTileBytes + next_rows);
   }
 
+  FlushSubnormals flush_;
   const AttentionArgs& args_;
   const int64_t dims_;  // head_dim, padded with zeros to whole tiles
   TileConfig config_;
@@ -339,12 +292,19 @@ class AmxKernel {
 }  // namespace
 
 bool amx_supported() {
-  static const bool supported = avx512_supported() && __builtin_cpu_supports("avx512bf16") && tiles_available();
+  static const bool supported =
+      avx512_supported() && __builtin_cpu_supports("avx512bf16") && tiles_available();
   return supported;
 }
 
-bool amx_handles(ScalarType dtype, int64_t head_dim) { return dtype == ScalarType::kBFloat16 && head_dim % kLanes == 0; }
+bool amx_handles(ScalarType dtype, int64_t head_dim) {
+  return dtype == ScalarType::kBFloat16 && head_dim % kLanes == 0;
+}
 
-void attention_partial_amx(const AttentionArgs& args, int threads) { run<AmxKernel>(args, threads); }
+void attention_partial_amx(const AttentionArgs& args, int threads) {
+  if (few_rows(args))
+    return run<StreamKernel<BFloat16>>(args, threads);  // a tile would be mostly empty
+  run<AmxKernel>(args, threads);
+}
 
 }  // namespace cptool::cpu

@@ -1,14 +1,14 @@
-// The tile registers of AMX: eight of 16 rows by 64 bytes, and tdpbf16ps, which adds to the float32 tile C[m][n]
-// the sum over p of A[m][2p] * B[p][2n] + A[m][2p + 1] * B[p][2n + 1], all bfloat16.
+// The tile registers of AMX: eight of 16 rows by 64 bytes, and tdpbf16ps, which adds to the float32
+// tile C[m][n] the sum over p of A[m][2p] * B[p][2n] + A[m][2p + 1] * B[p][2n + 1], all bfloat16.
 //
-// Assembly rather than intrinsics: those of GCC 12 don't tell the compiler that a tile load reads memory, and cannot fold an
-// offset into the address. Unnamed namespace: see dispatch.h.
+// Assembly rather than intrinsics: those of GCC 12 don't tell the compiler that a tile load reads
+// memory, and cannot fold an offset into the address. Unnamed namespace: see dispatch.h.
 #pragma once
 
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <cpuid.h>
 #include <cstdint>
 
 namespace cptool::cpu {
@@ -19,7 +19,8 @@ constexpr int64_t kTileStride = 64;
 
 template <int kTile>
 inline void load_tile(const void* from) {
-  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(kTile), "r"(from), "r"(kTileStride) : "memory");
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(kTile), "r"(from), "r"(kTileStride)
+               : "memory");
 }
 
 template <int kTile>
@@ -53,7 +54,8 @@ class TileConfig {
   TileConfig& operator=(const TileConfig&) = delete;
 };
 
-// Whether the processor has AMX with bfloat16 and the system lets this process use it. Asks the system for that.
+// Whether the processor has AMX with bfloat16 and the system lets this process use it. Asks the
+// system for that.
 inline bool tiles_available() {
   unsigned eax, ebx, ecx, edx;
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;

@@ -1,14 +1,17 @@
-// attention_partial in float32 arithmetic with AVX-512; bfloat16 and float16 inputs are widened while they are packed.
+// attention_partial in float32 arithmetic with AVX-512; bfloat16 and float16 inputs are widened
+// while they are packed.
 //
-// Both products are register-blocked the same way (avx512_panel.h): 8 keys (or 8 dimensions) by 48 rows in 24 accumulators,
-// 3 vector loads and 8 broadcasts for 24 multiply-adds, so that the two FMA ports are the limit.
+// Both products are register-blocked the same way (avx512_panel.h): 8 keys (or 8 dimensions) by 48
+// rows in 24 accumulators, 3 vector loads and 8 broadcasts for 24 multiply-adds, so that the two
+// FMA ports are the limit.
 #include "cpu/avx512_panel.h"
+#include "cpu/avx512_stream.h"
 
 namespace cptool::cpu {
 namespace {
 
-constexpr int kTile = 8;      // keys, or dimensions, of a register tile
-constexpr int kVectors = 3;   // vectors of rows of a register tile
+constexpr int kTile = 8;     // keys, or dimensions, of a register tile
+constexpr int kVectors = 3;  // vectors of rows of a register tile
 constexpr int kPanel = kVectors * kLanes;
 
 // scores[j][row] = sum over d of k[j][d] * q[d][row] for 8 keys.
@@ -36,14 +39,17 @@ inline void multiply_keys(const float* k, const float* q, int64_t head_dim, floa
     for (int n = 0; n < kN; ++n) _mm512_store_ps(scores + (j * kN + n) * kLanes, acc[j][n]);
 }
 
-// acc[i][row] = acc[i][row] * keep[row] + sum over keys of v[key][i] * weights[key][row] for 8 dimensions i.
+// acc[i][row] = acc[i][row] * keep[row] + sum over keys of v[key][i] * weights[key][row] for 8
+// dimensions i.
 template <int kN>
-inline void multiply_values(const float* v, const float* weights, int keys, const __m512 (&keep)[kN], float* out) {
+inline void multiply_values(const float* v, const float* weights, int keys,
+                            const __m512 (&keep)[kN], float* out) {
   __m512 acc[kTile][kN];
 #pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i)
 #pragma GCC unroll 3
-    for (int n = 0; n < kN; ++n) acc[i][n] = _mm512_mul_ps(_mm512_load_ps(out + (i * kN + n) * kLanes), keep[n]);
+    for (int n = 0; n < kN; ++n)
+      acc[i][n] = _mm512_mul_ps(_mm512_load_ps(out + (i * kN + n) * kLanes), keep[n]);
   for (int j = 0; j < keys; ++j) {
     __m512 rows[kN];
 #pragma GCC unroll 3
@@ -61,21 +67,25 @@ inline void multiply_values(const float* v, const float* weights, int keys, cons
     for (int n = 0; n < kN; ++n) _mm512_store_ps(out + (i * kN + n) * kLanes, acc[i][n]);
 }
 
-// Turns scores into weights in place, updates max and sum; keep = 2^(old max - new max). Row r sees the first limit[r] of these keys.
+// Turns scores into weights in place, updates max and sum; keep = 2^(old max - new max). Row r sees
+// the first limit[r] of these keys.
 template <int kN, bool masked>
-inline void softmax(float* scores, int keys, const int32_t* limit, int64_t key, float scale_log2, float* max, float* sum,
-                    __m512 (&keep)[kN]) {
+inline void softmax(float* scores, int keys, const int32_t* limit, int64_t key, float scale_log2,
+                    float* max, float* sum, __m512 (&keep)[kN]) {
   __m512i left[kN];
   __m512 base[kN], total[kN];
   for (int n = 0; n < kN; ++n) {
-    left[n] = _mm512_sub_epi32(_mm512_load_si512(limit + n * kLanes), _mm512_set1_epi32(static_cast<int32_t>(key)));
+    left[n] = _mm512_sub_epi32(_mm512_load_si512(limit + n * kLanes),
+                               _mm512_set1_epi32(static_cast<int32_t>(key)));
     base[n] = _mm512_set1_ps(-INFINITY);
     total[n] = _mm512_setzero_ps();
   }
   for (int j = 0; j < keys; ++j) {
     for (int n = 0; n < kN; ++n) {
       const __m512 score = _mm512_load_ps(scores + (j * kN + n) * kLanes);
-      base[n] = masked ? _mm512_mask_max_ps(base[n], _mm512_cmpgt_epi32_mask(left[n], _mm512_set1_epi32(j)), base[n], score)
+      base[n] = masked ? _mm512_mask_max_ps(base[n],
+                                            _mm512_cmpgt_epi32_mask(left[n], _mm512_set1_epi32(j)),
+                                            base[n], score)
                        : _mm512_max_ps(base[n], score);
     }
   }
@@ -89,14 +99,17 @@ inline void softmax(float* scores, int keys, const int32_t* limit, int64_t key, 
     for (int n = 0; n < kN; ++n) {
       float* at = scores + (j * kN + n) * kLanes;
       __m512 weight = exp2_full(_mm512_fmsub_ps(_mm512_load_ps(at), scale, base[n]));
-      if (masked) weight = _mm512_maskz_mov_ps(_mm512_cmpgt_epi32_mask(left[n], _mm512_set1_epi32(j)), weight);
+      if (masked)
+        weight =
+            _mm512_maskz_mov_ps(_mm512_cmpgt_epi32_mask(left[n], _mm512_set1_epi32(j)), weight);
       total[n] = _mm512_add_ps(total[n], weight);
       _mm512_store_ps(at, weight);
     }
   }
   for (int n = 0; n < kN; ++n) {
     _mm512_store_ps(max + n * kLanes, base[n]);
-    _mm512_store_ps(sum + n * kLanes, _mm512_fmadd_ps(_mm512_load_ps(sum + n * kLanes), keep[n], total[n]));
+    _mm512_store_ps(sum + n * kLanes,
+                    _mm512_fmadd_ps(_mm512_load_ps(sum + n * kLanes), keep[n], total[n]));
   }
 }
 
@@ -106,7 +119,9 @@ class PanelKernel {
   static constexpr int kRows = 8 * kPanel;
   static constexpr int kKeys = 128;
 
-  static size_t scratch_bytes(const AttentionArgs& args) { return sizeof(Fixed) + (2 * kRows + 2 * kKeys + kTile) * args.head_dim * sizeof(float); }
+  static size_t scratch_bytes(const AttentionArgs& args) {
+    return sizeof(Fixed) + (2 * kRows + 2 * kKeys + kTile) * args.head_dim * sizeof(float);
+  }
 
   PanelKernel(const AttentionArgs& args, void* scratch)
       : args_(args),
@@ -123,7 +138,8 @@ class PanelKernel {
     for (int row = 0; row < rows; row += kPanel) {
       const int vectors = panel_vectors(block, row);
       for (int n = 0; n < vectors; ++n) {
-        transpose_queries<T>(block, row + n * kLanes, args_.head_dim, args_.scale < 0 ? -1.0f : 1.0f, vectors * kLanes,
+        transpose_queries<T>(block, row + n * kLanes, args_.head_dim,
+                             args_.scale < 0 ? -1.0f : 1.0f, vectors * kLanes,
                              q_ + row * args_.head_dim + n * kLanes);
       }
     }
@@ -133,11 +149,18 @@ class PanelKernel {
   template <bool masked>
   void tile(const RowBlock<kRows>& block, int64_t key, int keys) {
     pack(block, key, keys);
+    const int share = kKeys / ((block.rows + kPanel - 1) / kPanel);
     for (int row = 0; row < block.rows; row += kPanel) {
+      prefetch_keys(args_, block, key + kKeys + row / kPanel * share, share);
       switch (panel_vectors(block, row)) {
-        case 1: panel<1>(row, key, keys); break;
-        case 2: panel<2>(row, key, keys); break;
-        default: panel<3>(row, key, keys);
+        case 1:
+          panel<1>(row, key, keys);
+          break;
+        case 2:
+          panel<2>(row, key, keys);
+          break;
+        default:
+          panel<3>(row, key, keys);
       }
     }
   }
@@ -167,7 +190,8 @@ class PanelKernel {
     RowStates<kRows> rows;
     alignas(64) float scores[kKeys * kPanel];
   };
-  // A panel of V is 8 dimensions of all keys of the tile. One cache line of padding keeps the panels from sharing cache sets.
+  // A panel of V is 8 dimensions of all keys of the tile. One cache line of padding keeps the
+  // panels from sharing cache sets.
   static constexpr int kValuePanel = (kKeys + 2) * kTile;
 
   static int panel_vectors(const RowBlock<kRows>& block, int row) {
@@ -184,8 +208,10 @@ class PanelKernel {
     for (int j = 0; j < padded; ++j) {
       for (int64_t d = 0; d < head_dim; d += kLanes) {
         const bool exists = j < keys;
-        const __m512 value = exists ? load16(v + j * args_.v_token_stride + d) : _mm512_setzero_ps();
-        _mm512_store_ps(k_ + j * head_dim + d, exists ? load16(k + j * args_.k_token_stride + d) : _mm512_setzero_ps());
+        const __m512 value =
+            exists ? load16(v + j * args_.v_token_stride + d) : _mm512_setzero_ps();
+        _mm512_store_ps(k_ + j * head_dim + d,
+                        exists ? load16(k + j * args_.k_token_stride + d) : _mm512_setzero_ps());
         float* to = v_ + (d / kTile) * kValuePanel + j * kTile;
         _mm256_store_ps(to, _mm512_castps512_ps256(value));
         _mm256_store_ps(to + kValuePanel, _mm512_extractf32x8_ps(value, 1));
@@ -202,12 +228,15 @@ class PanelKernel {
     const float* q = q_ + row * head_dim;
     float* scores = fixed_.scores;
     const int keys = round_up(visible.keys, kTile);
-    for (int j = 0; j < keys; j += kTile) multiply_keys<kN>(k_ + j * head_dim, q, head_dim, scores + j * kN * kLanes);
+    for (int j = 0; j < keys; j += kTile)
+      multiply_keys<kN>(k_ + j * head_dim, q, head_dim, scores + j * kN * kLanes);
     __m512 keep[kN];
     if (visible.masked || keys != visible.keys) {
-      softmax<kN, true>(scores, keys, rows.limit + row, key, scale_log2_, rows.max + row, rows.sum + row, keep);
+      softmax<kN, true>(scores, keys, rows.limit + row, key, scale_log2_, rows.max + row,
+                        rows.sum + row, keep);
     } else {
-      softmax<kN, false>(scores, keys, rows.limit + row, key, scale_log2_, rows.max + row, rows.sum + row, keep);
+      softmax<kN, false>(scores, keys, rows.limit + row, key, scale_log2_, rows.max + row,
+                         rows.sum + row, keep);
     }
     float* acc = acc_ + row * head_dim;
     for (int64_t d = 0; d < head_dim; d += kTile) {
@@ -215,6 +244,7 @@ class PanelKernel {
     }
   }
 
+  FlushSubnormals flush_;
   const AttentionArgs& args_;
   Fixed& fixed_;
   float* q_;    // panels [head_dim][rows of the panel], one after the other
@@ -224,20 +254,30 @@ class PanelKernel {
   float scale_log2_;
 };
 
+template <class T>
+inline void run_rows(const AttentionArgs& args, int threads) {
+  if (few_rows(args)) return run<StreamKernel<T>>(args, threads);
+  run<PanelKernel<T>>(args, threads);
+}
+
 }  // namespace
 
 bool avx512_supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
 bool avx512_handles(ScalarType, int64_t head_dim) { return head_dim % kLanes == 0; }
 
 void attention_partial_avx512(const AttentionArgs& args, int threads) {
   switch (args.dtype) {
-    case ScalarType::kFloat32: return run<PanelKernel<float>>(args, threads);
-    case ScalarType::kBFloat16: return run<PanelKernel<BFloat16>>(args, threads);
-    case ScalarType::kFloat16: return run<PanelKernel<Float16>>(args, threads);
+    case ScalarType::kFloat32:
+      return run_rows<float>(args, threads);
+    case ScalarType::kBFloat16:
+      return run_rows<BFloat16>(args, threads);
+    case ScalarType::kFloat16:
+      return run_rows<Float16>(args, threads);
   }
 }
 

@@ -2,7 +2,8 @@
 // Unnamed namespace: see dispatch.h.
 #pragma once
 
-// GCC 12's intrinsics start from deliberately undefined registers and warn about it where they are inlined.
+// GCC 12's intrinsics start from deliberately undefined registers and warn about it where they are
+// inlined.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -29,8 +30,23 @@ inline __m512 load16(const Float16* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-// 2^x for x well below 128, to about one unit in the last place: 2^floor(x) * p(x - floor(x)), where p is the polynomial of degree 6
-// with p(0) = 1 that has the least greatest relative error on [0, 1] (2.0e-9). Flushes to 0 far below; 2^-inf is 0, NaN stays.
+// Takes subnormal numbers as 0 while it lives: a weight below 2^-126 would otherwise cost a
+// microcode assist, fifty times the arithmetic of its whole vector, and adds nothing to a sum that
+// holds a weight of about 1.
+class FlushSubnormals {
+ public:
+  FlushSubnormals() { _mm_setcsr(saved_ | 0x8040); }  // flush to zero, denormals are zeros
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+ private:
+  unsigned saved_ = _mm_getcsr();
+};
+
+// 2^x for x well below 128, to about one unit in the last place: 2^floor(x) * p(x - floor(x)),
+// where p is the polynomial of degree 6 with p(0) = 1 that has the least greatest relative error on
+// [0, 1] (2.0e-9). Flushes to 0 far below; 2^-inf is 0, NaN stays.
 inline __m512 exp2_full(__m512 x) {
   const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 p = _mm512_set1_ps(0x1.c54174p-13f);
@@ -39,6 +55,16 @@ inline __m512 exp2_full(__m512 x) {
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.c68912p-5f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.ebfd58p-3f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.62e42cp-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, x);
+}
+
+// 2^x like exp2_full, by a cubic: relative error 8.6e-5, a fortieth of bfloat16's rounding.
+inline __m512 exp2_cubic(__m512 x) {
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(0x1.3baaa8p-4f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.d2378ap-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.63e658p-1f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(p, x);
 }
@@ -60,8 +86,9 @@ inline void transpose16(__m512i (&r)[16]) {
   }
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
-    const __m512i even_low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);     // lanes 0, 2 of rows 0-3 and 4-7
-    const __m512i odd_low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);      // lanes 1, 3
+    const __m512i even_low =
+        _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);  // lanes 0, 2 of rows 0-3 and 4-7
+    const __m512i odd_low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);  // lanes 1, 3
     const __m512i even_high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
     const __m512i odd_high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
     t[c] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
@@ -80,6 +107,27 @@ inline void transpose16(__m512 (&r)[16]) {
   transpose16(bits);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) r[i] = _mm512_castsi512_ps(bits[i]);
+}
+
+// Lane i of the result is the sum of the lanes of r[i].
+inline __m512 sum_each(const __m512 (&r)[16]) {
+  __m512 pairs[8];  // lanes of 128 bits: two partial sums of r[2i] and of r[2i + 1], alternating
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]),
+                             _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+  }
+  __m512 fours[4];  // lanes of 128 bits: one partial sum of each of r[4i] to r[4i + 3]
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d even = _mm512_castps_pd(pairs[2 * i]), odd = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+  }
+  auto add_lanes = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return add_lanes(add_lanes(fours[0], fours[1]), add_lanes(fours[2], fours[3]));
 }
 
 }  // namespace

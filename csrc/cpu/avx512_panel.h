@@ -1,8 +1,9 @@
 // Panels: how the x86 kernels hold the rows of a block, and the online softmax over one.
 //
-// Everything is transposed: a vector's 16 lanes are 16 query rows. A panel is a few such vectors side by side; its scores are
-// [key][row], its accumulator [dim][row]. So maxima and sums over keys need no horizontal step, a row's limit is a lane of a
-// mask, K and V are read as they lie, and only Q (once) and the result (once) are transposed.
+// Everything is transposed: a vector's 16 lanes are 16 query rows. A panel is a few such vectors
+// side by side; its scores are [key][row], its accumulator [dim][row]. So maxima and sums over keys
+// need no horizontal step, a row's limit is a lane of a mask, K and V are read as they lie, and
+// only Q (once) and the result (once) are transposed.
 //
 // Unnamed namespace: see dispatch.h.
 #pragma once
@@ -18,16 +19,20 @@ constexpr float kLn2 = 0.693147180559945309f;
 // Stands for the maximum of no score. Finite, so that a difference of two maxima is never NaN.
 constexpr float kNoScore = -1e30f;
 
-constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr int round_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
-// The softmax state of every row of a block, in the units of exp2: weights are 2^(score * scale * log2 e - max).
+// The softmax state of every row of a block, in the units of exp2: weights are 2^(score * scale *
+// log2 e - max).
 template <int kRows>
 struct RowStates {
   alignas(64) float max[kRows];
   alignas(64) float sum[kRows];
   alignas(64) int32_t limit[kRows];  // keys of the sequence that the row sees
 
-  // `rows`: the block's, rounded up to whole panels. Rows that the block lacks see what its last row sees: they change no decision.
+  // `rows`: the block's, rounded up to whole panels. Rows that the block lacks see what its last
+  // row sees: they change no decision.
   void begin(const RowBlock<kRows>& block, int rows) {
     for (int r = 0; r < rows; ++r) {
       max[r] = kNoScore;
@@ -60,14 +65,37 @@ struct Visible {
   }
 };
 
-// Takes 16 query rows from `row` on and writes them transposed: to[d * stride] holds element d of the 16 rows, 0 for rows that the
-// block lacks. `sign` is the sign of the scale, so that the kernels may take the scale as positive.
+// Asks for the keys and values [key, key + keys) of the sequence in the level-2 cache. A head's
+// rows lie far apart, where the processor's own prefetchers see no pattern and every other row
+// begins a page; packing them cold takes longer than their arithmetic.
+template <int kRows>
+inline void prefetch_keys(const AttentionArgs& args, const RowBlock<kRows>& block, int64_t key,
+                          int keys) {
+  constexpr int kCacheLine = 64;
+  const int64_t size = static_cast<int64_t>(element_size(args.dtype));
+  const int64_t end =
+      key + keys < block.limit[block.rows - 1] ? key + keys : block.limit[block.rows - 1];
+  for (int64_t j = key; j < end; ++j) {
+    const char* k = static_cast<const char*>(block.k) + j * args.k_token_stride * size;
+    const char* v = static_cast<const char*>(block.v) + j * args.v_token_stride * size;
+    for (int64_t byte = 0; byte < args.head_dim * size; byte += kCacheLine) {
+      _mm_prefetch(k + byte, _MM_HINT_T1);
+      _mm_prefetch(v + byte, _MM_HINT_T1);
+    }
+  }
+}
+
+// Takes 16 query rows from `row` on and writes them transposed: to[d * stride] holds element d of
+// the 16 rows, 0 for rows that the block lacks. `sign` is the sign of the scale, so that the
+// kernels may take the scale as positive.
 template <class T, int kRows>
-inline void transpose_queries(const RowBlock<kRows>& block, int row, int64_t head_dim, float sign, int stride, float* to) {
+inline void transpose_queries(const RowBlock<kRows>& block, int row, int64_t head_dim, float sign,
+                              int stride, float* to) {
   for (int64_t d = 0; d < head_dim; d += kLanes) {
     __m512 r[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      r[i] = row + i < block.rows ? load16(static_cast<const T*>(block.q[row + i]) + d) : _mm512_setzero_ps();
+      r[i] = row + i < block.rows ? load16(static_cast<const T*>(block.q[row + i]) + d)
+                                  : _mm512_setzero_ps();
       r[i] = _mm512_mul_ps(r[i], _mm512_set1_ps(sign));
     }
     transpose16(r);

@@ -1,0 +1,93 @@
+// Operands of tile products, laid out as whole tiles of 1 KB, dimensions and keys padded with
+// zeros. Unnamed namespace: see dispatch.h.
+#pragma once
+
+#include "cpu/amx_tiles.h"
+#include "cpu/avx512_math.h"
+
+namespace cptool::cpu {
+namespace {
+
+// Elements that share a step of a product: dimensions of scores, keys of outputs.
+constexpr int kStrip = 32;
+
+// Elements [d, d + 32) of a vector, zeros from head_dim on.
+inline __m512i load_strip(const BFloat16* from, int64_t d, int64_t head_dim) {
+  const __mmask32 mask = head_dim - d >= kStrip ? ~0u : (1u << (head_dim - d)) - 1;
+  return _mm512_maskz_loadu_epi16(mask, from + d);
+}
+
+// 16 queries, of which `rows` exist, to tiles [dims / 32], each [16 pairs of dims][16 rows][2].
+// `negate`: the scale's sign, folded in.
+inline void pack_queries(const void* const* q, int rows, int64_t head_dim, bool negate, char* to) {
+  const __m512i sign = _mm512_set1_epi16(negate ? -0x8000 : 0);
+  for (int64_t d = 0; d < head_dim; d += kStrip, to += kTileBytes) {
+    __m512i r[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      r[i] = i < rows ? load_strip(static_cast<const BFloat16*>(q[i]), d, head_dim)
+                      : _mm512_setzero_si512();
+      r[i] = _mm512_xor_si512(r[i], sign);
+    }
+    transpose16(r);
+    for (int i = 0; i < kLanes; ++i) _mm512_store_si512(to + i * kTileStride, r[i]);
+  }
+}
+
+// `keys` rows of K to tiles [keys / 16][dims / 32], each [16 keys][32 dims].
+inline void pack_keys(const BFloat16* k, int64_t stride, int keys, int64_t head_dim, char* to) {
+  const int64_t tiles = (head_dim + kStrip - 1) / kStrip;
+  const int padded = (keys + kStrip - 1) / kStrip * kStrip;
+  for (int j = 0; j < padded; ++j) {
+    char* row = to + j / kLanes * tiles * kTileBytes + j % kLanes * kTileStride;
+    for (int64_t d = 0; d < head_dim; d += kStrip, row += kTileBytes) {
+      _mm512_store_si512(
+          row, j < keys ? load_strip(k + j * stride, d, head_dim) : _mm512_setzero_si512());
+    }
+  }
+}
+
+// `keys` rows of V to tiles [dims / 16][kKeys / 32], each [16 dims][32 keys].
+template <int kKeys>
+inline void pack_values(const BFloat16* v, int64_t stride, int keys, int64_t head_dim, char* to) {
+  constexpr int64_t kNextDims = kKeys / kStrip * kTileBytes;
+  for (int first = 0; first < keys; first += kStrip) {
+    for (int64_t d = 0; d < head_dim; d += kStrip) {
+      // Interleaving two keys leaves, in each 128-bit lane, dimensions 0-3 in one register and 4-7
+      // in the other.
+      __m512i low[kLanes], high[kLanes];
+      for (int pair = 0; pair < kLanes; ++pair) {
+        __m512i key[2];
+        for (int i = 0; i < 2; ++i) {
+          const int j = first + 2 * pair + i;
+          key[i] = j < keys ? load_strip(v + j * stride, d, head_dim) : _mm512_setzero_si512();
+        }
+        low[pair] = _mm512_unpacklo_epi16(key[0], key[1]);
+        high[pair] = _mm512_unpackhi_epi16(key[0], key[1]);
+      }
+      transpose16(low);
+      transpose16(high);
+      char* tile = to + d / kLanes * kNextDims + first / kStrip * kTileBytes;
+      for (int i = 0; i < kLanes; ++i) {
+        const int dim = i / 4 * 8 + i % 4;  // of low[i]; high[i] is 4 further
+        char* row = tile + dim / kLanes * kNextDims + dim % kLanes * kTileStride;
+        _mm512_store_si512(row, low[i]);
+        _mm512_store_si512(row + 4 * kTileStride, high[i]);
+      }
+    }
+  }
+}
+
+// Rounded to bfloat16, as float32 bits. For finite x that are not negative: half a unit up, then
+// the low half away.
+inline __m512i round_bits(__m512 x) {
+  const __m512i raised = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+  return _mm512_and_si512(raised, _mm512_set1_epi32(-0x10000));
+}
+
+// A row of 16 rows' weights of two keys, both rounded, for the pair-interleaved operand.
+inline __m512i pair_up(__m512i even, __m512i odd) {
+  return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd);
+}
+
+}  // namespace
+}  // namespace cptool::cpu
