@@ -183,13 +183,16 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
     from cptool import session
     from cptool.checkpoint import open_checkpoint
     from cptool.engine import Engine
+    from cptool.hardware import world_profile
     from cptool.turn import identity
     from cptool.weights import load_model
 
     world.report("load the weights")
     checkpoint = open_checkpoint(setup.model)
     model = load_model(checkpoint, getattr(torch, setup.dtype), world.device, world)
-    engine = Engine(model, world, variant=setup.variant, progress=world.report)
+    engine = Engine(
+        model, world, variant=setup.variant, profile=world_profile(world), progress=world.report
+    )
     where, manifest = setup.session, None
     if where is not None:
         manifest = session.load(Path(where))
