@@ -55,7 +55,8 @@ def write_segment(
     held = cache.held.sequences()
     tensors["positions"] = torch.cat([p[first:] for p, first in zip(held, since)])
     for layer in range(cache.layers):
-        parts = [cache.tokens_from(layer, b, first) for b, first in enumerate(since)]
+        # Off the device first: a batch is put together in host memory, where there is more of it.
+        parts = [cache.tokens_from(layer, b, first).cpu() for b, first in enumerate(since)]
         tensors[f"kv.{layer}"] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
     # The random part keeps two runs that start from the same turn from writing over each other's
     # files.

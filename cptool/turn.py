@@ -50,7 +50,7 @@ class Report:
     tp: int
     device: str
     dtype: str
-    variant: str
+    variant: str | None
     reason: str
     load_s: float
     ttft_s: float
@@ -131,7 +131,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
         tp=world.tp,
         device=str(world.device),
         dtype=turn.dtype,
-        variant=choice.variant if choice else turn.variant,
+        variant=choice.variant if choice else None,
         reason=choice.reason if choice else "nothing to compute, the session holds the logits",
         load_s=loaded - began,
         ttft_s=answered - loaded,

@@ -32,7 +32,7 @@ def prefill_rows(report: "Report") -> list[tuple[str, str]]:
             + (f" after {report.cached:,} cached" if report.cached else ""),
         ),
         ("ranks", f"{report.cp} cp x {report.tp} tp on {report.device}, {report.dtype}"),
-        ("variant", f"{report.variant} ({report.reason})"),
+        ("variant", f"{report.variant or 'none'} ({report.reason})"),
         (
             "first token",
             f"{seconds(report.ttft_s)}, {report.tokens / report.ttft_s:,.0f} tokens/s, "

@@ -94,6 +94,10 @@ def verify(
         import torch
 
         max_cp = torch.cuda.device_count() if device == "cuda" else 4
+        if max_cp < 2:
+            raise UserError(
+                "--device cuda: one GPU leaves nothing to compare; add --device cpu to verify here"
+            )
 
     from cptool import verify as verifier
 
