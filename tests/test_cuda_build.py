@@ -1,0 +1,93 @@
+"""The CUDA side as far as a machine without a GPU can tell: the build, and logic of the host."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cptool import ops
+from cptool._op_checks import check_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTENSION = Path(ops._C.__file__)
+ARCHS = ops.build_info()["cuda_archs"]
+
+
+def test_nvcc_builds_every_architecture():
+    if shutil.which("nvcc") is None or os.environ.get("CPTOOL_CUDA") == "off":
+        pytest.skip("no nvcc, or told not to use it")
+    assert ARCHS == os.environ.get("CPTOOL_CUDA_ARCHS", "80;90a").split(";")
+    code = EXTENSION.read_bytes()
+    for arch in ARCHS:
+        assert f"sm_{arch}".encode() in code
+
+
+def test_the_cuda_runtime_stays_inside():
+    """torch brings a CUDA runtime of its own, often of another version: neither may find the
+    other's functions."""
+    if not ARCHS:
+        pytest.skip("built without CUDA kernels")
+    symbols = subprocess.run(
+        ["nm", "-D", EXTENSION], capture_output=True, text=True, check=True
+    ).stdout
+    assert "PyInit__C" in symbols
+    assert re.findall(r"\b_?_?cu(?:da)?[A-Z]\w+", symbols) == []
+
+
+@pytest.mark.parametrize("name", ["attention_partial", "attention_partial_", "merge_partials"])
+@pytest.mark.parametrize("key", ["CPU", "CUDA"])
+def test_the_ops_answer_on(name, key):
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"cptool::{name}", key)
+
+
+def test_tensors_without_kernels_are_refused():
+    check_kernels("q", torch.device("cpu"), "")
+    check_kernels("q", torch.device("cuda", 1), "80 90a")
+    with pytest.raises(
+        ValueError,
+        match=r"^q is on cuda:1, but cptool was built without CUDA kernels; "
+        r"reinstall where nvcc is found$",
+    ):
+        check_kernels("q", torch.device("cuda", 1), "")
+    with pytest.raises(ValueError, match=r"^q is on mps; it must be on cpu or cuda$"):
+        check_kernels("q", torch.device("mps"), "80 90a")
+
+
+def test_query_blocks(tmp_path):
+    """Each query row is worked on by exactly one thread block."""
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path / "query_blocks_check"
+    source = Path(__file__).with_name("query_blocks_check.cpp")
+    subprocess.run(
+        [compiler, "-std=c++17", "-O1", "-I", ROOT / "csrc", source, "-o", program], check=True
+    )
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "environment, strict",
+    [({}, "OFF"), ({"CI": "true"}, "OFF"), ({"CPTOOL_WERROR": "1"}, "ON")],
+    ids=str,
+)
+def test_warnings_are_errors_only_when_asked(tmp_path, environment, strict):
+    """A user's CI has compilers that we have never seen."""
+    pytest.importorskip("pybind11", reason="no pybind11 outside the isolated build")
+    pytest.importorskip("setuptools", reason="no setuptools outside the isolated build")
+    cmake = tmp_path / "cmake"
+    cmake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\nexit 1\n')
+    cmake.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k not in ("CI", "CPTOOL_WERROR")}
+    env |= environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", tmp_path / "temp"]
+    subprocess.run(
+        [*command, "--build-lib", tmp_path / "lib"], cwd=ROOT, env=env, capture_output=True
+    )
+    assert f"-DCPTOOL_WERROR={strict}" in (tmp_path / "arguments").read_text().split()

@@ -1,0 +1,275 @@
+"""The matrix of tests/test_ops.py on a CUDA device."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cptool import ops, selftest
+from reference import Case, check, make_case, tolerance
+from test_ops import DTYPES, HEADS, exact_merge, merge_bound, ragged_batch, ragged_tolerance
+
+DEVICE = "cuda"
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not ops.build_info()["cuda_archs"], reason="built without CUDA kernels"),
+]
+
+
+def on_device(case: Case, device=DEVICE) -> Case:
+    """The same tensors on the device; K and V stay strided views of one slab."""
+    slab = torch.stack([case.k, case.v], 1).to(device)
+    others = ("q", "q_pos", "k_pos", "cu_q", "cu_k")
+    moved = {name: getattr(case, name).to(device) for name in others}
+    return replace(case, k=slab[:, 0], v=slab[:, 1], **moved)
+
+
+def attention(case: Case, **options) -> tuple:
+    """attention_partial on the device, its result on the host."""
+    out, lse = ops.attention_partial(*on_device(case).arguments, **options)
+    return out.cpu(), lse.cpu()
+
+
+def merge(outs, lses, out_dtype=None) -> tuple:
+    moved = ([x.to(DEVICE) for x in tensors] for tensors in (outs, lses))
+    out, lse = ops.merge_partials(*moved, out_dtype=out_dtype)
+    return out.cpu(), lse.cpu()
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_the_self_test():
+    for result in selftest.run(DEVICE):
+        assert result.passed, result
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_float64(dtype, head_dim, heads):
+    case = ragged_batch(dtype, head_dim, heads)
+    allowed = ragged_tolerance(dtype, head_dim, heads, torch.float32, torch.float32)
+    check(case, attention(case), allowed)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 72, 192, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_head_dimensions(dtype, head_dim):
+    sequences = [(range(60, 79), range(79)), ([100], range(90))]
+    case = make_case(sequences, head_dim=head_dim, dtype=dtype)
+    check(case, attention(case), tolerance(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_output_in_the_input_dtype(dtype):
+    case = ragged_batch(dtype, 64, (9, 3))
+    result = attention(case, out_dtype=dtype)
+    assert result[0].dtype == dtype
+    check(case, result, ragged_tolerance(dtype, 64, (9, 3), torch.float32, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "queries", [[5000], range(4990, 5001), range(0, 5001, 61)], ids=["1", "11", "82"]
+)
+def test_few_queries_over_many_keys(dtype, queries):
+    case = make_case([(queries, range(0, 5001)), ([7], range(9))], dtype=dtype, slack=1)
+    check(case, attention(case), tolerance(case, merged=True))
+
+
+@pytest.mark.parametrize("spread", [30.0, 1000.0])
+def test_large_scores(spread):
+    case = make_case([(range(150), range(150))], spread=spread)
+    check(case, attention(case), tolerance(case))
+
+
+def test_many_short_sequences():
+    """Decode steps of a batch, some sequences idle: more sequences than blocks of rows."""
+    sequences = [([n] if n % 3 else [], range(n % 7, n + 1, 2)) for n in range(150)]
+    case = make_case(sequences, heads=(14, 2), slack=2)
+    check(case, attention(case), tolerance(case))
+
+
+def test_contiguous_and_strided_inputs_agree():
+    case = on_device(ragged_batch(torch.float32, 64, (4, 2)))
+    packed = replace(case, k=case.k.contiguous(), v=case.v.contiguous())
+    by_head = case.q.transpose(0, 1).contiguous().transpose(0, 1)  # [heads, tokens] in memory
+    expected = ops.attention_partial(*case.arguments)
+    for other in (packed, replace(packed, q=by_head)):
+        assert_same(expected, ops.attention_partial(*other.arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slots_that_no_query_sees_are_never_read(dtype):
+    case = make_case([(range(40, 77), range(200)), ([3], range(50))], dtype=dtype)
+    poisoned = replace(case, k=case.k.clone(), v=case.v.clone())
+    poisoned.k[77:200], poisoned.v[77:200] = torch.nan, torch.nan
+    poisoned.k[204:], poisoned.v[204:] = torch.inf, torch.nan
+    assert_same(attention(case), attention(poisoned))
+
+
+@pytest.mark.parametrize("sequences", [[], [([], [])], [([], range(3))], [(range(3), [])]], ids=str)
+def test_empty(sequences):
+    case = make_case(sequences)
+    out, lse = attention(case)
+    assert out.shape == case.q.shape and torch.all(out == 0) and torch.all(lse == -torch.inf)
+
+
+def test_bit_identical_from_run_to_run():
+    case = on_device(ragged_batch(torch.bfloat16, 80, (5, 1)))
+    out, lse = ops.attention_partial(*case.arguments)
+    merged = ops.merge_partials([out, out], [lse, lse])
+    for _ in range(3):
+        again = ops.attention_partial(*case.arguments)
+        assert_same((out, lse), again)
+        assert_same(merged, ops.merge_partials([again[0], out], [again[1], lse]))
+
+
+def test_offsets_without_sense_read_nothing_outside():
+    """Nothing checks offsets on the device; the kernel keeps to the tensors all the same."""
+    case = on_device(ragged_batch(torch.float32, 64, (4, 2)))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        shape = (len(case.cu_q),)
+        cu_q, cu_k = (
+            torch.randint(-(2**31), 2**31 - 1, shape, generator=generator).int().to(DEVICE)
+            for _ in range(2)
+        )
+        ops.attention_partial(*replace(case, cu_q=cu_q, cu_k=cu_k).arguments)
+    torch.cuda.synchronize()
+
+
+# Merging into a running result.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_into(dtype):
+    case = ragged_batch(dtype, 64, (4, 2))
+    keep = torch.arange(len(case.k_pos)) % 3 == 0
+    first, second = (on_device(case.only_keys(kept)) for kept in (keep, ~keep))
+    running = ops.attention_partial(*first.arguments)
+    result = ops.attention_partial(*second.arguments, into=running)
+    assert result[0] is running[0] and result[1] is running[1]
+    check(case, (result[0].cpu(), result[1].cpu()), tolerance(case, merged=True))
+
+
+def test_into_nothing_yet():
+    """Where the running lse is -inf the running out is ignored, even NaN."""
+    case = on_device(ragged_batch(torch.float32, 64, (4, 2)))
+    out, lse = ops.attention_partial(*case.arguments)
+    running = torch.full_like(out, torch.nan), torch.full_like(lse, -torch.inf)
+    running[0][lse == -torch.inf] = 0
+    ops.attention_partial(*case.arguments, into=running)
+    assert_same(running, (out, lse))
+
+
+def test_into_with_no_keys_changes_nothing():
+    case = on_device(make_case([(range(5), []), (range(3), range(3, 6))]))
+    running = torch.randn(8, 4, 64, device=DEVICE), torch.randn(8, 4, device=DEVICE)
+    before = running[0].clone(), running[1].clone()
+    ops.attention_partial(*case.arguments, into=running)
+    assert_same(running, before)
+
+
+# Merging partials.
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 128, 256])
+@pytest.mark.parametrize("partials", [1, 2, 5])
+def test_merge_matches_float64(partials, head_dim, dtype, out_dtype):
+    generator = torch.Generator().manual_seed(partials)
+    outs = [torch.randn(67, 3, head_dim, generator=generator).to(dtype) for _ in range(partials)]
+    lses = [torch.randn(67, 3, generator=generator) * 5 for _ in range(partials)]
+    out, lse = merge(outs, lses, out_dtype)
+    exact_out, exact_lse = exact_merge(outs, lses)
+    assert out.dtype == out_dtype and lse.dtype == torch.float32
+    assert (out.double() - exact_out).abs().max() <= merge_bound(outs, out_dtype)
+    roundings = (partials + 4) * torch.finfo(torch.float32).eps / 2
+    assert (lse - exact_lse).abs().max() <= roundings * exact_lse.abs().max()
+
+
+def test_merge_of_more_partials_than_a_launch_takes():
+    generator = torch.Generator().manual_seed(0)
+    outs = list(torch.randn(300, 9, 3, 64, generator=generator))
+    lses = list(torch.randn(300, 9, 3, generator=generator))
+    lses[0][:] = lses[200][:] = -torch.inf
+    exact_out, exact_lse = exact_merge(outs, lses)
+    out, lse = merge(outs, lses)
+    assert (out.double() - exact_out).abs().max() <= merge_bound(outs)
+    roundings = (len(outs) + 4) * torch.finfo(torch.float32).eps / 2
+    assert (lse - exact_lse).abs().max() <= roundings * exact_lse.abs().max()
+
+
+def test_merge_of_distant_lses():
+    a, b = torch.randn(5, 2, 64), torch.randn(5, 2, 64)
+    high, low = torch.full((5, 2), 5e3), torch.full((5, 2), -5e3)
+    for outs, lses in (([a, b], [high, low]), ([b, a], [low, high])):
+        assert_same(merge(outs, lses), (a, high))
+
+
+def test_merge_identity():
+    """(0, -inf) is the identity, bit for bit, whatever its out holds; two of them make another."""
+    out, lse = torch.randn(9, 2, 64), torch.randn(9, 2) * 10
+    none = torch.full_like(out, torch.nan), torch.full_like(lse, -torch.inf)
+    for outs, lses in (
+        ([out], [lse]),
+        ([none[0], out], [none[1], lse]),
+        ([out, none[0]], [lse, none[1]]),
+    ):
+        assert_same(merge(outs, lses), (out, lse))
+    merged = merge([none[0], none[0]], [none[1], none[1]])
+    assert torch.all(merged[0] == 0) and torch.all(merged[1] == -torch.inf)
+
+
+# Streams and devices.
+
+
+def test_runs_on_the_current_stream_and_waits_for_nothing():
+    case = on_device(ragged_batch(torch.bfloat16, 128, (16, 2)))
+    expected = ops.attention_partial(*case.arguments)
+    busy = torch.randn(2048, 2048, device=DEVICE)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            late = torch.zeros_like(case.q)
+            for _ in range(20):
+                busy = busy @ busy * 1e-3
+            late += case.q  # queued behind the products: a kernel on another stream reads zeros
+            out, lse = ops.attention_partial(*replace(case, q=late).arguments)
+            merged = ops.merge_partials([out], [lse])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert_same((out, lse), expected)
+    assert_same(merged, expected)
+
+
+def test_every_device():
+    case = ragged_batch(torch.float32, 64, (4, 2))
+    for index in range(torch.cuda.device_count()):
+        out, lse = ops.attention_partial(*on_device(case, f"cuda:{index}").arguments)
+        assert out.device.index == index
+        check(case, (out.cpu(), lse.cpu()), tolerance(case))
+
+
+def test_tensors_on_other_devices_are_refused():
+    case = on_device(make_case([(range(3), range(3))]))
+    with pytest.raises(ValueError, match="cu_q is on cpu; it must be on cuda:0 like q"):
+        ops.attention_partial(*replace(case, cu_q=case.cu_q.cpu()).arguments)
+
+
+def test_opcheck():
+    case = on_device(make_case([(range(3, 9), range(9)), ([4], range(3))], dtype=torch.bfloat16))
+    running = torch.randn(7, 4, 64, device=DEVICE), torch.randn(7, 4, device=DEVICE)
+    torch.library.opcheck(torch.ops.cptool.attention_partial, case.arguments)
+    torch.library.opcheck(torch.ops.cptool.attention_partial_, (*case.arguments, *running))
+    torch.library.opcheck(torch.ops.cptool.merge_partials, ([running[0]] * 2, [running[1]] * 2))
