@@ -97,11 +97,19 @@ def check_size(cp: int, tp: int) -> None:
 def resolve_device(device: str, local_size: int = 1) -> str:
     """What "auto", "cpu" or "cuda" is, "cpu" or "cuda", where a machine runs `local_size` ranks.
 
-    Raises UserError when CUDA is asked for and the machine has fewer GPUs than ranks.
+    Raises UserError when CUDA is asked for and the build has no CUDA kernels, or the machine fewer
+    GPUs than ranks.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: it must be auto, cpu or cuda")
     gpus = 0 if device == "cpu" else _gpus()
+    if gpus and not _cuda_kernels():
+        if device == "cuda":
+            raise UserError(
+                "--device cuda: cptool was built without CUDA kernels; "
+                "reinstall where nvcc is found, or use --device cpu"
+            )
+        return "cpu"
     if device == "cuda" and gpus < local_size:
         raise UserError(
             f"--device cuda: {local_size} ranks need a GPU each and torch sees {gpus} here; "
@@ -219,6 +227,12 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _cuda_kernels() -> bool:
+    from cptool import ops
+
+    return bool(ops.build_info()["cuda_archs"])
 
 
 def _cores() -> int:

@@ -164,12 +164,17 @@ def test_cores_are_physical_ones(monkeypatch):
 
 def test_devices(monkeypatch):
     monkeypatch.setattr(distributed, "_gpus", lambda: 2)
+    monkeypatch.setattr(distributed, "_cuda_kernels", lambda: True)
     assert [resolve_device("auto", n) for n in (1, 2, 3)] == ["cuda", "cuda", "cpu"]
     assert resolve_device("cpu") == "cpu"
     with pytest.raises(UserError, match="--device cuda: 3 ranks need a GPU each and torch sees 2"):
         resolve_device("cuda", 3)
     with pytest.raises(UserError, match="--device tpu: it must be auto, cpu or cuda"):
         resolve_device("tpu")
+    monkeypatch.setattr(distributed, "_cuda_kernels", lambda: False)
+    assert resolve_device("auto") == "cpu"
+    with pytest.raises(UserError, match="--device cuda: cptool was built without CUDA kernels; re"):
+        resolve_device("cuda")
 
 
 # Ends.
