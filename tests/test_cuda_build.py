@@ -18,10 +18,9 @@ EXTENSION = Path(ops._C.__file__)
 ARCHS = ops.build_info()["cuda_archs"]
 
 
-def test_nvcc_builds_every_architecture():
-    if shutil.which("nvcc") is None or os.environ.get("CPTOOL_CUDA") == "off":
-        pytest.skip("no nvcc, or told not to use it")
-    assert ARCHS == os.environ.get("CPTOOL_CUDA_ARCHS", "80;90a").split(";")
+def test_every_architecture_is_in_the_extension():
+    if not ARCHS:
+        pytest.skip("built without CUDA kernels")
     code = EXTENSION.read_bytes()
     for arch in ARCHS:
         assert f"sm_{arch}".encode() in code

@@ -102,7 +102,7 @@ struct ThreadRows {
   __device__ void values(const Shared& shared, int x, int y) {
 #pragma unroll 1
     for (int key = 0; key < Shared::kKeys; key += 4) {
-      float weight[kThreadRows][4];
+      alignas(16) float weight[kThreadRows][4];  // written as float4
 #pragma unroll
       for (int i = 0; i < kThreadRows; ++i) {
         *reinterpret_cast<float4*>(weight[i]) =
