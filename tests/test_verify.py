@@ -58,10 +58,10 @@ def test_a_sound_installation_passes(mqa_path, dtype):
     assert {(r["cp"], r["variant"]) for r in report["runs"]} == {(1, "pass-kv")} | {
         (n, v) for n in (2, 3) for v in attention.VARIANTS
     }
-    assert all(
-        r["tokens"] == "same" and r["repeated"] and r["error"] <= r["allowed"]
-        for r in report["runs"]
-    )
+    assert all(r["repeated"] and r["error"] <= r["allowed"] for r in report["runs"])
+    # In bfloat16 two logits are often equal to rounding, which is a tie and told as one.
+    allowed = "same" if dtype == "float32" else ("same", "tie")
+    assert all(r["tokens"].startswith(allowed) for r in report["runs"])
 
 
 def merge_that_forgets_the_lse(outs, lses, out_dtype=None):
