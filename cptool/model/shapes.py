@@ -1,0 +1,98 @@
+"""Shapes of published models by name, for planning and emulating without a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cptool.errors import UserError
+from cptool.model.config import LlamaConfig, RopeScaling
+
+_LLAMA3_1 = RopeScaling("llama3", 8.0)
+_LLAMA3_2 = RopeScaling("llama3", 32.0)
+
+
+def _shape(
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    *,
+    vocab: int = 32000,
+    theta: float = 1e4,
+    context: int = 4096,
+    head_dim: int = 128,
+    scaling: RopeScaling | None = None,
+    tied: bool = False,
+) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        rope_theta=theta,
+        max_position_embeddings=context,
+        tie_word_embeddings=tied,
+        rope_scaling=scaling,
+    )
+
+
+_LLAMA3 = {"vocab": 128256, "theta": 5e5, "context": 131072, "scaling": _LLAMA3_1}
+_LLAMA3_SMALL = {**_LLAMA3, "scaling": _LLAMA3_2, "tied": True}
+_CODE = {"theta": 1e6, "context": 16384}
+
+SHAPES: dict[str, LlamaConfig] = {
+    "llama2-7b": _shape(4096, 32, 32, 32, 11008),
+    "llama2-13b": _shape(5120, 40, 40, 40, 13824),
+    "llama2-70b": _shape(8192, 80, 64, 8, 28672),
+    "llama3-1b": _shape(2048, 16, 32, 8, 8192, head_dim=64, **_LLAMA3_SMALL),
+    "llama3-3b": _shape(3072, 28, 24, 8, 8192, **_LLAMA3_SMALL),
+    "llama3-8b": _shape(4096, 32, 32, 8, 14336, **_LLAMA3),
+    "llama3-70b": _shape(8192, 80, 64, 8, 28672, **_LLAMA3),
+    "llama3-405b": _shape(16384, 126, 128, 8, 53248, **_LLAMA3),
+    "codellama-7b": _shape(4096, 32, 32, 32, 11008, vocab=32016, **_CODE),
+    "codellama-13b": _shape(5120, 40, 40, 40, 13824, vocab=32016, **_CODE),
+    "codellama-34b": _shape(8192, 48, 64, 8, 22016, **_CODE),
+    "codellama-70b": _shape(8192, 80, 64, 8, 28672, vocab=32016, **_CODE),
+}
+"""Llama 3 by its 3.1 and 3.2 releases: 131072 positions, stretched rotary frequencies."""
+
+
+def find_shape(name: str) -> LlamaConfig:
+    """The shape of a name in `SHAPES`, of a `config.json` or a directory with one, or of any model
+    that `open_checkpoint` takes.
+
+    Reads no weights and imports no torch. Raises UserError, one line, for anything else.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    path = Path(name).expanduser()
+    if path.is_dir() and (path / "config.json").is_file():
+        path /= "config.json"
+    if path.suffix == ".json" and path.is_file():
+        return _read(path)
+    from cptool.checkpoint import open_checkpoint
+
+    try:
+        return open_checkpoint(name).config
+    except UserError as error:
+        if path.exists() or "/" in name:
+            raise
+        raise UserError(f"{error}; or one of the shapes {', '.join(SHAPES)}") from None
+
+
+def _read(path: Path) -> LlamaConfig:
+    from cptool.checkpoint.huggingface import read_config
+
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a config.json") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is not a JSON object; give a config.json")
+    return read_config(path, fields)

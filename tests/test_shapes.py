@@ -1,0 +1,53 @@
+"""Shapes by name have the parameters of the published models, and configs are read as they are."""
+
+import dataclasses
+import json
+
+import pytest
+
+from cptool.cost import matrix_parameters
+from cptool.errors import UserError
+from cptool.model.shapes import SHAPES, find_shape
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("llama2-13b", 13_015_864_320),
+        ("llama2-70b", 68_976_648_192),
+        ("llama3-8b", 8_030_261_248),
+        ("llama3-1b", 1_235_814_400),
+        ("llama3-3b", 3_212_749_824),
+        ("llama3-405b", 405_853_388_800),
+    ],
+)
+def test_parameter_counts(name, parameters):
+    config = SHAPES[name]
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    assert matrix_parameters(config) + embeddings + norms == parameters
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_proportions(name):
+    config = SHAPES[name]
+    assert config.num_attention_heads * config.head_dim == config.hidden_size
+    assert config.num_attention_heads % config.num_key_value_heads == 0
+
+
+def test_a_config_file_or_its_directory(mqa_path, tmp_path):
+    config = find_shape(str(mqa_path))
+    assert (config.num_attention_heads, config.num_key_value_heads) == (5, 1)
+    alone = tmp_path / "config.json"
+    alone.write_text((mqa_path / "config.json").read_text())  # no weights beside it
+    assert find_shape(str(alone)) == find_shape(str(tmp_path)) == dataclasses.replace(config)
+    alone.write_text(json.dumps([]))
+    with pytest.raises(UserError, match="give a config.json"):
+        find_shape(str(alone))
+
+
+def test_an_unknown_name_is_told_the_known_ones():
+    with pytest.raises(UserError, match="no such model.*or one of the shapes llama2-7b") as error:
+        find_shape("llama9-1t")
+    assert "\n" not in str(error.value)
