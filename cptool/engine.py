@@ -34,7 +34,8 @@ class Engine:
 
     `tokens[b]` is everything said so far, `computed[b]` how many of them have KV (the last token of
     a decode may be pending), `logits[b]` float32 [vocabulary] what follows, on the rank that owns
-    the sequence's last token.
+    the sequence's last token. `partials`: "float32", or "working" to let partial outputs travel in
+    the model's dtype (`cptool.attention.Step` tells what that costs in error).
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class Engine:
         *,
         batch: int = 1,
         variant: str = AUTO,
+        partials: str = "float32",
         profile: HardwareProfile | None = None,
         progress: Progress | None = None,
     ):
         self.model, self.world, self.variant = model, world, variant
         self.profile = profile or default_profile(world.device.type)
         self.dtype = model.norm.weight.dtype
+        self.partial_dtype = self.dtype if partials == "working" else torch.float32
         self.ring = Ring(world.cp_group)
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.computed = [0] * batch
@@ -111,7 +114,12 @@ class Engine:
             self.cache.reserve([held + share for held in self._held[world.cp_rank]])
         self.cache.extend(mine)
         travels = world.cp > 1 and self.choice.variant in KEYS_TRAVEL
-        step = Step(rank=world.cp_rank, queries=queries, keys=self._all_keys() if travels else ())
+        step = Step(
+            rank=world.cp_rank,
+            queries=queries,
+            keys=self._all_keys() if travels else (),
+            partial_dtype=self.partial_dtype,
+        )
         scale, prefilling = config.head_dim**-0.5, max(lengths) > 1
 
         def attention(

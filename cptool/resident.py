@@ -31,12 +31,16 @@ _PATIENCE_S = 5.0
 
 @dataclass(frozen=True)
 class Setup:
-    """What the ranks load: a model, and a session's state if one is named."""
+    """What the ranks load: a model, and the state of a session at revision `resume` if one is
+    named.
+    """
 
     model: str
     dtype: str
     variant: str = "auto"
+    partials: str = "float32"
     session: str | None = None
+    resume: int | None = None
 
 
 @dataclass(frozen=True)
@@ -191,11 +195,18 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
     checkpoint = open_checkpoint(setup.model)
     model = load_model(checkpoint, getattr(torch, setup.dtype), world.device, world)
     engine = Engine(
-        model, world, variant=setup.variant, profile=world_profile(world), progress=world.report
+        model,
+        world,
+        variant=setup.variant,
+        partials=setup.partials,
+        profile=world_profile(world),
+        progress=world.report,
     )
     where, manifest = setup.session, None
     if where is not None:
         manifest = session.load(Path(where))
+        if manifest.revision != setup.resume:
+            raise RuntimeError(session.changed(where, manifest.revision, setup.resume))
         engine.restore(Path(where), manifest)
     world.barrier()
 

@@ -190,9 +190,15 @@ def _groups(manifest: Manifest) -> list[tuple[Segment, ...]]:
 def _share(pieces: list[_Piece], b: int, rank: int, ranks: int) -> list[tuple[_Piece, int, int]]:
     """Which rows of which pieces rank `rank` takes of sequence b: an equal, contiguous part of all
     its tokens.
+
+    Tokens that do not divide go one each to the ranks that follow those which took the previous
+    sequence's, so that ranks differ by at most one token over the whole batch.
     """
-    total = sum(piece.live[b] for piece in pieces)
-    first, last = total * rank // ranks, total * (rank + 1) // ranks
+    totals = [sum(piece.live[sequence] for piece in pieces) for sequence in range(b + 1)]
+    share, extras = divmod(totals[b], ranks)
+    relative = (rank - sum(totals[:b])) % ranks
+    first = relative * share + min(relative, extras)
+    last = first + share + (relative < extras)
     found, seen = [], 0
     for piece in pieces:
         count, before = piece.live[b], piece.before[b]

@@ -18,13 +18,14 @@ class Turn:
     """What is asked.
 
     `prompts[b]` are the new tokens of sequence b; they follow what the session held at revision
-    `resume`, or the first `keep[b]` tokens of it.
+    `resume`, or the first `keep[b]` tokens of it. `variant` and `partials` are those of `Engine`.
     """
 
     model: str
     prompts: tuple[tuple[int, ...], ...]
     dtype: str
     variant: str = "auto"
+    partials: str = "float32"
     session: str | None = None
     resume: int | None = None
     keep: tuple[int, ...] | None = None
@@ -91,6 +92,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
         world,
         batch=len(turn.prompts),
         variant=turn.variant,
+        partials=turn.partials,
         profile=world_profile(world),
         progress=world.report,
     )

@@ -8,12 +8,12 @@ import tempfile
 import traceback
 from multiprocessing.connection import wait
 
-MOST = 4
+MOST = 8
 CASE_TIMEOUT_S = 120
 
 
 def run_ranks(n, fn, *args, **options):
-    """Call fn(world, *args, **options) on n of up to four ranks; return what each returned.
+    """Call fn(world, *args, **options) on n of up to eight ranks; return what each returned.
 
     fn is importable by name (the top level of a test module). An exception in a rank fails the call
     with that rank's traceback; the ranks, which may now wait for each other, are then replaced.

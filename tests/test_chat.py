@@ -20,6 +20,7 @@ from cptool.checkpoint import open_checkpoint
 from cptool.cli.main import main
 from cptool.conversation import FILE, Conversation
 from cptool.errors import UserError
+from cptool.resident import Resident, Setup
 
 EOS = (2,)
 QUESTIONS = ["What is the capital of France?", "And of <|im_end|> Spain?", "Name three colours."]
@@ -169,6 +170,16 @@ def test_a_saved_chat_is_a_session(smollm2_path, smollm2_reference, tokenizer, t
     (where / FILE).unlink()
     error = chat(where, say=[], code=2).stderr
     assert f"{FILE} is missing" in error and len(error.splitlines()) == 1
+
+
+def test_ranks_refuse_a_session_that_changed_while_they_started(smollm2_path, tmp_path):
+    where = tmp_path / "s"
+    chat(smollm2_path, "-n", 2, say=[QUESTIONS[0], f"/save {where}"])
+    manifest = session.load(where)
+    setup = Setup(str(smollm2_path), manifest.dtype, session=str(where), resume=7)
+    with pytest.raises(RuntimeError, match=r"changed by another run \(it is at revision 1, this"):
+        with Resident(setup, cp=1, tp=1, device="cpu", threads=1, timeout=60):
+            pass
 
 
 def test_mistakes_are_told_before_any_rank_starts(smollm2_path, mqa_path, monkeypatch):

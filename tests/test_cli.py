@@ -53,6 +53,15 @@ def test_tokens_are_those_of_transformers(request, token_file, tmp_path, model, 
     assert answer["cp"] == cp
 
 
+def test_partials_travel_in_the_working_dtype_on_request(mqa_path, token_file):
+    """In bfloat16, outputs of partials then take 2 bytes an element instead of 4."""
+    asked = ("prefill", mqa_path, "--token-ids", token_file(MQA_IDS), "--cp", 2)
+    asked += ("--dtype", "bfloat16", "--variant", "gather-q")
+    wide, narrow = (as_json(*asked, "--partials", p)["wire_bytes"] for p in ("float32", "working"))
+    heads, head_dim, layers, mine = 5, 64, 3, (len(MQA_IDS) + 1) // 2
+    assert wide - narrow == layers * (len(MQA_IDS) - mine) * heads * head_dim * 2
+
+
 def test_a_session_resumes_on_other_ranks_and_takes_a_next_turn(
     mqa_path, mqa_reference, token_file, tmp_path
 ):

@@ -5,6 +5,7 @@ decodes.
 import pytest
 import torch
 from conftest import greedy
+from ranks import run_ranks
 from test_cli import as_json
 
 from cptool import session, session_care
@@ -66,6 +67,13 @@ def tiny_path(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def tiny_reference(tiny_path):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(tiny_path, dtype=torch.float32)
+
+
 def prompt(length: int) -> list[int]:
     return [(5 * i * i + 7 * i + length) % 97 for i in range(length)]
 
@@ -79,6 +87,28 @@ def test_a_batch_of_unlike_prompts_on_3_ranks(tiny_path, token_file, tmp_path):
         alone = tmp_path / str(number)
         as_json("prefill", tiny_path, "--token-ids", token_file(ids), "--session", alone)
         assert as_json("decode", alone, "-n", 64)["token_ids"] == [answers[number]]
+
+
+def say(world, path, variant: str, turns, steps: int) -> list[list[int]]:
+    """What a batch answers to each turn, greedily."""
+    model = load_model(open_checkpoint(str(path)), torch.float32, world.device)
+    engine, answers = Engine(model, world, batch=len(turns[0]), variant=variant), []
+    for turn in turns:
+        engine.extend(turn)
+        answers.append(engine.decode(steps, Sampling()))
+    return answers
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_up_to_8_ranks_say_what_one_says(tiny_path, tiny_reference, variant):
+    """Two turns of a batch with an empty member and sequences shorter than the ranks are many."""
+    turns = [[prompt(70), [], prompt(1), prompt(5)], [prompt(2), prompt(3), [], prompt(33)]]
+    alone = run_ranks(1, say, tiny_path, variant, turns, 6)
+    said = turns[0][0] + alone[0][0][0] + turns[1][0]
+    assert alone[0][1][0] == greedy(tiny_reference, said, 6, ())
+    for n in (5, 6, 7, 8):
+        for answers in run_ranks(n, say, tiny_path, variant, turns, 6):
+            assert answers == alone[0]
 
 
 def long_decode(world, path, steps: int, stop: tuple[int, ...]):

@@ -130,7 +130,7 @@ def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
     manifest = session.load(directory)
     assert session_care.problems(directory, manifest) == []
     starts = [sequence.cached for sequence in manifest.sequences]
-    held = [[] for _ in range(batch)]
+    held, on_rank = [[] for _ in range(batch)], []
     for rank in range(ranks):
         for part in range(tp):
             heads = (part * HEADS // tp, (part + 1) * HEADS // tp)
@@ -147,8 +147,10 @@ def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
                     )
         lengths = cache.lengths
         assert all(abs(n - s / ranks) < 1 for n, s in zip(lengths, starts))
+        on_rank.append(sum(lengths))
         for b, positions in enumerate(placements[rank].sequences()):
             held[b] += positions.tolist()
+    assert max(on_rank) - min(on_rank) <= 1
     assert [sorted(h) for h in held] == [list(range(s)) for s in starts]
     if any(starts):
         assert set(segments.read_logits(directory, manifest)) == {

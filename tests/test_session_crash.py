@@ -2,23 +2,34 @@
 before, or the one after.
 """
 
+import datetime
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from test_session import save_turn
+from test_session import HEADS, LAYERS, save_turn
 
 from cptool import segments, session, session_care
 
 
-def kill_at(point: int) -> None:
-    """Ends this process with SIGKILL before or after the `point`-th operation on the file system,
-    or in the middle of a write.
+def kill_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_the_tree() -> None:
+    os.killpg(0, signal.SIGKILL)
+
+
+def kill_at(point: int, kill: Callable[[], None] = kill_this_process) -> None:
+    """Kills before or after this process's `point`-th operation on the file system, or in the
+    middle of a write.
     """
     passed = 0
 
@@ -26,7 +37,7 @@ def kill_at(point: int) -> None:
         nonlocal passed
         passed += 1
         if passed == point:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
 
     def around(owner, name: str, torn=None) -> None:
         original = getattr(owner, name)
@@ -100,7 +111,103 @@ def kill_at_every_point(change, places: Path) -> None:
     assert survived == {before.revision, before.revision + 1}
 
 
-@pytest.mark.parametrize("name", CHANGES)
+def world_of(rank: int, size: int):
+    from cptool.distributed import World
+    from cptool.status import Board
+
+    group = None if size == 1 else torch.distributed.group.WORLD
+    return World(
+        rank=rank, size=size, local_rank=rank, local_size=size, cp_rank=rank, cp=size, tp_rank=0,
+        tp=1, device=torch.device("cpu"), mesh=None, cp_group=group, tp_group=None,
+        board=Board(size),
+    )  # fmt: skip
+
+
+def tiny_llama():
+    from cptool.model.config import LlamaConfig
+    from cptool.model.llama import Llama
+
+    torch.manual_seed(0)
+    model = Llama(
+        LlamaConfig(
+            vocab_size=31, hidden_size=32, intermediate_size=32, num_hidden_layers=LAYERS,
+            num_attention_heads=4, num_key_value_heads=HEADS, head_dim=8, rms_norm_eps=1e-5,
+            rope_theta=1e4, max_position_embeddings=64, tie_word_embeddings=True,
+        ),
+        device="cpu",
+    )  # fmt: skip
+    for parameter in model.parameters():
+        parameter.normal_()
+    return model
+
+
+IDENTITY = session.ModelIdentity("model", "f" * 64, LAYERS, HEADS, 8)
+
+
+def tree_turn(model, rank: int, store: Path, directory: Path) -> None:
+    """One of two ranks that continue a session and save it, as the commands have them."""
+    from cptool.engine import Engine
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2,
+        timeout=datetime.timedelta(seconds=30),
+    )  # fmt: skip
+    manifest = session.load(directory)
+    engine = Engine(model, world_of(rank, 2), batch=2)
+    engine.restore(directory, manifest)
+    engine.extend([[3, 4, 5], [6]])
+    engine.save(directory, manifest, IDENTITY)
+
+
+def kill_the_tree_at_every_point(places: Path) -> None:
+    """Two ranks and the process that started them end at once, wherever either rank is."""
+    from cptool.engine import Engine
+
+    model, base = tiny_llama(), places / "base"
+    engine = Engine(model, world_of(0, 1), batch=2)
+    engine.extend([[1, 2, 3, 4, 5, 6, 7], [8, 9]])
+    before = engine.save(base, None, IDENTITY)
+    engine.extend([[3, 4, 5], [6]])
+    after = [tuple(said) for said in engine.tokens]
+    survived = {0: set(), 1: set()}
+    for victim in survived:
+        for point in range(1, 200):
+            directory = places / f"{victim}-{point}"
+            shutil.copytree(base, directory)
+            leader = os.fork()
+            if leader == 0:
+                os.setsid()
+                ranks = []
+                for rank in range(2):
+                    ranks.append(os.fork())
+                    if ranks[-1] == 0:
+                        if rank == victim:
+                            kill_at(point, kill_the_tree)
+                        tree_turn(model, rank, places / f"store-{victim}-{point}", directory)
+                        os._exit(0)
+                os._exit(max(os.waitstatus_to_exitcode(os.waitpid(r, 0)[1]) for r in ranks))
+            exitcode = os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1])
+            found = session.load(directory)
+            assert session_care.problems(directory, found) == []
+            assert found == before or [s.tokens for s in found.sequences] == after
+            survived[victim].add(found.revision)
+            # What is left carries on, with the logits that one rank has.
+            engine = Engine(model, world_of(0, 1), batch=2)
+            engine.restore(directory, found)
+            engine.extend([[7], [7]])
+            engine.save(directory, found, IDENTITY)
+            if exitcode == 0:
+                break
+            assert exitcode == -signal.SIGKILL, exitcode
+        assert exitcode == 0 and point > 4
+    # Only the first rank replaces the manifest, after every segment is on disk.
+    assert survived[0] == {1, 2} and 1 in survived[1]
+
+
+CASES = [*CHANGES, "tree"]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_kill_at_any_write_leaves_a_sound_session(tmp_path, name):
     # In a process of its own: a fork of this one could find torch's threads in the middle of
     # something.
@@ -137,4 +244,7 @@ def test_a_full_disk_is_one_line_and_changes_nothing(tmp_path, monkeypatch):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    kill_at_every_point(CHANGES[sys.argv[1]], Path(sys.argv[2]))
+    if sys.argv[1] == "tree":
+        kill_the_tree_at_every_point(Path(sys.argv[2]))
+    else:
+        kill_at_every_point(CHANGES[sys.argv[1]], Path(sys.argv[2]))

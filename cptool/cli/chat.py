@@ -67,6 +67,7 @@ def chat(
     tp,
     device,
     variant,
+    partials,
     threads,
     timeout,
     dtype,
@@ -131,7 +132,9 @@ def chat(
         model=str(checkpoint.path),
         dtype=manifest.dtype if manifest else resolve_dtype(dtype, checkpoint, ranks.device),
         variant=variant,
+        partials=partials,
         session=str(directory) if manifest else None,
+        resume=manifest.revision if manifest else None,
     )
     interactive = sys.stdin.isatty()
     if interactive:

@@ -22,7 +22,7 @@ ANSWER_TOKENS = 40
     "--question", default=QUESTION, show_default=True, help="What to ask about the document."
 )
 @rank_options
-def demo(question, cp, tp, device, variant, threads, timeout):
+def demo(question, cp, tp, device, variant, partials, threads, timeout):
     """Read a long document on two ranks, answer a question about it, and compare with one rank.
 
     The document is a lighthouse keeper's logbook of several thousand tokens that comes with cptool;
@@ -54,6 +54,7 @@ def demo(question, cp, tp, device, variant, threads, timeout):
         prompts=(tuple(prompt),),
         dtype=checkpoint.dtype,
         variant=variant,
+        partials=partials,
         max_new_tokens=ANSWER_TOKENS,
     )
     reports = []

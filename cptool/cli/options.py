@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cptool.model.config import LlamaConfig
 
 VARIANTS = ("auto", "pass-kv", "pass-q", "gather-kv", "gather-q", "pass-q-all2all")
+PARTIALS = ("float32", "working")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -82,6 +83,13 @@ rank_options = _stack(
         type=click.Choice(VARIANTS),
         default="auto",
         help="How attention crosses ranks.  [default: auto]",
+    ),
+    click.option(
+        "--partials",
+        type=click.Choice(PARTIALS),
+        default="float32",
+        help="Where queries travel, send partial outputs back in float32, or in the working dtype: "
+        "fewer bytes, one more rounding.  [default: float32]",
     ),
     click.option(
         "--threads",
