@@ -11,6 +11,7 @@
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/query_blocks.h"
 #include "cuda/tiles.h"
 #include "softmax_state.h"
@@ -173,8 +174,7 @@ struct ThreadRows {
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionArgs args) {
   using Shared = Tiles<kHeadDim>;
-  extern __shared__ float4 shared_memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const int x = threadIdx.x % kThreadsX;
   const int y = threadIdx.x / kThreadsX;
   const int head_dim = static_cast<int>(args.head_dim);
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionA
 }
 
 template <int kHeadDim>
-void launch(const AttentionArgs& args, cudaStream_t stream) {
+void launch_for(const AttentionArgs& args, cudaStream_t stream) {
   using Shared = Tiles<kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024);
   const int64_t blocks = query_block_count(args, Shared::kRows);
@@ -238,13 +238,9 @@ void launch(const AttentionArgs& args, cudaStream_t stream) {
                                 std::to_string(blocks) + " x " + std::to_string(args.kv_heads) +
                                 " thread blocks; the limit is 2147483647 x 65535");
   }
-  // Shared memory above 48 KiB has to be asked for, on every device anew.
-  check(cudaFuncSetAttribute(attention_kernel<kHeadDim>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)),
-        "attention_partial");
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(args.kv_heads));
-  attention_kernel<kHeadDim><<<grid, kThreads, sizeof(Shared), stream>>>(args);
-  check(cudaGetLastError(), "attention_partial");
+  launch("attention_partial", attention_kernel<kHeadDim>, grid, kThreads, sizeof(Shared), stream,
+         args);
 }
 
 }  // namespace
@@ -259,10 +255,10 @@ void attention_partial(const AttentionArgs& args, uintptr_t stream) {
     throw std::invalid_argument("q has tokens, but cu_q has no sequence that they could belong to");
   }
   const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
-  if (args.head_dim <= 64) return launch<64>(args, on);
-  if (args.head_dim <= 96) return launch<96>(args, on);
-  if (args.head_dim <= 128) return launch<128>(args, on);
-  return launch<256>(args, on);
+  if (args.head_dim <= 64) return launch_for<64>(args, on);
+  if (args.head_dim <= 96) return launch_for<96>(args, on);
+  if (args.head_dim <= 128) return launch_for<128>(args, on);
+  return launch_for<256>(args, on);
 }
 
 }  // namespace cptool::cuda

@@ -5,6 +5,7 @@
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "softmax_state.h"
 
 namespace cptool::cuda {
@@ -106,30 +107,29 @@ void merge_partials(const MergeArgs& args, uintptr_t stream) {
   const dim3 block(kWarp * kRowsPerBlock);
   const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
   for (int64_t begin = 0; begin < args.partials; begin += kMaxPartials) {
-    MergeLaunch launch = {};
-    for (int64_t i = begin; i < args.partials && launch.partials < kMaxPartials; ++i) {
-      launch.outs[launch.partials] = args.outs[i];
-      launch.lses[launch.partials] = args.lses[i];
-      ++launch.partials;
+    MergeLaunch merge = {};
+    for (int64_t i = begin; i < args.partials && merge.partials < kMaxPartials; ++i) {
+      merge.outs[merge.partials] = args.outs[i];
+      merge.lses[merge.partials] = args.lses[i];
+      ++merge.partials;
     }
-    launch.running = begin > 0;
-    launch.rows = args.rows;
-    launch.head_dim = args.head_dim;
-    launch.out_dtype = args.out_dtype;
-    launch.out = args.out;
-    launch.lse = args.lse;
+    merge.running = begin > 0;
+    merge.rows = args.rows;
+    merge.head_dim = args.head_dim;
+    merge.out_dtype = args.out_dtype;
+    merge.out = args.out;
+    merge.lse = args.lse;
     switch (args.dtype) {
       case ScalarType::kFloat32:
-        merge_kernel<float><<<grid, block, 0, on>>>(launch);
+        launch("merge_partials", merge_kernel<float>, grid, block, 0, on, merge);
         break;
       case ScalarType::kBFloat16:
-        merge_kernel<__nv_bfloat16><<<grid, block, 0, on>>>(launch);
+        launch("merge_partials", merge_kernel<__nv_bfloat16>, grid, block, 0, on, merge);
         break;
       case ScalarType::kFloat16:
-        merge_kernel<__half><<<grid, block, 0, on>>>(launch);
+        launch("merge_partials", merge_kernel<__half>, grid, block, 0, on, merge);
         break;
     }
-    check(cudaGetLastError(), "merge_partials");
   }
 }
 

@@ -1,0 +1,170 @@
+"""The CUDA kernels on the CPU: csrc/cuda compiled by g++ against tests/cuda_emulation.
+
+Every CUDA thread is a fiber, scheduled in an order drawn from a seed (fibers.h): what a kernel
+computes, its barriers and its asynchronous copies are tested without a GPU, its speed is not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cptool._op_checks import SCALAR_TYPES
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
+FLAGS = "-std=c++17 -O2 -fPIC -w".split()
+
+
+class _AttentionArgs(ctypes.Structure):
+    """csrc/attention.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in "qkv"],
+        *[(f"{name}_{what}_stride", ctypes.c_int64) for name in "qkv" for what in ("token", "head")],
+        *[(name, ctypes.c_void_p) for name in ("q_pos", "k_pos", "cu_q", "cu_k")],
+        *[
+            (name, ctypes.c_int64)
+            for name in ("batch", "q_tokens", "k_tokens", "q_heads", "kv_heads", "head_dim")
+        ],
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("out_dtype", ctypes.c_int32),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("accumulate", ctypes.c_bool),
+    ]
+
+
+class _MergeArgs(ctypes.Structure):
+    _fields_ = [
+        ("outs", ctypes.POINTER(ctypes.c_void_p)),
+        ("lses", ctypes.POINTER(ctypes.c_void_p)),
+        *[(name, ctypes.c_int64) for name in ("partials", "rows", "head_dim")],
+        ("dtype", ctypes.c_int32),
+        ("out_dtype", ctypes.c_int32),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+    ]
+
+
+class Counters(ctypes.Structure):
+    """What launches did: emulation::Counters in fibers.h."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64) for name in ("blocks", "switches", "collectives", "bank_conflicts")
+    ]
+
+
+class Emulator:
+    """The ops on tensors of the CPU, as the CUDA kernels compute them."""
+
+    def __init__(self, library: Path):
+        self._library = ctypes.CDLL(str(library))
+        for name in ("emulated_attention", "emulated_merge"):
+            getattr(self._library, name).restype = ctypes.c_char_p
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        scale: float,
+        into: tuple[Tensor, Tensor] | None = None,
+        out_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        readable: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """`readable`: the rows of memory, each a contiguous tensor, that asynchronous copies may
+        touch; none: all. Raises RuntimeError for what the emulation finds wrong.
+        """
+        out, lse = into or (
+            torch.full(q.shape, torch.nan, dtype=out_dtype),
+            torch.full(q.shape[:2], torch.nan),
+        )
+        arguments = _AttentionArgs(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(),
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            q_pos.data_ptr(), k_pos.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr(),
+            len(cu_q) - 1, len(q), len(k), q.shape[1], k.shape[1], q.shape[2], scale,
+            SCALAR_TYPES[q.dtype], SCALAR_TYPES[out.dtype], out.data_ptr(), lse.data_ptr(),
+            into is not None,
+        )  # fmt: skip
+        ends = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in readable]
+        ranges = (ctypes.c_void_p * (2 * len(ends)))(*[end for pair in ends for end in pair])
+        self._library.emulated_readable(ranges, len(ends))
+        self._run("emulated_attention", arguments, seed)
+        return out, lse
+
+    def merge(
+        self,
+        outs: Sequence[Tensor],
+        lses: Sequence[Tensor],
+        out_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        out = torch.full(outs[0].shape, torch.nan, dtype=out_dtype)
+        lse = torch.full(lses[0].shape, torch.nan)
+        pointers = [
+            (ctypes.c_void_p * len(tensors))(*[x.data_ptr() for x in tensors])
+            for tensors in (outs, lses)
+        ]
+        arguments = _MergeArgs(
+            *pointers, len(outs), lse.numel(), out.shape[-1],
+            SCALAR_TYPES[outs[0].dtype], SCALAR_TYPES[out_dtype], out.data_ptr(), lse.data_ptr(),
+        )  # fmt: skip
+        self._run("emulated_merge", arguments, seed)
+        return out, lse
+
+    def counters(self) -> Counters:
+        """Since the last call."""
+        counters = Counters()
+        self._library.emulated_counters(ctypes.byref(counters))
+        return counters
+
+    def _run(self, name: str, arguments: ctypes.Structure, seed: int) -> None:
+        message = getattr(self._library, name)(ctypes.byref(arguments), ctypes.c_uint64(seed))
+        if message is not None:
+            raise RuntimeError(message.decode())
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def build(directory: Path, sources: Sequence[Path], name: str = "emulated") -> Path:
+    """The shared library of `sources` (.cu or .cpp) and the emulation, compiled in parallel."""
+    include = ["-I", EMULATION, "-I", ROOT / "csrc"]
+    objects, running = [], []
+    for source in [*sources, EMULATION / "fibers.cpp"]:
+        objects.append(directory / f"{source.stem}.o")
+        running.append(
+            subprocess.Popen(
+                [compiler(), *FLAGS, *include, "-x", "c++", "-c", source, "-o", objects[-1]],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for process in running:
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+    library = directory / f"lib{name}.so"
+    subprocess.run([compiler(), "-shared", *objects, "-o", library], check=True)
+    return library
+
+
+def build_kernels(directory: Path) -> Emulator:
+    """All of csrc/cuda."""
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    return Emulator(build(directory, [*sources, EMULATION / "driver.cpp"]))
