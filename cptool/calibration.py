@@ -7,6 +7,7 @@ share, they share here too. Each time is the median of some repetitions on the s
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from cptool.cost import ELEMENT_BYTES
 from cptool.distributed import World
-from cptool.hardware import HardwareProfile, default_profile, usable_processors
+from cptool.hardware import HardwareProfile, Link, default_profile, usable_processors
 from cptool.model.config import LlamaConfig
 from cptool.ops import attention_partial
 from cptool.ring import Ring
@@ -68,6 +69,8 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
     profile = dataclasses.replace(
         default,
         name=f"measured on {world.size} {device} rank{'s' * (world.size > 1)}",
+        ranks_per_host=world.local_size if world.size > world.local_size else None,
+        notes={},
         linear_flops=linear,
         attention_flops=attention,
         memory_bandwidth=memory_bandwidth,
@@ -81,10 +84,15 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         machines = world.size // world.local_size
         threads = torch.get_num_threads()
         at_once = max(1, machines * usable_processors() // threads)
-        profile = dataclasses.replace(profile, threads=threads, ranks_at_once=at_once)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / at_once
+        profile = dataclasses.replace(
+            profile, threads=threads, ranks_at_once=at_once, memory_bytes=memory
+        )
     if world.cp > 1:
         world.report("measure the link")
-        profile = dataclasses.replace(profile, **_link(clock, Ring(world.cp_group)))
+        link, steals = _link(clock, Ring(world.cp_group))
+        joins = "network" if world.size > world.local_size else "host_link"
+        profile = dataclasses.replace(profile, transfer_steals=steals, **{joins: link})
     rule = fit_rule(EXAMPLE, first, max(2, world.cp), profile)
     return world.gather(dataclasses.replace(profile, rule=rule))[0]
 
@@ -180,8 +188,8 @@ def _positions(clock: _Clock) -> float:
     return clock(lambda: union(placements)) / tokens
 
 
-def _link(clock: _Clock, ring: Ring) -> dict[str, float]:
-    """Latency, bandwidth, cost of further messages, and what compute loses to a transfer."""
+def _link(clock: _Clock, ring: Ring) -> tuple[Link, float]:
+    """The link, and of a transfer's time the part that compute loses to it."""
     device = clock.world.device
     ahead, behind = (ring.rank - 1) % ring.size, (ring.rank + 1) % ring.size
 
@@ -216,9 +224,7 @@ def _link(clock: _Clock, ring: Ring) -> dict[str, float]:
 
     alone = clock(compute)
     together = clock(both)
-    return {
-        "link_latency_s": latency,
-        "message_overhead_s": max(0.0, several - latency) / 4,
-        "link_bandwidth": _slope((SMALL_MESSAGE, latency), (LARGE_MESSAGE, whole)),
-        "transfer_steals": min(1.0, max(0.0, (together - alone) / whole)),
-    }
+    bandwidth = _slope((SMALL_MESSAGE, latency), (LARGE_MESSAGE, whole))
+    further = max(0.0, several - latency) / 4
+    link = Link(bandwidth, bandwidth, latency, further, latency + (ring.size - 2) * further)
+    return link, min(1.0, max(0.0, (together - alone) / whole))

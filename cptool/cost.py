@@ -168,9 +168,9 @@ class _Layer:
 
     def transfer(self, count: float, messages: int = 1) -> float:
         """One batch of messages of `count` bytes in all, one way."""
-        profile = self.profile
-        overhead = profile.link_latency_s + (messages - 1) * profile.message_overhead_s
-        return (overhead + count / profile.link_bandwidth) * self.crowd(self.forward.ranks)
+        link = self.profile.link(self.forward.ranks * self.forward.tp)
+        overhead = link.latency_s + (messages - 1) * link.message_overhead_s
+        return (overhead + count / link.bandwidth) * self.crowd(self.forward.ranks)
 
     def hidden(self, compute: float, transfer: float) -> float:
         """What a transfer under `compute` adds to it."""

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,49 +20,90 @@ from cptool.paths import cache_dir
 if TYPE_CHECKING:
     from cptool.distributed import World
 
-FORMAT = 1
+FORMAT = 2
 REMEDY = "measure it again with `cptool bench calibrate`, or remove the file"
+PROFILES = Path(__file__).parent / "data" / "hardware"
+_DEFAULTS = {"cpu": "cpu-core", "cuda": "h100-sxm"}
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins the ranks of one host, or those of different hosts; every rank uses it at once.
+
+    bandwidth: B/s one way of a rank that sends to one other.
+    fan_out: B/s one way of a rank that sends to several at once.
+    latency_s: of a message, from the call to its end; compute does not hide it.
+    message_overhead_s: of each further message of the same batch.
+    collective_latency_s: of an all-reduce or an exchange of few bytes.
+    """
+
+    bandwidth: float
+    fan_out: float
+    latency_s: float
+    message_overhead_s: float
+    collective_latency_s: float
 
 
 @dataclass(frozen=True)
 class HardwareProfile:
     """Rates of one rank, seconds and bytes; all that run at the same time reach them together.
 
+    peak_flops: FLOP/s by dtype name that the maker states, where known; nothing depends on it.
     linear_flops, attention_flops: FLOP/s by dtype name, where rows are many; attention counts
-        visible pairs only, `4 D_H` a pair and head.
-    memory_bandwidth: B/s at which linear layers read weights and copies read and write.
-    cache_bandwidth: B/s at which attention reads keys and values, as it does once a call.
-    link_bandwidth: B/s one way. link_latency_s: of a message, from the call to its end.
-    message_overhead_s: of each further message of the same batch.
+        visible pairs only, `4 D_H` a pair and head. "float8" is for feed-forward layers alone.
+    attention_ramp: keys that a query costs beyond those it sees, in each call: the tiles that the
+        mask cuts, filling and draining the pipeline. Shorter blocks run slower by it.
+    memory_bytes: of a rank. memory_bandwidth: B/s at which linear layers read weights and small
+        ops read and write. cache_bandwidth: B/s at which attention reads keys and values, as it
+        does once a call.
+    host_link, network: between ranks of one host, and of different hosts.
+    ranks_per_host: None where a host holds any number.
     call_overhead_s: of one call of attention. op_overhead_s: of a copy or another small op.
     layer_overhead_s: of what else a layer does whatever its tokens (projections, norms, the host's
-        share). position_s: of bringing the position of one key into sequence order among those of
-        all ranks, once a forward.
+        share): on a device with a queue, of the host alone, which runs ahead while the device
+        computes. forward_overhead_s: of a forward, once. ring_step_s: of a step of a ring in a
+        prefill, beside its attention and its transfer. skew_s: how far apart ranks come to an
+        exchange in a prefill.
+    position_s: of bringing the position of one key into sequence order among those of all ranks,
+        once a forward.
     transfer_steals: of a transfer's time, the part that compute loses meanwhile: 0 where copy
         engines move it, up to 1 where the cores that compute do.
     ranks_at_once: how many ranks the processors serve at the full rate, None for one device a rank;
         beyond it, ranks take turns.
     threads: CPU threads of a rank that the rates hold for; 0 for another device.
     rule: (alpha, beta, gamma) of the fitted rule of `cptool.strategy`, None if nothing was fitted.
+    notes: where each number comes from, by field.
     """
 
     name: str
     device: str
     linear_flops: dict[str, float] = field(hash=False)
     attention_flops: dict[str, float] = field(hash=False)
+    attention_ramp: float
+    memory_bytes: float
     memory_bandwidth: float
     cache_bandwidth: float
-    link_bandwidth: float
-    link_latency_s: float
-    message_overhead_s: float
+    host_link: Link
+    network: Link
     call_overhead_s: float
     op_overhead_s: float
     layer_overhead_s: float
+    forward_overhead_s: float
     position_s: float
-    transfer_steals: float
+    ring_step_s: float = 0.0
+    skew_s: float = 0.0
+    transfer_steals: float = 0.0
+    ranks_per_host: int | None = None
     ranks_at_once: int | None = None
     threads: int = 0
     rule: tuple[float, float, float] | None = None
+    peak_flops: dict[str, float] = field(default_factory=dict, hash=False)
+    notes: dict[str, str] = field(default_factory=dict, hash=False, compare=False)
+
+    def link(self, span: int) -> Link:
+        """What joins a group of ranks whose first and last lie `span` ranks apart, both counted."""
+        inside = self.ranks_per_host is None or span <= self.ranks_per_host
+        return self.host_link if inside else self.network
 
     def for_ranks(self, threads: int, processors: int) -> HardwareProfile:
         """The same processors with `threads` for each rank, of `processors` for all ranks."""
@@ -79,43 +121,49 @@ class HardwareProfile:
         )
 
 
+@lru_cache
 def default_profile(device: str) -> HardwareProfile:
     """A plausible machine: ranks of one CPU core each, or of one H100 each over NVLink."""
-    if device == "cpu":
-        return HardwareProfile(
-            name="default CPU core",
-            device="cpu",
-            linear_flops={"float32": 0.18e12, "bfloat16": 1.4e12, "float16": 0.18e12},
-            attention_flops={"float32": 0.16e12, "bfloat16": 0.65e12, "float16": 0.16e12},
-            memory_bandwidth=16e9,
-            cache_bandwidth=9e9,
-            link_bandwidth=1.5e9,
-            link_latency_s=150e-6,
-            message_overhead_s=50e-6,
-            call_overhead_s=20e-6,
-            op_overhead_s=3e-6,
-            layer_overhead_s=100e-6,
-            position_s=60e-9,
-            transfer_steals=1.0,
-            ranks_at_once=os.cpu_count() or 1,
-            threads=1,
-        )
-    return HardwareProfile(
-        name="default H100, NVLink",
-        device="cuda",
-        linear_flops={"float32": 40e12, "bfloat16": 600e12, "float16": 600e12},
-        attention_flops={"float32": 30e12, "bfloat16": 450e12, "float16": 450e12},
-        memory_bandwidth=2.5e12,
-        cache_bandwidth=2.5e12,
-        link_bandwidth=200e9,
-        link_latency_s=15e-6,
-        message_overhead_s=5e-6,
-        call_overhead_s=8e-6,
-        op_overhead_s=3e-6,
-        layer_overhead_s=60e-6,
-        position_s=1e-9,
-        transfer_steals=0.05,
-    )
+    profile = find_profile(_DEFAULTS["cpu" if device == "cpu" else "cuda"])
+    if device != "cpu":
+        return profile
+    return dataclasses.replace(profile, ranks_at_once=os.cpu_count() or 1)
+
+
+def known_profiles() -> list[str]:
+    """Names that `find_profile` knows."""
+    return sorted(path.stem for path in PROFILES.glob("*.json"))
+
+
+def find_profile(name: str) -> HardwareProfile:
+    """The profile of a name, or of a JSON file with the fields of `HardwareProfile`.
+
+    "measured" is what `cptool bench calibrate` measured on this machine. Raises UserError, one
+    line, where there is none, or it is damaged.
+    """
+    if name == "measured":
+        devices = _saved()
+        if not devices:
+            raise UserError(
+                "--hardware measured: nothing was measured yet; run `cptool bench calibrate`, or "
+                f"name one of {', '.join(known_profiles())}"
+            )
+        return devices["cuda" if "cuda" in devices else "cpu"]
+    path = PROFILES / f"{name}.json"
+    if name not in known_profiles():
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"--hardware {name}: no such profile; name one of {', '.join(known_profiles())}, "
+                "measured, or a JSON file"
+            )
+    try:
+        return _parse(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} is no hardware profile ({type(error).__name__}: {error}); "
+            f"compare it with those in {PROFILES}"
+        ) from None
 
 
 def world_profile(world: World) -> HardwareProfile:
@@ -150,23 +198,26 @@ def load_profile(device: str) -> HardwareProfile:
 
     Raises UserError if the file is damaged.
     """
+    return _saved().get(device) or default_profile(device)
+
+
+def _saved() -> dict[str, HardwareProfile]:
+    """Measured profiles by device. Raises UserError if the file is damaged."""
     path = profile_path()
     try:
         text = path.read_text()
     except FileNotFoundError:
-        return default_profile(device)
+        return {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); {REMEDY}") from None
     try:
         profiles = json.loads(text)
         if profiles["format"] != FORMAT:
             raise UserError(f"{path} has format {profiles['format']}, not {FORMAT}; {REMEDY}")
-        if device not in profiles["devices"]:
-            return default_profile(device)
-        return _parse(profiles["devices"][device])
+        return {device: _parse(fields) for device, fields in profiles["devices"].items()}
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from None
 
 
@@ -174,29 +225,42 @@ def save_profile(profile: HardwareProfile) -> Path:
     """Keeps a measured profile, beside those of other devices, and returns the path."""
     path = profile_path()
     try:
-        devices = json.loads(path.read_text())["devices"]
-    except (OSError, ValueError, TypeError, KeyError):
+        devices = _saved()
+    except UserError:
         devices = {}  # what could not be read is what this replaces
-    devices[profile.device] = dataclasses.asdict(profile)
+    devices[profile.device] = profile
+    fields = {device: dataclasses.asdict(kept) for device, kept in devices.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps({"format": FORMAT, "devices": devices}, indent=2) + "\n")
+    draft.write_text(json.dumps({"format": FORMAT, "devices": fields}, indent=2) + "\n")
     draft.replace(path)
     return path
 
 
 def _parse(fields: dict[str, Any]) -> HardwareProfile:
-    """Raises TypeError or ValueError for what no measurement gives."""
-    profile = HardwareProfile(**fields)
-    rates = [*profile.linear_flops.values(), *profile.attention_flops.values()]
-    rates += [profile.memory_bandwidth, profile.cache_bandwidth, profile.link_bandwidth]
-    costs = [profile.link_latency_s, profile.message_overhead_s, profile.call_overhead_s]
-    costs += [profile.op_overhead_s, profile.layer_overhead_s, profile.position_s]
-    costs += [profile.transfer_steals]
-    if not rates[:-3] or any(not 0 < rate < float("inf") for rate in rates):
-        raise ValueError("a rate is not positive")
-    if any(not 0 <= cost < float("inf") for cost in costs):
-        raise ValueError("an overhead is negative")
+    """Raises TypeError, ValueError or KeyError for what no measurement gives."""
+    links = {name: Link(**fields[name]) for name in ("host_link", "network")}
+    profile = HardwareProfile(**{**fields, **links})
+    rates = {
+        "memory_bytes": profile.memory_bytes,
+        "memory_bandwidth": profile.memory_bandwidth,
+        "cache_bandwidth": profile.cache_bandwidth,
+        **{f"linear_flops.{dtype}": rate for dtype, rate in profile.linear_flops.items()},
+        **{f"attention_flops.{dtype}": rate for dtype, rate in profile.attention_flops.items()},
+    }
+    names = [f.name for f in dataclasses.fields(profile) if f.name.endswith("_s")]
+    costs = {name: getattr(profile, name) for name in (*names, "attention_ramp", "transfer_steals")}
+    for name, link in links.items():
+        for key, value in dataclasses.asdict(link).items():
+            (costs if key.endswith("_s") else rates)[f"{name}.{key}"] = value
+    for name, rate in rates.items():
+        if not 0 < rate < float("inf"):
+            raise ValueError(f"{name} is {rate}; it must be positive")
+    for name, cost in costs.items():
+        if not 0 <= cost < float("inf"):
+            raise ValueError(f"{name} is {cost}; it must not be negative")
+    if not profile.linear_flops or not profile.attention_flops:
+        raise ValueError("no dtype has a rate")
     if profile.rule is None:
         return profile
     alpha, beta, gamma = map(float, profile.rule)

@@ -95,7 +95,7 @@ def _choose(asked, new, cached, ranks, config, dtype, profile, rule, batch, tp) 
         algorithm = algorithm1 if rule == "algorithm1" else algorithm5
         keys_travel = algorithm(
             new, cached, ranks, heads, kv_heads, ELEMENT_BYTES[dtype],
-            profile.attention_flops[dtype], profile.link_bandwidth,
+            profile.attention_flops[dtype], profile.link(ranks * tp).bandwidth,
         )  # fmt: skip
         reason = f"algorithm {rule[-1]}"
     variant = "pass-kv" if keys_travel else "pass-q"

@@ -9,7 +9,15 @@ import sys
 import pytest
 
 from cptool.errors import UserError
-from cptool.hardware import default_profile, load_profile, profile_path, save_profile
+from cptool.hardware import (
+    FORMAT,
+    default_profile,
+    find_profile,
+    known_profiles,
+    load_profile,
+    profile_path,
+    save_profile,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +30,7 @@ def test_without_a_file_the_default():
 
 
 def test_what_is_saved_is_loaded_beside_other_devices():
-    cpu = dataclasses.replace(default_profile("cpu"), link_bandwidth=3e9, rule=(0.5, -1.0, 2.0))
+    cpu = dataclasses.replace(default_profile("cpu"), memory_bandwidth=3e9, rule=(0.5, -1.0, 2.0))
     cuda = dataclasses.replace(default_profile("cuda"), name="measured")
     save_profile(cpu)
     assert load_profile("cuda") == default_profile("cuda")
@@ -37,11 +45,18 @@ def test_a_damaged_file_is_told_in_one_line():
         "[]",
         "{}",
         json.dumps({"format": 99, "devices": {}}),
-        json.dumps({"format": 1, "devices": {"cpu": {**good, "link_bandwidth": 0}}}),
-        json.dumps({"format": 1, "devices": {"cpu": {**good, "link_latency_s": -1}}}),
-        json.dumps({"format": 1, "devices": {"cpu": {**good, "memory_bandwidth": "fast"}}}),
-        json.dumps({"format": 1, "devices": {"cpu": {**good, "rule": [1, 2]}}}),
-        json.dumps({"format": 1, "devices": {"cpu": {"name": "x"}}}),
+        json.dumps({"format": 1, "devices": {"cpu": good}}),
+        *(
+            json.dumps({"format": FORMAT, "devices": {"cpu": fields}})
+            for fields in (
+                {**good, "host_link": {**good["host_link"], "bandwidth": 0}},
+                {**good, "host_link": {**good["host_link"], "latency_s": -1}},
+                {**good, "network": {}},
+                {**good, "memory_bandwidth": "fast"},
+                {**good, "rule": [1, 2]},
+                {"name": "x"},
+            )
+        ),
     ]
     profile_path().parent.mkdir(parents=True)
     for damage in damages:
@@ -49,6 +64,27 @@ def test_a_damaged_file_is_told_in_one_line():
         with pytest.raises(UserError, match="cptool bench calibrate") as error:
             load_profile("cpu")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", known_profiles())
+def test_profiles_by_name_explain_themselves(name):
+    profile = find_profile(name)
+    assert profile.name == name and profile.notes["source"]
+    assert set(profile.notes) - {"source"} <= {f.name for f in dataclasses.fields(profile)}
+
+
+def test_a_profile_may_be_a_file(tmp_path):
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({**dataclasses.asdict(find_profile("a100")), "memory_bytes": 40e9}))
+    assert find_profile(str(own)).memory_bytes == 40e9
+    for name, reason in (("h1000", "name one of a100"), ("measured", "calibrate")):
+        with pytest.raises(UserError, match=reason):
+            find_profile(name)
+    own.write_text('{"name": 1}')
+    with pytest.raises(UserError, match="is no hardware profile"):
+        find_profile(str(own))
+    save_profile(find_profile("cpu-core"))
+    assert find_profile("measured") == find_profile("cpu-core")
 
 
 def test_rates_follow_the_threads_of_a_rank():
@@ -69,4 +105,4 @@ def test_calibrate_writes_a_profile(ranks):
     profile, default = load_profile("cpu"), default_profile("cpu")
     assert said["path"] == str(profile_path()) and said["name"] == profile.name
     assert profile.threads == 1 and len(profile.rule) == 3
-    assert (profile.link_bandwidth == default.link_bandwidth) == (ranks == 1)
+    assert (profile.host_link == default.host_link) == (ranks == 1)

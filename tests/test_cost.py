@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cptool import cost
 from cptool.cost import VARIANTS, Forward, predict
-from cptool.hardware import default_profile
+from cptool.hardware import Link, default_profile
 from cptool.model.config import LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -24,7 +24,18 @@ CONFIG = LlamaConfig(
     max_position_embeddings=131072,
     tie_word_embeddings=True,
 )
-PROFILES = {device: default_profile(device) for device in ("cpu", "cuda")}
+
+
+def with_link(profile, link):
+    """Between all ranks, on one host or several."""
+    return dataclasses.replace(profile, host_link=link, network=link)
+
+
+# All ranks on one host.
+PROFILES = {
+    device: with_link(default_profile(device), default_profile(device).host_link)
+    for device in ("cpu", "cuda")
+}
 free = settings(deadline=None, max_examples=60)
 variants, profiles = st.sampled_from(VARIANTS), st.sampled_from(list(PROFILES.values()))
 tokens, cached, ranks = st.integers(1, 10**6), st.integers(0, 10**6), st.integers(1, 16)
@@ -59,9 +70,7 @@ def test_seconds_are_compute_and_what_is_exposed(variant, profile, new, cached, 
 @free
 @given(variants, profiles, tokens, cached, st.integers(2, 16))
 def test_a_perfect_link_exposes_nothing(variant, profile, new, cached, ranks):
-    perfect = dataclasses.replace(
-        profile, link_bandwidth=float("inf"), link_latency_s=0.0, message_overhead_s=0.0
-    )
+    perfect = with_link(profile, Link(float("inf"), float("inf"), 0.0, 0.0, 0.0))
     exposed = predict(variant, on(ranks, new, cached), perfect).exposed_s
     assert exposed == pytest.approx(0, abs=1e-12)
 
@@ -69,7 +78,9 @@ def test_a_perfect_link_exposes_nothing(variant, profile, new, cached, ranks):
 @free
 @given(variants, profiles, tokens, cached, st.integers(2, 16))
 def test_a_slower_link_never_helps(variant, profile, new, cached, ranks):
-    slower = dataclasses.replace(profile, link_bandwidth=profile.link_bandwidth / 3)
+    link = profile.host_link
+    slow = dataclasses.replace(link, bandwidth=link.bandwidth / 3, fan_out=link.fan_out / 3)
+    slower = with_link(profile, slow)
     forward = on(ranks, new, cached)
     seconds = predict(variant, forward, profile).seconds
     assert predict(variant, forward, slower).seconds >= seconds * (1 - 1e-9)

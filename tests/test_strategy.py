@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cptool import strategy
 from cptool.cost import VARIANTS, Forward, predict
-from cptool.hardware import HardwareProfile, default_profile
+from cptool.hardware import default_profile, find_profile
 from cptool.model.config import LlamaConfig
 from cptool.strategy import choose
 
@@ -32,25 +32,7 @@ LLAMA3_405B = dataclasses.replace(
     num_hidden_layers=126,
     num_attention_heads=128,
 )
-# The paper's nodes, a GPU of 8 (sections 6 and 7): a KV block of 16.4 MB took 627 us, attention ran
-# at about 515 TFLOP/s on all pairs; its causal half is counted for new tokens alone, and at a miss
-# rate of a few percent that is nearly all pairs.
-GRAND_TETON = HardwareProfile(
-    name="8 x H100, 400 Gb/s RDMA a GPU",
-    device="cuda",
-    linear_flops={"bfloat16": 500e12},
-    attention_flops={"bfloat16": 515e12},
-    memory_bandwidth=2.4e12,
-    cache_bandwidth=2.4e12,
-    link_bandwidth=26e9,
-    link_latency_s=20e-6,
-    message_overhead_s=0.0,
-    call_overhead_s=5e-6,
-    op_overhead_s=3e-6,
-    layer_overhead_s=50e-6,
-    position_s=0.0,
-    transfer_steals=0.0,
-)
+GRAND_TETON = find_profile("gtt-h100")
 
 
 def ask(asked="auto", *, new, cached=0, ranks=4, config=LLAMA3_8B, device="cuda", **more):
@@ -102,7 +84,10 @@ def test_auto_is_the_fastest_of_what_is_predicted(new, cached, ranks):
 
 
 def test_a_short_prompt_may_use_fewer_ranks():
-    slow = dataclasses.replace(default_profile("cuda"), link_latency_s=0.1)
+    profile = default_profile("cuda")
+    slow = dataclasses.replace(
+        profile, host_link=dataclasses.replace(profile.host_link, latency_s=0.1)
+    )
     choice = ask(new=64, profile=slow)
     assert 1 <= choice.active <= 4
     crowded = dataclasses.replace(default_profile("cpu"), ranks_at_once=1)
@@ -188,7 +173,7 @@ def test_ring_steps_take_what_the_paper_measured():
     for miss, measured in ((0.025, 414e-6), (0.1, 1608e-6)):
         new = round(128_000 * miss)
         forward = Forward(LLAMA3_405B, "bfloat16", new, 128_000 - new, 4, 4, tp=8)
-        transfer = predict("pass-kv", forward, GRAND_TETON).bytes / 3 / GRAND_TETON.link_bandwidth
+        transfer = predict("pass-kv", forward, GRAND_TETON).bytes / 3 / GRAND_TETON.network.bandwidth
         assert transfer == pytest.approx(629e-6, rel=0.05)
         flops = 4 * 16 * 128 * (new / 4) * (128_000 - new / 2) / 4
         assert flops / 515e12 == pytest.approx(measured, rel=0.1)

@@ -76,12 +76,13 @@ def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
         )
     )
     if cp > 1:
+        link = profile.link(cp)
         rows.append(
             (
                 "link",
-                f"{draw.size(profile.link_bandwidth)}/s one way, "
-                f"{draw.seconds(profile.link_latency_s)} a message, "
-                f"{draw.seconds(profile.message_overhead_s)} each further one; "
+                f"{draw.size(link.bandwidth)}/s one way, "
+                f"{draw.seconds(link.latency_s)} a message, "
+                f"{draw.seconds(link.message_overhead_s)} each further one; "
                 f"compute loses {profile.transfer_steals:.0%} of a transfer's time",
             )
         )
