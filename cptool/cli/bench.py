@@ -6,12 +6,16 @@ import json
 import click
 
 from cptool.cli import draw
+from cptool.cli.emulate import emulate
 from cptool.cli.options import DTYPES, json_option
 
 
 @click.group()
 def bench() -> None:
     """Measure the machine."""
+
+
+bench.add_command(emulate)
 
 
 @bench.command()

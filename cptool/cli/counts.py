@@ -1,0 +1,30 @@
+"""Numbers of tokens as people write them."""
+
+import re
+
+import click
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "ki": 2**10, "mi": 2**20}
+
+
+class TokenCount(click.ParamType):
+    """128000, 128K, 1M: decimal, as the paper's; 128Ki and 1Mi are powers of two."""
+
+    name = "tokens"
+
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
+
+    def convert(self, value, param, ctx) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([km]i?|)", value.strip().lower())
+        count = float(match[1]) * _UNITS[match[2]] if match else -1.0
+        if count < self.least or count != int(count):
+            self.fail(
+                f"{value!r} must be a whole number of at least {self.least}, "
+                "such as 128000, 128K, 1M or 128Ki",
+                param,
+                ctx,
+            )
+        return int(count)

@@ -1,0 +1,77 @@
+"""Memory that an emulated rank takes on its device, told before anything is allocated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from cptool.cost import matrix_parameters
+from cptool.errors import UserError
+from cptool.model.llama import ROWS_AT_ONCE
+
+if TYPE_CHECKING:
+    from cptool.emulation import Scenario, Shards
+
+_FLOAT32 = 4
+
+
+def check(scenario: Scenario, variant: str, held: Shards) -> int:
+    """Bytes that the emulation needs; UserError if the device has not as many free."""
+    needed, free = needs(scenario, variant, held), available(scenario.device)
+    if needed > free:
+        raise UserError(
+            f"one rank's share of {scenario.cached + scenario.new:,} tokens needs "
+            f"{needed / 1e9:.1f} GB on {scenario.device}, {free / 1e9:.1f} GB are free, "
+            f"{(needed - free) / 1e9:.1f} GB too few; use more --cp or --tp, or a shorter --context"
+        )
+    return needed
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can be allocated on `device` now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return 1024 * int(fields["MemAvailable"].split()[0])
+
+
+def needs(scenario: Scenario, variant: str, held: Shards) -> int:
+    """Bytes at the peak: weights of a layer and the embedding, the residual stream, and the larger
+    of what attention and the feed-forward network hold beside it.
+    """
+    config, size, rank = scenario.config, scenario.dtype.itemsize, held.busiest
+    embedding = config.vocab_size * config.hidden_size * size
+    weights = matrix_parameters(config) // config.num_hidden_layers // scenario.tp * size
+    tokens = held.queries[rank].tokens
+    stream = tokens * config.hidden_size * size
+    rows = min(tokens, ROWS_AT_ONCE)
+    feed_forward = rows * (3 * config.hidden_size + 3 * scenario.ffn) * size
+    tables = tokens * config.head_dim * _FLOAT32 + 3 * rows * scenario.heads * 128 * _FLOAT32
+    during = _attention(scenario, variant, held, rank) + stream  # the normed input of qkv
+    after = 2 * stream  # attention's projected result, and a copy of it
+    return embedding + weights + stream + tables + max(during, after, feed_forward)
+
+
+def _attention(scenario: Scenario, variant: str, held: Shards, rank: int) -> int:
+    size, dim = scenario.dtype.itemsize, scenario.config.head_dim
+    tokens, keys = held.queries[rank].tokens, held.keys[rank].tokens
+    token = 2 * scenario.kv_heads * dim * size
+    query = scenario.heads * dim * size
+    partial = scenario.heads * (dim + 1) * _FLOAT32
+    projected = tokens * (query + token) + tokens * query  # qkv, the merged result
+    cache = keys * token
+    everything = sum(p.tokens for p in held.keys) * token
+    asked = sum(p.tokens for p in held.queries)
+    if scenario.cp == 1:
+        more = 0
+    elif variant == "pass-kv":
+        more = 2 * max(p.tokens for p in held.keys) * token + 2 * tokens * partial
+    elif variant == "gather-kv":
+        more = 2 * everything
+    elif variant == "gather-q":
+        more = 2 * asked * query + 2 * asked * partial + scenario.cp * tokens * partial
+    else:  # partials of all sources, given and received
+        more = 3 * tokens * query + 2 * scenario.cp * tokens * partial
+    return projected + cache + more

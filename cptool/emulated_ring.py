@@ -1,0 +1,145 @@
+"""A ring in which one rank is alone: the variants' own code runs on it, and what would travel is
+noted instead of sent.
+
+The time of the compute between transfers is measured; `replay` then puts the transfers of a
+hardware profile in their places and tells what of them nothing hides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cptool.hardware import HardwareProfile
+from cptool.ring import Ring
+
+PAUSE = "pause"
+"""Label of time that a run on real ranks would not spend."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """`seconds` of work under `label`."""
+
+    label: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """A batch of `messages` that leaves, while as many bytes or fewer arrive."""
+
+    transfer: int
+    bytes: int
+    messages: int
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The rank goes on when these transfers are done."""
+
+    transfers: tuple[int, ...]
+
+
+Trace = list[Compute | Start | Wait]
+
+
+class Timeline:
+    """Marks on a device's stream of work; on CUDA they are events, so that nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._entries: list[tuple[str, object] | Start | Wait] = []
+
+    def mark(self, label: str) -> None:
+        """What follows, up to the next mark, is `label`."""
+        if self.device.type == "cuda":
+            now = torch.cuda.Event(enable_timing=True)
+            now.record(torch.cuda.current_stream(self.device))
+        else:
+            now = time.perf_counter()
+        self._entries.append((label, now))
+
+    def note(self, entry: Start | Wait) -> None:
+        self._entries.append(entry)
+
+    def trace(self) -> Trace:
+        """What happened between the first mark and the last, pauses left out."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        trace: Trace = []
+        label, began = None, None
+        for entry in self._entries:
+            if isinstance(entry, (Start, Wait)):
+                trace.append(entry)
+                continue
+            if label is not None and label != PAUSE:
+                trace.append(Compute(label, self._between(began, entry[1])))
+            label, began = entry
+        return trace
+
+    def _between(self, began, ended) -> float:
+        return 1e-3 * began.elapsed_time(ended) if self.device.type == "cuda" else ended - began
+
+
+class EmulatedRing(Ring):
+    """The transfers of rank `rank` of `size`, whose peers keep pace with it.
+
+    What arrives are random values of the right shape; writing them is a pause of the timeline.
+    """
+
+    def __init__(self, rank: int, size: int, timeline: Timeline) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+        self.timeline, self._transfers = timeline, 0
+
+    def _start(
+        self,
+        sends: Sequence[tuple[int, torch.Tensor]],
+        receives: Sequence[tuple[int, torch.Tensor]],
+    ) -> list[int]:
+        self.timeline.mark(PAUSE)
+        for _, tensor in receives:
+            tensor.normal_()
+        sent, received = (sum(t.nbytes for _, t in side) for side in (sends, receives))
+        self.sent_bytes += sent
+        self._transfers += 1
+        messages = sum(bool(tensor.numel()) for _, tensor in sends)
+        self.timeline.note(Start(self._transfers, max(sent, received), messages))
+        self.timeline.mark("attention")
+        return [self._transfers]
+
+    def wait(self, pending: Sequence[int]) -> None:
+        self.timeline.note(Wait(tuple(pending)))
+        self.timeline.mark("attention")
+
+
+def replay(trace: Trace, profile: HardwareProfile) -> float:
+    """Seconds that the transfers of `trace` add to its compute, on the links of `profile`.
+
+    Transfers of a rank follow each other on its link, both ways at once. One that is waited for
+    costs what is left of it then, or `transfer_steals` of it if that is more: the part that compute
+    lost meanwhile, as in `cptool.cost`.
+    """
+    clock = link = exposed = 0.0
+    lasts: dict[int, tuple[float, float]] = {}
+    for entry in trace:
+        if isinstance(entry, Compute):
+            clock += entry.seconds
+        elif isinstance(entry, Start):
+            lasting = 0.0
+            if entry.messages or entry.bytes:
+                overhead = max(0, entry.messages - 1) * profile.message_overhead_s
+                lasting = profile.link_latency_s + overhead + entry.bytes / profile.link_bandwidth
+            link = max(clock, link) + lasting
+            lasts[entry.transfer] = (link, lasting)
+        else:
+            for transfer in entry.transfers:
+                done, lasting = lasts[transfer]
+                spent = max(done - clock, profile.transfer_steals * lasting)
+                exposed += spent
+                clock += spent
+    return exposed
