@@ -136,10 +136,15 @@ class Ring:
         sends: Sequence[tuple[int, torch.Tensor]],
         receives: Sequence[tuple[int, torch.Tensor]],
     ) -> list[dist.Work]:
-        """Post one batch of (peer, tensor); both sides leave out empty tensors alike."""
+        """Post one batch of (peer, tensor); both sides leave out empty tensors alike.
+
+        Receives come first. gloo sends nothing until the receiver has said that its buffer is
+        there, and says so on the connection that also carries data to that peer: behind a send
+        that has begun, the word waits for all of it, and the two directions take turns.
+        """
         operations = [
             dist.P2POp(operation, tensor, group=self.group, group_peer=peer)
-            for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
+            for operation, messages in ((dist.irecv, receives), (dist.isend, sends))
             for peer, tensor in messages
             if tensor.numel()
         ]

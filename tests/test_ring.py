@@ -138,3 +138,27 @@ def memory_is_kept(world):
 
 def test_two_buffers_serve_all_layers():
     run_ranks(3, memory_is_kept)
+
+
+def receives_are_posted_first(world):
+    posted = []
+    batch = dist.batch_isend_irecv
+    dist.batch_isend_irecv = lambda operations: posted.append(operations) or batch(operations)
+    try:
+        ring = Ring(world.cp_group)
+        for _ in ring.blocks(content(ring.rank, 9), [9] * ring.size):
+            pass
+        ring.gather(content(ring.rank, 9), [9] * ring.size)
+    finally:
+        dist.batch_isend_irecv = batch
+    assert len(posted) == ring.size
+    for operations in posted:
+        half = len(operations) // 2
+        assert [o.op for o in operations] == [dist.irecv] * half + [dist.isend] * half
+
+
+def test_both_directions_run_at_once():
+    """gloo lets a peer send once it knows of the receive, and tells it behind what it sends itself:
+    with the sends first, two ranks that exchange took turns on a slow link.
+    """
+    run_ranks(3, receives_are_posted_first)
