@@ -1,8 +1,8 @@
 """A ring in which one rank is alone: the variants' own code runs on it, and what would travel is
 noted instead of sent.
 
-The time of the compute between transfers is measured; `replay` then puts the transfers of a
-hardware profile in their places and tells what of them nothing hides.
+The time of the compute between transfers is measured; `replay` then puts the transfers over a link
+in their places and tells what of them nothing hides.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cptool.hardware import HardwareProfile
+from cptool.hardware import Link
 from cptool.ring import Ring
 
 PAUSE = "pause"
@@ -117,29 +117,29 @@ class EmulatedRing(Ring):
         self.timeline.mark("attention")
 
 
-def replay(trace: Trace, profile: HardwareProfile) -> float:
-    """Seconds that the transfers of `trace` add to its compute, on the links of `profile`.
+def replay(trace: Trace, link: Link, steals: float = 0.0) -> float:
+    """Seconds that the transfers of `trace` add to its compute, over `link`.
 
-    Transfers of a rank follow each other on its link, both ways at once. One that is waited for
-    costs what is left of it then, or `transfer_steals` of it if that is more: the part that compute
-    lost meanwhile, as in `cptool.cost`.
+    A transfer's latency is never hidden; its bytes follow those before it on the link, both ways at
+    once, and cost what is left of them where they are waited for, or `steals` of their time if that
+    is more: the part that compute lost meanwhile, as in `cptool.cost`.
     """
-    clock = link = exposed = 0.0
-    lasts: dict[int, tuple[float, float]] = {}
+    clock = busy = exposed = 0.0
+    flowing: dict[int, tuple[float, float]] = {}
     for entry in trace:
         if isinstance(entry, Compute):
             clock += entry.seconds
         elif isinstance(entry, Start):
-            lasting = 0.0
-            if entry.messages or entry.bytes:
-                overhead = max(0, entry.messages - 1) * profile.message_overhead_s
-                lasting = profile.link_latency_s + overhead + entry.bytes / profile.link_bandwidth
-            link = max(clock, link) + lasting
-            lasts[entry.transfer] = (link, lasting)
+            late = lasting = 0.0
+            if entry.bytes:
+                late = link.latency_s + max(0, entry.messages - 1) * link.message_overhead_s
+                lasting = entry.bytes / (link.fan_out if entry.messages > 1 else link.bandwidth)
+            exposed, clock = exposed + late, clock + late
+            busy = max(clock, busy) + lasting
+            flowing[entry.transfer] = (busy, lasting)
         else:
             for transfer in entry.transfers:
-                done, lasting = lasts[transfer]
-                spent = max(done - clock, profile.transfer_steals * lasting)
-                exposed += spent
-                clock += spent
+                done, lasting = flowing[transfer]
+                spent = max(done - clock, steals * lasting)
+                exposed, clock = exposed + spent, clock + spent
     return exposed

@@ -114,8 +114,9 @@ class Projection:
     """What was measured of rank `rank`, and what follows for the whole model.
 
     parts, segments: of one layer, measured. transfer_s: of its transfers, of which exposed_s is not
-    hidden; allreduce_s: of its tensor-parallel sums; all from the profile. once: what a forward
-    does once, measured. flops: of the whole model, a causal pair counted once.
+    hidden; waiting_s: of ranks for each other; allreduce_s: of its tensor-parallel sums; all from
+    the profile. once: what a forward does once, measured but for its overhead, the profile's.
+    flops: of the whole model, a causal pair counted once.
     """
 
     rank: int
@@ -128,6 +129,7 @@ class Projection:
     sent_bytes: int
     transfer_s: float
     exposed_s: float
+    waiting_s: float
     allreduce_bytes: int
     allreduce_s: float
     once: dict[str, float]
@@ -143,7 +145,7 @@ class Projection:
 
     @property
     def layer_s(self) -> float:
-        return self.compute_s + self.exposed_s + self.allreduce_s
+        return self.compute_s + self.exposed_s + self.waiting_s + self.allreduce_s
 
     @property
     def ttft_s(self) -> float:
@@ -169,7 +171,8 @@ def allreduce_s(count: float, tp: int, profile: HardwareProfile) -> float:
     """Of `count` bytes over `tp` ranks, in a ring: 2 (tp - 1) / tp of them cross every link."""
     if tp == 1:
         return 0.0
-    return profile.link_latency_s + 2 * (tp - 1) / tp * count / profile.link_bandwidth
+    link = profile.link(tp)
+    return link.collective_latency_s + 2 * (tp - 1) / tp * count / link.bandwidth
 
 
 @torch.inference_mode()
@@ -207,7 +210,7 @@ def emulate(
     _, reduced, sent = passes[-1]
     trace = _median(traces)
     transfers = [entry for entry in trace if not isinstance(entry, Compute)]
-    over = range(scenario.cp)
+    link, over = profile.link(scenario.cp * scenario.tp), range(scenario.cp)
     if choice.variant in KEYS_TRAVEL or scenario.cp == 1:
         pairs = [held.pairs(rank, source) for source in over]
     else:
@@ -221,17 +224,32 @@ def emulate(
         parts=_parts(scenario, traces, held.queries[rank].tokens, sum(pairs)),
         segments=_segments(trace, choice.variant, rank, pairs),
         sent_bytes=sent,
-        transfer_s=replay(transfers, dataclasses.replace(profile, transfer_steals=0.0)),
-        exposed_s=replay(trace, profile),
+        transfer_s=replay(transfers, link),
+        exposed_s=replay(trace, link, profile.transfer_steals),
+        waiting_s=_waiting(scenario, choice.variant, profile),
         allreduce_bytes=sum(reduced),
         allreduce_s=sum(allreduce_s(count, scenario.tp, profile) for count in reduced),
-        once={"positions and shards": dealt, **_once(scenario, held.queries[rank])},
+        once={
+            "overhead": profile.forward_overhead_s,
+            "positions and shards": dealt,
+            **_once(scenario, held.queries[rank]),
+        },
         layers=config.num_hidden_layers,
         flops=linear_flops(config, scenario.new, 1)
         + attention_flops(config, scenario.new, scenario.cached),
         ranks=scenario.cp * scenario.tp,
         emulated_bytes=needed,
     )
+
+
+def _waiting(scenario: Scenario, variant: str, profile: HardwareProfile) -> float:
+    """What ranks that do not keep pace cost in a layer: at each ring step, or at each exchange."""
+    if scenario.cp == 1:
+        return 0.0
+    exchanges = {"gather-kv": 1, "gather-q": 2}.get(variant)
+    if exchanges is None:
+        return (scenario.cp - 1) * profile.ring_step_s
+    return exchanges * profile.skew_s
 
 
 def _layer(scenario: Scenario) -> DecoderLayer:

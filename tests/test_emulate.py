@@ -15,7 +15,7 @@ from cptool.cli.main import main
 from cptool.cost import attention_flops, kv_bytes, linear_flops
 from cptool.emulated_ring import Compute, Start, Wait, replay
 from cptool.emulation import LINEAR, OTHER, Scenario, allreduce_s, emulate, shards
-from cptool.hardware import default_profile
+from cptool.hardware import Link, default_profile
 from cptool.model.fp8 import RowwiseFp8
 from cptool.model.shapes import SHAPES
 
@@ -23,10 +23,10 @@ TINY = dataclasses.replace(
     SHAPES["llama3-8b"], vocab_size=64, hidden_size=96, intermediate_size=160,
     num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=16,
 )  # fmt: skip
+LINK = Link(1e9, 2e9, latency_s=1e-3, message_overhead_s=1e-4, collective_latency_s=2e-3)
 PROFILE = dataclasses.replace(
-    default_profile("cpu"), link_bandwidth=1e9, link_latency_s=1e-3, message_overhead_s=1e-4,
-    transfer_steals=0.0,
-)  # fmt: skip
+    default_profile("cpu"), host_link=LINK, network=LINK, transfer_steals=0.0, ring_step_s=1e-5
+)
 
 
 def scenario(**changes) -> Scenario:
@@ -41,21 +41,19 @@ def work(seconds):
     return Compute("attention", seconds)
 
 
-def test_a_transfer_hides_under_compute():
-    # 3 MB take 1 ms of latency and 3 ms.
+def test_bytes_hide_under_compute_and_latency_does_not():
     trace = [Start(1, 3_000_000, 1), work(0.010), Wait((1,))]
-    assert replay(trace, PROFILE) == 0
+    assert replay(trace, LINK) == pytest.approx(0.001)
+    assert replay(trace, LINK, steals=0.5) == pytest.approx(0.0025)
     trace[1] = work(0.001)
-    assert replay(trace, PROFILE) == pytest.approx(0.003)
-    stealing = dataclasses.replace(PROFILE, transfer_steals=0.5)
-    trace[1] = work(0.010)
-    assert replay(trace, stealing) == pytest.approx(0.002)
+    assert replay(trace, LINK) == pytest.approx(0.003)
 
 
 def test_transfers_follow_each_other_on_a_link():
-    trace = [Start(1, 1_000_000, 1), Start(2, 1_000_000, 3), work(0.003), Wait((1, 2))]
-    assert replay(trace, PROFILE) == pytest.approx(0.002 + 0.0022 - 0.003)
-    assert replay([Start(1, 0, 0), Wait((1,))], PROFILE) == 0  # an empty batch is not sent
+    trace = [Start(1, 1_000_000, 1), Start(2, 1_000_000, 3), work(0.0003), Wait((1, 2))]
+    # The first flows while the second one's latency passes; three messages fan out.
+    assert replay(trace, LINK) == pytest.approx(0.001 + 0.0012 + 0.0005 - 0.0003)
+    assert replay([Start(1, 0, 0), Wait((1,))], LINK) == 0  # an empty batch is not sent
 
 
 @pytest.mark.parametrize("cached", [0, 77])
@@ -67,7 +65,7 @@ def test_one_rank_counts_the_whole_layer(cached):
         "qkv_proj", "attention", "o_proj", "gate_up_proj", "down_proj", OTHER,
     ]  # fmt: skip
     assert set(LINEAR) < {part.name for part in result.parts}
-    assert (result.exposed_s, result.sent_bytes, result.allreduce_s) == (0, 0, 0)
+    assert (result.exposed_s, result.waiting_s, result.sent_bytes, result.allreduce_s) == (0,) * 4
     assert result.ttft_s == pytest.approx(
         TINY.num_hidden_layers * result.compute_s + sum(result.once.values())
     )
@@ -122,7 +120,7 @@ def test_ranks_share_the_work_in_balance():
 
 def test_allreduce_in_ring_form():
     assert allreduce_s(1e9, 1, PROFILE) == 0
-    assert allreduce_s(8e6, 8, PROFILE) == pytest.approx(1e-3 + 2 * 7 / 8 * 8e-3)
+    assert allreduce_s(8e6, 8, PROFILE) == pytest.approx(2e-3 + 2 * 7 / 8 * 8e-3)
 
 
 def test_rowwise_fp8_is_a_product():
@@ -168,10 +166,11 @@ def test_the_command(tiny_file):
     assert (told["tokens"], told["cached"], told["layers"]) == (300, 100, 3)
     layer = told["layer"]
     assert layer["seconds"] == pytest.approx(
-        sum(part["seconds"] for part in layer["parts"]) + layer["exposed_s"] + layer["allreduce_s"]
+        sum(part["seconds"] for part in layer["parts"])
+        + sum(layer[name] for name in ("exposed_s", "waiting_s", "allreduce_s"))
     )
     assert told["ttft_s"] == pytest.approx(3 * layer["seconds"] + sum(told["once_s"].values()))
-    assert any("default CPU" in line for line in told["assumptions"])
+    assert any("links of cpu-core" in line for line in told["assumptions"])
     drawn = run(*options, "--variant", "auto")
     assert drawn.exit_code == 0 and "projected for 3 layers" in " ".join(drawn.stdout.split())
 
@@ -184,7 +183,7 @@ def test_the_command(tiny_file):
         (("--shape", "llama9", "--context", "1K"), "no such model"),
         (("--shape", "llama3-1b", "--context", "many"), "'many' must be a whole number"),
         (("--shape", "llama3-1b", "--context", "1K", "--cached", "1K"), "less than --context"),
-        (("--shape", "llama3-1b", "--context", "1K", "--hardware", "gone"), "no profile there"),
+        (("--shape", "llama3-1b", "--context", "1K", "--hardware", "gone"), "no such profile"),
     ],
 )
 def test_what_is_refused(options, told):

@@ -1,7 +1,6 @@
 """`cptool bench emulate`: one rank of one layer on one device, projected to a whole run."""
 
 import json
-from pathlib import Path
 
 import click
 
@@ -38,7 +37,7 @@ from cptool.errors import UserError
 @click.option(
     "--hardware",
     metavar="NAME|FILE",
-    help="Whose links.  [default: as measured here, or the device's default]",
+    help="Whose links, such as gtt-h100.  [default: measured here, or the device's default]",
 )
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
@@ -63,6 +62,7 @@ def emulate(
     import torch
 
     from cptool.emulation import Scenario, emulate
+    from cptool.hardware import find_profile, load_profile
     from cptool.model.fp8 import check_fp8
 
     if threads:
@@ -73,25 +73,12 @@ def emulate(
     )  # fmt: skip
     if fp8:
         check_fp8(scenario.device, scenario.dtype)
-    profile = _profile(hardware, device)
+    profile = find_profile(hardware) if hardware else load_profile(device)
     result = emulate(scenario, profile, repeats)
     if as_json:
         click.echo(json.dumps(_json(shape, scenario, profile, result)))
     else:
         draw.table(_rows(shape, scenario, profile, result))
-
-
-def _profile(hardware: str | None, device: str):
-    """The profile that is named, of a file, or of this machine."""
-    from cptool.hardware import HardwareProfile, load_profile
-
-    if hardware is None:
-        return load_profile(device)
-    try:
-        fields = json.loads(Path(hardware).read_text())
-        return HardwareProfile(**fields.get("devices", {}).get(device, fields))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"--hardware {hardware}: no profile there ({error})") from None
 
 
 def _device_name(device) -> str:
@@ -109,13 +96,15 @@ def _assumptions(scenario, profile, result) -> list[str]:
         f"{result.rank} did",
     ]
     if scenario.cp > 1:
+        link = profile.link(scenario.cp * scenario.tp)
         told.append(
-            f"links of '{profile.name}': {draw.size(profile.link_bandwidth)}/s one way, "
-            f"{draw.seconds(profile.link_latency_s)} a message; neighbours keep pace"
+            f"links of {profile.name}: {draw.size(link.bandwidth)}/s one way, "
+            f"{draw.seconds(link.latency_s)} a message"
         )
     if scenario.tp > 1:
+        link = profile.link(scenario.tp)
         told.append(
-            "two all-reduces a layer in ring form, not hidden, over the same links"
+            f"two all-reduces a layer in ring form at {draw.size(link.bandwidth)}/s, not hidden"
         )
     told.append(
         "feed-forward in row-wise FP8, activations scaled as they come"
@@ -187,6 +176,7 @@ def _json(shape, scenario, profile, result) -> dict:
             "wire_bytes": result.sent_bytes,
             "transfer_s": result.transfer_s,
             "exposed_s": result.exposed_s,
+            "waiting_s": result.waiting_s,
             "allreduce_bytes": result.allreduce_bytes,
             "allreduce_s": result.allreduce_s,
             "seconds": result.layer_s,
@@ -255,7 +245,8 @@ def _rows(shape, scenario, profile, result) -> list[tuple[str, str]]:
             (
                 "exchange",
                 f"{draw.size(result.sent_bytes)} sent, {draw.seconds(result.transfer_s)}, of which "
-                f"{draw.seconds(result.exposed_s)} exposed",
+                f"{draw.seconds(result.exposed_s)} exposed; ranks wait for each other "
+                f"{draw.seconds(result.waiting_s)}",
             )
         )
     if scenario.tp > 1:
