@@ -113,8 +113,8 @@ class EmulatedRing(Ring):
         return [self._transfers]
 
     def wait(self, pending: Sequence[int]) -> None:
+        self.timeline.mark("attention")  # ends what ran before, which belongs before the wait
         self.timeline.note(Wait(tuple(pending)))
-        self.timeline.mark("attention")
 
 
 def replay(trace: Trace, link: Link, steals: float = 0.0) -> float:

@@ -5,6 +5,7 @@ does not fit.
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from click.testing import CliRunner
 from cptool.cli.counts import TokenCount
 from cptool.cli.main import main
 from cptool.cost import attention_flops, kv_bytes, linear_flops
-from cptool.emulated_ring import Compute, Start, Wait, replay
-from cptool.emulation import LINEAR, OTHER, Scenario, allreduce_s, emulate, shards
+from cptool.emulated_ring import Compute, EmulatedRing, Start, Timeline, Wait, replay
+from cptool.emulation import LINEAR, OTHER, Scenario, _segments, allreduce_s, emulate, shards
 from cptool.hardware import Link, default_profile
 from cptool.model.fp8 import RowwiseFp8
 from cptool.model.shapes import SHAPES
@@ -54,6 +55,20 @@ def test_transfers_follow_each_other_on_a_link():
     # The first flows while the second one's latency passes; three messages fan out.
     assert replay(trace, LINK) == pytest.approx(0.001 + 0.0012 + 0.0005 - 0.0003)
     assert replay([Start(1, 0, 0), Wait((1,))], LINK) == 0  # an empty batch is not sent
+
+
+def test_compute_lies_before_the_wait_that_ends_it():
+    timeline = Timeline(torch.device("cpu"))
+    ring = EmulatedRing(1, 3, timeline)
+    timeline.mark("attention")
+    for source, block in ring.blocks(torch.zeros(5, 2), [4, 5, 6]):
+        assert block.shape == ([4, 5, 6][source], 2)
+        time.sleep(0.002 * (1 + source))
+    timeline.mark("end")
+    segments = _segments(timeline.trace(), "pass-kv", 1, [0, 0, 0])
+    assert [segment.source for segment in segments] == [1, 2, 0]
+    slept = [segment.seconds for segment in segments]
+    assert slept[0] >= 0.004 and slept[1] >= 0.006 and slept[2] >= 0.002
 
 
 @pytest.mark.parametrize("cached", [0, 77])
