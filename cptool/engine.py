@@ -34,7 +34,7 @@ class Engine:
 
     `tokens[b]` is everything said so far, `computed[b]` how many of them have KV (the last token of
     a decode may be pending), `logits[b]` float32 [vocabulary] what follows, on the rank that owns
-    the sequence's last token. `partials`: "float32", or "working" to let partial outputs travel in
+    the sequence's last token, `ended[b]` whether an answer ended with that token. `partials`: "float32", or "working" to let partial outputs travel in
     the model's dtype (`cptool.attention.Step` tells what that costs in error).
     """
 
@@ -56,6 +56,7 @@ class Engine:
         self.ring = Ring(world.cp_group)
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.computed = [0] * batch
+        self.ended = [False] * batch
         self.logits: dict[int, torch.Tensor] = {}
         self.choice: Choice | None = None
         self._progress = progress or (lambda phase, done, total: None)
@@ -81,8 +82,9 @@ class Engine:
         that many more tokens.
         """
         world, config = self.world, self.model.config
-        for said, added in zip(self.tokens, new, strict=True):
+        for b, (said, added) in enumerate(zip(self.tokens, new, strict=True)):
             said.extend(added)
+            self.ended[b] = self.ended[b] and not added
         todo = [said[done:] for said, done in zip(self.tokens, self.computed)]
         lengths = [len(tokens) for tokens in todo]
         if not any(lengths):
@@ -170,16 +172,16 @@ class Engine:
     ) -> list[list[int]]:
         """Appends up to `limit` tokens to each sequence and returns them.
 
-        A sequence that says a token of `stop` keeps it and leaves the batch; an empty one, which
-        nothing follows, has no part in it. `emit(sequence, token)` is called for each token as it
+        A sequence that says a token of `stop` keeps it and leaves the batch, until it is given new
+        tokens; an empty one, which nothing follows, has no part in it. `emit(sequence, token)` is called for each token as it
         is known. The KV of a sequence's last token stays pending. `interrupted` is asked at each
         token; once it says so on any rank, that token is the last one of every sequence, on all
         ranks.
         """
-        if any(computed < len(said) for computed, said in zip(self.computed, self.tokens)):
-            self.extend([[] for _ in self.tokens])
         answers: list[list[int]] = [[] for _ in self.tokens]
-        talking = {b for b, said in enumerate(self.tokens) if said and limit}
+        talking = {b for b, said in enumerate(self.tokens) if said and limit and not self.ended[b]}
+        if talking and self.computed != [len(said) for said in self.tokens]:
+            self.extend([[] for _ in self.tokens])
         while talking:
             self._progress("decode, token", max(map(len, answers)), limit)
             picks = self.next_tokens(sampling)
@@ -191,6 +193,7 @@ class Engine:
                 if over or picks[b] in stop or len(answers[b]) == limit:
                     talking.remove(b)
                     self.logits.pop(b, None)
+                    self.ended[b] = picks[b] in stop
             self.extend([[pick] if b in talking else [] for b, pick in enumerate(picks)])
         for said, answer in zip(self.tokens, answers):
             # Said, but left without KV until somebody needs what follows it.
@@ -208,6 +211,7 @@ class Engine:
             if length < len(self.tokens[b]):
                 del self.tokens[b][length:]
                 self.computed[b] = min(self.computed[b], max(length - 1, 0))
+                self.ended[b] = False
                 self.logits.pop(b, None)
         self.cache.truncate(self.computed)
         self._take_over(tuple(truncated(concat(*parts), self.computed) for parts in self._keys))
@@ -223,6 +227,7 @@ class Engine:
         self._check(directory, manifest)
         self.tokens = [list(sequence.tokens) for sequence in manifest.sequences]
         self.computed = [sequence.cached for sequence in manifest.sequences]
+        self.ended = [sequence.ended for sequence in manifest.sequences]
         self._take_over(
             segments.restore(
                 directory,
@@ -279,8 +284,10 @@ class Engine:
             revision=revision,
             turns=(previous.turns if previous else ()) + (tuple(map(len, self.tokens)),),
             sequences=tuple(
-                Sequence(tokens=tuple(said), cached=computed, logits=logits_of.get(b))
-                for b, (said, computed) in enumerate(zip(self.tokens, self.computed))
+                Sequence(tuple(said), computed, logits_of.get(b), ended)
+                for b, (said, computed, ended) in enumerate(
+                    zip(self.tokens, self.computed, self.ended)
+                )
             ),
             segments=tuple(s for s in older if s.live) + added,
         )

@@ -66,13 +66,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Everything said so far, how much of it has KV, and the segment with the logits that come
-    next, if they are known.
+    """Everything said so far, how much of it has KV, the segment with the logits that come next, if
+    they are known, and whether the last token ended an answer.
     """
 
     tokens: tuple[int, ...]
     cached: int
     logits: str | None = None
+    ended: bool = False
 
 
 @dataclass(frozen=True)

@@ -166,3 +166,36 @@ def with_an_empty_member(world, path) -> list[list[int]]:
 
 def test_an_empty_sequence_says_nothing(tiny_path):
     assert [len(ids) for ids in run(with_an_empty_member, tiny_path, cp=2, threads=1)] == [4, 0, 4]
+
+
+def ended_and_asked_again(world, path, directory) -> dict[str, list[list[int]]]:
+    """Three decodes of a batch of two, of which the first sequence ends within the first decode."""
+    checkpoint = open_checkpoint(str(path))
+    model = load_model(checkpoint, torch.float32, world.device)
+
+    def engine() -> Engine:
+        return Engine(model, world, batch=2)
+
+    whole = engine()
+    whole.extend([prompt(5), prompt(8)])
+    free = whole.decode(12, Sampling())
+    stop = next(token for token in free[0] if token not in free[1])
+    first = engine()
+    first.extend([prompt(5), prompt(8)])
+    said = {"free": free, "first": first.decode(6 + free[0].index(stop), Sampling(), (stop,))}
+    manifest = first.save(directory, None, identity(checkpoint))
+    second = engine()
+    second.restore(directory, session.load(directory))
+    said["second"] = second.decode(2, Sampling(), (stop,))
+    said["third"] = (second.extend([[7], []]), second.decode(1, Sampling()))[1]
+    assert manifest.sequences[0].ended and not manifest.sequences[1].ended
+    return said
+
+
+def test_an_answer_that_ended_stays_so_until_more_is_asked(tiny_path, tmp_path):
+    said = run_ranks(1, ended_and_asked_again, tiny_path, tmp_path / "s")[0]
+    length = len(said["first"][0])
+    assert said["first"][0] == said["free"][0][:length] and length < len(said["first"][1])
+    assert said["second"][0] == [] and len(said["third"][0]) == 1
+    together = said["first"][1] + said["second"][1]
+    assert together[:12] == said["free"][1][: len(together)]

@@ -63,8 +63,9 @@ def decode(
 ):
     """Append tokens to a SESSION that `cptool prefill --session` made, and save it.
 
-    With a prompt option, its tokens are the next turn and are read first. Without --cp and --tp, as
-    many ranks as last time.
+    With a prompt option, its tokens are the next turn and are read first. A sequence whose answer
+    has ended says nothing until it is given more. Without --cp and --tp, as many ranks as last
+    time.
     """
     from cptool import session as sessions
     from cptool.checkpoint import open_checkpoint
@@ -136,7 +137,7 @@ def decode(
             "token_ids": [list(ids) for ids in report.token_ids],
             "text": texts,
             "stopped": [
-                "eos" if ids and ids[-1] in checkpoint.eos_ids else "length"
+                "eos" if count and (not ids or ids[-1] in checkpoint.eos_ids) else "length"
                 for ids in report.token_ids
             ],
             "session": turn.session,
@@ -146,6 +147,9 @@ def decode(
     if not stream:
         for b, (ids, text) in enumerate(zip(report.token_ids, texts), 1):
             click.echo(f"[{b}] {text if text is not None else ' '.join(map(str, ids))}")
+    for b, ids in enumerate(report.token_ids, 1):
+        if count and not ids:
+            draw.say(f"sequence {b}: its answer has ended; give it a next turn, with --prompt say")
     rows = draw.prefill_rows(report) if report.tokens else []
     draw.table(rows + draw.decode_rows(report), to_stderr=True)
     sys.stdout.flush()
