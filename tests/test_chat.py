@@ -214,6 +214,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(smollm2_path, tokeni
         os.execvp(sys.executable, command(smollm2_path, "--cp", cp, "-n", 200))
     try:
         read_until(terminal, "> ")
+        # Between writing its prompt and waiting for a key, readline leaves a signal until the next
+        # key comes.
+        time.sleep(0.5)
         os.write(terminal, b"\x03")
         read_until(terminal, "Ctrl-C again")
         os.write(terminal, b"Write a long story.\n")
