@@ -141,9 +141,57 @@ def force_cpu_isa(name: str) -> Iterator[None]:
         _C.force_cpu_isa(previous)
 
 
+def cuda_kernels() -> list[str]:
+    """The CUDA attention kernels that this build has and the current device runs, slowest first:
+    "simt", "sm80", "sm90". Empty without a device or without CUDA kernels.
+    """
+    return _C.cuda_kernels() if _C.cuda_archs else []
+
+
+def cuda_kernel(dtype: torch.dtype, head_dim: int = 128, tokens: int = 4096) -> str:
+    """The CUDA attention kernel that takes a call of this dtype and head dimension, contiguous, of
+    one sequence with `tokens` queries and keys of 8 heads; on the current device.
+    """
+    stride = 8 * head_dim, head_dim
+    return _C.cuda_kernel(
+        *(0, *stride) * 3, 0, 0, 0, 0, 1, tokens, tokens, 8, 8, head_dim, 1.0,
+        SCALAR_TYPES[dtype], SCALAR_TYPES[torch.float32], 0, 0, False,
+    )  # fmt: skip
+
+
+@contextmanager
+def force_cuda_kernel(name: str) -> Iterator[None]:
+    """Uses no CUDA attention kernel beyond `name` inside the context, in all threads.
+
+    The environment's CPTOOL_CUDA_KERNEL does so for a whole process. A kernel that doesn't take a
+    call (its dtype, head dimension or alignment) leaves it to the next slower one. Raises
+    ValueError for a name that isn't in :func:`cuda_kernels`.
+    """
+    global _forced_cuda_kernel
+    if name not in cuda_kernels():
+        raise ValueError(
+            f"CUDA kernel is {name!r}; it must be one of {', '.join(cuda_kernels()) or 'none'}"
+        )
+    previous = _forced_cuda_kernel
+    _C.force_cuda_kernel(name)
+    _forced_cuda_kernel = name
+    try:
+        yield
+    finally:
+        _forced_cuda_kernel = previous
+        _C.force_cuda_kernel(previous)
+
+
 def build_info() -> dict[str, object]:
-    """What was built: ``compiler``, CPU ``isas``, ``cuda_archs`` (empty: no CUDA kernels)."""
-    return {"compiler": _C.compiler, "isas": _C.isas_compiled, "cuda_archs": _C.cuda_archs.split()}
+    """What was built: ``compiler``, CPU ``isas``, ``cuda_archs`` (empty: no CUDA kernels) and
+    ``cuda_kernels``.
+    """
+    return {
+        "compiler": _C.compiler,
+        "isas": _C.isas_compiled,
+        "cuda_archs": _C.cuda_archs.split(),
+        "cuda_kernels": _C.cuda_kernels_compiled if _C.cuda_archs else [],
+    }
 
 
 _forced_isa: str | None = os.environ.get("CPTOOL_ISA") or None
@@ -151,6 +199,15 @@ if _forced_isa and not _C.force_cpu_isa(_forced_isa):
     raise UserError(
         f"CPTOOL_ISA is {_forced_isa!r}; "
         f"it must be one of {', '.join(cpu_isas())} on this machine: unset it"
+    )
+
+# Asking the device would start its driver, so whether it runs the kernel is not checked here.
+_forced_cuda_kernel: str | None = os.environ.get("CPTOOL_CUDA_KERNEL") or None
+if _forced_cuda_kernel and not (_C.cuda_archs and _C.force_cuda_kernel(_forced_cuda_kernel)):
+    raise UserError(
+        f"CPTOOL_CUDA_KERNEL is {_forced_cuda_kernel!r}; it must be one of "
+        f"{', '.join(build_info()['cuda_kernels']) or 'none, for there are none in this build'}: "
+        "unset it"
     )
 
 
@@ -169,7 +226,12 @@ def _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulat
     )  # fmt: skip
     if q.is_cuda:
         with torch.cuda.device(q.device):
-            _C.attention_partial_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+            # From torch's allocator: a graph that is being captured keeps it for its replays.
+            size = _C.attention_workspace_cuda(*arguments)
+            workspace = torch.empty(size, dtype=torch.uint8, device=q.device) if size else None
+            address = 0 if workspace is None else workspace.data_ptr()
+            stream = torch.cuda.current_stream().cuda_stream
+            _C.attention_partial_cuda(*arguments, address, stream)
     else:
         _C.attention_partial_cpu(*arguments, torch.get_num_threads())
 

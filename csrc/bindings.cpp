@@ -63,14 +63,15 @@ AttentionArgs attention_args(uintptr_t q, int64_t q_token_stride, int64_t q_head
   return args;
 }
 
-// Calls `run(args, extra)` with what attention_args makes of the other parameters, without the GIL.
-template <class Extra, class... Parameters>
-auto with_attention_args(void (*run)(const AttentionArgs&, Extra),
+// Calls `run(args, extra...)` with what attention_args makes of the other parameters, without the
+// GIL.
+template <class Result, class... Extra, class... Parameters>
+auto with_attention_args(Result (*run)(const AttentionArgs&, Extra...),
                          AttentionArgs (*)(Parameters...)) {
-  return [run](Parameters... parameters, Extra extra) {
+  return [run](Parameters... parameters, Extra... extra) {
     const AttentionArgs args = attention_args(parameters...);
     py::gil_scoped_release released;
-    run(args, extra);
+    return run(args, extra...);
   };
 }
 
@@ -121,12 +122,18 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = CPTOOL_CUDA_ARCHS_BUILT;  // empty: no CUDA kernels
 
   m.def("attention_partial_cpu",
-        with_attention_args<int>(cptool::cpu::attention_partial, attention_args));
+        with_attention_args(cptool::cpu::attention_partial, attention_args));
   m.def("merge_partials_cpu", with_merge_args<int>(cptool::cpu::merge_partials));
 #if defined(CPTOOL_HAS_CUDA)
-  // The last argument is a cudaStream_t of the current device.
+  // The last arguments are the workspace's address and a cudaStream_t of the current device.
   m.def("attention_partial_cuda",
-        with_attention_args<uintptr_t>(cptool::cuda::attention_partial, attention_args));
+        with_attention_args(cptool::cuda::attention_partial, attention_args));
+  m.def("attention_workspace_cuda",
+        with_attention_args(cptool::cuda::attention_workspace, attention_args));
+  m.attr("cuda_kernels_compiled") = cptool::cuda::kernel_names(false);
+  m.def("cuda_kernels", [] { return cptool::cuda::kernel_names(true); });
+  m.def("cuda_kernel", with_attention_args(cptool::cuda::kernel_name, attention_args));
+  m.def("force_cuda_kernel", cptool::cuda::force_kernel, py::arg("name").none(true));
   m.def("merge_partials_cuda", with_merge_args<uintptr_t>(cptool::cuda::merge_partials));
 #endif
   m.def("cpu_isas", [] { return cpu_isas(true); });

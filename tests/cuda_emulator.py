@@ -70,6 +70,7 @@ class Emulator:
         self._library = ctypes.CDLL(str(library))
         for name in ("emulated_attention", "emulated_merge"):
             getattr(self._library, name).restype = ctypes.c_char_p
+        self._library.emulated_force.restype = ctypes.c_bool
 
     def attention(
         self,
@@ -84,9 +85,10 @@ class Emulator:
         into: tuple[Tensor, Tensor] | None = None,
         out_dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        kernel: str | None = None,
         readable: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]:
-        """`readable`: the rows of memory, each a contiguous tensor, that asynchronous copies may
+        """`kernel`: the fastest that may take the call, None for any. `readable`: the rows of memory, each a contiguous tensor, that asynchronous copies may
         touch; none: all. Raises RuntimeError for what the emulation finds wrong.
         """
         out, lse = into or (
@@ -101,6 +103,7 @@ class Emulator:
             SCALAR_TYPES[q.dtype], SCALAR_TYPES[out.dtype], out.data_ptr(), lse.data_ptr(),
             into is not None,
         )  # fmt: skip
+        assert self._library.emulated_force(kernel and kernel.encode()), kernel
         ends = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in readable]
         ranges = (ctypes.c_void_p * (2 * len(ends)))(*[end for pair in ends for end in pair])
         self._library.emulated_readable(ranges, len(ends))

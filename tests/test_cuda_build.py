@@ -57,6 +57,19 @@ def test_tensors_without_kernels_are_refused():
         check_kernels("q", torch.device("mps"), "80 90a")
 
 
+def test_forcing_a_kernel_that_is_not_there():
+    with pytest.raises(ValueError, match=r"^CUDA kernel is 'tensor'; it must be one of "):
+        with ops.force_cuda_kernel("tensor"):
+            pass
+    done = subprocess.run(
+        [sys.executable, "-c", "import cptool.ops"],
+        env=os.environ | {"CPTOOL_CUDA_KERNEL": "tensor"},
+        capture_output=True,
+        text=True,
+    )
+    assert "CPTOOL_CUDA_KERNEL is 'tensor'; it must be one of " in done.stderr
+
+
 def test_query_blocks(tmp_path):
     """Each query row is worked on by exactly one thread block."""
     compiler = os.environ.get("CXX") or shutil.which("c++")

@@ -11,13 +11,27 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "attention.h"
 
 namespace cptool::cuda {
 
-// head_dim: a multiple of 8 up to 256.
-void attention_partial(const AttentionArgs& args, uintptr_t stream);
+// Bytes of device memory, aligned to 16, that attention_partial needs for a call of these shapes,
+// strides and alignments. Its content is of no interest before or after; calls that may run at the
+// same time need one each. A CUDA graph replays with the one that it was captured with.
+int64_t attention_workspace(const AttentionArgs& args);
+// head_dim: a multiple of 8 up to 256. `workspace`: null if none is needed.
+void attention_partial(const AttentionArgs& args, uintptr_t workspace, uintptr_t stream);
 void merge_partials(const MergeArgs& args, uintptr_t stream);
+
+// The attention kernels compiled in, slowest first, or those of them that the current device runs.
+std::vector<std::string> kernel_names(bool supported_only);
+// The kernel that takes such a call on the current device: the fastest that handles it.
+const char* kernel_name(const AttentionArgs& args);
+// Caps the choice at the kernel of this name; null lifts the cap. False if it isn't compiled in. A
+// kernel that a device lacks leaves its calls to slower ones.
+bool force_kernel(const char* name);
 
 }  // namespace cptool::cuda

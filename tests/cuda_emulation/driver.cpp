@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "cuda/kernels.h"
+#include "cuda_runtime.h"
 #include "fibers.h"
 
 namespace {
@@ -26,10 +27,19 @@ const char* caught(Run run) {
 
 extern "C" {
 
+// The kernel that later calls use at most.
+bool emulated_force(const char* kernel) { return cptool::cuda::force_kernel(kernel); }
+
 // Null, or what went wrong.
 const char* emulated_attention(const cptool::AttentionArgs* args, uint64_t seed) {
   emulation::options.seed = seed;
-  return caught([&] { cptool::cuda::attention_partial(*args, 0); });
+  return caught([&] {
+    // Aligned like what torch allocates, and full of NaN.
+    const int64_t bytes = cptool::cuda::attention_workspace(*args);
+    std::vector<float4> workspace(bytes / 16 + 1, float4{NAN, NAN, NAN, NAN});
+    const uintptr_t address = reinterpret_cast<uintptr_t>(workspace.data());
+    cptool::cuda::attention_partial(*args, address, 0);
+  });
 }
 
 const char* emulated_merge(const cptool::MergeArgs* args, uint64_t seed) {

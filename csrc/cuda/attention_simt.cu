@@ -10,7 +10,7 @@
 #include <cmath>
 
 #include "cuda/device.h"
-#include "cuda/kernels.h"
+#include "cuda/dispatch.h"
 #include "cuda/launch.h"
 #include "cuda/query_blocks.h"
 #include "cuda/tiles.h"
@@ -245,20 +245,13 @@ void launch_for(const AttentionArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
-void attention_partial(const AttentionArgs& args, uintptr_t stream) {
-  if (args.head_dim % 8 != 0 || args.head_dim <= 0 || args.head_dim > 256) {
-    throw std::invalid_argument("head_dim is " + std::to_string(args.head_dim) +
-                                "; CUDA takes multiples of 8 up to 256");
-  }
-  if (args.q_tokens == 0) return;
-  if (args.batch < 1) {
-    throw std::invalid_argument("q has tokens, but cu_q has no sequence that they could belong to");
-  }
-  const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
-  if (args.head_dim <= 64) return launch_for<64>(args, on);
-  if (args.head_dim <= 96) return launch_for<96>(args, on);
-  if (args.head_dim <= 128) return launch_for<128>(args, on);
-  return launch_for<256>(args, on);
+bool simt_handles(const AttentionArgs&) { return true; }
+
+void attention_partial_simt(const AttentionArgs& args, cudaStream_t stream) {
+  if (args.head_dim <= 64) return launch_for<64>(args, stream);
+  if (args.head_dim <= 96) return launch_for<96>(args, stream);
+  if (args.head_dim <= 128) return launch_for<128>(args, stream);
+  return launch_for<256>(args, stream);
 }
 
 }  // namespace cptool::cuda
