@@ -12,6 +12,9 @@
 #include <thread>
 #include <vector>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -72,8 +75,8 @@ bool configure_tiles() {
 }
 
 #define LOAD(tile, from) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" tile ::"r"(from), "r"(64L) : "memory")
-#define MULTIPLY(c, a, b) asm volatile("tdpbf16ps %%tmm" b ", %%tmm" a ", %%tmm" c ::)
+  asm volatile("tileloadd (%0,%1,1), %%tmm" tile::"r"(from), "r"(64L) : "memory")
+#define MULTIPLY(c, a, b) asm volatile("tdpbf16ps %%tmm" b ", %%tmm" a ", %%tmm" c::)
 
 // 2 x 2 tiles of results: four products, each 16 x 16 x 32 multiply-adds. From registers, or with
 // the four operands loaded from a cache each time, as every real product must.
@@ -124,6 +127,28 @@ double fma_rate(int64_t steps, int threads) {
       }
     }
   });
+}
+
+// Dot products of pairs of bfloat16 in registers, likewise: flop/s.
+double bf16_dot_rate(int64_t steps, int threads) {
+#if defined(__AVX512BF16__)
+  return rate(threads, steps * kAccumulators * 4.0 * kVectorBytes / sizeof(float), [=](int) {
+    Vector accumulators[kAccumulators] = {};
+    Vector a = {}, b = {};
+    keep(a);
+    keep(b);
+    for (int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 24
+      for (int i = 0; i < kAccumulators; ++i) {
+        accumulators[i] = _mm512_dpbf16_ps(accumulators[i], (__m512bh)a, (__m512bh)b);
+        keep(accumulators[i]);
+      }
+    }
+  });
+#else
+  static_cast<void>(steps), static_cast<void>(threads);
+  return 0;
+#endif
 }
 
 #if defined(__AMX_BF16__)

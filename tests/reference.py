@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 EMPTY_SLOT = 2**31 - 1
+BFLOAT16_ISAS = ("avx512bf16", "amx")  # CPU kernels that multiply bfloat16 as it is
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cptool import ops
-from reference import check, make_case, tolerance, unit_roundoff
+from reference import BFLOAT16_ISAS, check, make_case, tolerance, unit_roundoff
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(3, 3), (4, 2), (9, 3), (5, 1), (16, 2), (16, 1)]
@@ -22,8 +22,8 @@ def isa(request):
 
 
 def arithmetic(dtype, head_dim):
-    """What the kernel in use computes in: AMX rounds weights to the input's dtype, others don't."""
-    return dtype if ops.cpu_isa(dtype, head_dim) == "amx" else torch.float32
+    """What the kernel in use computes in: those that multiply bfloat16 round weights to it."""
+    return dtype if ops.cpu_isa(dtype, head_dim) in BFLOAT16_ISAS else torch.float32
 
 
 @lru_cache(maxsize=None)

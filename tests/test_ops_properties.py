@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cptool import ops
-from reference import check, make_case, tolerance
+from reference import BFLOAT16_ISAS, check, make_case, tolerance
 
 positions = st.lists(st.integers(0, 400), max_size=90).map(sorted)
 
@@ -33,9 +33,8 @@ def split_cases(draw):
 
 
 def allowed(case):
-    head_dim = case.q.shape[2]
-    amx = ops.cpu_isa(case.q.dtype, head_dim) == "amx"
-    return tolerance(case, case.q.dtype if amx else torch.float32, merged=True)
+    narrow = ops.cpu_isa(case.q.dtype, case.q.shape[2]) in BFLOAT16_ISAS
+    return tolerance(case, case.q.dtype if narrow else torch.float32, merged=True)
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)

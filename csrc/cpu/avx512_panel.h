@@ -85,23 +85,5 @@ inline void prefetch_keys(const AttentionArgs& args, const RowBlock<kRows>& bloc
   }
 }
 
-// Takes 16 query rows from `row` on and writes them transposed: to[d * stride] holds element d of
-// the 16 rows, 0 for rows that the block lacks. `sign` is the sign of the scale, so that the
-// kernels may take the scale as positive.
-template <class T, int kRows>
-inline void transpose_queries(const RowBlock<kRows>& block, int row, int64_t head_dim, float sign,
-                              int stride, float* to) {
-  for (int64_t d = 0; d < head_dim; d += kLanes) {
-    __m512 r[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      r[i] = row + i < block.rows ? load16(static_cast<const T*>(block.q[row + i]) + d)
-                                  : _mm512_setzero_ps();
-      r[i] = _mm512_mul_ps(r[i], _mm512_set1_ps(sign));
-    }
-    transpose16(r);
-    for (int i = 0; i < kLanes; ++i) _mm512_store_ps(to + (d + i) * stride, r[i]);
-  }
-}
-
 }  // namespace
 }  // namespace cptool::cpu

@@ -16,6 +16,9 @@ constexpr Isa kIsas[] = {
 #if defined(CPTOOL_HAS_AVX512)
     {"avx512", avx512_supported, avx512_handles, attention_partial_avx512},
 #endif
+#if defined(CPTOOL_HAS_AVX512BF16)
+    {"avx512bf16", avx512bf16_supported, avx512bf16_handles, attention_partial_avx512bf16},
+#endif
 #if defined(CPTOOL_HAS_AMX)
     {"amx", amx_supported, amx_handles, attention_partial_amx},
 #endif

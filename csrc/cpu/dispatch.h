@@ -1,10 +1,10 @@
 // Which CPU kernel runs, and how its work is cut up.
 //
-// One translation unit per instruction set (portable.cpp, avx2.cpp, avx512.cpp, amx.cpp), compiled
-// with flags of its own. Each defines the three functions of its name below and keeps all else in
-// an unnamed namespace. It must instantiate nothing of the standard library that is not inlined
-// (containers, algorithms, std::function): the linker keeps one copy of such a function for the
-// whole extension, and that copy may hold instructions that the machine lacks.
+// One translation unit per instruction set (portable.cpp, avx2.cpp, avx512.cpp, avx512bf16.cpp,
+// amx.cpp), compiled with flags of its own. Each defines the three functions of its name below and
+// keeps all else in an unnamed namespace. It must instantiate nothing of the standard library that
+// is not inlined (containers, algorithms, std::function): the linker keeps one copy of such a
+// function for the whole extension, and that copy may hold instructions that the machine lacks.
 #pragma once
 
 #include <cstdint>
@@ -46,6 +46,10 @@ bool avx512_supported();
 bool avx512_handles(ScalarType dtype, int64_t head_dim);
 void attention_partial_avx512(const AttentionArgs& args, int threads);
 
+bool avx512bf16_supported();
+bool avx512bf16_handles(ScalarType dtype, int64_t head_dim);
+void attention_partial_avx512bf16(const AttentionArgs& args, int threads);
+
 bool amx_supported();
 bool amx_handles(ScalarType dtype, int64_t head_dim);
 void attention_partial_amx(const AttentionArgs& args, int threads);
@@ -56,9 +60,9 @@ void attention_partial_amx(const AttentionArgs& args, int threads);
 struct WorkItem {
   int32_t sequence;
   int32_t kv_head;
-  int64_t row_begin;  // first packed row, within the sequence
-  int32_t rows;       // at least 1
-  int32_t split;      // the group of items that cut the keys of these rows; -1: not cut
+  int64_t row_begin;   // first packed row, within the sequence
+  int32_t rows;        // at least 1
+  int32_t split;       // the group of items that cut the keys of these rows; -1: not cut
   int64_t key_begin;   // within the sequence; a multiple of 1024
   int64_t key_end;     // at most the largest limit of the rows
   float* partial_out;  // [rows, head_dim] of a cut item, else null
