@@ -1,16 +1,22 @@
 """Are the kernels right on this machine? Both ops against attention in float64, in seconds.
 
-`cptool doctor` runs it; the test suite goes through many more shapes.
+`cptool doctor` runs it, `python -m cptool.selftest [cpu|cuda] [KERNEL]` without any of the command
+line's needs; the test suite goes through many more shapes.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from cptool import ops
 from cptool.cache import NEVER
+
+FAILED = 4
+"""Exit code for a wrong kernel, unlike Python's own for a traceback."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +53,63 @@ def attention(
     return (weights @ values).transpose(0, 1), lse.transpose(0, 1)
 
 
-def run(device: str = "cpu") -> Iterator[Check]:
-    """Every kernel that this machine can run, every dtype: attention, then the merge."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for isa in ops.cpu_isas() if device == "cpu" else ["cuda"]:
-            for head_dim in (64, 128):
-                with ops.force_cpu_isa(isa) if device == "cpu" else nullcontext():
-                    if device != "cpu" or ops.cpu_isa(dtype, head_dim) == isa:
-                        yield _attention(device, isa, dtype, head_dim)
+def kernels(device: str) -> list[str]:
+    """Attention kernels that this machine runs on `device`, slowest first."""
+    return ops.cpu_isas() if device == "cpu" else ops.cuda_kernels()
+
+
+def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
+    """Every kernel that this machine can run, or `only` one: attention in every dtype, prefill and
+    decode shapes; then the merge.
+    """
+    force, head_dims = ops.force_cpu_isa, (64, 128)
+    if device == "cuda":
+        force, head_dims = ops.force_cuda_kernel, (64, 80, 96, 128)
+    for kernel in kernels(device) if only is None else [only]:
+        with force(kernel):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                for head_dim in head_dims:
+                    for shape in (PREFILL, DECODE):
+                        if _taken(device, dtype, head_dim, shape) == kernel:
+                            yield _attention(device, kernel, dtype, head_dim, shape)
     yield _merge(device)
 
 
-def _attention(device: str, isa: str, dtype: torch.dtype, head_dim: int) -> Check:
-    """Two sequences with GQA 9 to 3, in two chunks as ring shards are, in a cache with slack."""
+@dataclass(frozen=True)
+class Shape:
+    """Positions of the queries and of the keys of each sequence."""
+
+    name: str
+    queries: tuple[torch.Tensor, ...]
+    keys: tuple[torch.Tensor, ...]
+
+
+# Two sequences in two chunks, as ring shards are; and single tokens over many keys.
+PREFILL = Shape(
+    "",
+    (torch.cat([torch.arange(0, 37), torch.arange(400, 461)]), torch.arange(5, 6)),
+    (torch.cat([torch.arange(30, 131), torch.arange(300, 500)]), torch.arange(0, 70)),
+)
+DECODE = Shape(
+    ", decode",
+    (torch.arange(1501, 1502), torch.arange(300, 301)),
+    (torch.arange(0, 1505), torch.arange(1, 301, 3)),
+)
+
+
+def _taken(device: str, dtype: torch.dtype, head_dim: int, shape: Shape) -> str:
+    """The kernel that takes such a call as things are."""
+    if device == "cpu":
+        return ops.cpu_isa(dtype, head_dim)
+    return ops.cuda_kernel(dtype, head_dim, sum(map(len, shape.queries)))
+
+
+def _attention(
+    device: str, kernel: str, dtype: torch.dtype, head_dim: int, shape: Shape
+) -> Check:
+    """Two sequences with GQA 9 to 3 in a cache with slack."""
     generator = torch.Generator().manual_seed(head_dim)
-    q_pos = [torch.cat([torch.arange(0, 37), torch.arange(400, 461)]), torch.arange(5, 6)]
-    k_pos = [torch.cat([torch.arange(30, 131), torch.arange(300, 500)]), torch.arange(0, 70)]
-    slack = 13
+    q_pos, k_pos, slack = shape.queries, shape.keys, 13
     q = torch.randn(sum(map(len, q_pos)), 9, head_dim, generator=generator).to(dtype)
     kv = torch.randn(sum(map(len, k_pos)) + 2 * slack, 2, 3, head_dim, generator=generator).to(
         dtype
@@ -96,13 +142,19 @@ def _attention(device: str, isa: str, dtype: torch.dtype, head_dim: int) -> Chec
         scale,
         out_dtype=dtype,
     )
-    seen = ~lse.isinf()
-    error = torch.maximum((got.cpu() - out).abs().max(), (got_lse.cpu() - lse)[seen].abs().max())
-    if not torch.equal(got_lse.cpu().isinf(), ~seen):
-        error = torch.tensor(
-            torch.inf
-        )  # a query saw keys that it must not see, or none where there are some
-    return Check(f"attention {isa}, {str(dtype)[6:]}, D {head_dim}", float(error), float(allowed))
+    seen, got, got_lse = ~lse.isinf(), got.cpu(), got_lse.cpu()
+    pairs = [
+        ((got - out).abs().max(), allowed),
+        (
+            (got_lse - lse)[seen].abs().max(),
+            torch.maximum(allowed, 4 * torch.finfo(torch.float32).eps * lse[seen].abs().max()),
+        ),
+    ]
+    error, allowed = max(pairs, key=lambda pair: float(pair[0] / pair[1]))
+    if got.isnan().any() or not torch.equal(got_lse.isinf(), ~seen):
+        error = torch.tensor(torch.inf)  # a query saw what it must not see, or not what it must
+    name = f"attention {kernel}, {str(dtype)[6:]}, D {head_dim}{shape.name}"
+    return Check(name, float(error), float(allowed))
 
 
 def _merge(device: str) -> Check:
@@ -122,3 +174,34 @@ def _merge(device: str) -> Check:
     )
     allowed = 4 * torch.finfo(torch.float32).eps * expected.abs().max()
     return Check("merge, LSEs 1e4 apart", float(error), float(allowed))
+
+
+def run_apart(device: str, kernel: str, patience_s: float = 120.0) -> list[Check]:
+    """`run` for one kernel in a process of its own, for what a wrong one does to the device does
+    not end with the call.
+
+    Raises RuntimeError, one line, if that process does not end well.
+    """
+    command = [sys.executable, "-m", "cptool.selftest", device, kernel]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=patience_s)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"no answer within {patience_s:.0f} s") from None
+    if ended.returncode not in (0, FAILED):
+        raise RuntimeError(
+            (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+        )
+    return [Check(**fields) for fields in map(json.loads, ended.stdout.splitlines())]
+
+
+def main(arguments: list[str]) -> int:
+    """Prints each check as a line of JSON; `FAILED` if one is wrong."""
+    failed = False
+    for check in run(*(arguments or ["cpu"])):
+        print(json.dumps(asdict(check)), flush=True)
+        failed |= not check.passed
+    return FAILED if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,121 @@
+"""A whole model of random weights on one GPU: prefill over contexts, and decode at each.
+
+    python benchmarks/gpu_model.py --shape llama3-8b --context 8192 32768 --json FILE
+    python benchmarks/gpu_model.py --device cpu                 # the script itself, a tiny model
+
+Prefill is held against a bf16 matrix product, decode against a copy, both measured in the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+
+import torch
+from gpu_timing import arguments, copy, cuda, parser, product, timed, write
+
+from cptool import distributed
+from cptool.cost import attention_flops, kv_bytes, linear_flops, weight_bytes
+from cptool.engine import Engine
+from cptool.model.llama import Llama
+from cptool.model.rope import inverse_frequencies
+from cptool.model.shapes import SHAPES, find_shape
+from cptool.sampling import Sampling
+
+TINY = dataclasses.replace(
+    SHAPES["llama3-8b"], vocab_size=128, hidden_size=128, intermediate_size=256,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+)  # fmt: skip
+
+
+def random_model(config, dtype: torch.dtype, device: torch.device) -> Llama:
+    """Weights small enough that a residual stream of any depth stays finite."""
+    model = Llama(config)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        values = torch.empty(parameter.shape, dtype=dtype, device=device)
+        weights[name] = values.fill_(1.0) if values.dim() == 1 else values.normal_(std=0.02)
+    model.load_state_dict(weights, assign=True)
+    model.inverse_frequencies = inverse_frequencies(config).to(device)
+    return model.eval()
+
+
+def synchronize(device: torch.device) -> None:
+    if cuda(device):
+        torch.cuda.synchronize(device)
+
+
+def prefill(engine: Engine, prompt: list[int], device: torch.device) -> float:
+    """Seconds to the first token, from tokens in memory to the token on the host."""
+    engine.truncate([0])
+    synchronize(device)
+    began = time.perf_counter()
+    engine.extend([prompt], reserve=256)
+    engine.next_tokens(Sampling())
+    return time.perf_counter() - began
+
+
+def decode(engine: Engine, steps: int) -> float:
+    """Seconds of a step, the mean over `steps`."""
+    times: list[float] = []
+    engine.decode(steps + 1, Sampling(), emit=lambda *_: times.append(time.perf_counter()))
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def measure(world, given, config, contexts) -> list[dict[str, object]]:
+    device, dtype = world.device, torch.bfloat16
+    model = random_model(config, dtype, device)
+    run, flops = product(device, dtype)
+    moving, moved = copy(device)
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for context in contexts:
+        prompt = torch.randint(config.vocab_size, (context,), generator=generator).tolist()
+        engine = Engine(model, world)
+        samples: dict[str, list[float]] = {"prefill": [], "decode": [], "gemm": [], "copy": []}
+        for _ in range(given.rounds + 1):
+            samples["prefill"].append(prefill(engine, prompt, device))
+            samples["decode"].append(decode(engine, given.steps))
+            samples["gemm"].append(timed(run, device, 10))
+            samples["copy"].append(timed(moving, device, 5))
+        median = {name: statistics.median(values[1:]) for name, values in samples.items()}
+        work = linear_flops(config, context, 1) + attention_flops(config, context)
+        read = weight_bytes(config, 2) + kv_bytes(config, context + given.steps // 2, 2)
+        result = {
+            "context": context,
+            "ttft_s": median["prefill"],
+            "prefill_flops": work,
+            "of_gemm": work / median["prefill"] / (flops / median["gemm"]),
+            "ttit_ms": 1e3 * median["decode"],
+            "decode_bytes": read,
+            "of_copy": read / median["decode"] / (moved / median["copy"]),
+            "samples": samples,
+        }
+        results.append(result)
+        print(
+            f"{context} tokens: first token {result['ttft_s']:.3f} s, "
+            f"{work / result['ttft_s'] / 1e12:.1f} TFLOP/s, {100 * result['of_gemm']:.1f}% of gemm; "
+            f"decode {result['ttit_ms']:.2f} ms, {read / median['decode'] / 1e9:.0f} GB/s, "
+            f"{100 * result['of_copy']:.1f}% of copy"
+        )
+        del engine
+    return results
+
+
+def main() -> None:
+    options = parser(__doc__.partition("\n\n")[0])
+    options.add_argument("--shape", help="default: llama3-8b, on a CPU a tiny one")
+    options.add_argument("--context", nargs="+", type=int, metavar="TOKENS")
+    options.add_argument("--steps", type=int, default=32, help="tokens decoded at each context")
+    given = arguments(options)
+    on_gpu = cuda(given.device)
+    shape = given.shape or ("llama3-8b" if on_gpu else None)
+    config = find_shape(shape) if shape else TINY
+    contexts = given.context or ([1024, 8192, 32768] if on_gpu else [96])
+    results = distributed.run(measure, given, config, contexts, device=given.device.type)
+    write(given, {"shape": shape or "tiny", "contexts": results})
+
+
+if __name__ == "__main__":
+    main()
