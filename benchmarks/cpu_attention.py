@@ -21,15 +21,12 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.append(str(Path(__file__).parents[1]))  # the checkout's cptool, where none is installed
 
@@ -37,93 +34,9 @@ from ceilings import Ceilings  # noqa: E402
 from measure import circumstances, clock_name, interleave, stopwatch  # noqa: E402
 
 from cptool import ops  # noqa: E402
+from cptool.bench.attention import Inputs, Shape  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAMPLED_ROWS = 16
-
-
-@dataclass(frozen=True)
-class Shape:
-    """`tokens` queries over `cached` keys and over themselves."""
-
-    tokens: int
-    cached: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def flops(self) -> float:
-        pairs = self.tokens * self.cached + self.tokens * (self.tokens + 1) / 2
-        return 4.0 * self.head_dim * self.q_heads * pairs
-
-    def facts(self) -> dict[str, object]:
-        return {**vars(self), "dtype": str(self.dtype).removeprefix("torch.")}
-
-
-class Inputs:
-    """Random arguments of one shape, and the calls of ours and torch's on them."""
-
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-        keys = shape.cached + shape.tokens
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*size: int) -> torch.Tensor:
-            return torch.randn(size, generator=generator).to(shape.dtype)
-
-        self.q = random(shape.tokens, shape.q_heads, shape.head_dim)
-        self.slab = random(keys, 2, shape.kv_heads, shape.head_dim)
-        self.scale = shape.head_dim**-0.5
-        self.q_pos = torch.arange(shape.cached, keys, dtype=torch.int32)
-        self.k_pos = torch.arange(keys, dtype=torch.int32)
-        self.cu_q = torch.tensor([0, shape.tokens], dtype=torch.int32)
-        self.cu_k = torch.tensor([0, keys], dtype=torch.int32)
-        self._torch = [
-            x.transpose(0, 1)[None].contiguous() for x in (self.q, self.slab[:, 0], self.slab[:, 1])
-        ]
-
-    def ours(self) -> torch.Tensor:
-        k, v = self.slab.unbind(1)
-        positions = (self.q_pos, self.k_pos, self.cu_q, self.cu_k)
-        return ops.attention_partial(
-            self.q, k, v, *positions, self.scale, out_dtype=self.shape.dtype
-        )[0]
-
-    @property
-    def torch_can(self) -> bool:
-        return self.shape.cached == 0 or self.shape.tokens == 1
-
-    def torch(self) -> torch.Tensor:
-        shape = self.shape
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            out = scaled_dot_product_attention(
-                *self._torch,
-                is_causal=shape.tokens > 1,
-                scale=self.scale,
-                enable_gqa=shape.q_heads != shape.kv_heads,
-            )
-        return out[0].transpose(0, 1)
-
-    def errors(self) -> dict[str, float | None]:
-        """Largest distances from float64 over sampled rows, the first and the last among them."""
-        group = self.shape.q_heads // self.shape.kv_heads
-        rows = torch.linspace(0, self.shape.tokens - 1, SAMPLED_ROWS).long().unique()
-        k, v = self.slab.repeat_interleave(group, 2).unbind(1)
-        exact = torch.empty(len(rows), *self.q.shape[1:], dtype=torch.float64)
-        for i, row in enumerate(rows):
-            end = self.shape.cached + int(row) + 1
-            scores = torch.einsum("hd,khd->hk", self.q[row].double(), k[:end].double()) * self.scale
-            exact[i] = torch.einsum("hk,khd->hd", scores.softmax(-1), v[:end].double())
-
-        def error(out: torch.Tensor) -> float:
-            return float((out[rows].double() - exact).abs().max())
-
-        return {
-            "error": error(self.ours()),
-            "torch_error": error(self.torch()) if self.torch_can else None,
-        }
 
 
 def _timed_on(isa: str, run: Callable[[], object]) -> Callable[[], float]:

@@ -235,7 +235,7 @@ def _cuda_kernels() -> bool:
     return bool(ops.build_info()["cuda_archs"])
 
 
-def _cores() -> int:
+def cores() -> int:
     """Physical cores that this process may run on: two threads of one core share its units."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
@@ -248,7 +248,7 @@ def _cores() -> int:
 def _alone(device: str, threads: int | None, board: Board) -> World:
     import torch
 
-    torch.set_num_threads(threads or _cores())
+    torch.set_num_threads(threads or cores())
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     return World(0, 1, 0, 1, 0, 1, 0, 1, where, None, None, None, board)
 
@@ -262,7 +262,7 @@ def connect(
     from torch.distributed.device_mesh import DeviceMesh
 
     device = resolve_device(device, seat.local_size)
-    torch.set_num_threads(threads or max(1, _cores() // seat.local_size))
+    torch.set_num_threads(threads or max(1, cores() // seat.local_size))
     where = torch.device("cpu")
     if device == "cuda":
         where = torch.device("cuda", seat.local_rank)

@@ -218,6 +218,14 @@ class Engine:
         self.saved = list(map(min, self.saved, self.cache.lengths))
         self._on_disk = list(map(min, self._on_disk, self.computed))
 
+    def assume(self, tokens: list[list[int]], held: tuple[Placement, ...]) -> None:
+        """Takes it that rank r holds the KV of `held[r]`, which the caller has put into each rank's
+        cache, and that `tokens` were said; those without KV are pending.
+        """
+        self.tokens = tokens
+        self.computed = sum(placement.cu_seqlens.diff() for placement in held).tolist()
+        self._take_over(held)
+
     def restore(self, directory: Path, manifest: Manifest, *, reserve: int = 0) -> None:
         """Takes over a session's state; `reserve` keeps room for that many more tokens of each
         sequence.

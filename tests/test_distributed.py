@@ -151,7 +151,7 @@ def test_ranks_form_a_mesh_and_rank_0_answers():
 
 def test_cores_are_shared_out_and_groups_of_one_are_none():
     _, facts = run(describe, "word", tp=2, device="cpu")
-    share = max(1, distributed._cores() // 2)
+    share = max(1, distributed.cores() // 2)
     assert [(cp, tp, threads) for _, _, cp, tp, threads, *_ in facts] == [(None, 11, share)] * 2
 
 
@@ -159,7 +159,7 @@ def test_cores_are_physical_ones(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     siblings = {"cpu0": "0,2", "cpu1": "1,3", "cpu2": "0,2"}
     monkeypatch.setattr(Path, "read_text", lambda path: siblings[path.parent.parent.name])
-    assert distributed._cores() == 2
+    assert distributed.cores() == 2
 
 
 def test_devices(monkeypatch):

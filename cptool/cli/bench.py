@@ -6,6 +6,11 @@ import json
 import click
 
 from cptool.cli import draw
+from cptool.cli.bench_attention import attention
+from cptool.cli.bench_decode import decode
+from cptool.cli.bench_link import link
+from cptool.cli.bench_merge import merge
+from cptool.cli.bench_prefill import prefill
 from cptool.cli.emulate import emulate
 from cptool.cli.options import DTYPES, json_option
 
@@ -15,7 +20,8 @@ def bench() -> None:
     """Measure the machine."""
 
 
-bench.add_command(emulate)
+for command in (attention, merge, link, prefill, decode, emulate):
+    bench.add_command(command)
 
 
 @bench.command()

@@ -84,6 +84,22 @@ def say(line: str) -> None:
 
 
 @contextmanager
+def counting(what: str, total: int) -> Iterator["Callable[[], None]"]:
+    """Yields what to call after each of `total` steps; draws only where standard error is a
+    terminal.
+    """
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+@contextmanager
 def progress(*, quiet: bool = False) -> Iterator["Callable[[Board], None] | None"]:
     """Yields what to call with the ranks' status board now and then; None unless standard error is
     a terminal.

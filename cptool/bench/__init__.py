@@ -1,0 +1,1 @@
+"""What `cptool bench` and the scripts under benchmarks/ measure, and how."""

@@ -1,0 +1,148 @@
+"""One call of attention on one device, held against torch's and against the device's ceilings.
+
+A call takes at least the time of its operations at the rate of a large matrix product in the same
+dtype, and at least that of reading its keys and values: the larger is the ceiling that it is held
+against. Torch gets contiguous [heads, tokens, D]; our op [tokens, heads, D] and a slab of K and V
+as the KV cache holds them. torch's causal mask has no form for cached tokens: these go without a
+peer, but for a single query, which sees all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from cptool import ops
+from cptool.bench.ceilings import matmul_rate, memory_rate
+from cptool.bench.measure import interleave, stopwatch
+
+SAMPLED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`tokens` queries over `cached` keys and over themselves."""
+
+    tokens: int
+    cached: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def flops(self) -> float:
+        """4 D a visible pair and query head."""
+        pairs = self.tokens * self.cached + self.tokens * (self.tokens + 1) / 2
+        return 4.0 * self.head_dim * self.q_heads * pairs
+
+    def facts(self) -> dict[str, object]:
+        return {**vars(self), "dtype": str(self.dtype).removeprefix("torch.")}
+
+
+class Inputs:
+    """Random arguments of one shape, and the calls of ours and torch's on them."""
+
+    def __init__(self, shape: Shape, device: str = "cpu") -> None:
+        self.shape, self.device = shape, device
+        keys = shape.cached + shape.tokens
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn(size, generator=generator).to(device, shape.dtype)
+
+        self.q = random(shape.tokens, shape.q_heads, shape.head_dim)
+        self.slab = random(keys, 2, shape.kv_heads, shape.head_dim)
+        self.scale = shape.head_dim**-0.5
+        self.q_pos = torch.arange(shape.cached, keys, dtype=torch.int32, device=device)
+        self.k_pos = torch.arange(keys, dtype=torch.int32, device=device)
+        self.cu_q = torch.tensor([0, shape.tokens], dtype=torch.int32, device=device)
+        self.cu_k = torch.tensor([0, keys], dtype=torch.int32, device=device)
+        self._torch = [
+            x.transpose(0, 1)[None].contiguous() for x in (self.q, self.slab[:, 0], self.slab[:, 1])
+        ]
+
+    def ours(self) -> torch.Tensor:
+        k, v = self.slab.unbind(1)
+        positions = (self.q_pos, self.k_pos, self.cu_q, self.cu_k)
+        return ops.attention_partial(
+            self.q, k, v, *positions, self.scale, out_dtype=self.shape.dtype
+        )[0]
+
+    @property
+    def torch_can(self) -> bool:
+        return self.shape.cached == 0 or self.shape.tokens == 1
+
+    def torch(self) -> torch.Tensor:
+        """On a CPU by its flash attention, on CUDA by what it picks."""
+        shape = self.shape
+        on_cpu = self.device == "cpu"
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if on_cpu else nullcontext():
+            out = scaled_dot_product_attention(
+                *self._torch,
+                is_causal=shape.tokens > 1,
+                scale=self.scale,
+                enable_gqa=shape.q_heads != shape.kv_heads,
+            )
+        return out[0].transpose(0, 1)
+
+    def errors(self) -> dict[str, float | None]:
+        """Largest distances from float64 over sampled rows, the first and the last among them."""
+        group = self.shape.q_heads // self.shape.kv_heads
+        rows = torch.linspace(0, self.shape.tokens - 1, SAMPLED_ROWS).long().unique()
+        q, (k, v) = self.q.cpu(), self.slab.cpu().repeat_interleave(group, 2).unbind(1)
+        exact = torch.empty(len(rows), *q.shape[1:], dtype=torch.float64)
+        for i, row in enumerate(rows):
+            end = self.shape.cached + int(row) + 1
+            scores = torch.einsum("hd,khd->hk", q[row].double(), k[:end].double()) * self.scale
+            exact[i] = torch.einsum("hk,khd->hd", scores.softmax(-1), v[:end].double())
+
+        def error(out: torch.Tensor) -> float:
+            return float((out.cpu()[rows].double() - exact).abs().max())
+
+        return {
+            "error": error(self.ours()),
+            "torch_error": error(self.torch()) if self.torch_can else None,
+        }
+
+
+def measure(shapes: list[Shape], device: str, repeats: int) -> Iterator[dict[str, object]]:
+    """Ours, torch's and the ceilings, interleaved, one result a shape. Rates are per second."""
+    for shape in shapes:
+        inputs = Inputs(shape, device)
+        # Short calls need more of them: 20 ms a sample.
+        calls = max(1, min(1000, round(0.02 / max(1e-6, stopwatch(inputs.ours, device)))))
+
+        def repeated(call, calls=calls):
+            return lambda: stopwatch(lambda: [call() for _ in range(calls)], device) / calls
+
+        measures = {
+            "ours": repeated(inputs.ours),
+            "matmul": lambda shape=shape: matmul_rate(shape.dtype, device),
+            "memory": lambda slab=inputs.slab: memory_rate(slab),
+        }
+        if inputs.torch_can:
+            measures["torch"] = repeated(inputs.torch)
+        measured = interleave(measures, repeats)
+        ours, peer = measured["ours"], measured.get("torch")
+        time = ours["median"]
+        compute_s = shape.flops / measured["matmul"]["median"]
+        memory_s = inputs.slab.nbytes / measured["memory"]["median"]
+        yield {
+            **shape.facts(),
+            "kernel": ops.cpu_isa(shape.dtype, shape.head_dim) if device == "cpu" else "cuda",
+            "seconds": ours,
+            "flops": shape.flops / time,
+            "kv_bytes": inputs.slab.nbytes / time,
+            "bound": "compute" if compute_s >= memory_s else "memory",
+            "of_ceiling": max(compute_s, memory_s) / time,
+            "ceilings": {name: measured[name] for name in ("matmul", "memory")},
+            "torch_seconds": peer,
+            "torch_over_ours": peer["median"] / time if peer else None,
+            **inputs.errors(),
+        }

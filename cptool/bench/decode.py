@@ -1,0 +1,165 @@
+"""Time per token over cached lengths, ranks and variants, measured beside what the cost model
+predicts and what reading the weights and the KV takes.
+
+Rounds are interleaved as in `cptool.bench.prefill`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import torch
+
+from cptool.bench.ceilings import memory_rate
+from cptool.bench.forward import (
+    hold,
+    predicted_s,
+    random_model,
+    smaller_worlds,
+)
+from cptool.bench.measure import summary
+from cptool.calibration import measure as calibrate
+from cptool.cost import kv_bytes, weight_bytes
+from cptool.distributed import World
+from cptool.engine import Engine
+from cptool.hardware import world_profile
+from cptool.model.config import LlamaConfig
+from cptool.sampling import Sampling
+from cptool.strategy import AUTO, Choice, choose
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to measure: a model of `config`, already cut, over every combination.
+
+    cached: tokens of each of `batch` sequences before the first step; `steps` follow.
+    """
+
+    config: LlamaConfig
+    dtype: str
+    ranks: tuple[int, ...]
+    cached: tuple[int, ...]
+    variants: tuple[str, ...]
+    batch: int
+    steps: int
+    repeats: int
+    calibrated: bool = False
+
+
+@dataclass
+class _Runs:
+    ranks: int
+    choices: dict[str, Choice]  # by the variant asked for
+    engine: Engine | None
+    seconds: dict[str, list[float]]  # a token, by variant
+    exposed: dict[str, list[float]]
+
+
+def measure(world: World, sweep: Sweep) -> dict[str, object]:
+    """The profile that `auto` chose by, the ceiling, and one result for every run. Collective."""
+    dtype = getattr(torch, sweep.dtype)
+    profile = calibrate(world, (sweep.dtype,)) if sweep.calibrated else world_profile(world)
+    model = random_model(sweep.config, dtype, world)
+    worlds = smaller_worlds(world, list(sweep.ranks))
+    weight = max(model.parameters(), key=lambda parameter: parameter.numel()).detach()
+    ceiling, results = [], []
+    for done, cached in enumerate(sweep.cached):
+        world.report("measure decode, cached length", done, len(sweep.cached))
+        runs = [
+            _prepare(worlds[ranks], world, model, profile, sweep, ranks, cached)
+            for ranks in sweep.ranks
+        ]
+        for repeat in range(sweep.repeats + 1):
+            world.barrier()
+            ceiling.append(min(world.gather(memory_rate(weight))))
+            for run in runs:
+                _round(world, run, sweep, cached, keep=repeat > 0)
+        for run in runs:
+            results += _results(run, sweep, profile, cached, world.tp)
+    rates = summary(ceiling[1:])
+    for result in results:
+        result["of_ceiling"] = result["bytes"] / rates["median"]
+    return {
+        "profile": dataclasses.asdict(profile),
+        "ceilings": {"memory_of_a_rank": rates},
+        "results": results,
+    }
+
+
+def _prepare(part, world, model, profile, sweep, ranks, cached) -> _Runs:
+    choices = {
+        variant: choose(
+            variant, new=sweep.batch, cached=sweep.batch * cached, ranks=ranks,
+            config=sweep.config, dtype=sweep.dtype, profile=profile, batch=sweep.batch,
+            tp=world.tp,
+        )
+        for variant in (sweep.variants if ranks > 1 else (AUTO,))
+    }  # fmt: skip
+    engine = None
+    if part is not None:
+        engine = Engine(model, part, batch=sweep.batch, profile=profile)
+        hold(engine, cached)
+    return _Runs(ranks, choices, engine, {}, {})
+
+
+def _round(world: World, run: _Runs, sweep: Sweep, cached: int, keep: bool) -> None:
+    for variant in run.choices:
+        world.barrier()
+        took = exposed = 0.0
+        if run.engine is not None:
+            took, exposed = _once(run.engine, variant, sweep.steps, cached)
+        ranks = world.gather((took, exposed))
+        if keep:
+            took, exposed = (max(values) for values in zip(*ranks))
+            run.seconds.setdefault(variant, []).append(took)
+            run.exposed.setdefault(variant, []).append(exposed)
+
+
+def _once(engine: Engine, variant: str, steps: int, cached: int) -> tuple[float, float]:
+    """Seconds a token, of these exposed, of `steps` steps; the engine is as it was."""
+    engine.variant = variant
+    batch = len(engine.tokens)
+    engine.extend([[] for _ in range(batch)], reserve=steps)  # the pending token
+    exposed, began = engine.ring.exposed_s, time.perf_counter()
+    engine.decode(steps + 1, Sampling())
+    took = time.perf_counter() - began
+    exposed = engine.ring.exposed_s - exposed
+    engine.truncate([cached + 1] * batch)
+    return took / steps, exposed / steps
+
+
+def _results(run, sweep, profile, cached, tp) -> list[dict[str, object]]:
+    config, size = sweep.config, getattr(torch, sweep.dtype).itemsize
+    medians = {variant: summary(times)["median"] for variant, times in run.seconds.items()}
+    best = min(medians, key=medians.get)
+    # A rank reads all its weights and its share of the KV.
+    read = weight_bytes(config, size) + kv_bytes(config, sweep.batch * cached // run.ranks, size)
+    results = []
+    for asked, choice in run.choices.items():
+        predicted = predicted_s(
+            choice, config, sweep.dtype, sweep.batch, sweep.batch * cached, run.ranks, profile,
+            batch=sweep.batch, tp=tp,
+        )  # fmt: skip
+        result = {
+            "ranks": run.ranks,
+            "cached": cached,
+            "batch": sweep.batch,
+            "asked": asked,
+            "variant": choice.variant,
+            "active": choice.active,
+            "ttit_seconds": summary(run.seconds[asked]),
+            "predicted_s": predicted,
+            "predicted_over_measured": predicted / medians[asked],
+            "exposed_seconds": summary(run.exposed[asked]),
+            "bytes": read / tp / medians[asked],
+        }
+        if asked == AUTO and run.ranks > 1:
+            result |= {
+                "reason": choice.reason,
+                "best": best,
+                "regret": medians[asked] / medians[best] - 1,
+            }
+        results.append(result)
+    return results

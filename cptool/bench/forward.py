@@ -1,0 +1,113 @@
+"""What prefill and decode benches share: a model of random weights, KV that nobody computed, and
+worlds of fewer ranks inside the launched one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+
+from cptool import tensor_parallel
+from cptool.cost import Forward, predict
+from cptool.distributed import World
+from cptool.engine import Engine
+from cptool.hardware import HardwareProfile
+from cptool.model.config import LlamaConfig
+from cptool.model.llama import Llama
+from cptool.sharding import balanced
+from cptool.strategy import Choice
+
+VOCABULARY = 1024
+
+
+def cut(config: LlamaConfig, layers: int) -> LlamaConfig:
+    """The shape with at most `layers` layers and a small vocabulary: all layers take the same time,
+    and embedding and output head are no part of what is compared."""
+    return dataclasses.replace(
+        config,
+        num_hidden_layers=min(layers, config.num_hidden_layers),
+        vocab_size=min(VOCABULARY, config.vocab_size),
+    )
+
+
+def random_model(config: LlamaConfig, dtype: torch.dtype, world: World) -> Llama:
+    """A model, or this rank's share of it, whose every parameter repeats one block of noise."""
+    model = Llama(config, device="meta", tp=world.tp)
+    generator = torch.Generator().manual_seed(0)
+    noise = (torch.randn(1 << 20, generator=generator) * config.hidden_size**-0.5).to(dtype)
+    for name, parameter in list(model.named_parameters()):
+        filled = torch.empty(parameter.shape, dtype=dtype)
+        flat = filled.view(-1)
+        for start in range(0, flat.numel(), noise.numel()):
+            piece = flat[start : start + noise.numel()]
+            piece.copy_(noise[: piece.numel()])
+        if parameter.dim() == 1:
+            filled.fill_(1)
+        owner, _, leaf = name.rpartition(".")
+        setattr(
+            model.get_submodule(owner),
+            leaf,
+            torch.nn.Parameter(filled.to(world.device), requires_grad=False),
+        )
+    model.inverse_frequencies = Llama(
+        dataclasses.replace(config, num_hidden_layers=0, vocab_size=1), device="cpu"
+    ).inverse_frequencies.to(world.device)
+    if world.tp_group is not None:
+        tensor_parallel.apply(model, world.tp_group)
+    return model
+
+
+def smaller_worlds(world: World, counts: list[int]) -> dict[int, World | None]:
+    """Worlds of the first N x TP ranks for each N of `counts`; None where this rank has no part.
+
+    Collective over the launched world. Ranks keep their device and threads, so that N ranks are
+    always N of the same.
+    """
+    worlds: dict[int, World | None] = {}
+    for count in counts:
+        if count == world.cp:
+            worlds[count] = world
+            continue
+        group = None
+        for tp_rank in range(world.tp if count > 1 else 0):
+            ranks = [cp_rank * world.tp + tp_rank for cp_rank in range(count)]
+            made = dist.new_group(ranks)
+            if world.rank in ranks:
+                group = made
+        worlds[count] = None
+        if world.cp_rank < count:
+            worlds[count] = dataclasses.replace(
+                world, size=count * world.tp, cp=count, cp_group=group, mesh=None
+            )
+    return worlds
+
+
+@torch.inference_mode()
+def hold(engine: Engine, cached: int) -> None:
+    """Gives each sequence `cached` tokens of random KV, dealt to the ranks in balance, and one more
+    token whose KV is pending."""
+    batch, ranks = len(engine.tokens), engine.world.cp
+    placements = balanced([cached] * batch, ranks).placements()
+    mine = placements[engine.world.cp_rank].to(engine.world.device)
+    engine.cache.extend(mine)
+    shape = (mine.tokens, engine.model.num_kv_heads, engine.model.config.head_dim)
+    generator = torch.Generator().manual_seed(engine.world.rank)
+    for layer in range(engine.cache.layers):
+        k, v = (
+            torch.randn(shape, generator=generator).to(engine.world.device, engine.dtype)
+            for _ in range(2)
+        )
+        engine.cache.store(layer, k, v)
+    engine.assume([[0] * (cached + 1) for _ in range(batch)], placements)
+
+
+def predicted_s(
+    choice: Choice, config: LlamaConfig, dtype: str, new: int, cached: int, ranks: int,
+    profile: HardwareProfile, batch: int = 1, tp: int = 1,
+) -> float:  # fmt: skip
+    """Seconds of a forward of the cut model under `choice`, as the cost model sees it."""
+    forward = Forward(config, dtype, new, cached, ranks, choice.active, batch, tp)
+    layer = predict(choice.variant, forward, profile).seconds
+    return profile.forward_overhead_s + config.num_hidden_layers * layer

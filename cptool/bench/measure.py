@@ -1,0 +1,120 @@
+"""What every measurement shares: interleaved timing, and the facts without which it is none."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import cptool
+from cptool import ops
+
+
+def clock_name() -> str:
+    """Which time `stopwatch` and the ceilings take, as torch's number of threads says."""
+    return "wall time" if torch.get_num_threads() > 1 else "CPU time of the thread"
+
+
+def stopwatch(run: Callable[[], object], device: str = "cpu") -> float:
+    """Seconds that a call takes; on CUDA until the device is done.
+
+    On one thread, of that thread's CPU time: on an idle machine it is the time on the wall, and on
+    a busy one it leaves out the turns of other processes.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+    clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
+    begin = clock()
+    run()
+    return clock() - begin
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Median with its spread."""
+    return {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}
+
+
+def interleave(
+    measures: dict[str, Callable[[], float | None]], repeats: int
+) -> dict[str, dict[str, float] | None]:
+    """Calls every measure in turn, `repeats` times round, so that a drift of the machine meets all.
+
+    One more round before is not counted. A measure that gives None has no summary.
+    """
+    samples: dict[str, list[float | None]] = {name: [] for name in measures}
+    for _ in range(repeats + 1):
+        for name, measure in measures.items():
+            samples[name].append(measure())
+    return {
+        name: None if None in values else summary(values[1:]) for name, values in samples.items()
+    }
+
+
+def _cpu_model() -> str:
+    """The name that the processor gives itself, with the numbers that tell generations apart."""
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            fields[name.strip()] = value.strip()
+    except OSError:
+        pass
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    keys = ("cpu family", "model", "stepping")
+    numbers = [f"{key} {fields[key]}" for key in keys if key in fields]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file belongs to; None for an installed package."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--dirty")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _command() -> str:
+    program = Path(sys.argv[0])
+    if program.name in ("cptool", "__main__.py"):
+        return shlex.join(["cptool", *sys.argv[1:]])
+    return shlex.join(["python", f"benchmarks/{program.name}", *sys.argv[1:]])
+
+
+def circumstances() -> dict[str, object]:
+    """Machine, date, commit, command and versions: the head of every file of results."""
+    return {
+        "cptool": cptool.__version__,
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "isas": ops.cpu_isas(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "load_average": os.getloadavg()[0],
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "command": _command(),
+        "torch": torch.__version__,
+        "compiler": ops.build_info()["compiler"],
+    }

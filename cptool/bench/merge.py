@@ -1,0 +1,80 @@
+"""Merging partials on one device, held against a copy and against torch's own operations.
+
+The merge reads each partial once and writes one result, so its ceiling is a copy of as many bytes,
+read and written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from cptool import ops
+from cptool.bench.ceilings import memory_rate
+from cptool.bench.measure import interleave, stopwatch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`partials` results [tokens, heads, head_dim] of `dtype`, each with log-sum-exps."""
+
+    partials: int
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def facts(self) -> dict[str, object]:
+        return {**vars(self), "dtype": str(self.dtype).removeprefix("torch.")}
+
+
+def by_torch(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> torch.Tensor:
+    """The same result by torch's operations, each of which passes over memory."""
+    weights = torch.stack(lses).softmax(0)
+    merged = weights[0, :, :, None] * outs[0]
+    for weight, out in zip(weights[1:], outs[1:]):
+        merged.addcmul_(weight[:, :, None], out.to(torch.float32))
+    return merged.to(outs[0].dtype)
+
+
+def measure(shapes: list[Shape], device: str, repeats: int) -> Iterator[dict[str, object]]:
+    """Ours, torch's and the ceiling, interleaved, one result a shape. Rates are per second."""
+    for shape in shapes:
+        size = (shape.tokens, shape.heads, shape.head_dim)
+        outs = [torch.randn(size, device=device).to(shape.dtype) for _ in range(shape.partials)]
+        lses = [torch.randn(size[:2], device=device) for _ in range(shape.partials)]
+        moved = sum(t.nbytes for t in (*outs, *lses)) + outs[0].nbytes + lses[0].nbytes
+        once = stopwatch(lambda: ops.merge_partials(outs, lses, shape.dtype), device)
+        calls = max(1, min(1000, round(0.02 / max(1e-6, once))))
+
+        def repeated(call, outs=outs, lses=lses, calls=calls):
+            run = lambda: [call(outs, lses) for _ in range(calls)]  # noqa: E731
+            return lambda: stopwatch(run, device) / calls
+
+        measured = interleave(
+            {
+                "ours": repeated(lambda o, s, dtype=shape.dtype: ops.merge_partials(o, s, dtype)),
+                "torch": repeated(by_torch),
+                "memory": lambda source=torch.cat(outs): memory_rate(source),
+            },
+            repeats,
+        )
+        time = measured["ours"]["median"]
+        exact = torch.einsum(
+            "sth,sthd->thd",
+            torch.stack(lses).double().softmax(0),
+            torch.stack(outs).double(),
+        )
+        merged = ops.merge_partials(outs, lses, shape.dtype)[0]
+        yield {
+            **shape.facts(),
+            "seconds": measured["ours"],
+            "bytes": moved / time,
+            "of_ceiling": moved / time / measured["memory"]["median"],
+            "ceilings": {"memory": measured["memory"]},
+            "torch_seconds": measured["torch"],
+            "torch_over_ours": measured["torch"]["median"] / time,
+            "error": float((merged.double() - exact).abs().max()),
+        }

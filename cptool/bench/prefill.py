@@ -1,0 +1,174 @@
+"""Time to the first token over contexts, miss rates, ranks and variants, measured beside what the
+cost model predicts, and what `auto` loses by its choice.
+
+All ranks of the launched world take part in every round: the variants of all N are interleaved, so
+that a drift of the machine meets them alike, and the ranks beyond N wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import torch
+
+from cptool.bench.ceilings import matmul_rate
+from cptool.bench.forward import (
+    hold,
+    predicted_s,
+    random_model,
+    smaller_worlds,
+)
+from cptool.bench.measure import summary
+from cptool.calibration import measure as calibrate
+from cptool.cost import attention_flops, linear_flops
+from cptool.distributed import World
+from cptool.engine import Engine
+from cptool.hardware import HardwareProfile, world_profile
+from cptool.model.config import LlamaConfig
+from cptool.sampling import Sampling
+from cptool.strategy import AUTO, Choice, choose
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to measure: a model of `config`, already cut, over every combination.
+
+    contexts: tokens in all, T + P. miss_rates: T / (T + P). variants: for more than one rank; one
+    rank has nothing to choose. calibrated: whether the profile is measured first, on these ranks.
+    """
+
+    config: LlamaConfig
+    dtype: str
+    ranks: tuple[int, ...]
+    contexts: tuple[int, ...]
+    miss_rates: tuple[float, ...]
+    variants: tuple[str, ...]
+    repeats: int
+    calibrated: bool = False
+
+
+@dataclass
+class _Runs:
+    """The runs of one cell, N ranks at one context and miss rate, and their times."""
+
+    ranks: int
+    choices: dict[str, Choice]  # by the variant asked for
+    engine: Engine | None
+    seconds: dict[tuple[str, int], list[float]]
+    exposed: dict[tuple[str, int], list[float]]
+    sent: dict[tuple[str, int], int]
+
+
+def measure(world: World, sweep: Sweep) -> dict[str, object]:
+    """The profile that `auto` chose by, the ceiling, and one result for every run. Collective."""
+    dtype = getattr(torch, sweep.dtype)
+    profile = calibrate(world, (sweep.dtype,)) if sweep.calibrated else world_profile(world)
+    model = random_model(sweep.config, dtype, world)
+    worlds = smaller_worlds(world, list(sweep.ranks))
+    cells = [(context, miss) for context in sweep.contexts for miss in sweep.miss_rates]
+    ceiling, results = [], []
+    for done, (context, miss) in enumerate(cells):
+        world.report("measure prefill, cell", done, len(cells))
+        new = max(1, round(miss * context))
+        runs = [
+            _prepare(worlds[ranks], world, model, profile, sweep, ranks, new, context - new)
+            for ranks in sweep.ranks
+        ]
+        for repeat in range(sweep.repeats + 1):
+            world.barrier()
+            ceiling.append(min(world.gather(matmul_rate(dtype, world.device.type))))
+            for run in runs:
+                _round(world, run, new, context - new, keep=repeat > 0)
+        for run in runs:
+            results += _results(run, sweep, profile, new, context - new, world.tp)
+    rates = summary(ceiling[1:])
+    for result in results:
+        result["of_ceiling"] = result["flops"] / result["ranks"] / world.tp / rates["median"]
+    return {
+        "profile": dataclasses.asdict(profile),
+        "ceilings": {"matmul_of_a_rank": rates},
+        "results": results,
+    }
+
+
+def _prepare(part, world, model, profile, sweep, ranks, new, cached) -> _Runs:
+    choices = {
+        variant: choose(
+            variant, new=new, cached=cached, ranks=ranks, config=sweep.config, dtype=sweep.dtype,
+            profile=profile, tp=world.tp,
+        )
+        for variant in (sweep.variants if ranks > 1 else (AUTO,))
+    }  # fmt: skip
+    engine = None
+    if part is not None:
+        engine = Engine(model, part, profile=profile)
+        hold(engine, cached)
+    return _Runs(ranks, choices, engine, {}, {}, {})
+
+
+def _round(world: World, run: _Runs, new: int, cached: int, keep: bool) -> None:
+    """Each distinct choice once: what auto picks is often one of the variants asked for."""
+    for key, choice in {(c.variant, c.active): c for c in run.choices.values()}.items():
+        world.barrier()
+        took = exposed = sent = 0.0
+        if run.engine is not None:
+            took, exposed, sent = _once(run.engine, choice, new, cached)
+        ranks = world.gather((took, exposed, sent))
+        if keep:
+            took, exposed, sent = (max(values) for values in zip(*ranks))
+            run.seconds.setdefault(key, []).append(took)
+            run.exposed.setdefault(key, []).append(exposed)
+            run.sent[key] = sent
+
+
+def _once(engine: Engine, choice: Choice, new: int, cached: int) -> tuple[float, float, int]:
+    """Seconds to the first token, of these exposed, and bytes sent; the engine is as it was."""
+    ring = engine.ring
+    exposed, sent = ring.exposed_s, ring.sent_bytes
+    # Only auto leaves ranks without new tokens.
+    engine.variant = choice.variant if choice.active == engine.world.cp else AUTO
+    began = time.perf_counter()
+    engine.extend([[1] * (new - 1)])
+    engine.next_tokens(Sampling())
+    took = time.perf_counter() - began
+    engine.truncate([cached + 1])
+    return took, ring.exposed_s - exposed, ring.sent_bytes - sent
+
+
+def _results(run, sweep, profile, new, cached, tp) -> list[dict[str, object]]:
+    config = sweep.config
+    flops = linear_flops(config, new, 1) + attention_flops(config, new, cached)
+    medians = {key: summary(times)["median"] for key, times in run.seconds.items()}
+    best = min(medians, key=medians.get)
+    results = []
+    for asked, choice in run.choices.items():
+        key = (choice.variant, choice.active)
+        predicted = predicted_s(
+            choice, config, sweep.dtype, new, cached, run.ranks, profile, tp=tp
+        )
+        result = {
+            "ranks": run.ranks,
+            "context": new + cached,
+            "tokens": new,
+            "cached": cached,
+            "miss_rate": new / (new + cached),
+            "asked": asked,
+            "variant": choice.variant,
+            "active": choice.active,
+            "ttft_seconds": summary(run.seconds[key]),
+            "predicted_s": predicted,
+            "predicted_over_measured": predicted / medians[key],
+            "exposed_seconds": summary(run.exposed[key]),
+            "sent_bytes": run.sent[key],
+            "flops": flops / medians[key],
+        }
+        if asked == AUTO and run.ranks > 1:
+            result |= {
+                "reason": choice.reason,
+                "best": list(best),
+                "regret": medians[key] / medians[best] - 1,
+            }
+        results.append(result)
+    return results

@@ -1,0 +1,118 @@
+"""`cptool bench attention`: one call of attention against torch and the device."""
+
+import click
+
+from cptool.cli import draw
+from cptool.cli.bench_options import (
+    KINDS,
+    Heads,
+    emit,
+    measure_options,
+    one_device,
+    percent,
+    spread,
+)
+from cptool.cli.counts import TokenCount
+
+
+@click.command()
+@click.option(
+    "--tokens", "-t", type=TokenCount(), multiple=True, default=(1, 1024, 4096), show_default=True,
+    help="New tokens; 1 is a decode step.",
+)  # fmt: skip
+@click.option(
+    "--cached", type=TokenCount(0), multiple=True, help="Tokens before them.  [default: 0, and "
+    "32767 before a single token]",
+)  # fmt: skip
+@click.option("--heads", type=Heads(), multiple=True, default=((8, 8), (8, 2)), metavar="Q/KV",
+              help="Query and KV heads.  [default: 8/8 and 8/2]")  # fmt: skip
+@click.option("--head-dim", "-d", type=click.IntRange(8, 256), multiple=True, default=(128,),
+              show_default=True)  # fmt: skip
+@click.option("--dtype", "dtypes", type=click.Choice(KINDS), multiple=True,
+              default=("float32", "bfloat16"), show_default=True)  # fmt: skip
+@measure_options
+def attention(tokens, cached, heads, head_dim, dtypes, device, threads, repeats, plot, as_json):
+    """Attention of T new tokens over P cached ones and themselves, on one device.
+
+    The ceiling is the time of its operations at the rate of a large matrix product, or that of
+    reading keys and values, whichever is longer; both are measured in the same rounds. Options
+    repeat for every combination.
+    """
+    from cptool import plot as plots
+    from cptool.errors import UserError
+
+    plots.check(plot)
+    for dim in head_dim:
+        if dim % 8:
+            raise UserError(f"--head-dim {dim}: it must be a multiple of 8, up to 256")
+    device = one_device(device, threads)
+
+    import torch
+
+    from cptool.bench.attention import Shape, measure
+
+    shapes = [
+        Shape(t, p, *h, d, getattr(torch, dtype))
+        for d in head_dim
+        for h in heads
+        for dtype in dtypes
+        for t in tokens
+        for p in cached or ((32767,) if t == 1 else (0,))
+    ]
+    results = []
+    with draw.counting("attention", len(shapes)) as advance:
+        for result in measure(shapes, device, repeats):
+            results.append(result)
+            advance()
+    fields = {"device": device, "threads": torch.get_num_threads(), "results": results}
+    emit(
+        fields,
+        as_json=as_json,
+        columns=("dtype", "heads", "D", "tokens", "ms (least to most)", "TFLOP/s", "GB/s of KV",
+                 "of ceiling", "times torch", "error", "torch's"),
+        row=_row,
+        caption="Of ceiling: of the matrix product's rate, or of memory's (m). Errors: the largest "
+        "against float64.",
+    )  # fmt: skip
+    if plot:
+        _draw(plots, plot, results)
+
+
+def _row(r) -> list[str]:
+    ratio, error = r["torch_over_ours"], r["torch_error"]
+    return [
+        r["dtype"],
+        f"{r['q_heads']}/{r['kv_heads']}",
+        str(r["head_dim"]),
+        f"{r['tokens']:,}" + (f" + {r['cached']:,} cached" if r["cached"] else ""),
+        spread(r["seconds"]),
+        f"{r['flops'] / 1e12:.3f}",
+        f"{r['kv_bytes'] / 1e9:.3g}",
+        percent(r["of_ceiling"]) + ("m" if r["bound"] == "memory" else " "),
+        f"{ratio:.2f}" if ratio else "",
+        f"{r['error']:.1e}",
+        f"{error:.1e}" if error else "",
+    ]
+
+
+def _draw(plots, path, results) -> None:
+    kinds = {}
+    for r in results:
+        name = f"{r['dtype']}, {r['q_heads']}/{r['kv_heads']} heads of {r['head_dim']}"
+        kinds.setdefault(name, []).append(r)
+    lines = []
+    for name, rows in kinds.items():
+        rows = sorted(rows, key=lambda r: (r["tokens"], r["cached"]))
+        at = [r["tokens"] for r in rows]
+        lines.append(plots.Line(name, at, [r["flops"] / 1e12 for r in rows]))
+        peer = [
+            r["flops"] * r["seconds"]["median"] / r["torch_seconds"]["median"] / 1e12
+            for r in rows
+            if r["torch_seconds"]
+        ]
+        if len(peer) == len(rows):
+            lines.append(plots.Line("torch, the same", at, peer, dashed=True))
+    plots.draw(
+        path, lines, title="One call of attention", x="new tokens", y="TFLOP/s", logarithmic="x",
+        ticks=sorted({r["tokens"] for r in results}),
+    )  # fmt: skip

@@ -1,0 +1,85 @@
+"""Line plots to a file. matplotlib is optional, and imported when a plot is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cptool.errors import UserError
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Line:
+    """`low` and `high` bound a band around `y`; dashed is for what was predicted."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    dashed: bool = False
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+def check(path: Path | None) -> None:
+    """Raises UserError if `path` could not be drawn to; before the work that it would show."""
+    if path is None:
+        return
+    if path.suffix not in FORMATS:
+        raise UserError(f"--plot {path}: it must end in {', '.join(FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--plot {path}: {path.parent} is no directory; make it first")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "--plot: matplotlib is not installed; install it with pip install 'cptool[plot]'"
+        )
+
+
+def draw(
+    path: Path,
+    lines: Sequence[Line],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    logarithmic: str = "",
+    ticks: Sequence[float] | None = None,
+) -> None:
+    """Writes the lines to `path`.
+
+    logarithmic: "x", "y", "xy" or "", the axes drawn so. ticks: of the x axis, labelled in full.
+    A dashed line takes the colour of the line before it; equal labels are shown once.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colour, named = None, set()
+    for line in lines:
+        label = f"_{line.label}" if line.label in named else line.label
+        named.add(line.label)
+        if line.dashed:
+            axes.plot(line.x, line.y, "--", color=colour, alpha=0.7, label=label)
+            continue
+        (drawn,) = axes.plot(line.x, line.y, "o-", markersize=4, label=label)
+        colour = drawn.get_color()
+        if line.low is not None and line.high is not None:
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+    if "x" in logarithmic:
+        axes.set_xscale("log", base=2)
+    if "y" in logarithmic:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    if ticks is not None:
+        axes.set_xticks(list(ticks), [f"{tick:,g}" for tick in ticks])
+        axes.minorticks_off()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3, which="both" if "y" in logarithmic else "major")
+    figure.legend(fontsize="small", loc="outside right upper")
+    figure.savefig(path, dpi=150)
