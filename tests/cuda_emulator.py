@@ -151,7 +151,7 @@ def build(directory: Path, sources: Sequence[Path], name: str = "emulated") -> P
     include = ["-I", EMULATION, "-I", ROOT / "csrc"]
     objects, running = [], []
     for source in [*sources, EMULATION / "fibers.cpp"]:
-        objects.append(directory / f"{source.stem}.o")
+        objects.append(directory / f"{source.parent.name}-{source.stem}.o")
         running.append(
             subprocess.Popen(
                 [compiler(), *FLAGS, *include, "-x", "c++", "-c", source, "-o", objects[-1]],
@@ -161,7 +161,7 @@ def build(directory: Path, sources: Sequence[Path], name: str = "emulated") -> P
         )
     for process in running:
         errors = process.communicate()[1]
-        assert process.returncode == 0, errors
+        assert process.returncode == 0, errors[:4000]
     library = directory / f"lib{name}.so"
     subprocess.run([compiler(), "-shared", *objects, "-o", library], check=True)
     return library
@@ -169,5 +169,6 @@ def build(directory: Path, sources: Sequence[Path], name: str = "emulated") -> P
 
 def build_kernels(directory: Path) -> Emulator:
     """All of csrc/cuda."""
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    cuda = ROOT / "csrc" / "cuda"
+    sources = sorted([*cuda.glob("*.cu"), *cuda.glob("sm80/*.cu")])
     return Emulator(build(directory, [*sources, EMULATION / "driver.cpp"]))

@@ -40,9 +40,55 @@ def small_batch(dtype, head_dim, heads, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim, heads", [(64, (4, 2)), (24, (3, 1))], ids=str)
-def test_attention_matches_float64(cuda, dtype, head_dim, heads):
+def test_simt_matches_float64(cuda, dtype, head_dim, heads):
     case = small_batch(dtype, head_dim, heads)
-    check(case, cuda.attention(*case.arguments), tolerance(case))
+    check(case, cuda.attention(*case.arguments, kernel="simt"), tolerance(case))
+
+
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+
+
+def many_rows(dtype, head_dim, heads):
+    """More rows than a block of many rows holds, and shards that see part of their keys."""
+    return make_case(
+        [
+            (range(150), range(150)),
+            ([*range(33), *range(231, 330)], [*range(33, 66), *range(198, 231)]),
+            ([], range(5)),
+            (range(7), []),
+            (range(3), range(2, 9)),
+        ],
+        heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        slack=3,
+    )
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (9, 3), (5, 1)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+def test_sm80_matches_float64(cuda, dtype, head_dim, heads):
+    case = many_rows(dtype, head_dim, heads)
+    check(case, cuda.attention(*case.arguments, kernel="sm80"), tolerance(case, dtype))
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (9, 3), (16, 1)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+def test_few_queries_in_pieces(cuda, dtype, head_dim, heads):
+    case = make_case(
+        [([700], range(701)), ([], []), ([3], range(5)), ([250], range(0, 500))],
+        heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        slack=60,
+    )
+    check(
+        case,
+        cuda.attention(*case.arguments, kernel="sm80"),
+        tolerance(case, dtype, merged=True),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

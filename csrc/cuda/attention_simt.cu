@@ -233,19 +233,13 @@ void launch_for(const AttentionArgs& args, cudaStream_t stream) {
   using Shared = Tiles<kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024);
   const int64_t blocks = query_block_count(args, Shared::kRows);
-  if (blocks > INT32_MAX || args.kv_heads > UINT16_MAX) {
-    throw std::invalid_argument("attention_partial on CUDA would need a grid of " +
-                                std::to_string(blocks) + " x " + std::to_string(args.kv_heads) +
-                                " thread blocks; the limit is 2147483647 x 65535");
-  }
+  check_grid(blocks, args.kv_heads);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(args.kv_heads));
   launch("attention_partial", attention_kernel<kHeadDim>, grid, kThreads, sizeof(Shared), stream,
          args);
 }
 
 }  // namespace
-
-bool simt_handles(const AttentionArgs&) { return true; }
 
 void attention_partial_simt(const AttentionArgs& args, cudaStream_t stream) {
   if (args.head_dim <= 64) return launch_for<64>(args, stream);

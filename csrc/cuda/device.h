@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "attention.h"
 
@@ -22,17 +23,37 @@ __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(
 __device__ inline float to_float(__half value) { return __half2float(value); }
 
 // Rounds to nearest, ties to even.
+template <class T>
+__device__ inline T from_float(float value) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else {
+    return value;
+  }
+}
+
 __device__ inline void store_float(void* to, ScalarType dtype, int64_t index, float value) {
   switch (dtype) {
     case ScalarType::kFloat32:
       static_cast<float*>(to)[index] = value;
       break;
     case ScalarType::kBFloat16:
-      static_cast<__nv_bfloat16*>(to)[index] = __float2bfloat16_rn(value);
+      static_cast<__nv_bfloat16*>(to)[index] = from_float<__nv_bfloat16>(value);
       break;
     case ScalarType::kFloat16:
-      static_cast<__half*>(to)[index] = __float2half_rn(value);
+      static_cast<__half*>(to)[index] = from_float<__half>(value);
       break;
+  }
+}
+
+// Of the attention kernels: blocks of rows, KV heads.
+inline void check_grid(int64_t blocks, int64_t kv_heads) {
+  if (blocks > INT32_MAX || kv_heads > UINT16_MAX) {
+    throw std::invalid_argument("attention_partial on CUDA would need a grid of " +
+                                std::to_string(blocks) + " x " + std::to_string(kv_heads) +
+                                " thread blocks; the limit is 2147483647 x 65535");
   }
 }
 

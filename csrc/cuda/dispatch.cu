@@ -12,13 +12,19 @@ namespace cptool::cuda {
 namespace {
 
 constexpr Kernel kKernels[] = {
-    {"simt", 0, 0, simt_handles, nullptr,
+    {"simt", 0, 0, [](const AttentionArgs&, const Device&) { return true; }, nullptr,
      [](const AttentionArgs& args, void*, cudaStream_t stream) {
        attention_partial_simt(args, stream);
      }},
+    {"sm80", 80, 0, [](const AttentionArgs& args, const Device&) { return sm80_handles(args); },
+     sm80_workspace, attention_partial_sm80},
 #if defined(CPTOOL_HAS_SM90)
-    // wgmma is no instruction of any other major version.
-    {"sm90", 90, 9, sm90_handles, nullptr,
+    // wgmma is no instruction of any other major version. Its tiles are for many queries.
+    {"sm90", 90, 9,
+     [](const AttentionArgs& args, const Device& device) {
+       return sm90_handles(args) && !(sm80_handles(args) && few_queries(args, device));
+     },
+     nullptr,
      [](const AttentionArgs& args, void*, cudaStream_t stream) {
        attention_partial_sm90(args, stream);
      }},
@@ -34,7 +40,7 @@ const Kernel* select_kernel(const AttentionArgs& args, const Device& device) {
   const Kernel* last = kKernels + last_allowed.load(std::memory_order_relaxed);
   const Kernel* found = kKernels;
   for (const Kernel& kernel : kKernels) {
-    if (&kernel <= last && kernel.supported(device) && kernel.handles(args)) found = &kernel;
+    if (&kernel <= last && kernel.supported(device) && kernel.handles(args, device)) found = &kernel;
   }
   return found;
 }
@@ -53,25 +59,26 @@ void check_arguments(const AttentionArgs& args) {
 
 Device current_device() {
   constexpr int kRemembered = 64;
-  static std::atomic<uint64_t> remembered[kRemembered];  // multiprocessors and capability; 0: not yet
+  static std::atomic<uint64_t> remembered[kRemembered];  // 0: not asked for yet
   int device;
-  if (cudaGetDevice(&device) != cudaSuccess) return {0, 0};
+  if (cudaGetDevice(&device) != cudaSuccess) return {};
   if (device < kRemembered) {
     if (const uint64_t known = remembered[device].load(std::memory_order_relaxed)) {
-      return {static_cast<int>(known & 0xffff), static_cast<int>(known >> 16)};
+      return {static_cast<int>(known & 0xffff), static_cast<int>(known >> 16 & 0xffff),
+              static_cast<int>(known >> 32)};
     }
   }
-  int major, minor, multiprocessors;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
-          cudaSuccess) {
-    cudaGetLastError();  // the next call must not report it
-    return {0, 0};
-  }
-  const Device found = {10 * major + minor, multiprocessors};
+  const auto ask = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "attention_partial");
+    return value;
+  };
+  const Device found = {
+      10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor),
+      ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
   if (device < kRemembered) {
-    remembered[device].store(static_cast<uint64_t>(multiprocessors) << 16 |
+    remembered[device].store(static_cast<uint64_t>(found.shared_bytes) << 32 |
+                                 static_cast<uint64_t>(found.multiprocessors) << 16 |
                                  static_cast<uint64_t>(found.compute_capability),
                              std::memory_order_relaxed);
   }

@@ -54,6 +54,8 @@ inline unsigned __float_as_uint(float value) {
   return bits;
 }
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 inline void __syncthreads() {
   emulation::barrier(0, static_cast<int>(emulation::current->block->threads), true);
 }
@@ -176,6 +178,7 @@ using cudaStream_t = CUstream_st*;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
 };
@@ -191,6 +194,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = static_cast<int>(emulation::options.multiprocessors);
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = 164 * 1024;
       break;
     case cudaDevAttrComputeCapabilityMajor:
       *value = emulation::options.compute_capability / 10;

@@ -1,0 +1,70 @@
+// What dispatch.h declares of the kernel for compute capability 8.0.
+#include <cfloat>
+#include <vector>
+
+#include "cuda/dispatch.h"
+#include "cuda/merge.h"
+#include "cuda/sm80/plan.h"
+
+namespace cptool::cuda {
+namespace {
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Rows start at multiples of 16 bytes.
+bool rows_aligned(const void* pointer, int64_t token_stride, int64_t head_stride) {
+  return is_aligned(pointer) && token_stride % 8 == 0 && head_stride % 8 == 0;
+}
+
+int64_t result_rows(const AttentionArgs& args) { return args.q_tokens * args.q_heads; }
+
+}  // namespace
+
+bool sm80_handles(const AttentionArgs& args) {
+  const bool head_dim = args.head_dim == 64 || args.head_dim == 80 || args.head_dim == 96 ||
+                        args.head_dim == 128;
+  return args.dtype != ScalarType::kFloat32 && head_dim &&
+         args.scale >= FLT_MIN &&  // the largest score is looked for before it is scaled
+         rows_aligned(args.q, args.q_token_stride, args.q_head_stride) &&
+         rows_aligned(args.k, args.k_token_stride, args.k_head_stride) &&
+         rows_aligned(args.v, args.v_token_stride, args.v_head_stride) && is_aligned(args.out);
+}
+
+bool few_queries(const AttentionArgs& args, const Device& device) {
+  const sm80::Plan plan = sm80::plan(args, device);
+  return plan.few_rows || plan.pieces > 2;
+}
+
+int64_t sm80_workspace(const AttentionArgs& args, const Device& device) {
+  const int pieces = sm80::plan(args, device).pieces;
+  return pieces == 1 ? 0 : 4 * pieces * result_rows(args) * (args.head_dim + 1);
+}
+
+void attention_partial_sm80(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
+  const sm80::Plan plan = sm80::plan(args, current_device());
+  float* partials = plan.pieces == 1 ? nullptr : static_cast<float*>(workspace);
+  const auto attention = plan.few_rows ? sm80::attention_few_rows : sm80::attention_many_rows;
+  attention(args, plan.pieces, partials, stream);
+  if (partials == nullptr) return;
+
+  std::vector<const void*> outs;
+  std::vector<const float*> lses;
+  for (int64_t piece = 0; piece < plan.pieces; ++piece) {
+    outs.push_back(partials + piece * result_rows(args) * args.head_dim);
+    lses.push_back(partials + plan.pieces * result_rows(args) * args.head_dim +
+                   piece * result_rows(args));
+  }
+  MergeArgs pieces;
+  pieces.outs = outs.data();
+  pieces.lses = lses.data();
+  pieces.partials = plan.pieces;
+  pieces.rows = result_rows(args);
+  pieces.head_dim = args.head_dim;
+  pieces.dtype = ScalarType::kFloat32;
+  pieces.out_dtype = args.out_dtype;
+  pieces.out = args.out;
+  pieces.lse = args.lse;
+  merge(pieces, args.accumulate, stream);
+}
+
+}  // namespace cptool::cuda

@@ -1,0 +1,65 @@
+// Which shape of the kernel takes a call, and in how many pieces. Host alone; depends on
+// shapes and the device, never on what lies in device memory.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "attention.h"
+#include "cuda/dispatch.h"
+#include "cuda/splits.h"
+
+namespace cptool::cuda::sm80 {
+
+constexpr int kKeys = 64;  // of a tile
+
+// Blocks of one tile of rows, whose warps cut the keys of every tile: for decoding.
+struct FewRows {
+  static constexpr int kRowTiles = 1, kRowWarps = 1, kKeyWarps = 4, kStages = 4, kResident = 3;
+};
+// Blocks whose warps each hold 32 rows, so that a K or V fragment serves two products.
+struct ManyRows {
+  static constexpr int kRowTiles = 2, kRowWarps = 4, kKeyWarps = 1, kStages = 3, kResident = 2;
+};
+
+template <class Shape>
+constexpr int block_rows() {
+  return 16 * Shape::kRowTiles * Shape::kRowWarps;
+}
+
+// The block's queries, the ring of tiles and its rows' limits.
+template <class Shape>
+constexpr int shared_bytes(int head_dim) {
+  return 2 * head_dim * (block_rows<Shape>() + Shape::kStages * kKeys) + 4 * block_rows<Shape>();
+}
+
+struct Plan {
+  bool few_rows;
+  int pieces;
+};
+
+template <class Shape>
+int pieces(const AttentionArgs& args, int64_t rows, const Device& device) {
+  // A multiprocessor keeps 1 KiB of shared memory a block for itself.
+  const int fit = device.shared_bytes / (shared_bytes<Shape>(static_cast<int>(args.head_dim)) + 1024);
+  const int64_t resident = static_cast<int64_t>(device.multiprocessors) *
+                           std::max(1, std::min(fit, Shape::kResident));
+  const int64_t blocks = args.batch * args.kv_heads * ceil_divide(rows, block_rows<Shape>());
+  return split_count(blocks, args.k_tokens / args.batch, 4 * kKeys, resident);
+}
+
+// Sequences are taken to be alike: each with its share of q's and k's tokens.
+inline Plan plan(const AttentionArgs& args, const Device& device) {
+  const int64_t group = args.q_heads / args.kv_heads;
+  const int64_t rows = ceil_divide(args.q_tokens, args.batch) * group;
+  if (rows <= 2 * block_rows<FewRows>()) return {true, pieces<FewRows>(args, rows, device)};
+  return {false, pieces<ManyRows>(args, rows, device)};
+}
+
+// The two shapes of kernel.h, a translation unit each. `partials`: as there.
+void attention_few_rows(const AttentionArgs& args, int pieces, float* partials,
+                        cudaStream_t stream);
+void attention_many_rows(const AttentionArgs& args, int pieces, float* partials,
+                         cudaStream_t stream);
+
+}  // namespace cptool::cuda::sm80
