@@ -46,7 +46,7 @@ def test_no_work_needs_no_device():
         (lambda: attention(batch=0), "q has tokens, but cu_q has no sequence"),
         (lambda: attention(kv_heads=65536), "a grid of 1 x 65536 thread blocks; the limit is"),
         (lambda: attention(q_tokens=2**37), "a grid of 2147483649 x 2 thread blocks; the limit is"),
-        (lambda: merge(rows=2**34), "would need 2147483648 thread blocks; the limit is 2147483647"),
+        (lambda: merge(rows=2**37), "would need 4294967296 thread blocks; the limit is 2147483647"),
     ],
 )
 def test_calls_beyond_the_limits_are_refused(call, message):
