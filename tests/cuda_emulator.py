@@ -43,6 +43,16 @@ class _AttentionArgs(ctypes.Structure):
     ]
 
 
+def _arguments(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulate) -> _AttentionArgs:
+    return _AttentionArgs(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(),
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        q_pos.data_ptr(), k_pos.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr(),
+        len(cu_q) - 1, len(q), len(k), q.shape[1], k.shape[1], q.shape[2], scale,
+        SCALAR_TYPES[q.dtype], SCALAR_TYPES[out.dtype], out.data_ptr(), lse.data_ptr(), accumulate,
+    )  # fmt: skip
+
+
 class _MergeArgs(ctypes.Structure):
     _fields_ = [
         ("outs", ctypes.POINTER(ctypes.c_void_p)),
@@ -68,7 +78,7 @@ class Emulator:
 
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
-        for name in ("emulated_attention", "emulated_merge"):
+        for name in ("emulated_attention", "emulated_merge", "emulated_kernel"):
             getattr(self._library, name).restype = ctypes.c_char_p
         self._library.emulated_force.restype = ctypes.c_bool
 
@@ -88,27 +98,29 @@ class Emulator:
         kernel: str | None = None,
         readable: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]:
-        """`kernel`: the fastest that may take the call, None for any. `readable`: the rows of memory, each a contiguous tensor, that asynchronous copies may
-        touch; none: all. Raises RuntimeError for what the emulation finds wrong.
+        """`kernel`: the fastest that may take the call, None for any. `readable`: the rows of
+        memory, each a contiguous tensor, that asynchronous copies may touch; none: all. Raises
+        RuntimeError for what the emulation finds wrong.
         """
         out, lse = into or (
             torch.full(q.shape, torch.nan, dtype=out_dtype),
             torch.full(q.shape[:2], torch.nan),
         )
-        arguments = _AttentionArgs(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(),
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            q_pos.data_ptr(), k_pos.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr(),
-            len(cu_q) - 1, len(q), len(k), q.shape[1], k.shape[1], q.shape[2], scale,
-            SCALAR_TYPES[q.dtype], SCALAR_TYPES[out.dtype], out.data_ptr(), lse.data_ptr(),
-            into is not None,
-        )  # fmt: skip
+        arguments = _arguments(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, into is not None)
         assert self._library.emulated_force(kernel and kernel.encode()), kernel
         ends = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in readable]
         ranges = (ctypes.c_void_p * (2 * len(ends)))(*[end for pair in ends for end in pair])
         self._library.emulated_readable(ranges, len(ends))
         self._run("emulated_attention", arguments, seed)
         return out, lse
+
+    def kernel(self, *arguments) -> str:
+        """The kernel that takes such a call of :meth:`attention`."""
+        q = arguments[0]
+        out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
+        assert self._library.emulated_force(None)
+        call = _arguments(*arguments, out, lse, False)
+        return self._library.emulated_kernel(ctypes.byref(call)).decode()
 
     def merge(
         self,

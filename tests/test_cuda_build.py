@@ -70,17 +70,19 @@ def test_forcing_a_kernel_that_is_not_there():
     assert "CPTOOL_CUDA_KERNEL is 'tensor'; it must be one of " in done.stderr
 
 
-def test_query_blocks(tmp_path):
-    """Each query row is worked on by exactly one thread block."""
+@pytest.mark.parametrize("program", ["query_blocks", "splits"])
+def test_index_logic(tmp_path, program):
+    """Each query row is one block's and each key one piece's; see tests/*_check.cpp."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    program = tmp_path / "query_blocks_check"
-    source = Path(__file__).with_name("query_blocks_check.cpp")
+    tests = Path(__file__).parent
+    include = [f"-I{tests / 'cuda_emulation'}", f"-I{ROOT / 'csrc'}"]
+    source = tests / f"{program}_check.cpp"
     subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-I", ROOT / "csrc", source, "-o", program], check=True
+        [compiler, "-std=c++17", "-O1", *include, source, "-o", tmp_path / program], check=True
     )
-    done = subprocess.run([program], capture_output=True, text=True)
+    done = subprocess.run([tmp_path / program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,19 +14,23 @@ from test_ops import exact_merge, merge_bound
 
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="no C++ compiler")
 
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+EVERY_HEAD_DIM = list(zip((64, 80, 96, 128), [(2, 2), (9, 3), (5, 1), (4, 2)]))
+
 
 @pytest.fixture(scope="module")
 def cuda(tmp_path_factory):
     return cuda_emulator.build_kernels(tmp_path_factory.mktemp("emulated"))
 
 
-def small_batch(dtype, head_dim, heads, **options):
-    """Whole prompt, shards, decode, empty ones; few tiles, no length a multiple of one."""
+def many_rows(dtype, head_dim, heads, **options):
+    """Whole prompts, shards, empty ones: more rows than a block holds, no length a multiple of a
+    tile.
+    """
     return make_case(
         [
-            (range(70), range(70)),
-            ([*range(5), *range(231, 250)], [*range(33, 66), *range(198, 231)]),
-            ([100], range(1, 101, 3)),
+            (range(150), range(150)),
+            ([*range(33), *range(231, 250)], [*range(33, 66), *range(198, 231)]),
             ([], range(5)),
             (range(7), []),
             (range(3), range(2, 9)),
@@ -38,72 +43,168 @@ def small_batch(dtype, head_dim, heads, **options):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim, heads", [(64, (4, 2)), (24, (3, 1))], ids=str)
-def test_simt_matches_float64(cuda, dtype, head_dim, heads):
-    case = small_batch(dtype, head_dim, heads)
-    check(case, cuda.attention(*case.arguments, kernel="simt"), tolerance(case))
-
-
-SIXTEEN_BITS = [torch.bfloat16, torch.float16]
-
-
-def many_rows(dtype, head_dim, heads):
-    """More rows than a block of many rows holds, and shards that see part of their keys."""
+def few_rows(dtype, head_dim, heads):
+    """Decode: keys in pieces, of which the device finds the last ones empty, for half of the slots
+    hold nothing.
+    """
     return make_case(
-        [
-            (range(150), range(150)),
-            ([*range(33), *range(231, 330)], [*range(33, 66), *range(198, 231)]),
-            ([], range(5)),
-            (range(7), []),
-            (range(3), range(2, 9)),
-        ],
+        [([700], range(701)), ([250], range(0, 500, 2))],
         heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        slack=600,
+    )
+
+
+CASES = {"many rows": many_rows, "few rows": few_rows}
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [24, 64])
+def test_simt_matches_float64(cuda, dtype, head_dim):
+    case = make_case(
+        [(range(70), range(70)), ([9], range(5)), ([], [3]), ([2, 4], [3])],
+        heads=(3, 1),
         head_dim=head_dim,
         dtype=dtype,
         slack=3,
     )
+    check(case, cuda.attention(*case.arguments, kernel="simt"), tolerance(case))
 
 
-@pytest.mark.parametrize("heads", [(2, 2), (9, 3), (5, 1)], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
-def test_sm80_matches_float64(cuda, dtype, head_dim, heads):
-    case = many_rows(dtype, head_dim, heads)
-    check(case, cuda.attention(*case.arguments, kernel="sm80"), tolerance(case, dtype))
+@pytest.mark.parametrize("head_dim, heads", EVERY_HEAD_DIM, ids=str)
+@pytest.mark.parametrize("rows", CASES)
+def test_sm80_matches_float64(cuda, rows, dtype, head_dim, heads):
+    case = CASES[rows](dtype, head_dim, heads)
+    assert cuda.kernel(*case.arguments) == "sm80"
+    cuda.counters()
+    result = cuda.attention(*case.arguments, kernel="sm80", seed=head_dim)
+    check(case, result, tolerance(case, dtype, merged=True))
+    counters = cuda.counters()
+    assert counters.collectives > 0 and counters.bank_conflicts == 0
 
 
-@pytest.mark.parametrize("heads", [(3, 3), (9, 3), (16, 1)], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
-@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
-def test_few_queries_in_pieces(cuda, dtype, head_dim, heads):
-    case = make_case(
-        [([700], range(701)), ([], []), ([3], range(5)), ([250], range(0, 500))],
-        heads=heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        slack=60,
-    )
-    check(
-        case,
-        cuda.attention(*case.arguments, kernel="sm80"),
-        tolerance(case, dtype, merged=True),
-    )
+@pytest.mark.parametrize("heads", [(16, 1), (12, 2), (40, 5)], ids=str)
+def test_groups_of_query_heads(cuda, heads):
+    """One token's rows fill a block, divide none, are cut by one."""
+    case = make_case([(range(60, 65), range(65)), ([7], range(9))], heads=heads, dtype=torch.float16)
+    check(case, cuda.attention(*case.arguments), tolerance(case, torch.float16))
+
+
+@pytest.mark.parametrize("rows", CASES)
+def test_output_in_the_input_dtype(cuda, rows):
+    case = CASES[rows](torch.bfloat16, 64, (4, 2))
+    result = cuda.attention(*case.arguments, out_dtype=torch.bfloat16)
+    check(case, result, tolerance(case, torch.bfloat16, torch.bfloat16, merged=True))
+
+
+@pytest.mark.parametrize("kernel, rows", [("simt", "many rows"), *[("sm80", rows) for rows in CASES]])
+def test_into(cuda, kernel, rows):
+    case = CASES[rows](torch.bfloat16, 64, (4, 2))
+    keep = torch.arange(len(case.k_pos)) % 3 == 0
+    running = cuda.attention(*case.only_keys(keep).arguments, kernel=kernel)
+    never = running[1] == -torch.inf
+    running[0][never] = torch.nan  # is ignored
+    result = cuda.attention(*case.only_keys(~keep).arguments, kernel=kernel, into=running)
+    result[0][never & (result[1] == -torch.inf)] = 0  # of a row that saw nothing twice: left as it is
+    check(case, result, tolerance(case, torch.bfloat16, merged=True))
+
+
+@pytest.mark.parametrize("rows", CASES)
+def test_every_order_of_threads_gives_the_same_bits(cuda, rows):
+    case = CASES[rows](torch.bfloat16, 80, (3, 1))
+    expected = cuda.attention(*case.arguments)
+    for seed in range(1, 6):
+        assert_same(cuda.attention(*case.arguments, seed=seed), expected)
+
+
+@pytest.mark.parametrize("rows", CASES)
+def test_what_no_query_sees_is_never_read(cuda, rows):
+    """Copies outside the visible slots fail in the emulation; NaN there would reach the result."""
+    case = CASES[rows](torch.bfloat16, 64, (4, 2))
+    slab = torch.stack([case.k, case.v], 1)
+    case = replace(case, k=slab[:, 0], v=slab[:, 1])
+    seen = [slab[keys] for _, keys, _ in case.sequences()]
+    result = cuda.attention(*case.arguments, readable=[case.q, *seen])
+    check(case, result, tolerance(case, torch.bfloat16, merged=True))
+    with pytest.raises(RuntimeError, match="reads global memory that it must not read"):
+        cuda.attention(*case.arguments, readable=[case.q, *seen[1:]])
+
+
+@pytest.mark.parametrize("rows", CASES)
+def test_offsets_without_sense_read_nothing_outside(cuda, rows):
+    case = CASES[rows](torch.bfloat16, 64, (4, 2))
+    slab = torch.stack([case.k, case.v], 1)
+    case = replace(case, k=slab[:, 0], v=slab[:, 1])
+    generator = torch.Generator().manual_seed(0)
+    for bits in (31, 10, 8):
+        cu_q, cu_k = (
+            torch.randint(-(2**bits), 2**bits - 1, case.cu_q.shape, generator=generator).int()
+            for _ in range(2)
+        )
+        wrong = replace(case, cu_q=cu_q, cu_k=cu_k)
+        cuda.attention(*wrong.arguments, readable=[case.q, slab])
+
+
+@pytest.mark.parametrize("spread", [30.0, 1000.0])
+def test_large_scores(cuda, spread):
+    case = many_rows(torch.bfloat16, 64, (2, 2), spread=spread)
+    check(case, cuda.attention(*case.arguments), tolerance(case, torch.bfloat16))
+
+
+def test_calls_that_a_kernel_does_not_take_go_to_the_next(cuda):
+    case = make_case([(range(5), range(5))], dtype=torch.bfloat16)
+    shifted = torch.empty(case.q.numel() + 1, dtype=case.q.dtype)[1:].view(case.q.shape)
+    narrow = case.k.new_empty(5, 2, 68)[..., :64]  # rows 136 bytes apart
+    assert cuda.kernel(*case.arguments) == "sm80"
+    for other in (
+        dict(q=shifted.copy_(case.q)),
+        dict(k=narrow.copy_(case.k)),
+        dict(v=narrow.copy_(case.v)),
+        dict(scale=-0.125),
+        {name: getattr(case, name).float() for name in "qkv"},
+        {name: getattr(case, name)[..., :56].contiguous() for name in "qkv"},
+    ):
+        changed = replace(case, **other)
+        assert cuda.kernel(*changed.arguments) == "simt"
+        check(changed, cuda.attention(*changed.arguments), tolerance(changed))
+
+
+# Merging.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("partials", [1, 3, 130])
-def test_merge_matches_float64(cuda, partials, dtype):
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
+def test_merge_matches_float64(cuda, partials, dtype, out_dtype, shift):
     generator = torch.Generator().manual_seed(partials)
-    outs = [torch.randn(5, 3, 72, generator=generator).to(dtype) for _ in range(partials)]
-    lses = [torch.randn(5, 3, generator=generator) * 5 for _ in range(partials)]
-    if partials > 1:
-        lses[0][1] = -torch.inf
-    out, lse = cuda.merge(outs, lses)
+    outs = [
+        torch.randn(7 * 3 * 72 + shift, generator=generator).to(dtype)[shift:].view(7, 3, 72)
+        for _ in range(partials)
+    ]
+    lses = [torch.randn(7, 3, generator=generator) * 5 for _ in range(partials)]
     exact_out, exact_lse = exact_merge(outs, lses)
-    assert (out.double() - exact_out).abs().max() <= merge_bound(outs)
+    if partials > 1:  # one that saw nothing changes nothing, whatever its out
+        outs.insert(1, torch.full_like(outs[0], torch.nan))
+        lses.insert(1, torch.full_like(lses[0], -torch.inf))
+    out, lse = cuda.merge(outs, lses, out_dtype)
+    launches = -(-len(outs) // 128)
+    assert (out.double() - exact_out).abs().max() <= launches * merge_bound(outs[:1] + outs[2:], out_dtype)
     roundings = (partials + 4) * torch.finfo(torch.float32).eps / 2
     assert (lse - exact_lse).abs().max() <= roundings * exact_lse.abs().max()
+
+
+def test_merge_of_nothing(cuda):
+    outs, lses = [torch.full((2, 1, 8), torch.nan)] * 2, [torch.full((2, 1), -torch.inf)] * 2
+    out, lse = cuda.merge(outs, lses)
+    assert torch.all(out == 0) and torch.all(lse == -torch.inf)
 
 
 # The emulation itself: mistakes of tests/cuda_emulation/mistakes.cpp that it has to see.

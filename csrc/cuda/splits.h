@@ -21,10 +21,11 @@ inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The number of pieces that ends first: `blocks` blocks with `keys` keys each, of which the device
 // runs `resident` at a time, take ceil(blocks pieces / resident) rounds of keys / pieces keys.
-// `tile`: keys that a piece has at least.
+// `tile`: keys that a piece has at least. Pieces have to gain a tenth: rounds are a coarse picture
+// of blocks that share the memory's bandwidth.
 inline int split_count(int64_t blocks, int64_t keys, int64_t tile, int64_t resident) {
   int best = 1;
-  int64_t least = ceil_divide(blocks, resident) * (keys + kStartKeys);
+  int64_t least = ceil_divide(blocks, resident) * (keys + kStartKeys) * 9 / 10;
   const int64_t most = keys / tile < kMaxSplits ? keys / tile : kMaxSplits;
   for (int pieces = 2; pieces <= most; ++pieces) {
     const int64_t rounds = ceil_divide(blocks * pieces, resident);

@@ -30,6 +30,11 @@ extern "C" {
 // The kernel that later calls use at most.
 bool emulated_force(const char* kernel) { return cptool::cuda::force_kernel(kernel); }
 
+// The kernel that would take the call.
+const char* emulated_kernel(const cptool::AttentionArgs* args) {
+  return cptool::cuda::kernel_name(*args);
+}
+
 // Null, or what went wrong.
 const char* emulated_attention(const cptool::AttentionArgs* args, uint64_t seed) {
   emulation::options.seed = seed;
