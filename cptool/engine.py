@@ -25,6 +25,7 @@ from cptool.sampling import Sampling
 from cptool.session import Manifest, ModelIdentity, Sequence
 from cptool.sharding import Placement, balanced, concat
 from cptool.strategy import AUTO, Choice, choose
+from cptool.trace import SILENT, Recorder, Silent
 
 Progress = Callable[[str, int, int], None]
 
@@ -70,6 +71,7 @@ class Engine:
             dtype=self.dtype,
             device=world.device,
         )
+        self.trace: Recorder | Silent = SILENT
         self.observe: Callable[[int, Placement, torch.Tensor, torch.Tensor], None] | None = None
         self._take_over((nothing_held(batch, "cpu"),) * world.cp)
 
@@ -130,14 +132,17 @@ class Engine:
             if prefilling:
                 self._progress("prefill, layer", layer, config.num_hidden_layers)
             self.cache.store(layer, k, v)
-            out = attend(self.choice.variant, q, self.cache.layer(layer), step, self.ring, scale)
+            with self.trace.span("attention", "attention"):
+                kv = self.cache.layer(layer)
+                out = attend(self.choice.variant, q, kv, step, self.ring, scale)
             if self.observe is not None:
                 self.observe(layer, mine, q, out)
             return out
 
         flat = torch.tensor([token for tokens in todo for token in tokens], dtype=torch.int64)
         local = flat[layout.indices(world.cp_rank)].to(world.device)
-        hidden = self.model(local, mine.positions, attention)
+        with self.trace.span("model", "small ops"):
+            hidden = self.model(local, mine.positions, attention)
         ends = mine.cu_seqlens[1:].tolist()
         owned = [
             b
@@ -145,7 +150,8 @@ class Engine:
             if length and layout.owner(b, self.computed[b] + length - 1) == world.cp_rank
         ]
         kept = {b: row for b, row in self.logits.items() if not lengths[b]}
-        rows = self.model.logits(hidden[[ends[b] - 1 for b in owned]])
+        with self.trace.span("logits", "linear"):
+            rows = self.model.logits(hidden[[ends[b] - 1 for b in owned]])
         self.logits = {**kept, **dict(zip(owned, rows))}
         self.computed = [len(said) for said in self.tokens]
 
@@ -156,10 +162,12 @@ class Engine:
         from the others.
         """
         picks = torch.zeros(len(self.tokens), dtype=torch.int64, device=self.world.device)
-        for b, row in self.logits.items():
-            picks[b] = sampling.pick(row, sequence=b, position=len(self.tokens[b]))
+        with self.trace.span("sampling", "sampling"):
+            for b, row in self.logits.items():
+                picks[b] = sampling.pick(row, sequence=b, position=len(self.tokens[b]))
         if self.world.cp_group is not None:
-            dist.all_reduce(picks, group=self.world.cp_group)
+            with self.trace.span("all-reduce", "exposed"):
+                dist.all_reduce(picks, group=self.world.cp_group)
         return picks.tolist()
 
     def decode(
@@ -217,6 +225,11 @@ class Engine:
         self._take_over(tuple(truncated(concat(*parts), self.computed) for parts in self._keys))
         self.saved = list(map(min, self.saved, self.cache.lengths))
         self._on_disk = list(map(min, self._on_disk, self.computed))
+
+    def record(self, recorder: Recorder) -> None:
+        """From now on, notes spans and transfers of this rank in `recorder`."""
+        self.trace = self.ring.trace = recorder
+        recorder.attach(self.model)
 
     def assume(self, tokens: list[list[int]], held: tuple[Placement, ...]) -> None:
         """Takes it that rank r holds the KV of `held[r]`, which the caller has put into each rank's

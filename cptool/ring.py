@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from cptool.trace import SILENT, Recorder, Silent
+
 
 class Ring:
     """Transfers within `group`; group None is a ring of one rank, which never communicates.
@@ -32,6 +34,7 @@ class Ring:
         self.size = 1 if group is None else group.size()
         self.sent_bytes = 0
         self.exposed_s = 0.0
+        self.trace: Recorder | Silent = SILENT
         self._memory: dict[int | str, torch.Tensor] = {}
 
     def blocks(
@@ -53,10 +56,12 @@ class Ring:
             following = (source + 1) % self.size
             arriving = self.buffer(step % 2, max(sizes), local)[: sizes[following]]
             pending = self._start([(predecessor, block)], [(successor, arriving)])
-            yield source, block
+            with self.trace.span(f"block of rank {source}", "attention"):
+                yield source, block
             self.wait(pending)
             block, source = arriving, following
-        yield source, block
+        with self.trace.span(f"block of rank {source}", "attention"):
+            yield source, block
 
     def gather(
         self,
@@ -127,8 +132,9 @@ class Ring:
     def wait(self, pending: Sequence[dist.Work]) -> None:
         """Until the transfers are done; on CUDA, until later kernels of this stream see them so."""
         began = time.perf_counter()
-        for work in pending:
-            work.wait()
+        with self.trace.span("wait", "exposed"):
+            for work in pending:
+                work.wait()
         self.exposed_s += time.perf_counter() - began
 
     def _start(
@@ -149,4 +155,12 @@ class Ring:
             if tensor.numel()
         ]
         self.sent_bytes += sum(tensor.nbytes for _, tensor in sends)
-        return dist.batch_isend_irecv(operations) if operations else []
+        works = dist.batch_isend_irecv(operations) if operations else []
+        if self.trace.on and operations and operations[0].tensor.is_cpu:
+            works = [
+                self.trace.watch(
+                    work, "receive" if o.op is dist.irecv else "send", o.group_peer, o.tensor.nbytes
+                )
+                for work, o in zip(works, operations)
+            ]
+        return works

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cptool.cost import attention_flops, kv_bytes, linear_flops, weight_bytes
+from cptool.profile import Phases, Section, collect
 from cptool.sampling import Sampling
+from cptool.trace import Recorder
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Turn:
     keep: tuple[int, ...] | None = None
     max_new_tokens: int = 0
     sampling: Sampling = Sampling()
+    profile: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Report:
     to the first token; `ttit_ms` is the mean time of each further token, None where there was none.
     `exposed_s` is time that attention waited for other ranks during the prefill, `wire_bytes` what
     this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank reads
-    for one step of decode.
+    for one step of decode. `phases` tells where the time went if the turn asked for a profile.
     """
 
     tokens: int
@@ -63,6 +66,7 @@ class Report:
     wire_bytes: int
     flops: int
     decode_bytes: int
+    phases: tuple[Phases, ...] = ()
 
     def shared_fields(self) -> dict:
         """What the JSON of every command says."""
@@ -107,6 +111,9 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
             manifest = manifest.truncated(list(turn.keep))
         engine.restore(directory, manifest, reserve=room)
     held = list(engine.computed)
+    recorder = Recorder() if turn.profile else None
+    if recorder:
+        engine.record(recorder)
 
     world.barrier()
     loaded = time.perf_counter()
@@ -126,6 +133,12 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     ended = time.perf_counter()
     if directory is not None and (any(new) or any(answers)):
         engine.save(directory, manifest, identity(checkpoint))
+    phases = ()
+    if recorder:
+        sections = [Section("prefill", loaded, answered, 1)] if any(new) else []
+        if steps > 0:
+            sections.append(Section("decode, a token", answered, ended, steps))
+        phases = collect(world, recorder, sections, Path(turn.profile))
     return Report(
         tokens=sum(new),
         cached=sum(held),
@@ -149,6 +162,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
             + kv_bytes(config, -(-sum(engine.computed) // world.cp), size)
         )
         // world.tp,
+        phases=phases,
     )
 
 

@@ -10,7 +10,9 @@ from cptool.cli import draw
 from cptool.cli.options import (
     Prompts,
     check_context,
+    check_profile,
     json_option,
+    profile_option,
     prompt_options,
     rank_options,
     resolve_ranks,
@@ -39,6 +41,7 @@ DEFAULT_TOKENS = 128
 )
 @click.option("--seed", type=int, default=0, help="Of the draws.  [default: 0]")
 @click.option("--model", help="Where the session's model is now, if it moved.")
+@profile_option
 @rank_options
 @json_option
 def decode(
@@ -60,6 +63,7 @@ def decode(
     threads,
     timeout,
     as_json,
+    profile,
 ):
     """Append tokens to a SESSION that `cptool prefill --session` made, and save it.
 
@@ -72,6 +76,7 @@ def decode(
     from cptool.distributed import launched_size
     from cptool.sampling import Sampling
 
+    check_profile(profile)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     manifest = sessions.load(session)
     sessions.check_writable(session)
@@ -119,6 +124,7 @@ def decode(
         resume=manifest.revision,
         max_new_tokens=count,
         sampling=sampling,
+        profile=profile,
     )
     tokenizer = checkpoint.tokenizer()
     stream = not as_json and batch == 1 and tokenizer is not None
@@ -141,6 +147,7 @@ def decode(
                 for ids in report.token_ids
             ],
             "session": turn.session,
+            **draw.profile_fields(report),
         }
         click.echo(json.dumps(fields))
         return
@@ -152,4 +159,5 @@ def decode(
             draw.say(f"sequence {b}: its answer has ended; give it a next turn, with --prompt say")
     rows = draw.prefill_rows(report) if report.tokens else []
     draw.table(rows + draw.decode_rows(report), to_stderr=True)
+    draw.phases(report, profile, to_stderr=True)
     sys.stdout.flush()

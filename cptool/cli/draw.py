@@ -78,6 +78,46 @@ def table(rows: list[tuple[str, str]], *, to_stderr: bool = False) -> None:
     Console(stderr=to_stderr, highlight=False).print(grid)
 
 
+def profile_fields(report: "Report") -> dict[str, object]:
+    """What JSON says of a profile: seconds by phase, one value a rank; nothing without one."""
+    if not report.phases:
+        return {}
+    return {"profile": {phases.name.partition(",")[0]: phases.fields() for phases in report.phases}}
+
+
+def phases(report: "Report", path: str | None, *, to_stderr: bool = False) -> None:
+    """Where the time of each rank went; nothing without a profile."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for part in report.phases:
+        ranks = len(part.wall_s)
+        table = Table(
+            box=None, padding=(0, 1), header_style="bold", title=f"{part.name}: ms",
+            title_justify="left",
+        )  # fmt: skip
+        shown = range(ranks) if ranks <= 8 else ()
+        for column in ("phase", "mean", "of wall", *(f"rank {r}" for r in shown)):
+            table.add_column(column, justify="left" if column == "phase" else "right")
+        wall = sum(part.wall_s) / ranks
+        rows = [(PHASE_NAMES.get(name, name), values) for name, values in part.phases.items()]
+        rows += [("wall", part.wall_s), ("(communication hidden)", part.hidden_s)]
+        for name, values in rows:
+            mean = sum(values) / ranks
+            table.add_row(
+                name,
+                f"{1e3 * mean:.4g}",
+                f"{mean / wall:.1%}",
+                *(f"{1e3 * values[r]:.4g}" for r in shown),
+            )
+        Console(stderr=to_stderr, highlight=False).print(table)
+    if report.phases:
+        say(f"trace: {path} (open it in ui.perfetto.dev)")
+
+
+PHASE_NAMES = {"exposed": "communication exposed", "host": "host (no operation)"}
+
+
 def say(line: str) -> None:
     """One line on standard error."""
     print(line, file=sys.stderr, flush=True)

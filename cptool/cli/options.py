@@ -112,6 +112,12 @@ dtype_option = click.option(
     default="auto",
     help="Compute and cache in this type.  [default: auto, the checkpoint's own]",
 )
+profile_option = click.option(
+    "--profile",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Tell where the time went, and trace all ranks to this file, for ui.perfetto.dev.",
+)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print exactly one JSON object on standard output."
 )
@@ -194,6 +200,14 @@ def check_context(new: list[int], cached: list[int], more: int, config: "LlamaCo
                 "context is "
                 f"{config.max_position_embeddings}; shorten it"
             )
+
+
+def check_profile(profile: str | None) -> None:
+    """Refuses a file for the trace that could not be written to, before the run."""
+    if profile is not None and not Path(profile).absolute().parent.is_dir():
+        raise UserError(
+            f"--profile {profile}: {Path(profile).parent} is no directory; make it first"
+        )
 
 
 def resolve_ranks(

@@ -11,8 +11,10 @@ from cptool.cli import draw
 from cptool.cli.options import (
     Prompts,
     check_context,
+    check_profile,
     dtype_option,
     json_option,
+    profile_option,
     prompt_options,
     rank_options,
     resolve_dtype,
@@ -40,6 +42,7 @@ from cptool.errors import UserError
     is_flag=True,
     help="Where the prompt differs from the session, go back to what they have in common.",
 )
+@profile_option
 @rank_options
 @dtype_option
 @json_option
@@ -61,6 +64,7 @@ def prefill(
     timeout,
     dtype,
     as_json,
+    profile,
 ):
     """Compute the KV of a prompt and the token that follows it.
 
@@ -75,6 +79,7 @@ def prefill(
         raise click.UsageError(
             "no prompt; give --prompt, --prompt-file, --token-ids or --synthetic"
         )
+    check_profile(profile)
     manifest = None
     if session is not None:
         sessions.check_writable(session)
@@ -111,6 +116,7 @@ def prefill(
         session=None if session is None else str(session),
         resume=manifest.revision if manifest else None,
         keep=None if keep is None else tuple(keep),
+        profile=profile,
     )
     report = run_turn(turn, ranks)
     if report is None:
@@ -127,6 +133,7 @@ def prefill(
             "wire_bytes": report.wire_bytes,
             "first_token": list(report.first_token),
             "session": turn.session,
+            **draw.profile_fields(report),
         }
         click.echo(json.dumps(fields))
         return
@@ -136,3 +143,4 @@ def prefill(
     if session is not None:
         rows.append(("session", f"{session}; continue with: cptool decode {session}"))
     draw.table(rows)
+    draw.phases(report, profile)

@@ -1,0 +1,150 @@
+"""Where the time of a run went: a table of phases per rank, and a trace that Perfetto opens.
+
+The phases of a rank add up to its wall time; `hidden` lies beside them: transfers that ran while
+the rank computed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cptool.trace import PHASES, Recorder, Span, Transfer, overlap_s, union
+
+if TYPE_CHECKING:
+    from cptool.distributed import World
+
+HOST = "host"
+ROWS = (*PHASES, HOST)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a run on one rank: `steps` tokens, or 1 for a prefill."""
+
+    name: str
+    begin: float
+    end: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Seconds of a step of `name`, by phase, one value a rank; and of transfers hidden beside."""
+
+    name: str
+    steps: int
+    wall_s: tuple[float, ...]
+    phases: dict[str, tuple[float, ...]]
+    hidden_s: tuple[float, ...]
+
+    def fields(self) -> dict[str, object]:
+        return {
+            "steps": self.steps,
+            "wall_s": list(self.wall_s),
+            "phases_s": {name: list(values) for name, values in self.phases.items()},
+            "hidden_s": list(self.hidden_s),
+        }
+
+
+def phases_of(recorder: Recorder, section: Section) -> tuple[float, dict[str, float], float]:
+    """Wall, phases and hidden transfers of one rank, seconds a step.
+
+    `host` is what no span covers: Python between the operations, and waiting for other processes
+    of the machine.
+    """
+    spans, transfers = recorder.between(section.begin, section.end)
+    wall = section.end - section.begin
+    phases = dict.fromkeys(ROWS, 0.0)
+    for span in spans:
+        phases[span.phase] += span.own_s
+    phases[HOST] = wall - sum(phases.values())
+    moving = union([(t.begin, t.end) for t in transfers])
+    waiting = [(s.begin, s.end) for s in spans if s.phase == "exposed"]
+    hidden = sum(end - begin for begin, end in moving) - overlap_s(moving, waiting)
+    steps = section.steps
+    return wall / steps, {name: s / steps for name, s in phases.items()}, hidden / steps
+
+
+def collect(
+    world: World, recorder: Recorder, sections: Sequence[Section], path: Path
+) -> tuple[Phases, ...]:
+    """The table of each section over all ranks; rank 0 writes the trace of all to `path`.
+
+    Collective. Clocks of different hosts are brought together at a barrier, to within its skew.
+    """
+    world.barrier()
+    now = time.perf_counter()
+    mine = (
+        [phases_of(recorder, section) for section in sections],
+        recorder.spans,
+        recorder.transfers,
+        now,
+        world.local_size,
+    )
+    ranks = world.gather(mine)
+    if world.rank == 0:
+        one_host = ranks[0][-1] == world.size
+        shifts = [0.0 if one_host else ranks[0][3] - rank[3] for rank in ranks]
+        write_trace(path, [(spans, moves) for _, spans, moves, *_ in ranks], shifts)
+    tables = []
+    for index, section in enumerate(sections):
+        walls, phases, hidden = zip(*(rank[0][index] for rank in ranks))
+        by_phase = {name: tuple(of[name] for of in phases) for name in ROWS}
+        tables.append(Phases(section.name, section.steps, walls, by_phase, hidden))
+    return tuple(tables)
+
+
+def write_trace(
+    path: Path,
+    ranks: Sequence[tuple[Sequence[Span], Sequence[Transfer]]],
+    shifts: Sequence[float],
+) -> None:
+    """A Chrome trace: a process for every rank, with a track of what it does and tracks of sends
+    and receives, as many as there are at the same time.
+    """
+    events: list[dict[str, object]] = []
+
+    def name(kind: str, pid: int, tid: int, value: str) -> None:
+        events.append(
+            {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": value}}
+        )
+
+    starts = [s.begin + shift for (spans, _), shift in zip(ranks, shifts) for s in spans]
+    origin = min(starts, default=0.0)
+    for rank, ((spans, transfers), shift) in enumerate(zip(ranks, shifts)):
+        name("process_name", rank, 0, f"rank {rank}")
+        name("thread_name", rank, 0, "compute")
+
+        def micros(seconds: float, shift: float = shift) -> float:
+            return round(1e6 * (seconds + shift - origin), 3)
+
+        for span in spans:
+            events.append(
+                {
+                    "ph": "X", "name": span.name, "cat": span.phase, "pid": rank, "tid": 0,
+                    "ts": micros(span.begin), "dur": round(1e6 * (span.end - span.begin), 3),
+                }
+            )  # fmt: skip
+        lanes: list[tuple[str, float]] = []
+        for move in sorted(transfers, key=lambda move: move.begin):
+            kind = move.name
+            free = (i for i, (of, end) in enumerate(lanes) if of == kind and end <= move.begin)
+            lane = next(free, len(lanes))
+            if lane == len(lanes):
+                lanes.append((kind, 0.0))
+                name("thread_name", rank, 1 + lane, kind)
+            lanes[lane] = (kind, move.end)
+            events.append(
+                {
+                    "ph": "X", "name": f"{kind}, rank {move.peer}", "cat": "transfer", "pid": rank,
+                    "tid": 1 + lane, "ts": micros(move.begin),
+                    "dur": round(1e6 * (move.end - move.begin), 3),
+                    "args": {"bytes": move.bytes},
+                }
+            )  # fmt: skip
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")

@@ -1,0 +1,128 @@
+"""Where time goes: phases that add up to the wall, transfers beside compute, the trace's file."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cptool.cli.main import main
+from cptool.profile import ROWS, Section, phases_of, write_trace
+from cptool.trace import SILENT, Recorder, Span, Transfer, overlap_s, union
+
+
+def test_intervals():
+    assert union([(3, 4), (0, 1), (0.5, 2), (2, 2.5)]) == [(0, 2.5), (3, 4)]
+    assert union([]) == []
+    assert overlap_s([(0, 2), (1, 3), (5, 9)], [(2, 6), (8, 8.5)]) == 1 + 1 + 0.5
+    assert overlap_s([(0, 1)], []) == 0
+
+
+def test_a_moment_belongs_to_the_innermost_span():
+    recorder = Recorder()
+    recorder.spans = [
+        Span("wait", "exposed", 2.0, 3.0, 1.0),
+        Span("attention", "attention", 1.0, 4.0, 2.0),
+        Span("model", "small ops", 0.5, 6.0, 2.5),
+        Span("of another section", "linear", 20.0, 21.0, 1.0),
+    ]
+    recorder.transfers = [Transfer("send", 1, 8, 1.5, 2.5), Transfer("receive", 1, 8, 1.2, 3.0)]
+    wall, phases, hidden = phases_of(recorder, Section("x", 0.0, 10.0, steps=2))
+    assert wall == 5.0 and set(phases) == set(ROWS)
+    expected = {"exposed": 0.5, "attention": 1.0, "small ops": 1.25, "host": 2.25}
+    assert phases == {**dict.fromkeys(ROWS, 0.0), **expected}
+    assert hidden == pytest.approx(0.8 / 2)
+
+
+def test_spans_nest_and_sums_over_ranks_are_communication():
+    recorder = Recorder()
+    layer = torch.nn.Linear(4, 4)
+    layer.register_forward_hook(lambda *_: None)  # where tensor parallelism has its all-reduce
+    model = torch.nn.ModuleDict({"o_proj": layer, "gate": torch.nn.Linear(4, 4)})
+    recorder.attach(model)
+    with recorder.span("model", "small ops"):
+        model["gate"](layer(torch.ones(1, 4)))
+    assert [(s.name, s.phase) for s in recorder.spans] == [
+        ("o_proj", "linear"), ("all-reduce", "exposed"), ("gate", "linear"),
+        ("model", "small ops"),
+    ]  # fmt: skip
+    inner, outer = recorder.spans[:3], recorder.spans[3]
+    total = outer.own_s + sum(span.own_s for span in inner)
+    assert total == pytest.approx(outer.end - outer.begin)
+    with SILENT.span("nothing", "linear"), SILENT.span("is kept", "linear"):
+        assert not SILENT.on
+
+
+def test_transfers_at_the_same_time_lie_on_tracks_of_their_own(tmp_path):
+    moves = [Transfer("send", 1, 8, t, t + 1.5) for t in (0.0, 1.0, 2.0)]
+    write_trace(tmp_path / "t", [([], []), ([Span("a", "linear", 5, 6, 1)], moves)], [0.0, 2.0])
+    events = json.loads((tmp_path / "t").read_text())["traceEvents"]
+    tracks = [e["tid"] for e in events if e.get("cat") == "transfer"]
+    assert len(set(tracks)) == 2 and tracks[0] == tracks[2] and 0 not in tracks
+    assert [e["ts"] for e in events if e.get("cat") == "linear"] == [0.0]  # the first span
+
+
+def cptool(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.stderr, result.exception)
+    return result
+
+
+def adds_up(section, ranks):
+    walls = section["wall_s"]
+    assert len(walls) == ranks
+    for rank, wall in enumerate(walls):
+        parts = [values[rank] for values in section["phases_s"].values()]
+        assert sum(parts) == pytest.approx(wall) and min(parts) > -1e-6
+        assert 0 <= section["hidden_s"][rank] <= wall
+
+
+def test_profile_of_prefill_and_decode(mqa_path, token_file, tmp_path):
+    ids = [(7 * i * i + 3 * i) % 299 for i in range(900)]
+    session, traces = tmp_path / "s", (tmp_path / "prefill.json", tmp_path / "decode.json")
+    common = ("--cp", 2, "--variant", "pass-kv", "--json")
+    plain = json.loads(cptool("prefill", mqa_path, "--token-ids", token_file(ids), *common).stdout)
+    first = json.loads(
+        cptool(
+            "prefill", mqa_path, "--token-ids", token_file(ids), "--session", session, *common,
+            "--profile", traces[0],
+        ).stdout
+    )  # fmt: skip
+    assert "profile" not in plain and plain["first_token"] == first["first_token"]
+    adds_up(first["profile"]["prefill"], 2)
+    answer = cptool("decode", session, "-n", 5, *common, "--profile", traces[1])
+    sections = json.loads(answer.stdout)["profile"]
+    assert set(sections) == {"decode"} and sections["decode"]["steps"] == 4
+    adds_up(sections["decode"], 2)
+
+    events = json.loads(traces[0].read_text())["traceEvents"]
+    assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {
+        "rank 0", "rank 1",
+    }  # fmt: skip
+    for rank in (0, 1):
+        mine = [e for e in events if e["pid"] == rank and e["ph"] == "X"]
+        assert {e["cat"] for e in mine} == {
+            "linear", "attention", "exposed", "sampling", "small ops", "transfer",
+        }  # fmt: skip
+        blocks = [e for e in mine if e["name"].startswith("block of rank")]
+        received = [e for e in mine if e["name"] == f"receive, rank {1 - rank}"]
+        assert len(blocks) == 2 * 3 and len(received) == 3  # three layers
+        assert all(e["args"]["bytes"] == 450 * 2 * 64 * 4 for e in received)
+        # The block of the other rank travels while attention over the own one runs.
+        for own, arriving in zip(blocks[::2], received):
+            assert own["name"] == f"block of rank {rank}"
+            assert arriving["ts"] < own["ts"] + own["dur"]
+            assert arriving["ts"] + arriving["dur"] > own["ts"]
+
+
+def test_the_table_is_drawn(mqa_path, tmp_path):
+    trace = tmp_path / "t.json"
+    shown = cptool("prefill", mqa_path, "--synthetic", 40, "--profile", trace)
+    for row in ("linear", "communication exposed", "host (no operation)", "wall", "100.0%"):
+        assert row in shown.stdout
+    assert str(trace) in shown.stderr and trace.exists()
+
+
+def test_a_trace_that_could_not_be_written(mqa_path):
+    told = cptool("prefill", mqa_path, "--synthetic", 4, "--profile", "/nowhere/t", code=2).stderr
+    assert told == "cptool: --profile /nowhere/t: /nowhere is no directory; make it first\n"
