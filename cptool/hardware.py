@@ -57,12 +57,14 @@ class HardwareProfile:
         ops read and write. cache_bandwidth: B/s at which attention reads keys and values, as it
         does once a call.
     host_link, network: between ranks of one host, and of different hosts.
+    feed_forward: dtype in which the cluster runs gate, up and down, None for that of the rest.
     ranks_per_host: None where a host holds any number.
     call_overhead_s: of one call of attention. op_overhead_s: of a copy or another small op.
     layer_overhead_s: of what else a layer does whatever its tokens (projections, norms, the host's
         share): on a device with a queue, of the host alone, which runs ahead while the device
-        computes. forward_overhead_s: of a forward, once. ring_step_s: of a step of a ring in a
-        prefill, beside its attention and its transfer. skew_s: how far apart ranks come to an
+        computes. forward_overhead_s: of a prefill, once. step_overhead_s: of a decode step on a
+        device with a queue, once. wait_s: of a layer of a prefill,
+        for each CP rank, beside compute and transfers. skew_s: how far apart ranks come to an
         exchange in a prefill.
     position_s: of bringing the position of one key into sequence order among those of all ranks,
         once a forward.
@@ -89,10 +91,12 @@ class HardwareProfile:
     op_overhead_s: float
     layer_overhead_s: float
     forward_overhead_s: float
+    step_overhead_s: float
     position_s: float
-    ring_step_s: float = 0.0
+    wait_s: float = 0.0
     skew_s: float = 0.0
     transfer_steals: float = 0.0
+    feed_forward: str | None = None
     ranks_per_host: int | None = None
     ranks_at_once: int | None = None
     threads: int = 0
@@ -116,6 +120,7 @@ class HardwareProfile:
             attention_flops={name: scale * rate for name, rate in self.attention_flops.items()},
             memory_bandwidth=scale * self.memory_bandwidth,
             cache_bandwidth=scale * self.cache_bandwidth,
+            memory_bytes=scale * self.memory_bytes,
             ranks_at_once=max(1, processors // threads),
             threads=threads,
         )

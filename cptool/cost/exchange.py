@@ -1,0 +1,171 @@
+"""Attention of one layer on the busiest rank, by what `cptool.attention` computes and sends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cptool.cost.rates import Rates
+
+VARIANTS = ("pass-kv", "gather-kv", "pass-q", "gather-q")
+"""In the order that decides between equal predictions."""
+
+
+@dataclass
+class Exchange:
+    """Seconds and bytes so far; see `cptool.cost.Prediction`."""
+
+    attention_s: float = 0.0
+    merge_s: float = 0.0
+    exposed_s: float = 0.0
+    overhead_s: float = 0.0
+    hidden_s: float = 0.0
+    bytes: float = 0.0
+
+    @property
+    def now(self) -> float:
+        """Seconds since the first step began."""
+        return self.attention_s + self.merge_s + self.exposed_s + self.overhead_s
+
+    def wait(self, exposed: float, whole: float) -> None:
+        self.exposed_s += exposed
+        self.hidden_s += max(0.0, whole - exposed)
+
+
+def exchange(variant: str, rates: Rates) -> Exchange:
+    """The cost of a variant, "pass-q-all2all" included."""
+    forward = rates.forward
+    if forward.ranks == 1:
+        return _alone(rates)
+    cost = _VARIANTS[variant](rates)
+    if not forward.decoding:
+        cost.overhead_s += forward.ranks * rates.profile.wait_s
+    return cost
+
+
+def _alone(rates: Rates) -> Exchange:
+    forward = rates.forward
+    return Exchange(attention_s=rates.attention(forward.pairs, forward.keys, forward.queries))
+
+
+def _pass_kv(rates: Rates) -> Exchange:
+    """A step lasts as long as the longer of its attention and its transfer (section 3.3)."""
+    forward, crowd, cost = rates.forward, rates.crowd(rates.forward.sources), Exchange()
+    block = forward.keys * forward.kv_width * forward.element
+    for step in range(forward.ranks):
+        fresh = step < forward.sources
+        pairs = forward.cached_pairs + fresh * forward.new_pairs
+        keys = forward.cached_keys + fresh * forward.queries
+        spent = crowd * rates.attention(pairs, keys, forward.queries)
+        running = crowd * _running(rates) if step else 0.0
+        cost.attention_s += spent
+        cost.merge_s += running
+        if step < forward.ranks - 1:
+            latency, moving = rates.message(block)
+            cost.wait(rates.exposed(spent + running, latency, moving), latency + moving)
+    cost.merge_s += crowd * _merged(rates, 2)
+    cost.bytes = (forward.ranks - 1) * block
+    return cost
+
+
+def _gather_kv(rates: Rates) -> Exchange:
+    forward = rates.forward
+    width = forward.kv_width * forward.element
+    everything = (forward.cached + forward.new) * width
+    own = forward.keys * width
+    # The own block is copied in, and every rank, idle or not, brings all into order. Positions are
+    # put in order once for all layers.
+    ordering = rates.touch(2 * own + 2 * everything, calls=2)
+    tokens = forward.cached + forward.new
+    ordering += tokens * rates.profile.position_s / forward.config.num_hidden_layers
+    whole = rates.attention(forward.pairs, tokens, forward.queries)
+    return Exchange(
+        attention_s=rates.crowd(forward.sources) * whole,
+        merge_s=rates.crowd(forward.ranks) * ordering,
+        exposed_s=rates.collective(everything - own, forward.ranks - 1),
+        bytes=(forward.ranks - 1) * own,
+    )
+
+
+def _pass_q(rates: Rates, early: bool = True) -> Exchange:
+    """early: partials return as the ring goes, and only the last is late; else all at its end."""
+    forward, cost = rates.forward, Exchange()
+    ranks, sources = forward.ranks, forward.sources
+    crowd = rates.crowd(ranks if forward.cached else sources)
+    block = forward.queries * forward.query_width * forward.element
+    partial = forward.partial(forward.queries)
+    arrived = 0.0  # when the partials that left so far are with their owners
+    for step in range(ranks):
+        asked = step < sources  # other ranks have nothing to ask, but pass queries on
+        spent = packed = 0.0
+        if asked:
+            pairs = forward.cached_pairs + forward.new_pairs
+            spent = crowd * rates.attention(pairs, forward.asked_keys, forward.queries)
+            packed = crowd * rates.touch(2 * partial)
+        cost.attention_s += spent
+        cost.merge_s += packed
+        if step < ranks - 1:
+            # A rank without queries of its own has nothing to do until some arrive.
+            cover = spent + packed if sources == ranks else 0.0
+            latency, moving = rates.message(block)
+            cost.wait(rates.exposed(cover, latency, moving), latency + moving)
+        if step:
+            latency, moving = rates.message(partial)
+            arrived = max(cost.now, arrived) + latency + moving
+    if early:
+        whole = (ranks - 1) * sum(rates.message(partial))
+        late = max(0.0, arrived - cost.now)
+        cost.wait(max(late, rates.profile.transfer_steals * whole), whole)
+    else:
+        cost.exposed_s += rates.collective((ranks - 1) * partial, ranks - 1)
+    cost.merge_s += crowd * _merged(rates, ranks)
+    cost.bytes = (ranks - 1) * block + (sources - 1) * partial
+    return cost
+
+
+def _pass_q_all2all(rates: Rates) -> Exchange:
+    return _pass_q(rates, early=False)
+
+
+def _gather_q(rates: Rates) -> Exchange:
+    forward, ranks, sources = rates.forward, rates.forward.ranks, rates.forward.sources
+    crowd = rates.crowd(ranks if forward.cached else sources)
+    asked = sources * forward.queries * forward.query_width * forward.element
+    partials = forward.partial(sources * forward.queries)
+    pairs = sources * (forward.cached_pairs + forward.new_pairs)
+    spent = rates.attention(pairs, forward.keys, sources * forward.queries)
+    # Nothing is launched for ranks that asked nothing.
+    copied = rates.touch(4 * asked, calls=2) + rates.touch(4 * partials, calls=3 * sources)
+    mine = asked / sources
+    queries_out = (ranks - 1) * mine
+    # Idle ranks answer for all queries, and each active one hears from all others.
+    answers = max((ranks - 1) * partials / sources, partials if ranks > sources else 0.0)
+    return Exchange(
+        attention_s=crowd * spent,
+        merge_s=crowd * (copied + _merged(rates, ranks)),
+        exposed_s=rates.collective(max(queries_out, asked - mine), ranks - 1)
+        + rates.collective(answers, ranks - 1),
+        bytes=queries_out + (sources - 1) * partials / sources,
+    )
+
+
+def _running(rates: Rates) -> float:
+    """Reading and writing the running float32 result that a kernel merges into."""
+    forward = rates.forward
+    partial = forward.queries * (forward.query_width + forward.heads) * 4
+    return 2 * partial / rates.profile.memory_bandwidth
+
+
+def _merged(rates: Rates, partials: int) -> float:
+    """Merging partials of this rank's queries: all are read, the result is written."""
+    forward = rates.forward
+    written = forward.queries * forward.query_width * forward.element
+    return rates.touch(partials * forward.partial(forward.queries) + written)
+
+
+_VARIANTS = {
+    "pass-kv": _pass_kv,
+    "gather-kv": _gather_kv,
+    "pass-q": _pass_q,
+    "pass-q-all2all": _pass_q_all2all,
+    "gather-q": _gather_q,
+}

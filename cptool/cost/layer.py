@@ -1,0 +1,65 @@
+"""One decoder layer on the busiest rank."""
+
+from cptool.cost.exchange import exchange
+from cptool.cost.rates import Rates
+from cptool.cost.sizes import Forward, Prediction
+from cptool.hardware import HardwareProfile
+
+SMALL_OPS = 14
+"""Kernels of a layer beside products and attention: two norms of two, rotation of three, storing K
+and V, activation of two, two residual sums, one copy."""
+
+
+def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Prediction:
+    """Time of one layer under a variant of `cptool.attention`, on the busiest rank.
+
+    Linear layers and attention are counted as `linear_flops` and `attention_flops` do, each plus
+    its bytes at the memory's rate. Transfers are those of the variant's code, and hide where it
+    hides them (paper, section 3.3).
+    """
+    rates = Rates(forward, profile)
+    crowd, rows = rates.crowd(forward.sources), forward.queries
+    linear = sum(rates.product(*matrix, rows) for matrix in forward.linear_layers())
+    elementwise = elementwise_bytes(forward) * rows / profile.memory_bandwidth
+    overhead = profile.layer_overhead_s
+    if rates.queued:
+        elementwise += SMALL_OPS * profile.op_overhead_s
+    stream = rows * forward.config.hidden_size * forward.element
+    reduced, reduced_bytes = rates.all_reduce(stream)
+    attention = exchange(variant, rates)
+    overhead_s = crowd * overhead
+    if rates.queued:
+        # The host launches a layer while the device still computes the one before.
+        busy = crowd * (linear + elementwise) + attention.now + 2 * reduced
+        overhead_s = 0.0 if forward.graph else max(0.0, overhead - busy)
+    return Prediction(
+        linear_s=crowd * linear,
+        elementwise_s=crowd * elementwise,
+        attention_s=attention.attention_s,
+        merge_s=attention.merge_s,
+        tensor_parallel_s=2 * reduced,
+        exposed_s=attention.exposed_s,
+        overhead_s=overhead_s + attention.overhead_s,
+        hidden_s=attention.hidden_s,
+        bytes=attention.bytes,
+        tensor_parallel_bytes=2 * reduced_bytes,
+    )
+
+
+def elementwise_bytes(forward: Forward) -> float:
+    """Bytes that a token's norms, rotation, activation and residual sums read and write.
+
+    What has the width of the residual stream is not divided over tensor-parallel ranks.
+    """
+    config, e = forward.config, forward.element
+    feed_forward = config.intermediate_size / forward.tp
+    rotated = forward.query_width + forward.kv_width / 2
+    # Two norms (read, write; times the weight: read, write), two sums (two reads, one write).
+    moved = e * config.hidden_size * (2 * 4 + 2 * 3)
+    moved += e * forward.kv_width * 2  # K and V into the cache
+    moved += rotated * (2 * e + 2 * 4)  # through float32
+    moved += e * feed_forward * (2 + 3)  # silu in place; times up
+    if forward.feed_forward == "float8":
+        # Rows are scaled by their largest element: read, and written in one byte.
+        moved += (e + 1) * (config.hidden_size + feed_forward)
+    return moved

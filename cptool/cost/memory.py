@@ -1,0 +1,60 @@
+"""What a rank must hold, so that what does not fit is refused before anything starts."""
+
+from cptool.cost.sizes import ELEMENT_BYTES, Forward
+
+ROWS_AT_ONCE = 4096
+"""Tokens whose feed-forward intermediates exist at the same time (`cptool.model.llama`)."""
+
+RESERVED = 0.04
+"""Of a device's memory: its context, the allocator's fragments, the links' own buffers."""
+
+
+def memory_per_rank(variant: str, forward: Forward) -> dict[str, float]:
+    """Bytes of the fullest rank by what they hold: weights, kv, workspace, messages.
+
+    Embedding and output head are replicated over tensor-parallel ranks, weights over CP ranks.
+    """
+    config, e = forward.config, forward.element
+    layers = config.num_hidden_layers
+    weights = sum(n * ELEMENT_BYTES[dtype] for n, dtype in forward.linear_layers()) * layers
+    tables = 1 if config.tie_word_embeddings else 2
+    weights += tables * config.vocab_size * config.hidden_size * e
+    held = -(-(forward.cached + forward.new) // forward.ranks)
+    kv = layers * held * forward.kv_width * e + 4 * held
+    return {
+        "weights": weights,
+        "kv": kv,
+        "workspace": _workspace(forward),
+        "messages": _messages(variant, forward),
+    }
+
+
+def _workspace(forward: Forward) -> float:
+    """Live at the same time: the residual stream, a normed copy of it, q, k and v, attention's
+    result in float32 and in the working dtype, and a slice of the feed-forward network."""
+    config, e = forward.config, forward.element
+    rows = forward.queries
+    streams = 3 * config.hidden_size * e
+    projected = (forward.query_width + forward.kv_width) * e
+    result = forward.query_width * (4 + e) + 4 * forward.heads
+    rotary = 2 * config.head_dim * 4
+    sliced = min(rows, ROWS_AT_ONCE) * 3 * config.intermediate_size / forward.tp * e
+    logits = forward.batch * config.vocab_size * (4 + e)
+    return rows * (streams + projected + result + rotary) + sliced + logits
+
+
+def _messages(variant: str, forward: Forward) -> float:
+    """Buffers that blocks are received in, and partials on their way."""
+    if forward.ranks == 1:
+        return 0.0
+    block = forward.keys * forward.kv_width * forward.element
+    queries = forward.queries * forward.query_width * forward.element
+    partial = forward.partial(forward.queries)
+    if variant == "pass-kv":
+        return 2 * block + 2 * partial
+    if variant == "gather-kv":
+        return 2 * (forward.cached + forward.new) * forward.kv_width * forward.element
+    if variant == "gather-q":
+        return 2 * forward.sources * (queries + partial) + forward.ranks * partial
+    return 2 * queries + 2 * forward.ranks * partial
+

@@ -1,0 +1,96 @@
+"""How long the pieces of a layer take on a rank of given hardware."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cptool.cost.sizes import ELEMENT_BYTES, Forward
+from cptool.hardware import HardwareProfile, Link
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Times of one call, product, copy or transfer of a `forward` on a `profile`, in seconds."""
+
+    forward: Forward
+    profile: HardwareProfile
+
+    @property
+    def queued(self) -> bool:
+        """Whether the host runs ahead of the device, so that its share hides under compute."""
+        return self.profile.device != "cpu"
+
+    @property
+    def link(self) -> Link:
+        """Between neighbours of the context-parallel ring, which lie `tp` ranks apart."""
+        return self.profile.link(self.forward.ranks * self.forward.tp)
+
+    def crowd(self, ranks: int) -> float:
+        """How much longer compute takes when `ranks` ranks compute at the same time."""
+        at_once = self.profile.ranks_at_once
+        return 1.0 if at_once is None else max(1.0, ranks / at_once)
+
+    def product(self, parameters: float, dtype: str, rows: float) -> float:
+        """Of `rows` rows and a matrix.
+
+        A roofline whose ends add: few rows wait for the matrix, and many still do while it starts.
+        """
+        profile = self.profile
+        rates = profile.linear_flops
+        rate = rates.get(dtype) or rates[self.forward.dtype]
+        read = parameters * ELEMENT_BYTES[dtype] / profile.memory_bandwidth
+        return 2 * parameters * rows / rate + read
+
+    def attention(self, pairs: float, keys: float, queries: float, calls: int = 1) -> float:
+        """Calls in which `queries` see `pairs` of `keys` keys in all."""
+        profile, forward = self.profile, self.forward
+        flops = 4 * forward.query_width * (pairs + profile.attention_ramp * queries * calls)
+        read = keys * forward.kv_width * forward.element / profile.cache_bandwidth
+        spent = flops / profile.attention_flops[forward.dtype]
+        # A device reads the next tiles while it multiplies; a core does one thing at a time.
+        busy = max(spent, read) if self.queued else spent + read
+        return calls * profile.call_overhead_s + busy
+
+    def touch(self, count: float, calls: int = 1) -> float:
+        """Calls that read or write `count` bytes of memory."""
+        return calls * self.profile.op_overhead_s + count / self.profile.memory_bandwidth
+
+    def message(self, count: float, messages: int = 1) -> tuple[float, float]:
+        """Latency and moving time of a batch of messages of `count` bytes in all, one way."""
+        link, crowd = self.link, self.crowd(self.forward.ranks)
+        latency = link.latency_s + (messages - 1) * link.message_overhead_s
+        bandwidth = link.bandwidth if messages == 1 else link.fan_out
+        return latency * crowd, count / bandwidth * crowd
+
+    def exposed(self, cover: float, latency: float, moving: float) -> float:
+        """What a transfer under `cover` seconds of compute adds to it."""
+        return latency + max(moving - cover, self.profile.transfer_steals * moving)
+
+    def collective(self, count: float, messages: int) -> float:
+        """Exchange of `count` bytes in all with several ranks at once, which nothing hides."""
+        if not self.queued:
+            return sum(self.message(count, messages))
+        link = self.link
+        skew = 0.0 if self.forward.decoding else self.profile.skew_s
+        return link.collective_latency_s + skew + count / link.fan_out
+
+    def all_reduce(self, count: float) -> tuple[float, float]:
+        """Seconds and bytes sent of a sum of `count` bytes over the tensor-parallel ranks.
+
+        Over several hosts: a reduce-scatter in each, an all-reduce of each rank's share over its
+        own network card, an all-gather in each.
+        """
+        tp, profile = self.forward.tp, self.profile
+        if tp == 1:
+            return 0.0, 0.0
+        local = min(tp, profile.ranks_per_host or tp)
+        hosts = -(-tp // local)
+        sent = 2 * (local - 1) / local * count
+        link = profile.host_link
+        seconds = sent / link.fan_out + (link.collective_latency_s if local > 1 else 0.0)
+        if hosts > 1:
+            across = 2 * (hosts - 1) / hosts * count / local
+            steps = (hosts - 1).bit_length()  # pairwise, in a hypercube
+            seconds += across / profile.network.fan_out + steps * profile.network.latency_s
+            sent += across
+        return seconds * self.crowd(tp * self.forward.ranks), sent

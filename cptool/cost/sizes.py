@@ -1,0 +1,158 @@
+"""What is asked of the cost model, and what it answers for one layer."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from cptool.cost import counts
+from cptool.model.config import LlamaConfig
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """T = `new` tokens over P = `cached` ones, all sequences together, on N = `ranks` CP ranks.
+
+    active: how many of the ranks share the new tokens; the cached ones lie on all. batch: the
+    sequences, taken as equally long. tp: tensor-parallel ranks that divide each CP rank's heads and
+    widths. feed_forward: dtype of gate, up and down where it is not `dtype` ("float8": row-wise,
+    activations rounded on the way in). partial_bytes: of an element of a partial output that
+    travels. graph: replayed as one CUDA graph, so that the host has no share in it.
+    """
+
+    config: LlamaConfig
+    dtype: str
+    new: int
+    cached: int
+    ranks: int
+    active: int
+    batch: int = 1
+    tp: int = 1
+    feed_forward: str | None = None
+    partial_bytes: int = 4
+    graph: bool = False
+
+    # What rank 0 of the active ones holds and asks, the most that any rank does.
+
+    @property
+    def element(self) -> int:
+        """Bytes of an element of activations, keys and values."""
+        return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def decoding(self) -> bool:
+        """Whether this is a decode step: a token a sequence, or replayed as one."""
+        return self.graph or self.new <= self.batch
+
+    @cached_property
+    def heads(self) -> int:
+        """Query heads of a rank."""
+        return max(1, self.config.num_attention_heads // self.tp)
+
+    @cached_property
+    def query_width(self) -> int:
+        return self.heads * self.config.head_dim
+
+    @cached_property
+    def kv_width(self) -> int:
+        """Elements of K and V of a token on a rank; heads are replicated where tp exceeds them."""
+        return 2 * max(1, self.config.num_key_value_heads // self.tp) * self.config.head_dim
+
+    @cached_property
+    def queries(self) -> float:
+        return self.new / self.active if self.new > self.active else 1
+
+    @cached_property
+    def cached_keys(self) -> float:
+        return self.cached / self.ranks
+
+    @cached_property
+    def keys(self) -> float:
+        return self.cached_keys + self.queries
+
+    @property
+    def asked_keys(self) -> float:
+        """Keys of a rank in the sequences that another rank's queries belong to."""
+        return self.keys * min(1.0, self.queries / self.batch)
+
+    @cached_property
+    def sources(self) -> int:
+        """Ranks that have queries."""
+        return min(self.active, self.new)
+
+    @cached_property
+    def cached_pairs(self) -> float:
+        """Pairs (query, key) that this rank's queries see of one rank's cached keys."""
+        return self.queries * self.cached_keys / self.batch
+
+    @cached_property
+    def new_pairs(self) -> float:
+        """Pairs that this rank's queries see of one active rank's new keys.
+
+        Of two chunks an early and a late one, either both see the early one or the late one sees
+        both; on the own block, the late sees the early, and half of each its own: always half of
+        all pairs (paper, section 4.2 and appendix A).
+        """
+        return self.new * (self.new / self.batch + 1) / 2 / self.sources**2
+
+    @property
+    def pairs(self) -> float:
+        """Of this rank's queries over everything."""
+        return self.ranks * self.cached_pairs + self.sources * self.new_pairs
+
+    def partial(self, queries: float) -> float:
+        """Bytes of outputs and float32 log-sum-exps (paper, appendix C, one LSE a head)."""
+        return queries * (self.query_width * self.partial_bytes + self.heads * 4)
+
+    def linear_layers(self) -> tuple[tuple[float, str], tuple[float, str]]:
+        """(parameters of a rank, dtype) of the attention's and the feed-forward's products."""
+        return (
+            (counts.attention_parameters(self.config) / self.tp, self.dtype),
+            (
+                counts.feed_forward_parameters(self.config) / self.tp,
+                self.feed_forward or self.dtype,
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one layer on the busiest rank, by what takes them.
+
+    linear_s, elementwise_s (norms, rotation, activation, residual), attention_s, merge_s (copies
+    and merging of partials), tensor_parallel_s (all-reduces), exposed_s (transfers between CP ranks
+    that compute does not hide), overhead_s (the host, waiting for other ranks).
+
+    hidden_s: transfer time under compute. bytes: what the rank sends to CP ranks;
+    tensor_parallel_bytes: to TP ranks.
+    """
+
+    linear_s: float = 0.0
+    elementwise_s: float = 0.0
+    attention_s: float = 0.0
+    merge_s: float = 0.0
+    tensor_parallel_s: float = 0.0
+    exposed_s: float = 0.0
+    overhead_s: float = 0.0
+    hidden_s: float = field(default=0.0, kw_only=True)
+    bytes: float = field(default=0.0, kw_only=True)
+    tensor_parallel_bytes: float = field(default=0.0, kw_only=True)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def compute_s(self) -> float:
+        """All but what is exposed."""
+        return self.seconds - self.exposed_s
+
+
+PARTS = (
+    "linear_s", "elementwise_s", "attention_s", "merge_s", "tensor_parallel_s", "exposed_s",
+    "overhead_s",
+)  # fmt: skip

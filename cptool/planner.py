@@ -1,0 +1,220 @@
+"""Which layout and variant to run a prompt with, and why: the cost model asked for every layout.
+
+Pure arithmetic, no torch: an answer takes milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from cptool import tensor_parallel
+from cptool.cost import VARIANTS, Estimate, Forward, decode_step, memory_per_rank, prefill
+from cptool.cost.memory import RESERVED
+from cptool.errors import UserError
+from cptool.hardware import HardwareProfile
+from cptool.model.config import LlamaConfig
+from cptool.strategy import AUTO, Choice, choose
+
+QUERY_VARIANTS = ("pass-q", "gather-q", "pass-q-all2all")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`batch` sequences of `context` tokens each (T + P), `cached` of them held already (P), and
+    `answer` tokens to decode after it.
+
+    pad_queries: bring the queries of a decode step to a multiple of N, as the paper's system does.
+    graphs: replay a decode step as one CUDA graph where the device has them. The rest as in
+    `cptool.cost.Forward`.
+    """
+
+    config: LlamaConfig
+    context: int
+    cached: int = 0
+    batch: int = 1
+    answer: int = 0
+    dtype: str = "bfloat16"
+    feed_forward: str | None = None
+    partial_bytes: int = 4
+    pad_queries: bool = False
+    graphs: bool = True
+
+    @property
+    def new(self) -> int:
+        return self.batch * (self.context - self.cached)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout, the variants in it, what they are predicted to take and what a rank must hold.
+
+    ttft, ttit: of the chosen variants; others: variant -> prefill under it, chosen one included.
+    memory: bytes of a rank by what they hold; capacity: what a rank has for them.
+    """
+
+    cp: int
+    tp: int
+    hosts: int
+    choice: Choice
+    decode_choice: Choice
+    ttft: Estimate
+    ttit: Estimate
+    others: dict[str, Estimate]
+    memory: dict[str, float]
+    capacity: float
+
+    @property
+    def ranks(self) -> int:
+        return self.cp * self.tp
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def excess_bytes(self) -> float:
+        """By how much a rank's memory is too small; 0 if it is not."""
+        return max(0.0, self.memory_bytes - self.capacity)
+
+
+def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfile) -> Plan:
+    """The plan of one layout; `variant` is one of `cptool.attention` or "auto".
+
+    Raises UserError if the model does not divide into `tp` parts.
+    """
+    tensor_parallel.check(work.config, tp)
+    profile = _for_ranks(profile, cp * tp)
+    chosen = _choose(variant, work.new, work.batch * work.cached, work, cp, tp, profile)
+    graphs = work.graphs and profile.device != "cpu"
+    step = -(-work.batch // cp) * cp if work.pad_queries else work.batch
+    held = work.batch * (work.context + work.answer // 2)
+    asked = variant if variant in QUERY_VARIANTS else AUTO
+    decoding = _choose(asked, step, held, work, cp, tp, profile, active=cp)
+    forward = _forward(work, work.new, work.batch * work.cached, cp, tp, chosen.active)
+    one = _forward(work, step, held, cp, tp, decoding.active, graph=graphs)
+    names = dict.fromkeys((chosen.variant, *VARIANTS)) if cp > 1 else (chosen.variant,)
+    others = {name: prefill(name, forward, profile) for name in names}
+    filled = replace(forward, cached=forward.cached + work.batch * work.answer)
+    return Plan(
+        cp=cp,
+        tp=tp,
+        hosts=-(-cp * tp // profile.ranks_per_host) if profile.ranks_per_host else 1,
+        choice=chosen,
+        decode_choice=decoding,
+        ttft=others[chosen.variant],
+        ttit=decode_step(decoding.variant, one, profile),
+        others=others,
+        memory=memory_per_rank(chosen.variant, filled),
+        capacity=(1 - RESERVED) * profile.memory_bytes / _crowd(profile, cp * tp),
+    )
+
+
+def layouts(
+    config: LlamaConfig, cp: int | None, tp: int | None, max_ranks: int
+) -> list[tuple[int, int]]:
+    """(cp, tp) worth a prediction: what is given, else powers of two up to `max_ranks` in all."""
+    powers = [1 << n for n in range(max_ranks.bit_length()) if 1 << n <= max_ranks]
+    pairs = [(c, t) for t in ([tp] if tp else powers) for c in ([cp] if cp else powers)]
+    if cp and tp:
+        return pairs
+    return [(c, t) for c, t in pairs if c * t <= max_ranks and _divides(config, t)]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The layout to use, and the others with the reason against each."""
+
+    best: Plan
+    rejected: list[tuple[Plan, str]]
+    misses_target: bool = False
+
+
+def best(plans: Iterable[Plan], ttft_below: float | None = None) -> Answer:
+    """Of those that fit: the fewest ranks that reach the target, the fastest of them; without a
+    target, or where none reaches it, the fastest.
+
+    Raises UserError where nothing fits, saying by how much.
+    """
+    plans = list(plans)
+    fitting = [p for p in plans if not p.excess_bytes]
+    if not fitting:
+        raise UserError(misfit(min(plans, key=lambda p: p.excess_bytes)))
+    reaching = [p for p in fitting if ttft_below is not None and p.ttft.seconds <= ttft_below]
+
+    def time(p: Plan) -> float:
+        return p.ttft.seconds
+
+    if reaching:
+        chosen = min(reaching, key=lambda p: (p.ranks, time(p)))
+    else:
+        chosen = min(fitting, key=lambda p: (time(p), p.ranks))
+
+    def against(p: Plan) -> str:
+        if p.excess_bytes:
+            return f"needs {_size(p.memory_bytes)} a rank, {_size(p.excess_bytes)} too much"
+        if ttft_below is not None and time(p) > ttft_below:
+            return f"misses the target by {_seconds(time(p) - ttft_below)}"
+        if reaching and p.ranks > chosen.ranks:
+            return f"{p.ranks} ranks where {chosen.ranks} reach the target"
+        return f"{_seconds(time(p) - time(chosen))} slower"
+
+    rejected = [(p, against(p)) for p in plans if p is not chosen]
+    return Answer(chosen, rejected, misses_target=ttft_below is not None and not reaching)
+
+
+def misfit(p: Plan) -> str:
+    """Why a layout cannot run, in one line."""
+    parts = ", ".join(f"{name} {_size(count)}" for name, count in p.memory.items())
+    return (
+        f"--cp {p.cp} --tp {p.tp}: a rank needs {_size(p.memory_bytes)} ({parts}), "
+        f"{_size(p.excess_bytes)} more than the {_size(p.capacity)} that it has; "
+        + (
+            "raise --tp, or give --fp8"
+            if p.memory["weights"] > p.capacity / 2
+            else "raise --cp"
+        )
+    )
+
+
+def _forward(work, new, cached, cp, tp, active, graph=False) -> Forward:
+    return Forward(
+        work.config, work.dtype, new, cached, cp, active, work.batch, tp,
+        feed_forward=work.feed_forward, partial_bytes=work.partial_bytes, graph=graph,
+    )  # fmt: skip
+
+
+def _choose(variant, new, cached, work, cp, tp, profile, active=None) -> Choice:
+    chosen = choose(
+        variant, new=new, cached=cached, ranks=cp, config=work.config, dtype=work.dtype,
+        profile=profile, batch=work.batch, tp=tp,
+    )  # fmt: skip
+    return replace(chosen, active=active) if active else chosen
+
+
+def _for_ranks(profile: HardwareProfile, ranks: int) -> HardwareProfile:
+    """The processors of a CPU shared out as `cptool` shares them."""
+    if not profile.threads or profile.ranks_at_once is None:
+        return profile
+    processors = profile.threads * profile.ranks_at_once
+    return profile.for_ranks(max(1, processors // ranks), processors)
+
+
+def _crowd(profile: HardwareProfile, ranks: int) -> float:
+    return max(1.0, ranks / profile.ranks_at_once) if profile.ranks_at_once else 1.0
+
+
+def _divides(config: LlamaConfig, tp: int) -> bool:
+    try:
+        tensor_parallel.check(config, tp)
+    except UserError:
+        return False
+    return True
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.3g} GB"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
