@@ -20,7 +20,7 @@ from torch.nn import functional
 from cptool import emulated_memory
 from cptool.attention import KEYS_TRAVEL, Step, attend
 from cptool.cache import KVCache
-from cptool.cost import attention_flops, linear_flops
+from cptool.cost import all_reduce, attention_flops, linear_flops
 from cptool.emulated_ring import Compute, EmulatedRing, Timeline, Trace, Wait, replay
 from cptool.hardware import HardwareProfile
 from cptool.model.config import LlamaConfig
@@ -167,14 +167,6 @@ def shards(scenario: Scenario, active: int) -> Shards:
     return Shards(cached, queries, tuple(concat(*pair) for pair in zip(cached, queries)))
 
 
-def allreduce_s(count: float, tp: int, profile: HardwareProfile) -> float:
-    """Of `count` bytes over `tp` ranks, in a ring: 2 (tp - 1) / tp of them cross every link."""
-    if tp == 1:
-        return 0.0
-    link = profile.link(tp)
-    return link.collective_latency_s + 2 * (tp - 1) / tp * count / link.bandwidth
-
-
 @torch.inference_mode()
 def emulate(
     scenario: Scenario,
@@ -228,7 +220,7 @@ def emulate(
         exposed_s=replay(trace, link, profile.transfer_steals),
         waiting_s=_waiting(scenario, choice.variant, profile),
         allreduce_bytes=sum(reduced),
-        allreduce_s=sum(allreduce_s(count, scenario.tp, profile) for count in reduced),
+        allreduce_s=sum(all_reduce(count, scenario.tp, profile)[0] for count in reduced),
         once={
             "overhead": profile.forward_overhead_s,
             "positions and shards": dealt,
@@ -243,13 +235,11 @@ def emulate(
 
 
 def _waiting(scenario: Scenario, variant: str, profile: HardwareProfile) -> float:
-    """What ranks that do not keep pace cost in a layer: at each ring step, or at each exchange."""
+    """What ranks that do not keep pace cost in a layer: each of them, and each exchange."""
     if scenario.cp == 1:
         return 0.0
-    exchanges = {"gather-kv": 1, "gather-q": 2}.get(variant)
-    if exchanges is None:
-        return (scenario.cp - 1) * profile.ring_step_s
-    return exchanges * profile.skew_s
+    exchanges = {"gather-kv": 1, "gather-q": 2, "pass-q-all2all": 1}.get(variant, 0)
+    return scenario.cp * profile.wait_s + exchanges * profile.skew_s
 
 
 def _layer(scenario: Scenario) -> DecoderLayer:

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from cptool.cli.counts import TokenCount
 from cptool.cli.main import main
-from cptool.cost import attention_flops, kv_bytes, linear_flops
+from cptool.cost import all_reduce, attention_flops, kv_bytes, linear_flops
 from cptool.emulated_ring import Compute, EmulatedRing, Start, Timeline, Wait, replay
-from cptool.emulation import LINEAR, OTHER, Scenario, _segments, allreduce_s, emulate, shards
+from cptool.emulation import LINEAR, OTHER, Scenario, _segments, emulate, shards
 from cptool.hardware import Link, default_profile
 from cptool.model.fp8 import RowwiseFp8
 from cptool.model.shapes import SHAPES
@@ -26,7 +26,7 @@ TINY = dataclasses.replace(
 )  # fmt: skip
 LINK = Link(1e9, 2e9, latency_s=1e-3, message_overhead_s=1e-4, collective_latency_s=2e-3)
 PROFILE = dataclasses.replace(
-    default_profile("cpu"), host_link=LINK, network=LINK, transfer_steals=0.0, ring_step_s=1e-5
+    default_profile("cpu"), host_link=LINK, network=LINK, transfer_steals=0.0, wait_s=1e-5
 )
 
 
@@ -112,7 +112,7 @@ def test_a_rank_of_four(variant, cached):
     assert 0 < result.exposed_s <= result.transfer_s * 1.001
     assert result.allreduce_bytes == 2 * 4 * 96 * result.queries
     assert result.allreduce_s == pytest.approx(
-        2 * allreduce_s(result.allreduce_bytes / 2, 2, PROFILE)
+        2 * all_reduce(result.allreduce_bytes / 2, 2, PROFILE)[0]
     )
     assert result.layer_s > result.compute_s
 
@@ -134,8 +134,8 @@ def test_ranks_share_the_work_in_balance():
 
 
 def test_allreduce_in_ring_form():
-    assert allreduce_s(1e9, 1, PROFILE) == 0
-    assert allreduce_s(8e6, 8, PROFILE) == pytest.approx(2e-3 + 2 * 7 / 8 * 8e-3)
+    assert all_reduce(1e9, 1, PROFILE) == (0, 0)
+    assert all_reduce(8e6, 8, PROFILE)[0] == pytest.approx(2e-3 + 2 * 7 / 8 * 4e-3)
 
 
 def test_rowwise_fp8_is_a_product():

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cptool import tensor_parallel
-from cptool.cost import Forward, predict
+from cptool.cost import Forward, decode_step, prefill
 from cptool.distributed import World
 from cptool.engine import Engine
 from cptool.hardware import HardwareProfile
@@ -109,5 +109,5 @@ def predicted_s(
 ) -> float:  # fmt: skip
     """Seconds of a forward of the cut model under `choice`, as the cost model sees it."""
     forward = Forward(config, dtype, new, cached, ranks, choice.active, batch, tp)
-    layer = predict(choice.variant, forward, profile).seconds
-    return profile.forward_overhead_s + config.num_hidden_layers * layer
+    estimate = decode_step if forward.decoding else prefill
+    return estimate(choice.variant, forward, profile).seconds

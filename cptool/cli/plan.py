@@ -108,13 +108,13 @@ def plan(
     )  # fmt: skip
     ranks = max_gpus or max((cp or 1) * (tp or 1), profile.ranks_per_host or _here(profile))
     if sweep is not None:
+        from cptool import plot as plots
         from cptool.cli import sweeps
 
+        plots.check(plot)
         table = sweeps.SWEEPS[sweep](work, cp, tp, variant, profile, ranks)
         if plot is not None:
-            from cptool.cli import plots
-
-            plots.draw(table, plot, model=model, hardware=profile.name)
+            sweeps.draw_plot(table, model, profile.name, plot)
         sweeps.tell(table, model, profile.name, plot, as_json)
         return
     plans = [

@@ -16,6 +16,7 @@ from cptool.errors import UserError
 from cptool.hardware import HardwareProfile
 
 MISS_RATES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.125, 0.2, 0.35, 0.5, 0.75, 1.0)
+TICKS = (0.01, 0.02, 0.03, 0.05, 0.08, 0.125, 0.2, 0.35, 0.5, 1.0)
 SHORTEST = 8000
 
 
@@ -69,7 +70,7 @@ def ranks(work, cp, tp, variant, profile: HardwareProfile, ranks: int) -> Table:
         f"CP{count} reaches {seconds * first / count / spent:.0%} of perfect scaling"
         for count, spent in known[1:]
     ]
-    title = f"time to the first token of {work.context:,} tokens over CP ranks of TP{tp}"
+    title = f"time to the first token of {work.context:,} tokens over CP ranks"
     return Table(
         "ranks", f"CP ranks of TP{tp}", counts, {variant: times}, {variant: ideal}, title, notes
     )
@@ -147,6 +148,30 @@ def tell(table: Table, model: str, hardware: str, plot: Path | None, as_json: bo
         click.echo(note)
     if plot is not None:
         click.echo(f"drawn in {plot}")
+
+
+def draw_plot(table: Table, model: str, hardware: str, path: Path) -> None:
+    """Seconds over x, both logarithmic; dashed is what would scale perfectly."""
+    from cptool import plot as plots
+
+    scale = 100 if table.kind == "miss-rates" else 1
+    lines = []
+    for name, times in table.series.items():
+        points = [(scale * x, t) for x, t in zip(table.x, times) if t is not None]
+        if points:
+            lines.append(plots.Line(name, *zip(*points)))
+        if name in table.ideal:
+            lines.append(plots.Line("perfect scaling", table.x, table.ideal[name], dashed=True))
+    shown = TICKS if table.kind == "miss-rates" else table.x
+    plots.draw(
+        path,
+        lines,
+        title=f"{model} on {hardware}: {table.title}",
+        x=table.axis + (", %" if scale == 100 else ""),
+        y="predicted time to the first token, s",
+        logarithmic="xy",
+        ticks=[scale * x for x in shown],
+    )
 
 
 def _seconds(work, cp, tp, variant, profile) -> float | None:

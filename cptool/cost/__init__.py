@@ -17,6 +17,7 @@ from cptool.cost.exchange import VARIANTS
 from cptool.cost.forward import Estimate, decode_step, prefill
 from cptool.cost.layer import predict
 from cptool.cost.memory import memory_per_rank
+from cptool.cost.rates import all_reduce
 from cptool.cost.sizes import ELEMENT_BYTES, Forward, Prediction
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Estimate",
     "Forward",
     "Prediction",
+    "all_reduce",
     "attention_flops",
     "decode_step",
     "kv_bytes",

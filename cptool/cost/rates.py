@@ -75,22 +75,27 @@ class Rates:
         return link.collective_latency_s + skew + count / link.fan_out
 
     def all_reduce(self, count: float) -> tuple[float, float]:
-        """Seconds and bytes sent of a sum of `count` bytes over the tensor-parallel ranks.
+        """`all_reduce` over the tensor-parallel ranks."""
+        seconds, sent = all_reduce(count, self.forward.tp, self.profile)
+        return seconds * self.crowd(self.forward.tp * self.forward.ranks), sent
 
-        Over several hosts: a reduce-scatter in each, an all-reduce of each rank's share over its
-        own network card, an all-gather in each.
-        """
-        tp, profile = self.forward.tp, self.profile
-        if tp == 1:
-            return 0.0, 0.0
-        local = min(tp, profile.ranks_per_host or tp)
-        hosts = -(-tp // local)
-        sent = 2 * (local - 1) / local * count
-        link = profile.host_link
-        seconds = sent / link.fan_out + (link.collective_latency_s if local > 1 else 0.0)
-        if hosts > 1:
-            across = 2 * (hosts - 1) / hosts * count / local
-            steps = (hosts - 1).bit_length()  # pairwise, in a hypercube
-            seconds += across / profile.network.fan_out + steps * profile.network.latency_s
-            sent += across
-        return seconds * self.crowd(tp * self.forward.ranks), sent
+
+def all_reduce(count: float, tp: int, profile: HardwareProfile) -> tuple[float, float]:
+    """Seconds and bytes sent by a rank of a sum of `count` bytes over `tp` neighbouring ranks.
+
+    Over several hosts: a reduce-scatter in each, an all-reduce of each rank's share over its own
+    network card, an all-gather in each.
+    """
+    if tp == 1:
+        return 0.0, 0.0
+    local = min(tp, profile.ranks_per_host or tp)
+    hosts = -(-tp // local)
+    sent = 2 * (local - 1) / local * count
+    link = profile.host_link
+    seconds = sent / link.fan_out + (link.collective_latency_s if local > 1 else 0.0)
+    if hosts > 1:
+        across = 2 * (hosts - 1) / hosts * count / local
+        steps = (hosts - 1).bit_length()  # pairwise, in a hypercube
+        seconds += across / profile.network.fan_out + steps * profile.network.latency_s
+        sent += across
+    return seconds, sent
