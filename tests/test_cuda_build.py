@@ -1,5 +1,6 @@
 """The CUDA side as far as a machine without a GPU can tell: the build, and logic of the host."""
 
+import json
 import os
 import re
 import shutil
@@ -36,6 +37,44 @@ def test_the_cuda_runtime_stays_inside():
     ).stdout
     assert "PyInit__C" in symbols
     assert re.findall(r"\b_?_?cu(?:da)?[A-Z]\w+", symbols) == []
+
+
+def test_no_attention_kernel_spills():
+    """What ptxas said in the build of this checkout, for every architecture."""
+    reports = list(ROOT.glob("build/temp*/cmake/CMakeFiles/*.dir/csrc/cuda/**/*.ptxas"))
+    if not ARCHS or not reports:
+        pytest.skip("no reports of ptxas: CUDA kernels were not built in this checkout")
+    kernels = [json.loads(line) for path in reports for line in path.read_text().splitlines()]
+    attention = [kernel for kernel in kernels if "attention" in kernel["kernel"]]
+    assert {kernel["arch"] for kernel in attention} >= {f"sm_{arch}" for arch in ARCHS}
+    assert [kernel for kernel in attention if kernel["spill_stores"] or kernel["spill_loads"]] == []
+
+
+def test_what_ptxas_says_is_kept(tmp_path):
+    """And the rest is passed on."""
+    log = """
+ptxas info    : 12 bytes gmem
+ptxas info    : Compiling entry function '_Z6kernelv' for 'sm_80'
+ptxas info    : Function properties for _Z6kernelv
+    152 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers
+a.cu(3): warning: something else"""
+    command = [sys.executable, ROOT / "csrc" / "cuda" / "ptxas_report.py", sys.executable, "-c"]
+    done = subprocess.run(
+        [*command, f"import sys; sys.stderr.write({log!r})", "-o", tmp_path / "a.cu.o"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert done.stdout == "a.cu: 1 kernels, at most 255 registers, 1 spills\n"
+    assert done.stderr.split("\n")[-2:] == ["a.cu(3): warning: something else", ""]
+    assert json.loads((tmp_path / "a.cu.o.ptxas").read_text()) == {
+        "kernel": "_Z6kernelv",
+        "arch": "sm_80",
+        "spill_stores": 8,
+        "spill_loads": 16,
+        "registers": 255,
+    }
 
 
 @pytest.mark.parametrize("name", ["attention_partial", "attention_partial_", "merge_partials"])
