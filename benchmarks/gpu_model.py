@@ -4,6 +4,8 @@
     python benchmarks/gpu_model.py --device cpu                 # the script itself, a tiny model
 
 Prefill is held against a bf16 matrix product, decode against a copy, both measured in the same run.
+Decode runs as steps over static memory, in a CUDA graph where there are graphs, and kernel by kernel
+as `extend` runs them.
 """
 
 from __future__ import annotations
@@ -72,34 +74,44 @@ def measure(world, given, config, contexts) -> list[dict[str, object]]:
     results = []
     for context in contexts:
         prompt = torch.randint(config.vocab_size, (context,), generator=generator).tolist()
-        engine = Engine(model, world)
-        samples: dict[str, list[float]] = {"prefill": [], "decode": [], "gemm": [], "copy": []}
+        ways = {"graph": True, "eager": False}
+        engines = {name: Engine(model, world, static=static) for name, static in ways.items()}
+        names = ("prefill", *engines, "gemm", "copy")
+        samples: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(given.rounds + 1):
-            samples["prefill"].append(prefill(engine, prompt, device))
-            samples["decode"].append(decode(engine, given.steps))
+            for name, engine in engines.items():
+                samples["prefill"].append(prefill(engine, prompt, device))
+                samples[name].append(decode(engine, given.steps))
+                reason = engine.choice.reason if name == "graph" else reason
             samples["gemm"].append(timed(run, device, 10))
             samples["copy"].append(timed(moving, device, 5))
         median = {name: statistics.median(values[1:]) for name, values in samples.items()}
         work = linear_flops(config, context, 1) + attention_flops(config, context)
         read = weight_bytes(config, 2) + kv_bytes(config, context + given.steps // 2, 2)
+        bandwidth = moved / median["copy"]
         result = {
             "context": context,
             "ttft_s": median["prefill"],
             "prefill_flops": work,
             "of_gemm": work / median["prefill"] / (flops / median["gemm"]),
-            "ttit_ms": 1e3 * median["decode"],
             "decode_bytes": read,
-            "of_copy": read / median["decode"] / (moved / median["copy"]),
+            "steps": reason,
+            **{f"ttit_ms_{name}": 1e3 * median[name] for name in engines},
+            **{f"of_copy_{name}": read / median[name] / bandwidth for name in engines},
             "samples": samples,
         }
         results.append(result)
         print(
             f"{context} tokens: first token {result['ttft_s']:.3f} s, "
             f"{work / result['ttft_s'] / 1e12:.1f} TFLOP/s, {100 * result['of_gemm']:.1f}% of gemm; "
-            f"decode {result['ttit_ms']:.2f} ms, {read / median['decode'] / 1e9:.0f} GB/s, "
-            f"{100 * result['of_copy']:.1f}% of copy"
+            + ", ".join(
+                f"decode {name} {1e3 * median[name]:.2f} ms, {read / median[name] / 1e9:.0f} GB/s, "
+                f"{100 * result[f'of_copy_{name}']:.1f}% of copy"
+                for name in engines
+            )
+            + f" ({reason})"
         )
-        del engine
+        del engines
     return results
 
 

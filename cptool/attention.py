@@ -154,7 +154,7 @@ def pass_q(
     messages: list[torch.Tensor] = [q.new_empty(0)] * size
     pending = []
     for source, block in ring.blocks(q.contiguous(), step.query_sizes):
-        message = _pack(*_over_local(block, step.queries[source], kv, scale, step.partial_dtype))
+        message = pack(*_over_local(block, step.queries[source], kv, scale, step.partial_dtype))
         if source == rank:
             messages[rank] = message
             continue
@@ -164,7 +164,7 @@ def pass_q(
         pending.append((transfer, message))
     for transfer, _ in pending:
         ring.wait(transfer)
-    return _merge_messages(messages, q)
+    return merge_messages(messages, q)
 
 
 def pass_q_all2all(
@@ -177,8 +177,8 @@ def pass_q_all2all(
     outgoing: list[torch.Tensor] = [q.new_empty(0)] * ring.size
     for source, block in ring.blocks(q.contiguous(), step.query_sizes):
         partial = _over_local(block, step.queries[source], kv, scale, step.partial_dtype)
-        outgoing[source] = _pack(*partial)
-    return _merge_messages(_exchange(outgoing, step, ring), q)
+        outgoing[source] = pack(*partial)
+    return merge_messages(_exchange(outgoing, step, ring), q)
 
 
 def gather_q(
@@ -192,8 +192,8 @@ def gather_q(
     gathered = torch.cat(ring.gather(q.contiguous(), step.query_sizes))
     gathered = gathered.index_select(0, order)
     out, lse = _over_local(gathered, queries, kv, scale, step.partial_dtype)
-    outgoing = [_pack(out.index_select(0, rows), lse.index_select(0, rows)) for rows in step.rows]
-    return _merge_messages(_exchange(outgoing, step, ring), q)
+    outgoing = [pack(out.index_select(0, rows), lse.index_select(0, rows)) for rows in step.rows]
+    return merge_messages(_exchange(outgoing, step, ring), q)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -225,7 +225,7 @@ def _over_block(q, queries: Placement, block, keys: Placement, scale, into=None,
     )  # fmt: skip
 
 
-def _pack(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+def pack(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     """A partial as one message in out's dtype: out [T, H, D], then the bits of lse [T, H]."""
     return torch.cat([out.flatten(), lse.view(out.dtype).flatten()])
 
@@ -235,7 +235,7 @@ def _exchange(outgoing: list[torch.Tensor], step: Step, ring: Ring) -> list[torc
     return ring.exchange(outgoing, [outgoing[step.rank].numel()] * ring.size)
 
 
-def _merge_messages(messages: list[torch.Tensor], q: torch.Tensor) -> torch.Tensor:
+def merge_messages(messages: list[torch.Tensor], q: torch.Tensor) -> torch.Tensor:
     """Merge packed partials of q's tokens in the order given; [T, H, D] in q's dtype."""
     outs = [message[: q.numel()].view(q.shape) for message in messages]
     lses = [message[q.numel() :].view(torch.float32).view(q.shape[:2]) for message in messages]

@@ -56,6 +56,17 @@ class LayerKV:
         return self.slab if self.held_slots is None else self.slab.index_select(0, self.held_slots)
 
 
+@dataclass(frozen=True)
+class Slots:
+    """slab `[layers, slots, 2, kv_heads, head_dim]`; sequence b's slots are `[offsets[b], offsets[b +
+    1])`, of which what is held comes first; positions int32 `[slots]`, `NEVER` where nothing is.
+    """
+
+    slab: torch.Tensor
+    offsets: tuple[int, ...]
+    positions: torch.Tensor
+
+
 class KVCache:
     """The KV of `batch` sequences on this rank, for `layers` layers of `kv_heads` heads of
     `head_dim`.
@@ -148,6 +159,20 @@ class KVCache:
 
     def layer(self, layer: int) -> LayerKV:
         return LayerKV(self._slab[layer, : self._slots], self._k_pos, self._cu_k, self._held_slots)
+
+    @property
+    def place(self) -> tuple:
+        """Equal as long as every slot stays where it is."""
+        return self._slab.data_ptr(), self._slab.shape, tuple(self._offsets)
+
+    def slots(self) -> Slots:
+        """All memory as it lies now, for writing tokens to where `extend` will find them."""
+        positions = torch.full(
+            (self._offsets[-1],), NEVER, dtype=torch.int32, device=self._slab.device
+        )
+        for start, row in zip(self._offsets, self.held.sequences()):
+            positions[start : start + len(row)] = row
+        return Slots(self._slab, tuple(self._offsets), positions)
 
     def tokens_from(self, layer: int, sequence: int, first: int) -> torch.Tensor:
         """K and V of the sequence's tokens held at index `first` and after: `[tokens, 2, kv_heads,

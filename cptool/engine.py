@@ -24,10 +24,17 @@ from cptool.ring import Ring
 from cptool.sampling import Sampling
 from cptool.session import Manifest, ModelIdentity, Sequence
 from cptool.sharding import Placement, balanced, concat
+from cptool.static_decode import StaticDecode
 from cptool.strategy import AUTO, Choice, choose
 from cptool.trace import SILENT, Recorder, Silent
 
 Progress = Callable[[str, int, int], None]
+
+STATIC_ROWS = 128
+"""Sequences up to which a step's linear layers take the time of reading their weights, so that
+every rank may compute all new tokens."""
+STATIC_STEPS = 1024
+"""Decode steps that room is made for at once."""
 
 
 class Engine:
@@ -35,8 +42,11 @@ class Engine:
 
     `tokens[b]` is everything said so far, `computed[b]` how many of them have KV (the last token of
     a decode may be pending), `logits[b]` float32 [vocabulary] what follows, on the rank that owns
-    the sequence's last token, `ended[b]` whether an answer ended with that token. `partials`: "float32", or "working" to let partial outputs travel in
-    the model's dtype (`cptool.attention.Step` tells what that costs in error).
+    the sequence's last token, `ended[b]` whether an answer ended with that token.
+
+    partials: "float32", or "working" to let partial outputs travel in the model's dtype
+    (`cptool.attention.Step` tells what that costs in error). static: whether `decode` under the
+    variant "auto" takes the steps of `cptool.static_decode`; by default on CUDA.
     """
 
     def __init__(
@@ -47,6 +57,7 @@ class Engine:
         batch: int = 1,
         variant: str = AUTO,
         partials: str = "float32",
+        static: bool | None = None,
         profile: HardwareProfile | None = None,
         progress: Progress | None = None,
     ):
@@ -60,6 +71,9 @@ class Engine:
         self.ended = [False] * batch
         self.logits: dict[int, torch.Tensor] = {}
         self.choice: Choice | None = None
+        self.static = world.device.type == "cuda" if static is None else static
+        self._steps: StaticDecode | None = None
+        self._stepping = False
         self._progress = progress or (lambda phase, done, total: None)
         self.saved = [0] * batch
         self._on_disk = [0] * batch
@@ -117,6 +131,8 @@ class Engine:
             share = -(-reserve // world.cp) + 1
             self.cache.reserve([held + share for held in self._held[world.cp_rank]])
         self.cache.extend(mine)
+        if self._steps is not None and self._steps.moved:
+            self._steps = None  # it keeps the memory that the cache has left
         travels = world.cp > 1 and self.choice.variant in KEYS_TRAVEL
         step = Step(
             rank=world.cp_rank,
@@ -202,11 +218,54 @@ class Engine:
                     talking.remove(b)
                     self.logits.pop(b, None)
                     self.ended[b] = picks[b] in stop
-            self.extend([[pick] if b in talking else [] for b, pick in enumerate(picks)])
+            self._advance({b: picks[b] for b in sorted(talking)}, limit - max(map(len, answers)))
+        self._settle()
         for said, answer in zip(self.tokens, answers):
             # Said, but left without KV until somebody needs what follows it.
             said.extend(answer[-1:])
         return answers
+
+    @torch.inference_mode()
+    def _advance(self, picks: dict[int, int], left: int) -> None:
+        """Computes one more token of the sequences in `picks`, which may be given `left` more."""
+        if not picks:
+            return
+        if not self.static or self.variant != AUTO or self.observe or len(picks) > STATIC_ROWS:
+            self.extend([[picks[b]] if b in picks else [] for b in range(len(self.tokens))])
+            return
+        steps = self._steps
+        if not self._stepping or not steps.remaining or 2 * len(picks) <= len(steps.sequences):
+            self._open_steps(sorted(picks), min(left, STATIC_STEPS))
+        rows = self._steps.step(picks, {b: self.computed[b] for b in picks})
+        for b, pick in picks.items():
+            self.tokens[b].append(pick)
+            self.computed[b] += 1
+        self.logits = {b: row for b, row in self.logits.items() if b not in picks}
+        if self.world.cp_rank == 0:  # one that counts, should ranks differ in a bit
+            self.logits |= rows
+
+    def _open_steps(self, sequences: list[int], steps: int) -> None:
+        self._settle()
+        if self._steps is None or not self._steps.reopen(sequences, self._held, steps):
+            self._steps = None  # its memory first
+            self._steps = StaticDecode(
+                self.model, self.ring, self.cache, sequences, self._held, steps, self.partial_dtype
+            )
+        how = self._steps.reason
+        reason = "in a CUDA graph" if how is None else f"kernel by kernel: {how}"
+        self.choice = Choice("all-q", self.world.cp, f"all new tokens on every rank, {reason}", 0.0)
+        self._stepping = True
+
+    def _settle(self) -> None:
+        """Notes what the ranks were given in static steps, as `extend` does for its tokens."""
+        if not self._stepping:
+            return
+        self._stepping = False
+        given = self._steps.taken()
+        for keys, placement in zip(self._keys, given):
+            keys.append(placement)
+        self._held = self._steps.held
+        self.cache.extend(given[self.world.cp_rank].to(self.world.device))
 
     def truncate(self, lengths: list[int]) -> None:
         """Goes back to the first `lengths[b]` tokens of each sequence; costs no computation.

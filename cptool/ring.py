@@ -16,6 +16,9 @@ import torch.distributed as dist
 
 from cptool.trace import SILENT, Recorder, Silent
 
+# torch 2.13's name; before, it is the other one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Ring:
     """Transfers within `group`; group None is a ring of one rank, which never communicates.
@@ -90,6 +93,22 @@ class Ring:
         return self._all_to_all(
             outgoing, [like.new_empty(size, *like.shape[1:]) for size in sizes]
         )
+
+    def all_gather(self, local: torch.Tensor) -> list[torch.Tensor]:
+        """`local` [n, ...] of every rank, all of one size, in rank order: one collective."""
+        whole = local.new_empty(self.size * local.shape[0], *local.shape[1:])
+        began = time.perf_counter()
+        _all_gather(whole, local, group=self.group)
+        self.exposed_s += time.perf_counter() - began
+        self.sent_bytes += (self.size - 1) * local.nbytes
+        return list(whole.split(local.shape[0]))
+
+    def why_no_graph(self, device: torch.device) -> str | None:
+        """Why a CUDA graph cannot hold these transfers; None if it can."""
+        if device.type != "cuda" or self.group is None:
+            return None
+        backend = dist.get_backend(self.group)
+        return None if "nccl" in backend else f"{backend} is no part of a CUDA graph"
 
     def _all_to_all(
         self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]

@@ -60,6 +60,7 @@ class Report:
     ttft_s: float
     ttit_ms: float | None
     decode_variant: str | None
+    decode_reason: str | None
     first_token: tuple[int, ...]
     token_ids: tuple[tuple[int, ...], ...]
     exposed_s: float
@@ -152,6 +153,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
         ttft_s=answered - loaded,
         ttit_ms=1e3 * (ended - answered) / steps if steps > 0 else None,
         decode_variant=engine.choice.variant if steps > 0 else None,
+        decode_reason=engine.choice.reason if steps > 0 else None,
         first_token=first,
         token_ids=tuple(map(tuple, answers)),
         exposed_s=exposed,

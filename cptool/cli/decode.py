@@ -139,6 +139,7 @@ def decode(
             "tokens": report.tokens,
             **report.shared_fields(),
             "decode_variant": report.decode_variant,
+            "decode_reason": report.decode_reason,
             "load_s": report.load_s,
             "ttft_s": report.ttft_s,
             "ttit_ms": report.ttit_ms,

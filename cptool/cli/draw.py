@@ -60,7 +60,7 @@ def decode_rows(report: "Report") -> list[tuple[str, str]]:
         (
             "decode",
             f"{count} tokens, {report.ttit_ms:.1f} ms each, {rate:.3g} GB/s of weights and KV a "
-            f"rank ({report.decode_variant})",
+            f"rank ({report.decode_variant}: {report.decode_reason})",
         )
     ]
 

@@ -1,0 +1,145 @@
+"""Decode over static memory says what `extend` says token for token, and leaves the same state."""
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from cptool.checkpoint import open_checkpoint
+from cptool.distributed import run
+from cptool.engine import Engine
+from cptool.graphs import Recorded
+from cptool.sampling import Sampling
+from cptool.static_decode import owner, shares
+from cptool.turn import identity
+from cptool.weights import load_model
+
+
+def prompt(length: int, salt: int = 0) -> list[int]:
+    return [(7 * i * i + 3 * i + 11 * length + salt) % 290 for i in range(length)]
+
+
+TURNS = [
+    [prompt(37), [], prompt(1), prompt(5), prompt(12)],
+    [prompt(2, 1), prompt(3, 1), [], prompt(20, 1), []],
+]
+
+
+def say(world, path, static, turns, steps, stop=(), sampling=Sampling(), partials="float32"):
+    """Answers to each turn, positions that this rank holds of each sequence, ways of decode."""
+    shared = world if world.tp > 1 else None
+    model = load_model(open_checkpoint(str(path)), torch.float32, world.device, shared)
+    engine = Engine(model, world, batch=len(turns[0]), static=static, partials=partials)
+    answers, ways = [], []
+    for turn in turns:
+        engine.extend(turn)
+        answers.append(engine.decode(steps, sampling, stop))
+        ways.append(engine.choice.variant)
+        assert engine.cache.lengths == engine._held[world.cp_rank]
+    return answers, ways, [row.tolist() for row in engine.cache.held.sequences()], engine.computed
+
+
+def assert_same(results, expected):
+    """The tokens of one rank, and every token's KV on exactly one."""
+    for answers, ways, _, computed in results:
+        assert answers == expected[0] and computed == expected[3]
+        assert set(ways) == {"all-q"} and "all-q" not in expected[1]
+    for b, computed in enumerate(results[0][3]):
+        rows = [held[b] for _, _, held, _ in results]
+        assert sorted(sum(rows, [])) == list(range(computed))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_same_tokens_as_step_by_step(mqa_path, n):
+    """Two turns of a batch with an empty member; memory moves between them."""
+    expected = run_ranks(1, say, mqa_path, False, TURNS, 9)[0]
+    assert_same(run_ranks(n, say, mqa_path, True, TURNS, 9), expected)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_sequences_that_stop_leave(mqa_path, n):
+    """With a stop token and draws; fewer rows than half open a new set of them."""
+    options = {"stop": tuple(range(40)), "sampling": Sampling(temperature=2.0, seed=5)}
+    expected = run_ranks(1, say, mqa_path, False, TURNS, 24, **options)[0]
+    assert len({len(answer) for answer in expected[0][0]}) > 3
+    assert_same(run_ranks(n, say, mqa_path, True, TURNS, 24, **options), expected)
+
+
+def test_kv_grows_evenly(mqa_path):
+    results = run_ranks(3, say, mqa_path, True, [[prompt(1), prompt(2), prompt(4)]], 40)
+    for rows in zip(*(held for _, _, held, _ in results)):
+        assert max(map(len, rows)) - min(map(len, rows)) <= 1
+
+
+def test_more_steps_than_room_is_made_for(mqa_path, monkeypatch):
+    expected = run_ranks(1, say, mqa_path, False, TURNS, 30)[0]
+    monkeypatch.setattr("cptool.engine.STATIC_STEPS", 7)
+    assert run(say, mqa_path, True, TURNS, 30)[0] == expected[0]
+
+
+def test_tensor_and_context_parallel(tiny_model):
+    expected = run_ranks(1, say, tiny_model, False, TURNS[:1], 8)[0]
+    answers, ways, _, _ = run(say, tiny_model, True, TURNS[:1], 8, cp=2, tp=2, threads=1)
+    assert answers == expected[0] and ways == ["all-q"]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """4 query heads on 2 KV heads, which two tensor-parallel ranks divide."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    config = LlamaConfig(
+        vocab_size=301, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+        tie_word_embeddings=False, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def saved_and_resumed(world, path, directory, static):
+    """A turn, saved, and what another engine says on top of it."""
+    checkpoint = open_checkpoint(str(path))
+    model = load_model(checkpoint, torch.float32, world.device, world)
+    engine = Engine(model, world, static=static)
+    engine.extend([prompt(21)])
+    said = engine.decode(6, Sampling())
+    manifest = engine.save(directory, None, identity(checkpoint))
+    resumed = Engine(model, world, static=static)
+    resumed.restore(directory, manifest)
+    return said + resumed.decode(6, Sampling())
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_session_of_static_steps(mqa_path, tmp_path, n):
+    results = [
+        run(saved_and_resumed, mqa_path, tmp_path / str(static), static, cp=n, threads=1)
+        for static in (False, True)
+    ]
+    assert results[0] == results[1]
+
+
+def test_partials_in_the_working_dtype(mqa_path):
+    options = {"partials": "working"}
+    expected = run_ranks(2, say, mqa_path, False, TURNS[:1], 5, **options)[0]
+    assert run_ranks(2, say, mqa_path, True, TURNS[:1], 5, **options)[0][0] == expected[0]
+
+
+def test_owners_keep_ranks_within_a_token():
+    held = [[5, 0], [3, 0], [4, 0]]
+    assert [owner(held, 0, turn) for turn in range(3)] == [1, 1, 1]  # the fewest, whoever's turn
+    assert sorted(owner(held, 1, turn) for turn in range(3)) == [0, 1, 2]
+    given = shares(held, [0, 1], 4, 7)
+    assert [sum(rows) for rows in zip(*given)] == [7, 7]
+    for b in (0, 1):
+        total = [h[b] + g[b] for h, g in zip(held, given)]
+        assert max(total) - min(total) <= 1
+    assert held == [[5, 0], [3, 0], [4, 0]]
+
+
+def test_a_call_that_nothing_records_is_called():
+    calls = []
+    recorded = Recorded(lambda: calls.append(1) or torch.ones(1), torch.device("cpu"))
+    assert not calls and recorded.reason == "cpu has no graphs"
+    assert torch.equal(recorded(), torch.ones(1)) and len(calls) == 1
