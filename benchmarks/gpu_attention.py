@@ -250,7 +250,8 @@ def decode(given) -> list[dict[str, object]]:
             candidates[name] = Candidate(call, device, window, per_run=count)
         candidates["copy"] = Candidate(run, device, window)
         interleave(candidates, given.rounds)
-        facts = {"keys": keys, "batch": batch, "heads": heads, "kv_heads": kv_heads, "head_dim": 128}
+        facts = {"keys": keys, "batch": batch, "heads": heads, "kv_heads": kv_heads,
+                 "head_dim": 128}  # fmt: skip
         work = {"": float(first.kv.nbytes), "copy": moved}
         results.append(told("decode", facts, candidates, work, "copy", error=first.error()))
     return results

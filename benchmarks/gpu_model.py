@@ -4,8 +4,8 @@
     python benchmarks/gpu_model.py --device cpu                 # the script itself, a tiny model
 
 Prefill is held against a bf16 matrix product, decode against a copy, both measured in the same run.
-Decode runs as steps over static memory, in a CUDA graph where there are graphs, and kernel by kernel
-as `extend` runs them.
+Decode runs over static memory, in a CUDA graph where there are graphs, and kernel by kernel as
+`extend` does.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def measure(world, given, config, contexts) -> list[dict[str, object]]:
         results.append(result)
         print(
             f"{context} tokens: first token {result['ttft_s']:.3f} s, "
-            f"{work / result['ttft_s'] / 1e12:.1f} TFLOP/s, {100 * result['of_gemm']:.1f}% of gemm; "
+            f"{work / result['ttft_s'] / 1e12:.1f} TFLOP/s, "
+            f"{100 * result['of_gemm']:.1f}% of gemm, "
             + ", ".join(
                 f"decode {name} {1e3 * median[name]:.2f} ms, {read / median[name] / 1e9:.0f} GB/s, "
                 f"{100 * result[f'of_copy_{name}']:.1f}% of copy"

@@ -41,8 +41,8 @@ def main() -> None:
         layer = results.get("layer", {}).get("seconds")
         if layer:
             print(
-                f"{results['shape']} {results['tokens']} tokens cp {results['cp']} tp {results['tp']}"
-                f" {'fp8 ' if results['fp8_feed_forward'] else ''}"
+                f"{results['shape']} {results['tokens']} tokens cp {results['cp']} "
+                f"tp {results['tp']} {'fp8 ' if results['fp8_feed_forward'] else ''}"
                 f"on {results['device_name']}: layer {1e3 * layer:.2f} ms, "
                 f"first token {results['ttft_s']:.2f} s, {results['tflops_per_rank']:.0f} TFLOP/s"
             )

@@ -197,10 +197,10 @@ class Engine:
         """Appends up to `limit` tokens to each sequence and returns them.
 
         A sequence that says a token of `stop` keeps it and leaves the batch, until it is given new
-        tokens; an empty one, which nothing follows, has no part in it. `emit(sequence, token)` is called for each token as it
-        is known. The KV of a sequence's last token stays pending. `interrupted` is asked at each
-        token; once it says so on any rank, that token is the last one of every sequence, on all
-        ranks.
+        tokens; an empty one, which nothing follows, has no part in it. `emit(sequence, token)` is
+        called for each token as it is known. The KV of a sequence's last token stays pending.
+        `interrupted` is asked at each token; once it says so on any rank, that token is the last
+        one of every sequence, on all ranks.
         """
         answers: list[list[int]] = [[] for _ in self.tokens]
         talking = {b for b, said in enumerate(self.tokens) if said and limit and not self.ended[b]}

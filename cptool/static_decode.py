@@ -132,7 +132,7 @@ class StaticDecode:
         )
 
     def _reserve(self, held: Held, steps: int) -> None:
-        """Room for the tokens to come and for one slot more a sequence, which no query ever sees."""
+        """Room for the tokens to come, and for a slot of each sequence that no query ever sees."""
         more = shares(held, self.sequences, self._turn, steps)[self.ring.rank]
         self.cache.reserve([h + m + 1 for h, m in zip(held[self.ring.rank], more)])
         self.remaining = steps
