@@ -21,6 +21,7 @@ from cptool.hardware import HardwareProfile, Link, default_profile, usable_proce
 from cptool.model.config import LlamaConfig
 from cptool.ops import attention_partial
 from cptool.ring import Ring
+from cptool.staged import ring_of
 from cptool.sharding import balanced, union
 from cptool.strategy import fit_rule
 
@@ -90,7 +91,7 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         )
     if world.cp > 1:
         world.report("measure the link")
-        link, steals = _link(clock, Ring(world.cp_group))
+        link, steals = _link(clock, ring_of(world))
         joins = "network" if world.size > world.local_size else "host_link"
         profile = dataclasses.replace(profile, transfer_steals=steals, **{joins: link})
     rule = fit_rule(EXAMPLE, first, max(2, world.cp), profile)

@@ -12,6 +12,7 @@ import datetime
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import threading
 import traceback
@@ -39,7 +40,9 @@ class World:
     """This rank's place: rank = cp_rank * tp + tp_rank.
 
     Groups are None where they hold this rank alone. `mesh` has dimensions "cp" and "tp"; it is None
-    for one rank. `local_rank` of `local_size` counts the ranks of this machine.
+    for one rank. `local_rank` of `local_size` counts the ranks of this machine. `staged`: messages
+    between devices go through host memory (`cptool.staged`), and groups carry tensors of the CPU
+    alone.
     """
 
     rank: int
@@ -55,6 +58,14 @@ class World:
     cp_group: dist.ProcessGroup | None
     tp_group: dist.ProcessGroup | None
     board: Board
+    staged: bool = False
+
+    @property
+    def wire(self) -> torch.device:
+        """Where tensors lie that the groups' collectives take."""
+        import torch
+
+        return torch.device("cpu") if self.staged else self.device
 
     def report(self, phase: str, done: int = 0, total: int = 0) -> None:
         """Record on the status board what this rank is doing; about a microsecond."""
@@ -97,8 +108,9 @@ def check_size(cp: int, tp: int) -> None:
 def resolve_device(device: str, local_size: int = 1) -> str:
     """What "auto", "cpu" or "cuda" is, "cpu" or "cuda", where a machine runs `local_size` ranks.
 
-    Raises UserError when CUDA is asked for and the build has no CUDA kernels, or the machine fewer
-    GPUs than ranks.
+    "auto" is CUDA where every rank has a GPU of its own; asked for by name, ranks share GPUs where
+    there are fewer. Raises UserError when CUDA is asked for and the build has no CUDA kernels, or
+    the machine no GPU.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: it must be auto, cpu or cuda")
@@ -110,12 +122,27 @@ def resolve_device(device: str, local_size: int = 1) -> str:
                 "reinstall where nvcc is found, or use --device cpu"
             )
         return "cpu"
-    if device == "cuda" and gpus < local_size:
+    if device == "cuda" and not gpus:
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    return "cuda" if gpus >= local_size or device == "cuda" else "cpu"
+
+
+def transport(device: str, local_size: int) -> str:
+    """How messages travel: "direct", by NCCL from GPU to GPU or by gloo; "staged" through host
+    memory where ranks share a GPU, which NCCL does not take, or where CPTOOL_TRANSPORT says so.
+
+    Raises UserError for another value of CPTOOL_TRANSPORT, or if it asks for what cannot be.
+    """
+    asked = os.environ.get("CPTOOL_TRANSPORT") or "auto"
+    if asked not in ("auto", "direct", "staged"):
+        raise UserError(f"CPTOOL_TRANSPORT is {asked!r}; it must be auto, direct or staged")
+    shared = device == "cuda" and _gpus() < local_size
+    if shared and asked == "direct":
         raise UserError(
-            f"--device cuda: {local_size} ranks need a GPU each and torch sees {gpus} here; "
-            "use fewer ranks, or --device cpu"
+            f"CPTOOL_TRANSPORT is 'direct', but {local_size} ranks share {_gpus()} GPUs and NCCL "
+            "takes one rank a GPU; unset it, or use fewer ranks"
         )
-    return "cuda" if gpus >= local_size else "cpu"
+    return "staged" if shared or asked == "staged" else "direct"
 
 
 def run(
@@ -263,12 +290,17 @@ def connect(
 
     device = resolve_device(device, seat.local_size)
     torch.set_num_threads(threads or max(1, cores() // seat.local_size))
+    staged = transport(device, seat.local_size) == "staged"
     where = torch.device("cpu")
     if device == "cuda":
-        where = torch.device("cuda", seat.local_rank)
+        where = torch.device("cuda", seat.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(where)  # before any group exists, or all ranks open device 0
+    if staged and device == "cuda" and seat.rank == 0:
+        print("cptool: messages between ranks go through host memory", file=sys.stderr, flush=True)
     patience = datetime.timedelta(seconds=timeout)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" and not staged else "gloo"
+    # Transfers must start beside an attention kernel that fills the device, not behind it.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     dist.init_process_group(backend, rank=seat.rank, world_size=seat.size, timeout=patience)
 
     ranks = torch.arange(seat.size).view(cp, tp)
@@ -276,12 +308,16 @@ def connect(
     cp_group, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=patience)
     tp_group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=patience)
     mesh = DeviceMesh.from_group(
-        [cp_group, tp_group], device, mesh=ranks, mesh_dim_names=("cp", "tp")
+        [cp_group, tp_group],
+        "cpu" if staged else device,
+        mesh=ranks,
+        mesh_dim_names=("cp", "tp"),
     )
+    wire = torch.device("cpu") if staged else where
     for group in (cp_group, tp_group):
         # Connections are made here and not in the first layer; NCCL also needs every rank of a
         # group in the group's first operation, which a batch of point-to-point ones may not have.
-        dist.all_reduce(torch.ones(1, device=where), group=group)
+        dist.all_reduce(torch.ones(1, device=wire), group=group)
     return World(
         rank=seat.rank,
         size=seat.size,
@@ -296,6 +332,7 @@ def connect(
         cp_group=cp_group if cp > 1 else None,
         tp_group=tp_group if tp > 1 else None,
         board=board,
+        staged=staged,
     )
 
 

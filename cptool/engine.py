@@ -20,10 +20,10 @@ from cptool.distributed import World
 from cptool.errors import UserError
 from cptool.hardware import HardwareProfile, default_profile
 from cptool.model.llama import Llama
-from cptool.ring import Ring
 from cptool.sampling import Sampling
 from cptool.session import Manifest, ModelIdentity, Sequence
 from cptool.sharding import Placement, balanced, concat
+from cptool.staged import ring_of
 from cptool.static_decode import StaticDecode
 from cptool.strategy import AUTO, Choice, choose
 from cptool.trace import SILENT, Recorder, Silent
@@ -65,7 +65,7 @@ class Engine:
         self.profile = profile or default_profile(world.device.type)
         self.dtype = model.norm.weight.dtype
         self.partial_dtype = self.dtype if partials == "working" else torch.float32
-        self.ring = Ring(world.cp_group)
+        self.ring = ring_of(world)
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.computed = [0] * batch
         self.ended = [False] * batch
@@ -177,7 +177,7 @@ class Engine:
         Each is picked by the rank that holds its logits and summed over the CP ranks with zeros
         from the others.
         """
-        picks = torch.zeros(len(self.tokens), dtype=torch.int64, device=self.world.device)
+        picks = torch.zeros(len(self.tokens), dtype=torch.int64, device=self.world.wire)
         with self.trace.span("sampling", "sampling"):
             for b, row in self.logits.items():
                 picks[b] = sampling.pick(row, sequence=b, position=len(self.tokens[b]))
@@ -396,7 +396,7 @@ class Engine:
         """Whether `value` holds on any rank."""
         if self.world.size == 1:
             return value
-        told = torch.tensor(int(value), device=self.world.device)
+        told = torch.tensor(int(value), device=self.world.wire)
         dist.all_reduce(told)
         return bool(told)
 

@@ -3,17 +3,26 @@
 Every size is known on both sides beforehand, so messages are exact and empty ones are not sent.
 All transfers are symmetric batches of point-to-point operations: each rank posts its sends and its
 receives together, which neither deadlocks nor depends on the order in which ranks arrive.
+
+On CUDA the group is NCCL's, which works on a stream of its own. A transfer that is started waits
+there for what the current stream has been given so far, and so reads what that has written and
+writes to a buffer that nothing reads any more; kernels that follow on the current stream run beside
+it, until `wait` makes the stream wait for the transfer's end. Tensors of a transfer are referred to
+until then, and the memory of one that is dropped later goes to work of the current stream, which
+comes after: the caching allocator needs no `record_stream`. The group's streams have high priority
+(`cptool.distributed`), or an attention kernel that fills the device would keep transfers from
+starting before it ends.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
+from cptool.exposure import Exposure
 from cptool.trace import SILENT, Recorder, Silent
 
 # torch 2.13's name; before, it is the other one.
@@ -24,8 +33,8 @@ class Ring:
     """Transfers within `group`; group None is a ring of one rank, which never communicates.
 
     sent_bytes: payload that this rank has sent.
-    exposed_s: seconds this rank has spent blocked on transfers, that is communication that compute
-        did not hide. On CUDA waiting only orders streams, and this stays near zero.
+    exposed_s: seconds that this rank, on CUDA its stream, has stood waiting for transfers, that is
+        communication that compute did not hide; asking for it waits for the device.
 
     A transfer that fails (a peer died, or took longer than the group's timeout) raises the
     RuntimeError of the communication library.
@@ -36,9 +45,13 @@ class Ring:
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
         self.sent_bytes = 0
-        self.exposed_s = 0.0
         self.trace: Recorder | Silent = SILENT
+        self._exposure, self._device = Exposure(), torch.device("cpu")
         self._memory: dict[int | str, torch.Tensor] = {}
+
+    @property
+    def exposed_s(self) -> float:
+        return self._exposure.seconds
 
     def blocks(
         self, local: torch.Tensor, sizes: Sequence[int]
@@ -97,18 +110,15 @@ class Ring:
     def all_gather(self, local: torch.Tensor) -> list[torch.Tensor]:
         """`local` [n, ...] of every rank, all of one size, in rank order: one collective."""
         whole = local.new_empty(self.size * local.shape[0], *local.shape[1:])
-        began = time.perf_counter()
+        began = self._exposure.begin(local.device)
         _all_gather(whole, local, group=self.group)
-        self.exposed_s += time.perf_counter() - began
+        self._exposure.end(began)
         self.sent_bytes += (self.size - 1) * local.nbytes
         return list(whole.split(local.shape[0]))
 
-    def why_no_graph(self, device: torch.device) -> str | None:
-        """Why a CUDA graph cannot hold these transfers; None if it can."""
-        if device.type != "cuda" or self.group is None:
-            return None
-        backend = dist.get_backend(self.group)
-        return None if "nccl" in backend else f"{backend} is no part of a CUDA graph"
+    def why_no_graph(self) -> str | None:
+        """Why a CUDA graph cannot hold `all_gather`; None if it can."""
+        return None
 
     def _all_to_all(
         self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]
@@ -150,11 +160,11 @@ class Ring:
 
     def wait(self, pending: Sequence[dist.Work]) -> None:
         """Until the transfers are done; on CUDA, until later kernels of this stream see them so."""
-        began = time.perf_counter()
+        began = self._exposure.begin(self._device)
         with self.trace.span("wait", "exposed"):
             for work in pending:
                 work.wait()
-        self.exposed_s += time.perf_counter() - began
+        self._exposure.end(began)
 
     def _start(
         self,
@@ -173,7 +183,8 @@ class Ring:
             for peer, tensor in messages
             if tensor.numel()
         ]
-        self.sent_bytes += sum(tensor.nbytes for _, tensor in sends)
+        for _, tensor in sends:
+            self.sent_bytes, self._device = self.sent_bytes + tensor.nbytes, tensor.device
         works = dist.batch_isend_irecv(operations) if operations else []
         if self.trace.on and operations and operations[0].tensor.is_cpu:
             works = [

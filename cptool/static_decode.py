@@ -88,7 +88,7 @@ class StaticDecode:
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
         self._begin(held, slots.offsets)
         self._stage({}, {})
-        transport = ring.why_no_graph(device)
+        transport = ring.why_no_graph()
         self._step: Callable[[], torch.Tensor] = self._compute
         self.reason = transport
         if transport is None:

@@ -62,8 +62,10 @@ def share(config: LlamaConfig, tp_rank: int, tp: int) -> Share:
     )
 
 
-def apply(model: "Llama", group: "torch.distributed.ProcessGroup") -> None:
+def apply(model: "Llama", group: "torch.distributed.ProcessGroup", staged: bool = False) -> None:
     """Makes every o_proj and down_proj of a rank's share sum its result over `group`, in place.
+
+    staged: the group takes tensors of the CPU alone, so results go there and back.
 
     Sums are taken in the type of the weights, as Megatron-LM and vLLM do: the matmul has rounded
     each term to it already, so tp terms add at most tp - 1 roundings of the same size (one for
@@ -73,8 +75,12 @@ def apply(model: "Llama", group: "torch.distributed.ProcessGroup") -> None:
     import torch.distributed as dist
 
     def reduce(module: object, inputs: object, output: "torch.Tensor") -> None:
-        if output.shape[0]:
-            dist.all_reduce(output, group=group)
+        if not output.shape[0]:
+            return
+        wire = output.cpu() if staged else output
+        dist.all_reduce(wire, group=group)
+        if wire is not output:  # as it is for a tensor of the CPU
+            output.copy_(wire)
 
     for layer in model.layers:
         layer.self_attn.o_proj.register_forward_hook(reduce)

@@ -78,7 +78,7 @@ def load_model(
     model.load_state_dict(parameters, assign=True)
     model.inverse_frequencies = model.inverse_frequencies.to(device)
     if tp > 1:
-        tensor_parallel.apply(model, world.tp_group)
+        tensor_parallel.apply(model, world.tp_group, world.staged)
     return model.eval()
 
 

@@ -79,6 +79,22 @@ def mqa_reference(mqa_path):
     return LlamaForCausalLM.from_pretrained(mqa_path, dtype=torch.float32)
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """4 query heads on 2 KV heads, which two tensor-parallel ranks divide."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    config = LlamaConfig(
+        vocab_size=301, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+        tie_word_embeddings=False, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
 @pytest.fixture
 def token_file(tmp_path):
     """Writes token ids as `--token-ids` takes them."""

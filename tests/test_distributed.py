@@ -13,7 +13,15 @@ import torch
 import torch.distributed as dist
 
 from cptool import distributed
-from cptool.distributed import RankFailed, Seat, check_size, launched, resolve_device, run
+from cptool.distributed import (
+    RankFailed,
+    Seat,
+    check_size,
+    launched,
+    resolve_device,
+    run,
+    transport,
+)
 from cptool.errors import UserError
 from cptool.ring import Ring
 from cptool.status import Board, Status
@@ -167,14 +175,31 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(distributed, "_cuda_kernels", lambda: True)
     assert [resolve_device("auto", n) for n in (1, 2, 3)] == ["cuda", "cuda", "cpu"]
     assert resolve_device("cpu") == "cpu"
-    with pytest.raises(UserError, match="--device cuda: 3 ranks need a GPU each and torch sees 2"):
-        resolve_device("cuda", 3)
+    assert resolve_device("cuda", 3) == "cuda"  # two of them share one
     with pytest.raises(UserError, match="--device tpu: it must be auto, cpu or cuda"):
         resolve_device("tpu")
     monkeypatch.setattr(distributed, "_cuda_kernels", lambda: False)
     assert resolve_device("auto") == "cpu"
     with pytest.raises(UserError, match="--device cuda: cptool was built without CUDA kernels; re"):
         resolve_device("cuda")
+    monkeypatch.setattr(distributed, "_gpus", lambda: 0)
+    with pytest.raises(UserError, match="--device cuda: torch sees no GPU here; use --device cpu"):
+        resolve_device("cuda")
+
+
+def test_transports(monkeypatch):
+    monkeypatch.setattr(distributed, "_gpus", lambda: 2)
+    monkeypatch.delenv("CPTOOL_TRANSPORT", raising=False)
+    assert [transport("cuda", n) for n in (2, 3)] == ["direct", "staged"]
+    assert transport("cpu", 3) == "direct"
+    monkeypatch.setenv("CPTOOL_TRANSPORT", "staged")
+    assert transport("cuda", 2) == transport("cpu", 2) == "staged"
+    monkeypatch.setenv("CPTOOL_TRANSPORT", "direct")
+    with pytest.raises(UserError, match="3 ranks share 2 GPUs and NCCL takes one rank a GPU"):
+        transport("cuda", 3)
+    monkeypatch.setenv("CPTOOL_TRANSPORT", "nccl")
+    with pytest.raises(UserError, match="it must be auto, direct or staged"):
+        transport("cpu", 1)
 
 
 # Ends.

@@ -82,22 +82,6 @@ def test_tensor_and_context_parallel(tiny_model):
     assert answers == expected[0] and ways == ["all-q"]
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """4 query heads on 2 KV heads, which two tensor-parallel ranks divide."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    config = LlamaConfig(
-        vocab_size=301, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
-        tie_word_embeddings=False, initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
 def saved_and_resumed(world, path, directory, static):
     """A turn, saved, and what another engine says on top of it."""
     checkpoint = open_checkpoint(str(path))

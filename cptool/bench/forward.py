@@ -55,7 +55,7 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, world: World) -> Llama
         dataclasses.replace(config, num_hidden_layers=0, vocab_size=1), device="cpu"
     ).inverse_frequencies.to(world.device)
     if world.tp_group is not None:
-        tensor_parallel.apply(model, world.tp_group)
+        tensor_parallel.apply(model, world.tp_group, world.staged)
     return model
 
 

@@ -21,7 +21,7 @@ import torch
 
 from cptool.bench.measure import summary
 from cptool.distributed import World
-from cptool.ring import Ring
+from cptool.staged import ring_of
 
 PATTERNS = ("send-receive", "all-gather", "all-to-all")
 _SAMPLE_S = 0.02
@@ -31,7 +31,7 @@ def measure(
     world: World, sizes: list[int], patterns: list[str], repeats: int, overlap: bool
 ) -> list[dict[str, object]]:
     """One result for every size and pattern, the patterns of a size interleaved. Collective."""
-    ring = Ring(world.cp_group)
+    ring = ring_of(world)
     results = []
     stream = _Stream(world) if world.device.type == "cpu" else None
     try:
