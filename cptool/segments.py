@@ -47,6 +47,8 @@ def write_segment(
     import torch
     from safetensors import SafetensorError
 
+    from cptool.pinned import to_host
+
     lengths = cache.lengths
     tokens = [length - first for length, first in zip(lengths, since)]
     if not any(tokens) and not logits:
@@ -54,9 +56,14 @@ def write_segment(
     tensors = {f"logits.{b}": row.contiguous() for b, row in logits.items()}
     held = cache.held.sequences()
     tensors["positions"] = torch.cat([p[first:] for p, first in zip(held, since)])
+    # Off the device first: a batch is put together in host memory, where there is more of it.
+    pieces = to_host(
+        cache.tokens_from(layer, b, first)
+        for layer in range(cache.layers)
+        for b, first in enumerate(since)
+    )
     for layer in range(cache.layers):
-        # Off the device first: a batch is put together in host memory, where there is more of it.
-        parts = [cache.tokens_from(layer, b, first).cpu() for b, first in enumerate(since)]
+        parts = [next(pieces) for _ in since]
         tensors[f"kv.{layer}"] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
     # The random part keeps two runs that start from the same turn from writing over each other's
     # files.
@@ -104,6 +111,7 @@ def restore(
     import torch
     from safetensors import safe_open
 
+    from cptool.pinned import to_device
     from cptool.sharding import Placement
 
     batch = len(manifest.sequences)
@@ -129,14 +137,18 @@ def restore(
     lengths = [len(o) for o in order]
     cache.reserve([length + reserve for length in lengths])
     cache.extend(placements[rank].to(cache.device))
-    for layer in range(cache.layers):
+
+    def read(layer: int) -> torch.Tensor:
         parts = []
         for b in range(batch):
             rows = [_read(files, piece, layer, a, z, kv_heads) for piece, a, z in shares[rank][b]]
             if rows:
                 parts.append(torch.cat(rows)[order[b]])
-        if parts:
-            kv = torch.cat(parts).to(cache.device)
+        return torch.cat(parts)
+
+    if any(lengths):
+        layers = to_device(map(read, range(cache.layers)), cache.device)
+        for layer, kv in enumerate(layers):
             cache.store(layer, kv[:, 0], kv[:, 1])
     return tuple(placements)
 

@@ -103,11 +103,11 @@ class StagedRing(Ring):
 
     def _carry(self) -> None:
         """Carries out transfers in the order in which they were started."""
-        torch.inference_mode().__enter__()  # of this thread: it writes to tensors made in that mode
         while True:
             transfer = self._jobs.get()
             try:
-                self._exchange_on_host(transfer)
+                with torch.inference_mode():  # a thread has its own, and targets may be made in it
+                    self._exchange_on_host(transfer)
             except BaseException as error:  # the rank that waits for it raises it
                 transfer.error = error
             transfer.done.set()
