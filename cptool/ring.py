@@ -116,10 +116,6 @@ class Ring:
         self.sent_bytes += (self.size - 1) * local.nbytes
         return list(whole.split(local.shape[0]))
 
-    def why_no_graph(self) -> str | None:
-        """Why a CUDA graph cannot hold `all_gather`; None if it can."""
-        return None
-
     def _all_to_all(
         self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:

@@ -67,9 +67,6 @@ class StagedRing(Ring):
     def all_gather(self, local: torch.Tensor) -> list[torch.Tensor]:
         return self.gather(local, [local.shape[0]] * self.size)
 
-    def why_no_graph(self) -> str | None:
-        return "messages go through host memory"
-
     def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Transfer]:
         sends, receives = ([m for m in side if m[1].numel()] for side in (sends, receives))
         if not sends and not receives:

@@ -53,7 +53,8 @@ class StaticDecode:
     held: counts of all ranks; they are followed here. `steps` of them are possible, for which room
     is made in the cache at once. After the last one, `taken` is what every rank has been given.
 
-    reason: why steps are not replayed from a CUDA graph; None if they are.
+    no_graph: why a CUDA graph cannot hold the transfers, where it cannot. reason: why steps are not
+    replayed from a graph; None if they are.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class StaticDecode:
         held: Held,
         steps: int,
         partial_dtype: torch.dtype = torch.float32,
+        no_graph: str | None = None,
     ) -> None:
         self.model, self.ring, self.cache = model, ring, cache
         self.sequences = tuple(sequences)
@@ -88,10 +90,9 @@ class StaticDecode:
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
         self._begin(held, slots.offsets)
         self._stage({}, {})
-        transport = ring.why_no_graph()
         self._step: Callable[[], torch.Tensor] = self._compute
-        self.reason = transport
-        if transport is None:
+        self.reason = no_graph
+        if no_graph is None:
             self._step = Recorded(self._compute, device)
             self.reason = self._step.reason
 

@@ -10,9 +10,15 @@ LARGEST = 448.0
 
 
 def _scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x in e4m3 and the float32 scale [rows, 1] of each row."""
-    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / LARGEST
-    return (x / scale).to(torch.float8_e4m3fn), scale
+    """x in e4m3 and the float32 scale [rows, 1] of each row.
+
+    In as few passes over memory as single operations allow. The factor is rounded to x's type and
+    the scale is its exact inverse; that the product is rounded there before e4m3 costs little: 8
+    bits before 4. Nothing overflows: e4m3 rounds what is less than 464 to 448.
+    """
+    largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=1, keepdim=True)
+    factor = LARGEST / largest.clamp(min=1e-12)
+    return (x * factor).to(torch.float8_e4m3fn), factor.float().reciprocal()
 
 
 class RowwiseFp8(nn.Module):
