@@ -177,14 +177,16 @@ class Engine:
         Each is picked by the rank that holds its logits and summed over the CP ranks with zeros
         from the others.
         """
-        picks = torch.zeros(len(self.tokens), dtype=torch.int64, device=self.world.wire)
+        picks = [0] * len(self.tokens)
         with self.trace.span("sampling", "sampling"):
-            for b, row in self.logits.items():
-                picks[b] = sampling.pick(row, sequence=b, position=len(self.tokens[b]))
-        if self.world.cp_group is not None:
-            with self.trace.span("all-reduce", "exposed"):
-                dist.all_reduce(picks, group=self.world.cp_group)
-        return picks.tolist()
+            for b, pick in sampling.picks(self.logits, list(map(len, self.tokens))).items():
+                picks[b] = pick
+        if self.world.cp_group is None:
+            return picks
+        told = torch.tensor(picks, device=self.world.wire)
+        with self.trace.span("all-reduce", "exposed"):
+            dist.all_reduce(told, group=self.world.cp_group)
+        return told.tolist()
 
     def decode(
         self,
@@ -230,7 +232,7 @@ class Engine:
         """Computes one more token of the sequences in `picks`, which may be given `left` more."""
         if not picks:
             return
-        if not self.static or self.variant != AUTO or self.observe or len(picks) > STATIC_ROWS:
+        if not self._goes_static(len(picks)):
             self.extend([[picks[b]] if b in picks else [] for b in range(len(self.tokens))])
             return
         steps = self._steps
@@ -243,6 +245,11 @@ class Engine:
         self.logits = {b: row for b, row in self.logits.items() if b not in picks}
         if self.world.cp_rank == 0:  # one that counts, should ranks differ in a bit
             self.logits |= rows
+
+    def _goes_static(self, rows: int) -> bool:
+        """Whether a step takes static memory: nobody asked for a variant, or looks inside."""
+        watched = self.observe is not None or self.trace.on
+        return self.static and self.variant == AUTO and not watched and rows <= STATIC_ROWS
 
     def _open_steps(self, sequences: list[int], steps: int) -> None:
         self._settle()

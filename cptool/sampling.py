@@ -31,6 +31,21 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p}: it must lie in (0, 1]; 1 keeps every token")
 
+    def picks(self, logits: "dict[int, torch.Tensor]", positions: list[int]) -> dict[int, int]:
+        """`pick` for each sequence of `logits`, for its entry of `positions`.
+
+        Greedy picks come from the device together: each way there and back costs as much as a small
+        kernel.
+        """
+        import torch
+
+        if self.temperature == 0 and len(logits) > 1:
+            largest = torch.stack(list(logits.values())).argmax(-1)
+            return dict(zip(logits, largest.tolist()))
+        return {
+            b: self.pick(row, sequence=b, position=positions[b]) for b, row in logits.items()
+        }
+
     def pick(self, logits: "torch.Tensor", *, sequence: int, position: int) -> int:
         """The token for `position` of sequence `sequence`, from its logits float32 [vocabulary]."""
         import torch
