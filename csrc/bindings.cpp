@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "cpu/dispatch.h"
+#include "cpu/tokenwise_dispatch.h"
 #if defined(CPTOOL_HAS_CUDA)
 #include "cuda/kernels.h"
 #endif
@@ -124,6 +125,39 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_partial_cpu",
         with_attention_args(cptool::cpu::attention_partial, attention_args));
   m.def("merge_partials_cpu", with_merge_args<int>(cptool::cpu::merge_partials));
+  m.def("linear_cpu", [](uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride,
+                         uintptr_t out, int64_t rows, int64_t columns, int64_t depth, int dtype,
+                         int threads) {
+    py::gil_scoped_release released;
+    cptool::cpu::linear({pointer<const void>(x), pointer<const void>(w), pointer<void>(out),
+                         x_stride, w_stride, rows, columns, depth, static_cast<ScalarType>(dtype)},
+                        threads);
+  });
+  m.def("rms_norm_cpu", [](uintptr_t hidden, int64_t hidden_stride, uintptr_t added,
+                           uintptr_t weight, uintptr_t out, int64_t rows, int64_t width,
+                           double eps, int dtype, int threads) {
+    py::gil_scoped_release released;
+    cptool::cpu::rms_norm({pointer<void>(hidden), pointer<const void>(added),
+                           pointer<const void>(weight), pointer<void>(out), hidden_stride, rows,
+                           width, static_cast<float>(eps), static_cast<ScalarType>(dtype)},
+                          threads);
+  });
+  m.def("rotate_cpu", [](uintptr_t heads, int64_t token_stride, int64_t head_stride, uintptr_t cos,
+                         uintptr_t sin, int64_t tokens, int64_t num_heads, int64_t head_dim,
+                         int dtype, int threads) {
+    py::gil_scoped_release released;
+    cptool::cpu::rotate({pointer<void>(heads), token_stride, head_stride,
+                         pointer<const float>(cos), pointer<const float>(sin), tokens, num_heads,
+                         head_dim, static_cast<ScalarType>(dtype)},
+                        threads);
+  });
+  m.def("swiglu_cpu", [](uintptr_t gate, int64_t gate_stride, uintptr_t up, int64_t up_stride,
+                         int64_t rows, int64_t width, int dtype, int threads) {
+    py::gil_scoped_release released;
+    cptool::cpu::swiglu({pointer<void>(gate), pointer<const void>(up), gate_stride, up_stride,
+                         rows, width, static_cast<ScalarType>(dtype)},
+                        threads);
+  });
 #if defined(CPTOOL_HAS_CUDA)
   // The last arguments are the workspace's address and a cudaStream_t of the current device.
   m.def("attention_partial_cuda",

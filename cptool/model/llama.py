@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from cptool.model.config import LlamaConfig
-from cptool.model.rope import inverse_frequencies, rotary_tables, rotate_
+from cptool.model.rope import inverse_frequencies, rotary_tables
+from cptool.tokenwise import add_rms_norm_, linear, rms_norm, rotate_, swiglu_
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """attend(layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, Hq, D] in the type of q.
@@ -25,18 +25,30 @@ ROWS_AT_ONCE = 4096
 feed-forward network, the float32 rotation): enough to saturate a GPU, and a bound on the memory
 that these take at any prompt length."""
 
+ROWS_AT_ONCE_CPU = 1024
+"""The same on a CPU, which should find an intermediate in its cache when the next step reads it."""
+
 
 def _row_slices(*tensors: torch.Tensor) -> zip:
-    pieces = max(1, -(-tensors[0].shape[0] // ROWS_AT_ONCE))
-    return zip(*(tensor.tensor_split(pieces) for tensor in tensors))
+    rows = tensors[0].shape[0]
+    at_once = ROWS_AT_ONCE_CPU if tensors[0].is_cpu else ROWS_AT_ONCE
+    if rows <= at_once:
+        return zip(*((tensor,) for tensor in tensors))
+    return zip(*(tensor.tensor_split(-(-rows // at_once)) for tensor in tensors))
+
+
+class Linear(nn.Linear):
+    """A product with a weight matrix, without bias."""
+
+    def __init__(self, width: int, out: int, device: torch.device | str) -> None:
+        super().__init__(width, out, bias=False, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) in float32, rounded to the type of x, then times the weight.
-
-    Without a weight `rms_norm` rounds before returning, which makes this the order of operations
-    of `transformers`.
-    """
+    """`cptool.tokenwise.rms_norm`, the order of operations of `transformers`."""
 
     def __init__(self, size: int, eps: float, device: torch.device | str) -> None:
         super().__init__()
@@ -44,7 +56,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x, x.shape[-1:], eps=self.eps).mul_(self.weight)
+        return rms_norm(x, self.weight, self.eps)
+
+    def after_adding(self, hidden: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        """The norm of hidden + added, which replaces `hidden`."""
+        return add_rms_norm_(hidden, added, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -59,10 +75,8 @@ class Attention(nn.Module):
         self.num_heads = config.num_attention_heads // tp
         self.num_kv_heads = max(1, config.num_key_value_heads // tp)
         projected = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, projected, bias=False, device=device)
-        self.o_proj = nn.Linear(
-            self.num_heads * self.head_dim, config.hidden_size, bias=False, device=device
-        )
+        self.qkv_proj = Linear(config.hidden_size, projected, device)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, device)
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
@@ -78,15 +92,17 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig, tp: int, device: torch.device | str) -> None:
+    def __init__(
+        self, config: LlamaConfig, tp: int, device: torch.device | str
+    ) -> None:
         super().__init__()
         width = config.intermediate_size // tp
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False, device=device)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False, device=device)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * width, device)
+        self.down_proj = Linear(width, config.hidden_size, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(functional.silu(gate, inplace=True).mul_(up))
+        return self.down_proj(swiglu_(gate, up))
 
 
 class DecoderLayer(nn.Module):
@@ -98,15 +114,17 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
         self.self_attn = Attention(config, layer, tp, device)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
+        self.post_attention_layernorm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, device
+        )
         self.mlp = MLP(config, tp, device)
 
     def forward(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
     ) -> None:
-        hidden += self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
-        for (rows,) in _row_slices(hidden):
-            rows += self.mlp(self.post_attention_layernorm(rows))
+        attended = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
+        for rows, added in _row_slices(hidden, attended):
+            rows += self.mlp(self.post_attention_layernorm.after_adding(rows, added))
 
 
 class Llama(nn.Module):
@@ -131,15 +149,18 @@ class Llama(nn.Module):
             torch.empty(config.vocab_size, config.hidden_size, device=device)
         )
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, tp, device) for layer in range(config.num_hidden_layers)
+            DecoderLayer(config, layer, tp, device)
+            for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device)
+            else Linear(config.hidden_size, config.vocab_size, device)
         )
-        self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
+        self.register_buffer(
+            "inverse_frequencies", inverse_frequencies(config), persistent=False
+        )
         self.requires_grad_(False)
 
     @property
@@ -167,4 +188,4 @@ class Llama(nn.Module):
         Returns float32 [R, vocabulary].
         """
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return functional.linear(self.norm(hidden), head.weight).to(torch.float32)
+        return linear(self.norm(hidden), head.weight).to(torch.float32)

@@ -47,16 +47,3 @@ def rotary_tables(
     """
     angles = (positions.to(torch.float32)[:, None] * frequencies)[:, None]
     return angles.cos(), angles.sin()
-
-
-def rotate_(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotates `heads [T, H, D]` in place; pair j is the elements (j, j + D/2) of a head.
-
-    (a, b) -> (a cos - b sin, b cos + a sin), in float32, rounded once to the type of `heads`.
-    `cos` and `sin` are those of `rotary_tables` for the same T tokens.
-    """
-    first, second = heads.chunk(2, dim=-1)
-    a, b = first.to(torch.float32), second.to(torch.float32)
-    rotated = (a * cos).addcmul_(b, sin, value=-1)
-    second.copy_((b * cos).addcmul_(a, sin))
-    first.copy_(rotated)

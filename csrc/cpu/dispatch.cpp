@@ -96,6 +96,13 @@ bool force_isa(const char* name) {
   return false;
 }
 
+bool allows_isa(const char* name) {
+  for (int i = 0; i <= last_allowed.load(std::memory_order_relaxed); ++i) {
+    if (std::strcmp(kIsas[i].name, name) == 0) return kIsas[i].supported();
+  }
+  return false;
+}
+
 void attention_partial(const AttentionArgs& args, int threads) {
   check_offsets("cu_q", args.cu_q, args.batch, "q", args.q_tokens);
   check_offsets("cu_k", args.cu_k, args.batch, "k", args.k_tokens);

@@ -33,6 +33,8 @@ const Isa* select_isa(ScalarType dtype, int64_t head_dim);
 // Caps the choice at the kernel of this name; null lifts the cap. False if it isn't compiled in or
 // isn't supported here.
 bool force_isa(const char* name);
+// Whether the machine has the instruction set of this name and the cap, if any, allows it.
+bool allows_isa(const char* name);
 
 bool portable_supported();
 bool portable_handles(ScalarType dtype, int64_t head_dim);
