@@ -80,14 +80,28 @@ sanitizer() {
     return
   fi
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is missing"; return 1; }
-  local tool status=0
-  for tool in memcheck racecheck synccheck initcheck; do
-    echo "-- $tool"
-    # The self-test of every kernel: small, and it runs no other kernels than ours.
-    timeout $((limit / 4)) compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 20 \
-      "$python" -m cptool.selftest cuda 2>&1 | tee "$out/gpu_sanitizer_$tool-$day.log" | tail -25 ||
-      status=1
+  local tool kernel verdict status=0 entries=() kernels log="$out/gpu_sanitizer.log"
+  read -ra kernels <<<"$("$python" -c "from cptool import ops; print(*ops.cuda_kernels())")"
+  : >"$log"
+  for tool in memcheck racecheck synccheck; do
+    for kernel in "${kernels[@]}"; do
+      # The self-test of one kernel: small shapes, prefill and decode, and the merge.
+      timeout $((limit / 3 / (${#kernels[@]} + 1))) compute-sanitizer --tool $tool \
+        --error-exitcode 9 --print-limit 20 "$python" -m cptool.selftest cuda "$kernel" >>"$log" 2>&1
+      case $? in
+        0) verdict=clean ;;
+        4) verdict="clean, but results are wrong"; status=1 ;;
+        124) verdict="no end in time"; status=1 ;;
+        *) verdict=errors; status=1 ;;
+      esac
+      echo "$tool $kernel: $verdict"
+      entries+=("{\"tool\": \"$tool\", \"kernel\": \"$kernel\", \"verdict\": \"$verdict\"}")
+    done
   done
+  ((status == 0)) || grep -E "^=========" "$log" | head -60
+  (IFS=,; echo "[${entries[*]}]") >"$out/sanitizer.tmp"
+  "$python" benchmarks/gpu_tests_report.py --wrap "$out/sanitizer.tmp" "$(name sanitizer)" --device "$device"
+  rm -f "$out/sanitizer.tmp"
   return $status
 }
 

@@ -38,7 +38,7 @@ def main() -> None:
     given.json = given.target
     results = json.loads(given.source.read_text()) if given.wrap else summary(given.source)
     if given.wrap:
-        layer = results.get("layer", {}).get("seconds")
+        layer = results.get("layer", {}).get("seconds") if isinstance(results, dict) else None
         if layer:
             print(
                 f"{results['shape']} {results['tokens']} tokens cp {results['cp']} "
