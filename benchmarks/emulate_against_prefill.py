@@ -1,0 +1,108 @@
+"""What `bench emulate` projects from one rank of one layer, against whole prefills on real ranks.
+
+    python benchmarks/emulate_against_prefill.py --cp 2 --tokens 4096 --tokens 16384 --json FILE
+
+A random-weight model (hidden 1024, FFN 2816, 8 layers, 8/2 heads of 128, vocabulary 32000). In
+every round all ranks run the prefill and then the first one emulates alone, so that both meet the
+same machine; the link is calibrated in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import click
+
+sys.path.append(str(Path(__file__).parents[1]))  # the checkout's cptool, where none is installed
+
+
+def config():
+    from cptool.model.config import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=128, rms_norm_eps=1e-5,
+        rope_theta=1e4, max_position_embeddings=1 << 20, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def compare(world, lengths, variant, dtype, rounds):
+    import torch
+
+    from cptool.bench.forward import random_model
+    from cptool.calibration import measure
+    from cptool.emulation import Scenario, emulate
+    from cptool.engine import Engine
+    from cptool.sampling import Sampling
+
+    profile = measure(world, (dtype,), repeats=3)
+    model = random_model(config(), getattr(torch, dtype), world)
+    results = []
+    for tokens in lengths:
+        scenario = Scenario(
+            config(), world.cp, 1, tokens, 0, variant, getattr(torch, dtype), world.device
+        )
+        measured, projected, exposed, told = [], [], [], []
+        for _ in range(rounds + 1):
+            engine = Engine(model, world, variant=variant)
+            prompt = [(7 * i) % 31999 for i in range(tokens)]
+            world.barrier()
+            began = time.perf_counter()
+            engine.extend([prompt])
+            engine.next_tokens(Sampling())
+            measured.append(max(world.gather(time.perf_counter() - began)))
+            exposed.append(max(world.gather(engine.ring.exposed_s)))
+            if world.rank == 0:
+                result = emulate(scenario, profile, repeats=3)
+                projected.append(result.ttft_s)
+                told.append(result.layers * result.exposed_s)
+            world.barrier()
+        if world.rank == 0:
+            medians = [statistics.median(values[1:]) for values in (measured, projected)]
+            results.append(
+                {
+                    "tokens": tokens,
+                    "cp": world.cp,
+                    "variant": variant,
+                    "measured_s": measured[1:],
+                    "projected_s": projected[1:],
+                    "projected_over_measured": medians[1] / medians[0],
+                    "exposed_measured_s": exposed[1:],
+                    "exposed_projected_s": told[1:],
+                }
+            )
+            print(
+                f"{tokens} tokens, {world.cp} ranks: prefill {medians[0]:.3f} s, projected "
+                f"{medians[1]:.3f} s, ratio {medians[1] / medians[0]:.3f}",
+                flush=True,
+            )
+    return results
+
+
+@click.command(help=__doc__.partition("\n\n")[0])
+@click.option("--cp", type=click.IntRange(min=1), multiple=True, default=(1, 2))
+@click.option("--tokens", type=click.IntRange(min=2), multiple=True, default=(4096, 16384))
+@click.option("--variant", default="pass-kv", show_default=True)
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
+def main(cp, tokens, variant, dtype, rounds, json_file) -> None:
+    from cptool import distributed
+
+    results = []
+    for ranks in cp:
+        arguments = (tokens, variant, dtype, rounds)
+        results += distributed.run(compare, *arguments, cp=ranks, device="cpu", threads=1)
+    if json_file:
+        from measure import circumstances
+
+        head = {**circumstances(), "threads_per_rank": 1}
+        json_file.write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
