@@ -20,7 +20,7 @@ from torch.nn import functional
 from cptool import emulated_memory
 from cptool.attention import KEYS_TRAVEL, Step, attend
 from cptool.cache import KVCache
-from cptool.cost import all_reduce, attention_flops, linear_flops
+from cptool.cost import Forward, all_reduce, attention_flops, linear_flops, prefill
 from cptool.emulated_ring import Compute, EmulatedRing, Timeline, Trace, Wait, replay
 from cptool.hardware import HardwareProfile
 from cptool.model.config import LlamaConfig
@@ -28,7 +28,7 @@ from cptool.model.fp8 import RowwiseFp8
 from cptool.model.llama import DecoderLayer
 from cptool.model.rope import inverse_frequencies, rotary_tables
 from cptool.sharding import Placement, balanced, concat
-from cptool.strategy import choose
+from cptool.strategy import Choice, choose
 
 LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 REDUCED = ("o_proj", "down_proj")
@@ -116,7 +116,8 @@ class Projection:
     parts, segments: of one layer, measured. transfer_s: of its transfers, of which exposed_s is not
     hidden; waiting_s: of ranks for each other; allreduce_s: of its tensor-parallel sums; all from
     the profile. once: what a forward does once, measured but for its overhead, the profile's.
-    flops: of the whole model, a causal pair counted once.
+    flops: of the whole model, a causal pair counted once. planned_s: what the cost model predicts
+    on the profile's own devices.
     """
 
     rank: int
@@ -136,6 +137,7 @@ class Projection:
     layers: int
     flops: float
     ranks: int
+    planned_s: float
     emulated_bytes: int
 
     @property
@@ -230,8 +232,19 @@ def emulate(
         flops=linear_flops(config, scenario.new, 1)
         + attention_flops(config, scenario.new, scenario.cached),
         ranks=scenario.cp * scenario.tp,
+        planned_s=_planned(scenario, choice, profile),
         emulated_bytes=needed,
     )
+
+
+def _planned(scenario: Scenario, choice: Choice, profile: HardwareProfile) -> float:
+    """TTFT by `cptool.cost`."""
+    forward = Forward(
+        scenario.config, str(scenario.dtype).removeprefix("torch."), scenario.new, scenario.cached,
+        scenario.cp, choice.active, tp=scenario.tp,
+        feed_forward="float8" if scenario.fp8 else None,
+    )  # fmt: skip
+    return prefill(choice.variant, forward, profile).seconds
 
 
 def _waiting(scenario: Scenario, variant: str, profile: HardwareProfile) -> float:

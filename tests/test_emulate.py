@@ -186,6 +186,7 @@ def test_the_command(tiny_file):
     )
     assert told["ttft_s"] == pytest.approx(3 * layer["seconds"] + sum(told["once_s"].values()))
     assert any("links of cpu-core" in line for line in told["assumptions"])
+    assert told["planned_ttft_s"] > 0
     drawn = run(*options, "--variant", "auto")
     assert drawn.exit_code == 0 and "projected for 3 layers" in " ".join(drawn.stdout.split())
 

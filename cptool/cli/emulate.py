@@ -183,6 +183,7 @@ def _json(shape, scenario, profile, result) -> dict:
         },
         "once_s": result.once,
         "ttft_s": result.ttft_s,
+        "planned_ttft_s": result.planned_s,
         "flops": result.flops,
         "tflops_per_rank": result.flops_per_rank / 1e12,
         "memory_bytes_per_rank": _memory(scenario, result),
@@ -263,7 +264,8 @@ def _rows(shape, scenario, profile, result) -> list[tuple[str, str]]:
         (
             "first token",
             f"{draw.seconds(result.ttft_s)} projected for {result.layers} layers, "
-            f"{result.flops_per_rank / 1e12:.4g} TFLOP/s a rank",
+            f"{result.flops_per_rank / 1e12:.4g} TFLOP/s a rank; cptool plan predicts "
+            f"{draw.seconds(result.planned_s)} on {profile.name}",
         ),
         (
             "memory",
