@@ -127,13 +127,14 @@ def resolve_device(device: str, local_size: int = 1) -> str:
     return "cuda" if gpus >= local_size or device == "cuda" else "cpu"
 
 
-def transport(device: str, local_size: int) -> str:
+def transport(device: str, local_size: int, asked: str | None = None) -> str:
     """How messages travel: "direct", by NCCL from GPU to GPU or by gloo; "staged" through host
-    memory where ranks share a GPU, which NCCL does not take, or where CPTOOL_TRANSPORT says so.
+    memory where ranks share a GPU, which NCCL does not take, or where that is asked for.
 
-    Raises UserError for another value of CPTOOL_TRANSPORT, or if it asks for what cannot be.
+    asked: the value of CPTOOL_TRANSPORT in this process or that of the launcher. Raises UserError
+    for one that is unknown, or cannot be.
     """
-    asked = os.environ.get("CPTOOL_TRANSPORT") or "auto"
+    asked = asked or "auto"
     if asked not in ("auto", "direct", "staged"):
         raise UserError(f"CPTOOL_TRANSPORT is {asked!r}; it must be auto, direct or staged")
     shared = device == "cuda" and _gpus() < local_size
@@ -172,11 +173,12 @@ def run(
     pass through as they are.
     """
     check_size(cp, tp)
+    options = (cp, tp, device, threads, timeout, os.environ.get("CPTOOL_TRANSPORT"))
     seat = launched()
     if seat is not None and seat.size > 1:
         board = Board(seat.size)
         with _watching(watch if seat.rank == 0 else None, board):
-            return _joined(entry, args, seat, (cp, tp, device, threads, timeout), board)
+            return _joined(entry, args, seat, options, board)
     if cp * tp == 1:
         board = Board(1)
         with _watching(watch, board):
@@ -186,7 +188,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="cptool-") as folder:
         board = Board(cp * tp, os.path.join(folder, "status"))
         with _watching(watch, board):
-            return launch(entry, args, (cp, tp, device, threads, timeout), board, folder)
+            return launch(entry, args, options, board, folder)
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,14 @@ def _alone(device: str, threads: int | None, board: Board) -> World:
 
 
 def connect(
-    seat: Seat, cp: int, tp: int, device: str, threads: int | None, timeout: float, board: Board
+    seat: Seat,
+    cp: int,
+    tp: int,
+    device: str,
+    threads: int | None,
+    timeout: float,
+    asked: str | None,
+    board: Board,
 ) -> World:
     """Join the process group that the environment describes, and build the mesh."""
     import torch
@@ -290,7 +299,7 @@ def connect(
 
     device = resolve_device(device, seat.local_size)
     torch.set_num_threads(threads or max(1, cores() // seat.local_size))
-    staged = transport(device, seat.local_size) == "staged"
+    staged = transport(device, seat.local_size, asked) == "staged"
     where = torch.device("cpu")
     if device == "cuda":
         where = torch.device("cuda", seat.local_rank % torch.cuda.device_count())

@@ -28,6 +28,7 @@ from cptool.distributed import (
     is_communication,
     launched,
     resolve_device,
+    transport,
 )
 from cptool.errors import UserError
 from cptool.status import Board
@@ -44,15 +45,19 @@ def launch(
     """Call entry(world, *args) on local processes; rank 0's value, or the first cause as exception.
 
     options: (cp, tp, device, threads, timeout) of `cptool.distributed.run`, whose contract this
-    fulfils. board: in a file, one record per rank. folder: for temporary files of the agent.
+    fulfils, and CPTOOL_TRANSPORT of this process: the server that ranks are forked from may have
+    started with another. board: in a file, one record per rank. folder: for temporary files of the
+    agent.
     """
     # Ranks are forked from a server that has imported torch and started no thread of ours: four
     # ranks are up in 0.3 s, against 3 to 5 s when each imports torch by itself. The server imports
     # while this process does.
     forkserver.set_forkserver_preload(["torch.distributed.device_mesh", entry.__module__])
     forkserver.ensure_running()
-    cp, tp, device, threads, timeout = options
-    options = (cp, tp, resolve_device(device, board.ranks), threads, timeout)
+    cp, tp, device, *others, asked = options
+    device = resolve_device(device, board.ranks)
+    transport(device, board.ranks, asked)  # what cannot be is told before any rank starts
+    options = (cp, tp, device, *others, asked)
 
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

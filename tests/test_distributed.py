@@ -189,17 +189,19 @@ def test_devices(monkeypatch):
 
 def test_transports(monkeypatch):
     monkeypatch.setattr(distributed, "_gpus", lambda: 2)
-    monkeypatch.delenv("CPTOOL_TRANSPORT", raising=False)
     assert [transport("cuda", n) for n in (2, 3)] == ["direct", "staged"]
     assert transport("cpu", 3) == "direct"
-    monkeypatch.setenv("CPTOOL_TRANSPORT", "staged")
-    assert transport("cuda", 2) == transport("cpu", 2) == "staged"
-    monkeypatch.setenv("CPTOOL_TRANSPORT", "direct")
+    assert transport("cuda", 2, "staged") == transport("cpu", 2, "staged") == "staged"
     with pytest.raises(UserError, match="3 ranks share 2 GPUs and NCCL takes one rank a GPU"):
-        transport("cuda", 3)
-    monkeypatch.setenv("CPTOOL_TRANSPORT", "nccl")
+        transport("cuda", 3, "direct")
     with pytest.raises(UserError, match="it must be auto, direct or staged"):
-        transport("cpu", 1)
+        transport("cpu", 1, "nccl")
+
+
+def test_a_wrong_transport_is_told_before_ranks_start(monkeypatch):
+    monkeypatch.setenv("CPTOOL_TRANSPORT", "pigeon")
+    with pytest.raises(UserError, match="^CPTOOL_TRANSPORT is 'pigeon'"):
+        run(mistake_of_one, cp=2, device="cpu")
 
 
 # Ends.

@@ -95,6 +95,11 @@ def test_the_engine_over_it(tiny_model, monkeypatch, layout, static):
     monkeypatch.setenv("CPTOOL_TRANSPORT", "staged")
     cp, tp = layout
     answers, _, _, computed = run(
-        say, tiny_model, static, TURNS, 6, cp=cp, tp=tp, threads=1, device="cpu"
+        say_staged, tiny_model, static, TURNS, 6, cp=cp, tp=tp, threads=1, device="cpu"
     )
     assert (answers, computed) == (expected[0], expected[3])
+
+
+def say_staged(world, *args):
+    assert world.staged
+    return say(world, *args)
