@@ -58,8 +58,9 @@ class LayerKV:
 
 @dataclass(frozen=True)
 class Slots:
-    """slab `[layers, slots, 2, kv_heads, head_dim]`; sequence b's slots are `[offsets[b], offsets[b +
-    1])`, of which what is held comes first; positions int32 `[slots]`, `NEVER` where nothing is.
+    """slab `[layers, slots, 2, kv_heads, head_dim]`; positions int32 `[slots]`, `NEVER` in slack.
+
+    Sequence b's slots are offsets[b] up to offsets[b + 1], of which what is held comes first.
     """
 
     slab: torch.Tensor

@@ -10,7 +10,7 @@ import torch
 from cptool.checkpoint import catalogue
 from cptool.paths import cache_dir
 
-# Ranks are forked from a process that has imported test modules: to ask for a GPU must not start CUDA.
+# Ranks are forked from a process that imports test modules: asking for a GPU must not start CUDA.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 SMOLLM2 = "smollm2-135m-instruct"
