@@ -24,7 +24,7 @@ from cptool.sampling import Sampling
 from cptool.session import Manifest, ModelIdentity, Sequence
 from cptool.sharding import Placement, balanced, concat
 from cptool.staged import ring_of
-from cptool.static_decode import StaticDecode
+from cptool.static_decode import ALL_Q, StaticDecode
 from cptool.strategy import AUTO, Choice, choose
 from cptool.trace import SILENT, Recorder, Silent
 
@@ -220,16 +220,19 @@ class Engine:
                     talking.remove(b)
                     self.logits.pop(b, None)
                     self.ended[b] = picks[b] in stop
-            self._advance({b: picks[b] for b in sorted(talking)}, limit - max(map(len, answers)))
-        self._settle()
+            self.advance({b: picks[b] for b in sorted(talking)}, limit - max(map(len, answers)))
+        self.settle()
         for said, answer in zip(self.tokens, answers):
             # Said, but left without KV until somebody needs what follows it.
             said.extend(answer[-1:])
         return answers
 
     @torch.inference_mode()
-    def _advance(self, picks: dict[int, int], left: int) -> None:
-        """Computes one more token of the sequences in `picks`, which may be given `left` more."""
+    def advance(self, picks: dict[int, int], left: int) -> None:
+        """Computes one more token of the sequences in `picks`, `left` of these steps at most.
+
+        `settle` must follow the last one before anything else is asked of the engine.
+        """
         if not picks:
             return
         if not self._goes_static(len(picks)):
@@ -247,24 +250,24 @@ class Engine:
             self.logits |= rows
 
     def _goes_static(self, rows: int) -> bool:
-        """Whether a step takes static memory: nobody asked for a variant, or looks inside."""
-        watched = self.observe is not None or self.trace.on
-        return self.static and self.variant == AUTO and not watched and rows <= STATIC_ROWS
+        """Whether a step takes static memory: nobody asked for a variant or for times."""
+        return self.static and self.variant == AUTO and not self.trace.on and rows <= STATIC_ROWS
 
     def _open_steps(self, sequences: list[int], steps: int) -> None:
-        self._settle()
+        self.settle()
         if self._steps is None or not self._steps.reopen(sequences, self._held, steps):
             self._steps = None  # its memory first
             self._steps = StaticDecode(
                 self.model, self.ring, self.cache, sequences, self._held, steps, self.partial_dtype,
                 no_graph="messages go through host memory" if self.world.staged else None,
+                observe=self.observe,
             )  # fmt: skip
         how = self._steps.reason
         reason = "in a CUDA graph" if how is None else f"kernel by kernel: {how}"
-        self.choice = Choice("all-q", self.world.cp, f"all new tokens on every rank, {reason}", 0.0)
+        self.choice = Choice(ALL_Q, self.world.cp, f"all new tokens on every rank, {reason}", 0.0)
         self._stepping = True
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Notes what the ranks were given in static steps, as `extend` does for its tokens."""
         if not self._stepping:
             return

@@ -23,8 +23,13 @@ from cptool.ops import attention_partial
 from cptool.ring import Ring
 from cptool.sharding import Placement
 
+ALL_Q = "all-q"
+"""What these steps are called beside the variants of `cptool.attention`."""
+
 NOWHERE = -1
 """Position of a query that sees no key."""
+
+Observe = Callable[[int, Placement, torch.Tensor, torch.Tensor], None]
 
 Held = list[list[int]]
 """Held[r][b]: tokens of sequence b that rank r holds."""
@@ -53,8 +58,9 @@ class StaticDecode:
     held: counts of all ranks; they are followed here. `steps` of them are possible, for which room
     is made in the cache at once. After the last one, `taken` is what every rank has been given.
 
-    no_graph: why a CUDA graph cannot hold the transfers, where it cannot. reason: why steps are not
-    replayed from a graph; None if they are.
+    no_graph: why a CUDA graph cannot hold a step, where it cannot. observe: is given the layer, the
+    queries' placement, q and out of every attention, which no graph can hold. reason: why steps are
+    not replayed from a graph; None if they are.
     """
 
     def __init__(
@@ -67,8 +73,10 @@ class StaticDecode:
         steps: int,
         partial_dtype: torch.dtype = torch.float32,
         no_graph: str | None = None,
+        observe: Observe | None = None,
     ) -> None:
         self.model, self.ring, self.cache = model, ring, cache
+        self.observe = observe
         self.sequences = tuple(sequences)
         self.partial_dtype = partial_dtype
         self._turn = 0
@@ -91,8 +99,8 @@ class StaticDecode:
         self._begin(held, slots.offsets)
         self._stage({}, {})
         self._step: Callable[[], torch.Tensor] = self._compute
-        self.reason = no_graph
-        if no_graph is None:
+        self.reason = no_graph if observe is None else "somebody looks inside"
+        if self.reason is None:
             self._step = Recorded(self._compute, device)
             self.reason = self._step.reason
 
@@ -182,8 +190,10 @@ class StaticDecode:
                 q, keys, values, q_pos, self._k_pos, self._cu_q, self._cu_k, scale,
                 out_dtype=q.dtype if alone else self.partial_dtype,
             )  # fmt: skip
-            if alone:
-                return out
-            return merge_messages(self.ring.all_gather(pack(out, lse)), q)
+            if not alone:
+                out = merge_messages(self.ring.all_gather(pack(out, lse)), q)
+            if self.observe is not None:
+                self.observe(layer, Placement(q_pos, self._cu_q), q, out)
+            return out
 
         return self.model.logits(self.model(tokens, q_pos, attention))

@@ -21,6 +21,8 @@ from cptool.engine import Engine
 from cptool.ops import attention_partial
 from cptool.sampling import Sampling
 from cptool.sharding import Placement
+from cptool.static_decode import ALL_Q
+from cptool.strategy import AUTO
 from cptool.weights import load_model
 
 ROWS = 64
@@ -50,7 +52,8 @@ class Measurement:
     computed and of a single call on the same inputs, in the layer where they are worst against the
     bound; `rounding` is that of rounding the result once. `margins[i]` is the distance of the two
     best logits where `tokens[i]` was chosen, `logits` what the prefill ended with. `repeated`: a
-    second run gave the same bits.
+    second run gave the same bits; under "all-q", which is decode alone, on top of a prefill under
+    pass-kv, also the same tokens, from a CUDA graph where there is one.
     """
 
     variant: str
@@ -94,10 +97,11 @@ def verify(plan: Plan, ranks: list[int], **launch) -> Iterator[Verdict]:
     """Runs `plan` on one rank and then on each of `ranks`, every variant; `launch` goes to
     `cptool.distributed.run`.
     """
-    reference = run(measure, plan, ("pass-kv",), cp=1, **launch)[0]
+    reference, steps = run(measure, plan, ("pass-kv", ALL_Q), cp=1, **launch)
     yield Verdict(reference, "same")
+    yield Verdict(steps, compare(steps, reference))
     for count in ranks:
-        for measurement in run(measure, plan, tuple(VARIANTS), cp=count, **launch):
+        for measurement in run(measure, plan, (*VARIANTS, ALL_Q), cp=count, **launch):
             yield Verdict(measurement, compare(measurement, reference))
 
 
@@ -133,25 +137,37 @@ def _measure(world: World, model, plan: Plan, variant: str) -> Measurement:
     second = len(plan.turns[1])
     positions = {first + i * (second - 1) // (ROWS - 1) for i in range(ROWS)}
     positions |= set(range(first + second, first + second + plan.steps))
-    digests = []
-    for decodes in (True, False):
-        engine = Engine(model, world, variant=variant, progress=world.report)
+    static = variant == ALL_Q
+    runs = []
+    for first_run in (True, False):
+        prefill = "pass-kv" if static else variant
+        engine = Engine(model, world, variant=prefill, static=static, progress=world.report)
         sample = _Sample(layers, positions)
         engine.extend([list(plan.turns[0])])
         engine.observe = sample
         engine.extend([list(plan.turns[1])], reserve=plan.steps)
-        digests.append(_digest(engine, sample))
-        if decodes:
-            logits = _everywhere(world, engine)
-            tokens, margins = [], []
-            for _ in range(plan.steps):
-                best = _everywhere(world, engine).topk(2).values
-                margins.append(float(best[0] - best[1]))
+        facts: list = [_digest(engine, sample)]
+        if static:
+            engine.variant = AUTO
+            engine.observe = sample if first_run else None  # nothing looks into a graph
+        if first_run:
+            logits, margins = _everywhere(world, engine), []
+        if first_run or static:
+            tokens = []
+            for left in range(plan.steps, 0, -1):
+                if first_run:
+                    best = _everywhere(world, engine).topk(2).values
+                    margins.append(float(best[0] - best[1]))
                 tokens += engine.next_tokens(Sampling())
-                engine.extend([tokens[-1:]])
+                engine.advance({0: tokens[-1]}, left)
+            engine.settle()
+        if static:
+            facts.append(tokens)
+        if first_run:
             errors = [_errors(world, engine, sample, layer) for layer in layers]
+        runs.append(facts)
     error, one_call, rounding = max(errors, key=_over_bound)
-    repeated = all(a == b for a, b in world.gather(tuple(digests)))
+    repeated = all(a == b for a, b in world.gather(tuple(runs)))
     return Measurement(
         variant,
         world.cp,

@@ -55,8 +55,8 @@ def test_a_sound_installation_passes(mqa_path, dtype):
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["passed"] and report["tokens"] == [133, 67, 8]
-    assert {(r["cp"], r["variant"]) for r in report["runs"]} == {(1, "pass-kv")} | {
-        (n, v) for n in (2, 3) for v in attention.VARIANTS
+    assert {(r["cp"], r["variant"]) for r in report["runs"]} == {(1, "pass-kv"), (1, "all-q")} | {
+        (n, v) for n in (2, 3) for v in (*attention.VARIANTS, "all-q")
     }
     assert all(r["repeated"] and r["error"] <= r["allowed"] for r in report["runs"])
     # In bfloat16 two logits are often equal to rounding, which is a tie and told as one.
@@ -85,5 +85,5 @@ def test_a_broken_kernel_fails(mqa_path, monkeypatch):
     monkeypatch.setattr(verify, "measure", measure_with_a_broken_merge)
     result = run(mqa_path, "--synthetic", 120, "--max-cp", 2)
     assert result.exit_code == 1, result.output
-    assert "NOT exact: 3 of 5 runs failed" in result.stdout  # one rank and gather-kv merge nothing
+    assert "NOT exact: 4 of 7 runs failed" in result.stdout  # one rank and gather-kv merge nothing
     assert "FAILED" in result.stdout
