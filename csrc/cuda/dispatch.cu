@@ -24,10 +24,7 @@ constexpr Kernel kKernels[] = {
      [](const AttentionArgs& args, const Device& device) {
        return sm90_handles(args) && !(sm80_handles(args) && few_queries(args, device));
      },
-     nullptr,
-     [](const AttentionArgs& args, void*, cudaStream_t stream) {
-       attention_partial_sm90(args, stream);
-     }},
+     sm90_workspace, attention_partial_sm90},
 #endif
 };
 constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);

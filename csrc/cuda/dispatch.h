@@ -48,6 +48,7 @@ bool few_queries(const AttentionArgs& args, const Device& device);
 
 // TMA and wgmma, of compute capability 9.0 alone; compiled in where CPTOOL_HAS_SM90 is defined.
 bool sm90_handles(const AttentionArgs& args);
-void attention_partial_sm90(const AttentionArgs& args, cudaStream_t stream);
+int64_t sm90_workspace(const AttentionArgs& args, const Device& device);
+void attention_partial_sm90(const AttentionArgs& args, void* workspace, cudaStream_t stream);
 
 }  // namespace cptool::cuda

@@ -37,16 +37,19 @@ inline int64_t query_block_count(const AttentionArgs& args, int64_t block_rows) 
   return args.q_tokens * (args.q_heads / args.kv_heads) / block_rows + args.batch;
 }
 
+// Index: an integer that counts all packed rows and all blocks.
+template <class Index = int64_t>
 CPTOOL_HOST_DEVICE inline QueryBlock query_block(const AttentionArgs& args, int64_t block_rows,
                                                  int64_t block) {
-  const int64_t group = args.q_heads / args.kv_heads;
-  const auto start = [&](int64_t b) {
-    return offset_at(args.cu_q, b, args.q_tokens) * group / block_rows + b;
+  const Index group = static_cast<Index>(args.q_heads) / static_cast<Index>(args.kv_heads);
+  const auto start = [&](Index b) {
+    const Index token = static_cast<Index>(offset_at(args.cu_q, b, args.q_tokens));
+    return token * group / static_cast<Index>(block_rows) + b;
   };
-  int64_t sequence = 0;  // the last one that starts at or before the block
-  int64_t end = args.batch;
+  Index sequence = 0;  // the last one that starts at or before the block
+  Index end = static_cast<Index>(args.batch);
   while (end - sequence > 1) {
-    const int64_t middle = sequence + (end - sequence) / 2;
+    const Index middle = sequence + (end - sequence) / 2;
     if (start(middle) <= block) {
       sequence = middle;
     } else {

@@ -43,6 +43,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 using std::max;
 using std::min;
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, 4);
@@ -54,7 +55,6 @@ inline unsigned __float_as_uint(float value) {
   return bits;
 }
 
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 inline void __syncthreads() {
   emulation::barrier(0, static_cast<int>(emulation::current->block->threads), true);
@@ -179,11 +179,16 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrL2CacheSize,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
 };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 template <class Kernel>
@@ -197,6 +202,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = 164 * 1024;
+      break;
+    case cudaDevAttrL2CacheSize:
+      *value = static_cast<int>(emulation::options.l2_bytes);
       break;
     case cudaDevAttrComputeCapabilityMajor:
       *value = emulation::options.compute_capability / 10;

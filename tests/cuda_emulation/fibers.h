@@ -91,6 +91,7 @@ struct Options {
   uint64_t seed = 0;
   unsigned resident = 2;  // blocks that run at the same time
   unsigned multiprocessors = 4;
+  unsigned l2_bytes = 1 << 20;
   int compute_capability = 80;
 };
 

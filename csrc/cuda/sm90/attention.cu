@@ -1,0 +1,145 @@
+// Attention partials with Hopper's TMA and wgmma.
+//
+// A persistent kernel of one thread block a multiprocessor: a producer warpgroup (producer.h) and
+// two consumer warpgroups (consumer.h), three for head_dim up to 64, of 64 packed query rows each,
+// which share every tile of 128 keys. Registers go from the producer to the consumers.
+#include <cmath>
+
+#include "cuda/device.h"
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+#include "cuda/query_blocks.h"
+#include "cuda/sm90/consumer.h"
+#include "cuda/sm90/producer.h"
+#include "cuda/sm90/ptx.h"
+#include "cuda/sm90/shared.h"
+#include "cuda/sm90/tensor_map.h"
+
+namespace cptool::cuda {
+namespace sm90 {
+namespace {
+
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(Sizes<kHeadDim>::kThreads, 1)
+    attention_kernel(const __grid_constant__ Launch launch) {
+  using Plan = Sizes<kHeadDim>;
+  Shared<kHeadDim>& shared = *reinterpret_cast<Shared<kHeadDim>*>(dynamic_shared());
+  if (threadIdx.x == 0) init_barriers(shared);
+  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  if (warp < kWarpgroup / kWarp) {
+    ptx::registers_shrink<Plan::kProducerRegisters>();
+    if (warp == 0) schedule(launch, shared, lane);
+    if (warp == 1 && lane == 0) load(launch, shared);
+    if (warp == 2) clean(shared, lane);
+  } else {
+    ptx::registers_grow<Plan::kConsumerRegisters>();
+    const int first_row = (warp - kWarpgroup / kWarp) * 16 + lane / 4;
+    Consumer<T, kHeadDim>{shared, warp / 4 - 1, lane, first_row, {}, {}}.run(launch);
+  }
+}
+
+int64_t l2_bytes() {
+  int device, bytes;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device), "cudaDeviceGetAttribute");
+  return bytes;
+}
+
+// A map of q, k or v, with what a size of 1 leaves open, its stride, set to what TMA takes.
+TensorMap map_of(const AttentionArgs& args, const void* tensor, int64_t tokens,
+                 int64_t token_stride, int64_t heads, int64_t head_stride, int32_t box_heads,
+                 int32_t box_tokens) {
+  const int64_t row_bytes = args.head_dim * 2;
+  // Without tokens nothing is loaded, but a map of nothing is none.
+  if (tokens == 0) return map_of(args, args.q, 1, 0, 1, 0, box_heads, box_tokens);
+  return tensor_map(args.dtype, tensor, tokens, tokens == 1 ? row_bytes : 2 * token_stride, heads,
+                    heads == 1 ? row_bytes : 2 * head_stride, args.head_dim, kPanelColumns,
+                    static_cast<uint32_t>(box_heads), static_cast<uint32_t>(box_tokens));
+}
+
+template <class T, int kHeadDim>
+void launch_kernel(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
+  using Plan = Sizes<kHeadDim>;
+  static_assert(sizeof(Shared<kHeadDim>) <= 227 * 1024);
+  Launch launch = {};
+  launch.args = args;
+  launch.group = static_cast<int32_t>(args.q_heads / args.kv_heads);
+  launch.block_tokens = Plan::kRows / launch.group;
+  launch.scale_log2 = static_cast<float>(static_cast<double>(args.scale) * 1.4426950408889634);
+  const int32_t multiprocessors = current_device().multiprocessors;
+  // K and V of an average sequence; how long each is only the device knows.
+  const int64_t head_bytes = args.k_tokens / args.batch * args.head_dim * 2 * 2;
+  const int32_t kv_heads = static_cast<int32_t>(args.kv_heads);
+  launch.jobs = {static_cast<int32_t>(query_block_count(args, launch.block_tokens * launch.group)),
+                 kv_heads, heads_together(l2_bytes(), head_bytes, kv_heads, multiprocessors)};
+  const int32_t jobs = launch.jobs.count();
+  const int32_t blocks = jobs < multiprocessors ? jobs : multiprocessors;
+  if (jobs > kPlacedJobs * blocks) {
+    launch.taken = static_cast<int32_t*>(workspace);
+    check(cudaMemsetAsync(workspace, 0, sizeof(int32_t), stream), "attention_partial");
+  }
+  launch.q = map_of(args, args.q, args.q_tokens, args.q_token_stride, args.q_heads,
+                    args.q_head_stride, launch.group, launch.block_tokens);
+  launch.k = map_of(args, args.k, args.k_tokens, args.k_token_stride, args.kv_heads,
+                    args.k_head_stride, 1, kKeys);
+  launch.v = map_of(args, args.v, args.k_tokens, args.v_token_stride, args.kv_heads,
+                    args.v_head_stride, 1, kKeys);
+  cuda::launch("attention_partial", attention_kernel<T, kHeadDim>,
+               dim3(static_cast<unsigned>(blocks)), dim3(Plan::kThreads), sizeof(Shared<kHeadDim>),
+               stream, launch);
+}
+
+template <class T>
+void launch_for(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
+  if (args.head_dim <= 64) return launch_kernel<T, 64>(args, workspace, stream);
+  if (args.head_dim <= 96) return launch_kernel<T, 96>(args, workspace, stream);
+  launch_kernel<T, 128>(args, workspace, stream);
+}
+
+// TMA's rules: addresses and strides in multiples of 16 bytes, strides below 2^40 bytes. The stride
+// of a dimension of size 1 does not matter.
+bool aligned(const void* tensor) { return reinterpret_cast<uintptr_t>(tensor) % 16 == 0; }
+bool aligned(int64_t size, int64_t stride) {
+  return size <= 1 || (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 39));
+}
+
+}  // namespace
+}  // namespace sm90
+
+bool sm90_handles(const AttentionArgs& args) {
+  using sm90::aligned;
+  if (args.dtype == ScalarType::kFloat32 || args.head_dim <= 0 || args.head_dim % 8 != 0 ||
+      args.head_dim > 128 || args.batch < 1) {
+    return false;
+  }
+  // Maxima of scores are taken before the scale.
+  if (!(args.scale > 0.0f) || !std::isfinite(args.scale)) return false;
+  const int64_t group = args.q_heads / args.kv_heads;
+  if (group > 2 * sm90::kWarpgroupRows) return false;  // the rows of a job hold whole tokens
+  // Coordinates, rows and jobs are counted in 32 bits.
+  constexpr int64_t kMost = INT32_MAX / 2;
+  if (args.k_tokens > kMost || args.q_tokens > kMost / group || args.batch > kMost ||
+      (args.q_tokens * group / sm90::kWarpgroupRows + args.batch) > kMost / args.kv_heads) {
+    return false;
+  }
+  return aligned(args.q) && aligned(args.out) &&
+         (args.k_tokens == 0 || (aligned(args.k) && aligned(args.v))) &&
+         aligned(args.q_tokens, args.q_token_stride) && aligned(args.q_heads, args.q_head_stride) &&
+         aligned(args.k_tokens, args.k_token_stride) &&
+         aligned(args.kv_heads, args.k_head_stride) &&
+         aligned(args.k_tokens, args.v_token_stride) && aligned(args.kv_heads, args.v_head_stride);
+}
+
+int64_t sm90_workspace(const AttentionArgs&, const Device&) { return 16; }
+
+void attention_partial_sm90(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
+  if (args.dtype == ScalarType::kBFloat16) {
+    sm90::launch_for<__nv_bfloat16>(args, workspace, stream);
+  } else {
+    sm90::launch_for<__half>(args, workspace, stream);
+  }
+}
+
+}  // namespace cptool::cuda

@@ -1,0 +1,184 @@
+// A consumer warpgroup of the sm_90a kernel: 64 of a job's rows.
+//
+// Tensor cores and softmax run at the same time in two ways (Shah et al., FlashAttention-3, 2024).
+// Within a warpgroup the scores of the next tile and the weighted values of this one are in flight
+// while the softmax of the next is computed. Between warpgroups a token goes round: who holds it
+// issues its products, so one's softmax falls into the time of the others' products.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/sm90/descriptors.h"
+#include "cuda/sm90/ptx.h"
+#include "cuda/sm90/schedule.h"
+#include "cuda/sm90/shared.h"
+#include "cuda/sm90/softmax.h"
+
+namespace cptool::cuda::sm90 {
+namespace {
+
+// A thread's share of the accumulators of scores and out, and of the weights as fragments.
+using Scores = float[kKeys / 2];
+using Weights = uint32_t[kKeys / 4];
+
+template <class T, int kHeadDim>
+struct Consumer {
+  using Plan = Sizes<kHeadDim>;
+  using Out = float[Plan::kColumns / 2];
+
+  Shared<kHeadDim>& shared;
+  const int warpgroup, lane;
+  const int first_row;       // of the thread's two, in the job; the other is 8 rows on
+  Turn<Plan::kStages> turn;  // of the next tile's K; values are one tile behind scores
+  Turn<1> q_turn;
+
+  __device__ __forceinline__ static uint32_t address(const uint64_t& barrier) {
+    return ptx::shared_address(&barrier);
+  }
+
+  // One arrival a warp: its products, which all its threads have waited for, have read the buffer.
+  __device__ __forceinline__ void release(const uint64_t& barrier) const {
+    if (lane == 0) ptx::mbarrier_arrive(address(barrier));
+  }
+
+  // Named barrier 1 + w is where warpgroup w takes the token; half of its arrivals are the giver's.
+  __device__ __forceinline__ void take_token() const {
+    ptx::barrier_sync(1 + warpgroup, 2 * kWarpgroup);
+  }
+  __device__ __forceinline__ void give_token() const {
+    ptx::barrier_arrive(1 + (warpgroup + 1) % Plan::kConsumers, 2 * kWarpgroup);
+  }
+
+  // Waits for K of a tile.
+  __device__ __forceinline__ void wait_for_keys(Turn<Plan::kStages> of) const {
+    ptx::mbarrier_wait(address(shared.k_full[of.stage()]), of.parity());
+  }
+
+  // Issues scores = Q K^T of the next tile.
+  __device__ __forceinline__ void issue_scores(Scores& scores) const {
+    const uint64_t q =
+        rows_descriptor(ptx::shared_address(shared.q) + warpgroup * kWarpgroupRows * kRowBytes);
+    const uint64_t k = rows_descriptor(ptx::shared_address(shared.k[turn.stage()]));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kHeadDim / kDepth; ++step) {
+      ptx::wgmma_shared<T>(scores, advance(q, step_along_rows(step, Plan::kQPanelBytes)),
+                           advance(k, step_along_rows(step, Plan::kPanelBytes)), step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // After the wait for scores: K is read, and Q for the last time with the first tile of the keys.
+  __device__ __forceinline__ void scores_done(Scores& scores, int32_t tile) {
+    ptx::keep_in_place(scores);
+    release(shared.k_empty[turn.stage()]);
+    if (tile == 0) {
+      release(shared.q_empty);
+      q_turn.next();
+    }
+  }
+
+  // Waits for V of the tile before, and issues out += weights V.
+  __device__ __forceinline__ void issue_values(const Weights& weights, Out& out) const {
+    const Turn<Plan::kStages> before = turn.previous();
+    ptx::mbarrier_wait(address(shared.v_full[before.stage()]), before.parity());
+    const uint64_t v =
+        columns_descriptor(ptx::shared_address(shared.v[before.stage()]), Plan::kPanelBytes);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kKeys / kDepth; ++step) {
+      ptx::wgmma_registers<T>(out, weights + 4 * step, advance(v, step_across_rows(step)));
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void values_done(Weights& weights, Out& out) const {
+    ptx::keep_in_place(out);
+    ptx::keep_in_place(weights);
+    release(shared.v_empty[turn.previous().stage()]);
+  }
+
+  // All tiles of a job; `limits`: of the job's rows, in shared memory.
+  __device__ __forceinline__ void attend(const Job& job, const int32_t* limits, float scale_log2,
+                                         RowPair& rows, Out& out) {
+    Scores scores;    // of a tile, then its weights
+    Weights weights;  // of the tile before
+    float keep[2];
+    const int32_t dense_keys = job.dense_keys;
+    const auto mask_tile = [&](int32_t tile) {
+      if (!tile_is_masked(tile, dense_keys)) return;
+      const int32_t seen[2] = {limits[first_row] - tile * kKeys,
+                               limits[first_row + 8] - tile * kKeys};
+      mask(scores, seen, lane);
+    };
+    int32_t tile = tile_count(job.keys) - 1;
+    ptx::mbarrier_wait(address(shared.q_full), q_turn.parity());
+    wait_for_keys(turn);
+    issue_scores(scores);
+    ptx::wgmma_wait<0>();
+    scores_done(scores, tile);
+    mask_tile(tile);
+    rows.absorb(scores, scale_log2, keep);
+    pack_weights<T>(scores, weights);
+    turn.next();
+    if (tile > 0) wait_for_keys(turn);
+
+    for (--tile; tile >= 0; --tile) {
+      take_token();
+      issue_scores(scores);
+      issue_values(weights, out);
+      give_token();
+      ptx::wgmma_wait<1>();
+      scores_done(scores, tile);
+      mask_tile(tile);
+      rows.absorb(scores, scale_log2, keep);
+      // Nothing forbids the assembler to move the wait for the values before the softmax, and it
+      // does, unless a branch lies between them that the sums decide. They are never negative.
+      if (tile > 0 || rows.sum[0] + rows.sum[1] < 0.0f) wait_for_keys(turn.following());
+      ptx::wgmma_wait<0>();
+      values_done(weights, out);
+      pack_weights<T>(scores, weights);
+      // Maxima settle after a few tiles: then nothing is left to scale.
+      if (__any_sync(kWholeWarp, keep[0] != 1.0f || keep[1] != 1.0f)) {
+#pragma unroll
+        for (int i = 0; i < Plan::kColumns / 2; ++i) out[i] *= keep[i / 2 % 2];
+      }
+      turn.next();
+    }
+    issue_values(weights, out);
+    ptx::wgmma_wait<0>();
+    values_done(weights, out);
+  }
+
+  __device__ __forceinline__ void run(const Launch& launch) {
+    if (warpgroup == Plan::kConsumers - 1) give_token();  // the first one's to take
+    for (Turn<kJobs> job_turn;; job_turn.next()) {
+      const Job& job = next_job(shared, job_turn);
+      if (job.rows < 0) break;
+      RowPair rows;
+      Out out = {};
+      if (job.keys > 0) {
+        attend(job, shared.limits[job_turn.stage()], launch.scale_log2, rows, out);
+      }
+      int64_t at[2];
+      bool held[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int32_t row = first_row + 8 * i;
+        const int64_t token = job.q_token + row / launch.group;
+        at[i] = token * launch.args.q_heads + job.kv_head * launch.group + row % launch.group;
+        held[i] = row < job.rows;
+      }
+      __syncwarp();  // all lanes have read the job for the last time
+      release(shared.job_empty[job_turn.stage()]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        finish_row<T>(launch.args, rows.state(i), out, i, at[i], held[i], lane);
+      }
+    }
+    if (warpgroup == 0) take_token();  // the last one's gift: no arrival is left over
+  }
+};
+
+}  // namespace
+}  // namespace cptool::cuda::sm90

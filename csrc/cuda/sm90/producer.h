@@ -1,0 +1,175 @@
+// The producer warpgroup of the sm_90a kernel. Its warps work ahead of the consumers, each at a
+// task of its own: the scheduler finds jobs, the loader fetches their tiles, the cleaner clears
+// what no row may see. All go through the same jobs in the same order.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/block_rows.h"
+#include "cuda/device.h"
+#include "cuda/query_blocks.h"
+#include "cuda/sm90/ptx.h"
+#include "cuda/sm90/schedule.h"
+#include "cuda/sm90/shared.h"
+
+namespace cptool::cuda::sm90 {
+namespace {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// The place of the next job that nobody has yet; a whole warp asks.
+__device__ inline int32_t take_job(const Launch& launch, int lane) {
+  const int32_t placed = kPlacedJobs * static_cast<int32_t>(gridDim.x);
+  if (placed >= launch.jobs.count()) return placed;  // there is no counter
+  int32_t taken = 0;
+  if (lane == 0) taken = atomicAdd(launch.taken, 1);
+  return placed + __shfl_sync(kAllLanes, taken, 0);
+}
+
+// Finds the thread block's jobs and says of each which keys its rows see, from positions and
+// offsets that lie on the device.
+template <int kHeadDim>
+__device__ void schedule(const Launch& launch, Shared<kHeadDim>& shared, int lane) {
+  const AttentionArgs& args = launch.args;
+  Turn<kJobs> turn;
+  for (int32_t n = 0;; ++n) {
+    // Not before the job before the last one is done, for another thread block may be free sooner.
+    ptx::mbarrier_wait(ptx::shared_address(&shared.job_empty[turn.stage()]), turn.parity() ^ 1);
+    const int32_t place = n < kPlacedJobs ? job_place(static_cast<int32_t>(blockIdx.x),
+                                                      static_cast<int32_t>(gridDim.x), n)
+                                          : take_job(launch, lane);
+    const bool none = place >= launch.jobs.count();
+    Job job = {-1, 0, 0, 0, 0, 0};
+    if (!none) {
+      const JobList::Entry entry = launch.jobs.at(place);
+      const QueryBlock block =
+          query_block<int32_t>(args, launch.block_tokens * launch.group, entry.block);
+      if (block.rows <= 0) continue;
+      job.rows = static_cast<int32_t>(block.rows);
+      job.kv_head = entry.kv_head;
+      job.q_token = static_cast<int32_t>(block.first_token + block.first_row / launch.group);
+      job.first_key = static_cast<int32_t>(offset_at(args.cu_k, block.sequence, args.k_tokens));
+      const int32_t end =
+          static_cast<int32_t>(offset_at(args.cu_k, block.sequence + 1, args.k_tokens));
+      // Rows ascend in position, so the last one sees the most keys and the first one the fewest.
+      const int32_t last = job.q_token + (job.rows - 1) / launch.group;
+      const int32_t* k_pos = args.k_pos + job.first_key;
+      job.keys =
+          static_cast<int32_t>(visible_keys_by_warp(k_pos, end - job.first_key, args.q_pos[last]));
+      job.dense_keys =
+          static_cast<int32_t>(visible_keys_by_warp(k_pos, job.keys, args.q_pos[job.q_token]));
+    }
+    const int32_t* between = args.k_pos + job.first_key + job.dense_keys;
+#pragma unroll 1  // registers are few here
+    for (int32_t row = lane; row < Sizes<kHeadDim>::kRows; row += kWarp) {
+      int32_t limit = 0;
+      if (row < job.rows) {
+        const int32_t position = args.q_pos[job.q_token + row / launch.group];
+        limit = job.dense_keys +
+                static_cast<int32_t>(visible_keys(between, job.keys - job.dense_keys, position));
+      }
+      shared.limits[turn.stage()][row] = limit;
+    }
+    if (lane == 0) shared.jobs[turn.stage()] = job;
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.job_full[turn.stage()]));
+    if (none) return;
+    turn.next();
+  }
+}
+
+// Has TMA fetch Q once a job and K and V tile by tile, as buffers become empty; one thread. V of a
+// tile is asked for after K of the next: so they are used.
+template <int kHeadDim>
+__device__ void load(const Launch& launch, Shared<kHeadDim>& shared) {
+  using Plan = Sizes<kHeadDim>;
+  const auto address = [](const auto& object) { return ptx::shared_address(&object); };
+  ptx::prefetch(launch.q);
+  ptx::prefetch(launch.k);
+  ptx::prefetch(launch.v);
+  Turn<kJobs> job_turn;
+  Turn<1> q_turn;
+  Turn<Plan::kStages> k_turn, v_turn;
+  for (;; job_turn.next()) {
+    const Job job = next_job(shared, job_turn);
+    ptx::mbarrier_arrive(address(shared.job_empty[job_turn.stage()]));
+    if (job.rows < 0) return;
+    const int32_t tiles = tile_count(job.keys);
+    for (int32_t i = 0; tiles > 0 && i <= tiles; ++i) {
+      if (i < tiles) {
+        const int32_t token = job.first_key + (tiles - 1 - i) * kKeys;
+        const uint32_t full = address(shared.k_full[k_turn.stage()]);
+        ptx::mbarrier_wait(address(shared.k_empty[k_turn.stage()]), k_turn.parity() ^ 1);
+        ptx::mbarrier_arrive_expect(full, Plan::kPanels * Plan::kPanelBytes);
+        for (int p = 0; p < Plan::kPanels; ++p) {
+          ptx::load_box(address(shared.k[k_turn.stage()][p]), launch.k, p * kPanelColumns,
+                        job.kv_head, token, full);
+        }
+        k_turn.next();
+      }
+      if (i == 0) {
+        const uint32_t full = address(shared.q_full);
+        ptx::mbarrier_wait(address(shared.q_empty), q_turn.parity() ^ 1);
+        ptx::mbarrier_arrive_expect(full,
+                                    Plan::kPanels * launch.block_tokens * launch.group * kRowBytes);
+        for (int p = 0; p < Plan::kPanels; ++p) {
+          ptx::load_box(address(shared.q[p]), launch.q, p * kPanelColumns,
+                        job.kv_head * launch.group, job.q_token, full);
+        }
+        q_turn.next();
+      } else {
+        const int32_t token = job.first_key + (tiles - i) * kKeys;
+        const bool unclean = i == 1 && unseen_rows(job.keys) > 0;
+        const uint32_t full =
+            address(unclean ? shared.v_arrived[v_turn.stage()] : shared.v_full[v_turn.stage()]);
+        ptx::mbarrier_wait(address(shared.v_empty[v_turn.stage()]), v_turn.parity() ^ 1);
+        ptx::mbarrier_arrive_expect(full, Plan::kPanels * Plan::kPanelBytes);
+        for (int p = 0; p < Plan::kPanels; ++p) {
+          ptx::load_box(address(shared.v[v_turn.stage()][p]), launch.v, p * kPanelColumns,
+                        job.kv_head, token, full);
+        }
+        v_turn.next();
+      }
+    }
+  }
+}
+
+// Keys that no row of the job sees have weight 0, but what lies in their slots of V may be infinite
+// or no number, and 0 times that is no number either: clears them in a job's last tile, where it
+// comes between TMA and the consumers. What lies in K does not matter: masks replace those scores.
+template <int kHeadDim>
+__device__ void clean(Shared<kHeadDim>& shared, int lane) {
+  using Plan = Sizes<kHeadDim>;
+  Turn<kJobs> job_turn;
+  uint32_t parities = 0;       // of v_arrived: a bit for each, which only these tiles take in turn
+  Turn<Plan::kStages> v_turn;  // of the job's first tile
+  for (;; job_turn.next()) {
+    const Job job = next_job(shared, job_turn);
+    __syncwarp();  // all lanes have read it
+    if (lane == 0) {
+      ptx::mbarrier_arrive(ptx::shared_address(&shared.job_empty[job_turn.stage()]));
+    }
+    if (job.rows < 0) return;
+    const int32_t unseen = unseen_rows(job.keys);
+    if (unseen > 0) {
+      const int stage = v_turn.stage();
+      ptx::mbarrier_wait(ptx::shared_address(&shared.v_arrived[stage]), parities >> stage & 1);
+      parities ^= 1u << stage;
+      // The swizzle moves chunks within a row alone.
+      for (int p = 0; p < Plan::kPanels; ++p) {
+        uint4* const panel = reinterpret_cast<uint4*>(shared.v[stage][p]);
+        for (int i = (kKeys - unseen) * (kRowBytes / 16) + lane; i < kKeys * (kRowBytes / 16);
+             i += kWarp) {
+          panel[i] = make_uint4(0, 0, 0, 0);
+        }
+      }
+      ptx::fence_proxy_async();
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.v_full[stage]));
+    }
+    v_turn.count += static_cast<uint32_t>(tile_count(job.keys));
+  }
+}
+
+}  // namespace
+}  // namespace cptool::cuda::sm90

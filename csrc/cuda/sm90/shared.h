@@ -1,0 +1,111 @@
+// Sizes of the sm_90a kernel, what a launch gives it, and what a thread block holds in shared
+// memory.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+#include "cuda/sm90/descriptors.h"
+#include "cuda/sm90/ptx.h"
+#include "cuda/sm90/schedule.h"
+
+namespace cptool::cuda::sm90 {
+namespace {
+
+constexpr int kWarpgroup = 128;
+constexpr int kWarpgroupRows = 64;  // that one warpgroup's products take
+constexpr int kJobs = 2;            // scheduled ahead
+
+// kHeadDim 64, 96 or 128: the tensors' head_dim, rounded up; TMA fills with zeros.
+template <int kHeadDim>
+struct Sizes {
+  static constexpr int kPanels = (kHeadDim + kPanelColumns - 1) / kPanelColumns;
+  // Of out in registers. Panels are whole: the manual describes no product of half a swizzle.
+  static constexpr int kColumns = kPanels * kPanelColumns;
+  // Consumer warpgroups. A third one's accumulators of 128 columns would not fit in the registers.
+  static constexpr int kConsumers = kPanels == 1 ? 3 : 2;
+  static constexpr int kRows = kConsumers * kWarpgroupRows;
+  static constexpr int kStages = kPanels == 1 ? 4 : 2;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  // A launch allots 65536 / kThreads, rounded down to a multiple of 8, to each thread; the
+  // warpgroups share them out anew.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                (1 + kConsumers) * kLaunchRegisters);
+  static constexpr int kQPanelBytes = kRows * kRowBytes;
+  static constexpr int kPanelBytes = kKeys * kRowBytes;  // of K and V
+};
+
+// What the scheduler tells the other warps of a job.
+struct Job {
+  int32_t rows;  // packed rows; negative: there are no more jobs
+  int32_t kv_head;
+  int32_t q_token;     // the first one, in q
+  int32_t first_key;   // of the sequence, in k
+  int32_t keys;        // of the sequence that the last row sees, hence any
+  int32_t dense_keys;  // that the first row sees, hence all
+};
+
+// A parameter of the kernel. TMA reads the maps from there.
+struct Launch {
+  TensorMap q, k, v;
+  AttentionArgs args;
+  JobList jobs;
+  int32_t* taken;  // counter of jobs beyond the placed ones, 0 at first; null if there are none
+  int32_t group;   // query heads of a KV head
+  int32_t block_tokens;  // query tokens of a job; times `group`, the packed rows
+  float scale_log2;      // scale log2 e: exp(scale s) = 2^(scale_log2 s)
+};
+
+// Bytes for head_dim 128: Q 32768, K and V 2 x 2 x 32768, jobs and barriers 1.2 KiB: 162.2 KiB;
+// 64: Q 24576, K and V 4 x 2 x 16384, in all 153.7 KiB. The device has 227.
+template <int kHeadDim>
+struct Shared {
+  using Plan = Sizes<kHeadDim>;
+  alignas(kSwizzleBytes) uint8_t q[Plan::kPanels][Plan::kQPanelBytes];
+  alignas(kSwizzleBytes) uint8_t k[Plan::kStages][Plan::kPanels][Plan::kPanelBytes];
+  alignas(kSwizzleBytes) uint8_t v[Plan::kStages][Plan::kPanels][Plan::kPanelBytes];
+  Job jobs[kJobs];
+  int32_t limits[kJobs][Plan::kRows];  // keys of the sequence that each row of the job sees
+  // mbarriers. "full": a load is there; "empty": its last reader is done.
+  uint64_t job_full[kJobs], job_empty[kJobs];
+  uint64_t q_full, q_empty;
+  uint64_t k_full[Plan::kStages], k_empty[Plan::kStages];
+  uint64_t v_full[Plan::kStages], v_empty[Plan::kStages];
+  uint64_t v_arrived[Plan::kStages];  // a last tile, whose unseen rows are still to be cleared
+};
+
+template <int kHeadDim>
+__device__ void init_barriers(Shared<kHeadDim>& shared) {
+  constexpr uint32_t kConsumerWarps = Sizes<kHeadDim>::kConsumers * 4;
+  const auto init = [](uint64_t& barrier, uint32_t arrivals) {
+    ptx::mbarrier_init(ptx::shared_address(&barrier), arrivals);
+  };
+  for (int i = 0; i < kJobs; ++i) {
+    init(shared.job_full[i], 1);
+    init(shared.job_empty[i], kConsumerWarps + 2);  // and the loader and the cleaner
+  }
+  init(shared.q_full, 1);
+  init(shared.q_empty, kConsumerWarps);
+  for (int i = 0; i < Sizes<kHeadDim>::kStages; ++i) {
+    init(shared.k_full[i], 1);
+    init(shared.k_empty[i], kConsumerWarps);
+    init(shared.v_full[i], 1);
+    init(shared.v_empty[i], kConsumerWarps);
+    init(shared.v_arrived[i], 1);
+  }
+  ptx::fence_mbarrier_init();
+}
+
+// Waits for the next job. The caller arrives at job_empty when its warp needs it no longer.
+template <int kHeadDim>
+__device__ __forceinline__ const Job& next_job(const Shared<kHeadDim>& shared,
+                                               const Turn<kJobs>& turn) {
+  ptx::mbarrier_wait(ptx::shared_address(&shared.job_full[turn.stage()]), turn.parity());
+  return shared.jobs[turn.stage()];
+}
+
+}  // namespace
+}  // namespace cptool::cuda::sm90

@@ -1,0 +1,51 @@
+"""The kernel for compute capability 9.0 as far as a compiler can tell: arithmetic of the host, and
+what the assembler says of registers."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_schedule_and_descriptors(tmp_path):
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path / "sm90_check"
+    source = Path(__file__).with_name("sm90_check.cpp")
+    subprocess.run(
+        [compiler, "-std=c++17", "-O1", "-I", ROOT / "csrc", source, "-o", program], check=True
+    )
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_registers(tmp_path):
+    """Nothing in local memory; no wgmma waits for another because of registers (C7510 and the
+    like); and a launch allots what the warpgroups share out (csrc/cuda/sm90/shared.h).
+    """
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    source = ROOT / "csrc" / "cuda" / "sm90" / "attention.cu"
+    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90a", "-Xptxas=-v", "-I", ROOT / "csrc"]
+    command += ["-cubin", source, "-o", tmp_path / "attention.cubin"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = done.stdout + done.stderr
+    assert "C75" not in report, report
+    kernels = re.findall(r"Compiling entry function '(\w+)'", report)
+    stacks = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+    )
+    registers = re.findall(r"Used (\d+) registers", report)
+    assert len(kernels) == len(stacks) == len(registers) == 6
+    assert set(stacks) == {("0", "0", "0")}
+    for kernel, used in zip(kernels, registers, strict=True):
+        threads = 512 if "Li64E" in kernel else 384
+        assert int(used) == 65536 // threads // 8 * 8, kernel

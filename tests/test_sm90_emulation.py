@@ -1,0 +1,190 @@
+"""The kernel for compute capability 9.0 against float64 on the CPU: its pipelines, its layouts and
+its schedule, as tests/cuda_emulation carries out TMA and wgmma."""
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cuda_emulator
+from cuda_emulator import EMULATION, ROOT, Emulator, build
+from reference import check, make_case, tolerance
+
+pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="no C++ compiler")
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+class Sm90(Emulator):
+    def __init__(self, library):
+        self._library = ctypes.CDLL(str(library))
+        self._library.emulated_attention.restype = ctypes.c_char_p
+        self._library.emulated_force.restype = ctypes.c_bool
+
+    def device(self, multiprocessors=4, l2_bytes=1 << 20):
+        self._library.emulated_device(multiprocessors, l2_bytes)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    sources = [ROOT / "csrc" / "cuda" / "sm90" / "attention.cu", EMULATION / "sm90_driver.cpp"]
+    return Sm90(build(tmp_path_factory.mktemp("sm90"), sources, "sm90"))
+
+
+@pytest.fixture
+def cuda(library):
+    library.device()
+    return library
+
+
+def batch(dtype, head_dim, heads, **options):
+    """Whole prompt, shards of two chunks, decode, empty ones; no length a multiple of a tile."""
+    return make_case(
+        [
+            (range(300), range(300)),
+            ([*range(5), *range(531, 550)], [*range(233), *range(498, 531)]),
+            ([400], range(1, 401, 3)),
+            ([], range(5)),
+            (range(7), []),
+            (range(3), range(2, 9)),
+        ],
+        heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        slack=3,
+        **options,
+    )
+
+
+# For 16-bit weights, that of the dtype; the check of every result is against float64.
+@pytest.mark.parametrize(
+    "dtype, head_dim, heads",
+    [
+        (torch.bfloat16, 64, (2, 2)),
+        (torch.float16, 64, (6, 1)),
+        (torch.bfloat16, 128, (4, 1)),
+        (torch.float16, 128, (2, 2)),
+        (torch.bfloat16, 96, (3, 1)),
+        (torch.float16, 80, (10, 2)),
+        (torch.bfloat16, 24, (7, 1)),
+    ],
+    ids=str,
+)
+def test_matches_float64(cuda, dtype, head_dim, heads):
+    case = batch(dtype, head_dim, heads)
+    check(case, cuda.attention(*case.arguments), tolerance(case, dtype))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_order_gives_the_same_bits(cuda, dtype, seed):
+    """Threads, copies and products in other orders, and jobs on more and fewer multiprocessors."""
+    case = batch(dtype, 128, (3, 1))
+    expected = cuda.attention(*case.arguments)
+    cuda.device(multiprocessors=1 + 6 * seed)
+    again = cuda.attention(*case.arguments, seed=seed + 1)
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+@pytest.mark.parametrize("head_dim", [64, 104])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_in_the_input_dtype(cuda, dtype, head_dim):
+    case = batch(dtype, head_dim, (3, 1))
+    result = cuda.attention(*case.arguments, out_dtype=dtype)
+    assert result[0].dtype == dtype
+    check(case, result, tolerance(case, dtype, dtype))
+
+
+@pytest.mark.parametrize("dtype, head_dim", [(torch.bfloat16, 128), (torch.float16, 64)], ids=str)
+def test_into(cuda, dtype, head_dim):
+    """Where the running lse is -inf its out is ignored; rows that see nothing new stay."""
+    case = batch(dtype, head_dim, (2, 1))
+    keep = torch.arange(len(case.k_pos)) % 5 < 2
+    keep[int(case.cu_k[2]) :] = False
+    first, second = (case.only_keys(kept) for kept in (keep, ~keep))
+    running = cuda.attention(*first.arguments)
+    running[0][running[1] == -torch.inf] = torch.nan
+    unseen = cuda.attention(*second.arguments)[1] == -torch.inf
+    before = running[0][unseen].clone()
+    cuda.attention(*second.arguments, into=running)
+    assert torch.equal(running[0][unseen].nan_to_num(), before.nan_to_num())
+    running[0][running[1] == -torch.inf] = 0
+    check(case, running, tolerance(case, dtype, merged=True))
+
+
+def test_more_jobs_than_are_placed(cuda):
+    """On one multiprocessor, with heads in groups of one: all but two jobs come off the counter."""
+    cuda.device(multiprocessors=1, l2_bytes=0)
+    case = make_case(
+        [(range(200, 260), range(260)), (range(40), range(40))],
+        heads=(6, 3),
+        head_dim=128,
+        dtype=torch.bfloat16,
+    )
+    check(case, cuda.attention(*case.arguments), tolerance(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("spread", [30.0, 1000.0])
+def test_large_scores(cuda, spread):
+    """Weights that underflow, maxima that jump from tile to tile."""
+    case = make_case([(range(290), range(290))], heads=(2, 1), dtype=torch.bfloat16, spread=spread)
+    check(case, cuda.attention(*case.arguments), tolerance(case, torch.bfloat16))
+
+
+def test_strides(cuda):
+    """Heads before tokens in memory, and sizes of 1 whose strides mean nothing."""
+    case = batch(torch.bfloat16, 64, (2, 2))
+    expected = cuda.attention(*case.arguments)
+    moved = {
+        name: getattr(case, name).transpose(0, 1).contiguous().transpose(0, 1) for name in "qkv"
+    }
+    again = cuda.attention(*replace(case, **moved).arguments)
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+    case = make_case([([5], range(9))], heads=(1, 1), dtype=torch.bfloat16)
+    odd = replace(case, q=case.q.as_strided(case.q.shape, (3, 5, 1)))
+    check(odd, cuda.attention(*odd.arguments), tolerance(odd, torch.bfloat16))
+
+
+@pytest.mark.parametrize("sequences", [[([], [])], [([], range(3))], [(range(3), [])]], ids=str)
+def test_empty(cuda, sequences):
+    case = make_case(sequences, dtype=torch.bfloat16)
+    out, lse = cuda.attention(*case.arguments)
+    assert out.shape == case.q.shape and torch.all(out == 0) and torch.all(lse == -torch.inf)
+
+
+def test_offsets_without_sense_stay_within_the_tensors(cuda):
+    case = batch(torch.bfloat16, 64, (2, 1))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        cu_q, cu_k = (
+            torch.randint(-(2**31), 2**31 - 1, (len(case.cu_q),), generator=generator).int()
+            for _ in range(2)
+        )
+        cuda.attention(*replace(case, cu_q=cu_q, cu_k=cu_k).arguments)
+
+
+def test_what_the_kernel_leaves_to_others(cuda):
+    case = batch(torch.bfloat16, 64, (2, 1))
+    slab = torch.zeros(len(case.k_pos), 2, 1, 72, dtype=torch.bfloat16)
+    refused = [
+        replace(case, q=case.q.float(), k=case.k.float(), v=case.v.float()),
+        replace(case, scale=-1.0),
+        replace(case, scale=float("nan")),
+        replace(case, k=slab[:, 0, :, 1:65]),  # no multiple of 16 bytes
+        replace(case, k=case.k.expand(-1, 2, -1).as_strided((len(case.k), 2, 64), (64, 0, 1))),
+        make_case([(range(2), range(2))], heads=(129, 1), dtype=torch.bfloat16),
+        make_case([(range(2), range(2))], head_dim=136, dtype=torch.bfloat16),
+    ]
+    for other in refused:
+        with pytest.raises(RuntimeError, match="does not take this call"):
+            cuda.attention(*other.arguments)
+
+
+def test_many_short_sequences(cuda):
+    """One tile each, its end to be cleared: all buffers are in use at a time."""
+    sequences = [(range(n % 5), range(n % 7)) for n in range(60)]
+    cuda.device(multiprocessors=1)
+    case = make_case(sequences, heads=(2, 1), dtype=torch.bfloat16, slack=2)
+    for seed in range(2):
+        check(case, cuda.attention(*case.arguments, seed=seed), tolerance(case, torch.bfloat16))
