@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from gpu_timing import (
-    Candidate, Graph, arguments, copy, cuda, interleave, kernels, parser, product, timed, write,
+    Candidate, arguments, copy, cuda, graph, interleave, kernels, parser, product, timed, write,
 )  # fmt: skip
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -232,13 +232,13 @@ def decode(given) -> list[dict[str, object]]:
         window = 0.01 if cuda(device) else 0.0
         makers: dict[str, Callable[[], Callable[[], object]]] = {
             "ours": lambda: ours,
-            "ours graph": lambda: Graph(ours, device),
+            "ours graph": lambda: graph(ours, device),
         }
         for kernel in kernels(device)[:-1]:
             forced = each([lambda i=i, kernel=kernel: i.ours(kernel) for i in sets])
-            makers[f"{kernel} graph"] = lambda forced=forced: Graph(forced, device)
+            makers[f"{kernel} graph"] = lambda forced=forced: graph(forced, device)
         for name, backend in BACKENDS.items():
-            makers[f"{name} graph"] = lambda backend=backend: Graph(
+            makers[f"{name} graph"] = lambda backend=backend: graph(
                 each([sdpa(inputs, backend) for inputs in sets]), device
             )
         candidates = {}

@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the checkout's cptool, where 
 from measure import circumstances, summary  # noqa: E402
 
 from cptool import ops  # noqa: E402
+from cptool.graphs import Recorded  # noqa: E402
 
 
 def cuda(device: torch.device) -> bool:
@@ -92,25 +93,12 @@ def copy(device: torch.device) -> tuple[Callable[[], object], float]:
     return (lambda: target.copy_(source)), 2.0 * source.nbytes
 
 
-class Graph:
-    """Calls captured once in a CUDA graph and replayed; on a CPU they are just called."""
-
-    def __init__(self, run: Callable[[], object], device: torch.device) -> None:
-        self.run = run
-        if not cuda(device):
-            return
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream(device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            run()
-        self.run = self.graph.replay
-
-    def __call__(self) -> None:
-        self.run()
+def graph(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`run` as one CUDA graph; on a CPU, `run`. RuntimeError where it cannot be recorded."""
+    recorded = Recorded(run, device)
+    if cuda(device) and recorded.reason:
+        raise RuntimeError(recorded.reason)
+    return recorded
 
 
 def kernels(device: torch.device) -> list[str]:
