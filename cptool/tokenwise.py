@@ -1,9 +1,10 @@
 """The token-wise steps of a Llama forward: few-row products, RMSNorm, rotation, SwiGLU.
 
-On a CPU each is one pass of the extension's (`csrc/tokenwise.h`); elsewhere they are torch's own
-operations. Both round to the type of the tensors where `transformers` does. Like those of
-`cptool.ops` they are torch custom ops with fake implementations and without gradients; outside of
-torch's compiler they are called directly, for a decode step makes dozens of calls of microseconds.
+On a CPU each is one pass of the extension's (`csrc/tokenwise.h`), and on CUDA too, but for products
+and for widths that are no multiple of 8; else they are torch's own operations. Both round to the
+type of the tensors where `transformers` does. Like those of `cptool.ops` they are torch custom ops
+with fake implementations and without gradients; outside of torch's compiler they are called
+directly, for a decode step makes dozens of calls of microseconds.
 
 Raises, all of them: ValueError for tensors that do not fit each other.
 """
@@ -48,7 +49,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x [rows, width], weight [width]. Returns [rows, width], contiguous.
     """
-    if x.is_cpu and x.dtype in SCALAR_TYPES:
+    if _has_kernel(x, x.shape[-1]):
         return _call(_rms_norm, _rms_norm_op, x, weight, eps)
     # Without a weight `rms_norm` rounds before it returns.
     return functional.rms_norm(x, x.shape[-1:], eps=eps).mul_(weight)
@@ -56,7 +57,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm_(hidden: Tensor, added: Tensor, weight: Tensor, eps: float) -> Tensor:
     """hidden += added, in place; returns `rms_norm` of the sum."""
-    if hidden.is_cpu and hidden.dtype in SCALAR_TYPES:
+    if _has_kernel(hidden, hidden.shape[-1]):
         return _call(_norm, _add_rms_norm_op, hidden, added, weight, eps)
     hidden += added
     return rms_norm(hidden, weight, eps)
@@ -68,7 +69,7 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     (a, b) -> (a cos - b sin, b cos + a sin), in float32, rounded once to the type of `heads`.
     `cos` and `sin` are float32 [T, 1, D/2].
     """
-    if heads.is_cpu and heads.dtype in SCALAR_TYPES:
+    if _has_kernel(heads, heads.shape[-1]):
         return _call(_rotate_, _rotate_op, heads, cos, sin)
     first, second = heads.chunk(2, dim=-1)
     a, b = first.to(torch.float32), second.to(torch.float32)
@@ -79,10 +80,26 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 def swiglu_(gate: Tensor, up: Tensor) -> Tensor:
     """gate = silu(gate) * up, in place, each factor rounded; both [rows, width]. Returns gate."""
-    if gate.is_cpu and gate.dtype in SCALAR_TYPES:
+    if _has_kernel(gate, gate.shape[-1]):
         _call(_swiglu_, _swiglu_op, gate, up)
         return gate
     return functional.silu(gate, inplace=True).mul_(up)
+
+
+def _has_kernel(x: Tensor, width: int) -> bool:
+    if x.dtype not in SCALAR_TYPES:
+        return False
+    return x.is_cpu or (x.is_cuda and bool(_C.cuda_archs) and width % 8 == 0)
+
+
+def _run(name: str, device: torch.device, *arguments: object) -> None:
+    """The extension's function for the device, on its threads or its current stream."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            getattr(_C, f"{name}_cuda")(*arguments, stream)
+    else:
+        getattr(_C, f"{name}_cpu")(*arguments, torch.get_num_threads())
 
 
 def _call(function, op, *arguments):
@@ -99,13 +116,13 @@ def _rows_of(x: Tensor, name: str = "x") -> torch.Size:
 
 
 def _check(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Shape and type, on the CPU, with an innermost stride of 1."""
-    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu:
+    """Shape, type and device, with an innermost stride of 1."""
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
         raise ValueError(
             f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-            f"it must be {dtype} {list(shape)} on cpu"
+            f"it must be {dtype} {list(shape)} on {device}"
         )
     if tensor.stride(-1) != 1:
         raise ValueError(
@@ -115,7 +132,7 @@ def _check(
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     (rows, depth), columns = _rows_of(x), weight.shape[0]
-    _check("weight", weight, (columns, depth), x.dtype)
+    _check("weight", weight, (columns, depth), x.dtype, x.device)
     out = torch.empty((rows, columns), dtype=x.dtype)
     _C.linear_cpu(
         x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), out.data_ptr(),
@@ -130,15 +147,15 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _norm(hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     (rows, width), dtype = _rows_of(hidden, "hidden"), hidden.dtype
-    _check("weight", weight, (width,), dtype)
+    _check("weight", weight, (width,), dtype, hidden.device)
     if added is not None:
-        _check("added", added, (rows, width), dtype)
+        _check("added", added, (rows, width), dtype, hidden.device)
         added = added.contiguous()
-    out = torch.empty((rows, width), dtype=dtype)
-    _C.rms_norm_cpu(
-        hidden.data_ptr(), hidden.stride(0), 0 if added is None else added.data_ptr(),
-        weight.data_ptr(), out.data_ptr(), rows, width, eps,
-        SCALAR_TYPES[dtype], torch.get_num_threads(),
+    out = torch.empty((rows, width), dtype=dtype, device=hidden.device)
+    _run(
+        "rms_norm", hidden.device, hidden.data_ptr(), hidden.stride(0),
+        0 if added is None else added.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width,
+        eps, SCALAR_TYPES[dtype],
     )  # fmt: skip
     return out
 
@@ -151,20 +168,20 @@ def _rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
     tokens, count, head_dim = heads.shape
     for name, table in (("cos", cos), ("sin", sin)):
-        _check(name, table, (tokens, 1, head_dim // 2), torch.float32)
+        _check(name, table, (tokens, 1, head_dim // 2), torch.float32, heads.device)
     cos, sin = cos.contiguous(), sin.contiguous()
-    _C.rotate_cpu(
-        heads.data_ptr(), heads.stride(0), heads.stride(1), cos.data_ptr(), sin.data_ptr(),
-        tokens, count, head_dim, SCALAR_TYPES[heads.dtype], torch.get_num_threads(),
+    _run(
+        "rotate", heads.device, heads.data_ptr(), heads.stride(0), heads.stride(1), cos.data_ptr(),
+        sin.data_ptr(), tokens, count, head_dim, SCALAR_TYPES[heads.dtype],
     )  # fmt: skip
 
 
 def _swiglu_(gate: Tensor, up: Tensor) -> None:
     rows, width = _rows_of(gate, "gate")
-    _check("up", up, (rows, width), gate.dtype)
-    _C.swiglu_cpu(
-        gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), rows, width,
-        SCALAR_TYPES[gate.dtype], torch.get_num_threads(),
+    _check("up", up, (rows, width), gate.dtype, gate.device)
+    _run(
+        "swiglu", gate.device, gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), rows,
+        width, SCALAR_TYPES[gate.dtype],
     )  # fmt: skip
 
 
@@ -195,6 +212,8 @@ for _schema, _function, _fake in (
     _name = _schema[: _schema.index("(")]
     _library.define(_schema)
     _library.impl(_name, _function, "CPU")
+    if _name != "linear":
+        _library.impl(_name, _function, "CUDA")
     torch.library.register_fake(f"cptool::{_name}", _fake, lib=_library)
 
 _linear_op = torch.ops.cptool.linear.default

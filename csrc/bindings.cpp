@@ -21,7 +21,10 @@ namespace {
 
 using cptool::AttentionArgs;
 using cptool::MergeArgs;
+using cptool::RmsNormArgs;
+using cptool::RotateArgs;
 using cptool::ScalarType;
+using cptool::SwigluArgs;
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -103,6 +106,42 @@ auto with_merge_args(void (*run)(const MergeArgs&, Extra)) {
   };
 }
 
+// The token-wise steps: `extra` is a number of threads or a stream.
+template <class Extra>
+auto with_rms_norm_args(void (*run)(const RmsNormArgs&, Extra)) {
+  return [run](uintptr_t hidden, int64_t hidden_stride, uintptr_t added, uintptr_t weight,
+               uintptr_t out, int64_t rows, int64_t width, double eps, int dtype, Extra extra) {
+    py::gil_scoped_release released;
+    run({pointer<void>(hidden), pointer<const void>(added), pointer<const void>(weight),
+         pointer<void>(out), hidden_stride, rows, width, static_cast<float>(eps),
+         static_cast<ScalarType>(dtype)},
+        extra);
+  };
+}
+
+template <class Extra>
+auto with_rotate_args(void (*run)(const RotateArgs&, Extra)) {
+  return [run](uintptr_t heads, int64_t token_stride, int64_t head_stride, uintptr_t cos,
+               uintptr_t sin, int64_t tokens, int64_t num_heads, int64_t head_dim, int dtype,
+               Extra extra) {
+    py::gil_scoped_release released;
+    run({pointer<void>(heads), token_stride, head_stride, pointer<const float>(cos),
+         pointer<const float>(sin), tokens, num_heads, head_dim, static_cast<ScalarType>(dtype)},
+        extra);
+  };
+}
+
+template <class Extra>
+auto with_swiglu_args(void (*run)(const SwigluArgs&, Extra)) {
+  return [run](uintptr_t gate, int64_t gate_stride, uintptr_t up, int64_t up_stride, int64_t rows,
+               int64_t width, int dtype, Extra extra) {
+    py::gil_scoped_release released;
+    run({pointer<void>(gate), pointer<const void>(up), gate_stride, up_stride, rows, width,
+         static_cast<ScalarType>(dtype)},
+        extra);
+  };
+}
+
 std::vector<std::string> cpu_isas(bool supported_only) {
   int count;
   const cptool::cpu::Isa* isas = cptool::cpu::isas(&count);
@@ -133,31 +172,9 @@ PYBIND11_MODULE(_C, m) {
                          x_stride, w_stride, rows, columns, depth, static_cast<ScalarType>(dtype)},
                         threads);
   });
-  m.def("rms_norm_cpu", [](uintptr_t hidden, int64_t hidden_stride, uintptr_t added,
-                           uintptr_t weight, uintptr_t out, int64_t rows, int64_t width,
-                           double eps, int dtype, int threads) {
-    py::gil_scoped_release released;
-    cptool::cpu::rms_norm({pointer<void>(hidden), pointer<const void>(added),
-                           pointer<const void>(weight), pointer<void>(out), hidden_stride, rows,
-                           width, static_cast<float>(eps), static_cast<ScalarType>(dtype)},
-                          threads);
-  });
-  m.def("rotate_cpu", [](uintptr_t heads, int64_t token_stride, int64_t head_stride, uintptr_t cos,
-                         uintptr_t sin, int64_t tokens, int64_t num_heads, int64_t head_dim,
-                         int dtype, int threads) {
-    py::gil_scoped_release released;
-    cptool::cpu::rotate({pointer<void>(heads), token_stride, head_stride,
-                         pointer<const float>(cos), pointer<const float>(sin), tokens, num_heads,
-                         head_dim, static_cast<ScalarType>(dtype)},
-                        threads);
-  });
-  m.def("swiglu_cpu", [](uintptr_t gate, int64_t gate_stride, uintptr_t up, int64_t up_stride,
-                         int64_t rows, int64_t width, int dtype, int threads) {
-    py::gil_scoped_release released;
-    cptool::cpu::swiglu({pointer<void>(gate), pointer<const void>(up), gate_stride, up_stride,
-                         rows, width, static_cast<ScalarType>(dtype)},
-                        threads);
-  });
+  m.def("rms_norm_cpu", with_rms_norm_args<int>(cptool::cpu::rms_norm));
+  m.def("rotate_cpu", with_rotate_args<int>(cptool::cpu::rotate));
+  m.def("swiglu_cpu", with_swiglu_args<int>(cptool::cpu::swiglu));
 #if defined(CPTOOL_HAS_CUDA)
   // The last arguments are the workspace's address and a cudaStream_t of the current device.
   m.def("attention_partial_cuda",
@@ -169,6 +186,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_kernel", with_attention_args(cptool::cuda::kernel_name, attention_args));
   m.def("force_cuda_kernel", cptool::cuda::force_kernel, py::arg("name").none(true));
   m.def("merge_partials_cuda", with_merge_args<uintptr_t>(cptool::cuda::merge_partials));
+  m.def("rms_norm_cuda", with_rms_norm_args<uintptr_t>(cptool::cuda::rms_norm));
+  m.def("rotate_cuda", with_rotate_args<uintptr_t>(cptool::cuda::rotate));
+  m.def("swiglu_cuda", with_swiglu_args<uintptr_t>(cptool::cuda::swiglu));
 #endif
   m.def("cpu_isas", [] { return cpu_isas(true); });
   m.def("cpu_isa", [](int dtype, int64_t head_dim) {

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "tokenwise.h"
 
 namespace cptool::cuda {
 
@@ -25,6 +26,11 @@ int64_t attention_workspace(const AttentionArgs& args);
 // head_dim: a multiple of 8 up to 256. `workspace`: null if none is needed.
 void attention_partial(const AttentionArgs& args, uintptr_t workspace, uintptr_t stream);
 void merge_partials(const MergeArgs& args, uintptr_t stream);
+
+// widths and head_dim: multiples of 8.
+void rms_norm(const RmsNormArgs& args, uintptr_t stream);
+void rotate(const RotateArgs& args, uintptr_t stream);
+void swiglu(const SwigluArgs& args, uintptr_t stream);
 
 // The attention kernels compiled in, slowest first, or those of them that the current device runs.
 std::vector<std::string> kernel_names(bool supported_only);
