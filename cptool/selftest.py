@@ -1,4 +1,4 @@
-"""Are the kernels right on this machine? Both ops against attention in float64, in seconds.
+"""Are the kernels right on this machine? All of them against float64, in seconds.
 
 `cptool doctor` runs it, `python -m cptool.selftest [cpu|cuda] [KERNEL]` without any of the command
 line's needs; the test suite goes through many more shapes.
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from cptool import ops
+from cptool import ops, tokenwise
 from cptool.cache import NEVER
 
 FAILED = 4
@@ -60,7 +60,7 @@ def kernels(device: str) -> list[str]:
 
 def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
     """Every kernel that this machine can run, or `only` one: attention in every dtype, prefill and
-    decode shapes; then the merge.
+    decode shapes; then the merge and the token-wise steps.
     """
     force, head_dims = ops.force_cpu_isa, (64, 128)
     if device == "cuda":
@@ -73,6 +73,8 @@ def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
                         if _taken(device, dtype, head_dim, shape) == kernel:
                             yield _attention(device, kernel, dtype, head_dim, shape)
     yield _merge(device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield _tokenwise(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,41 @@ def _merge(device: str) -> Check:
     )
     allowed = 4 * torch.finfo(torch.float32).eps * expected.abs().max()
     return Check("merge, LSEs 1e4 apart", float(error), float(allowed))
+
+
+def _tokenwise(device: str, dtype: torch.dtype) -> Check:
+    """RMSNorm after a sum, rotation, SwiGLU: the one that is worst against what is allowed."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    hidden, added, weight = random(5, 1032), random(5, 1032), random(1032)
+    heads, angles = random(5, 3, 64), 100 * torch.rand(5, 1, 32, generator=generator)
+    gate, up = random(5, 264), random(5, 264)
+    total = (hidden + added).double()
+    a, b = heads.double().chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    exact = (
+        total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double(),
+        torch.cat([a * cos - b * sin, b * cos + a * sin], -1),
+        torch.nn.functional.silu(gate.double()) * up.double(),
+    )
+    turned = heads.to(device)
+    tokenwise.rotate_(turned, cos.to(device), sin.to(device))
+    got = (
+        tokenwise.add_rms_norm_(hidden.to(device), added.to(device), weight.to(device), 1e-5),
+        turned,
+        tokenwise.swiglu_(gate.to(device), up.to(device)),
+    )
+    # Two roundings in the dtype, one in float32 and its sums.
+    eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    pairs = [
+        ((ours.cpu() - exactly).abs().max(), (1.1 * eps + 64 * eps32) * exactly.abs().max())
+        for ours, exactly in zip(got, exact)
+    ]
+    error, allowed = max(pairs, key=lambda pair: float((pair[0] / pair[1]).nan_to_num(torch.inf)))
+    return Check(f"token-wise steps, {str(dtype)[6:]}", float(error), float(allowed))
 
 
 def run_apart(device: str, kernel: str, patience_s: float = 120.0) -> list[Check]:
