@@ -1,6 +1,6 @@
-// Every PTX instruction that the kernels for compute capability 8.0 and above use, one wrapper
-// each; the section of the PTX ISA manual that defines it is named. tests/cuda_emulation/cuda/ptx.h
-// has the same wrappers for the CPU.
+// Every PTX instruction that the kernels for compute capability 8.0 and above use, one wrapper each,
+// with the section of the PTX ISA manual (9.0) that defines it. tests/cuda_emulation/cuda/ptx.h has
+// the same wrappers for the CPU.
 //
 // A shared address is a 32-bit address of the shared state space (shared_address()).
 #pragma once
@@ -83,7 +83,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
   }
 }
 
-// cvt.rn.{bf16x2,f16x2}.f32 (9.7.9.22): two floats, each rounded to nearest even, as one register.
+// cvt.rn.{bf16x2,f16x2}.f32 (9.7.9.21): two floats, each rounded to nearest even, as one register.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   uint32_t both;

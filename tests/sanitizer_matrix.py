@@ -1,0 +1,57 @@
+"""Every CUDA kernel over a small matrix of shapes, for compute-sanitizer.
+
+    compute-sanitizer --tool memcheck --kernel-name kernel_substring=cptool \\
+        python tests/sanitizer_matrix.py [KERNEL...]
+
+Tools: memcheck, racecheck, synccheck, initcheck. The results are compared with float64 as in the
+tests, and a difference, too, ends in exit code 1. Without arguments all kernels of the device run.
+"""
+
+import sys
+
+import torch
+
+from cptool import ops
+from reference import check, make_case, tolerance
+
+# Tiles with a rest, shards, empty sequences, queries that see nothing, and decoding in pieces.
+SEQUENCES = {
+    "prefill": [
+        (range(150), range(150)),
+        ([*range(20), *range(231, 250)], [*range(33, 66), *range(198, 231)]),
+        ([], range(5)),
+        (range(7), []),
+        (range(3), range(2, 9)),
+    ],
+    "decode": [([1500], range(1501)), ([], []), ([3], range(5))],
+}
+
+
+def run(kernel: str, name: str, dtype: torch.dtype, head_dim: int, heads: tuple[int, int]) -> None:
+    case = make_case(SEQUENCES[name], heads=heads, head_dim=head_dim, dtype=dtype, slack=3)
+    slab = torch.stack([case.k, case.v], 1).cuda()
+    others = [x.cuda() for x in (case.q_pos, case.k_pos, case.cu_q, case.cu_k)]
+    arguments = (case.q.cuda(), slab[:, 0], slab[:, 1], *others, case.scale)
+    taken = ops.cuda_kernel(dtype, head_dim)
+    allowed = tolerance(case, torch.float32 if taken == "simt" else dtype, merged=True)
+    out, lse = ops.attention_partial(*arguments)
+    check(case, (out.cpu(), lse.cpu()), allowed)
+    running = out.clone(), torch.full_like(lse, -torch.inf)
+    ops.attention_partial(*arguments, into=running)
+    check(case, (running[0].cpu(), running[1].cpu()), allowed)
+    merged = ops.merge_partials([out, out], [lse, torch.full_like(lse, -torch.inf)])
+    assert torch.equal(merged[0], out) and torch.equal(merged[1], lse)
+    print(f"{kernel} {name} {dtype} D {head_dim} heads {heads}: ok", flush=True)
+
+
+def main(kernels: list[str]) -> None:
+    for kernel in kernels or ops.cuda_kernels():
+        with ops.force_cuda_kernel(kernel):
+            for name in SEQUENCES:
+                for head_dim, heads in zip((64, 80, 96, 128), [(2, 2), (9, 3), (5, 1), (16, 2)]):
+                    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                        run(kernel, name, dtype, head_dim, heads)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
