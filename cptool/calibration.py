@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from cptool.cost import ELEMENT_BYTES
 from cptool.distributed import World
-from cptool.hardware import HardwareProfile, Link, default_profile, usable_processors
+from cptool.hardware import MEASURED, HardwareProfile, Link, default_profile, usable_processors
 from cptool.model.config import LlamaConfig
 from cptool.ops import attention_partial
 from cptool.ring import Ring
@@ -69,9 +69,10 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         linear[name], attention[name] = rate, pairs
     profile = dataclasses.replace(
         default,
-        name=f"measured on {world.size} {device} rank{'s' * (world.size > 1)}",
+        name=f"{MEASURED}{world.size} {device} rank{'s' * (world.size > 1)}",
         ranks_per_host=world.local_size if world.size > world.local_size else None,
         notes={},
+        peak_flops={},  # of another device, perhaps
         linear_flops=linear,
         attention_flops=attention,
         memory_bandwidth=memory_bandwidth,

@@ -115,6 +115,7 @@ class Engine:
             profile=self.profile,
             batch=sum(map(bool, lengths)),
             tp=world.tp,
+            partial_bytes=self.partial_dtype.itemsize,
         )
         layout = balanced(
             lengths, world.cp, starts=self.computed, held=self._held, active=self.choice.active

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FORMAT = 2
 REMEDY = "measure it again with `cptool bench calibrate`, or remove the file"
 PROFILES = Path(__file__).parent / "data" / "hardware"
+MEASURED = "measured on "
+"""How the name of a profile of `cptool bench calibrate` begins."""
 _DEFAULTS = {"cpu": "cpu-core", "cuda": "h100-sxm"}
 
 
@@ -103,6 +105,18 @@ class HardwareProfile:
     rule: tuple[float, float, float] | None = None
     peak_flops: dict[str, float] = field(default_factory=dict, hash=False)
     notes: dict[str, str] = field(default_factory=dict, hash=False, compare=False)
+
+    def ceiling(self, dtype: str) -> float | None:
+        """FLOP/s above which a rank did not do what it is said to have done; None where unknown.
+
+        What the maker states; else half as much again as the best that was measured here, which
+        another day's clock may reach.
+        """
+        if dtype in self.peak_flops:
+            return self.peak_flops[dtype]
+        if not self.name.startswith(MEASURED):
+            return None
+        return 1.5 * max(self.linear_flops[dtype], self.attention_flops[dtype])
 
     def link(self, span: int) -> Link:
         """What joins a group of ranks whose first and last lie `span` ranks apart, both counted."""

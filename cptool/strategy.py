@@ -43,10 +43,12 @@ def choose(
     rule: str = "predicted",
     batch: int = 1,
     tp: int = 1,
+    partial_bytes: int = 4,
 ) -> Choice:
     """The variant for T = `new` tokens over P = `cached` ones on N = `ranks` CP ranks.
 
     asked: a variant, which is then taken, or "auto". batch: sequences that the tokens belong to.
+    partial_bytes: of an element of the partial outputs that return to their queries' rank.
     rule: "predicted" takes the variant and the number of active ranks that `cptool.cost` predicts
     to be fastest; the others choose between pass-kv and pass-q alone, on all ranks, by the paper's
     `algorithm1`, `algorithm5` (sections 3.4 and appendix C) or `fitted` rule (appendix D).
@@ -57,7 +59,8 @@ def choose(
         raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}")
     # Decode asks at every step, for one more cached token each time.
     at = (_rounded(new), _rounded(cached))
-    return _choose(asked, *at, ranks, config, dtype, profile, rule, _rounded(batch), tp)
+    sizes = (_rounded(batch), tp, partial_bytes)
+    return _choose(asked, *at, ranks, config, dtype, profile, rule, *sizes)
 
 
 def _rounded(count: int) -> int:
@@ -67,9 +70,13 @@ def _rounded(count: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _choose(asked, new, cached, ranks, config, dtype, profile, rule, batch, tp) -> Choice:
+def _choose(
+    asked, new, cached, ranks, config, dtype, profile, rule, batch, tp, partial_bytes
+) -> Choice:
     def seconds(variant: str, active: int) -> float:
-        forward = Forward(config, dtype, new, cached, ranks, active, batch, tp)
+        forward = Forward(
+            config, dtype, new, cached, ranks, active, batch, tp, partial_bytes=partial_bytes
+        )
         return predict(variant, forward, profile).seconds
 
     if asked != AUTO:

@@ -45,7 +45,8 @@ class Report:
     to the first token; `ttit_ms` is the mean time of each further token, None where there was none.
     `exposed_s` is time that attention waited for other ranks during the prefill, `wire_bytes` what
     this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank reads
-    for one step of decode. `phases` tells where the time went if the turn asked for a profile.
+    for one step of decode. `ceiling_flops` is what a rank of this hardware can reach, None where
+    that is unknown. `phases` tells where the time went if the turn asked for a profile.
     """
 
     tokens: int
@@ -67,6 +68,7 @@ class Report:
     wire_bytes: int
     flops: int
     decode_bytes: int
+    ceiling_flops: float | None
     phases: tuple[Phases, ...] = ()
 
     def shared_fields(self) -> dict:
@@ -92,13 +94,14 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     world.report("load the weights")
     checkpoint = open_checkpoint(turn.model)
     model = load_model(checkpoint, getattr(torch, turn.dtype), world.device, world)
+    profile = world_profile(world)
     engine = Engine(
         model,
         world,
         batch=len(turn.prompts),
         variant=turn.variant,
         partials=turn.partials,
-        profile=world_profile(world),
+        profile=profile,
         progress=world.report,
     )
     directory, manifest = Path(turn.session) if turn.session else None, None
@@ -164,6 +167,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
             + kv_bytes(config, -(-sum(engine.computed) // world.cp), size)
         )
         // world.tp,
+        ceiling_flops=profile.ceiling(turn.dtype),
         phases=phases,
     )
 

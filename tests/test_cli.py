@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from conftest import greedy
 
+from cptool import hardware
 from cptool.cli.main import main
+from cptool.hardware import default_profile
 
 STORY = [504, 2365, 282, 4649, 314] * 9 + [7042, 30, 378, 2365, 282, 6219, 314]
 MQA_IDS = [(7 * i * i + 3 * i) % 299 for i in range(83)]
@@ -60,6 +63,15 @@ def test_partials_travel_in_the_working_dtype_on_request(mqa_path, token_file):
     wide, narrow = (as_json(*asked, "--partials", p)["wire_bytes"] for p in ("float32", "working"))
     heads, head_dim, layers, mine = 5, 64, 3, (len(MQA_IDS) + 1) // 2
     assert wide - narrow == layers * (len(MQA_IDS) - mine) * heads * head_dim * 2
+
+
+def test_a_rate_beyond_the_hardware_is_told(mqa_path, token_file, monkeypatch):
+    slow = replace(default_profile("cpu"), peak_flops={"float32": 1.0})
+    monkeypatch.setattr(hardware, "world_profile", lambda world: slow)
+    asked = ("prefill", mqa_path, "--token-ids", token_file(MQA_IDS))
+    assert "is more than this hardware can do" in cptool(*asked).stderr
+    monkeypatch.setattr(hardware, "world_profile", lambda world: default_profile("cpu"))
+    assert "hardware can do" not in cptool(*asked).stderr
 
 
 def test_a_session_resumes_on_other_ranks_and_takes_a_next_turn(

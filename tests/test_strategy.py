@@ -48,6 +48,15 @@ def test_what_is_asked_for_is_taken_on_all_ranks():
         assert (choice.variant, choice.active, choice.reason) == (variant, 4, "as asked")
 
 
+def test_partials_in_two_bytes_cost_less():
+    wide, narrow = (
+        ask("gather-q", new=64, cached=65536, partial_bytes=n).predicted_s for n in (4, 2)
+    )
+    assert narrow < wide
+    same = [ask("pass-kv", new=64, cached=65536, partial_bytes=n).predicted_s for n in (4, 2)]
+    assert same[0] == same[1]
+
+
 def test_one_rank_has_nothing_to_choose():
     choice = ask(new=5, ranks=1)
     assert (choice.variant, choice.reason) == ("pass-kv", "one rank, nothing travels")

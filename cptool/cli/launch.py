@@ -31,7 +31,17 @@ def run_turn(turn: Turn, ranks: Ranks, *, stream: bool = False) -> Report | None
             timeout=ranks.timeout,
             watch=watch,
         )
-    return report if rank == 0 else None
+    if rank:
+        return None
+    rate = report.flops / report.ttft_s / (report.cp * report.tp)
+    if report.ceiling_flops is not None and rate > report.ceiling_flops:
+        # The mark of ranks that attend to their own tokens alone.
+        draw.say(
+            f"{rate / 1e12:.3g} TFLOP/s a rank is more than this hardware can do "
+            f"({report.ceiling_flops / 1e12:.3g}): something was not computed; check with: "
+            "cptool verify MODEL"
+        )
+    return report
 
 
 def _on_rank(world: "World", turn: Turn, stream: bool) -> tuple[Report, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cptool.cost.rates import Rates
+from cptool.cost.sizes import Forward
 
 VARIANTS = ("pass-kv", "gather-kv", "pass-q", "gather-q")
 """In the order that decides between equal predictions."""
@@ -62,7 +63,7 @@ def _pass_kv(rates: Rates) -> Exchange:
         if step < forward.ranks - 1:
             latency, moving = rates.message(block)
             cost.wait(rates.exposed(spent + running, latency, moving), latency + moving)
-    cost.merge_s += crowd * _merged(rates, 2)
+    cost.merge_s += crowd * _merged(rates, 2, _local_partial(forward))
     cost.bytes = (forward.ranks - 1) * block
     return cost
 
@@ -150,16 +151,23 @@ def _gather_q(rates: Rates) -> Exchange:
 
 def _running(rates: Rates) -> float:
     """Reading and writing the running float32 result that a kernel merges into."""
-    forward = rates.forward
-    partial = forward.queries * (forward.query_width + forward.heads) * 4
-    return 2 * partial / rates.profile.memory_bandwidth
+    return 2 * _local_partial(rates.forward) / rates.profile.memory_bandwidth
 
 
-def _merged(rates: Rates, partials: int) -> float:
-    """Merging partials of this rank's queries: all are read, the result is written."""
+def _local_partial(forward: Forward) -> float:
+    """Bytes of a partial of this rank's queries that stays here: float32."""
+    return forward.queries * (forward.query_width + forward.heads) * 4
+
+
+def _merged(rates: Rates, partials: int, each: float | None = None) -> float:
+    """Merging partials of this rank's queries: all are read, the result is written.
+
+    each: bytes of one; default: as they travel.
+    """
     forward = rates.forward
+    each = forward.partial(forward.queries) if each is None else each
     written = forward.queries * forward.query_width * forward.element
-    return rates.touch(partials * forward.partial(forward.queries) + written)
+    return rates.touch(partials * each + written)
 
 
 _VARIANTS = {
