@@ -2,6 +2,7 @@
 its schedule, as tests/cuda_emulation carries out TMA and wgmma."""
 
 import ctypes
+import re
 from dataclasses import replace
 
 import pytest
@@ -188,3 +189,47 @@ def test_many_short_sequences(cuda):
     case = make_case(sequences, heads=(2, 1), dtype=torch.bfloat16, slack=2)
     for seed in range(2):
         check(case, cuda.attention(*case.arguments, seed=seed), tolerance(case, torch.bfloat16))
+
+
+# The emulation itself: mistakes of tests/cuda_emulation/sm90_mistakes.cpp that it has to see.
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sm90_mistakes")
+    built = ctypes.CDLL(str(build(directory, [EMULATION / "sm90_mistakes.cpp"], "sm90_mistakes")))
+
+    def run(name: str) -> set[str | None]:
+        """What 20 orders bring to light."""
+        function = getattr(built, name)
+        function.restype = ctypes.c_char_p
+        messages = [function(ctypes.c_uint64(seed)) for seed in range(20)]
+        return {message and re.sub(r"^block .*?: ", "", message.decode()) for message in messages}
+
+    return run
+
+
+def test_a_correct_product(mistakes):
+    assert mistakes("none") == {None}
+
+
+def test_writes_of_threads_reach_wgmma_by_a_fence_alone(mistakes):
+    """The kernel writes without one; the product is that of what TMA had brought."""
+    assert mistakes("no_proxy_fence") == {None}
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("no_expected_bytes", "TMA: more bytes than the mbarrier expects"),
+        ("no_init_fence", "TMA: no fence since its mbarrier was initialised"),
+        ("no_wait_for_the_load", "wrong result"),
+        ("no_register_fence", "wgmma.mma_async: no wgmma.fence since the registers were last free"),
+        ("no_wait_for_the_product", "wrong result"),
+        ("no_commit", "wgmma.wait_group: products were not committed"),
+        ("load_while_in_flight", "TMA: overwrites what a product in flight has yet to read"),
+        ("other_swizzle", "wgmma: the emulation knows the 128-byte swizzle alone"),
+    ],
+)
+def test_mistakes_are_seen(mistakes, name, message):
+    assert message in mistakes(name)
