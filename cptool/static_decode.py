@@ -43,13 +43,18 @@ def owner(held: Held, sequence: int, turn: int) -> int:
     return min(ranks, key=lambda r: (held[r][sequence], (r - turn - sequence) % len(held)))
 
 
-def shares(held: Held, sequences: Sequence[int], turn: int, steps: int) -> Held:
-    """How many tokens of each sequence every rank will have been given after `steps` steps."""
-    counts = [list(row) for row in held]
-    for step in range(steps):
-        for sequence in sequences:
-            counts[owner(counts, sequence, turn + step)][sequence] += 1
-    return [[c - h for c, h in zip(*rows)] for rows in zip(counts, held)]
+def level(counts: Sequence[int], steps: int) -> int:
+    """What the ranks that hold `counts` tokens of a sequence, and not more, will hold at most after
+    `steps` more: tokens go to the fewest, so they rise to the least level that has room for them.
+    """
+    low, high = min(counts), min(counts) + steps
+    while low < high:
+        middle = (low + high) // 2
+        if sum(max(0, middle - count) for count in counts) < steps:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 class StaticDecode:
@@ -142,8 +147,11 @@ class StaticDecode:
 
     def _reserve(self, held: Held, steps: int) -> None:
         """Room for the tokens to come, and for a slot of each sequence that no query ever sees."""
-        more = shares(held, self.sequences, self._turn, steps)[self.ring.rank]
-        self.cache.reserve([h + m + 1 for h, m in zip(held[self.ring.rank], more)])
+        most = list(held[self.ring.rank])
+        for sequence in self.sequences:
+            rising = level([row[sequence] for row in held], steps)
+            most[sequence] = max(most[sequence], rising)
+        self.cache.reserve([tokens + 1 for tokens in most])
         self.remaining = steps
 
     def _begin(self, held: Held, offsets: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ from cptool.distributed import run
 from cptool.engine import Engine
 from cptool.graphs import Recorded
 from cptool.sampling import Sampling
-from cptool.static_decode import owner, shares
+from cptool.static_decode import level, owner
 from cptool.turn import identity
 from cptool.weights import load_model
 
@@ -114,12 +114,16 @@ def test_owners_keep_ranks_within_a_token():
     held = [[5, 0], [3, 0], [4, 0]]
     assert [owner(held, 0, turn) for turn in range(3)] == [1, 1, 1]  # the fewest, whoever's turn
     assert sorted(owner(held, 1, turn) for turn in range(3)) == [0, 1, 2]
-    given = shares(held, [0, 1], 4, 7)
-    assert [sum(rows) for rows in zip(*given)] == [7, 7]
-    for b in (0, 1):
-        total = [h[b] + g[b] for h, g in zip(held, given)]
-        assert max(total) - min(total) <= 1
-    assert held == [[5, 0], [3, 0], [4, 0]]
+
+
+@pytest.mark.parametrize("counts", [[5], [0, 0, 0], [9, 2, 4], [3, 3, 4, 100], [1, 0]])
+def test_room_is_made_for_what_comes(counts):
+    held = [[count] for count in counts]
+    for steps in range(40):
+        highest = level(counts, steps)
+        assert all(now[0] <= max(before, highest) for now, before in zip(held, counts))
+        assert steps == 0 or any(now[0] == highest for now in held)  # and for no more
+        held[owner(held, 0, steps)][0] += 1
 
 
 def test_a_call_that_nothing_records_is_called():
