@@ -1,21 +1,25 @@
 """How much time `auto` loses against the best variant, over a grid of T and P.
 
+    cptool bench calibrate --cp 2
     python benchmarks/auto_regret.py --cp 2 --cp 4
 
 A model with random weights runs T new tokens over P cached ones under every variant and with fewer
 active ranks, interleaved, so that drift of the machine meets all alike. The regret of a cell is the
-median time of what `auto` picks over that of the fastest, less one.
+median time of what `auto` picks over that of the fastest, less one. Where those two medians differ
+by less than they spread (the distance from the median of either that half of its times keep), the
+cell is a tie that this machine cannot tell.
+
+`--merge FILE` keeps the cells of an earlier run for which this one has none: a grid may be measured
+in pieces. Cells say which profile picked.
 """
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,14 +30,14 @@ CACHED = (0, 512, 4096)
 RESULTS = Path(__file__).parent / "results"
 
 
-def model_config():
+def model_config(layers: int):
     from cptool.model.config import LlamaConfig
 
     return LlamaConfig(
         vocab_size=1024,
         hidden_size=512,
         intermediate_size=1536,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=64,
@@ -44,146 +48,142 @@ def model_config():
     )
 
 
-def random_model(dtype: str, device):
+def measure(world, dtype: str, layers: int, repeats: int, seconds: float, grid) -> list[dict]:
+    """One cell for each (T, P) of `grid`. Rounds go on for `seconds` a cell, at least `repeats`."""
     import torch
 
-    from cptool.model.llama import Llama
-
-    torch.manual_seed(0)
-    model = Llama(model_config(), device="cpu")
-    for parameter in model.parameters():
-        parameter.normal_(std=0.05)
-    return model.to(getattr(torch, dtype)).to(device)
-
-
-def measure(world, dtype: str, repeats: int, news: list[int], cacheds: list[int]) -> tuple[list[dict], dict]:
-    from unittest import mock
-
+    from cptool.bench.forward import hold, predicted_s, random_model
     from cptool.engine import Engine
     from cptool.hardware import world_profile
-    from cptool.session import ModelIdentity
     from cptool.strategy import VARIANTS, Choice, choose
 
-    profile, config = world_profile(world), model_config()
-    model = random_model(dtype, world.device)
-    identity = ModelIdentity("random", "0", config.num_hidden_layers, 2, 64)
-    folder = Path(world.gather(tempfile.mkdtemp())[0])
+    profile, config = world_profile(world), model_config(layers)
+    model = random_model(config, getattr(torch, dtype), world)
     cells = []
-    for cached in cacheds:
-        start = Engine(model, world, profile=profile)
-        manifest, directory = None, folder / str(cached)
-        if cached:
-            start.extend([[i % 1000 for i in range(cached)]])
-            manifest = start.save(directory, None, identity)
-        for new in news:
-            auto = choose(
-                "auto", new=new, cached=cached, ranks=world.cp, config=config, dtype=dtype,
-                profile=profile,
-            )  # fmt: skip
-            active = {world.cp, auto.active}
-            active |= {n for n in (1, 2) if n < world.cp and n < new}
-            choices = [
-                Choice(variant, n, "", 0.0) for n in sorted(active) for variant in VARIANTS
-            ]
-            spent: dict = {(c.variant, c.active): [] for c in choices}
-            for repeat in range(repeats + 1):
-                for choice in choices:
-                    engine = Engine(model, world, profile=profile)
-                    if manifest is not None:
-                        engine.restore(directory, manifest, reserve=2 * new)
-                    with mock.patch("cptool.engine.choose", return_value=choice):
-                        world.barrier()
-                        began = time.perf_counter()
-                        engine.extend([[i % 1000 for i in range(new)]])
-                        took = max(world.gather(time.perf_counter() - began))
-                    if repeat:  # the first round warms up
-                        spent[choice.variant, choice.active].append(took)
-            medians = {key: statistics.median(times) for key, times in spent.items()}
-            best = min(medians, key=medians.get)
-            picked = (auto.variant, auto.active)
-            world.report(f"{new} tokens over {cached}", len(cells), len(news) * len(cacheds))
-            cells.append(
-                {
-                    "ranks": world.cp,
-                    "new": new,
-                    "cached": cached,
-                    "picked": list(picked),
-                    "reason": auto.reason,
-                    "best": list(best),
-                    "regret": medians[picked] / medians[best] - 1,
-                    "spread": statistics.median(
-                        (max(t) - min(t)) / statistics.median(t) for t in spent.values()
-                    ),
-                    "milliseconds": {
-                        f"{variant} on {n}": 1e3 * seconds
-                        for (variant, n), seconds in medians.items()
-                    },
-                    "predicted_ms": {
-                        f"{c.variant} on {c.active}": 1e3
-                        * config.num_hidden_layers
-                        * _predicted(c, new, cached, world.cp, dtype, profile)
-                        for c in choices
-                    },
-                }
-            )
-    return cells, dataclasses.asdict(profile)
+    for new, cached in grid:
+        auto = choose(
+            "auto", new=new, cached=cached, ranks=world.cp, config=config, dtype=dtype,
+            profile=profile,
+        )  # fmt: skip
+        active = {world.cp, auto.active} | {n for n in _halves(world.cp) if n < new <= 4096}
+        choices = [Choice(v, n, "", 0.0) for n in sorted(active) for v in VARIANTS]
+        engine = Engine(model, world, profile=profile)
+        hold(engine, cached)
+        spent: dict = {(c.variant, c.active): [] for c in choices}
+        began, rounds = time.perf_counter(), 0
+        while rounds <= repeats or max(world.gather(time.perf_counter() - began)) < seconds:
+            for choice in choices:
+                took = _once(engine, world, choice, new, cached)
+                if rounds:  # the first round warms up
+                    spent[choice.variant, choice.active].append(took)
+            rounds += 1
+        world.report(f"{new} tokens over {cached}", len(cells), len(grid))
+        predicted = {
+            f"{c.variant} on {c.active}": 1e3
+            * predicted_s(c, config, dtype, new, cached, world.cp, profile)
+            for c in choices
+        }
+        cells.append(
+            {"ranks": world.cp, "new": new, "cached": cached, "reason": auto.reason}
+            | _judged(spent, (auto.variant, auto.active))
+            | {"predicted_ms": predicted, "profile": profile.name}
+        )
+    return cells
 
 
-def _predicted(choice, new, cached, ranks, dtype, profile) -> float:
-    from cptool.cost import Forward, predict
+def _halves(ranks: int) -> list[int]:
+    return [ranks >> n for n in range(1, ranks.bit_length()) if ranks >> n]
 
-    forward = Forward(model_config(), dtype, new, cached, ranks, choice.active)
-    return predict(choice.variant, forward, profile).seconds
+
+def _once(engine, world, choice, new: int, cached: int) -> float:
+    """Seconds of the slowest rank."""
+    from unittest import mock
+
+    from cptool.sampling import Sampling
+
+    with mock.patch("cptool.engine.choose", return_value=choice):
+        world.barrier()
+        began = time.perf_counter()
+        engine.extend([[1] * (new - 1)])
+        engine.next_tokens(Sampling())
+        took = time.perf_counter() - began
+    engine.truncate([cached + 1])
+    return max(world.gather(took))
+
+
+def _judged(spent: dict, picked: tuple[str, int]) -> dict:
+    medians = {key: statistics.median(times) for key, times in spent.items()}
+    best = min(medians, key=medians.get)
+    spread = max(_deviation(spent[key]) for key in (picked, best))
+    gap = medians[picked] - medians[best]
+    return {
+        "picked": list(picked),
+        "best": list(best),
+        "regret": gap / medians[best],
+        "spread": spread / medians[best],
+        "tie": picked != best and gap < spread,
+        "rounds": len(spent[picked]),
+        "milliseconds": {f"{v} on {n}": 1e3 * t for (v, n), t in medians.items()},
+        "least_milliseconds": {f"{v} on {n}": 1e3 * min(t) for (v, n), t in spent.items()},
+    }
+
+
+def _deviation(times: list[float]) -> float:
+    middle = statistics.median(times)
+    return statistics.median(abs(t - middle) for t in times)
 
 
 def main() -> None:
+    from cptool.bench.measure import circumstances
     from cptool.distributed import run
+    from cptool.hardware import load_profile
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cp", type=int, action="append")
     parser.add_argument("--new", type=int, action="append", help=f"T; default {NEW}")
     parser.add_argument("--cached", type=int, action="append", help=f"P; default {CACHED}")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="at least, a cell")
+    parser.add_argument("--merge", type=Path, help="an earlier run's file")
     parser.add_argument("--output", type=Path, default=RESULTS / "auto_regret.json")
     arguments = parser.parse_args()
-    cells, profile = [], None
+    news, cacheds = arguments.new or NEW, arguments.cached or CACHED
+    grid = [(new, cached) for cached in cacheds for new in news]
+    runs, cells = [], {}
+    if arguments.merge:
+        earlier = json.loads(arguments.merge.read_text())
+        runs = earlier["runs"]
+        cells = {(c["ranks"], c["new"], c["cached"]): c for c in earlier["cells"]}
     for ranks in arguments.cp or [2, 4]:
-        measured, profile = run(
-            measure, arguments.dtype, arguments.repeats, arguments.new or list(NEW),
-            arguments.cached or list(CACHED), cp=ranks, device="cpu",
-        )  # fmt: skip
-        cells += measured
-        for c in measured:
+        for c in run(
+            measure, arguments.dtype, arguments.layers, arguments.repeats, arguments.seconds, grid,
+            cp=ranks, device="cpu",
+        ):  # fmt: skip
+            cells[c["ranks"], c["new"], c["cached"]] = c
             print(
                 f"N={ranks} T={c['new']:5} P={c['cached']:5}  picked {c['picked'][0]} on "
-                f"{c['picked'][1]}, best {c['best'][0]} on {c['best'][1]}, "
-                f"regret {c['regret']:.1%} (spread of a time {c['spread']:.0%})"
+                f"{c['picked'][1]}, best {c['best'][0]} on {c['best'][1]}, regret "
+                f"{c['regret']:.1%} (spread {c['spread']:.1%}{', a tie' * c['tie']}), "
+                f"{c['rounds']} rounds",
+                flush=True,
             )
-    regrets = [c["regret"] for c in cells]
-    print(f"median {statistics.median(regrets):.1%}, worst {max(regrets):.1%}")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "command": f"python benchmarks/auto_regret.py {' '.join(sys.argv[1:])}".strip(),
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "processors": os.cpu_count(),
-        "processor": _processor(),
-        "profile": profile,
-        "median_regret": statistics.median(regrets),
-        "worst_regret": max(regrets),
-        "cells": cells,
+    regrets = [c["regret"] for c in cells.values()]
+    clear = [0.0 if c["tie"] else c["regret"] for c in cells.values()]
+    summary = {
+        "cells": len(regrets),
+        "median": statistics.median(regrets),
+        "worst": max(regrets),
+        "worst_beyond_spread": max(clear),
+        "cells_over_10_percent": sum(r > 0.1 for r in regrets),
+        "cells_over_10_percent_beyond_spread": sum(r > 0.1 for r in clear),
     }
+    print(summary)
+    runs.append({**circumstances(), "profile": dataclasses.asdict(load_profile("cpu"))})
+    result = {"regret": summary, "runs": runs, "cells": [cells[key] for key in sorted(cells)]}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    fields = (line.partition(":") for line in lines)
-    return next(value.strip() for name, _, value in fields if name.strip() == "model name")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""The cost model against runs on this machine, calibrated in the same run.
+
+    python benchmarks/plan_against_here.py --cp 2 --cp 4
+
+For each world of N ranks the hardware is measured first (as `cptool bench calibrate` does, but
+nothing is kept), then TTFT over a grid of contexts, miss rates and variants, on N ranks and on one
+of them, all interleaved. Rates that hold for a model of one size must predict another: the shape
+here is none that calibration looks at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
+
+CONTEXTS, MISS_RATES = (512, 2048, 6144), (1.0, 0.25, 0.03)
+RESULTS = Path(__file__).parent / "results"
+
+
+def shape():
+    from cptool.model.config import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=1024,
+        hidden_size=768,
+        intermediate_size=2304,
+        num_hidden_layers=3,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        max_position_embeddings=16384,
+        tie_word_embeddings=True,
+    )
+
+
+def main() -> None:
+    from cptool.bench import prefill
+    from cptool.bench.measure import circumstances
+    from cptool.cost import VARIANTS
+    from cptool.distributed import run
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cp", type=int, action="append")
+    parser.add_argument("--context", type=int, action="append", help=f"default {CONTEXTS}")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS / "plan_against_here.json")
+    arguments = parser.parse_args()
+    results, profiles = [], {}
+    for ranks in arguments.cp or [2, 4]:
+        sweep = prefill.Sweep(
+            config=shape(),
+            dtype=arguments.dtype,
+            ranks=(1, ranks) if ranks == 2 else (ranks,),
+            contexts=tuple(arguments.context or CONTEXTS),
+            miss_rates=MISS_RATES,
+            variants=tuple(VARIANTS),
+            repeats=arguments.repeats,
+            calibrated=True,
+        )
+        measured = run(prefill.measure, sweep, cp=ranks, device="cpu")
+        profiles[f"{ranks} ranks"] = measured["profile"]
+        for r in measured["results"]:
+            results.append(r)
+            error = r["predicted_over_measured"] - 1
+            times = r["ttft_seconds"]
+            print(
+                f"N={r['ranks']} T={r['tokens']:5} P={r['cached']:5} {r['variant']:9} "
+                f"{1e3 * times['median']:8.1f} ms ({1e3 * times['min']:.1f} to "
+                f"{1e3 * times['max']:.1f}), predicted {1e3 * r['predicted_s']:8.1f}, {error:+.0%}"
+            )
+    summary = {}
+    for name in ("all", *sorted({r["ranks"] for r in results})):
+        sizes = [
+            abs(r["predicted_over_measured"] - 1)
+            for r in results
+            if name in ("all", r["ranks"])
+        ]
+        key = name if name == "all" else f"N={name}"
+        summary[key] = {
+            "cells": len(sizes),
+            "median_error": statistics.median(sizes),
+            "worst_error": max(sizes),
+        }
+        print(f"{key}: median {summary[key]['median_error']:.1%}, worst {max(sizes):.1%}")
+    found = {**circumstances(), "errors": summary, "profiles": profiles, "results": results}
+    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
