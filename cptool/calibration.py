@@ -1,7 +1,9 @@
 """Measures a hardware profile on the ranks as they were launched.
 
-All ranks measure at the same time, because that is how they work: what cores, memory or links
-share, they share here too. Each time is the median of some repetitions on the slowest rank.
+As many ranks as the processors serve at the full rate measure at the same time, because that is how
+they work: what cores, memory or links share, they share here too. Each time is the median of some
+repetitions on the slowest rank. What a layer costs whatever its tokens is measured on all numbers
+of ranks, those included that take turns.
 """
 
 from __future__ import annotations
@@ -13,109 +15,136 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional
 
-from cptool.cost import ELEMENT_BYTES
+from cptool.bench.forward import hold, random_model, smaller_worlds
+from cptool.cost import ELEMENT_BYTES, Forward, predict
+from cptool.cost.layer import elementwise_bytes
 from cptool.distributed import World
+from cptool.engine import Engine
 from cptool.hardware import MEASURED, HardwareProfile, Link, default_profile, usable_processors
 from cptool.model.config import LlamaConfig
+from cptool.model.llama import DecoderLayer
 from cptool.ops import attention_partial
 from cptool.ring import Ring
-from cptool.staged import ring_of
+from cptool.sampling import Sampling
 from cptool.sharding import balanced, union
+from cptool.staged import ring_of
 from cptool.strategy import fit_rule
 
-HIDDEN, WIDTH = 1024, 4096
-HEADS, KV_HEADS, HEAD_DIM = 8, 2, 128
-ROWS = 1024
-SMALL_MESSAGE, LARGE_MESSAGE = 1 << 10, 4 << 20
-
-# A GQA model of common proportions, on which the rule's coefficients are fitted.
+# A GQA model of common proportions: the layer that is timed, and the model on which the rule's
+# coefficients are fitted.
 EXAMPLE = LlamaConfig(
     vocab_size=32000,
-    hidden_size=HIDDEN,
-    intermediate_size=WIDTH,
+    hidden_size=1024,
+    intermediate_size=3072,
     num_hidden_layers=8,
-    num_attention_heads=HEADS,
-    num_key_value_heads=KV_HEADS,
-    head_dim=HEAD_DIM,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=128,
     rms_norm_eps=1e-5,
     rope_theta=1e4,
     max_position_embeddings=131072,
     tie_word_embeddings=True,
 )
+# One whose every product takes no time.
+TINY = dataclasses.replace(
+    EXAMPLE,
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=64,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=64,
+)
+ROWS = 512
+SMALL_MESSAGE, LARGE_MESSAGE = 1 << 10, 4 << 20
+FEW_LAYERS, MORE_LAYERS, HELD = 2, 6, 64
+VARIANTS = ("pass-kv", "gather-kv", "pass-q", "pass-q-all2all", "gather-q")
 
 
 @torch.inference_mode()
 def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> HardwareProfile:
     """The profile of this world's ranks, the same on each; the link's figures need two ranks.
 
-    Rates of dtypes that are not measured keep the default's ratio to the first that is.
+    Rates of dtypes that are not measured keep the default's ratio to the first that is. Collective.
     """
-    clock = _Clock(world, repeats)
-    device = world.device.type
+    device, threads = world.device.type, torch.get_num_threads()
+    machines = world.size // world.local_size
+    at_once = None
+    if device == "cpu":
+        at_once = max(1, machines * usable_processors() // threads)
+    counts = _counts(world, at_once)
+    worlds = smaller_worlds(world, counts)
+    fitting = max(n for n in counts if n <= (at_once or world.cp) or n == counts[0])
+    part = worlds[fitting]
+    clock = _Clock(world, part, repeats)
     default = default_profile(device)
-    linear, attention = dict(default.linear_flops), dict(default.attention_flops)
-    first = dtypes[0]
-    for done, name in enumerate(dtypes):
-        world.report("measure compute", done, len(dtypes))
-        rate, weights = _linear(clock, getattr(torch, name))
-        pairs, cache, call = _attention(clock, getattr(torch, name))
-        if name == first:
-            memory_bandwidth, cache_bandwidth, call_overhead = weights, cache, call
-            scales = rate / linear[name], pairs / attention[name]
-            linear = {other: scales[0] * value for other, value in linear.items()}
-            attention = {other: scales[1] * value for other, value in attention.items()}
-        linear[name], attention[name] = rate, pairs
     profile = dataclasses.replace(
         default,
         name=f"{MEASURED}{world.size} {device} rank{'s' * (world.size > 1)}",
-        ranks_per_host=world.local_size if world.size > world.local_size else None,
+        position_s=_positions(clock),
+        op_overhead_s=_small_op(clock),
+        ranks_per_host=world.local_size if machines > 1 else None,
+        ranks_at_once=at_once,
         notes={},
         peak_flops={},  # of another device, perhaps
-        linear_flops=linear,
-        attention_flops=attention,
-        memory_bandwidth=memory_bandwidth,
-        cache_bandwidth=cache_bandwidth,
-        call_overhead_s=call_overhead,
-        op_overhead_s=_small_op(clock),
-        layer_overhead_s=_small_layer(clock, getattr(torch, first)),
-        position_s=_positions(clock),
     )
     if device == "cpu":
-        machines = world.size // world.local_size
-        threads = torch.get_num_threads()
-        at_once = max(1, machines * usable_processors() // threads)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / at_once
-        profile = dataclasses.replace(
-            profile, threads=threads, ranks_at_once=at_once, memory_bytes=memory
-        )
+        profile = dataclasses.replace(profile, threads=threads, memory_bytes=memory)
+    for done, name in enumerate(dtypes):
+        world.report("measure compute", done, len(dtypes))
+        profile = _compute(clock, profile, default, name, first=done == 0)
     if world.cp > 1:
         world.report("measure the link")
-        link, steals = _link(clock, ring_of(world))
-        joins = "network" if world.size > world.local_size else "host_link"
+        link, steals = _link(clock, part if part and part.cp > 1 else worlds[counts[-1]])
+        joins = "network" if machines > 1 else "host_link"
         profile = dataclasses.replace(profile, transfer_steals=steals, **{joins: link})
-    rule = fit_rule(EXAMPLE, first, max(2, world.cp), profile)
+    world.report("measure the overheads")
+    profile = _overheads(world, worlds, profile, dtypes[0], 2 * repeats)
+    rule = fit_rule(EXAMPLE, dtypes[0], max(2, world.cp), profile)
     return world.gather(dataclasses.replace(profile, rule=rule))[0]
 
 
+def _counts(world: World, at_once: int | None) -> list[int]:
+    """Numbers of ranks to look at, ascending: two, four, .. and all."""
+    powers = [1 << n for n in range(1, world.cp.bit_length()) if 1 << n < world.cp]
+    if at_once == 1:
+        powers = [1, *powers]
+    # TP ranks and processes on other machines are there all the time.
+    return sorted({*powers, world.cp}) if world.tp == 1 else [world.cp]
+
+
 class _Clock:
-    def __init__(self, world: World, repeats: int) -> None:
-        self.world, self.repeats = world, repeats
+    """Times work that the ranks of `part` do at the same time while the rest of `world` waits."""
+
+    def __init__(self, world: World, part: World | None, repeats: int) -> None:
+        self.world, self.part, self.repeats = world, part, repeats
+        self.device = world.device
 
     def __call__(self, work: Callable[[], object], calls: int = 1) -> float:
         """Seconds of one call of `work`, run `calls` times in a row."""
-        spent = []
+        return self.all({"": work}, calls)[""]
+
+    def all(self, works: dict[str, Callable[[], object]], calls: int = 1) -> dict[str, float]:
+        """Of each of `works`, in turn, so that a drift of the machine meets all alike."""
+        spent: dict[str, list[float]] = {name: [] for name in works}
         for repeat in range(self.repeats + 1):
-            self.world.barrier()
-            began = time.perf_counter()
-            for _ in range(calls):
-                work()
-            if self.world.device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat:  # the first one warms up
-                spent.append((time.perf_counter() - began) / calls)
-        return max(self.world.gather(statistics.median(spent)))
+            for name, work in works.items():
+                self.world.barrier()
+                if self.part is None:
+                    continue
+                began = time.perf_counter()
+                for _ in range(calls):
+                    work()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if repeat:  # the first one warms up
+                    spent[name].append((time.perf_counter() - began) / calls)
+        medians = {name: statistics.median(times or [0.0]) for name, times in spent.items()}
+        return {
+            name: max(found[name] for found in self.world.gather(medians)) for name in works
+        }
 
 
 def _slope(low: tuple[float, float], high: tuple[float, float]) -> float:
@@ -124,75 +153,102 @@ def _slope(low: tuple[float, float], high: tuple[float, float]) -> float:
     return (high[0] - low[0]) / seconds
 
 
-def _linear(clock: _Clock, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s of many rows, and B/s at which the weights of a single row's product are read."""
-    device = clock.world.device
-    weight = torch.randn(WIDTH, HIDDEN, device=device).to(dtype)
-    times = {}
-    for rows in (1, ROWS):
-        x = torch.randn(rows, HIDDEN, device=device).to(dtype)
-        times[rows] = clock(lambda x=x: functional.linear(x, weight), calls=8 if rows == 1 else 1)
-    flops = 2 * WIDTH * HIDDEN
-    return _slope((flops, times[1]), (flops * ROWS, times[ROWS])), weight.nbytes / times[1]
+def _compute(
+    clock: _Clock, profile: HardwareProfile, default: HardwareProfile, name: str, first: bool
+) -> HardwareProfile:
+    """`profile` with what linear layers and attention reach in a dtype.
+
+    The first one says what memory gives, and scales the dtypes that are not measured.
+    """
+    dtype = getattr(torch, name)
+    if first:
+        tiny = _layer(clock, TINY, dtype, rows=1, calls=16)
+        profile = dataclasses.replace(profile, layer_overhead_s=tiny)
+    one, many = (_layer(clock, EXAMPLE, dtype, rows, calls=1 + 3 // rows) for rows in (1, ROWS))
+    forward = Forward(EXAMPLE, name, 1, 0, 1, 1)
+    parameters = sum(count for count, _ in forward.linear_layers())
+    read = max(one - profile.layer_overhead_s, 0.05 * one)
+    weights = parameters * ELEMENT_BYTES[name] / read
+    small = elementwise_bytes(forward, fused=clock.device.type == "cpu") / weights
+    flops = 2 * parameters * (ROWS - 1)
+    rate = flops / max(many - one - small * (ROWS - 1), 0.05 * many)
+    pairs, cache, call, ramp = _attention(clock, dtype)
+    linear, attention = dict(profile.linear_flops), dict(profile.attention_flops)
+    if first:
+        profile = dataclasses.replace(
+            profile, memory_bandwidth=weights, cache_bandwidth=cache, call_overhead_s=call,
+            attention_ramp=ramp,
+        )  # fmt: skip
+        scales = rate / default.linear_flops[name], pairs / default.attention_flops[name]
+        linear = {other: scales[0] * value for other, value in linear.items()}
+        attention = {other: scales[1] * value for other, value in attention.items()}
+    linear[name], attention[name] = rate, pairs
+    return dataclasses.replace(profile, linear_flops=linear, attention_flops=attention)
 
 
-def _attention(clock: _Clock, dtype: torch.dtype) -> tuple[float, float, float]:
-    """FLOP/s of visible pairs, B/s of keys and values read, and seconds of a call with no work."""
-    device = clock.world.device
+def _layer(
+    clock: _Clock, config: LlamaConfig, dtype: torch.dtype, rows: int, calls: int
+) -> float:
+    """Seconds of a layer as the model has it, without attention."""
+    device = clock.device
+    layer = DecoderLayer(config, 0, 1, device).to(dtype)
+    for parameter in layer.parameters():
+        parameter.normal_(std=0.02)
+    hidden = torch.randn(rows, config.hidden_size, device=device).to(dtype)
+    angles = torch.ones(rows, 1, config.head_dim // 2, device=device)
+    return clock(lambda: layer(hidden, angles, angles, lambda _, q, k, v: q), calls)
 
-    def seconds(queries: int, keys: int, calls: int = 1) -> float:
-        q = torch.randn(queries, HEADS, HEAD_DIM, device=device).to(dtype)
-        kv = torch.randn(keys, 2, KV_HEADS, HEAD_DIM, device=device).to(dtype)
-        q_pos = torch.arange(keys, keys + queries, dtype=torch.int32, device=device)
-        k_pos = torch.arange(keys, dtype=torch.int32, device=device)
-        cu_q = torch.tensor([0, queries], dtype=torch.int32, device=device)
-        cu_k = torch.tensor([0, keys], dtype=torch.int32, device=device)
-        arguments = (q, kv[:, 0], kv[:, 1], q_pos, k_pos, cu_q, cu_k, HEAD_DIM**-0.5)
-        return clock(lambda: attention_partial(*arguments), calls)
 
-    call = seconds(1, 1, calls=32)
-    few, many, keys = seconds(1, 8 * ROWS, calls=4), seconds(ROWS, 2 * ROWS), 8 * ROWS
-    pair = 4 * HEADS * HEAD_DIM
-    width = 2 * KV_HEADS * HEAD_DIM * ELEMENT_BYTES[str(dtype).removeprefix("torch.")]
-    rate = _slope((0, call), (pair * ROWS * 2 * ROWS, many))
-    reading = max(few - call - pair * keys / rate, 0.05 * few)
-    return rate, width * keys / reading, call
+def _attention(clock: _Clock, dtype: torch.dtype) -> tuple[float, float, float, float]:
+    """FLOP/s of visible pairs, B/s of keys and values read, seconds of a call with no work, and
+    the keys that a query costs beyond those that it sees.
+    """
+    heads, kv_heads, dim = (
+        EXAMPLE.num_attention_heads, EXAMPLE.num_key_value_heads, EXAMPLE.head_dim,
+    )  # fmt: skip
+
+    def call(queries: int, keys: int, first: int) -> Callable[[], object]:
+        q = torch.randn(queries, heads, dim, device=clock.device).to(dtype)
+        kv = torch.randn(keys, 2, kv_heads, dim, device=clock.device).to(dtype)
+        q_pos, k_pos = (
+            torch.arange(start, start + count, dtype=torch.int32, device=clock.device)
+            for start, count in ((first, queries), (0, keys))
+        )
+        cu_q, cu_k = (
+            torch.tensor([0, count], dtype=torch.int32, device=clock.device)
+            for count in (queries, keys)
+        )
+        arguments = (q, kv[:, 0], kv[:, 1], q_pos, k_pos, cu_q, cu_k, dim**-0.5)
+        return lambda: attention_partial(*arguments)
+
+    empty = clock(call(1, 1, 1), calls=32)
+    few = clock(call(1, 8192, 8192), calls=4)
+    times = clock.all({"dense": call(ROWS, 2048, 2048), "causal": call(ROWS, ROWS, 0)}, calls=2)
+    pair = 4 * heads * dim
+    width = 2 * kv_heads * dim * ELEMENT_BYTES[str(dtype).removeprefix("torch.")]
+    rate = _slope((0, empty), (pair * ROWS * 2048, times["dense"]))
+    cut = (times["causal"] - empty) * rate / pair / ROWS - (ROWS + 1) / 2
+    reading = max(few - empty - pair * 8192 / rate, 0.05 * few)
+    return rate, width * 8192 / reading, empty, min(max(0.0, cut), ROWS / 2)
 
 
 def _small_op(clock: _Clock) -> float:
     """Seconds of copying a few bytes."""
-    few = torch.zeros(64, device=clock.world.device)
+    few = torch.zeros(64, device=clock.device)
     return clock(few.clone, calls=64)
-
-
-def _small_layer(clock: _Clock, dtype: torch.dtype) -> float:
-    """Seconds of what surrounds the large products in a layer, for one token."""
-    from cptool.model.llama import DecoderLayer
-
-    device = clock.world.device
-    tiny = dataclasses.replace(
-        EXAMPLE, hidden_size=64, intermediate_size=64, num_attention_heads=1,
-        num_key_value_heads=1, head_dim=64,
-    )  # fmt: skip
-    layer = DecoderLayer(tiny, 0, 1, device).to(dtype)
-    for parameter in layer.parameters():
-        parameter.fill_(0.01)
-    hidden = torch.randn(1, 64, device=device).to(dtype)
-    angles = torch.ones(1, 1, 32, device=device)
-    return clock(lambda: layer(hidden, angles, angles, lambda _, q, k, v: q), calls=16)
 
 
 def _positions(clock: _Clock) -> float:
     """Seconds a key of putting the positions that four ranks hold in order."""
-    tokens = 16 * ROWS
+    tokens = 16384
     placements = balanced([tokens], 4).placements()
-    placements = [placement.to(clock.world.device) for placement in placements]
+    placements = [placement.to(clock.device) for placement in placements]
     return clock(lambda: union(placements)) / tokens
 
 
-def _link(clock: _Clock, ring: Ring) -> tuple[Link, float]:
+def _link(clock: _Clock, part: World | None) -> tuple[Link, float]:
     """The link, and of a transfer's time the part that compute loses to it."""
-    device = clock.world.device
+    device, ring = clock.device, ring_of(part) if part else Ring()
     ahead, behind = (ring.rank - 1) % ring.size, (ring.rank + 1) % ring.size
 
     def buffers(size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +267,7 @@ def _link(clock: _Clock, ring: Ring) -> tuple[Link, float]:
     whole = clock(lambda: transfer(*large), calls=4)
 
     # Compute that takes somewhat longer than the transfer, alone and with it.
-    x = torch.randn(HIDDEN, HIDDEN, device=device)
+    x = torch.randn(1024, 1024, device=device)
     unit = clock(lambda: torch.mm(x, x))
     count = max(1, round(2 * whole / unit))
 
@@ -224,9 +280,63 @@ def _link(clock: _Clock, ring: Ring) -> tuple[Link, float]:
         compute()
         ring.wait(pending)
 
-    alone = clock(compute)
-    together = clock(both)
+    times = clock.all({"alone": compute, "together": both})
     bandwidth = _slope((SMALL_MESSAGE, latency), (LARGE_MESSAGE, whole))
     further = max(0.0, several - latency) / 4
     link = Link(bandwidth, bandwidth, latency, further, latency + (ring.size - 2) * further)
-    return link, min(1.0, max(0.0, (together - alone) / whole))
+    return link, min(1.0, max(0.0, (times["together"] - times["alone"]) / whole))
+
+
+def _overheads(
+    world: World, worlds: dict[int, World | None], profile: HardwareProfile, dtype: str,
+    repeats: int,
+) -> HardwareProfile:  # fmt: skip
+    """`profile` with what a forward costs once, and what the layers of each variant cost beyond
+    what the rest of the profile says, where they have next to nothing to compute.
+
+    A whole engine runs a tiny model of few and of more layers: the difference is the layers', the
+    rest the forward's.
+    """
+    once, residual = [], {}
+    for count, part in worlds.items():
+        clock = _Clock(world, part, repeats)
+        works: dict[str, Callable[[], object]] = {}
+        for layers in (FEW_LAYERS, MORE_LAYERS):
+            config = dataclasses.replace(TINY, num_hidden_layers=layers)
+            engine = None
+            if part is not None:
+                engine = Engine(
+                    random_model(config, getattr(torch, dtype), part), part, profile=profile
+                )
+                hold(engine, HELD)
+            for variant in VARIANTS if count > 1 else VARIANTS[:1]:
+                for new in (1, 2 * count):
+                    works[f"{variant} {new} {layers}"] = _forward(engine, variant, new)
+        times = clock.all(works)
+        found: dict[str, tuple[float, float]] = {}
+        for variant in VARIANTS if count > 1 else VARIANTS[:1]:
+            beyond = []
+            for new in (1, 2 * count):
+                few = times[f"{variant} {new} {FEW_LAYERS}"]
+                more = times[f"{variant} {new} {MORE_LAYERS}"]
+                layer = max(0.0, more - few) / (MORE_LAYERS - FEW_LAYERS)
+                forward = Forward(TINY, dtype, new, HELD, count, count)
+                beyond.append(layer - predict(variant, forward, profile).seconds)
+                if count == max(n for n in worlds if n <= (profile.ranks_at_once or n)):
+                    once.append(max(0.0, few - FEW_LAYERS * layer))
+            found[variant] = (beyond[0], beyond[1])
+        if count > 1:
+            residual[str(count)] = found
+    return dataclasses.replace(
+        profile, forward_overhead_s=statistics.median(once), residual_s=residual
+    )
+
+
+def _forward(engine: Engine | None, variant: str, new: int) -> Callable[[], object]:
+    def work() -> None:
+        engine.variant = variant
+        engine.extend([[1] * (new - 1)])
+        engine.next_tokens(Sampling())
+        engine.truncate([HELD + 1])
+
+    return work

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -75,6 +76,9 @@ class HardwareProfile:
     ranks_at_once: how many ranks the processors serve at the full rate, None for one device a rank;
         beyond it, ranks take turns.
     threads: CPU threads of a rank that the rates hold for; 0 for another device.
+    residual_s: by number of ranks, then by variant: what a layer costs beyond what all else here says
+        where it has next to nothing to compute, for one new token and for some on each rank. Where
+        it was measured it makes the small costs of messages and calls right for these ranks.
     rule: (alpha, beta, gamma) of the fitted rule of `cptool.strategy`, None if nothing was fitted.
     notes: where each number comes from, by field.
     """
@@ -102,6 +106,7 @@ class HardwareProfile:
     ranks_per_host: int | None = None
     ranks_at_once: int | None = None
     threads: int = 0
+    residual_s: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict, hash=False)
     rule: tuple[float, float, float] | None = None
     peak_flops: dict[str, float] = field(default_factory=dict, hash=False)
     notes: dict[str, str] = field(default_factory=dict, hash=False, compare=False)
@@ -122,6 +127,16 @@ class HardwareProfile:
         """What joins a group of ranks whose first and last lie `span` ranks apart, both counted."""
         inside = self.ranks_per_host is None or span <= self.ranks_per_host
         return self.host_link if inside else self.network
+
+    def residual(self, variant: str, ranks: int, sources: int) -> float:
+        """Of a layer on `ranks` ranks of which `sources` have queries: as on the nearest number
+        that was measured, in proportion to the other ranks."""
+        if ranks == 1 or not self.residual_s:
+            return 0.0
+        nearest = min(map(int, self.residual_s), key=lambda n: abs(math.log(n / ranks)))
+        one, each = self.residual_s[str(nearest)].get(variant, (0.0, 0.0))
+        between = one + (each - one) * (sources - 1) / (ranks - 1)
+        return between * (ranks - 1) / (nearest - 1)
 
     def for_ranks(self, threads: int, processors: int) -> HardwareProfile:
         """The same processors with `threads` for each rank, of `processors` for all ranks."""
@@ -268,6 +283,7 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
         **{f"attention_flops.{dtype}": rate for dtype, rate in profile.attention_flops.items()},
     }
     names = [f.name for f in dataclasses.fields(profile) if f.name.endswith("_s")]
+    names.remove("residual_s")  # may be negative
     costs = {name: getattr(profile, name) for name in (*names, "attention_ramp", "transfer_steals")}
     for name, link in links.items():
         for key, value in dataclasses.asdict(link).items():
@@ -280,6 +296,11 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
             raise ValueError(f"{name} is {cost}; it must not be negative")
     if not profile.linear_flops or not profile.attention_flops:
         raise ValueError("no dtype has a rate")
+    residual = {
+        str(int(ranks)): {v: (float(one), float(each)) for v, (one, each) in found.items()}
+        for ranks, found in profile.residual_s.items()
+    }
+    profile = dataclasses.replace(profile, residual_s=residual)
     if profile.rule is None:
         return profile
     alpha, beta, gamma = map(float, profile.rule)

@@ -25,7 +25,12 @@ for command in (attention, merge, link, prefill, decode, emulate):
 
 
 @bench.command()
-@click.option("--cp", type=click.IntRange(min=1), metavar="N", help="Ranks.  [default: 2]")
+@click.option(
+    "--cp",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ranks; fewer are measured too.  [default: 4 on a CPU, else 2]",
+)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads a rank.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option(
@@ -44,7 +49,8 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     from cptool import distributed
 
     launched = distributed.launched_size()
-    cp = cp or launched or 2
+    # On a CPU more ranks than most have use for: what they lose by taking turns is measured.
+    cp = cp or launched or (4 if distributed.resolve_device(device, 2) == "cpu" else 2)
     distributed.check_size(cp, 1)
     dtypes = ("bfloat16", "float32") if dtype == "auto" else (dtype,)
     with draw.progress() as watch:
@@ -102,9 +108,19 @@ def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
         (
             "overheads",
             f"{draw.seconds(profile.call_overhead_s)} a call of attention, "
-            f"{draw.seconds(profile.layer_overhead_s)} a layer",
+            f"{draw.seconds(profile.layer_overhead_s)} a layer, "
+            f"{draw.seconds(profile.forward_overhead_s)} a forward",
         )
     )
+    for ranks, found in profile.residual_s.items():
+        beyond = {name: sum(pair) / 2 for name, pair in found.items()}
+        rows.append(
+            (
+                f"on {ranks} ranks",
+                "a layer takes, beyond what these say: "
+                + ", ".join(f"{name} {draw.seconds(spent)}" for name, spent in beyond.items()),
+            )
+        )
     alpha, beta, gamma = profile.rule
     rows.append(
         (

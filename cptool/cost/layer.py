@@ -20,7 +20,8 @@ def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Predict
     rates = Rates(forward, profile)
     crowd, rows = rates.crowd(forward.sources), forward.queries
     linear = sum(rates.product(*matrix, rows) for matrix in forward.linear_layers())
-    elementwise = elementwise_bytes(forward) * rows / profile.memory_bandwidth
+    moved = elementwise_bytes(forward, fused=not rates.queued) * rows
+    elementwise = moved / profile.memory_bandwidth
     overhead = profile.layer_overhead_s
     if rates.queued:
         elementwise += SMALL_OPS * profile.op_overhead_s
@@ -39,26 +40,33 @@ def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Predict
         merge_s=attention.merge_s,
         tensor_parallel_s=2 * reduced,
         exposed_s=attention.exposed_s,
-        overhead_s=overhead_s + attention.overhead_s,
+        overhead_s=overhead_s
+        + attention.overhead_s
+        + profile.residual(variant, forward.ranks, forward.sources),
         hidden_s=attention.hidden_s,
         bytes=attention.bytes,
         tensor_parallel_bytes=2 * reduced_bytes,
     )
 
 
-def elementwise_bytes(forward: Forward) -> float:
+def elementwise_bytes(forward: Forward, fused: bool) -> float:
     """Bytes that a token's norms, rotation, activation and residual sums read and write.
 
-    What has the width of the residual stream is not divided over tensor-parallel ranks.
+    fused: one pass each, as on a CPU (`cptool.tokenwise`). What has the width of the residual
+    stream is not divided over tensor-parallel ranks.
     """
     config, e = forward.config, forward.element
     feed_forward = config.intermediate_size / forward.tp
     rotated = forward.query_width + forward.kv_width / 2
-    # Two norms (read, write; times the weight: read, write), two sums (two reads, one write).
-    moved = e * config.hidden_size * (2 * 4 + 2 * 3)
-    moved += e * forward.kv_width * 2  # K and V into the cache
-    moved += rotated * (2 * e + 2 * 4)  # through float32
-    moved += e * feed_forward * (2 + 3)  # silu in place; times up
+    moved = e * forward.kv_width * 2  # K and V into the cache
+    if fused:
+        # A norm; a residual sum with the norm after it; a sum. Rotation; silu(gate) * up.
+        moved += e * config.hidden_size * (2 + 4 + 3) + e * rotated * 2 + e * feed_forward * 3
+    else:
+        # Two norms (read, write; times the weight: read, write), two sums (two reads, a write).
+        moved += e * config.hidden_size * (2 * 4 + 2 * 3)
+        moved += rotated * (2 * e + 2 * 4)  # through float32
+        moved += e * feed_forward * (2 + 3)  # silu in place; times up
     if forward.feed_forward == "float8":
         # Rows are scaled by their largest element: read, and written in one byte.
         moved += (e + 1) * (config.hidden_size + feed_forward)
