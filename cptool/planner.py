@@ -17,6 +17,9 @@ from cptool.model.config import LlamaConfig
 from cptool.strategy import AUTO, Choice, choose
 
 QUERY_VARIANTS = ("pass-q", "gather-q", "pass-q-all2all")
+PUBLISHED = ("pass-kv", "pass-q-all2all")
+ALL_Q, STATIC_ROWS = "all-q", 128
+"""Decode over static memory (`cptool.static_decode`), for as many sequences at most."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Workload:
     """`batch` sequences of `context` tokens each (T + P), `cached` of them held already (P), and
     `answer` tokens to decode after it.
 
-    pad_queries: bring the queries of a decode step to a multiple of N, as the paper's system does.
+    published: as the paper's system works, which pads the queries of a decode step to a multiple of
+    N, sends partials in 16 bits, and knows pass-KV and, with one exchange at its end, pass-Q.
     graphs: replay a decode step as one CUDA graph where the device has them. The rest as in
     `cptool.cost.Forward`.
     """
@@ -36,8 +40,7 @@ class Workload:
     answer: int = 0
     dtype: str = "bfloat16"
     feed_forward: str | None = None
-    partial_bytes: int = 4
-    pad_queries: bool = False
+    published: bool = False
     graphs: bool = True
 
     @property
@@ -49,7 +52,8 @@ class Workload:
 class Plan:
     """A layout, the variants in it, what they are predicted to take and what a rank must hold.
 
-    ttft, ttit: of the chosen variants; others: variant -> prefill under it, chosen one included.
+    ttft, ttit: of the chosen variants; others, other_steps: variant -> prefill and decode step under
+    it, chosen one included.
     memory: bytes of a rank by what they hold; capacity: what a rank has for them.
     """
 
@@ -61,6 +65,7 @@ class Plan:
     ttft: Estimate
     ttit: Estimate
     others: dict[str, Estimate]
+    other_steps: dict[str, Estimate]
     memory: dict[str, float]
     capacity: float
 
@@ -85,16 +90,28 @@ def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfil
     """
     tensor_parallel.check(work.config, tp)
     profile = _for_ranks(profile, cp * tp)
-    chosen = _choose(variant, work.new, work.batch * work.cached, work, cp, tp, profile)
-    graphs = work.graphs and profile.device != "cpu"
-    step = -(-work.batch // cp) * cp if work.pad_queries else work.batch
+    cached = work.batch * work.cached
     held = work.batch * (work.context + work.answer // 2)
-    asked = variant if variant in QUERY_VARIANTS else AUTO
-    decoding = _choose(asked, step, held, work, cp, tp, profile, active=cp)
-    forward = _forward(work, work.new, work.batch * work.cached, cp, tp, chosen.active)
-    one = _forward(work, step, held, cp, tp, decoding.active, graph=graphs)
-    names = dict.fromkeys((chosen.variant, *VARIANTS)) if cp > 1 else (chosen.variant,)
-    others = {name: prefill(name, forward, profile) for name in names}
+    step = -(-work.batch // cp) * cp if work.published else work.batch
+    chosen = _choose(variant, work.new, cached, work, cp, tp, profile)
+    forward = _forward(work, work.new, cached, cp, tp, chosen.active)
+    names = dict.fromkeys((chosen.variant, *(PUBLISHED if work.published else VARIANTS)))
+    others = {name: prefill(name, forward, profile) for name in (names if cp > 1 else [*names][:1])}
+
+    queued = profile.device != "cpu"
+    static = queued and work.batch <= STATIC_ROWS and not work.published
+    one = _forward(work, step, held, cp, tp, cp, graph=work.graphs and queued)
+    if variant in QUERY_VARIANTS or work.published:
+        asked = PUBLISHED[-1] if work.published else variant
+        decoding = Choice(asked, cp, "as asked", 0.0)
+    elif static and cp > 1:
+        decoding = Choice(ALL_Q, cp, "every rank has all new tokens, one all-gather a layer", 0.0)
+    else:
+        decoding = replace(_choose(AUTO, step, held, work, cp, tp, profile), active=cp)
+    names = dict.fromkeys((decoding.variant, "pass-q", "gather-q", *[ALL_Q] * static))
+    steps = {
+        name: decode_step(name, one, profile) for name in (names if cp > 1 else [*names][:1])
+    }
     filled = replace(forward, cached=forward.cached + work.batch * work.answer)
     return Plan(
         cp=cp,
@@ -103,8 +120,9 @@ def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfil
         choice=chosen,
         decode_choice=decoding,
         ttft=others[chosen.variant],
-        ttit=decode_step(decoding.variant, one, profile),
+        ttit=steps[decoding.variant],
         others=others,
+        other_steps=steps,
         memory=memory_per_rank(chosen.variant, filled),
         capacity=(1 - RESERVED) * profile.memory_bytes / _crowd(profile, cp * tp),
     )
@@ -180,16 +198,21 @@ def misfit(p: Plan) -> str:
 def _forward(work, new, cached, cp, tp, active, graph=False) -> Forward:
     return Forward(
         work.config, work.dtype, new, cached, cp, active, work.batch, tp,
-        feed_forward=work.feed_forward, partial_bytes=work.partial_bytes, graph=graph,
+        feed_forward=work.feed_forward, partial_bytes=2 if work.published else 4, graph=graph,
     )  # fmt: skip
 
 
-def _choose(variant, new, cached, work, cp, tp, profile, active=None) -> Choice:
-    chosen = choose(
+def _choose(variant, new, cached, work, cp, tp, profile) -> Choice:
+    if variant == AUTO and work.published and cp > 1:
+        forward = _forward(work, new, cached, cp, tp, cp)
+        times = {name: prefill(name, forward, profile).seconds for name in PUBLISHED}
+        variant, other = sorted(PUBLISHED, key=times.__getitem__)
+        reason = f"{variant} {_seconds(times[variant])}, {other} {_seconds(times[other])}"
+        return Choice(variant, cp, reason, 0.0)
+    return choose(
         variant, new=new, cached=cached, ranks=cp, config=work.config, dtype=work.dtype,
         profile=profile, batch=work.batch, tp=tp,
     )  # fmt: skip
-    return replace(chosen, active=active) if active else chosen
 
 
 def _for_ranks(profile: HardwareProfile, ranks: int) -> HardwareProfile:

@@ -206,12 +206,31 @@ def test_fp8_halves_the_feed_forward_alone():
 def test_padding_queries_costs_a_step():
     plain, padded = (
         plan(
-            Workload(LLAMA, 128_000, feed_forward="float8", pad_queries=pad),
+            Workload(LLAMA, 128_000, feed_forward="float8", published=published),
             4, 8, "pass-q-all2all", GTT,
         ).ttit.seconds
-        for pad in (False, True)
+        for published in (False, True)
     )  # fmt: skip
     assert padded > plain
+
+
+def test_decode_takes_the_steps_that_the_engine_takes():
+    work = Workload(LLAMA, 128_000, feed_forward="float8")
+    free = plan(work, 4, 8, "auto", GTT)
+    assert free.decode_choice.variant == "all-q"
+    assert free.ttit.seconds == min(e.seconds for e in free.other_steps.values())
+    assert plan(work, 4, 8, "gather-q", GTT).decode_choice.variant == "gather-q"
+    assert plan(work, 1, 8, "auto", GTT).decode_choice.variant == "pass-kv"
+    cpu = plan(Workload(SHAPES["llama3-1b"], 8000), 2, 1, "auto", find_profile("cpu-core"))
+    assert cpu.decode_choice.variant in ("pass-q", "gather-q")
+
+
+def test_the_published_system_has_two_variants():
+    said = ask(*PAPER, "--context", "128K", "--cached", "127K", "--cp", 4, "--tp", 8,
+               "--as-published")  # fmt: skip
+    assert {row["variant"] for row in said["variants"]} == {"pass-kv", "pass-q-all2all"}
+    assert said["variant"] == said["decode_variant"] == "pass-q-all2all"
+    assert 55 < said["ttit_ms"] < 80
 
 
 def test_layouts_divide_the_model():

@@ -65,8 +65,8 @@ class Duration(click.ParamType):
 @click.option("--eager", is_flag=True, help="Decode without CUDA graphs.")
 @click.option(
     "--as-published", is_flag=True,
-    help="As the paper's system works: queries of a decode step padded to a multiple of N, 16-bit "
-    "partials, all exchanged at the end of pass-Q.",
+    help="As the paper's system works: pass-KV, or pass-Q with 16-bit partials exchanged at its "
+    "end; decode by pass-Q with its queries padded to a multiple of N.",
 )  # fmt: skip
 @click.option("--sweep", type=click.Choice(SWEEPS), help="A table over these instead.")
 @click.option(
@@ -104,7 +104,7 @@ def plan(
         variant = "pass-q-all2all"
     work = planner.Workload(
         config, context, cached, batch, answer, dtype, feed_forward,
-        partial_bytes=2 if as_published else 4, pad_queries=as_published, graphs=not eager,
+        published=as_published, graphs=not eager,
     )  # fmt: skip
     ranks = max_gpus or max((cp or 1) * (tp or 1), profile.ranks_per_host or _here(profile))
     if sweep is not None:
@@ -183,6 +183,10 @@ def _fields(answer, work, model, profile, ttft_below) -> dict:
         "variants": [
             {"variant": name, "ttft_s": e.seconds, "exposed_s": e.exposed_s, "why": why}
             for name, e, why in _variants(best)
+        ],
+        "decode_variants": [
+            {"variant": name, "ttit_ms": 1e3 * e.seconds, "exposed_ms": 1e3 * e.exposed_s}
+            for name, e in sorted(best.other_steps.items(), key=lambda item: item[1].seconds)
         ],
         "target_ttft_s": ttft_below,
         "reaches_target": None if ttft_below is None else not answer.misses_target,
@@ -266,7 +270,7 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
     rows += [
         (
             "each further",
-            f"{1e3 * best.ttit.seconds:.1f} ms ({best.decode_choice.variant})"
+            f"{1e3 * best.ttit.seconds:.1f} ms ({_steps(best)})"
             + f", {work.answer:,} in {draw.seconds(work.answer * best.ttit.seconds)}"
             * bool(work.answer),
         ),
@@ -295,6 +299,16 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
             ]
         )
     click.echo(f"\nrun it: {_command(best, work, model, profile)}")
+
+
+def _steps(best) -> str:
+    """The variant that a decode step takes, and what others would."""
+    others = (
+        f"{name} {1e3 * e.seconds:.1f} ms"
+        for name, e in best.other_steps.items()
+        if name != best.decode_choice.variant
+    )
+    return "; ".join([best.decode_choice.variant, ", ".join(others)]).removesuffix("; ")
 
 
 def _missed(answer, ttft_below) -> str:

@@ -33,7 +33,7 @@ class Exchange:
 
 
 def exchange(variant: str, rates: Rates) -> Exchange:
-    """The cost of a variant, "pass-q-all2all" included."""
+    """The cost of a variant, "pass-q-all2all" and "all-q" included."""
     forward = rates.forward
     if forward.ranks == 1:
         return _alone(rates)
@@ -149,6 +149,22 @@ def _gather_q(rates: Rates) -> Exchange:
     )
 
 
+def _all_q(rates: Rates) -> Exchange:
+    """A step of `cptool.static_decode`: every rank has all queries, one all-gather of partials."""
+    forward, ranks = rates.forward, rates.forward.ranks
+    partial = forward.partial(forward.new)
+    pairs = forward.new * forward.cached_keys / forward.batch + forward.new
+    spent = rates.attention(pairs, forward.keys, forward.new)
+    written = forward.new * forward.query_width * forward.element
+    copied = rates.touch(2 * partial) + rates.touch(ranks * partial + written)
+    return Exchange(
+        attention_s=rates.crowd(ranks) * spent,
+        merge_s=rates.crowd(ranks) * copied,
+        exposed_s=rates.collective((ranks - 1) * partial, ranks - 1),
+        bytes=(ranks - 1) * partial,
+    )
+
+
 def _running(rates: Rates) -> float:
     """Reading and writing the running float32 result that a kernel merges into."""
     return 2 * _local_partial(rates.forward) / rates.profile.memory_bandwidth
@@ -176,4 +192,5 @@ _VARIANTS = {
     "pass-q": _pass_q,
     "pass-q-all2all": _pass_q_all2all,
     "gather-q": _gather_q,
+    "all-q": _all_q,
 }

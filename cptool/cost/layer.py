@@ -19,6 +19,8 @@ def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Predict
     """
     rates = Rates(forward, profile)
     crowd, rows = rates.crowd(forward.sources), forward.queries
+    if variant == "all-q":
+        crowd, rows = rates.crowd(forward.ranks), forward.new
     linear = sum(rates.product(*matrix, rows) for matrix in forward.linear_layers())
     moved = elementwise_bytes(forward, fused=not rates.queued) * rows
     elementwise = moved / profile.memory_bandwidth
