@@ -169,7 +169,7 @@ def _compute(
     parameters = sum(count for count, _ in forward.linear_layers())
     read = max(one - profile.layer_overhead_s, 0.05 * one)
     weights = parameters * ELEMENT_BYTES[name] / read
-    small = elementwise_bytes(forward, fused=clock.device.type == "cpu") / weights
+    small = elementwise_bytes(forward) / weights
     flops = 2 * parameters * (ROWS - 1)
     rate = flops / max(many - one - small * (ROWS - 1), 0.05 * many)
     pairs, cache, call, ramp = _attention(clock, dtype)

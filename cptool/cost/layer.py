@@ -5,9 +5,10 @@ from cptool.cost.rates import Rates
 from cptool.cost.sizes import Forward, Prediction
 from cptool.hardware import HardwareProfile
 
-SMALL_OPS = 14
-"""Kernels of a layer beside products and attention: two norms of two, rotation of three, storing K
-and V, activation of two, two residual sums, one copy."""
+SMALL_OPS, QUANTISING_OPS = 8, 2
+"""Kernels of a layer beside products and attention: two norms, rotation, storing K and V,
+activation, a residual sum, a copy of attention's result; and what FP8 products want of their input.
+"""
 
 
 def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Prediction:
@@ -22,11 +23,12 @@ def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Predict
     if variant == "all-q":
         crowd, rows = rates.crowd(forward.ranks), forward.new
     linear = sum(rates.product(*matrix, rows) for matrix in forward.linear_layers())
-    moved = elementwise_bytes(forward, fused=not rates.queued) * rows
+    moved = elementwise_bytes(forward) * rows
     elementwise = moved / profile.memory_bandwidth
     overhead = profile.layer_overhead_s
     if rates.queued:
-        elementwise += SMALL_OPS * profile.op_overhead_s
+        ops = SMALL_OPS + QUANTISING_OPS * (forward.feed_forward == "float8")
+        elementwise += ops * profile.op_overhead_s
     stream = rows * forward.config.hidden_size * forward.element
     reduced, reduced_bytes = rates.all_reduce(stream)
     attention = exchange(variant, rates)
@@ -51,24 +53,18 @@ def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Predict
     )
 
 
-def elementwise_bytes(forward: Forward, fused: bool) -> float:
+def elementwise_bytes(forward: Forward) -> float:
     """Bytes that a token's norms, rotation, activation and residual sums read and write.
 
-    fused: one pass each, as on a CPU (`cptool.tokenwise`). What has the width of the residual
-    stream is not divided over tensor-parallel ranks.
+    One pass each (`cptool.tokenwise`). What has the width of the residual stream is not divided
+    over tensor-parallel ranks.
     """
     config, e = forward.config, forward.element
     feed_forward = config.intermediate_size / forward.tp
     rotated = forward.query_width + forward.kv_width / 2
     moved = e * forward.kv_width * 2  # K and V into the cache
-    if fused:
-        # A norm; a residual sum with the norm after it; a sum. Rotation; silu(gate) * up.
-        moved += e * config.hidden_size * (2 + 4 + 3) + e * rotated * 2 + e * feed_forward * 3
-    else:
-        # Two norms (read, write; times the weight: read, write), two sums (two reads, a write).
-        moved += e * config.hidden_size * (2 * 4 + 2 * 3)
-        moved += rotated * (2 * e + 2 * 4)  # through float32
-        moved += e * feed_forward * (2 + 3)  # silu in place; times up
+    # A norm; a residual sum with the norm after it; a sum. Rotation; silu(gate) * up.
+    moved += e * config.hidden_size * (2 + 4 + 3) + e * rotated * 2 + e * feed_forward * 3
     if forward.feed_forward == "float8":
         # Rows are scaled by their largest element: read, and written in one byte.
         moved += (e + 1) * (config.hidden_size + feed_forward)
