@@ -83,22 +83,25 @@ sanitizer() {
   local tool kernel verdict status=0 entries=() kernels log="$out/gpu_sanitizer.log"
   read -ra kernels <<<"$("$python" -c "from cptool import ops; print(*ops.cuda_kernels())")"
   : >"$log"
-  for tool in memcheck racecheck synccheck; do
-    for kernel in "${kernels[@]}"; do
-      # The self-test of one kernel: small shapes, prefill and decode, and the merge.
-      timeout $((limit / 3 / (${#kernels[@]} + 1))) compute-sanitizer --tool $tool \
-        --error-exitcode 9 --print-limit 20 "$python" -m cptool.selftest cuda "$kernel" >>"$log" 2>&1
+  for tool in memcheck racecheck synccheck initcheck; do
+    for kernel in "${kernels[@]}" token-wise; do
+      local program=(tests/sanitizer_matrix.py "$kernel")
+      [[ $kernel == token-wise ]] && program=(-m cptool.selftest cuda simt)
+      # Of our kernels alone: torch's own are not ours to judge.
+      PYTHONPATH=$PWD timeout $((limit / 4 / (${#kernels[@]} + 1))) compute-sanitizer --tool $tool \
+        --kernel-name kernel_substring=cptool --error-exitcode 9 --print-limit 20 \
+        "$python" "${program[@]}" >>"$log" 2>&1
       case $? in
         0) verdict=clean ;;
-        4) verdict="clean, but results are wrong"; status=1 ;;
+        9) verdict=errors; status=1 ;;
         124) verdict="no end in time"; status=1 ;;
-        *) verdict=errors; status=1 ;;
+        *) verdict="wrong results, or it did not run"; status=1 ;;
       esac
       echo "$tool $kernel: $verdict"
       entries+=("{\"tool\": \"$tool\", \"kernel\": \"$kernel\", \"verdict\": \"$verdict\"}")
     done
   done
-  ((status == 0)) || grep -E "^=========" "$log" | head -60
+  ((status == 0)) || grep -E "^=========|Error" "$log" | head -60
   (IFS=,; echo "[${entries[*]}]") >"$out/sanitizer.tmp"
   "$python" benchmarks/gpu_tests_report.py --wrap "$out/sanitizer.tmp" "$(name sanitizer)" --device "$device"
   rm -f "$out/sanitizer.tmp"

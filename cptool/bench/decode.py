@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -55,6 +55,7 @@ class _Runs:
     engine: Engine | None
     seconds: dict[str, list[float]]  # a token, by variant
     exposed: dict[str, list[float]]
+    ways: dict[str, str] = field(default_factory=dict)  # what the steps then were
 
 
 def measure(world: World, sweep: Sweep) -> dict[str, object]:
@@ -110,6 +111,7 @@ def _round(world: World, run: _Runs, sweep: Sweep, cached: int, keep: bool) -> N
         took = exposed = 0.0
         if run.engine is not None:
             took, exposed = _once(run.engine, variant, sweep.steps, cached)
+            run.ways[variant] = run.engine.choice.variant
         ranks = world.gather((took, exposed))
         if keep:
             took, exposed = (max(values) for values in zip(*ranks))
@@ -147,7 +149,7 @@ def _results(run, sweep, profile, cached, tp) -> list[dict[str, object]]:
             "cached": cached,
             "batch": sweep.batch,
             "asked": asked,
-            "variant": choice.variant,
+            "variant": run.ways.get(asked, choice.variant),
             "active": choice.active,
             "ttit_seconds": summary(run.seconds[asked]),
             "predicted_s": predicted,
