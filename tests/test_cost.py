@@ -120,3 +120,41 @@ def test_ranks_beyond_the_processors_take_turns():
     two = predict("gather-kv", on(4, 4096, active=2), profile).compute_s
     four = predict("gather-kv", on(4, 4096), profile).compute_s
     assert four == pytest.approx(two, rel=0.1)
+
+
+def test_what_a_layer_costs_beyond_is_that_of_the_nearest_ranks_measured():
+    profile = dataclasses.replace(
+        PROFILES["cpu"],
+        residual_s={"2": {"pass-kv": (1e-3, 2e-3)}, "4": {"pass-kv": (3e-3, 6e-3)}},
+    )
+    bare = PROFILES["cpu"]
+    for ranks, new, beyond in ((2, 1, 1e-3), (2, 64, 2e-3), (4, 64, 6e-3), (7, 64, 12e-3)):
+        forward = on(ranks, new, 512)
+        more = predict("pass-kv", forward, profile).seconds
+        assert more - predict("pass-kv", forward, bare).seconds == pytest.approx(beyond)
+    assert predict("pass-q", on(2, 64), profile) == predict("pass-q", on(2, 64), bare)
+    half = on(4, 64, active=2)  # a third of the way from one source to four
+    more = predict("pass-kv", half, profile).seconds - predict("pass-kv", half, bare).seconds
+    assert more == pytest.approx(4e-3)
+
+
+def test_steps_of_all_queries_send_partials_alone():
+    forward = on(4, 3, 3000, batch=3)
+    step = predict("all-q", forward, PROFILES["cuda"])
+    assert step.bytes == 3 * 3 * (1024 + 8) * 4
+    assert step.hidden_s == 0
+
+
+def test_float8_products_are_faster_and_read_half():
+    profile = PROFILES["cuda"]
+    plain, fast = (
+        predict("pass-kv", on(1, new, feed_forward=dtype), profile).linear_s
+        for new in (65536,)
+        for dtype in (None, "float8")
+    )
+    assert fast < plain
+    few, half = (
+        predict("pass-kv", on(1, 1, feed_forward=dtype), profile).linear_s
+        for dtype in (None, "float8")
+    )
+    assert half < few
