@@ -148,13 +148,10 @@ def test_steps_of_all_queries_send_partials_alone():
 def test_float8_products_are_faster_and_read_half():
     profile = PROFILES["cuda"]
     plain, fast = (
-        predict("pass-kv", on(1, new, feed_forward=dtype), profile).linear_s
-        for new in (65536,)
+        [
+            predict("pass-kv", on(1, new, feed_forward=dtype), profile).linear_s
+            for new in (1, 65536)
+        ]
         for dtype in (None, "float8")
     )
-    assert fast < plain
-    few, half = (
-        predict("pass-kv", on(1, 1, feed_forward=dtype), profile).linear_s
-        for dtype in (None, "float8")
-    )
-    assert half < few
+    assert fast[0] < plain[0] and fast[1] < plain[1]
