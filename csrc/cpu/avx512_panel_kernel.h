@@ -42,7 +42,7 @@ template <class Math>
 class PanelKernel {
   using T = typename Math::Input;
   static constexpr int kStep = Math::kStep;
-  static constexpr int kStrip = 64;  // keys whose scores become weights together
+  static constexpr int kStrip = 32;  // keys whose scores become weights together
 
  public:
   static constexpr int kRows = 8 * kPanel;
@@ -80,18 +80,17 @@ class PanelKernel {
   template <bool masked>
   void tile(const RowBlock<kRows>& block, int64_t key, int keys) {
     pack(block, key, keys);
-    const int share = kKeys / ((block.rows + kPanel - 1) / kPanel);
-    for (int row = 0; row < block.rows; row += kPanel) {
-      prefetch_keys(args_, block, key + kKeys + row / kPanel * share, share);
+    int64_t next = key + kKeys;
+    for (int row = 0; row < block.rows; row += kPanel, next += kKeys / kTile) {
       switch (panel_vectors(block, row)) {
         case 1:
-          panel<1>(row, key, keys);
+          panel<1>(block, row, key, keys, next);
           break;
         case 2:
-          panel<2>(row, key, keys);
+          panel<2>(block, row, key, keys, next);
           break;
         default:
-          panel<3>(row, key, keys);
+          panel<3>(block, row, key, keys, next);
       }
     }
   }
@@ -130,6 +129,23 @@ class PanelKernel {
     RowStates<kRows> rows;
     // Words [keys / kStep][rows of the panel]; the last strip begins as scores.
     alignas(64) float weights[256 * kPanel];
+  };
+
+  // The K and V of a key that the next tile will pack. Each line is asked for 16 times, once per
+  // word: a processor whose queue of misses is full drops a prefetch (half of them, on Zen 4, when
+  // each is asked for once).
+  struct Ahead {
+    Ahead() = default;
+    Ahead(const AttentionArgs& args, const RowBlock<kRows>& block, int64_t key)
+        : k(static_cast<const T*>(block.k) + key * args.k_token_stride),
+          v(static_cast<const T*>(block.v) + key * args.v_token_stride) {}
+
+    void prefetch(int64_t word) const {
+      _mm_prefetch(k + kStep * word, _MM_HINT_T0);
+      _mm_prefetch(v + kStep * word, _MM_HINT_T0);
+    }
+
+    const T *k, *v;
   };
 
   static int panel_vectors(const RowBlock<kRows>& block, int row) {
@@ -181,8 +197,10 @@ class PanelKernel {
     }
   }
 
+  // Absorbs the tile's keys for a panel of rows, and prefetches those from `next` on, one per
+  // register tile of scores.
   template <int kN>
-  void panel(int row, int64_t key, int tile_keys) {
+  void panel(const RowBlock<kRows>& block, int row, int64_t key, int tile_keys, int64_t next) {
     const Visible visible(fixed_.rows, row, row + kN * kLanes - 1, key, tile_keys);
     if (visible.keys == 0) return;
     const int keys = round_up(visible.keys, kTile);
@@ -193,7 +211,8 @@ class PanelKernel {
       const int end = keys < first + kStrip ? keys : first + kStrip;
       __m512 top[kN];
       for (int n = 0; n < kN; ++n) top[n] = _mm512_set1_ps(-INFINITY);
-      for (int j = first; j < end; j += kTile) {
+      for (int j = first; j < end; j += kTile, ++next) {
+        ahead_ = Ahead(args_, block, next);
         float* scores = weights<kN>(first) + (j - first) * kN * kLanes;
         if (j + kTile <= dense) {
           multiply_keys<kN, false>(row, key, j, scores, top);
@@ -219,6 +238,7 @@ class PanelKernel {
   void multiply_keys(int row, int64_t key, int first, float* scores, __m512 (&top)[kN]) const {
     const float* k = k_ + first * words_;
     const float* q = q_ + row * words_;
+    const Ahead ahead = ahead_;
     __m512 acc[kTile][kN];
 #pragma GCC unroll 8
     for (int j = 0; j < kTile; ++j)
@@ -228,6 +248,7 @@ class PanelKernel {
       __m512 rows[kN];
 #pragma GCC unroll 3
       for (int n = 0; n < kN; ++n) rows[n] = _mm512_load_ps(q + (w * kN + n) * kLanes);
+      ahead.prefetch(w);
 #pragma GCC unroll 8
       for (int j = 0; j < kTile; ++j) {
         const __m512 word = _mm512_set1_ps(k[j * words_ + w]);
@@ -338,6 +359,7 @@ class PanelKernel {
   float* k_;
   float* v_;
   float scale_log2_;
+  Ahead ahead_;
 };
 
 }  // namespace
