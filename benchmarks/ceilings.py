@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("ceilings.cpp")
-STEPS = {"fma": 5_000_000, "amx": 1_000_000, "amx_l1": 1_000_000}  # about 20 ms each
+# About 20 ms each.
+STEPS = {"fma": 5_000_000, "bf16_dot": 5_000_000, "amx": 1_000_000, "amx_l1": 1_000_000}
 
 
 class Ceilings:
@@ -32,11 +33,11 @@ class Ceilings:
             except subprocess.CalledProcessError as error:
                 raise OSError(f"{compiler} failed: {error.stderr.strip()}") from None
             self._library = ctypes.CDLL(str(library))
-        for name in ("fma_rate", "amx_rate", "amx_l1_rate", "read_rate"):
-            getattr(self._library, name).restype = ctypes.c_double
+        for name in (*STEPS, "read"):
+            getattr(self._library, f"{name}_rate").restype = ctypes.c_double
 
     def flops(self, name: str) -> float | None:
-        """flop/s of ``fma``, ``amx`` or ``amx_l1``; None where the machine has no such units."""
+        """flop/s of a name of STEPS; None where the machine has no such units."""
         rate = getattr(self._library, f"{name}_rate")
         return rate(ctypes.c_int64(STEPS[name]), self.threads) or None
 

@@ -1,15 +1,17 @@
 """CPU attention held against the machine and against torch.
 
     python benchmarks/cpu_attention.py                      # 8K tokens, one thread
-    python benchmarks/cpu_attention.py --tokens 2048 --isa all --json FILE
+    python benchmarks/cpu_attention.py --quick --isa all --json FILE
 
 Three things are measured, each interleaved with its ceiling and with torch in the same run:
 
 - prefill: causal attention of T new tokens over P cached ones and themselves, 4 D flops for each of
   the (P T + T (T + 1) / 2) pairs and each query head; the ceiling is the rate of multiply-adds in
-  registers of the units that the kernel uses (ceilings.cpp), the peer torch's flash attention.
+  registers of the units that the kernel uses (ceilings.cpp), the peer torch's flash attention. A
+  partial prefill has 1/16 of the tokens new.
 - decode: one query token over a long KV cache; the ceiling is a plain read of the same bytes.
-- merge of partials; the ceiling is torch's copy, counted as bytes read and bytes written.
+- merge of partials; the ceiling is torch's copy into memory as new as the merge's result, counted as
+  bytes read and bytes written.
 
 Torch gets contiguous [heads, tokens, D], our op [tokens, heads, D] and a slab of K and V as the KV
 cache holds them. torch's causal mask has no form for cached tokens, so these go without a peer.
@@ -30,13 +32,14 @@ from rich.table import Table
 
 sys.path.append(str(Path(__file__).parents[1]))  # the checkout's cptool, where none is installed
 
-from ceilings import Ceilings  # noqa: E402
+from ceilings import STEPS, Ceilings  # noqa: E402
 from measure import circumstances, clock_name, interleave, stopwatch  # noqa: E402
 
 from cptool import ops  # noqa: E402
 from cptool.bench.attention import Inputs, Shape  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CEILINGS = {"avx512bf16": "bf16_dot", "amx": "amx"}  # of a kernel's units; the others': fma
 
 
 def _timed_on(isa: str, run: Callable[[], object]) -> Callable[[], float]:
@@ -72,7 +75,7 @@ def attention(
     if ceilings and kind == "decode":
         measures["read"] = lambda: ceilings.read(inputs.slab)
     elif ceilings:
-        for name in ("fma", "amx", "amx_l1"):
+        for name in STEPS:
             measures[name] = lambda name=name: ceilings.flops(name)
     measured = interleave(measures, repeats)
     peer = measured.get("torch")
@@ -83,7 +86,7 @@ def attention(
         if kind == "decode":
             ceiling, rate = "read", inputs.slab.nbytes / time
         else:
-            ceiling, rate = "amx" if isa == "amx" else "fma", shape.flops / time
+            ceiling, rate = CEILINGS.get(isa, "fma"), shape.flops / time
         limit = measured.get(ceiling)
         with ops.force_cpu_isa(isa):
             errors = inputs.errors()
@@ -91,6 +94,7 @@ def attention(
             {
                 "case": kind,
                 **shape.facts(),
+                "threads": torch.get_num_threads(),
                 "isa": isa,
                 "seconds": ours,
                 "rate": rate,
@@ -99,7 +103,7 @@ def attention(
                 "of_ceiling": rate / limit["median"] if limit else None,
                 "torch_seconds": peer,
                 "torch_over_ours": peer["median"] / time if peer else None,
-                "ceilings": {name: measured.get(name) for name in ("fma", "amx", "amx_l1", "read")},
+                "ceilings": {name: measured.get(name) for name in (*STEPS, "read")},
                 **errors,
             }
         )
@@ -112,13 +116,11 @@ def merge(
     """Measures merge_partials into the partials' dtype."""
     outs = [torch.randn(tokens, heads, head_dim).to(dtype) for _ in range(partials)]
     lses = [torch.randn(tokens, heads) for _ in range(partials)]
-    source = torch.cat(outs)
-    target = torch.empty_like(source)
     moved = (partials + 1) * (outs[0].nbytes + lses[0].nbytes)
     measured = interleave(
         {
             "merge": lambda: stopwatch(lambda: ops.merge_partials(outs, lses, dtype)),
-            "copy": lambda: 2 * source.nbytes / stopwatch(lambda: target.copy_(source)),
+            "copy": lambda: 2 * outs[0].nbytes / stopwatch(outs[0].clone),
         },
         repeats,
     )
@@ -128,6 +130,7 @@ def merge(
     )
     return {
         "case": "merge",
+        "threads": torch.get_num_threads(),
         "partials": partials,
         "tokens": tokens,
         "q_heads": heads,
@@ -145,7 +148,7 @@ def merge(
 
 def draw(results: list[dict[str, object]], console: Console) -> None:
     table = Table(box=None, header_style="bold", padding=(0, 1))
-    for column in ("case", "dtype", "D", "heads", "tokens", "isa"):
+    for column in ("case", "threads", "dtype", "D", "heads", "tokens", "isa"):
         table.add_column(column, no_wrap=True)
     for column in ("ms (min, max)", "rate", "of ceiling", "x torch", "error (torch's)"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -159,6 +162,7 @@ def draw(results: list[dict[str, object]], console: Console) -> None:
         ratio, torch_error = r.get("torch_over_ours"), r.get("torch_error")
         table.add_row(
             str(r["case"]),
+            str(r["threads"]),
             r["dtype"],
             str(r["head_dim"]),
             f"{r['q_heads']}/{r['kv_heads']}" if "kv_heads" in r else str(r["q_heads"]),
@@ -193,60 +197,75 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--cached", type=click.IntRange(min=0), multiple=True, default=(0,))
 @click.option("--head-dim", "-d", type=click.IntRange(min=8, max=256), multiple=True,
               default=(64, 80, 128))
-@click.option("--heads", callback=_heads, multiple=True, default=("8/8", "8/2"), metavar="Q/KV")
+@click.option("--heads", callback=_heads, multiple=True, default=("8/8", "8/2", "8/1"),
+              metavar="Q/KV")
 @click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True,
-              default=("float32", "bfloat16"))
+              default=tuple(DTYPES))
 @click.option("--isa", "isas", type=click.Choice([*ops.cpu_isas(), "all"]), multiple=True,
               help="Instruction sets; without any, the one that the op chooses.")
-@click.option("--threads", type=POSITIVE, default=1)
+@click.option("--threads", type=POSITIVE, multiple=True, default=(1,))
+@click.option("--partial/--no-partial", default=True, help="Partial prefills too.")
+@click.option("--quick", is_flag=True,
+              help="2K tokens, 8 heads on 2 of 64 and 128, 8K keys to decode: under a minute.")
 @click.option("--repeats", type=POSITIVE, default=5)
 @click.option("--decode-keys", type=click.IntRange(min=0), default=32768,
               help="Keys of the decode shape; 0 leaves it out.")
 @click.option("--merge-tokens", type=click.IntRange(min=0), default=8192,
               help="Tokens of the merged partials; 0 leaves them out.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
-def main(tokens, cached, head_dim, heads, dtypes, isas, threads, repeats, decode_keys,
-         merge_tokens, json_file) -> None:  # fmt: skip
-    torch.set_num_threads(threads)
+def main(tokens, cached, head_dim, heads, dtypes, isas, threads, partial, quick, repeats,
+         decode_keys, merge_tokens, json_file) -> None:  # fmt: skip
+    if quick:
+        tokens, head_dim, heads = (2048,), (64, 128), [(8, 2)]
+        decode_keys, merge_tokens = 8192, 2048
     log = Console(stderr=True, highlight=False)
-    head = {**circumstances(), "threads": threads, "clock": clock_name()}
-    try:
-        ceilings = Ceilings(threads)
-    except OSError as error:
-        log.print(f"No ceilings: {error}")
-        ceilings = None
     shapes = [
         ("prefill", Shape(t, p, *h, d, DTYPES[dtype]))
         for d in head_dim for h in heads for dtype in dtypes for t in tokens for p in cached
     ]  # fmt: skip
+    if partial:
+        shapes += [
+            ("prefill", Shape(t // 16, t - t // 16, *h, d, DTYPES[dtype]))
+            for d in head_dim for h in heads for dtype in dtypes for t in tokens if t >= 16
+        ]  # fmt: skip
     if decode_keys:
         shapes += [
             ("decode", Shape(1, decode_keys - 1, *h, d, DTYPES[dtype]))
             for d in head_dim for h in heads for dtype in dtypes
         ]  # fmt: skip
+    head = circumstances()
     results: list[dict[str, object]] = []
-    with log.status("") as status:
-        for kind, shape in shapes:
-            facts = " ".join(f"{name}={value}" for name, value in shape.facts().items())
-            status.update(f"{kind} {facts}")
-            # A decode step takes about a millisecond, a prefill about a second.
-            rounds = 10 * repeats if kind == "decode" else repeats
-            results += attention(kind, shape, isas, ceilings, rounds)
-        if merge_tokens:
-            for dtype in dtypes:
-                for partials in (2, 4):
-                    status.update(f"merge of {partials}, {dtype}")
-                    results.append(
-                        merge(partials, merge_tokens, max(h for h, _ in heads), max(head_dim),
-                              DTYPES[dtype], 4 * repeats)
-                    )  # fmt: skip
-    draw(results, Console(width=None if log.is_terminal else 160, highlight=False))
-    rates = [r["ceilings"] for r in results if r["case"] == "prefill"]
-    for name in ("fma", "amx", "amx_l1"):
-        medians = [r[name]["median"] for r in rates if r[name]]
-        if medians:
-            rate = math.fsum(medians) / len(medians) / 1e12
-            log.print(f"{name}: {rate:.3f} TFLOP/s on {threads} thread(s)")
+    for count in threads:
+        torch.set_num_threads(count)
+        head["clock"] = clock_name() if len(threads) == 1 else "CPU time on one thread, else wall"
+        try:
+            ceilings = Ceilings(count)
+        except OSError as error:
+            log.print(f"No ceilings: {error}")
+            ceilings = None
+        with log.status("") as status:
+            for kind, shape in shapes:
+                facts = " ".join(f"{name}={value}" for name, value in shape.facts().items())
+                status.update(f"{kind} {facts}, {count} thread(s)")
+                # A decode step takes about a millisecond, a prefill about a second.
+                rounds = 10 * repeats if kind == "decode" else repeats
+                results += attention(kind, shape, isas, ceilings, rounds)
+            if merge_tokens:
+                for dtype in dtypes:
+                    for partials in (2, 4):
+                        status.update(f"merge of {partials}, {dtype}")
+                        results.append(
+                            merge(partials, merge_tokens, max(h for h, _ in heads), max(head_dim),
+                                  DTYPES[dtype], 4 * repeats)
+                        )  # fmt: skip
+    draw(results, Console(width=None if log.is_terminal else 170, highlight=False))
+    for count in threads:
+        rates = [r["ceilings"] for r in results if r["case"] == "prefill" and r["threads"] == count]
+        for name in STEPS:
+            medians = [r[name]["median"] for r in rates if r[name]]
+            if medians:
+                rate = math.fsum(medians) / len(medians) / 1e12
+                log.print(f"{name}: {rate:.3f} TFLOP/s on {count} thread(s)")
     if json_file:
         json_file.write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
 

@@ -246,7 +246,7 @@ def merge_bound(outs, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 128])
 @pytest.mark.parametrize("partials", [1, 2, 5])
-def test_merge_matches_float64(partials, head_dim, dtype, out_dtype):
+def test_merge_matches_float64(isa, partials, head_dim, dtype, out_dtype):
     generator = torch.Generator().manual_seed(partials)
     outs = [torch.randn(67, 3, head_dim, generator=generator).to(dtype) for _ in range(partials)]
     lses = [torch.randn(67, 3, generator=generator) * 5 for _ in range(partials)]
@@ -259,7 +259,7 @@ def test_merge_matches_float64(partials, head_dim, dtype, out_dtype):
     ) * exact_lse.abs().max()
 
 
-def test_merge_of_distant_lses():
+def test_merge_of_distant_lses(isa):
     """A partial 1e4 below the other has no weight left; nothing overflows either way."""
     a, b = torch.randn(5, 2, 64), torch.randn(5, 2, 64)
     high, low = torch.full((5, 2), 5e3), torch.full((5, 2), -5e3)
@@ -268,7 +268,7 @@ def test_merge_of_distant_lses():
         assert torch.equal(out, a) and torch.equal(lse, high)
 
 
-def test_merge_identity():
+def test_merge_identity(isa):
     """(0, -inf) is the identity, bit for bit, whatever its out holds; two of them make another."""
     out, lse = torch.randn(9, 2, 64), torch.randn(9, 2) * 10
     none = torch.full_like(out, torch.nan), torch.full_like(lse, -torch.inf)
@@ -283,7 +283,7 @@ def test_merge_identity():
     assert torch.all(merged[0] == 0) and torch.all(merged[1] == -torch.inf)
 
 
-def test_merge_is_associative():
+def test_merge_is_associative(isa):
     generator = torch.Generator().manual_seed(1)
     outs = [torch.randn(33, 4, 64, generator=generator) for _ in range(3)]
     lses = [torch.randn(33, 4, generator=generator) * 3 for _ in range(3)]

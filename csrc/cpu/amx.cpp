@@ -13,19 +13,19 @@
 
 #include "cpu/amx_pack.h"
 #include "cpu/avx512_stream.h"
+#include "cpu/avx512bf16_math.h"
 
 namespace cptool::cpu {
 namespace {
 
 constexpr int kPanel = 32;  // rows: two tiles side by side
-// Rows keep their maximum until a score exceeds it by this much (log2): weights up to 2^8 cost no
-// precision, and the accumulators seldom need rescaling.
-constexpr float kSlack = 8.0f;
 
 class AmxKernel {
  public:
   static constexpr int kRows = 16 * kPanel;
   static constexpr int kKeys = 128;
+
+  static int heads(const AttentionArgs&) { return 1; }
 
   static size_t scratch_bytes(const AttentionArgs& args) {
     const size_t dims = padded(args.head_dim);
@@ -303,7 +303,7 @@ bool amx_handles(ScalarType dtype, int64_t head_dim) {
 
 void attention_partial_amx(const AttentionArgs& args, int threads) {
   if (few_rows(args))
-    return run<StreamKernel<BFloat16>>(args, threads);  // a tile would be mostly empty
+    return run<StreamKernel<BFloat16Math>>(args, threads);  // a tile would be mostly empty
   run<AmxKernel>(args, threads);
 }
 

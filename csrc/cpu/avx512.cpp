@@ -2,6 +2,7 @@
 // while they are packed.
 #include "cpu/avx512_panel_kernel.h"
 #include "cpu/avx512_stream.h"
+#include "cpu/merge_kernel.h"
 
 namespace cptool::cpu {
 namespace {
@@ -9,6 +10,7 @@ namespace {
 template <class T>
 struct Float32Math {
   using Input = T;
+  using Weight = float;
   static constexpr int kStep = 1;
   static constexpr uint32_t kSigns = 0x80000000u;
 
@@ -19,6 +21,11 @@ struct Float32Math {
   }
 
   static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
+
+  static __m512 store_weights(__m512 weights, float* to) {
+    _mm512_storeu_ps(to, weights);
+    return weights;
+  }
 
   template <int kN>
   static void weigh(float* scores, int keys, __m512 scale, const __m512 (&base)[kN],
@@ -37,7 +44,7 @@ struct Float32Math {
 
 template <class T>
 inline void run_rows(const AttentionArgs& args, int threads) {
-  if (few_rows(args)) return run<StreamKernel<T>>(args, threads);
+  if (few_rows(args)) return run<StreamKernel<Float32Math<T>>>(args, threads);
   run<PanelKernel<Float32Math<T>>>(args, threads);
 }
 
@@ -61,5 +68,7 @@ void attention_partial_avx512(const AttentionArgs& args, int threads) {
       return run_rows<Float16>(args, threads);
   }
 }
+
+void merge_partials_avx512(const MergeArgs& args, int threads) { run_merge_kernel(args, threads); }
 
 }  // namespace cptool::cpu

@@ -30,6 +30,24 @@ inline __m512 load16(const Float16* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline void store16(__m512 values, float* to) { _mm512_storeu_ps(to, values); }
+
+inline void store16(__m512 values, BFloat16* to) {
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q),
+                                  _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
+}
+
+inline void store16(__m512 values, Float16* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
 // Takes subnormal numbers as 0 while it lives: a weight below 2^-126 would otherwise cost a
 // microcode assist, fifty times the arithmetic of its whole vector, and adds nothing to a sum that
 // holds a weight of about 1.

@@ -19,6 +19,10 @@ constexpr float kLn2 = 0.693147180559945309f;
 // Stands for the maximum of no score. Finite, so that a difference of two maxima is never NaN.
 constexpr float kNoScore = -1e30f;
 
+// Rows keep their maximum until a score exceeds it by this much (log2): weights up to 2^8 cost no
+// precision, and the accumulators seldom need rescaling.
+constexpr float kSlack = 8.0f;
+
 constexpr int round_up(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }

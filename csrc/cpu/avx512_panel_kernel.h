@@ -8,7 +8,7 @@
 // accumulator is loaded and stored once per tile.
 //
 // struct Math:
-//   using Input;                                                of q, k and v
+//   using Input, Weight;                                        of q, k and v; of rounded weights
 //   static constexpr int kStep;                                 elements of a word
 //   static constexpr uint32_t kSigns;                           their sign bits
 //   static __m512 load(const Input* row, int64_t word, int64_t words);
@@ -16,6 +16,8 @@
 //   static __m512 load_values(const Input* v, int64_t stride, int keys);
 //     16 dimensions of the values of kStep keys, of which `keys` exist, as words.
 //   static __m512 multiply_add(__m512 a, __m512 b, __m512 sum);
+//   static __m512 store_weights(__m512 weights, Weight* to);
+//     Stores 16 weights of one row, consecutive keys, rounded; returns them as float32.
 //   template <int kN> static void weigh(float* scores, int keys, __m512 scale,
 //                                       const __m512 (&base)[kN], __m512 (&total)[kN]);
 //     Turns scores [keys][16 kN rows] into weights 2^(score * scale - base), as words [keys /
@@ -34,9 +36,6 @@ namespace {
 constexpr int kTile = 8;     // keys, or dimensions, of a register tile
 constexpr int kVectors = 3;  // vectors of rows of a register tile
 constexpr int kPanel = kVectors * kLanes;
-// Rows keep their maximum until a score exceeds it by this much (log2): weights up to 2^8 cost no
-// precision, and the accumulators seldom need rescaling.
-constexpr float kSlack = 8.0f;
 
 template <class Math>
 class PanelKernel {
@@ -47,6 +46,8 @@ class PanelKernel {
  public:
   static constexpr int kRows = 8 * kPanel;
   static constexpr int kKeys = 128;
+
+  static int heads(const AttentionArgs&) { return 1; }
 
   static size_t scratch_bytes(const AttentionArgs& args) {
     const size_t words = args.head_dim / kStep;
@@ -244,6 +245,7 @@ class PanelKernel {
     for (int j = 0; j < kTile; ++j)
 #pragma GCC unroll 3
       for (int n = 0; n < kN; ++n) acc[j][n] = _mm512_setzero_ps();
+#pragma GCC unroll 4
     for (int64_t w = 0; w < words_; ++w) {
       __m512 rows[kN];
 #pragma GCC unroll 3
@@ -333,6 +335,7 @@ class PanelKernel {
     for (int i = 0; i < kTile; ++i)
 #pragma GCC unroll 3
       for (int n = 0; n < kN; ++n) acc[i][n] = _mm512_load_ps(out + (i * kN + n) * kLanes);
+#pragma GCC unroll 4
     for (int w = 0; w < words; ++w) {
       __m512 rows[kN];
 #pragma GCC unroll 3

@@ -1,210 +1,351 @@
-// Attention of a few rows, as when decoding: each row of K and V is read once, as it lies, for all
-// query rows, and nothing is packed; memory bandwidth is the limit. Unnamed namespace: see
-// dispatch.h.
+// Attention of a few rows, as when decoding, in the arithmetic that `Math` names
+// (avx512_panel_kernel.h): memory bandwidth is the limit.
+//
+// A block holds the rows of all KV heads, so that K and V are read once, front to back, as they lie
+// in a cache of [token][K or V][head][dim]: a head alone is a few lines of every other kilobyte,
+// which main memory delivers at a third of the rate. Each row of K and V is read for up to four
+// query rows at once and nothing is packed. Unnamed namespace: see dispatch.h.
 #pragma once
 
 #include <cstring>
-#include <type_traits>
 
 #include "cpu/avx512_panel.h"
 
 namespace cptool::cpu {
 namespace {
 
-template <class T>
-class StreamKernel {
+constexpr int kStreamRows = 8;  // of a KV head at most
+
+// How many rows the longest sequence has for each KV head.
+inline int64_t rows_per_head(const AttentionArgs& args) {
+  int64_t tokens = 0;
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const int64_t n = args.cu_q[b + 1] - args.cu_q[b];
+    tokens = n > tokens ? n : tokens;
+  }
+  return tokens * (args.q_heads / args.kv_heads);
+}
+
+inline bool few_rows(const AttentionArgs& args) { return rows_per_head(args) <= kStreamRows; }
+
+// Walks the lines of K and V in the order in which they lie, and prefetches them past the level-2
+// cache: they are used once.
+class StreamAhead {
  public:
-  static constexpr int kRows = 8;
-  static constexpr int kKeys = 128;
+  StreamAhead() = default;
+
+  // The keys [key, end) of `heads` heads.
+  StreamAhead(const AttentionArgs& args, const void* k, const void* v, int heads, int64_t key,
+              int64_t end)
+      : left_(end > key ? end - key : 0) {
+    const int64_t size = static_cast<int64_t>(element_size(args.dtype));
+    parts_[0] = {static_cast<const char*>(k), args.k_token_stride * size,
+                 args.k_head_stride * size};
+    parts_[1] = {static_cast<const char*>(v), args.v_token_stride * size,
+                 args.v_head_stride * size};
+    for (Part& part : parts_) part.at += key * part.token_stride;
+    row_bytes_ = args.head_dim * size;
+    heads_ = heads;
+    if (parts_[0].head_stride == row_bytes_ && parts_[1].head_stride == row_bytes_) {
+      row_bytes_ *= heads;  // the heads of a token are one row
+      heads_ = 1;
+    }
+    begin_row();
+  }
+
+  // May run over the end of a row: what lies behind is asked for once more, or in vain.
+  void prefetch(int lines) {
+    for (int i = 0; i < lines; ++i) _mm_prefetch(at_ + i * kLine, _MM_HINT_NTA);
+    at_ += lines * kLine;
+    if (at_ >= row_end_) next_row();
+  }
+
+ private:
+  static constexpr int kLine = 64;
+
+  struct Part {      // K or V
+    const char* at;  // head 0 of the key at hand
+    int64_t token_stride, head_stride;
+  };
+
+  void begin_row() {
+    at_ = parts_[part_].at + head_ * parts_[part_].head_stride;
+    row_end_ = at_ + row_bytes_;
+  }
+
+  __attribute__((noinline)) void next_row() {
+    if (left_ == 0) {  // stays where it is
+      at_ = row_end_ - row_bytes_;
+      return;
+    }
+    if (++head_ == heads_) {
+      head_ = 0;
+      parts_[part_].at += parts_[part_].token_stride;
+      part_ ^= 1;
+      if (part_ == 0) --left_;
+    }
+    begin_row();
+  }
+
+  const char *at_ = nullptr, *row_end_ = nullptr;
+  int64_t row_bytes_ = 0, left_ = 0;  // keys
+  Part parts_[2] = {};
+  int part_ = 0, head_ = 0, heads_ = 0;
+};
+
+template <class Math>
+class StreamKernel {
+  using T = typename Math::Input;
+  using Weight = typename Math::Weight;
+  static constexpr int kStep = Math::kStep;
+  // Bytes between a read and its prefetch: half a level-1 cache, which alone holds the lines.
+  static constexpr int64_t kAhead = 16 << 10;
+
+ public:
+  static constexpr int kRows = 64;
+  static constexpr int kKeys = 16;
+
+  static int heads(const AttentionArgs& args) {
+    const int64_t most = kRows / padded_rows(static_cast<int>(rows_per_head(args)));
+    return static_cast<int>(most < args.kv_heads ? most : args.kv_heads);
+  }
 
   static size_t scratch_bytes(const AttentionArgs& args) {
-    return sizeof(Fixed) + (2 * kRows + kGroup) * args.head_dim * sizeof(float);
+    return sizeof(Fixed) + kRows * (args.head_dim + query_words(args)) * sizeof(float);
   }
 
   StreamKernel(const AttentionArgs& args, void* scratch)
       : args_(args),
+        words_(args.head_dim / kStep),
+        query_words_(query_words(args)),
         fixed_(*static_cast<Fixed*>(scratch)),
         q_(reinterpret_cast<float*>(static_cast<char*>(scratch) + sizeof(Fixed))),
-        acc_(q_ + kRows * args.head_dim),
-        wide_(acc_ + kRows * args.head_dim),
+        acc_(q_ + kRows * query_words_),
         scale_log2_(args.scale * kLog2E) {}
 
   void begin(const RowBlock<kRows>& block) {
-    for (int row = 0; row < block.rows; ++row) {
-      const T* from = static_cast<const T*>(block.q[row]);
-      for (int64_t d = 0; d < args_.head_dim; d += kLanes) {
-        _mm512_store_ps(q_ + row * args_.head_dim + d, load16(from + d));
+    rows_ = block.rows / block.heads;
+    slots_ = padded_rows(rows_);
+    for (int slot = 0; slot < block.heads * slots_; ++slot) {
+      const int row = slot % slots_;
+      for (int64_t w = 0; w < query_words_; w += kLanes) {
+        __m512 words = _mm512_setzero_ps();
+        if (row < rows_)
+          words =
+              Math::load(static_cast<const T*>(block.q[slot / slots_ * rows_ + row]), w, words_);
+        _mm512_store_ps(q_ + slot * query_words_ + w, words);
       }
-      fixed_.max[row] = kNoScore;
-      fixed_.sum[row] = 0.0f;
+      fixed_.max[slot] = kNoScore;
+      _mm512_store_ps(fixed_.sum[slot], _mm512_setzero_ps());
     }
-    std::memset(acc_, 0, block.rows * args_.head_dim * sizeof(float));
+    std::memset(acc_, 0, block.heads * slots_ * args_.head_dim * sizeof(float));
+    ahead_key_ = -1;
   }
 
   template <bool masked>
   void tile(const RowBlock<kRows>& block, int64_t key, int keys) {
-    const T* k = static_cast<const T*>(block.k) + key * args_.k_token_stride;
-    const T* v = static_cast<const T*>(block.v) + key * args_.v_token_stride;
-    for (int first = 0; first < keys; first += kGroup) {
-      const Group group =
-          take(k + first * args_.k_token_stride, args_.k_token_stride, keys - first);
-      for (int row = 0; row < block.rows; ++row) {
-        _mm512_store_ps(fixed_.weights[row] + first, score(q_ + row * args_.head_dim, group));
+    if (ahead_key_ != key) {
+      const int64_t distance = kAhead / (2 * block.heads * args_.head_dim * sizeof(T));
+      ahead_ = StreamAhead(args_, block.k, block.v, block.heads, key + distance,
+                           block.limit[block.rows - 1]);
+    }
+    ahead_key_ = key + kKeys;
+    for (int head = 0; head < block.heads; ++head) {
+      const int slot = head * slots_;
+      const T* k =
+          static_cast<const T*>(block.k) + head * args_.k_head_stride + key * args_.k_token_stride;
+      const T* v =
+          static_cast<const T*>(block.v) + head * args_.v_head_stride + key * args_.v_token_stride;
+      for (int row = 0; row < slots_; row += 4) {
+        switch (slots_) {
+          case 1:
+            score<1>(k, keys, slot);
+            break;
+          case 2:
+            score<2>(k, keys, slot);
+            break;
+          default:
+            score<4>(k, keys, slot + row);
+        }
       }
-    }
-    for (int row = 0; row < block.rows; ++row) {
-      const int64_t left = block.limit[row] - key;
-      weigh(row, masked && left < keys ? static_cast<int>(left < 0 ? 0 : left) : keys, keys);
-    }
-    for (int first = 0; first < keys; first += kGroup) {
-      const Group group =
-          take(v + first * args_.v_token_stride, args_.v_token_stride, keys - first);
-      for (int row = 0; row < block.rows; ++row) {
-        const float* weights = fixed_.weights[row] + first;
-        float* acc = acc_ + row * args_.head_dim;
-        int64_t d = 0;
-        for (; d + 4 * kLanes <= args_.head_dim; d += 4 * kLanes)
-          add_values<4>(group, weights, d, acc);
-        for (; d < args_.head_dim; d += kLanes) add_values<1>(group, weights, d, acc);
+      for (int row = 0; row < rows_; ++row) {
+        const int64_t left = block.limit[head * rows_ + row] - key;
+        weigh(slot + row, masked && left < keys ? static_cast<int>(left < 0 ? 0 : left) : keys);
+      }
+      for (int row = 0; row < slots_; row += 4) {
+        switch (slots_) {
+          case 1:
+            accumulate<1>(v, keys, slot);
+            break;
+          case 2:
+            accumulate<2>(v, keys, slot);
+            break;
+          default:
+            accumulate<4>(v, keys, slot + row);
+        }
       }
     }
   }
 
   void finish(const RowBlock<kRows>&) {}
-  const float* acc(int row) const { return acc_ + row * args_.head_dim; }
+  const float* acc(int row) const { return acc_ + slot_of(row) * args_.head_dim; }
 
   SoftmaxState state(int row) const {
     SoftmaxState state;
-    if (fixed_.sum[row] != 0.0f) {
-      state.max = fixed_.max[row] * kLn2;
-      state.sum = fixed_.sum[row];
+    const int slot = slot_of(row);
+    const float sum = _mm512_reduce_add_ps(_mm512_load_ps(fixed_.sum[slot]));
+    if (sum != 0.0f) {
+      state.max = fixed_.max[slot] * kLn2;
+      state.sum = sum;
     }
     return state;
   }
 
  private:
-  static constexpr int kGroup = kLanes;  // keys whose scores fill a vector
-  static constexpr int kAhead = 48;      // keys between a read and its prefetch
-
   struct Fixed {
-    alignas(64) float weights[kRows][kKeys];
-    float max[kRows], sum[kRows];
+    alignas(64) float scores[kRows][kKeys];
+    alignas(64) Weight weights[kRows][kKeys];
+    alignas(64) float sum[kRows][kLanes];  // one of every 16th key
+    float max[kRows];
   };
 
-  // Up to 16 rows of K or V as float32.
-  struct Group {
-    const float* rows;
-    int64_t stride;
-    int count;
-  };
+  // Rows of a head come in ones, twos or fours; those that don't exist are zero.
+  static int padded_rows(int rows) { return rows < 1 ? 1 : rows <= 2 ? rows : round_up(rows, 4); }
 
-  // Reads the first of `left` rows, at most 16.
-  Group take(const T* from, int64_t stride, int left) {
-    const int count = left < kGroup ? left : kGroup;
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (int j = 0; j < count; ++j) {
-      const T* row = from + j * stride;
-      for (int64_t d = 0; d < args_.head_dim; d += kLine)
-        _mm_prefetch(row + kAhead * stride + d, _MM_HINT_T0);
-      if constexpr (!std::is_same_v<T, float>) {
-        for (int64_t d = 0; d < args_.head_dim; d += kLanes) {
-          _mm512_store_ps(wide_ + j * args_.head_dim + d, load16(row + d));
-        }
-      }
-    }
-    if constexpr (std::is_same_v<T, float>) return {from, stride, count};
-    return {wide_, args_.head_dim, count};
+  static int64_t query_words(const AttentionArgs& args) {
+    return (args.head_dim / kStep + kLanes - 1) / kLanes * kLanes;
   }
 
-  // The products of one query with 16 keys; the last key stands in for those that the group lacks.
-  __m512 score(const float* q, const Group& group) const {
-    __m512 sums[kGroup];
+  int slot_of(int row) const { return row / rows_ * slots_ + row % rows_; }
+
+  // Scores of kR rows with all keys of the tile; the last key stands in for those up to the next
+  // multiple of 16. Asks for as many lines as it reads.
+  template <int kR>
+  void score(const T* k, int keys, int slot) {
+    constexpr int kAtOnce = 16 / kR;  // keys
+    const float* q = q_ + slot * query_words_;
+    for (int first = 0; first < keys; first += kAtOnce) {
+      const T* row[kAtOnce];
+      __m512 sums[16];  // [row][key]
+#pragma GCC unroll 16
+      for (int j = 0; j < kAtOnce; ++j)
+        row[j] = k + (first + j < keys ? first + j : keys - 1) * args_.k_token_stride;
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
+      for (int64_t w = 0; w < words_; w += kLanes) {
+        __m512 query[kR];
 #pragma GCC unroll 4
-    for (int first = 0; first < kGroup; first += 4) {
-      const float* k[4];
+        for (int r = 0; r < kR; ++r) query[r] = _mm512_load_ps(q + r * query_words_ + w);
+#pragma GCC unroll 16
+        for (int j = 0; j < kAtOnce; ++j) {
+          const __m512 words = Math::load(row[j], w, words_);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int j = first + i < group.count ? first + i : group.count - 1;
-        k[i] = group.rows + j * group.stride;
-        sums[first + i] = _mm512_setzero_ps();
-      }
-      for (int64_t d = 0; d < args_.head_dim; d += kLanes) {
-        const __m512 query = _mm512_load_ps(q + d);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          sums[first + i] = _mm512_fmadd_ps(query, _mm512_loadu_ps(k[i] + d), sums[first + i]);
+          for (int r = 0; r < kR; ++r) {
+            __m512& sum = sums[r * kAtOnce + j];
+            sum = Math::multiply_add(query[r], words, sum);
+          }
         }
+        ahead_.prefetch(kAtOnce * kLanes * kStep * static_cast<int>(sizeof(T)) / 64);
       }
+      alignas(64) float scores[kR][kAtOnce];
+      _mm512_store_ps(scores[0], sum_each(sums));
+#pragma GCC unroll 4
+      for (int r = 0; r < kR; ++r)
+        std::memcpy(fixed_.scores[slot + r] + first, scores[r], sizeof(scores[r]));
     }
-    return sum_each(sums);
   }
 
-  // Turns a row's scores into weights, 0 from `visible` on, and rescales what the row has so far.
-  void weigh(int row, int visible, int keys) {
-    float* weights = fixed_.weights[row];
+  // Turns a row's scores into weights, 0 from `visible` on.
+  void weigh(int slot, int visible) {
+    constexpr int kGroups = kKeys / kLanes;
     const __m512 scale = _mm512_set1_ps(scale_log2_);
-    auto mask = [&](int j) {
-      return _mm512_cmpgt_epi32_mask(
-          _mm512_set1_epi32(visible - j),
-          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    };
-    __m512 top = _mm512_set1_ps(fixed_.max[row]);
-    for (int j = 0; j < keys; j += kLanes) {
-      const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(weights + j), scale);
-      top = _mm512_mask_max_ps(top, mask(j), top, scaled);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512 scores[kGroups];
+    __m512 top = _mm512_set1_ps(-INFINITY);
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroups; ++i) {
+      const __mmask16 seen =
+          _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(visible - i * kLanes));
+      scores[i] = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen,
+                                     _mm512_load_ps(fixed_.scores[slot] + i * kLanes), scale);
+      top = _mm512_max_ps(top, scores[i]);
     }
-    const float max = _mm512_reduce_max_ps(top);
-    const float keep = _mm512_cvtss_f32(exp2_full(_mm512_set1_ps(fixed_.max[row] - max)));
-    __m512 sum = _mm512_setzero_ps();
-    for (int j = 0; j < keys; j += kLanes) {
-      const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(weights + j), scale, _mm512_set1_ps(max));
-      const __m512 weight = _mm512_maskz_mov_ps(mask(j), exp2_full(x));
-      sum = _mm512_add_ps(sum, weight);
-      _mm512_store_ps(weights + j, weight);
+    if (_mm512_cmp_ps_mask(top, _mm512_set1_ps(fixed_.max[slot] + kSlack), _CMP_GT_OQ))
+      raise(slot, _mm512_reduce_max_ps(top));
+    const __m512 base = _mm512_set1_ps(fixed_.max[slot]);
+    __m512 sum = _mm512_load_ps(fixed_.sum[slot]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroups; ++i) {
+      const __m512 weights = exp2_full(_mm512_sub_ps(scores[i], base));
+      sum = _mm512_add_ps(sum, Math::store_weights(weights, fixed_.weights[slot] + i * kLanes));
     }
-    fixed_.sum[row] = fixed_.sum[row] * keep + _mm512_reduce_add_ps(sum);
-    fixed_.max[row] = max;
-    if (keep == 1.0f) return;
-    float* acc = acc_ + row * args_.head_dim;
-    for (int64_t d = 0; d < args_.head_dim; d += kLanes) {
-      _mm512_store_ps(acc + d, _mm512_mul_ps(_mm512_load_ps(acc + d), _mm512_set1_ps(keep)));
-    }
+    _mm512_store_ps(fixed_.sum[slot], sum);
   }
 
-  // Adds 16 kN dimensions of the group's weighted values.
-  template <int kN>
-  void add_values(const Group& group, const float* weights, int64_t d, float* acc) const {
-    __m512 sums[kN];
+  // Raises a row's maximum, with all that was computed against the old one.
+  __attribute__((noinline)) void raise(int slot, float max) {
+    const __m512 keep = exp2_full(_mm512_set1_ps(fixed_.max[slot] - max));
+    fixed_.max[slot] = max;
+    _mm512_store_ps(fixed_.sum[slot], _mm512_mul_ps(_mm512_load_ps(fixed_.sum[slot]), keep));
+    float* acc = acc_ + slot * args_.head_dim;
+    for (int64_t d = 0; d < args_.head_dim; d += kLanes)
+      _mm512_store_ps(acc + d, _mm512_mul_ps(_mm512_load_ps(acc + d), keep));
+  }
+
+  // Adds the weighted values of the tile to kR rows.
+  template <int kR>
+  void accumulate(const T* v, int keys, int slot) {
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= args_.head_dim; d += 4 * kLanes) add_values<kR, 4>(v, keys, slot, d);
+    for (; d < args_.head_dim; d += kLanes) add_values<kR, 1>(v, keys, slot, d);
+  }
+
+  // 16 kN dimensions of it. Asks for as many lines as it reads.
+  template <int kR, int kN>
+  void add_values(const T* v, int keys, int slot, int64_t d) {
+    float* acc = acc_ + slot * args_.head_dim + d;
+    __m512 sums[kR][kN];
 #pragma GCC unroll 4
-    for (int n = 0; n < kN; ++n) sums[n] = _mm512_load_ps(acc + d + n * kLanes);
-    for (int j = 0; j < group.count; ++j) {
-      const __m512 weight = _mm512_set1_ps(weights[j]);
-      const float* value = group.rows + j * group.stride + d;
+    for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 4
       for (int n = 0; n < kN; ++n)
-        sums[n] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(value + n * kLanes), sums[n]);
+        sums[r][n] = _mm512_load_ps(acc + r * args_.head_dim + n * kLanes);
+    for (int j = 0; j < keys; j += kStep) {
+      const T* from = v + j * args_.v_token_stride + d;
+      __m512 values[kN];
+#pragma GCC unroll 4
+      for (int n = 0; n < kN; ++n)
+        values[n] = Math::load_values(from + n * kLanes, args_.v_token_stride, keys - j);
+#pragma GCC unroll 4
+      for (int r = 0; r < kR; ++r) {
+        float word;
+        std::memcpy(&word, fixed_.weights[slot + r] + j, sizeof(word));
+        const __m512 weight = _mm512_set1_ps(word);
+#pragma GCC unroll 4
+        for (int n = 0; n < kN; ++n) sums[r][n] = Math::multiply_add(weight, values[n], sums[r][n]);
+      }
+      ahead_.prefetch(kN * kLanes * kStep * static_cast<int>(sizeof(T)) / 64);
     }
 #pragma GCC unroll 4
-    for (int n = 0; n < kN; ++n) _mm512_store_ps(acc + d + n * kLanes, sums[n]);
+    for (int r = 0; r < kR; ++r)
+#pragma GCC unroll 4
+      for (int n = 0; n < kN; ++n)
+        _mm512_store_ps(acc + r * args_.head_dim + n * kLanes, sums[r][n]);
   }
 
   FlushSubnormals flush_;
   const AttentionArgs& args_;
+  const int64_t words_;        // of a row of Q or K
+  const int64_t query_words_;  // the same, in whole vectors
   Fixed& fixed_;
-  float* q_;     // [kRows][head_dim]
-  float* acc_;   // [kRows][head_dim]
-  float* wide_;  // [kGroup][head_dim]: the group at hand, widened
+  float* q_;    // [slots][query_words_]
+  float* acc_;  // [slots][head_dim]
   float scale_log2_;
+  int rows_ = 0;   // of each head
+  int slots_ = 0;  // the same, padded
+  StreamAhead ahead_;
+  int64_t ahead_key_ = -1;  // the tile that continues what is being prefetched
 };
-
-// Whether no sequence has more rows per KV head than the streaming kernel takes at once.
-inline bool few_rows(const AttentionArgs& args) {
-  const int64_t group = args.q_heads / args.kv_heads;
-  for (int64_t b = 0; b < args.batch; ++b) {
-    if ((args.cu_q[b + 1] - args.cu_q[b]) * group > StreamKernel<float>::kRows) return false;
-  }
-  return true;
-}
 
 }  // namespace
 }  // namespace cptool::cpu

@@ -9,18 +9,20 @@ namespace cptool::cpu {
 namespace {
 
 constexpr Isa kIsas[] = {
-    {"portable", portable_supported, portable_handles, attention_partial_portable},
+    {"portable", portable_supported, portable_handles, attention_partial_portable,
+     merge_partials_portable},
 #if defined(CPTOOL_HAS_AVX2)
-    {"avx2", avx2_supported, avx2_handles, attention_partial_avx2},
+    {"avx2", avx2_supported, avx2_handles, attention_partial_avx2, merge_partials_avx2},
 #endif
 #if defined(CPTOOL_HAS_AVX512)
-    {"avx512", avx512_supported, avx512_handles, attention_partial_avx512},
+    {"avx512", avx512_supported, avx512_handles, attention_partial_avx512, merge_partials_avx512},
 #endif
 #if defined(CPTOOL_HAS_AVX512BF16)
-    {"avx512bf16", avx512bf16_supported, avx512bf16_handles, attention_partial_avx512bf16},
+    {"avx512bf16", avx512bf16_supported, avx512bf16_handles, attention_partial_avx512bf16,
+     merge_partials_avx512},
 #endif
 #if defined(CPTOOL_HAS_AMX)
-    {"amx", amx_supported, amx_handles, attention_partial_amx},
+    {"amx", amx_supported, amx_handles, attention_partial_amx, merge_partials_avx512},
 #endif
 };
 constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
@@ -116,6 +118,12 @@ void attention_partial(const AttentionArgs& args, int threads) {
   check_positions("q_pos", args.q_pos, args.cu_q, args.batch);
   check_positions("k_pos", args.k_pos, args.cu_k, args.batch);
   select_isa(args.dtype, args.head_dim)->attention_partial(args, threads);
+}
+
+void merge_partials(const MergeArgs& args, int threads) {
+  int i = last_allowed.load(std::memory_order_relaxed);
+  while (!kIsas[i].supported()) --i;
+  kIsas[i].merge_partials(args, threads);
 }
 
 }  // namespace cptool::cpu

@@ -1,7 +1,7 @@
 // Which CPU kernel runs, and how its work is cut up.
 //
 // One translation unit per instruction set (portable.cpp, avx2.cpp, avx512.cpp, avx512bf16.cpp,
-// amx.cpp), compiled with flags of its own. Each defines the three functions of its name below and
+// amx.cpp), compiled with flags of its own. Each defines the functions of its name below and
 // keeps all else in an unnamed namespace. It must instantiate nothing of the standard library that
 // is not inlined (containers, algorithms, std::function): the linker keeps one copy of such a
 // function for the whole extension, and that copy may hold instructions that the machine lacks.
@@ -23,6 +23,7 @@ struct Isa {
   bool (*supported)();                                  // by this processor and operating system
   bool (*handles)(ScalarType dtype, int64_t head_dim);  // head_dim: a multiple of 8 up to 256
   void (*attention_partial)(const AttentionArgs& args, int threads);
+  void (*merge_partials)(const MergeArgs& args, int threads);
 };
 
 // Compiled in, slowest first. A kernel takes a call if it is supported, handles it, and no later
@@ -39,14 +40,17 @@ bool allows_isa(const char* name);
 bool portable_supported();
 bool portable_handles(ScalarType dtype, int64_t head_dim);
 void attention_partial_portable(const AttentionArgs& args, int threads);
+void merge_partials_portable(const MergeArgs& args, int threads);
 
 bool avx2_supported();
 bool avx2_handles(ScalarType dtype, int64_t head_dim);
 void attention_partial_avx2(const AttentionArgs& args, int threads);
+void merge_partials_avx2(const MergeArgs& args, int threads);
 
 bool avx512_supported();
 bool avx512_handles(ScalarType dtype, int64_t head_dim);
 void attention_partial_avx512(const AttentionArgs& args, int threads);
+void merge_partials_avx512(const MergeArgs& args, int threads);
 
 bool avx512bf16_supported();
 bool avx512bf16_handles(ScalarType dtype, int64_t head_dim);
@@ -56,27 +60,28 @@ bool amx_supported();
 bool amx_handles(ScalarType dtype, int64_t head_dim);
 void attention_partial_amx(const AttentionArgs& args, int threads);
 
-// A block of query rows against a range of keys of one KV head of one sequence. The rows of a KV
-// head are its sequence's query tokens times the G = q_heads / kv_heads query heads that share it,
-// token-major: row r is token r / G, head kv_head * G + r % G.
+// A block of query rows against a range of keys of one or more KV heads of one sequence. The rows
+// of a KV head are its sequence's query tokens times the G = q_heads / kv_heads query heads that
+// share it, token-major: row r is token r / G, head kv_head * G + r % G.
 struct WorkItem {
   int32_t sequence;
-  int32_t kv_head;
+  int32_t kv_head;     // the first
+  int32_t kv_heads;    // at least 1
   int64_t row_begin;   // first packed row, within the sequence
-  int32_t rows;        // at least 1
+  int32_t rows;        // of each head, at least 1
   int32_t split;       // the group of items that cut the keys of these rows; -1: not cut
   int64_t key_begin;   // within the sequence; a multiple of 1024
   int64_t key_end;     // at most the largest limit of the rows
-  float* partial_out;  // [rows, head_dim] of a cut item, else null
-  float* partial_lse;  // [rows]
+  float* partial_out;  // [kv_heads * rows, head_dim] of a cut item, else null
+  float* partial_lse;  // [kv_heads * rows]
 };
 
 // The work items of one call, longest first. How they are cut depends on the shapes and positions
 // alone, never on the number of threads, so neither do the results.
 class Schedule {
  public:
-  // `block_rows`: packed rows of a full item.
-  Schedule(const AttentionArgs& args, int block_rows);
+  // `block_rows`: packed rows of each KV head of a full item; `block_heads`: its KV heads.
+  Schedule(const AttentionArgs& args, int block_rows, int block_heads);
   ~Schedule();
   Schedule(const Schedule&) = delete;
   Schedule& operator=(const Schedule&) = delete;

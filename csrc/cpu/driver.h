@@ -6,6 +6,8 @@
 //
 //   static constexpr int kRows, kKeys;
 //     Rows of a full block, keys of a full tile; kKeys divides 1024.
+//   static int heads(const AttentionArgs&);
+//     KV heads of a full block; kRows / heads is the most rows that it takes of each.
 //   static size_t scratch_bytes(const AttentionArgs&);
 //   Kernel(const AttentionArgs&, void* scratch, const Context&...);
 //   void begin(const RowBlock<kRows>&);
@@ -39,11 +41,12 @@ inline size_t element_size(ScalarType dtype) { return dtype == ScalarType::kFloa
 
 template <int kRows>
 struct RowBlock {
-  int rows;
+  int rows;                // of all its KV heads: the first head's, then the next one's
+  int heads;               // consecutive KV heads, of as many rows each
   const void* q[kRows];    // the row's query vector
   int64_t out_row[kRows];  // token * q_heads + head: its place in out and lse
-  int64_t limit[kRows];    // ascending
-  const void* k;           // the KV head's key 0 of the sequence; key j is k_token_stride * j on
+  int64_t limit[kRows];    // ascending within a head
+  const void* k;           // the first head's key 0 of the sequence; key j is k_token_stride * j on
   const void* v;
 };
 
@@ -52,11 +55,12 @@ inline void load_block(const AttentionArgs& args, const Schedule& schedule, cons
                        RowBlock<kRows>& block) {
   const int64_t group = args.q_heads / args.kv_heads;
   const int64_t size = static_cast<int64_t>(element_size(args.dtype));
-  block.rows = item.rows;
-  for (int r = 0; r < item.rows; ++r) {
-    const int64_t packed = item.row_begin + r;
+  block.rows = item.rows * item.kv_heads;
+  block.heads = item.kv_heads;
+  for (int r = 0; r < block.rows; ++r) {
+    const int64_t packed = item.row_begin + r % item.rows;
     const int64_t token = args.cu_q[item.sequence] + packed / group;
-    const int64_t head = item.kv_head * group + packed % group;
+    const int64_t head = (item.kv_head + r / item.rows) * group + packed % group;
     block.q[r] = static_cast<const char*>(args.q) +
                  (token * args.q_token_stride + head * args.q_head_stride) * size;
     block.out_row[r] = token * args.q_heads + head;
@@ -138,8 +142,8 @@ inline void run_item(const AttentionArgs& args, Schedule& schedule, const WorkIt
                      Kernel& kernel, RowBlock<Kernel::kRows>& block, float* row) {
   load_block(args, schedule, item, block);
   kernel.begin(block);
-  // Rows ascend in position, so the first row has the smallest limit. key_end is at most the
-  // largest.
+  // A head's rows ascend in position, so the first row has the smallest limit. key_end is at most
+  // the largest.
   const int64_t dense_end = block.limit[0];
   for (int64_t key = item.key_begin; key < item.key_end; key += Kernel::kKeys) {
     const int64_t left = item.key_end - key;
@@ -168,7 +172,8 @@ inline void run_item(const AttentionArgs& args, Schedule& schedule, const WorkIt
 // kernel.
 template <class Kernel, class... Context>
 inline void run(const AttentionArgs& args, int threads, const Context&... context) {
-  Schedule schedule(args, Kernel::kRows);
+  const int heads = Kernel::heads(args);
+  Schedule schedule(args, Kernel::kRows / heads, heads);
   auto body = [&](int) {
     const size_t row_bytes = (static_cast<size_t>(args.head_dim) * sizeof(float) + 63) / 64 * 64;
     char* scratch = static_cast<char*>(thread_scratch(row_bytes + Kernel::scratch_bytes(args)));

@@ -83,6 +83,8 @@ class PortableKernel {
   static constexpr int kRows = 64;
   static constexpr int kKeys = 64;
 
+  static int heads(const AttentionArgs&) { return 1; }
+
   static size_t scratch_bytes(const AttentionArgs& args) {
     return sizeof(float) *
            (static_cast<size_t>(args.head_dim) * (2 * kRows + 2 * kKeys) + kRows * kKeys);

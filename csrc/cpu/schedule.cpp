@@ -54,7 +54,7 @@ struct Schedule::State {
   int64_t work = 0;
 };
 
-Schedule::Schedule(const AttentionArgs& args, int block_rows) : state_(new State) {
+Schedule::Schedule(const AttentionArgs& args, int block_rows, int block_heads) : state_(new State) {
   State& state = *state_;
   state.limits.resize(static_cast<size_t>(args.q_tokens));
   const int64_t group = args.q_heads / args.kv_heads;
@@ -68,10 +68,12 @@ Schedule::Schedule(const AttentionArgs& args, int block_rows) : state_(new State
     for (int64_t row = 0; row < tokens * group; row += block_rows) {
       const int64_t rows = std::min<int64_t>(block_rows, tokens * group - row);
       const int64_t keys = limits[(row + rows - 1) / group];
-      working += keys > 0 ? args.kv_heads : 0;
-      for (int64_t head = 0; head < args.kv_heads; ++head) {
-        state.items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(head), row,
-                               static_cast<int32_t>(rows), -1, 0, keys, nullptr, nullptr});
+      for (int64_t head = 0; head < args.kv_heads; head += block_heads) {
+        const int64_t heads = std::min<int64_t>(block_heads, args.kv_heads - head);
+        working += keys > 0;
+        state.items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(head),
+                               static_cast<int32_t>(heads), row, static_cast<int32_t>(rows), -1, 0,
+                               keys, nullptr, nullptr});
       }
     }
   }
@@ -94,7 +96,7 @@ Schedule::Schedule(const AttentionArgs& args, int block_rows) : state_(new State
       for (item.key_begin = 0; item.key_begin < keys; item.key_begin += range) {
         item.key_end = std::min(item.key_begin + range, keys);
         state.groups[groups].items.push_back(item);
-        partial_rows += item.rows;
+        partial_rows += item.kv_heads * item.rows;
       }
       state.groups[groups].pending = static_cast<int32_t>(state.groups[groups].items.size());
       ++groups;
@@ -104,21 +106,23 @@ Schedule::Schedule(const AttentionArgs& args, int block_rows) : state_(new State
     float* free = state.partials.get();
     for (int32_t g = 0; g < groups; ++g) {
       for (WorkItem& item : state.groups[g].items) {
+        const int64_t rows = item.kv_heads * item.rows;
         item.partial_out = free;
-        item.partial_lse = free + item.rows * args.head_dim;
-        free += item.rows * row_floats;
+        item.partial_lse = free + rows * args.head_dim;
+        free += rows * row_floats;
         state.items.push_back(item);
       }
     }
   }
 
   for (const WorkItem& item : state.items) {
-    state.work +=
-        std::max<int64_t>(item.rows, kBusyRows) * (item.key_end - item.key_begin) * args.head_dim;
+    state.work += item.kv_heads * std::max<int64_t>(item.rows, kBusyRows) *
+                  (item.key_end - item.key_begin) * args.head_dim;
   }
   std::stable_sort(state.items.begin(), state.items.end(),
                    [](const WorkItem& a, const WorkItem& b) {
-                     return a.rows * (a.key_end - a.key_begin) > b.rows * (b.key_end - b.key_begin);
+                     return a.kv_heads * a.rows * (a.key_end - a.key_begin) >
+                            b.kv_heads * b.rows * (b.key_end - b.key_begin);
                    });
 }
 

@@ -1,0 +1,69 @@
+// Arithmetic in dot products of bfloat16 pairs, for avx512_panel_kernel.h and avx512_stream.h.
+//
+// The weights are rounded to bfloat16; their sum is taken of the rounded values, so that weights
+// add up to one and an error common to all cancels. Unnamed namespace: see dispatch.h.
+#pragma once
+
+#include "cpu/avx512_math.h"
+
+namespace cptool::cpu {
+namespace {
+
+struct BFloat16Math {
+  using Input = BFloat16;
+  using Weight = BFloat16;
+  static constexpr int kStep = 2;
+  static constexpr uint32_t kSigns = 0x80008000u;
+
+  static __m512 load(const BFloat16* row, int64_t word, int64_t words) {
+    const __mmask16 exist = words - word >= kLanes ? 0xffff : (1u << (words - word)) - 1;
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(exist, row + 2 * word));
+  }
+
+  static __m512 load_values(const BFloat16* v, int64_t stride, int keys) {
+    auto widened = [](const BFloat16* from) {
+      return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    };
+    __m512i pairs = _mm512_setzero_si512();
+    if (keys > 0) pairs = widened(v);
+    if (keys > 1) pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(widened(v + stride), 16));
+    return _mm512_castsi512_ps(pairs);
+  }
+
+  static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+
+  // Stores 16 weights of one row, rounded; returns them as float32.
+  static __m512 store_weights(__m512 weights, BFloat16* to) {
+    const __m256i bits = (__m256i)_mm512_cvtneps_pbh(weights);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+
+  template <int kN>
+  static void weigh(float* scores, int keys, __m512 scale, const __m512 (&base)[kN],
+                    __m512 (&total)[kN]) {
+    const __m512i half = _mm512_set1_epi32(0x8000);  // of a unit in the last place
+    const __m512 ones = _mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80));
+    for (int j = 0; j < keys; j += 2) {
+#pragma GCC unroll 3
+      for (int n = 0; n < kN; ++n) {
+        const float* at = scores + (j * kN + n) * kLanes;
+        auto weight = [&](const float* score) {
+          const __m512 w = exp2_cubic(_mm512_fmsub_ps(_mm512_load_ps(score), scale, base[n]));
+          return _mm512_add_epi32(_mm512_castps_si512(w), half);
+        };
+        const __m512i even = weight(at), odd = weight(at + kN * kLanes);
+        // (even >> 16) | (odd & 0xffff0000)
+        const __m512 pair = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+            _mm512_srli_epi32(even, 16), odd, _mm512_set1_epi32(-0x10000), 0xf8));
+        total[n] = multiply_add(pair, ones, total[n]);
+        _mm512_store_ps(scores + (j / 2 * kN + n) * kLanes, pair);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace cptool::cpu
