@@ -260,15 +260,15 @@ class StreamKernel {
     constexpr int kGroups = kKeys / kLanes;
     const __m512 scale = _mm512_set1_ps(scale_log2_);
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    auto seen = [&](int i) {
+      return _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(visible - i * kLanes));
+    };
     __m512 scores[kGroups];
     __m512 top = _mm512_set1_ps(-INFINITY);
 #pragma GCC unroll 8
     for (int i = 0; i < kGroups; ++i) {
-      const __mmask16 seen =
-          _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(visible - i * kLanes));
-      scores[i] = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen,
-                                     _mm512_load_ps(fixed_.scores[slot] + i * kLanes), scale);
-      top = _mm512_max_ps(top, scores[i]);
+      scores[i] = _mm512_load_ps(fixed_.scores[slot] + i * kLanes);
+      top = _mm512_mask_max_ps(top, seen(i), top, _mm512_mul_ps(scores[i], scale));
     }
     if (_mm512_cmp_ps_mask(top, _mm512_set1_ps(fixed_.max[slot] + kSlack), _CMP_GT_OQ))
       raise(slot, _mm512_reduce_max_ps(top));
@@ -276,7 +276,8 @@ class StreamKernel {
     __m512 sum = _mm512_load_ps(fixed_.sum[slot]);
 #pragma GCC unroll 8
     for (int i = 0; i < kGroups; ++i) {
-      const __m512 weights = exp2_full(_mm512_sub_ps(scores[i], base));
+      const __m512 weights =
+          _mm512_maskz_mov_ps(seen(i), exp2_full(_mm512_fmsub_ps(scores[i], scale, base)));
       sum = _mm512_add_ps(sum, Math::store_weights(weights, fixed_.weights[slot] + i * kLanes));
     }
     _mm512_store_ps(fixed_.sum[slot], sum);
