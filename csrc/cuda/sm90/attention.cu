@@ -6,13 +6,13 @@
 //
 // Counted for one tile, in cycles of one multiprocessor of an H100, which multiplies 4096 FLOP of
 // 16-bit numbers, computes 16 exponentials, issues 4 instructions and moves 128 bytes of shared
-// memory in a cycle. Instructions are those of the compiled loop (nvcc 13.0): 450 a warp, 400 at
+// memory in a cycle. Instructions are those of the compiled loop (nvcc 13.0): 450 a warp, 430 at
 // head_dim 64; 160 more in a masked tile, and up to 64 more until the maxima have settled.
 //
 //                                   head_dim 128, 128 rows             head_dim 64, 192 rows
 //   products                        4 x 128^3 / 4096         = 2048    4 x 192 128 64 / 4096 = 1536
 //   exponentials                    128^2 / 16               = 1024    192 128 / 16          = 1536
-//   instructions                    8 warps 450 / 4          =  900    12 warps 400 / 4      = 1200
+//   instructions                    8 warps 450 / 4          =  900    12 warps 430 / 4      = 1290
 //   shared memory, read by wgmma    2 (16 + 32 + 32 KiB)     = 1280    3 (8 + 16 + 16 KiB)   =  960
 //   and written by TMA              64 KiB                   =  512    32 KiB                =  256
 //

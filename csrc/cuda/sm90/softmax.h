@@ -41,12 +41,14 @@ struct RowPair {
                                          float (&keep)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float largest = scores[2 * row];
+      // Two chains each for maximum and sum: one would wait for its own results.
+      float largest = scores[2 * row], other = scores[2 * row + 1];
 #pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j) {
+      for (int j = 1; j < kKeys / 8; ++j) {
         largest = fmaxf(largest, scores[4 * j + 2 * row]);
-        largest = fmaxf(largest, scores[4 * j + 2 * row + 1]);
+        other = fmaxf(other, scores[4 * j + 2 * row + 1]);
       }
+      largest = fmaxf(largest, other);
       // One product for the maximum, used by weights, keep and lse alike: its rounding cancels.
       const float larger = fmaxf(max[row], quad_max(largest) * scale_log2);
       const float base = larger == -INFINITY ? 0.0f : larger;  // -inf - -inf would be NaN
