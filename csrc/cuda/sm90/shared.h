@@ -29,7 +29,7 @@ struct Sizes {
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   // A launch allots 65536 / kThreads, rounded down to a multiple of 8, to each thread; the
   // warpgroups share them out anew. For head_dim 128 a consumer holds 64 scores, 32 weights and 64
-  // of out, and takes 191 registers in all; for 64, 64, 32, 32 and 152.
+  // of out, and takes 184 registers in all; for 64, 64, 32, 32 and 152.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
@@ -60,8 +60,8 @@ struct Launch {
   float scale_log2;      // scale log2 e: exp(scale s) = 2^(scale_log2 s)
 };
 
-// In KiB for head_dim 128: Q 32, K and V 2 x 2 x 32, the rest 2 (0.8 of it padding), in all 162. For
-// 64: Q 24, K and V 4 x 2 x 16, the rest 2, in all 154. A block may have 227.
+// In KiB for head_dim 128: Q 32, K and V 2 x 2 x 32, the rest 2 (0.8 of it padding), in all 162.
+// For 64: Q 24, K and V 4 x 2 x 16, the rest 2, in all 154. A block may have 227.
 template <int kHeadDim>
 struct Shared {
   using Plan = Sizes<kHeadDim>;
