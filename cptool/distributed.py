@@ -18,7 +18,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptool.errors import UserError
@@ -42,7 +41,7 @@ class World:
     Groups are None where they hold this rank alone. `mesh` has dimensions "cp" and "tp"; it is None
     for one rank. `local_rank` of `local_size` counts the ranks of this machine. `staged`: messages
     between devices go through host memory (`cptool.staged`), and groups carry tensors of the CPU
-    alone.
+    alone. `direct`: by the group's library and nothing else, as CPTOOL_TRANSPORT asked.
     """
 
     rank: int
@@ -59,6 +58,7 @@ class World:
     tp_group: dist.ProcessGroup | None
     board: Board
     staged: bool = False
+    direct: bool = False
 
     @property
     def wire(self) -> torch.device:
@@ -128,8 +128,10 @@ def resolve_device(device: str, local_size: int = 1) -> str:
 
 
 def transport(device: str, local_size: int, asked: str | None = None) -> str:
-    """How messages travel: "direct", by NCCL from GPU to GPU or by gloo; "staged" through host
-    memory where ranks share a GPU, which NCCL does not take, or where that is asked for.
+    """How messages travel: "direct", by NCCL from GPU to GPU, from memory to memory between the CPU
+    ranks of a machine (`cptool.shared_ring`; by gloo where "direct" is asked for) and by gloo from
+    machine to machine; "staged" through host memory where ranks share a GPU, which NCCL does not
+    take, or where that is asked for.
 
     asked: the value of CPTOOL_TRANSPORT in this process or that of the launcher. Raises UserError
     for one that is unknown, or cannot be.
@@ -163,7 +165,8 @@ def run(
     then `entry` must be importable by name and `args` picklable, and standard output and error of
     the ranks are this process's own.
 
-    threads: intra-op threads per rank; default: this machine's cores dealt to its ranks.
+    threads: intra-op threads per rank; default: this machine's cores dealt to its ranks, each of
+        which is bound to its own (`cptool.binding`).
     timeout: seconds that a rank waits for the others in one transfer before it gives up.
     watch: called with the status board about ten times a second while ranks work (on rank 0).
 
@@ -265,13 +268,10 @@ def _cuda_kernels() -> bool:
 
 
 def cores() -> int:
-    """Physical cores that this process may run on: two threads of one core share its units."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    try:
-        return len({Path(siblings.format(cpu)).read_text() for cpu in usable})
-    except OSError:
-        return len(usable)
+    """Physical cores that this process may run on."""
+    from cptool.binding import core_of, usable_cpus
+
+    return len({core_of(cpu) for cpu in usable_cpus()})
 
 
 def _alone(device: str, threads: int | None, board: Board) -> World:
@@ -297,8 +297,9 @@ def connect(
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
+    from cptool.binding import bind
+
     device = resolve_device(device, seat.local_size)
-    torch.set_num_threads(threads or max(1, cores() // seat.local_size))
     staged = transport(device, seat.local_size, asked) == "staged"
     where = torch.device("cpu")
     if device == "cuda":
@@ -311,6 +312,16 @@ def connect(
     # Transfers must start beside an attention kernel that fills the device, not behind it.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     dist.init_process_group(backend, rank=seat.rank, world_size=seat.size, timeout=patience)
+
+    def gather(value: Any) -> list[Any]:
+        values: list[Any] = [None] * seat.size
+        dist.all_gather_object(values, value)
+        return values
+
+    if device == "cpu":  # threads that are started from here on inherit where this one is bound
+        torch.set_num_threads(bind(gather, seat.rank, threads))
+    else:
+        torch.set_num_threads(threads or max(1, cores() // seat.local_size))
 
     ranks = torch.arange(seat.size).view(cp, tp)
     # Built by hand because a mesh gives the groups it makes the library's timeout, half an hour.
@@ -342,6 +353,7 @@ def connect(
         tp_group=tp_group if tp > 1 else None,
         board=board,
         staged=staged,
+        direct=asked == "direct",
     )
 
 

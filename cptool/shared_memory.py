@@ -35,7 +35,7 @@ def shared_tensors(
     try:
         # All offer a file and take the first that they see: that of their machine's first rank.
         offers = world.gather((f"/proc/{os.getpid()}/fd/{fd}", name))
-        path, name = next(offer for offer in offers if _is_here(*offer))
+        path, name = next(offer for offer in offers if is_here(*offer))
         everyone = world.gather((name, dict(shapes)))
         peers = [rank for rank, (file, _) in enumerate(everyone) if file == name]
         union = {key: shape for rank in peers for key, shape in everyone[rank][1].items()}
@@ -46,7 +46,7 @@ def shared_tensors(
         os.close(fd)
 
 
-def _is_here(path: str, name: str) -> bool:
+def is_here(path: str, name: str) -> bool:
     """Whether the file is on this machine, that is in its /proc."""
     try:
         return os.readlink(path).startswith(f"/memfd:{name}")

@@ -11,6 +11,7 @@
 #include "attention.h"
 #include "cpu/dispatch.h"
 #include "cpu/tokenwise_dispatch.h"
+#include "peer_memory.h"
 #if defined(CPTOOL_HAS_CUDA)
 #include "cuda/kernels.h"
 #endif
@@ -190,6 +191,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("rotate_cuda", with_rotate_args<uintptr_t>(cptool::cuda::rotate));
   m.def("swiglu_cuda", with_swiglu_args<uintptr_t>(cptool::cuda::swiglu));
 #endif
+  m.def("read_peer", [](int64_t pid, uintptr_t from, uintptr_t to, int64_t bytes) {
+    py::gil_scoped_release released;
+    return cptool::read_peer(pid, from, pointer<void>(to), bytes);
+  });
+  m.def("signal_word", [](uintptr_t word, uint32_t value) {
+    cptool::signal_word(pointer<uint32_t>(word), value);
+  });
+  m.def("wait_word", [](uintptr_t word, uint32_t value, int64_t spin_us, int64_t sleep_ms) {
+    py::gil_scoped_release released;
+    return cptool::wait_word(pointer<const uint32_t>(word), value, spin_us, sleep_ms);
+  });
   m.def("cpu_isas", [] { return cpu_isas(true); });
   m.def("cpu_isa", [](int dtype, int64_t head_dim) {
     return cptool::cpu::select_isa(static_cast<ScalarType>(dtype), head_dim)->name;

@@ -158,11 +158,11 @@ def load_on_two_machines(world, path):
     def seen_from_here(path, name):
         return not path.startswith(tuple(elsewhere)) and is_here(path, name)
 
-    is_here, shared_memory._is_here = shared_memory._is_here, seen_from_here
+    is_here, shared_memory.is_here = shared_memory.is_here, seen_from_here
     try:
         return load_shared(world, path, torch.bfloat16)
     finally:
-        shared_memory._is_here = is_here
+        shared_memory.is_here = is_here
 
 
 def test_each_machine_has_its_copy(tmp_path):

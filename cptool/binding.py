@@ -1,0 +1,96 @@
+"""Which cores a CPU rank runs on, and how many threads that makes.
+
+Ranks of a machine that may all run on the same cores divide them: each is bound to its own, next to
+each other on a NUMA node, so that no rank's threads take turns with another's or lose their memory
+to a move. Where something else has given ranks different cores already (srun's or mpirun's binding,
+numactl, the cgroups of containers), that stays, and no core is divided a second time.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cptool.errors import UserError
+
+_CPUS = Path("/sys/devices/system/cpu")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Of one rank: `cpus` to bind it to, None to leave it where it is, and its threads."""
+
+    cpus: frozenset[int] | None
+    threads: int
+
+
+def usable_cpus() -> frozenset[int]:
+    """The CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def core_of(cpu: int) -> tuple[int, str]:
+    """The NUMA node and the physical core of a CPU: two threads of one core share its units."""
+    try:
+        core = (_CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        core = str(cpu)
+    nodes = [int(path.name[4:]) for path in (_CPUS / f"cpu{cpu}").glob("node[0-9]*")]
+    return min(nodes, default=0), core
+
+
+def divide(
+    usable: Sequence[frozenset[int]],
+    rank: int,
+    core: Callable[[int], tuple[int, Any]] = core_of,
+) -> Share:
+    """The share of `rank` of those on a machine; usable[r]: the CPUs that rank r may run on.
+
+    Ranks with the same CPUs divide the cores among them; where there are fewer cores than ranks,
+    nobody is bound and each has one thread.
+    """
+    mine = usable[rank]
+    overlapping = [r for r, cpus in enumerate(usable) if cpus & mine]
+    cores: dict[tuple[int, Any], set[int]] = {}
+    for cpu in sorted(mine):
+        cores.setdefault(core(cpu), set()).add(cpu)
+    count, ranks = len(cores), len(overlapping)
+    if ranks == 1 or count < ranks or any(usable[r] != mine for r in overlapping):
+        return Share(None, max(1, count // ranks))
+    # By node, then by the first CPU of a core.
+    ordered = sorted(cores, key=lambda key: (key[0], min(cores[key])))
+    place = overlapping.index(rank)
+    own = ordered[place * count // ranks : (place + 1) * count // ranks]
+    return Share(frozenset().union(*(cores[key] for key in own)), len(own))
+
+
+def bind(gather: Callable[[Any], list[Any]], rank: int, threads: int | None) -> int:
+    """Binds this rank and returns the threads that it is to have; collective over all ranks.
+
+    gather: the values of all ranks, in order, of which this one is `rank`. threads: as asked for;
+    a rank that is to have more than its cores is not bound. CPTOOL_BIND=none in the environment
+    leaves all ranks where they are. Raises UserError for another value.
+    """
+    asked = os.environ.get("CPTOOL_BIND") or "auto"
+    if asked not in ("auto", "none"):
+        raise UserError(f"CPTOOL_BIND is {asked!r}; it must be auto or none")
+    places = gather((_machine(), usable_cpus()))
+    here = [r for r, (machine, _) in enumerate(places) if machine == places[rank][0]]
+    share = divide([places[r][1] for r in here], here.index(rank))
+    wanted = threads or share.threads
+    if asked == "auto" and share.cpus is not None and wanted <= share.threads:
+        os.sched_setaffinity(0, share.cpus)
+    return wanted
+
+
+def _machine() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()

@@ -1,0 +1,78 @@
+"""Which cores a rank gets, on machines of any shape."""
+
+import os
+
+import pytest
+import torch
+
+from cptool import binding
+from cptool.binding import Share, divide
+from cptool.distributed import run
+from cptool.errors import UserError
+
+
+def two_sockets(cpu):
+    """8 CPUs: 4 cores of two threads (0 and 4, 1 and 5, ..), cores 0 and 2 on node 0."""
+    return cpu % 2, cpu % 4
+
+
+def shares(usable, core=two_sockets):
+    return [divide(usable, rank, core) for rank in range(len(usable))]
+
+
+ALL = frozenset(range(8))
+
+
+def test_ranks_with_the_same_cpus_divide_the_cores_node_by_node():
+    nodes = frozenset({0, 4, 2, 6}), frozenset({1, 5, 3, 7})
+    assert shares([ALL] * 2) == [Share(node, 2) for node in nodes]
+    assert [share.cpus for share in shares([ALL] * 4)] == [{0, 4}, {2, 6}, {1, 5}, {3, 7}]
+    three = shares([ALL] * 3)
+    assert [share.threads for share in three] == [1, 1, 2]
+    assert frozenset().union(*(share.cpus for share in three)) == ALL
+
+
+def test_one_rank_and_too_many_are_not_bound():
+    assert shares([ALL]) == [Share(None, 4)]
+    assert shares([ALL] * 5) == [Share(None, 1)] * 5
+
+
+def test_what_a_launcher_has_bound_is_not_divided_again():
+    assert shares([frozenset({0, 4, 2, 6}), frozenset({1, 5, 3, 7})]) == [Share(None, 2)] * 2
+    # Two containers, two ranks in each.
+    left, right = frozenset({0, 4, 1, 5}), frozenset({2, 6, 3, 7})
+    assert [share.cpus for share in shares([left, right, left, right])] == [
+        {0, 4}, {2, 6}, {1, 5}, {3, 7},
+    ]  # fmt: skip
+
+
+def test_ranks_that_overlap_in_part_share_but_are_not_bound():
+    assert shares([ALL, frozenset({0, 4})]) == [Share(None, 2), Share(None, 1)]
+
+
+def where(world):
+    return world.gather((sorted(os.sched_getaffinity(0)), torch.get_num_threads()))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_local_ranks_are_bound(monkeypatch):
+    usable = binding.usable_cpus()
+    if len({binding.core_of(cpu) for cpu in usable}) < 2:
+        pytest.skip("one core")
+    (first, threads), (second, _) = run(where, cp=2, device="cpu")
+    assert not set(first) & set(second) and set(first) | set(second) == usable
+    assert threads == divide([usable] * 2, 0).threads
+    assert os.sched_getaffinity(0) == usable
+    # More threads than a share has cores: where they run is up to the system.
+    (first, threads), (second, _) = run(where, cp=2, device="cpu", threads=len(usable))
+    assert set(first) == set(second) == usable and threads == len(usable)
+
+
+def test_another_value_is_refused(monkeypatch):
+    monkeypatch.setenv("CPTOOL_BIND", "socket")
+    with pytest.raises(UserError, match="^CPTOOL_BIND is 'socket'"):
+        binding.bind(lambda value: [value], 0, None)
+    monkeypatch.setenv("CPTOOL_BIND", "none")
+    before = binding.usable_cpus()
+    assert binding.bind(lambda value: [value, value], 1, None) >= 1
+    assert binding.usable_cpus() == before
