@@ -21,6 +21,9 @@ from cptool._op_checks import SCALAR_TYPES
 ROOT = Path(__file__).resolve().parent.parent
 EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
 FLAGS = "-std=c++17 -O2 -fPIC -w".split()
+_PROCESSOR = Path("/proc/cpuinfo")
+if _PROCESSOR.exists() and " fma " in _PROCESSOR.read_text():
+    FLAGS += ["-mfma", "-ffp-contract=fast"]  # like nvcc, which fuses products into sums
 
 
 class _AttentionArgs(ctypes.Structure):

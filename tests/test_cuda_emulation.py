@@ -158,6 +158,29 @@ def test_large_scores(cuda, spread):
     check(case, cuda.attention(*case.arguments), tolerance(case, torch.bfloat16))
 
 
+@pytest.mark.parametrize("kernel, tokens", [("simt", 40), ("sm80", 40), ("sm80", 1)], ids=str)
+def test_what_was_seen_first_keeps_its_weight(cuda, kernel, tokens):
+    """Scores of hundreds, the same for all keys; the first half of the values is 1, the rest -1.
+    A maximum that is rounded differently from tile to tile would let the first half grow or fade.
+    """
+    keys, batch = 2048, 24  # as many as the device runs at a time, twice or thrice: no pieces
+    case = make_case([([keys] * tokens, range(keys))] * batch, heads=(1, 1), dtype=torch.bfloat16)
+    levels = 8 + torch.arange(batch).repeat_interleave(tokens)[:, None, None] / 16
+    signs = torch.ones(batch, keys, 1, 1)
+    signs[:, keys // 2 :] = -1
+    case = replace(
+        case,
+        q=levels.expand(case.q.shape).bfloat16().contiguous(),
+        k=torch.full_like(case.k, 8).contiguous(),
+        v=signs.expand(batch, keys, 1, 64).reshape(case.v.shape).bfloat16(),
+    )
+    out, lse = cuda.attention(*case.arguments, kernel=kernel)
+    roundings = 8 * torch.finfo(torch.float32).eps
+    assert out.abs().max() <= roundings
+    exact = levels[:, 0].double() * 8 * 64 * case.scale + torch.tensor(keys).double().log()
+    assert ((lse - exact).abs() <= roundings * exact).all()
+
+
 def test_calls_that_a_kernel_does_not_take_go_to_the_next(cuda):
     case = make_case([(range(5), range(5))], dtype=torch.bfloat16)
     shifted = torch.empty(case.q.numel() + 1, dtype=case.q.dtype)[1:].view(case.q.shape)

@@ -64,8 +64,8 @@ inline __device__ SoftmaxState natural(float max2, float sum) {
 
 // Writes the rows of warps that hold all the keys of theirs.
 template <class C, class RowAt>
-__device__ void finish_rows(const typename C::Warp& mine, const Target& target, float scale2,
-                            int first_row, int rows, RowAt row_at) {
+__device__ void finish_rows(const typename C::Warp& mine, const Target& target, int first_row,
+                            int rows, RowAt row_at) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; ++m) {
@@ -74,7 +74,7 @@ __device__ void finish_rows(const typename C::Warp& mine, const Target& target, 
       const int row = first_row + 16 * m + 8 * half + lane / 4;
       const bool held = row < rows;
       const RowResult result(target, held ? row_at(row) : 0, held,
-                             natural(mine.max[m][half] * scale2, mine.sum[m][half]));
+                             natural(mine.max[m][half], mine.sum[m][half]));
       __syncwarp();  // every lane of the row has read its lse
       if (lane % 4 == 0) result.store_lse(target);
 #pragma unroll
@@ -90,14 +90,14 @@ __device__ void finish_rows(const typename C::Warp& mine, const Target& target, 
 // Merges what the warps of the same rows found, in their order, and writes it.
 template <class C, class RowAt>
 __device__ void merge_warps(const typename C::Warp& mine, WarpPartials<C>& shared,
-                            const Target& target, float scale2, int rows, RowAt row_at) {
+                            const Target& target, int rows, RowAt row_at) {
   static_assert(C::kRowWarps == 1 && C::kRowTiles == 1);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = 8 * half + lane / 4;
     if (lane % 4 == 0) {
-      shared.max[warp][row] = mine.max[0][half] * scale2;
+      shared.max[warp][row] = mine.max[0][half];
       shared.sum[warp][row] = mine.sum[0][half];
     }
 #pragma unroll
@@ -230,12 +230,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   }
   const auto row_at = [&](int row) { return rows.token(row) * args.q_heads + rows.head(row); };
   if constexpr (C::kKeyWarps == 1) {
-    finish_rows<C>(mine, target, scale2, warp_row, rows.rows, row_at);
+    finish_rows<C>(mine, target, warp_row, rows.rows, row_at);
   } else {
     static_assert(sizeof(WarpPartials<C>) <= C::kStages * C::kTileBytes);
     __syncthreads();  // every warp is done with the slots
     merge_warps<C>(mine, *reinterpret_cast<WarpPartials<C>*>(memory + C::kQueryBytes), target,
-                   scale2, rows.rows, row_at);
+                   rows.rows, row_at);
   }
 }
 

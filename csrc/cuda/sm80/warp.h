@@ -23,7 +23,7 @@ struct WarpAttention {
 
   float score[kRowTiles][kKeyTiles][4];
   float acc[kRowTiles][kColumnTiles][4] = {};
-  float max[kRowTiles][2];       // of q k^T, before its scale; the same in the lanes of a row
+  float max[kRowTiles][2];       // of the scores, in powers of two; the same in the lanes of a row
   float sum[kRowTiles][2] = {};  // of this lane's weights
 
   __device__ WarpAttention() {
@@ -81,22 +81,25 @@ struct WarpAttention {
     }
   }
 
-  // Online softmax: scores become weights 2^(scale2 score - scale2 max), scale2 = scale log2(e) > 0.
+  // Online softmax: scores become weights 2^(scale2 score - max), scale2 = scale log2(e) > 0.
   __device__ __forceinline__ void softmax(float scale2) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float largest = max[m][half];
+        float largest = -INFINITY;
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) {
           largest = fmaxf(largest, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
         }
         largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
-        const float base = largest == -INFINITY ? 0.0f : largest * scale2;  // -inf + inf is NaN
-        const float keep = ptx::exp2_approx(fmaf(max[m][half], scale2, -base));
-        max[m][half] = largest;
+        // The maximum is rounded once, for the weights, keep and the state alike. Else keep would
+        // not be 1 where the maximum stays, and that multiplies up over the tiles of a long context.
+        const float larger = fmaxf(max[m][half], largest * scale2);
+        const float base = larger == -INFINITY ? 0.0f : larger;  // -inf - -inf is NaN
+        const float keep = ptx::exp2_approx(max[m][half] - base);
+        max[m][half] = larger;
         float total = 0.0f;
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) {
