@@ -100,10 +100,11 @@ class Emulator:
         seed: int = 0,
         kernel: str | None = None,
         readable: Sequence[Tensor] = (),
+        workspace: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """`kernel`: the fastest that may take the call, None for any. `readable`: the rows of
-        memory, each a contiguous tensor, that asynchronous copies may touch; none: all. Raises
-        RuntimeError for what the emulation finds wrong.
+        memory, each a contiguous tensor, that asynchronous copies may touch; none: all.
+        `workspace`: whether the call gets the one it needs. Raises RuntimeError for what is wrong.
         """
         out, lse = into or (
             torch.full(q.shape, torch.nan, dtype=out_dtype),
@@ -114,7 +115,7 @@ class Emulator:
         ends = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in readable]
         ranges = (ctypes.c_void_p * (2 * len(ends)))(*[end for pair in ends for end in pair])
         self._library.emulated_readable(ranges, len(ends))
-        self._run("emulated_attention", arguments, seed)
+        self._run("emulated_attention", arguments, seed, ctypes.c_bool(workspace))
         return out, lse
 
     def kernel(self, *arguments) -> str:
@@ -151,8 +152,9 @@ class Emulator:
         self._library.emulated_counters(ctypes.byref(counters))
         return counters
 
-    def _run(self, name: str, arguments: ctypes.Structure, seed: int) -> None:
-        message = getattr(self._library, name)(ctypes.byref(arguments), ctypes.c_uint64(seed))
+    def _run(self, name: str, arguments: ctypes.Structure, seed: int, *others) -> None:
+        run = getattr(self._library, name)
+        message = run(ctypes.byref(arguments), ctypes.c_uint64(seed), *others)
         if message is not None:
             raise RuntimeError(message.decode())
 

@@ -32,6 +32,8 @@ bool counts_make_sense(std::mt19937& random) {
   const int pieces = split_count(blocks, keys, tile, resident);
   if (pieces < 1 || pieces > kMaxSplits) return false;
   if (pieces > 1 && keys / pieces < tile) return false;
+  // Pieces are workspace: of a few times the blocks that run at a time.
+  if (pieces > 1 && blocks * pieces > kMaxRounds * resident) return false;
   // A piece more than the device holds at once, in several rounds, repays for a tail alone.
   if (blocks % resident == 0 && pieces != 1) return false;
   return !(keys >= 16384 && 4 * blocks <= resident && pieces < 2);
@@ -59,10 +61,13 @@ bool plans_make_sense() {
     if (sm80::plan(decode(1, 256), device).pieces != 1) return false;
     // A long prompt's blocks are many.
     const sm80::Plan prompt = sm80::plan(decode(1, 32768, 32768), device);
-    if (prompt.few_rows || prompt.pieces != 1) return false;
+    if (prompt.few_rows || prompt.few_queries() || prompt.pieces != 1) return false;
     // A short one over a long cache is cut too.
     const sm80::Plan chunk = sm80::plan(decode(1, 131072, 64), device);
-    if (chunk.few_rows || chunk.pieces < 2) return false;
+    if (chunk.few_rows || !chunk.few_queries() || chunk.pieces < 2) return false;
+    // Blocks that fill the device, but for the last round, are no reason for another kernel.
+    const int64_t tokens = device.multiprocessors * 9;
+    if (sm80::plan(decode(1, 131072, tokens), device).few_queries()) return false;
   }
   return true;
 }

@@ -181,6 +181,15 @@ def test_what_was_seen_first_keeps_its_weight(cuda, kernel, tokens):
     assert ((lse - exact).abs() <= roundings * exact).all()
 
 
+def test_pieces_need_a_workspace(cuda):
+    """One that is missing must not let every piece write to the result."""
+    whole = make_case([([3], range(4))], dtype=torch.bfloat16)
+    check(whole, cuda.attention(*whole.arguments, workspace=False), tolerance(whole, torch.bfloat16))
+    case = few_rows(torch.bfloat16, 64, (4, 2))
+    with pytest.raises(RuntimeError, match="needs a workspace"):
+        cuda.attention(*case.arguments, workspace=False)
+
+
 def test_calls_that_a_kernel_does_not_take_go_to_the_next(cuda):
     case = make_case([(range(5), range(5))], dtype=torch.bfloat16)
     shifted = torch.empty(case.q.numel() + 1, dtype=case.q.dtype)[1:].view(case.q.shape)

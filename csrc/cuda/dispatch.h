@@ -43,7 +43,7 @@ void attention_partial_simt(const AttentionArgs& args, cudaStream_t stream);
 bool sm80_handles(const AttentionArgs& args);
 int64_t sm80_workspace(const AttentionArgs& args, const Device& device);
 void attention_partial_sm80(const AttentionArgs& args, void* workspace, cudaStream_t stream);
-// Whether the call leaves most of the device idle unless its keys are cut: sm80's, on any device.
+// Whether the call has few rows, or would leave most of the device idle but for sm80's pieces.
 bool few_queries(const AttentionArgs& args, const Device& device);
 
 // TMA and wgmma, of compute capability 9.0 alone; compiled in where CPTOOL_HAS_SM90 is defined.

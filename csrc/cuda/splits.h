@@ -16,6 +16,8 @@ constexpr int64_t kStartKeys = 128;  // before a block's first tile is there
 constexpr int64_t kMergeKeys = 2;    // to merge one piece more
 constexpr int64_t kLaunchKeys = 256;  // a second launch
 constexpr int kMaxSplits = 128;       // what one merge takes
+// More rounds even out the last one by little, and each is as much workspace again.
+constexpr int64_t kMaxRounds = 4;
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -29,6 +31,7 @@ inline int split_count(int64_t blocks, int64_t keys, int64_t tile, int64_t resid
   const int64_t most = keys / tile < kMaxSplits ? keys / tile : kMaxSplits;
   for (int pieces = 2; pieces <= most; ++pieces) {
     const int64_t rounds = ceil_divide(blocks * pieces, resident);
+    if (rounds > kMaxRounds) break;
     const int64_t time =
         rounds * (ceil_divide(keys, pieces) + kStartKeys) + kLaunchKeys + pieces * kMergeKeys;
     if (time < least) {

@@ -36,14 +36,15 @@ const char* emulated_kernel(const cptool::AttentionArgs* args) {
 }
 
 // Null, or what went wrong.
-const char* emulated_attention(const cptool::AttentionArgs* args, uint64_t seed) {
+const char* emulated_attention(const cptool::AttentionArgs* args, uint64_t seed,
+                               bool with_workspace) {
   emulation::options.seed = seed;
   return caught([&] {
     // Aligned like what torch allocates, and full of NaN.
     const int64_t bytes = cptool::cuda::attention_workspace(*args);
     std::vector<float4> workspace(bytes / 16 + 1, float4{NAN, NAN, NAN, NAN});
     const uintptr_t address = reinterpret_cast<uintptr_t>(workspace.data());
-    cptool::cuda::attention_partial(*args, address, 0);
+    cptool::cuda::attention_partial(*args, with_workspace ? address : 0, 0);
   });
 }
 

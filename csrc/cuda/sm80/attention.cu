@@ -1,5 +1,6 @@
 // What dispatch.h declares of the kernel for compute capability 8.0.
 #include <cfloat>
+#include <stdexcept>
 #include <vector>
 
 #include "cuda/dispatch.h"
@@ -31,8 +32,7 @@ bool sm80_handles(const AttentionArgs& args) {
 }
 
 bool few_queries(const AttentionArgs& args, const Device& device) {
-  const sm80::Plan plan = sm80::plan(args, device);
-  return plan.few_rows || plan.pieces > 2;
+  return sm80::plan(args, device).few_queries();
 }
 
 int64_t sm80_workspace(const AttentionArgs& args, const Device& device) {
@@ -42,6 +42,10 @@ int64_t sm80_workspace(const AttentionArgs& args, const Device& device) {
 
 void attention_partial_sm80(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
   const sm80::Plan plan = sm80::plan(args, current_device());
+  if (plan.pieces > 1 && workspace == nullptr) {
+    // As when another thread has just forced another kernel.
+    throw std::invalid_argument("attention_partial on CUDA needs a workspace for this call");
+  }
   float* partials = plan.pieces == 1 ? nullptr : static_cast<float*>(workspace);
   const auto attention = plan.few_rows ? sm80::attention_few_rows : sm80::attention_many_rows;
   attention(args, plan.pieces, partials, stream);

@@ -35,25 +35,31 @@ constexpr int shared_bytes(int head_dim) {
 
 struct Plan {
   bool few_rows;
+  int64_t blocks;    // of one piece
+  int64_t resident;  // blocks that the device runs at a time
   int pieces;
+
+  // No call for tiles of many rows: there are few, or too few blocks of them to fill the device.
+  bool few_queries() const { return few_rows || (pieces > 1 && 4 * blocks <= resident); }
 };
 
 template <class Shape>
-int pieces(const AttentionArgs& args, int64_t rows, const Device& device) {
+Plan plan_shape(const AttentionArgs& args, int64_t rows, const Device& device, bool few_rows) {
   // A multiprocessor keeps 1 KiB of shared memory a block for itself.
   const int fit = device.shared_bytes / (shared_bytes<Shape>(static_cast<int>(args.head_dim)) + 1024);
   const int64_t resident = static_cast<int64_t>(device.multiprocessors) *
                            std::max(1, std::min(fit, Shape::kResident));
   const int64_t blocks = args.batch * args.kv_heads * ceil_divide(rows, block_rows<Shape>());
-  return split_count(blocks, args.k_tokens / args.batch, 4 * kKeys, resident);
+  return {few_rows, blocks, resident,
+          split_count(blocks, args.k_tokens / args.batch, 4 * kKeys, resident)};
 }
 
 // Sequences are taken to be alike: each with its share of q's and k's tokens.
 inline Plan plan(const AttentionArgs& args, const Device& device) {
   const int64_t group = args.q_heads / args.kv_heads;
   const int64_t rows = ceil_divide(args.q_tokens, args.batch) * group;
-  if (rows <= 2 * block_rows<FewRows>()) return {true, pieces<FewRows>(args, rows, device)};
-  return {false, pieces<ManyRows>(args, rows, device)};
+  if (rows <= 2 * block_rows<FewRows>()) return plan_shape<FewRows>(args, rows, device, true);
+  return plan_shape<ManyRows>(args, rows, device, false);
 }
 
 // The two shapes of kernel.h, a translation unit each. `partials`: as there.
