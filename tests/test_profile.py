@@ -108,11 +108,10 @@ def test_profile_of_prefill_and_decode(mqa_path, token_file, tmp_path):
         received = [e for e in mine if e["name"] == f"receive, rank {1 - rank}"]
         assert len(blocks) == 2 * 3 and len(received) == 3  # three layers
         assert all(e["args"]["bytes"] == 450 * 2 * 64 * 4 for e in received)
-        # The block of the other rank travels while attention over the own one runs.
-        for own, arriving in zip(blocks[::2], received):
+        # The block of the other rank is under way before attention over the own one begins.
+        for own, arriving in zip(blocks[::2], sorted(received, key=lambda e: e["ts"])):
             assert own["name"] == f"block of rank {rank}"
-            assert arriving["ts"] < own["ts"] + own["dur"]
-            assert arriving["ts"] + arriving["dur"] > own["ts"]
+            assert arriving["ts"] <= own["ts"]
 
 
 def test_the_table_is_drawn(mqa_path, tmp_path):
