@@ -68,12 +68,12 @@ def measure(world, dtype: str, layers: int, repeats: int, seconds: float, grid) 
         active = {world.cp, auto.active} | {n for n in _halves(world.cp) if n < new <= 4096}
         choices = [Choice(v, n, "", 0.0) for n in sorted(active) for v in VARIANTS]
         engine = Engine(model, world, profile=profile)
-        hold(engine, cached)
+        placements = hold(engine, cached)
         spent: dict = {(c.variant, c.active): [] for c in choices}
         began, rounds = time.perf_counter(), 0
         while rounds <= repeats or max(world.gather(time.perf_counter() - began)) < seconds:
             for choice in choices:
-                took = _once(engine, world, choice, new, cached)
+                took = _once(engine, world, choice, new, cached, placements)
                 if rounds:  # the first round warms up
                     spent[choice.variant, choice.active].append(took)
             rounds += 1
@@ -95,19 +95,20 @@ def _halves(ranks: int) -> list[int]:
     return [ranks >> n for n in range(1, ranks.bit_length()) if ranks >> n]
 
 
-def _once(engine, world, choice, new: int, cached: int) -> float:
+def _once(engine, world, choice, new: int, cached: int, placements) -> float:
     """Seconds of the slowest rank."""
     from unittest import mock
 
+    from cptool.bench.forward import rewind
     from cptool.sampling import Sampling
 
+    rewind(engine, cached, placements)
     with mock.patch("cptool.engine.choose", return_value=choice):
         world.barrier()
         began = time.perf_counter()
         engine.extend([[1] * (new - 1)])
         engine.next_tokens(Sampling())
         took = time.perf_counter() - began
-    engine.truncate([cached + 1])
     return max(world.gather(took))
 
 

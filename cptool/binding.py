@@ -80,8 +80,8 @@ def bind(gather: Callable[[Any], list[Any]], rank: int, threads: int | None) -> 
     asked = os.environ.get("CPTOOL_BIND") or "auto"
     if asked not in ("auto", "none"):
         raise UserError(f"CPTOOL_BIND is {asked!r}; it must be auto or none")
-    places = gather((_machine(), usable_cpus()))
-    here = [r for r, (machine, _) in enumerate(places) if machine == places[rank][0]]
+    places = gather((machine(), usable_cpus()))
+    here = [r for r, (name, _) in enumerate(places) if name == places[rank][0]]
     share = divide([places[r][1] for r in here], here.index(rank))
     wanted = threads or share.threads
     if asked == "auto" and share.cpus is not None and wanted <= share.threads:
@@ -89,7 +89,8 @@ def bind(gather: Callable[[Any], list[Any]], rank: int, threads: int | None) -> 
     return wanted
 
 
-def _machine() -> str:
+def machine() -> str:
+    """What ranks of one machine have in common, whatever their containers call it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from cptool.bench.forward import hold, random_model, smaller_worlds
+from cptool.bench.forward import hold, random_model, rewind, smaller_worlds
 from cptool.cost import ELEMENT_BYTES, Forward, predict
 from cptool.cost.layer import elementwise_bytes
 from cptool.distributed import World
@@ -27,7 +27,7 @@ from cptool.model.llama import DecoderLayer
 from cptool.ops import attention_partial
 from cptool.ring import Ring
 from cptool.sampling import Sampling
-from cptool.sharding import balanced, union
+from cptool.sharding import Placement, balanced, union
 from cptool.staged import ring_of
 from cptool.strategy import fit_rule
 
@@ -72,7 +72,7 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
     machines = world.size // world.local_size
     at_once = None
     if device == "cpu":
-        at_once = max(1, machines * usable_processors() // threads)
+        at_once = max(1, usable_processors(world) // threads)
     counts = _counts(world, at_once)
     worlds = smaller_worlds(world, counts)
     fitting = max(n for n in counts if n <= (at_once or world.cp) or n == counts[0])
@@ -303,15 +303,17 @@ def _overheads(
         works: dict[str, Callable[[], object]] = {}
         for layers in (FEW_LAYERS, MORE_LAYERS):
             config = dataclasses.replace(TINY, num_hidden_layers=layers)
-            engine = None
+            engine = placements = None
             if part is not None:
                 engine = Engine(
                     random_model(config, getattr(torch, dtype), part), part, profile=profile
                 )
-                hold(engine, HELD)
+                placements = hold(engine, HELD)
             for variant in VARIANTS if count > 1 else VARIANTS[:1]:
                 for new in (1, 2 * count):
-                    works[f"{variant} {new} {layers}"] = _forward(engine, variant, new)
+                    works[f"{variant} {new} {layers}"] = _forward(
+                        engine, placements, variant, new
+                    )
         times = clock.all(works)
         found: dict[str, tuple[float, float]] = {}
         for variant in VARIANTS if count > 1 else VARIANTS[:1]:
@@ -332,11 +334,13 @@ def _overheads(
     )
 
 
-def _forward(engine: Engine | None, variant: str, new: int) -> Callable[[], object]:
+def _forward(
+    engine: Engine | None, placements: tuple[Placement, ...] | None, variant: str, new: int
+) -> Callable[[], object]:
     def work() -> None:
+        rewind(engine, HELD, placements)
         engine.variant = variant
         engine.extend([[1] * (new - 1)])
         engine.next_tokens(Sampling())
-        engine.truncate([HELD + 1])
 
     return work

@@ -207,19 +207,22 @@ def world_profile(world: World) -> HardwareProfile:
     """
     import torch
 
-    machines = world.size // world.local_size
     profile = load_profile(world.device.type).for_ranks(
-        torch.get_num_threads(), machines * usable_processors() // world.tp
+        torch.get_num_threads(), usable_processors(world) // world.tp
     )
     # The threads too are those of rank 0: ranks whose profiles differ would choose differently.
     return world.gather(profile)[0]
 
 
-def usable_processors() -> int:
-    """Processors of this machine that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def usable_processors(world: World) -> int:
+    """Processors that the ranks of `world` may run on, all together; each may be bound to some.
+
+    Collective.
+    """
+    from cptool.binding import machine, usable_cpus
+
+    places = world.gather((machine(), usable_cpus()))
+    return len({(name, cpu) for name, cpus in places for cpu in cpus})
 
 
 def profile_path() -> Path:

@@ -16,7 +16,7 @@ from cptool.engine import Engine
 from cptool.hardware import HardwareProfile
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
-from cptool.sharding import balanced
+from cptool.sharding import Placement, balanced
 from cptool.strategy import Choice
 
 VOCABULARY = 1024
@@ -85,9 +85,9 @@ def smaller_worlds(world: World, counts: list[int]) -> dict[int, World | None]:
 
 
 @torch.inference_mode()
-def hold(engine: Engine, cached: int) -> None:
+def hold(engine: Engine, cached: int) -> tuple[Placement, ...]:
     """Gives each sequence `cached` tokens of random KV, dealt to the ranks in balance, and one more
-    token whose KV is pending."""
+    token whose KV is pending. Returns which rank holds what, for `rewind`."""
     batch, ranks = len(engine.tokens), engine.world.cp
     placements = balanced([cached] * batch, ranks).placements()
     mine = placements[engine.world.cp_rank].to(engine.world.device)
@@ -100,6 +100,16 @@ def hold(engine: Engine, cached: int) -> None:
             for _ in range(2)
         )
         engine.cache.store(layer, k, v)
+    engine.assume([[0] * (cached + 1) for _ in range(batch)], placements)
+    return placements
+
+
+def rewind(engine: Engine, cached: int, placements: tuple[Placement, ...]) -> None:
+    """Goes back to where `hold` has left the engine: unlike `Engine.truncate`, to a pending token
+    where one token was computed since, too."""
+    batch = len(engine.tokens)
+    engine.cache.truncate([cached] * batch)
+    engine.logits.clear()
     engine.assume([[0] * (cached + 1) for _ in range(batch)], placements)
 
 

@@ -18,6 +18,7 @@ from cptool.bench.forward import (
     hold,
     predicted_s,
     random_model,
+    rewind,
     smaller_worlds,
 )
 from cptool.bench.measure import summary
@@ -28,6 +29,7 @@ from cptool.engine import Engine
 from cptool.hardware import HardwareProfile, world_profile
 from cptool.model.config import LlamaConfig
 from cptool.sampling import Sampling
+from cptool.sharding import Placement
 from cptool.strategy import AUTO, Choice, choose
 
 
@@ -56,6 +58,7 @@ class _Runs:
     ranks: int
     choices: dict[str, Choice]  # by the variant asked for
     engine: Engine | None
+    placements: tuple[Placement, ...]
     seconds: dict[tuple[str, int], list[float]]
     exposed: dict[tuple[str, int], list[float]]
     sent: dict[tuple[str, int], int]
@@ -101,11 +104,11 @@ def _prepare(part, world, model, profile, sweep, ranks, new, cached) -> _Runs:
         )
         for variant in (sweep.variants if ranks > 1 else (AUTO,))
     }  # fmt: skip
-    engine = None
+    engine, placements = None, ()
     if part is not None:
         engine = Engine(model, part, profile=profile)
-        hold(engine, cached)
-    return _Runs(ranks, choices, engine, {}, {}, {})
+        placements = hold(engine, cached)
+    return _Runs(ranks, choices, engine, placements, {}, {}, {})
 
 
 def _round(world: World, run: _Runs, new: int, cached: int, keep: bool) -> None:
@@ -114,7 +117,7 @@ def _round(world: World, run: _Runs, new: int, cached: int, keep: bool) -> None:
         world.barrier()
         took = exposed = sent = 0.0
         if run.engine is not None:
-            took, exposed, sent = _once(run.engine, choice, new, cached)
+            took, exposed, sent = _once(run, choice, new, cached)
         ranks = world.gather((took, exposed, sent))
         if keep:
             took, exposed, sent = (max(values) for values in zip(*ranks))
@@ -123,9 +126,10 @@ def _round(world: World, run: _Runs, new: int, cached: int, keep: bool) -> None:
             run.sent[key] = sent
 
 
-def _once(engine: Engine, choice: Choice, new: int, cached: int) -> tuple[float, float, int]:
-    """Seconds to the first token, of these exposed, and bytes sent; the engine is as it was."""
-    ring = engine.ring
+def _once(run: _Runs, choice: Choice, new: int, cached: int) -> tuple[float, float, int]:
+    """Seconds to the first token, of these exposed, and bytes sent."""
+    engine, ring = run.engine, run.engine.ring
+    rewind(engine, cached, run.placements)
     exposed, sent = ring.exposed_s, ring.sent_bytes
     # Only auto leaves ranks without new tokens.
     engine.variant = choice.variant if choice.active == engine.world.cp else AUTO
@@ -133,7 +137,6 @@ def _once(engine: Engine, choice: Choice, new: int, cached: int) -> tuple[float,
     engine.extend([[1] * (new - 1)])
     engine.next_tokens(Sampling())
     took = time.perf_counter() - began
-    engine.truncate([cached + 1])
     return took, ring.exposed_s - exposed, ring.sent_bytes - sent
 
 
