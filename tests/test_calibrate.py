@@ -105,4 +105,7 @@ def test_calibrate_writes_a_profile(ranks):
     profile, default = load_profile("cpu"), default_profile("cpu")
     assert said["path"] == str(profile_path()) and said["name"] == profile.name
     assert profile.threads == 1 and len(profile.rule) == 3
+    # Each rank is bound to its share of the processors; all of them serve the ranks.
+    assert profile.ranks_at_once == len(os.sched_getaffinity(0))
+    assert set(profile.residual_s) == ({"2"} if ranks == 2 else set())
     assert (profile.host_link == default.host_link) == (ranks == 1)
