@@ -89,7 +89,8 @@ def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfil
     Raises UserError if the model does not divide into `tp` parts.
     """
     tensor_parallel.check(work.config, tp)
-    profile = _for_ranks(profile, cp * tp)
+    room = profile.memory_bytes * _share(profile, cp * tp)
+    profile = _for_ranks(profile, cp, tp)
     cached = work.batch * work.cached
     held = work.batch * (work.context + work.answer // 2)
     step = -(-work.batch // cp) * cp if work.published else work.batch
@@ -124,7 +125,7 @@ def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfil
         others=others,
         other_steps=steps,
         memory=memory_per_rank(chosen.variant, filled),
-        capacity=(1 - RESERVED) * profile.memory_bytes / _crowd(profile, cp * tp),
+        capacity=(1 - RESERVED) * room,
     )
 
 
@@ -215,16 +216,31 @@ def _choose(variant, new, cached, work, cp, tp, profile) -> Choice:
     )  # fmt: skip
 
 
-def _for_ranks(profile: HardwareProfile, ranks: int) -> HardwareProfile:
-    """The processors of a CPU shared out as `cptool` shares them."""
+def _for_ranks(profile: HardwareProfile, cp: int, tp: int) -> HardwareProfile:
+    """The processors of a CPU shared out as `cptool` shares them; `ranks_at_once` counts CP ranks.
+
+    Where the TP ranks of one CP rank are more than the processors, they take turns too.
+    """
     if not profile.threads or profile.ranks_at_once is None:
         return profile
     processors = profile.threads * profile.ranks_at_once
-    return profile.for_ranks(max(1, processors // ranks), processors)
+    threads = max(1, processors // (cp * tp))
+    shared = profile.for_ranks(threads, processors // tp)
+    turns = tp * threads / processors
+    if turns <= 1:
+        return shared
+    return replace(
+        shared,
+        linear_flops={name: rate / turns for name, rate in shared.linear_flops.items()},
+        attention_flops={name: rate / turns for name, rate in shared.attention_flops.items()},
+        memory_bandwidth=shared.memory_bandwidth / turns,
+        cache_bandwidth=shared.cache_bandwidth / turns,
+    )
 
 
-def _crowd(profile: HardwareProfile, ranks: int) -> float:
-    return max(1.0, ranks / profile.ranks_at_once) if profile.ranks_at_once else 1.0
+def _share(profile: HardwareProfile, ranks: int) -> float:
+    """Of what a rank of the profile has, the part that each of so many on one machine has."""
+    return profile.ranks_at_once / ranks if profile.ranks_at_once else 1.0
 
 
 def _divides(config: LlamaConfig, tp: int) -> bool:

@@ -1,5 +1,6 @@
 """`cptool plan`: its numbers against the published ones, its answers, its refusals, its speed."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -243,3 +244,12 @@ def test_nothing_fits_names_the_nearest():
     work = Workload(LLAMA, 1_000_000)
     with pytest.raises(UserError, match=r"--cp \d+ --tp 8: a rank needs"):
         best(plan(work, cp, tp, "auto", GTT) for cp, tp in layouts(LLAMA, None, None, 8))
+
+
+def test_ranks_beyond_the_processors_gain_nothing():
+    two = dataclasses.replace(find_profile("cpu-core"), ranks_at_once=2)
+    work = Workload(SHAPES["llama3-1b"], 16_000)
+    one = plan(work, 1, 1, "auto", two).ttft.seconds  # of two threads
+    for cp, tp in ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4)):
+        assert plan(work, cp, tp, "auto", two).ttft.seconds > 0.95 * one
+    assert plan(work, 4, 1, "auto", two).capacity == plan(work, 1, 1, "auto", two).capacity / 4
