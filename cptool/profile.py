@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 from cptool.trace import PHASES, Recorder, Span, Transfer, overlap_s, union
 
 if TYPE_CHECKING:
+    from cptool.device_trace import Kernel
     from cptool.distributed import World
 
 HOST = "host"
 ROWS = (*PHASES, HOST)
+"""Of a rank on a CPU; on CUDA there is `cptool.device_trace.DEVICE_ROWS`, with idle for host."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,17 @@ class Phases:
 def phases_of(recorder: Recorder, section: Section) -> tuple[float, dict[str, float], float]:
     """Wall, phases and hidden transfers of one rank, seconds a step.
 
-    `host` is what no span covers: Python between the operations, and waiting for other processes
-    of the machine.
+    On a CPU `host` is what no span covers: Python between the operations, and waiting for other
+    processes of the machine. On CUDA the phases are those of the device's kernels.
     """
     spans, transfers = recorder.between(section.begin, section.end)
-    wall = section.end - section.begin
+    wall, steps = section.end - section.begin, section.steps
+    if recorder.kernels is not None:
+        from cptool.device_trace import device_phases
+
+        sampling = [(s.begin, s.end) for s in spans if s.phase == "sampling"]
+        phases, hidden = device_phases(recorder.kernels, sampling, section.begin, section.end)
+        return wall / steps, {name: s / steps for name, s in phases.items()}, hidden / steps
     phases = dict.fromkeys(ROWS, 0.0)
     for span in spans:
         phases[span.phase] += span.own_s
@@ -66,7 +74,6 @@ def phases_of(recorder: Recorder, section: Section) -> tuple[float, dict[str, fl
     moving = union([(t.begin, t.end) for t in transfers])
     waiting = [(s.begin, s.end) for s in spans if s.phase == "exposed"]
     hidden = sum(end - begin for begin, end in moving) - overlap_s(moving, waiting)
-    steps = section.steps
     return wall / steps, {name: s / steps for name, s in phases.items()}, hidden / steps
 
 
@@ -83,29 +90,30 @@ def collect(
         [phases_of(recorder, section) for section in sections],
         recorder.spans,
         recorder.transfers,
+        recorder.kernels or [],
         now,
         world.local_size,
     )
     ranks = world.gather(mine)
     if world.rank == 0:
         one_host = ranks[0][-1] == world.size
-        shifts = [0.0 if one_host else ranks[0][3] - rank[3] for rank in ranks]
-        write_trace(path, [(spans, moves) for _, spans, moves, *_ in ranks], shifts)
+        shifts = [0.0 if one_host else ranks[0][4] - rank[4] for rank in ranks]
+        write_trace(path, [rank[1:4] for rank in ranks], shifts)
     tables = []
     for index, section in enumerate(sections):
         walls, phases, hidden = zip(*(rank[0][index] for rank in ranks))
-        by_phase = {name: tuple(of[name] for of in phases) for name in ROWS}
+        by_phase = {name: tuple(of[name] for of in phases) for name in phases[0]}
         tables.append(Phases(section.name, section.steps, walls, by_phase, hidden))
     return tuple(tables)
 
 
 def write_trace(
     path: Path,
-    ranks: Sequence[tuple[Sequence[Span], Sequence[Transfer]]],
+    ranks: Sequence[tuple[Sequence[Span], Sequence[Transfer], Sequence[Kernel]]],
     shifts: Sequence[float],
 ) -> None:
-    """A Chrome trace: a process for every rank, with a track of what it does and tracks of sends
-    and receives, as many as there are at the same time.
+    """A Chrome trace: a process for every rank, with a track of what its thread does, tracks of
+    sends and receives, as many as there are at the same time, and one for each stream of a device.
     """
     events: list[dict[str, object]] = []
 
@@ -114,11 +122,11 @@ def write_trace(
             {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": value}}
         )
 
-    starts = [s.begin + shift for (spans, _), shift in zip(ranks, shifts) for s in spans]
+    starts = [s.begin + shift for (spans, *_), shift in zip(ranks, shifts) for s in spans]
     origin = min(starts, default=0.0)
-    for rank, ((spans, transfers), shift) in enumerate(zip(ranks, shifts)):
+    for rank, ((spans, transfers, kernels), shift) in enumerate(zip(ranks, shifts)):
         name("process_name", rank, 0, f"rank {rank}")
-        name("thread_name", rank, 0, "compute")
+        name("thread_name", rank, 0, "host" if kernels else "compute")
 
         def micros(seconds: float, shift: float = shift) -> float:
             return round(1e6 * (seconds + shift - origin), 3)
@@ -128,6 +136,16 @@ def write_trace(
                 {
                     "ph": "X", "name": span.name, "cat": span.phase, "pid": rank, "tid": 0,
                     "ts": micros(span.begin), "dur": round(1e6 * (span.end - span.begin), 3),
+                }
+            )  # fmt: skip
+        for stream in sorted({kernel.stream for kernel in kernels}):
+            name("thread_name", rank, 1000 + stream, f"device, stream {stream}")
+        for kernel in kernels:
+            events.append(
+                {
+                    "ph": "X", "name": kernel.name, "cat": "kernel", "pid": rank,
+                    "tid": 1000 + kernel.stream, "ts": micros(kernel.begin),
+                    "dur": round(1e6 * (kernel.end - kernel.begin), 3),
                 }
             )  # fmt: skip
         lanes: list[tuple[str, float]] = []

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from cptool.device_trace import Kernel
     from cptool.model.llama import Llama
 
 PHASES = ("linear", "attention", "exposed", "sampling", "small ops")
@@ -69,6 +70,7 @@ class Recorder:
     def __init__(self) -> None:
         self.spans: list[Span] = []
         self.transfers: list[Transfer] = []
+        self.kernels: list[Kernel] | None = None  # of the device, where it is not the CPU
         self._open: list[list] = []  # name, phase, begin, seconds inside of spans within
         self._waiters = ThreadPoolExecutor(64, thread_name_prefix="cptool-trace")
         self._lock = threading.Lock()
@@ -143,9 +145,12 @@ class Watched:
         self._future.result()
 
 
-def union(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+Interval = tuple[float, float]
+
+
+def union(intervals: Sequence[Interval]) -> list[Interval]:
     """The same moments in disjoint intervals, ascending."""
-    merged: list[tuple[float, float]] = []
+    merged: list[Interval] = []
     for begin, end in sorted(intervals):
         if merged and begin <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
@@ -154,9 +159,25 @@ def union(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return merged
 
 
-def overlap_s(
-    first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]]
-) -> float:
+def subtract(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
+    """The moments of `first` that are not in `second`."""
+    rest, second = [], union(second)
+    at = 0
+    for begin, end in union(first):
+        while at < len(second) and second[at][1] <= begin:
+            at += 1
+        following = at
+        while following < len(second) and second[following][0] < end:
+            if begin < second[following][0]:
+                rest.append((begin, second[following][0]))
+            begin = second[following][1]
+            following += 1
+        if begin < end:
+            rest.append((begin, end))
+    return rest
+
+
+def overlap_s(first: Sequence[Interval], second: Sequence[Interval]) -> float:
     """Seconds that lie in both."""
     first, second, total, at = union(first), union(second), 0.0, 0
     for begin, end in first:

@@ -116,8 +116,14 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
         engine.restore(directory, manifest, reserve=room)
     held = list(engine.computed)
     recorder = Recorder() if turn.profile else None
+    device = None
     if recorder:
         engine.record(recorder)
+        if world.device.type == "cuda":
+            from cptool.device_trace import DeviceProfiler
+
+            device = DeviceProfiler()
+            device.start()
 
     world.barrier()
     loaded = time.perf_counter()
@@ -135,6 +141,8 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     answers = engine.decode(turn.max_new_tokens, turn.sampling, checkpoint.eos_ids, emit)
     steps = max(map(len, answers), default=0) - 1
     ended = time.perf_counter()
+    if device:
+        recorder.kernels = device.stop()
     if directory is not None and (any(new) or any(answers)):
         engine.save(directory, manifest, identity(checkpoint))
     phases = ()

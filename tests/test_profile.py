@@ -1,6 +1,7 @@
 """Where time goes: phases that add up to the wall, transfers beside compute, the trace's file."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from click.testing import CliRunner
 
 from cptool.cli.main import main
 from cptool.profile import ROWS, Section, phases_of, write_trace
-from cptool.trace import SILENT, Recorder, Span, Transfer, overlap_s, union
+from cptool.device_trace import DEVICE_ROWS, DeviceProfiler, Kernel, phase_of
+from cptool.trace import SILENT, Recorder, Span, Transfer, overlap_s, subtract, union
 
 
 def test_intervals():
@@ -55,11 +57,46 @@ def test_spans_nest_and_sums_over_ranks_are_communication():
 
 def test_transfers_at_the_same_time_lie_on_tracks_of_their_own(tmp_path):
     moves = [Transfer("send", 1, 8, t, t + 1.5) for t in (0.0, 1.0, 2.0)]
-    write_trace(tmp_path / "t", [([], []), ([Span("a", "linear", 5, 6, 1)], moves)], [0.0, 2.0])
+    write_trace(tmp_path / "t", [([], [], []), ([Span("a", "linear", 5, 6, 1)], moves, [])], [0, 2])
     events = json.loads((tmp_path / "t").read_text())["traceEvents"]
     tracks = [e["tid"] for e in events if e.get("cat") == "transfer"]
     assert len(set(tracks)) == 2 and tracks[0] == tracks[2] and 0 not in tracks
     assert [e["ts"] for e in events if e.get("cat") == "linear"] == [0.0]  # the first span
+
+
+def test_moments_without_a_kernel_are_idle():
+    recorder = Recorder()
+    recorder.spans = [Span("sampling", "sampling", 7.0, 9.0, 2.0)]
+    recorder.kernels = [
+        Kernel("sm90_xmma_gemm_bf16bf16", 7, 0.5, 2.0),  # began before the section
+        Kernel("attention_sm90_kernel<128>", 7, 3.0, 5.0),
+        Kernel("ncclDevKernel_SendRecv", 13, 4.0, 6.0),  # half of it beside attention
+        Kernel("rms_norm_kernel", 7, 6.5, 7.0),
+        Kernel("reduce_kernel argmax", 7, 8.0, 8.5),
+    ]
+    wall, phases, hidden = phases_of(recorder, Section("x", 1.0, 11.0, steps=1))
+    assert wall == 10 and tuple(phases) == DEVICE_ROWS and sum(phases.values()) == wall
+    assert phases == {
+        "linear": 1.0, "attention": 2.0, "exposed": 1.0, "sampling": 0.5, "small ops": 0.5,
+        "idle": 5.0,
+    }  # fmt: skip
+    assert hidden == 1.0
+    assert phase_of("Memcpy HtoD (Pinned -> Device)") == "small ops"
+    assert subtract([(0, 4), (6, 9)], [(1, 2), (3, 7), (8, 8.5)]) == [
+        (0, 1), (2, 3), (7, 8), (8.5, 9),
+    ]  # fmt: skip
+
+
+def test_the_profilers_clock_is_ours():
+    """Of the CPU's operators, which need no GPU."""
+    profiler, x = DeviceProfiler("CPU"), torch.ones(300, 300)
+    profiler.start()
+    torch.mm(x, x)
+    began = time.perf_counter()
+    torch.mm(x, x)
+    ended = time.perf_counter()
+    products = [k for k in profiler.stop() if k.name == "aten::mm"]
+    assert began - 0.002 < products[1].begin < products[1].end < ended + 0.002
 
 
 def cptool(*arguments, code=0):

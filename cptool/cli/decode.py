@@ -11,7 +11,6 @@ from cptool.cli.options import (
     Prompts,
     check_context,
     check_profile,
-    check_profiled,
     json_option,
     profile_option,
     prompt_options,
@@ -111,7 +110,6 @@ def decode(
     ranks = resolve_ranks(
         cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
     )
-    check_profiled(profile, ranks.device)
 
     from cptool.cli.launch import run_turn
     from cptool.turn import Turn

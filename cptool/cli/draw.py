@@ -115,7 +115,11 @@ def phases(report: "Report", path: str | None, *, to_stderr: bool = False) -> No
         say(f"trace: {path} (open it in ui.perfetto.dev)")
 
 
-PHASE_NAMES = {"exposed": "communication exposed", "host": "host (no operation)"}
+PHASE_NAMES = {
+    "exposed": "communication exposed",
+    "host": "host (no operation)",
+    "idle": "idle (no kernel)",
+}
 
 
 def say(line: str) -> None:

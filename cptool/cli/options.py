@@ -210,15 +210,6 @@ def check_profile(profile: str | None) -> None:
         )
 
 
-def check_profiled(profile: str | None, device: str) -> None:
-    """Refuses to call launches of kernels, which is what spans on CUDA would show, their time."""
-    if profile is not None and device == "cuda":
-        raise UserError(
-            "--profile: it times the host alone, which runs ahead of a GPU; use --device cpu, or "
-            "nsys for the device"
-        )
-
-
 def resolve_ranks(
     *,
     cp: int | None,

@@ -12,7 +12,6 @@ from cptool.cli.options import (
     Prompts,
     check_context,
     check_profile,
-    check_profiled,
     dtype_option,
     json_option,
     profile_option,
@@ -104,7 +103,6 @@ def prefill(
     ranks = resolve_ranks(
         cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
     )
-    check_profiled(profile, ranks.device)
 
     from cptool.cli.launch import run_turn
     from cptool.turn import Turn

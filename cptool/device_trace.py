@@ -1,0 +1,105 @@
+"""The device's side of a profile: kernels as torch.profiler saw them, by phase, and idle time.
+
+On CUDA the host only launches: a span of its own thread says when, and the kernels themselves say
+how long. A moment in which no kernel runs is idle, mostly because the host is late: small decode
+steps are made of such moments.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cptool.trace import PHASES, Interval, overlap_s, subtract, union
+
+IDLE = "idle"
+DEVICE_ROWS = (*PHASES, IDLE)
+TRANSFER = "transfer"
+
+_WORDS = {
+    TRANSFER: ("nccl",),
+    "attention": ("attention", "merge", "flash"),
+    "linear": ("gemm", "gemv", "cutlass", "cublas", "nvjet", "xmma", "splitk"),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ran on a stream of the device, a copy too; seconds of `time.perf_counter`."""
+
+    name: str
+    stream: int
+    begin: float
+    end: float
+
+
+def phase_of(name: str) -> str:
+    """The phase of a kernel, or TRANSFER, from its name: ours, NCCL's and the matrix libraries'."""
+    lowered = name.lower()
+    for phase, words in _WORDS.items():
+        if any(word in lowered for word in words):
+            return phase
+    return "small ops"
+
+
+def device_phases(
+    kernels: Sequence[Kernel], sampling: Sequence[Interval], begin: float, end: float
+) -> tuple[dict[str, float], float]:
+    """Seconds of each of DEVICE_ROWS in [begin, end), which add up to it, and of hidden transfers.
+
+    Where kernels of several phases run at once the moment counts as compute, and a transfer beside
+    compute as hidden. Small kernels that start while the host samples are sampling.
+    """
+    of: dict[str, list[Interval]] = {phase: [] for phase in (*PHASES, TRANSFER)}
+    for kernel in kernels:
+        phase = phase_of(kernel.name)
+        if phase == "small ops" and any(a <= kernel.begin < b for a, b in sampling):
+            phase = "sampling"
+        clipped = max(kernel.begin, begin), min(kernel.end, end)
+        if clipped[0] < clipped[1]:
+            of[phase].append(clipped)
+    left: list[Interval] = [(begin, end)]
+    phases = {}
+    for phase in ("linear", "attention", "sampling", "small ops"):
+        phases[phase] = overlap_s(left, of[phase])
+        left = subtract(left, of[phase])
+    phases["exposed"] = overlap_s(left, of[TRANSFER])
+    hidden = sum(b - a for a, b in union(of[TRANSFER])) - phases["exposed"]
+    left = subtract(left, of[TRANSFER])
+    phases[IDLE] = sum(b - a for a, b in left)
+    return {row: phases[row] for row in DEVICE_ROWS}, hidden
+
+
+class DeviceProfiler:
+    """Collects kernels between `start` and `stop`, of `activity`: CUDA, or the CPU's operators."""
+
+    def __init__(self, activity: str = "CUDA") -> None:
+        self._type = getattr(torch.autograd.DeviceType, activity)
+        activities = [getattr(torch.profiler.ProfilerActivity, activity)]
+        self._profiler = torch.profiler.profile(activities=activities)
+
+    def start(self) -> None:
+        self._profiler.start()
+
+    def stop(self) -> list[Kernel]:
+        """The kernels, in order of their beginning; waits for the device."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._profiler.stop()
+        # Events count from the beginning of the trace, which is told in time since the epoch.
+        began = 1e-9 * self._profiler.profiler.kineto_results.trace_start_ns()
+        shift = began - (time.time() - time.perf_counter())
+        kernels = [
+            Kernel(
+                event.name,
+                event.thread,
+                shift + 1e-6 * event.time_range.start,
+                shift + 1e-6 * event.time_range.end,
+            )
+            for event in self._profiler.events()
+            if event.device_type == self._type and not event.is_user_annotation
+        ]
+        return sorted(kernels, key=lambda kernel: kernel.begin)
