@@ -1,4 +1,4 @@
-"""The ring from memory to memory: the cases of `test_ring`, peers out of reach, and ranks that end."""
+"""The ring from memory to memory: the cases of `test_ring`, peers out of reach, ranks that end."""
 
 import os
 import signal

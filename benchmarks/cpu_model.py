@@ -1,0 +1,207 @@
+"""A whole model on one CPU thread: time to the first token and per further token, ours against
+transformers with SDPA and, where llama-cpp-python is installed, llama.cpp with flash attention, on
+the same random bfloat16 weights, with the ceilings of the machine.
+
+    python benchmarks/cpu_model.py --tokens 1024,4096 --repeats 3 --json results.json
+
+The ceiling of a prefill is its matrix products at oneDNN's rate and its attention at that of our
+own kernel, both measured in the same run; that of a decode step is its weights and KV at the
+bandwidth of one thread's reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from ceilings import Ceilings
+from measure import circumstances, summary
+from random_llama import SHAPE, write
+from transformers import AutoModelForCausalLM
+
+from cptool.checkpoint import open_checkpoint
+from cptool.cost import attention_flops, kv_bytes, linear_flops, weight_bytes
+from cptool.distributed import run
+from cptool.engine import Engine
+from cptool.ops import attention_partial
+from cptool.sampling import Sampling
+from cptool.weights import load_model
+
+Times = tuple[float, float]
+"""Seconds to the first token, and of each further one."""
+
+
+def clock() -> float:
+    """CPU time of the process on one thread, whatever threads a peer starts beside it; else on the
+    wall.
+    """
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def ours(world, path: Path) -> Callable[[list[int], int], Times]:
+    checkpoint = open_checkpoint(str(path))
+    model = load_model(checkpoint, torch.bfloat16, world.device, world)
+
+    def measure(tokens: list[int], further: int) -> Times:
+        engine = Engine(model, world)
+        begin = clock()
+        engine.extend([tokens], reserve=further + 1)
+        engine.next_tokens(Sampling())
+        first = clock()
+        engine.decode(further + 1, Sampling())
+        return first - begin, (clock() - first) / further
+
+    return measure
+
+
+def by_transformers(path: Path) -> Callable[[list[int], int], Times]:
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+
+    @torch.inference_mode()
+    def measure(tokens: list[int], further: int) -> Times:
+        begin = clock()
+        result = model(torch.tensor([tokens]), use_cache=True, logits_to_keep=1)
+        token = result.logits[:, -1].argmax(-1, keepdim=True)
+        first = clock()
+        for _ in range(further):
+            result = model(token, use_cache=True, past_key_values=result.past_key_values)
+            token = result.logits[:, -1].argmax(-1, keepdim=True)
+        return first - begin, (clock() - first) / further
+
+    return measure
+
+
+def by_llama_cpp(path: Path, context: int) -> Callable[[list[int], int], Times]:
+    from llama_cpp import Llama
+
+    threads = torch.get_num_threads()
+    model = Llama(
+        model_path=str(path / "model.gguf"), n_ctx=context, n_batch=2048, n_threads=threads,
+        n_threads_batch=threads, flash_attn=True, verbose=False,
+    )  # fmt: skip
+
+    def measure(tokens: list[int], further: int) -> Times:
+        model.reset()
+        begin = clock()
+        model.eval(tokens)
+        first = clock()
+        for step in range(further):
+            model.eval([100 + step])
+        return first - begin, (clock() - first) / further
+
+    return measure
+
+
+def rates(tokens: int) -> dict[str, float]:
+    """Measured now: FLOP/s of a large product and of causal attention, bytes/s of reading."""
+    x, w = torch.randn(1024, 1024).bfloat16(), torch.randn(5632, 1024).bfloat16()
+    heads, kv_heads, head_dim = (
+        SHAPE[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    count = min(tokens, 4096)
+    q = torch.randn(count, heads, head_dim).bfloat16()
+    k = torch.randn(count, kv_heads, head_dim).bfloat16()
+    positions = torch.arange(count, dtype=torch.int32)
+    ends = torch.tensor([0, count], dtype=torch.int32)
+
+    def seconds(call: Callable[[], object], repeats: int) -> float:
+        samples = []
+        for _ in range(repeats):
+            begin = clock()
+            call()
+            samples.append(clock() - begin)
+        return min(samples)
+
+    linear = seconds(lambda: torch.nn.functional.linear(x, w), 5)
+    attention = seconds(
+        lambda: attention_partial(
+            q, k, k, positions, positions, ends, ends, head_dim**-0.5, out_dtype=q.dtype
+        ),
+        2,
+    )
+    memory = torch.ones(256 << 20, dtype=torch.uint8)
+    return {
+        "linear_flops": 2 * x.shape[0] * w.numel() / linear,
+        "attention_flops": 4 * head_dim * heads * count * (count + 1) / 2 / attention,
+        "read_bandwidth": max(Ceilings(torch.get_num_threads()).read(memory) for _ in range(3)),
+    }
+
+
+def compare(world, path: str, options: argparse.Namespace) -> list[dict]:
+    torch.set_num_threads(options.threads)
+    lengths = [int(length) for length in options.tokens.split(",")]
+    config = open_checkpoint(path).config
+    measures = {"cptool": ours(world, Path(path))}
+    if "transformers" in options.peers:
+        measures["transformers"] = by_transformers(Path(path))
+    if "llama.cpp" in options.peers:
+        measures["llama.cpp"] = by_llama_cpp(Path(path), max(lengths) + options.decode + 8)
+    generator = torch.manual_seed(1)
+    for measure in measures.values():  # warm up
+        measure([7] * 64, 2)
+    rows = []
+    for length in lengths:
+        tokens = torch.randint(100, config.vocab_size, (length,), generator=generator).tolist()
+        samples: dict[str, list[Times]] = {name: [] for name in measures}
+        for _ in range(options.repeats):
+            for name, measure in measures.items():
+                samples[name].append(measure(tokens, options.decode))
+        rate = rates(length)
+        ceiling = {
+            "ttft_s": linear_flops(config, length, 1) / rate["linear_flops"]
+            + attention_flops(config, length, 0) / rate["attention_flops"],
+            "ttit_s": (weight_bytes(config, 2) + kv_bytes(config, length, 2))
+            / rate["read_bandwidth"],
+        }
+        row = {"tokens": length, "rates": rate, "ceiling": ceiling, "engines": {}}
+        for name, times in samples.items():
+            row["engines"][name] = {
+                "ttft_s": summary([first for first, _ in times]),
+                "ttit_s": summary([further for _, further in times]),
+            }
+        rows.append(row)
+        best = row["engines"]["cptool"]
+        for name, times in row["engines"].items():
+            first, further = times["ttft_s"]["median"], times["ttit_s"]["median"]
+            print(
+                f"{length:6} {name:13} first {first:8.3f} s ({first / best['ttft_s']['median']:.2f} "
+                f"times ours, ceiling {ceiling['ttft_s']:.3f}), further {1e3 * further:7.2f} ms "
+                f"({further / best['ttit_s']['median']:.2f} times ours, ceiling "
+                f"{1e3 * ceiling['ttit_s']:.2f})",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", default="1024,2048,4096")
+    parser.add_argument("--decode", type=int, default=16, help="further tokens timed")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peers", default="transformers,llama.cpp")
+    parser.add_argument("--model", help="a directory that an earlier run has written")
+    parser.add_argument("--json", help="file for the results")
+    options = parser.parse_args()
+    options.peers = [peer for peer in options.peers.split(",") if peer]
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(options.model or folder)
+        if not (path / "config.json").exists() or not (path / "model.gguf").exists():
+            write(path, gguf="llama.cpp" in options.peers)
+        rows = run(compare, str(path), options, device="cpu", threads=options.threads)
+    clock = "CPU time of the process" if options.threads == 1 else "wall time"
+    result = {**circumstances(), "clock": clock, "model": SHAPE, "rows": rows}
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
