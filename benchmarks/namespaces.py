@@ -110,6 +110,8 @@ class Hosts:
             "MASTER_PORT": str(PORT),
             "GLOO_SOCKET_IFNAME": INTERFACE,
             "OMP_WAIT_POLICY": "PASSIVE",
+            # The hosts share a memory, by which ranks would know each other as of one machine.
+            "CPTOOL_TRANSPORT": "direct",
         }
         pinned = [] if core is None else ["taskset", "-c", str(core)]
         process = subprocess.Popen(
