@@ -213,7 +213,7 @@ def test_calls_that_a_kernel_does_not_take_go_to_the_next(cuda):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("partials", [1, 3, 130])
+@pytest.mark.parametrize("partials", [1, 3, 13, 130])
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
 def test_merge_matches_float64(cuda, partials, dtype, out_dtype, shift):
     generator = torch.Generator().manual_seed(partials)
@@ -233,10 +233,24 @@ def test_merge_matches_float64(cuda, partials, dtype, out_dtype, shift):
     assert (lse - exact_lse).abs().max() <= roundings * exact_lse.abs().max()
 
 
-def test_merge_of_nothing(cuda):
-    outs, lses = [torch.full((2, 1, 8), torch.nan)] * 2, [torch.full((2, 1), -torch.inf)] * 2
-    out, lse = cuda.merge(outs, lses)
+@pytest.mark.parametrize("rows", [3, 4200], ids=["groups", "one by one"])
+def test_merge_in_any_order_of_threads(cuda, rows):
+    generator = torch.Generator().manual_seed(0)
+    outs = list(torch.randn(20, rows, 2, 64, generator=generator))
+    lses = list(torch.randn(20, rows, 2, generator=generator))
+    expected = cuda.merge(outs, lses)
+    for seed in range(1, 4):
+        assert_same(cuda.merge(outs, lses, seed=seed), expected)
+
+
+@pytest.mark.parametrize("partials", [2, 20])
+def test_merge_of_nothing(cuda, partials):
+    nothing = torch.full((2, 1, 8), torch.nan), torch.full((2, 1), -torch.inf)
+    out, lse = cuda.merge(*([part] * partials for part in nothing))
     assert torch.all(out == 0) and torch.all(lse == -torch.inf)
+    some = torch.randn(2, 1, 8), torch.randn(2, 1)
+    tensors = ([*[none] * (partials - 1), part] for none, part in zip(nothing, some))
+    assert_same(cuda.merge(*tensors), some)
 
 
 # The emulation itself: mistakes of tests/cuda_emulation/mistakes.cpp that it has to see.

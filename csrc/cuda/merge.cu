@@ -3,9 +3,12 @@
 // does not depend on the launch.
 //
 // Bound by bandwidth: a thread holds eight columns of one row, loads 16 bytes at a time, and those of
-// kTogether partials before it uses the first. A partial that saw nothing is not read.
+// kLoads partials before it uses the first. A partial that saw nothing is not read. Where many
+// partials of few rows are merged, as after decoding in pieces, groups of a block's threads take
+// turns with the partials and add up what they have through shared memory, in their order.
 #include "cuda/merge.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/device.h"
@@ -18,8 +21,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kColumns = 8;  // of a thread
-constexpr int kTogether = 4;
+constexpr int kLoads = 4;  // of each thread, under way together
 constexpr int kMaxPartials = 128;
+constexpr int64_t kFewThreads = 1 << 16;  // too few, one a chunk of a row, to hide each other's loads
 
 // A kernel's parameters: pointers by value, for the host arrays may be gone when it runs. More
 // partials than fit (4 KiB is what every device takes) are merged in several launches, through out
@@ -30,7 +34,7 @@ struct MergeLaunch {
   int partials;
   bool running;  // out and lse hold the merge of earlier partials
   int64_t rows;
-  int row_threads, block_rows;
+  int row_threads, block_rows, groups;  // of a block; their product is its threads in use
   ScalarType out_dtype;
   void* out;
   float* lse;
@@ -92,38 +96,57 @@ __device__ void store_columns(void* to, ScalarType dtype, int64_t index, const C
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     merge_kernel(const __grid_constant__ MergeLaunch launch) {
+  constexpr int kTogether = kAligned ? kLoads : 1;
   // A row is one block's, so that a barrier lies between the last read of its lse and its write.
-  const int block_row = static_cast<int>(threadIdx.x) / launch.row_threads;
-  const int chunk = static_cast<int>(threadIdx.x) % launch.row_threads;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int chunk = thread % launch.row_threads;
+  const int block_row = thread / launch.row_threads % launch.block_rows;
+  const int group = thread / (launch.row_threads * launch.block_rows);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * launch.block_rows + block_row;
-  const bool held = block_row < launch.block_rows && row < launch.rows;
+  const bool held = group < launch.groups && row < launch.rows;
+  // Of each group and row: the largest lse, the sum of weights, the weighted columns.
+  float* shared_max = reinterpret_cast<float*>(dynamic_shared());
+  float* shared_sum = shared_max + launch.groups * launch.block_rows;
+  float* shared_acc = shared_sum + launch.groups * launch.block_rows;
+  const int place = group * launch.block_rows + block_row;
 
   SoftmaxState total;
+  float before = -INFINITY;
   if (held) {
-    const float before = launch.running ? launch.lse[row] : -INFINITY;
+    if (launch.running && group == 0) before = launch.lse[row];
     total.max = before;
-    for (int i = 0; i < launch.partials; ++i) {
-      const float lse = launch.lses[i][row];
-      total.max = lse > total.max ? lse : total.max;
+#pragma unroll 4
+    for (int i = group; i < launch.partials; i += launch.groups) {
+      total.max = fmaxf(total.max, launch.lses[i][row]);
     }
-    const float base = total.max == -INFINITY ? 0.0f : total.max;
-    const int64_t index = (row * launch.row_threads + chunk) * kColumns;
-    Columns acc = {};
+  }
+  if (launch.groups > 1) {
+    if (held && chunk == 0) shared_max[place] = total.max;
+    __syncthreads();
+    for (int g = 0; held && g < launch.groups; ++g) {
+      total.max = fmaxf(total.max, shared_max[g * launch.block_rows + block_row]);
+    }
+  }
+
+  const float base = total.max == -INFINITY ? 0.0f : total.max;
+  const int64_t index = (row * launch.row_threads + chunk) * kColumns;
+  Columns acc = {};
+  if (held) {
     if (before != -INFINITY) {
-      const float weight = expf(before - base);
-      total.sum = weight;
+      total.sum = expf(before - base);
       acc = load_columns<kAligned>(launch.out, launch.out_dtype, index);
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) acc.value[c] *= weight;
+      for (int c = 0; c < kColumns; ++c) acc.value[c] *= total.sum;
     }
-    for (int i = 0; i < launch.partials; i += kTogether) {
+    for (int first = group; first < launch.partials; first += kTogether * launch.groups) {
       Columns columns[kTogether] = {};
       float weight[kTogether];
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
-        weight[j] = i + j < launch.partials ? expf(launch.lses[i + j][row] - base) : 0.0f;
+        const int i = first + j * launch.groups;
+        weight[j] = i < launch.partials ? expf(launch.lses[i][row] - base) : 0.0f;
         if (weight[j] != 0.0f) {  // else its out is ignored, whatever it holds
-          columns[j] = load_columns<T, kAligned>(launch.outs[i + j], index);
+          columns[j] = load_columns<T, kAligned>(launch.outs[i], index);
         }
       }
 #pragma unroll
@@ -133,23 +156,42 @@ __global__ void __launch_bounds__(kThreads)
         for (int c = 0; c < kColumns; ++c) acc.value[c] += weight[j] * columns[j].value[c];
       }
     }
-    const float divisor = total.empty() ? 1.0f : total.sum;
+    if (launch.groups > 1) {
+      if (chunk == 0) shared_sum[place] = total.sum;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) acc.value[c] /= divisor;
-    store_columns<kAligned>(launch.out, launch.out_dtype, index, acc);
+      for (int c = 0; c < kColumns; ++c) {
+        shared_acc[(place * launch.row_threads + chunk) * kColumns + c] = acc.value[c];
+      }
+    }
   }
   __syncthreads();
-  if (held && chunk == 0) launch.lse[row] = total.lse();
+  if (!held || group != 0) return;
+  for (int g = 1; g < launch.groups; ++g) {
+    const int there = g * launch.block_rows + block_row;
+    total.sum += shared_sum[there];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      acc.value[c] += shared_acc[(there * launch.row_threads + chunk) * kColumns + c];
+    }
+  }
+  const float divisor = total.empty() ? 1.0f : total.sum;
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) acc.value[c] /= divisor;
+  store_columns<kAligned>(launch.out, launch.out_dtype, index, acc);
+  if (chunk == 0) launch.lse[row] = total.lse();
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <class T>
 void launch_merge(const MergeLaunch& merge, bool aligned, unsigned blocks, cudaStream_t stream) {
+  const size_t shared = merge.groups == 1 ? 0
+                                          : sizeof(float) * merge.groups * merge.block_rows *
+                                                (2 + merge.row_threads * kColumns);
   if (aligned) {
-    launch("merge_partials", merge_kernel<T, true>, blocks, kThreads, 0, stream, merge);
+    launch("merge_partials", merge_kernel<T, true>, blocks, kThreads, shared, stream, merge);
   } else {
-    launch("merge_partials", merge_kernel<T, false>, blocks, kThreads, 0, stream, merge);
+    launch("merge_partials", merge_kernel<T, false>, blocks, kThreads, shared, stream, merge);
   }
 }
 
@@ -161,7 +203,12 @@ void merge(const MergeArgs& args, bool running, cudaStream_t stream) {
   merge.running = running;
   merge.rows = args.rows;
   merge.row_threads = static_cast<int>(args.head_dim / kColumns);
-  merge.block_rows = kThreads / merge.row_threads;
+  merge.groups = 1;
+  if (args.partials >= 2 * kLoads && args.rows * merge.row_threads < kFewThreads) {
+    const int64_t most = std::min<int64_t>(args.partials, kMaxPartials) / kLoads;
+    merge.groups = static_cast<int>(std::min<int64_t>(kThreads / merge.row_threads, most));
+  }
+  merge.block_rows = kThreads / (merge.row_threads * merge.groups);
   merge.out_dtype = args.out_dtype;
   merge.out = args.out;
   merge.lse = args.lse;
