@@ -97,7 +97,8 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         profile = _compute(clock, profile, default, name, first=done == 0)
     if world.cp > 1:
         world.report("measure the link")
-        link, steals = _link(clock, part if part and part.cp > 1 else worlds[counts[-1]])
+        joined = worlds[fitting if fitting > 1 else counts[-1]]
+        link, steals = _link(_Clock(world, joined, repeats), joined)
         joins = "network" if machines > 1 else "host_link"
         profile = dataclasses.replace(profile, transfer_steals=steals, **{joins: link})
     world.report("measure the overheads")
