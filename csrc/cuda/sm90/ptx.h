@@ -138,9 +138,10 @@ __device__ __forceinline__ void keep_in_place(uint32_t (&registers)[kCount]) {
 //   d[4 j + e]:      row 16 w + g,     columns 8 j + 2 t + e, for e = 0, 1
 //   d[4 j + 2 + e]:  row 16 w + g + 8, the same columns
 // and of an `a` in registers, [64, 16], two elements each, the lower column in the lower half:
-//   a[0]: row 16 w + g,     columns 2 t, 2 t + 1    a[2]: row 16 w + g,     columns 2 t + 8, 2 t +
-//   9 a[1]: row 16 w + g + 8, columns 2 t, 2 t + 1    a[3]: row 16 w + g + 8, columns 2 t + 8, 2 t
-//   + 9
+//   a[0]: row 16 w + g,      columns 2 t, 2 t + 1
+//   a[1]: row 16 w + g + 8,  the same columns
+//   a[2]: row 16 w + g,      columns 2 t + 8, 2 t + 9
+//   a[3]: row 16 w + g + 8,  those
 #define CPTOOL_D8(i)                                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
