@@ -9,8 +9,8 @@ median time of what `auto` picks over that of the fastest, less one. Where those
 by less than they spread (the distance from the median of either that half of its times keep), the
 cell is a tie that this machine cannot tell.
 
-`--merge FILE` keeps the cells of an earlier run for which this one has none: a grid may be measured
-in pieces. Cells say which profile picked.
+`--merge FILE` keeps the cells of earlier runs for which this one has none: a grid may be measured in
+pieces, and without --cp nothing more is. Cells say which profile picked.
 """
 
 from __future__ import annotations
@@ -147,17 +147,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="at least, a cell")
-    parser.add_argument("--merge", type=Path, help="an earlier run's file")
+    parser.add_argument("--merge", type=Path, action="append", default=[])
     parser.add_argument("--output", type=Path, default=RESULTS / "auto_regret.json")
     arguments = parser.parse_args()
     news, cacheds = arguments.new or NEW, arguments.cached or CACHED
     grid = [(new, cached) for cached in cacheds for new in news]
     runs, cells = [], {}
-    if arguments.merge:
-        earlier = json.loads(arguments.merge.read_text())
-        runs = earlier["runs"]
-        cells = {(c["ranks"], c["new"], c["cached"]): c for c in earlier["cells"]}
-    for ranks in arguments.cp or [2, 4]:
+    for path in arguments.merge:
+        earlier = json.loads(path.read_text())
+        runs += earlier["runs"]
+        cells |= {(c["ranks"], c["new"], c["cached"]): c for c in earlier["cells"]}
+    for ranks in arguments.cp or ([] if arguments.merge else [2, 4]):
         for c in run(
             measure, arguments.dtype, arguments.layers, arguments.repeats, arguments.seconds, grid,
             cp=ranks, device="cpu",
@@ -181,7 +181,8 @@ def main() -> None:
         "cells_over_10_percent_beyond_spread": sum(r > 0.1 for r in clear),
     }
     print(summary)
-    runs.append({**circumstances(), "profile": dataclasses.asdict(load_profile("cpu"))})
+    if arguments.cp or not arguments.merge:
+        runs.append({**circumstances(), "profile": dataclasses.asdict(load_profile("cpu"))})
     result = {"regret": summary, "runs": runs, "cells": [cells[key] for key in sorted(cells)]}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")

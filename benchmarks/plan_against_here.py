@@ -4,7 +4,7 @@
 
 For each world of N ranks the hardware is measured first (as `cptool bench calibrate` does, but
 nothing is kept), then TTFT over a grid of contexts, miss rates and variants, on N ranks and on one
-of them, all interleaved. Rates that hold for a model of one size must predict another: the shape
+of them, all interleaved. `--merge FILE` adds an earlier run's. Rates that hold for a model of one size must predict another: the shape
 here is none that calibration looks at.
 """
 
@@ -51,10 +51,14 @@ def main() -> None:
     parser.add_argument("--context", type=int, action="append", help=f"default {CONTEXTS}")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--merge", type=Path, action="append", default=[])
     parser.add_argument("--output", type=Path, default=RESULTS / "plan_against_here.json")
     arguments = parser.parse_args()
-    results, profiles = [], {}
-    for ranks in arguments.cp or [2, 4]:
+    results, runs = [], []
+    for path in arguments.merge:
+        earlier = json.loads(path.read_text())
+        results, runs = results + earlier["results"], runs + earlier["runs"]
+    for ranks in arguments.cp or ([] if arguments.merge else [2, 4]):
         sweep = prefill.Sweep(
             config=shape(),
             dtype=arguments.dtype,
@@ -66,7 +70,7 @@ def main() -> None:
             calibrated=True,
         )
         measured = run(prefill.measure, sweep, cp=ranks, device="cpu")
-        profiles[f"{ranks} ranks"] = measured["profile"]
+        runs.append({**circumstances(), "cp": ranks, "profile": measured["profile"]})
         for r in measured["results"]:
             results.append(r)
             error = r["predicted_over_measured"] - 1
@@ -90,7 +94,7 @@ def main() -> None:
             "worst_error": max(sizes),
         }
         print(f"{key}: median {summary[key]['median_error']:.1%}, worst {max(sizes):.1%}")
-    found = {**circumstances(), "errors": summary, "profiles": profiles, "results": results}
+    found = {"errors": summary, "runs": runs, "results": results}
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
