@@ -56,9 +56,10 @@ TINY = dataclasses.replace(
     num_key_value_heads=1,
     head_dim=64,
 )
-ROWS = 512
+FEW, ROWS = 16, 512
+"""Rows of products that are bound by the weights, and by arithmetic."""
 SMALL_MESSAGE, LARGE_MESSAGE = 1 << 10, 4 << 20
-FEW_LAYERS, MORE_LAYERS, HELD = 2, 6, 64
+FEW_LAYERS, MORE_LAYERS, HELD = 2, 8, 64
 VARIANTS = ("pass-kv", "gather-kv", "pass-q", "pass-q-all2all", "gather-q")
 
 
@@ -101,10 +102,22 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         link, steals = _link(_Clock(world, joined, repeats), joined)
         joins = "network" if machines > 1 else "host_link"
         profile = dataclasses.replace(profile, transfer_steals=steals, **{joins: link})
-    world.report("measure the overheads")
-    profile = _overheads(world, worlds, profile, dtypes[0], 2 * repeats)
+    profile = _overheads(world, worlds, profile, dtypes[0], 3 * repeats)
     rule = fit_rule(EXAMPLE, dtypes[0], max(2, world.cp), profile)
     return world.gather(dataclasses.replace(profile, rule=rule))[0]
+
+
+@torch.inference_mode()
+def measure_more_ranks(
+    world: World, dtypes: tuple[str, ...], profile: HardwareProfile, repeats: int = 7
+) -> HardwareProfile:
+    """`profile`, measured on fewer ranks, with what a layer costs beyond it on these: ranks that
+    take turns are not bound to cores, which would spoil the rest. Collective.
+    """
+    here = profile.for_ranks(torch.get_num_threads(), usable_processors(world))
+    more = _overheads(world, {world.cp: world}, here, dtypes[0], 3 * repeats)
+    both = {**profile.residual_s, **more.residual_s}
+    return world.gather(dataclasses.replace(profile, residual_s=both))[0]
 
 
 def _counts(world: World, at_once: int | None) -> list[int]:
@@ -165,20 +178,24 @@ def _compute(
     if first:
         tiny = _layer(clock, TINY, dtype, rows=1, calls=16)
         profile = dataclasses.replace(profile, layer_overhead_s=tiny)
-    one, many = (_layer(clock, EXAMPLE, dtype, rows, calls=1 + 3 // rows) for rows in (1, ROWS))
+    one, few, many = (
+        _layer(clock, EXAMPLE, dtype, rows, calls=max(1, 4 // rows)) for rows in (1, FEW, ROWS)
+    )
     forward = Forward(EXAMPLE, name, 1, 0, 1, 1)
     parameters = sum(count for count, _ in forward.linear_layers())
     read = max(one - profile.layer_overhead_s, 0.05 * one)
     weights = parameters * ELEMENT_BYTES[name] / read
     small = elementwise_bytes(forward) / weights
-    flops = 2 * parameters * (ROWS - 1)
-    rate = flops / max(many - one - small * (ROWS - 1), 0.05 * many)
+    flops = 2 * parameters * (ROWS - FEW)
+    rate = flops / max(many - few - small * (ROWS - FEW), 0.05 * many)
+    packing = few - profile.layer_overhead_s - FEW * (small + 2 * parameters / rate)
+    packed = parameters * ELEMENT_BYTES[name] / max(packing, read, 0.05 * few)
     pairs, cache, call, ramp = _attention(clock, dtype)
     linear, attention = dict(profile.linear_flops), dict(profile.attention_flops)
     if first:
         profile = dataclasses.replace(
-            profile, memory_bandwidth=weights, cache_bandwidth=cache, call_overhead_s=call,
-            attention_ramp=ramp,
+            profile, memory_bandwidth=weights, packed_bandwidth=packed, cache_bandwidth=cache,
+            call_overhead_s=call, attention_ramp=ramp,
         )  # fmt: skip
         scales = rate / default.linear_flops[name], pairs / default.attention_flops[name]
         linear = {other: scales[0] * value for other, value in linear.items()}
@@ -299,6 +316,7 @@ def _overheads(
     rest the forward's.
     """
     once, residual = [], {}
+    world.report("measure the overheads")
     for count, part in worlds.items():
         clock = _Clock(world, part, repeats)
         works: dict[str, Callable[[], object]] = {}
@@ -325,14 +343,14 @@ def _overheads(
                 layer = max(0.0, more - few) / (MORE_LAYERS - FEW_LAYERS)
                 forward = Forward(TINY, dtype, new, HELD, count, count)
                 beyond.append(layer - predict(variant, forward, profile).seconds)
-                if count == max(n for n in worlds if n <= (profile.ranks_at_once or n)):
+                if count <= (profile.ranks_at_once or count):
                     once.append(max(0.0, few - FEW_LAYERS * layer))
             found[variant] = (beyond[0], beyond[1])
         if count > 1:
             residual[str(count)] = found
-    return dataclasses.replace(
-        profile, forward_overhead_s=statistics.median(once), residual_s=residual
-    )
+    if once:
+        profile = dataclasses.replace(profile, forward_overhead_s=statistics.median(once))
+    return dataclasses.replace(profile, residual_s=residual)
 
 
 def _forward(

@@ -56,6 +56,8 @@ class HardwareProfile:
         visible pairs only, `4 D_H` a pair and head. "float8" is for feed-forward layers alone.
     attention_ramp: keys that a query costs beyond those it sees, in each call: the tiles that the
         mask cuts, filling and draining the pipeline. Shorter blocks run slower by it.
+    packed_bandwidth: B/s at which products of more than a few rows read weights, which a CPU packs
+        first; None for the rate of the memory.
     memory_bytes: of a rank. memory_bandwidth: B/s at which linear layers read weights and small
         ops read and write. cache_bandwidth: B/s at which attention reads keys and values, as it
         does once a call.
@@ -102,6 +104,7 @@ class HardwareProfile:
     wait_s: float = 0.0
     skew_s: float = 0.0
     transfer_steals: float = 0.0
+    packed_bandwidth: float | None = None
     feed_forward: str | None = None
     ranks_per_host: int | None = None
     ranks_at_once: int | None = None
@@ -148,6 +151,7 @@ class HardwareProfile:
             linear_flops={name: scale * rate for name, rate in self.linear_flops.items()},
             attention_flops={name: scale * rate for name, rate in self.attention_flops.items()},
             memory_bandwidth=scale * self.memory_bandwidth,
+            packed_bandwidth=self.packed_bandwidth and scale * self.packed_bandwidth,
             cache_bandwidth=scale * self.cache_bandwidth,
             memory_bytes=scale * self.memory_bytes,
             ranks_at_once=max(1, processors // threads),
@@ -285,6 +289,8 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
         **{f"linear_flops.{dtype}": rate for dtype, rate in profile.linear_flops.items()},
         **{f"attention_flops.{dtype}": rate for dtype, rate in profile.attention_flops.items()},
     }
+    if profile.packed_bandwidth is not None:
+        rates["packed_bandwidth"] = profile.packed_bandwidth
     names = [f.name for f in dataclasses.fields(profile) if f.name.endswith("_s")]
     names.remove("residual_s")  # may be negative
     costs = {name: getattr(profile, name) for name in (*names, "attention_ramp", "transfer_steals")}

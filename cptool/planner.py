@@ -234,6 +234,7 @@ def _for_ranks(profile: HardwareProfile, cp: int, tp: int) -> HardwareProfile:
         linear_flops={name: rate / turns for name, rate in shared.linear_flops.items()},
         attention_flops={name: rate / turns for name, rate in shared.attention_flops.items()},
         memory_bandwidth=shared.memory_bandwidth / turns,
+        packed_bandwidth=shared.packed_bandwidth and shared.packed_bandwidth / turns,
         cache_bandwidth=shared.cache_bandwidth / turns,
     )
 

@@ -29,7 +29,7 @@ for command in (attention, merge, link, prefill, decode, emulate):
     "--cp",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Ranks; fewer are measured too.  [default: 4 on a CPU, else 2]",
+    help="Ranks.  [default: 2, and on a CPU 4 as well]",
 )
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads a rank.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
@@ -49,14 +49,20 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     from cptool import distributed
 
     launched = distributed.launched_size()
-    # On a CPU more ranks than most have use for: what they lose by taking turns is measured.
-    cp = cp or launched or (4 if distributed.resolve_device(device, 2) == "cpu" else 2)
+    # What ranks lose that take turns is measured apart: those that need not are bound to cores.
+    more = cp is None and launched is None and distributed.resolve_device(device, 2) == "cpu"
+    cp = cp or launched or 2
     distributed.check_size(cp, 1)
     dtypes = ("bfloat16", "float32") if dtype == "auto" else (dtype,)
+    options = {"device": device, "threads": threads}
     with draw.progress() as watch:
         profile, path, rank = distributed.run(
-            _on_rank, dtypes, cp=cp, device=device, threads=threads, watch=watch
+            _on_rank, dtypes, None, cp=cp, watch=watch, **options
         )
+        if more:
+            profile, path, rank = distributed.run(
+                _on_rank, dtypes, profile, cp=2 * cp, watch=watch, **options
+            )
     if rank:
         return
     if as_json:
@@ -65,11 +71,15 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     draw.table(_rows(profile, dtypes, cp) + [("kept in", path)])
 
 
-def _on_rank(world, dtypes: tuple[str, ...]):
-    from cptool.calibration import measure
+def _on_rank(world, dtypes: tuple[str, ...], profile):
+    """Measures all, or on more ranks what `profile` lacks."""
+    from cptool.calibration import measure, measure_more_ranks
     from cptool.hardware import profile_path, save_profile
 
-    profile = measure(world, dtypes)
+    if profile is None:
+        profile = measure(world, dtypes)
+    else:
+        profile = measure_more_ranks(world, dtypes, profile)
     if world.local_rank == 0:
         save_profile(profile)
     return profile, str(profile_path()), world.rank

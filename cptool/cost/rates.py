@@ -8,6 +8,10 @@ from cptool.cost.sizes import ELEMENT_BYTES, Forward
 from cptool.hardware import HardwareProfile, Link
 
 
+FEW_ROWS = 4
+"""Rows up to which a product streams the weights (`cptool.tokenwise`)."""
+
+
 @dataclass(frozen=True)
 class Rates:
     """Times of one call, product, copy or transfer of a `forward` on a `profile`, in seconds."""
@@ -38,7 +42,10 @@ class Rates:
         profile = self.profile
         rates = profile.linear_flops
         rate = rates.get(dtype) or rates[self.forward.dtype]
-        read = parameters * ELEMENT_BYTES[dtype] / profile.memory_bandwidth
+        bandwidth = profile.memory_bandwidth
+        if rows > FEW_ROWS:
+            bandwidth = profile.packed_bandwidth or bandwidth
+        read = parameters * ELEMENT_BYTES[dtype] / bandwidth
         return 2 * parameters * rows / rate + read
 
     def attention(self, pairs: float, keys: float, queries: float, calls: int = 1) -> float:
