@@ -82,6 +82,7 @@ class Resident:
         self._setup, self._ranks = setup, ranks
         self._connections: dict[int, Connection] = {}
         self._thread = threading.Thread(target=self._run, name="cptool-ranks", daemon=True)
+        self._others = set(multiprocessing.active_children())  # not ours to end
 
     def __enter__(self) -> "Resident":
         try:
@@ -109,7 +110,7 @@ class Resident:
 
     def _abandon(self) -> None:
         """Ends ranks that may be in the midst of a computation, where they read no request."""
-        ranks = multiprocessing.active_children()
+        ranks = set(multiprocessing.active_children()) - self._others
         for rank in ranks:
             rank.terminate()
         if ranks:
