@@ -9,8 +9,8 @@ median time of what `auto` picks over that of the fastest, less one. Where those
 by less than they spread (the distance from the median of either that half of its times keep), the
 cell is a tie that this machine cannot tell.
 
-`--merge FILE` keeps the cells of earlier runs for which this one has none: a grid may be measured
-in pieces, and without --cp nothing more is. Cells say which profile picked.
+`--merge FILE` keeps the cells of earlier runs for which this one has none: a grid may be measured in
+pieces, and without --cp nothing more is. Cells say which profile picked.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 For each world of N ranks the hardware is measured first (as `cptool bench calibrate` does, but
 nothing is kept), then TTFT over a grid of contexts, miss rates and variants, on N ranks and on one
-of them, all interleaved. Rates that hold for a model of one size must predict another: the shape
-here is none that calibration looks at. `--merge FILE` adds an earlier run's results.
+of them, all interleaved. `--merge FILE` adds an earlier run's. Rates that hold for a model of one size must predict another: the shape
+here is none that calibration looks at.
 """
 
 from __future__ import annotations

@@ -21,14 +21,7 @@ from cptool.cost import ELEMENT_BYTES, Forward, predict
 from cptool.cost.layer import elementwise_bytes
 from cptool.distributed import World
 from cptool.engine import Engine
-from cptool.hardware import (
-    MEASURED,
-    WHOLE,
-    HardwareProfile,
-    Link,
-    default_profile,
-    usable_processors,
-)
+from cptool.hardware import MEASURED, HardwareProfile, Link, default_profile, usable_processors
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import DecoderLayer
 from cptool.ops import attention_partial
@@ -322,7 +315,7 @@ def _overheads(
     A whole engine runs a tiny model of few and of more layers: the difference is the layers', the
     rest the forward's.
     """
-    residual = {}
+    once, residual = [], {}
     world.report("measure the overheads")
     for count, part in worlds.items():
         clock = _Clock(world, part, repeats)
@@ -342,7 +335,6 @@ def _overheads(
                     )
         times = clock.all(works)
         found: dict[str, tuple[float, float]] = {}
-        once = []
         for variant in VARIANTS if count > 1 else VARIANTS[:1]:
             beyond = []
             for new in (1, 2 * count):
@@ -351,14 +343,13 @@ def _overheads(
                 layer = max(0.0, more - few) / (MORE_LAYERS - FEW_LAYERS)
                 forward = Forward(TINY, dtype, new, HELD, count, count)
                 beyond.append(layer - predict(variant, forward, profile).seconds)
-                once.append(max(0.0, few - FEW_LAYERS * layer))
+                if count <= (profile.ranks_at_once or count):
+                    once.append(max(0.0, few - FEW_LAYERS * layer))
             found[variant] = (beyond[0], beyond[1])
-        forward = statistics.median(once)
-        if count <= (profile.ranks_at_once or count):
-            profile = dataclasses.replace(profile, forward_overhead_s=forward)
-        beyond = forward - profile.forward_overhead_s
         if count > 1:
-            residual[str(count)] = {**found, WHOLE: (beyond, beyond)}
+            residual[str(count)] = found
+    if once:
+        profile = dataclasses.replace(profile, forward_overhead_s=statistics.median(once))
     return dataclasses.replace(profile, residual_s=residual)
 
 

@@ -86,8 +86,6 @@ def _on_rank(world, dtypes: tuple[str, ...], profile):
 
 
 def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
-    from cptool.hardware import WHOLE
-
     rows = [
         (
             name,
@@ -125,7 +123,7 @@ def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
         )
     )
     for ranks, found in profile.residual_s.items():
-        beyond = {name: sum(pair) / 2 for name, pair in found.items() if name != WHOLE}
+        beyond = {name: sum(pair) / 2 for name, pair in found.items()}
         rows.append(
             (
                 f"on {ranks} ranks",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cptool.cost.layer import predict
 from cptool.cost.rates import Rates
 from cptool.cost.sizes import Forward, Prediction
-from cptool.hardware import WHOLE, HardwareProfile
+from cptool.hardware import HardwareProfile
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,6 @@ def _estimate(
     logits += rates.touch(embedded) + rates.touch(8 * rows * config.vocab_size, calls=3)
     if forward.ranks > 1:
         once += rates.link.collective_latency_s * rates.crowd(forward.ranks)
-    once += profile.residual(WHOLE, forward.ranks, forward.sources)
     return Estimate(
         layer=predict(variant, forward, profile),
         layers=config.num_hidden_layers,
