@@ -244,7 +244,8 @@ def test_the_killed_rank_is_named_and_no_peer(victim, tmp_path):
 
 
 def driver(entry, *arguments, **options):
-    """A script that calls run(entry, *arguments, **options) and prints what it got."""
+    """A script that calls run(entry, *arguments, **options) and prints what it got, each process
+    in one write: those of a launcher share a pipe, and `print` may write the line's end apart."""
     return f"""
 import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(distributed.__file__).parents[1])!r}]
@@ -252,7 +253,8 @@ import test_distributed as tests
 from cptool.distributed import RankFailed, run
 if __name__ == "__main__":
     try:
-        print(run(tests.{entry}, *{arguments!r}, device="cpu", **{options!r}))
+        got = run(tests.{entry}, *{arguments!r}, device="cpu", **{options!r})
+        sys.stdout.write(f"{{got}}\\n")
     except (tests.UserError, RankFailed, KeyboardInterrupt) as error:
         sys.exit(f"{{type(error).__name__}}: {{error}}")
 """
