@@ -24,6 +24,7 @@ from cptool.engine import Engine
 from cptool.hardware import MEASURED, HardwareProfile, Link, default_profile, usable_processors
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import DecoderLayer
+from cptool.model.shapes import llama_config
 from cptool.ops import attention_partial
 from cptool.ring import Ring
 from cptool.sampling import Sampling
@@ -33,29 +34,9 @@ from cptool.strategy import fit_rule
 
 # A GQA model of common proportions: the layer that is timed, and the model on which the rule's
 # coefficients are fitted.
-EXAMPLE = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    max_position_embeddings=131072,
-    tie_word_embeddings=True,
-)
+EXAMPLE = llama_config(1024, 8, 8, 2, 3072, context=131072, tied=True)
 # One whose every product takes no time.
-TINY = dataclasses.replace(
-    EXAMPLE,
-    vocab_size=64,
-    hidden_size=64,
-    intermediate_size=64,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=64,
-)
+TINY = llama_config(64, 8, 2, 1, 64, vocab=64, head_dim=64, context=131072, tied=True)
 FEW, ROWS = 16, 512
 """Rows of products that are bound by the weights, and by arithmetic."""
 SMALL_MESSAGE, LARGE_MESSAGE = 1 << 10, 4 << 20

@@ -9,21 +9,9 @@ from hypothesis import strategies as st
 from cptool import cost
 from cptool.cost import VARIANTS, Forward, predict
 from cptool.hardware import Link, default_profile
-from cptool.model.config import LlamaConfig
+from cptool.model.shapes import llama_config
 
-CONFIG = LlamaConfig(
-    vocab_size=1000,
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    max_position_embeddings=131072,
-    tie_word_embeddings=True,
-)
+CONFIG = llama_config(1024, 4, 8, 2, 4096, vocab=1000, context=131072, tied=True)
 
 
 def with_link(profile, link):

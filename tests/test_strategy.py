@@ -9,29 +9,10 @@ from hypothesis import strategies as st
 from cptool import strategy
 from cptool.cost import VARIANTS, Forward, predict
 from cptool.hardware import default_profile, find_profile
-from cptool.model.config import LlamaConfig
+from cptool.model.shapes import SHAPES
 from cptool.strategy import choose
 
-LLAMA3_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=5e5,
-    max_position_embeddings=131072,
-    tie_word_embeddings=False,
-)
-LLAMA3_405B = dataclasses.replace(
-    LLAMA3_8B,
-    hidden_size=16384,
-    intermediate_size=53248,
-    num_hidden_layers=126,
-    num_attention_heads=128,
-)
+LLAMA3_8B, LLAMA3_405B = SHAPES["llama3-8b"], SHAPES["llama3-405b"]
 GRAND_TETON = find_profile("gtt-h100")
 
 

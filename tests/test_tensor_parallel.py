@@ -9,7 +9,7 @@ from llama_reference import ToyAttention, logits, random_llama, rms
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
 from cptool.errors import UserError
-from cptool.model.config import LlamaConfig
+from cptool.model.shapes import llama_config
 from cptool.tensor_parallel import check, share
 from cptool.weights import load_model
 
@@ -19,18 +19,9 @@ REPLICATED_KV = dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=
 
 
 def config(heads, kv_heads, ffn=1536, head_dim=64):
-    return LlamaConfig(
-        vocab_size=97,
-        hidden_size=heads * head_dim,
-        intermediate_size=ffn,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
+    width = heads * head_dim
+    return llama_config(
+        width, 1, heads, kv_heads, ffn, vocab=97, head_dim=head_dim, context=512
     )
 
 

@@ -1,4 +1,6 @@
-"""Shapes of published models by name, for planning and emulating without a checkpoint."""
+"""Shapes of models without a checkpoint, for planning, emulating and measuring: published ones by
+name, others by their widths.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ _LLAMA3_1 = RopeScaling("llama3", 8.0)
 _LLAMA3_2 = RopeScaling("llama3", 32.0)
 
 
-def _shape(
+def llama_config(
     hidden: int,
     layers: int,
     heads: int,
@@ -26,6 +28,7 @@ def _shape(
     scaling: RopeScaling | None = None,
     tied: bool = False,
 ) -> LlamaConfig:
+    """A Llama 2 but for what is given; `context` is its `max_position_embeddings`."""
     return LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -47,18 +50,18 @@ _LLAMA3_SMALL = {**_LLAMA3, "scaling": _LLAMA3_2, "tied": True}
 _CODE = {"theta": 1e6, "context": 16384}
 
 SHAPES: dict[str, LlamaConfig] = {
-    "llama2-7b": _shape(4096, 32, 32, 32, 11008),
-    "llama2-13b": _shape(5120, 40, 40, 40, 13824),
-    "llama2-70b": _shape(8192, 80, 64, 8, 28672),
-    "llama3-1b": _shape(2048, 16, 32, 8, 8192, head_dim=64, **_LLAMA3_SMALL),
-    "llama3-3b": _shape(3072, 28, 24, 8, 8192, **_LLAMA3_SMALL),
-    "llama3-8b": _shape(4096, 32, 32, 8, 14336, **_LLAMA3),
-    "llama3-70b": _shape(8192, 80, 64, 8, 28672, **_LLAMA3),
-    "llama3-405b": _shape(16384, 126, 128, 8, 53248, **_LLAMA3),
-    "codellama-7b": _shape(4096, 32, 32, 32, 11008, vocab=32016, **_CODE),
-    "codellama-13b": _shape(5120, 40, 40, 40, 13824, vocab=32016, **_CODE),
-    "codellama-34b": _shape(8192, 48, 64, 8, 22016, **_CODE),
-    "codellama-70b": _shape(8192, 80, 64, 8, 28672, vocab=32016, **_CODE),
+    "llama2-7b": llama_config(4096, 32, 32, 32, 11008),
+    "llama2-13b": llama_config(5120, 40, 40, 40, 13824),
+    "llama2-70b": llama_config(8192, 80, 64, 8, 28672),
+    "llama3-1b": llama_config(2048, 16, 32, 8, 8192, head_dim=64, **_LLAMA3_SMALL),
+    "llama3-3b": llama_config(3072, 28, 24, 8, 8192, **_LLAMA3_SMALL),
+    "llama3-8b": llama_config(4096, 32, 32, 8, 14336, **_LLAMA3),
+    "llama3-70b": llama_config(8192, 80, 64, 8, 28672, **_LLAMA3),
+    "llama3-405b": llama_config(16384, 126, 128, 8, 53248, **_LLAMA3),
+    "codellama-7b": llama_config(4096, 32, 32, 32, 11008, vocab=32016, **_CODE),
+    "codellama-13b": llama_config(5120, 40, 40, 40, 13824, vocab=32016, **_CODE),
+    "codellama-34b": llama_config(8192, 48, 64, 8, 22016, **_CODE),
+    "codellama-70b": llama_config(8192, 80, 64, 8, 28672, vocab=32016, **_CODE),
 }
 """Llama 3 by its 3.1 and 3.2 releases: 131072 positions, stretched rotary frequencies."""
 
