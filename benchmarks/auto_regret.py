@@ -9,8 +9,8 @@ median time of what `auto` picks over that of the fastest, less one. Where those
 by less than they spread (the distance from the median of either that half of its times keep), the
 cell is a tie that this machine cannot tell.
 
-`--merge FILE` keeps the cells of earlier runs for which this one has none: a grid may be measured in
-pieces, and without --cp nothing more is. Cells say which profile picked.
+`--merge FILE` keeps the cells of earlier runs for which this one has none: a grid may be measured
+in pieces, and without --cp nothing more is. Cells say which profile picked.
 """
 
 from __future__ import annotations
@@ -25,26 +25,18 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
+import checkout  # noqa: E402, F401
+
+from cptool.model.shapes import llama_config  # noqa: E402
+
 NEW = (1, 16, 128, 1024, 4096)
 CACHED = (0, 512, 4096)
 RESULTS = Path(__file__).parent / "results"
 
 
 def model_config(layers: int):
-    from cptool.model.config import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=1024,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        max_position_embeddings=16384,
-        tie_word_embeddings=True,
+    return llama_config(
+        512, layers, 8, 2, 1536, vocab=1024, head_dim=64, context=16384, tied=True
     )
 
 

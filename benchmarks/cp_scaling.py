@@ -17,10 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import checkout  # noqa: F401
 import torch
-from measure import circumstances, summary
 from random_llama import SHAPE, write
 
+from cptool.bench.measure import circumstances, summary
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import cores, run
 from cptool.engine import Engine

@@ -10,8 +10,8 @@ Three things are measured, each interleaved with its ceiling and with torch in t
   registers of the units that the kernel uses (ceilings.cpp), the peer torch's flash attention. A
   partial prefill has 1/16 of the tokens new.
 - decode: one query token over a long KV cache; the ceiling is a plain read of the same bytes.
-- merge of partials; the ceiling is torch's copy into memory as new as the merge's result, counted as
-  bytes read and bytes written.
+- merge of partials; the ceiling is torch's copy into memory as new as the merge's result, counted
+  as bytes read and bytes written.
 
 Torch gets contiguous [heads, tokens, D], our op [tokens, heads, D] and a slab of K and V as the KV
 cache holds them. torch's causal mask has no form for cached tokens, so these go without a peer.
@@ -21,22 +21,19 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import checkout  # noqa: F401
 import click
 import torch
+from ceilings import STEPS, Ceilings
 from rich.console import Console
 from rich.table import Table
 
-sys.path.append(str(Path(__file__).parents[1]))  # the checkout's cptool, where none is installed
-
-from ceilings import STEPS, Ceilings  # noqa: E402
-from measure import circumstances, clock_name, interleave, stopwatch  # noqa: E402
-
-from cptool import ops  # noqa: E402
-from cptool.bench.attention import Inputs, Shape  # noqa: E402
+from cptool import ops
+from cptool.bench.attention import Inputs, Shape
+from cptool.bench.measure import circumstances, clock_name, interleave, stopwatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CEILINGS = {"avx512bf16": "bf16_dot", "amx": "amx"}  # of a kernel's units; the others': fma

@@ -18,12 +18,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import checkout  # noqa: F401
 import torch
 from ceilings import Ceilings
-from measure import circumstances, summary
 from random_llama import SHAPE, write
 from transformers import AutoModelForCausalLM
 
+from cptool.bench.measure import circumstances, summary
 from cptool.checkpoint import open_checkpoint
 from cptool.cost import attention_flops, kv_bytes, linear_flops, weight_bytes
 from cptool.distributed import run
@@ -167,17 +168,20 @@ def compare(world, path: str, options: argparse.Namespace) -> list[dict]:
                 "ttit_s": summary([further for _, further in times]),
             }
         rows.append(row)
-        best = row["engines"]["cptool"]
+        ours_first, ours_further = _medians(row["engines"]["cptool"])
         for name, times in row["engines"].items():
-            first, further = times["ttft_s"]["median"], times["ttit_s"]["median"]
+            first, further = _medians(times)
             print(
-                f"{length:6} {name:13} first {first:8.3f} s ({first / best['ttft_s']['median']:.2f} "
-                f"times ours, ceiling {ceiling['ttft_s']:.3f}), further {1e3 * further:7.2f} ms "
-                f"({further / best['ttit_s']['median']:.2f} times ours, ceiling "
-                f"{1e3 * ceiling['ttit_s']:.2f})",
+                f"{length:6} {name:13} first {first:8.3f} s ({first / ours_first:.2f} times ours, "
+                f"ceiling {ceiling['ttft_s']:.3f}), further {1e3 * further:7.2f} ms "
+                f"({further / ours_further:.2f} times ours, ceiling {1e3 * ceiling['ttit_s']:.2f})",
                 flush=True,
             )
     return rows
+
+
+def _medians(times: dict[str, dict[str, float]]) -> Times:
+    return times["ttft_s"]["median"], times["ttit_s"]["median"]
 
 
 def main() -> None:

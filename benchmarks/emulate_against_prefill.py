@@ -11,23 +11,15 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
+import checkout  # noqa: F401
 import click
 
-sys.path.append(str(Path(__file__).parents[1]))  # the checkout's cptool, where none is installed
+from cptool.model.shapes import llama_config
 
-
-def config():
-    from cptool.model.config import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8,
-        num_attention_heads=8, num_key_value_heads=2, head_dim=128, rms_norm_eps=1e-5,
-        rope_theta=1e4, max_position_embeddings=1 << 20, tie_word_embeddings=False,
-    )  # fmt: skip
+MODEL = llama_config(1024, 8, 8, 2, 2816, context=1 << 20)
 
 
 def compare(world, lengths, variant, dtype, rounds):
@@ -40,11 +32,11 @@ def compare(world, lengths, variant, dtype, rounds):
     from cptool.sampling import Sampling
 
     profile = measure(world, (dtype,), repeats=3)
-    model = random_model(config(), getattr(torch, dtype), world)
+    model = random_model(MODEL, getattr(torch, dtype), world)
     results = []
     for tokens in lengths:
         scenario = Scenario(
-            config(), world.cp, 1, tokens, 0, variant, getattr(torch, dtype), world.device
+            MODEL, world.cp, 1, tokens, 0, variant, getattr(torch, dtype), world.device
         )
         measured, projected, exposed, told = [], [], [], []
         for _ in range(rounds + 1):
@@ -98,7 +90,7 @@ def main(cp, tokens, variant, dtype, rounds, json_file) -> None:
         arguments = (tokens, variant, dtype, rounds)
         results += distributed.run(compare, *arguments, cp=ranks, device="cpu", threads=1)
     if json_file:
-        from measure import circumstances
+        from cptool.bench.measure import circumstances
 
         head = {**circumstances(), "threads_per_rank": 1}
         json_file.write_text(json.dumps({**head, "results": results}, indent=1) + "\n")

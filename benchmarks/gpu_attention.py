@@ -21,7 +21,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 from gpu_timing import (
-    Candidate, arguments, copy, cuda, graph, interleave, kernels, parser, product, timed, write,
+    Candidate,
+    arguments,
+    copy,
+    cuda,
+    graph,
+    interleave,
+    kernels,
+    parser,
+    product,
+    timed,
+    write,
 )  # fmt: skip
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention

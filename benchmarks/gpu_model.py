@@ -82,7 +82,6 @@ def measure(world, given, config, contexts) -> list[dict[str, object]]:
             for name, engine in engines.items():
                 samples["prefill"].append(prefill(engine, prompt, device))
                 samples[name].append(decode(engine, given.steps))
-                reason = engine.choice.reason if name == "graph" else reason
             samples["gemm"].append(timed(run, device, 10))
             samples["copy"].append(timed(moving, device, 5))
         median = {name: statistics.median(values[1:]) for name, values in samples.items()}
@@ -95,7 +94,7 @@ def measure(world, given, config, contexts) -> list[dict[str, object]]:
             "prefill_flops": work,
             "of_gemm": work / median["prefill"] / (flops / median["gemm"]),
             "decode_bytes": read,
-            "steps": reason,
+            "steps": engines["graph"].choice.reason,
             **{f"ttit_ms_{name}": 1e3 * median[name] for name in engines},
             **{f"of_copy_{name}": read / median[name] / bandwidth for name in engines},
             "samples": samples,
@@ -110,7 +109,7 @@ def measure(world, given, config, contexts) -> list[dict[str, object]]:
                 f"{100 * result[f'of_copy_{name}']:.1f}% of copy"
                 for name in engines
             )
-            + f" ({reason})"
+            + f" ({result['steps']})"
         )
         del engines
     return results

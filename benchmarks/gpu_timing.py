@@ -9,19 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import checkout  # noqa: F401
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # the checkout's cptool, where none is installed
-
-from measure import circumstances, summary  # noqa: E402
-
-from cptool import ops  # noqa: E402
-from cptool.graphs import Recorded  # noqa: E402
+from cptool import ops
+from cptool.bench.measure import circumstances, summary
+from cptool.graphs import Recorded
 
 
 def cuda(device: torch.device) -> bool:

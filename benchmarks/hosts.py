@@ -22,33 +22,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
+import checkout  # noqa: E402, F401
 import click  # noqa: E402
-
-sys.path.append(str(Path(__file__).parents[1]))  # the checkout's cptool, where none is installed
-
 import namespaces  # noqa: E402
 
-VARIANTS = ("pass-kv", "gather-kv", "pass-q", "gather-q")
+from cptool.cost import VARIANTS  # noqa: E402
+from cptool.model.shapes import llama_config  # noqa: E402
+
 SIZES = (1 << 10, 1 << 20, 8 << 20)
-
-
-def config(heads: int, kv_heads: int, head_dim: int):
-    from cptool.model.config import LlamaConfig
-
-    width = heads * head_dim
-    return LlamaConfig(
-        vocab_size=1024,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        max_position_embeddings=1 << 20,
-        tie_word_embeddings=True,
-    )
 
 
 def on_rank(world, plan: dict) -> dict[str, object]:
@@ -62,7 +43,12 @@ def on_rank(world, plan: dict) -> dict[str, object]:
     from cptool.engine import Engine
     from cptool.strategy import choose
 
-    shape, dtype = config(*plan["heads"]), plan["dtype"]
+    heads, kv_heads, head_dim = plan["heads"]
+    width, dtype = heads * head_dim, plan["dtype"]
+    shape = llama_config(
+        width, 1, heads, kv_heads, 3 * width, vocab=1024, head_dim=head_dim, context=1 << 20,
+        tied=True,
+    )  # fmt: skip
     model = random_model(shape, getattr(torch, dtype), world)
     rates = {rate: None if rate == "none" else rate for rate in plan["rates"]}
     profiles, links = {}, {}

@@ -4,8 +4,8 @@
 
 For each world of N ranks the hardware is measured first (as `cptool bench calibrate` does, but
 nothing is kept), then TTFT over a grid of contexts, miss rates and variants, on N ranks and on one
-of them, all interleaved. `--merge FILE` adds an earlier run's. Rates that hold for a model of one size must predict another: the shape
-here is none that calibration looks at.
+of them, all interleaved. Rates that hold for a model of one size must predict another: the shape
+here is none that calibration looks at. `--merge FILE` adds an earlier run's.
 """
 
 from __future__ import annotations
@@ -18,26 +18,13 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
+import checkout  # noqa: E402, F401
+
+from cptool.model.shapes import llama_config  # noqa: E402
+
 CONTEXTS, MISS_RATES = (512, 2048, 6144), (1.0, 0.25, 0.03)
 RESULTS = Path(__file__).parent / "results"
-
-
-def shape():
-    from cptool.model.config import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=1024,
-        hidden_size=768,
-        intermediate_size=2304,
-        num_hidden_layers=3,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        head_dim=64,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        max_position_embeddings=16384,
-        tie_word_embeddings=True,
-    )
+MODEL = llama_config(768, 3, 12, 4, 2304, vocab=1024, head_dim=64, context=16384, tied=True)
 
 
 def main() -> None:
@@ -60,7 +47,7 @@ def main() -> None:
         results, runs = results + earlier["results"], runs + earlier["runs"]
     for ranks in arguments.cp or ([] if arguments.merge else [2, 4]):
         sweep = prefill.Sweep(
-            config=shape(),
+            config=MODEL,
             dtype=arguments.dtype,
             ranks=(1, ranks) if ranks == 2 else (ranks,),
             contexts=tuple(arguments.context or CONTEXTS),

@@ -14,6 +14,8 @@ import json
 import statistics
 from pathlib import Path
 
+import checkout  # noqa: F401
+
 from cptool.cost import Forward, decode_step, prefill
 from cptool.cost.exchange import exchange
 from cptool.cost.rates import Rates
@@ -149,7 +151,7 @@ def errors(rows: list[dict], *tables: str) -> dict[str, float]:
 
 
 def main() -> None:
-    from measure import circumstances
+    from cptool.bench.measure import circumstances
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=RESULTS / "plan_against_paper.json")
@@ -168,7 +170,7 @@ def main() -> None:
         print(f"{table}: median {found['median']:.1%}, worst {found['worst']:.1%}")
     print(switch(), headline())
     result = {
-        **circumstances(),
+        **circumstances(kernels=False),
         "profile": PROFILE.name,
         "errors": summary,
         "switch": switch(),

@@ -10,9 +10,9 @@ tests, and a difference, too, ends in exit code 1. Without arguments all kernels
 import sys
 
 import torch
+from reference import check, make_case, tolerance
 
 from cptool import ops
-from reference import check, make_case, tolerance
 
 # Tiles with a rest, shards, empty sequences, queries that see nothing, and decoding in pieces.
 SEQUENCES = {

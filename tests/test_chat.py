@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-
 from conftest import greedy
+
 from cptool import session
 from cptool.checkpoint import open_checkpoint
 from cptool.cli.main import main

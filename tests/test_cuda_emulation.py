@@ -4,10 +4,9 @@ import ctypes
 import re
 from dataclasses import replace
 
+import cuda_emulator
 import pytest
 import torch
-
-import cuda_emulator
 from cuda_emulator import EMULATION
 from reference import check, make_case, tolerance
 from test_ops import exact_merge, merge_bound

@@ -6,11 +6,11 @@ import ctypes
 import math
 from ctypes import c_float, c_int32, c_int64, c_uint64, c_void_p
 
+import cuda_emulator
 import pytest
 import torch
 from test_tokenwise import DTYPES, UNIT, random, rms_norm_bound, unit
 
-import cuda_emulator
 from cptool import ops, tokenwise
 from cptool._op_checks import SCALAR_TYPES
 

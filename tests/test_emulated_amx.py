@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import check, make_case, tolerance
 
 from cptool import ops
-from reference import check, make_case, tolerance
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mavx512bf16"]

@@ -7,9 +7,9 @@ from functools import lru_cache
 
 import pytest
 import torch
+from reference import BFLOAT16_ISAS, check, make_case, tolerance, unit_roundoff
 
 from cptool import ops
-from reference import BFLOAT16_ISAS, check, make_case, tolerance, unit_roundoff
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(3, 3), (4, 2), (9, 3), (5, 1), (16, 2), (16, 1)]

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from cptool import ops, selftest
 from reference import EMPTY_SLOT, Case, check, make_case, tolerance
 from test_ops import (
     DTYPES,
@@ -16,6 +14,8 @@ from test_ops import (
     ragged_tolerance,
     unit_roundoff,
 )
+
+from cptool import ops, selftest
 
 DEVICE = "cuda"
 

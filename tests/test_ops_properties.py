@@ -3,9 +3,9 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import BFLOAT16_ISAS, check, make_case, tolerance
 
 from cptool import ops
-from reference import BFLOAT16_ISAS, check, make_case, tolerance
 
 positions = st.lists(st.integers(0, 400), max_size=90).map(sorted)
 

@@ -8,8 +8,8 @@ import torch
 from click.testing import CliRunner
 
 from cptool.cli.main import main
-from cptool.profile import ROWS, Section, phases_of, write_trace
 from cptool.device_trace import DEVICE_ROWS, DeviceProfiler, Kernel, phase_of
+from cptool.profile import ROWS, Section, phases_of, write_trace
 from cptool.trace import SILENT, Recorder, Span, Transfer, overlap_s, subtract, union
 
 

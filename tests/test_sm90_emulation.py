@@ -5,10 +5,9 @@ import ctypes
 import re
 from dataclasses import replace
 
+import cuda_emulator
 import pytest
 import torch
-
-import cuda_emulator
 from cuda_emulator import EMULATION, ROOT, Emulator, build
 from reference import check, make_case, tolerance
 

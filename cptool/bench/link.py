@@ -21,6 +21,7 @@ import torch
 
 from cptool.bench.measure import summary
 from cptool.distributed import World
+from cptool.ring import Ring
 from cptool.staged import ring_of
 
 PATTERNS = ("send-receive", "all-gather", "all-to-all")

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 import cptool
-from cptool import ops
 
 
 def clock_name() -> str:
@@ -100,14 +99,22 @@ def _command() -> str:
     return shlex.join(["python", f"benchmarks/{program.name}", *sys.argv[1:]])
 
 
-def circumstances() -> dict[str, object]:
-    """Machine, date, commit, command and versions: the head of every file of results."""
+def circumstances(kernels: bool = True) -> dict[str, object]:
+    """Machine, date, commit, command and versions: the head of every file of results.
+
+    kernels: with what the compiled extension says of itself; else it need not be built.
+    """
+    isas, compiler = {}, {}
+    if kernels:
+        from cptool import ops
+
+        isas, compiler = {"isas": ops.cpu_isas()}, {"compiler": ops.build_info()["compiler"]}
     return {
         "cptool": cptool.__version__,
         "machine": {
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
-            "isas": ops.cpu_isas(),
+            **isas,
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "load_average": os.getloadavg()[0],
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -116,5 +123,5 @@ def circumstances() -> dict[str, object]:
         "commit": _commit(),
         "command": _command(),
         "torch": torch.__version__,
-        "compiler": ops.build_info()["compiler"],
+        **compiler,
     }

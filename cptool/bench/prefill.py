@@ -26,7 +26,7 @@ from cptool.calibration import measure as calibrate
 from cptool.cost import attention_flops, linear_flops
 from cptool.distributed import World
 from cptool.engine import Engine
-from cptool.hardware import HardwareProfile, world_profile
+from cptool.hardware import world_profile
 from cptool.model.config import LlamaConfig
 from cptool.sampling import Sampling
 from cptool.sharding import Placement

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from cptool.cost.sizes import ELEMENT_BYTES, Forward
 from cptool.hardware import HardwareProfile, Link
 
-
 FEW_ROWS = 4
 """Rows up to which a product streams the weights (`cptool.tokenwise`)."""
 
