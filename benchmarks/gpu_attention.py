@@ -32,7 +32,7 @@ from gpu_timing import (
     product,
     timed,
     write,
-)  # fmt: skip
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 

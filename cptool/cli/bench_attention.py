@@ -1,18 +1,32 @@
 """`cptool bench attention`: one call of attention against torch and the device."""
 
+import re
+
 import click
 
-from cptool.cli import draw
-from cptool.cli.bench_options import (
-    KINDS,
-    Heads,
-    emit,
-    measure_options,
-    one_device,
-    percent,
-    spread,
-)
+from cptool.cli.bench_kernel import collect, kernel_options, one_device
+from cptool.cli.bench_options import emit, grouped, measure_options, percent, spread
 from cptool.cli.counts import TokenCount
+
+
+class Heads(click.ParamType):
+    """QUERY/KV heads, such as 32/8."""
+
+    name = "heads"
+
+    def convert(self, value, param, ctx) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d+)/(\d+)", value)
+        query, kv = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not query or not kv or query % kv:
+            self.fail(
+                f"{value!r} must be QUERY/KV heads, the first a multiple of the second, "
+                "such as 32/8",
+                param,
+                ctx,
+            )
+        return query, kv
 
 
 @click.command()
@@ -26,10 +40,7 @@ from cptool.cli.counts import TokenCount
 )  # fmt: skip
 @click.option("--heads", type=Heads(), multiple=True, default=((8, 8), (8, 2)), metavar="Q/KV",
               help="Query and KV heads.  [default: 8/8 and 8/2]")  # fmt: skip
-@click.option("--head-dim", "-d", type=click.IntRange(8, 256), multiple=True, default=(128,),
-              show_default=True)  # fmt: skip
-@click.option("--dtype", "dtypes", type=click.Choice(KINDS), multiple=True,
-              default=("float32", "bfloat16"), show_default=True)  # fmt: skip
+@kernel_options
 @measure_options
 def attention(tokens, cached, heads, head_dim, dtypes, device, threads, repeats, plot, as_json):
     """Attention of T new tokens over P cached ones and themselves, on one device.
@@ -59,12 +70,7 @@ def attention(tokens, cached, heads, head_dim, dtypes, device, threads, repeats,
         for t in tokens
         for p in cached or ((32767,) if t == 1 else (0,))
     ]
-    results = []
-    with draw.counting("attention", len(shapes)) as advance:
-        for result in measure(shapes, device, repeats):
-            results.append(result)
-            advance()
-    fields = {"device": device, "threads": torch.get_num_threads(), "results": results}
+    fields = collect("attention", measure, shapes, device, repeats)
     emit(
         fields,
         as_json=as_json,
@@ -75,7 +81,7 @@ def attention(tokens, cached, heads, head_dim, dtypes, device, threads, repeats,
         "against float64.",
     )  # fmt: skip
     if plot:
-        _draw(plots, plot, results)
+        _draw(plots, plot, fields["results"])
 
 
 def _row(r) -> list[str]:
@@ -96,10 +102,9 @@ def _row(r) -> list[str]:
 
 
 def _draw(plots, path, results) -> None:
-    kinds = {}
-    for r in results:
-        name = f"{r['dtype']}, {r['q_heads']}/{r['kv_heads']} heads of {r['head_dim']}"
-        kinds.setdefault(name, []).append(r)
+    kinds = grouped(
+        results, lambda r: f"{r['dtype']}, {r['q_heads']}/{r['kv_heads']} heads of {r['head_dim']}"
+    )
     lines = []
     for name, rows in kinds.items():
         rows = sorted(rows, key=lambda r: (r["tokens"], r["cached"]))

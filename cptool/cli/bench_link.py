@@ -3,7 +3,8 @@
 import click
 
 from cptool.cli import draw
-from cptool.cli.bench_options import Bytes, emit, measure_options, percent, spread
+from cptool.cli.bench_options import emit, grouped, measure_options, percent, spread
+from cptool.cli.counts import Bytes
 
 PATTERNS = ("send-receive", "all-gather", "all-to-all")
 
@@ -82,14 +83,11 @@ def _row(r) -> list[str]:
 
 
 def _draw(plots, path, results) -> None:
-    kinds = {}
-    for r in results:
-        kinds.setdefault(r["pattern"], []).append(r)
-    lines = []
-    for name, rows in kinds.items():
-        lines.append(
-            plots.Line(name, [r["size"] for r in rows], [r["rate"] / 1e9 for r in rows])
-        )
+    kinds = grouped(results, lambda r: r["pattern"])
+    lines = [
+        plots.Line(name, [r["size"] for r in rows], [r["rate"] / 1e9 for r in rows])
+        for name, rows in kinds.items()
+    ]
     tcp = [(r["size"], r["size"] / r["tcp_seconds"]["median"] / 1e9)
            for r in next(iter(kinds.values())) if r["tcp_seconds"]]  # fmt: skip
     if tcp:

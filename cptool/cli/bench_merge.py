@@ -2,15 +2,8 @@
 
 import click
 
-from cptool.cli import draw
-from cptool.cli.bench_options import (
-    KINDS,
-    emit,
-    measure_options,
-    one_device,
-    percent,
-    spread,
-)
+from cptool.cli.bench_kernel import collect, kernel_options, one_device
+from cptool.cli.bench_options import emit, grouped, measure_options, percent, spread
 from cptool.cli.counts import TokenCount
 
 
@@ -21,10 +14,7 @@ from cptool.cli.counts import TokenCount
               show_default=True)  # fmt: skip
 @click.option("--heads", type=click.IntRange(min=1), multiple=True, default=(8,), metavar="N",
               show_default=True)  # fmt: skip
-@click.option("--head-dim", "-d", type=click.IntRange(8, 256), multiple=True, default=(128,),
-              show_default=True)  # fmt: skip
-@click.option("--dtype", "dtypes", type=click.Choice(KINDS), multiple=True,
-              default=("float32", "bfloat16"), show_default=True)  # fmt: skip
+@kernel_options
 @measure_options
 def merge(partials, tokens, heads, head_dim, dtypes, device, threads, repeats, plot, as_json):
     """Merging the partial results of N ranks, on one device.
@@ -49,12 +39,7 @@ def merge(partials, tokens, heads, head_dim, dtypes, device, threads, repeats, p
         for n in partials
         for t in tokens
     ]
-    results = []
-    with draw.counting("merge", len(shapes)) as advance:
-        for result in measure(shapes, device, repeats):
-            results.append(result)
-            advance()
-    fields = {"device": device, "threads": torch.get_num_threads(), "results": results}
+    fields = collect("merge", measure, shapes, device, repeats)
     emit(
         fields,
         as_json=as_json,
@@ -65,7 +50,7 @@ def merge(partials, tokens, heads, head_dim, dtypes, device, threads, repeats, p
         "against float64.",
     )  # fmt: skip
     if plot:
-        _draw(plots, plot, results)
+        _draw(plots, plot, fields["results"])
 
 
 def _row(r) -> list[str]:
@@ -84,16 +69,11 @@ def _row(r) -> list[str]:
 
 
 def _draw(plots, path, results) -> None:
-    kinds = {}
-    for r in results:
-        name = f"{r['partials']} of {r['dtype']}, {r['heads']} heads of {r['head_dim']}"
-        kinds.setdefault(name, []).append(r)
+    kinds = grouped(
+        results, lambda r: f"{r['partials']} of {r['dtype']}, {r['heads']} heads of {r['head_dim']}"
+    )
     lines = [
-        plots.Line(
-            name,
-            [r["tokens"] for r in rows],
-            [r["bytes"] / 1e9 for r in rows],
-        )
+        plots.Line(name, [r["tokens"] for r in rows], [r["bytes"] / 1e9 for r in rows])
         for name, rows in kinds.items()
     ]
     plots.draw(

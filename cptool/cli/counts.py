@@ -1,4 +1,4 @@
-"""Numbers of tokens as people write them."""
+"""Numbers of tokens and bytes as people write them."""
 
 import re
 
@@ -28,3 +28,18 @@ class TokenCount(click.ParamType):
                 ctx,
             )
         return int(count)
+
+
+class Bytes(click.ParamType):
+    """A size such as 1K, 4M or 65536; units are powers of two."""
+
+    name = "bytes"
+
+    def convert(self, value, param, ctx) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+)([kmg]?)", value.strip().lower())
+        size = int(match[1]) << 10 * " kmg".index(match[2] or " ") if match else 0
+        if size < 1:
+            self.fail(f"{value!r} must be a positive number of bytes, such as 1K or 4M", param, ctx)
+        return size

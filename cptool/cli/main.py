@@ -16,7 +16,9 @@ from cptool.errors import UserError
 # set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-COMMANDS = ("prefill", "decode", "chat", "session", "verify", "plan", "bench", "pull", "demo", "doctor")
+COMMANDS = (
+    "prefill", "decode", "chat", "session", "verify", "plan", "bench", "pull", "demo", "doctor",
+)  # fmt: skip
 
 # From click 8.2 on; before, click shows the help by itself.
 _NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())

@@ -19,7 +19,9 @@ PARTIALS = ("float32", "working")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def _stack(*decorators: Callable) -> Callable:
+def stack(*decorators: Callable) -> Callable:
+    """One decorator of several, in the order in which help lists their options."""
+
     def apply(command: Callable) -> Callable:
         for decorator in reversed(decorators):
             command = decorator(command)
@@ -28,7 +30,7 @@ def _stack(*decorators: Callable) -> Callable:
     return apply
 
 
-prompt_options = _stack(
+prompt_options = stack(
     click.option(
         "--prompt",
         "prompts",
@@ -59,7 +61,7 @@ prompt_options = _stack(
     ),
 )
 
-rank_options = _stack(
+rank_options = stack(
     click.option(
         "--cp",
         type=click.IntRange(min=1),
