@@ -112,6 +112,8 @@ def pass_kv(
     mine = step.queries[step.rank]
     low = high = None
     for source, block in ring.blocks(kv.packed(), step.key_sizes):
+        if not mine.tokens or not step.key_sizes[source]:
+            continue  # only passed on
         if source == step.rank:
             high = _over_local(q, mine, kv, scale)
         elif source > step.rank:
@@ -119,6 +121,8 @@ def pass_kv(
         else:
             low = _over_block(q, mine, block, step.keys[source], scale, into=low)
     partials = [partial for partial in (low, high) if partial is not None]
+    if not partials:
+        return torch.empty_like(q)
     outs, lses = zip(*partials)
     return merge_partials(outs, lses, q.dtype)[0]
 
@@ -131,13 +135,17 @@ def gather_kv(
     The op needs ascending positions, and the ranks' chunks interleave. So received blocks are put
     in order by one row gather at the speed of memory: the wire takes several times as long, and
     sending each stretch of positions straight into its place would take a message for each one.
+    Ranks without queries give their keys and are given none.
     """
+    local, asking = kv.packed(), [size > 0 for size in step.query_sizes]
+    if not asking[step.rank]:
+        ring.gather(local, step.key_sizes, readers=asking)
+        return torch.empty_like(q)
     keys, order = step.all_keys
-    local = kv.packed()
     received = ring.buffer("received", keys.tokens, local)
     parts = received.split(step.key_sizes)
     parts[step.rank].copy_(local)
-    ring.gather(parts[step.rank], step.key_sizes, into=parts)
+    ring.gather(parts[step.rank], step.key_sizes, into=parts, readers=asking)
     ordered = ring.buffer("ordered", keys.tokens, local)
     torch.index_select(received.flatten(1), 0, order, out=ordered.flatten(1))
     return _over_block(q, step.queries[step.rank], ordered, keys, scale, out_dtype=q.dtype)[0]
@@ -154,7 +162,7 @@ def pass_q(
     messages: list[torch.Tensor] = [q.new_empty(0)] * size
     pending = []
     for source, block in ring.blocks(q.contiguous(), step.query_sizes):
-        message = pack(*_over_local(block, step.queries[source], kv, scale, step.partial_dtype))
+        message = _answer(block, kv, step, source, scale)
         if source == rank:
             messages[rank] = message
             continue
@@ -176,8 +184,7 @@ def pass_q_all2all(
     """
     outgoing: list[torch.Tensor] = [q.new_empty(0)] * ring.size
     for source, block in ring.blocks(q.contiguous(), step.query_sizes):
-        partial = _over_local(block, step.queries[source], kv, scale, step.partial_dtype)
-        outgoing[source] = pack(*partial)
+        outgoing[source] = _answer(block, kv, step, source, scale)
     return merge_messages(_exchange(outgoing, step, ring), q)
 
 
@@ -192,7 +199,10 @@ def gather_q(
     gathered = torch.cat(ring.gather(q.contiguous(), step.query_sizes))
     gathered = gathered.index_select(0, order)
     out, lse = _over_local(gathered, queries, kv, scale, step.partial_dtype)
-    outgoing = [pack(out.index_select(0, rows), lse.index_select(0, rows)) for rows in step.rows]
+    outgoing = [
+        pack(out.index_select(0, rows), lse.index_select(0, rows)) if len(rows) else q.new_empty(0)
+        for rows in step.rows
+    ]
     return merge_messages(_exchange(outgoing, step, ring), q)
 
 
@@ -225,6 +235,13 @@ def _over_block(q, queries: Placement, block, keys: Placement, scale, into=None,
     )  # fmt: skip
 
 
+def _answer(block, kv: LayerKV, step: Step, source: int, scale) -> torch.Tensor:
+    """The message to rank `source` over its queries `block`; an empty one if it has none."""
+    if not step.query_sizes[source]:
+        return block.new_empty(0)
+    return pack(*_over_local(block, step.queries[source], kv, scale, step.partial_dtype))
+
+
 def pack(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     """A partial as one message in out's dtype: out [T, H, D], then the bits of lse [T, H]."""
     return torch.cat([out.flatten(), lse.view(out.dtype).flatten()])
@@ -237,6 +254,8 @@ def _exchange(outgoing: list[torch.Tensor], step: Step, ring: Ring) -> list[torc
 
 def merge_messages(messages: list[torch.Tensor], q: torch.Tensor) -> torch.Tensor:
     """Merge packed partials of q's tokens in the order given; [T, H, D] in q's dtype."""
+    if not q.shape[0]:
+        return torch.empty_like(q)
     outs = [message[: q.numel()].view(q.shape) for message in messages]
     lses = [message[q.numel() :].view(torch.float32).view(q.shape[:2]) for message in messages]
     return merge_partials(outs, lses, q.dtype)[0]

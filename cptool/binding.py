@@ -2,7 +2,7 @@
 
 Ranks of a machine that may all run on the same cores divide them: each is bound to its own, next to
 each other on a NUMA node, so that no rank's threads take turns with another's or lose their memory
-to a move. Where something else has given ranks different cores already (srun's or mpirun's binding,
+to a move. Ranks that must take turns do so on one core, as many on each. Where something else has given ranks different cores already (srun's or mpirun's binding,
 numactl, the cgroups of containers), that stays, and no core is divided a second time.
 """
 
@@ -52,8 +52,10 @@ def divide(
 ) -> Share:
     """The share of `rank` of those on a machine; usable[r]: the CPUs that rank r may run on.
 
-    Ranks with the same CPUs divide the cores among them; where there are fewer cores than ranks,
-    nobody is bound and each has one thread.
+    Ranks with the same CPUs divide the cores among them. Of more ranks than cores each has one
+    thread, and if they are a multiple, its core: rank after rank, so that the first few, which a
+    short prompt is left to, do not take turns. If not, some cores would have more to do than others,
+    and nobody is bound.
     """
     mine = usable[rank]
     overlapping = [r for r, cpus in enumerate(usable) if cpus & mine]
@@ -61,11 +63,14 @@ def divide(
     for cpu in sorted(mine):
         cores.setdefault(core(cpu), set()).add(cpu)
     count, ranks = len(cores), len(overlapping)
-    if ranks == 1 or count < ranks or any(usable[r] != mine for r in overlapping):
+    uneven = count < ranks and ranks % count
+    if ranks == 1 or uneven or any(usable[r] != mine for r in overlapping):
         return Share(None, max(1, count // ranks))
     # By node, then by the first CPU of a core.
     ordered = sorted(cores, key=lambda key: (key[0], min(cores[key])))
     place = overlapping.index(rank)
+    if count < ranks:
+        return Share(frozenset(cores[ordered[place % count]]), 1)
     own = ordered[place * count // ranks : (place + 1) * count // ranks]
     return Share(frozenset().union(*(cores[key] for key in own)), len(own))
 

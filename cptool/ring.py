@@ -84,15 +84,23 @@ class Ring:
         local: torch.Tensor,
         sizes: Sequence[int],
         into: Sequence[torch.Tensor] | None = None,
+        readers: Sequence[bool] | None = None,
     ) -> list[torch.Tensor]:
         """The blocks of all ranks in rank order; the own block is `local` itself.
 
         into: N contiguous tensors [sizes[r], ...] to receive in; the own entry is left alone.
-        `local` is as in `blocks`.
+        readers: whether rank r is given the blocks, the same on all ranks; one that is not gets
+        empty ones. `local` is as in `blocks`.
         """
+        if readers is not None:
+            outgoing = [local if reads else local[:0] for reads in readers]
+            if not readers[self.rank]:
+                into = [local.new_empty(0, *local.shape[1:])] * self.size
+        else:
+            outgoing = [local] * self.size
         if into is None:
             into = [local.new_empty(size, *local.shape[1:]) for size in sizes]
-        return self._all_to_all([local] * self.size, into)
+        return self._all_to_all(outgoing, into)
 
     def exchange(
         self, outgoing: Sequence[torch.Tensor], sizes: Sequence[int]

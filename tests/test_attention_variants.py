@@ -282,6 +282,16 @@ def test_nothing_but_tokens_travels(variant, narrow):
     assert sum(run_ranks(n, bytes_sent, case, variant, narrow)) == (n - 1) * expected
 
 
+@pytest.mark.parametrize("case", [CASES[3], CASES[14]], ids=["one token", "one takes all"])
+def test_ranks_that_ask_nothing_are_given_no_keys(case):
+    n = 4
+    queries, cached = case.layout(n).placements(), case.cached_placements(n)
+    held = [old.tokens + new.tokens for old, new in zip(cached, queries)]
+    expected = sum(sum(held) - own for own, new in zip(held, queries) if new.tokens)
+    sent = sum(run_ranks(n, bytes_sent, case, "gather-kv", False))
+    assert sent == expected * 2 * case.heads[1] * case.head_dim * case.dtype.itemsize
+
+
 def local_only(world):
     """Without keys of other ranks in the Step, for the variants that do not look at them."""
     ring, case = Ring(world.cp_group), CASES[7]

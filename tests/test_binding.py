@@ -32,7 +32,12 @@ def test_ranks_with_the_same_cpus_divide_the_cores_node_by_node():
     assert frozenset().union(*(share.cpus for share in three)) == ALL
 
 
-def test_one_rank_and_too_many_are_not_bound():
+def test_ranks_take_turns_on_a_core_of_their_own_where_each_has_as_many():
+    cores = [{0, 4}, {2, 6}, {1, 5}, {3, 7}]
+    assert shares([ALL] * 8) == [Share(frozenset(cores[rank % 4]), 1) for rank in range(8)]
+
+
+def test_one_rank_and_more_than_the_cores_can_share_evenly_are_not_bound():
     assert shares([ALL]) == [Share(None, 4)]
     assert shares([ALL] * 5) == [Share(None, 1)] * 5
 

@@ -103,6 +103,13 @@ def test_bytes_are_those_of_table_3():
     assert predict("gather-q", forward, profile).bytes == queries + partials
 
 
+def test_keys_are_gathered_by_ranks_with_queries_alone():
+    cached, ranks, token = 8192, 4, 2 * 2 * 128 * 2
+    sent = predict("gather-kv", on(ranks, 1, cached), PROFILES["cuda"]).bytes
+    assert sent == cached / ranks * token
+    alone = predict("gather-kv", on(ranks, 64, active=1), PROFILES["cuda"])
+    assert alone.bytes == alone.exposed_s == 0
+
 def test_ranks_beyond_the_processors_take_turns():
     profile = dataclasses.replace(PROFILES["cpu"], ranks_at_once=2)
     two = predict("gather-kv", on(4, 4096, active=2), profile).compute_s

@@ -69,21 +69,26 @@ def _pass_kv(rates: Rates) -> Exchange:
 
 
 def _gather_kv(rates: Rates) -> Exchange:
-    forward = rates.forward
+    """Ranks without queries give their keys and are given none."""
+    forward, sources = rates.forward, rates.forward.sources
     width = forward.kv_width * forward.element
     everything = (forward.cached + forward.new) * width
     own = forward.keys * width
-    # The own block is copied in, and every rank, idle or not, brings all into order. Positions are
-    # put in order once for all layers.
+    # The own block is copied in, and all are brought into order. Positions are put in order once
+    # for all layers.
     ordering = rates.touch(2 * own + 2 * everything, calls=2)
     tokens = forward.cached + forward.new
     ordering += tokens * rates.profile.position_s / forward.config.num_hidden_layers
     whole = rates.attention(forward.pairs, tokens, forward.queries)
+    sent = (sources - 1) * own
+    if sources < forward.ranks:
+        sent = max(sent, sources * forward.cached_keys * width)
+    givers = forward.ranks if forward.cached else sources
     return Exchange(
-        attention_s=rates.crowd(forward.sources) * whole,
-        merge_s=rates.crowd(forward.ranks) * ordering,
-        exposed_s=rates.collective(everything - own, forward.ranks - 1),
-        bytes=(forward.ranks - 1) * own,
+        attention_s=rates.crowd(sources) * whole,
+        merge_s=rates.crowd(sources) * ordering,
+        exposed_s=rates.collective(max(everything - own, sent), givers - 1) if givers > 1 else 0.0,
+        bytes=sent,
     )
 
 

@@ -88,6 +88,14 @@ class Attention(nn.Module):
             rotate_(*rows)
         return self.o_proj(attend(self.layer, q, k, v).flatten(1))
 
+    def without_tokens(self, x: torch.Tensor, attend: Attend) -> None:
+        """The part in others' attention of a rank whose `x` [0, hidden] has no row."""
+        q, k, v = (
+            x.new_empty(0, heads, self.head_dim)
+            for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        )
+        attend(self.layer, q, k, v)
+
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
@@ -122,6 +130,9 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
     ) -> None:
+        if not hidden.shape[0]:
+            self.self_attn.without_tokens(hidden, attend)
+            return
         attended = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
         for rows, added in _row_slices(hidden, attended):
             rows += self.mlp(self.post_attention_layernorm.after_adding(rows, added))
