@@ -27,7 +27,8 @@ def compare(world, lengths, variant, dtype, rounds):
 
     from cptool.bench.forward import random_model
     from cptool.calibration import measure
-    from cptool.emulation import Scenario, emulate
+    from cptool.emulated_layer import Scenario
+    from cptool.emulation import emulate
     from cptool.engine import Engine
     from cptool.sampling import Sampling
 

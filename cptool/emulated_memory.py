@@ -11,7 +11,7 @@ from cptool.errors import UserError
 from cptool.model.llama import ROWS_AT_ONCE
 
 if TYPE_CHECKING:
-    from cptool.emulation import Scenario, Shards
+    from cptool.emulated_layer import Scenario, Shards
 
 _FLOAT32 = 4
 

@@ -14,7 +14,8 @@ from cptool import ops
 from cptool.attention import VARIANTS
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
-from cptool.emulation import Scenario, emulate
+from cptool.emulated_layer import Scenario
+from cptool.emulation import emulate
 from cptool.engine import Engine
 from cptool.exposure import Exposure
 from cptool.graphs import Recorded

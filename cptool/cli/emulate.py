@@ -61,7 +61,8 @@ def emulate(
 
     import torch
 
-    from cptool.emulation import Scenario, emulate
+    from cptool.emulated_layer import Scenario
+    from cptool.emulation import emulate
     from cptool.hardware import find_profile, load_profile
     from cptool.model.fp8 import check_fp8
 

@@ -1,0 +1,175 @@
+"""One rank's share of one layer on one device: what it holds, its passes, what it computes once.
+
+The layer is the model's own, at its tensor-parallel width, with random weights; its attention is
+the variant's own code over blocks of the exact sizes and positions of every source.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from cptool.attention import KEYS_TRAVEL, Step, attend
+from cptool.cache import KVCache
+from cptool.emulated_ring import EmulatedRing, Timeline, Trace
+from cptool.model.config import LlamaConfig
+from cptool.model.fp8 import RowwiseFp8
+from cptool.model.llama import DecoderLayer
+from cptool.model.rope import inverse_frequencies, rotary_tables
+from cptool.sharding import Placement, balanced, concat
+
+LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+REDUCED = ("o_proj", "down_proj")
+OTHER = "norms, rotation, cache, activation"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`new` tokens over `cached` ones on `cp` x `tp` ranks, one sequence.
+
+    fp8: the feed-forward layers as row-wise scaled FP8 products.
+    """
+
+    config: LlamaConfig
+    cp: int
+    tp: int
+    new: int
+    cached: int
+    variant: str
+    dtype: torch.dtype
+    device: torch.device
+    fp8: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.config.num_attention_heads // self.tp
+
+    @property
+    def kv_heads(self) -> int:
+        return max(1, self.config.num_key_value_heads // self.tp)
+
+    @property
+    def ffn(self) -> int:
+        return self.config.intermediate_size // self.tp
+
+
+@dataclass(frozen=True)
+class Shards:
+    """What every CP rank holds: cached tokens, the new ones (its queries), both (its keys)."""
+
+    cached: tuple[Placement, ...]
+    queries: tuple[Placement, ...]
+    keys: tuple[Placement, ...]
+
+    def to(self, device: torch.device) -> Shards:
+        sides = (self.cached, self.queries, self.keys)
+        return Shards(*(tuple(p.to(device) for p in side) for side in sides))
+
+    @property
+    def busiest(self) -> int:
+        """The rank whose queries see the most keys: position p sees p + 1."""
+        visible = [int((p.positions.long() + 1).sum()) for p in self.queries]
+        return visible.index(max(visible))
+
+    def pairs(self, asking: int, holding: int) -> int:
+        """Visible pairs of one rank's queries and another's keys."""
+        queries, keys = self.queries[asking].positions, self.keys[holding].positions
+        return int(torch.searchsorted(keys, queries, right=True).sum())
+
+
+def shards(scenario: Scenario, active: int) -> Shards:
+    """New tokens in balance over a cache that is in balance."""
+    cached = balanced([scenario.cached], scenario.cp).placements()
+    held = [[placement.tokens] for placement in cached]
+    layout = balanced([scenario.new], scenario.cp, [scenario.cached], held, active)
+    queries = layout.placements()
+    return Shards(cached, queries, tuple(concat(*pair) for pair in zip(cached, queries)))
+
+
+def build(scenario: Scenario) -> DecoderLayer:
+    """The model's layer with random weights in place of those of "meta"."""
+    layer = DecoderLayer(scenario.config, 0, scenario.tp, "meta").requires_grad_(False)
+    weights = {}
+    for name, parameter in layer.named_parameters():
+        values = torch.empty(parameter.shape, dtype=scenario.dtype, device=scenario.device)
+        weights[name] = values.fill_(1.0) if values.dim() == 1 else values.normal_(std=0.02)
+    layer.load_state_dict(weights, assign=True)
+    if scenario.fp8:
+        layer.mlp.gate_up_proj = RowwiseFp8(layer.mlp.gate_up_proj.weight)
+        layer.mlp.down_proj = RowwiseFp8(layer.mlp.down_proj.weight)
+    return layer.eval()
+
+
+def run_once(
+    scenario: Scenario, layer: DecoderLayer, variant: str, held: Shards, rank: int
+) -> tuple[Trace, list[int], int]:
+    """One pass: its trace, the bytes of each all-reduce, the bytes sent."""
+    config, device, dtype = scenario.config, scenario.device, scenario.dtype
+    timeline, reduced = Timeline(device), []
+    ring = EmulatedRing(rank, scenario.cp, timeline)
+    step = Step(rank, held.queries, held.keys if variant in KEYS_TRAVEL else ())
+    mine = held.queries[rank]
+    cache = KVCache(
+        layers=1, kv_heads=scenario.kv_heads, head_dim=config.head_dim, batch=1, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+    cache.reserve([held.keys[rank].tokens])
+    cache.extend(held.cached[rank])
+    cache.tokens_from(0, 0, 0).normal_()
+    cache.extend(mine)
+    hidden = torch.randn(mine.tokens, config.hidden_size, dtype=dtype, device=device)
+    tables = rotary_tables(mine.positions, inverse_frequencies(config).to(device))
+
+    def attention(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        cache.store(0, k, v)
+        timeline.mark("attention")
+        out = attend(variant, q, cache.layer(0), step, ring, config.head_dim**-0.5)
+        timeline.mark(OTHER)
+        return out
+
+    def watch(name: str, module: torch.nn.Module) -> list:
+        def after(_, __, output: torch.Tensor) -> None:
+            timeline.mark(OTHER)
+            if scenario.tp > 1 and name in REDUCED:
+                reduced.append(output.nbytes)
+
+        before = module.register_forward_pre_hook(lambda *_: timeline.mark(name))
+        return [before, module.register_forward_hook(after)]
+
+    modules = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
+    hooks = [hook for name in LINEAR for hook in watch(name, modules[name])]
+    timeline.mark(OTHER)
+    layer(hidden, *tables, attention)
+    timeline.mark(OTHER)
+    for hook in hooks:
+        hook.remove()
+    return timeline.trace(), reduced, ring.sent_bytes
+
+
+def time_once(scenario: Scenario, mine: Placement) -> dict[str, float]:
+    """Seconds of what a forward does once: embedding, rotary tables, logits of one row."""
+    config, device = scenario.config, scenario.device
+    size = (config.vocab_size, config.hidden_size)
+    table = torch.empty(size, dtype=scenario.dtype, device=device).normal_(std=0.02)
+    tokens = torch.randint(config.vocab_size, (mine.tokens,), device=device)
+    frequencies, row = inverse_frequencies(config).to(device), table[:1].clone()
+
+    def timed(work: Callable[[], object]) -> float:
+        spent = []
+        for _ in range(4):
+            timeline = Timeline(device)
+            timeline.mark("work")
+            work()
+            timeline.mark("end")
+            spent.append(timeline.trace()[0].seconds)
+        return statistics.median(spent[1:])
+
+    return {
+        "embedding": timed(lambda: functional.embedding(tokens, table)),
+        "rotary tables": timed(lambda: rotary_tables(mine.positions, frequencies)),
+        "logits of the last token": timed(lambda: functional.linear(row, table)),
+    }
