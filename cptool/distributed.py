@@ -11,7 +11,6 @@ import ctypes
 import datetime
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cptool.errors import UserError
+from cptool.launcher import Seat, launched, launched_size, set_rendezvous_address
 from cptool.status import Board
 
 if TYPE_CHECKING:
@@ -84,12 +84,6 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.gather(None)
-
-
-def launched_size() -> int | None:
-    """Ranks of the world that torchrun or srun started this process in; None outside of one."""
-    seat = launched()
-    return seat.size if seat else None
 
 
 def check_size(cp: int, tp: int) -> None:
@@ -192,63 +186,6 @@ def run(
         board = Board(cp * tp, os.path.join(folder, "status"))
         with _watching(watch, board):
             return launch(entry, args, options, board, folder)
-
-
-@dataclass(frozen=True)
-class Seat:
-    """What a launcher says about this process, in its environment."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-
-
-def launched() -> Seat | None:
-    """This process's seat in the world of torchrun or srun; None outside of one."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local_rank = int(env.get("LOCAL_RANK", rank))
-        return Seat(rank, size, local_rank, int(env.get("LOCAL_WORLD_SIZE", size)))
-    # Only the tasks of srun are told of a step; a batch script, or a shell in an allocation, has
-    # SLURM_NTASKS and SLURM_PROCID too, but is alone.
-    size = int(env.get("SLURM_STEP_NUM_TASKS", 1))
-    if "SLURM_PROCID" in env and size > 1:
-        counts = _slurm_counts(env["SLURM_STEP_TASKS_PER_NODE"])
-        local_size = counts[int(env["SLURM_NODEID"])]
-        return Seat(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size)
-    return None
-
-
-def _slurm_counts(listed: str) -> list[int]:
-    """Tasks of each node from a list such as "4(x2),3"."""
-    counts: list[int] = []
-    for item in listed.split(","):
-        count, _, repeat = item.rstrip(")").partition("(x")
-        counts += [int(count)] * int(repeat or 1)
-    return counts
-
-
-def _rendezvous_address() -> None:
-    """See that the environment says where the ranks meet, as torchrun's already does."""
-    env = os.environ
-    # Jobs that share a node, and steps of one job, must not meet each other.
-    job, step = (int(env.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    env.setdefault("MASTER_PORT", str(10_000 + (100 * job + step) % 20_000))
-    if "MASTER_ADDR" in env:
-        return
-    try:
-        shown = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        env["MASTER_ADDR"] = shown.stdout.split()[0]
-    except (OSError, KeyError, IndexError, subprocess.CalledProcessError):
-        raise UserError(
-            "MASTER_ADDR is not set and scontrol does not tell the first node; "
-            "set it to the host of rank 0"
-        ) from None
 
 
 def _gpus() -> int:
@@ -369,7 +306,7 @@ def call_entry(entry: Callable[..., Any], args: tuple, world: World) -> Any:
 
 def _joined(entry, args, seat: Seat, options: tuple, board: Board) -> Any:
     """One rank of a world that a launcher started, which also ends the others if this one dies."""
-    _rendezvous_address()
+    set_rendezvous_address()
     try:
         return call_entry(entry, args, connect(seat, *options, board))
     except UserError:

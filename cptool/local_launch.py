@@ -26,11 +26,11 @@ from cptool.distributed import (
     connect,
     describe,
     is_communication,
-    launched,
     resolve_device,
     transport,
 )
 from cptool.errors import UserError
+from cptool.launcher import launched
 from cptool.status import Board
 
 _POLL_S = 0.05

@@ -237,6 +237,16 @@ def check_new(directory: Path) -> None:
         )
 
 
+def model_path(manifest: Manifest) -> str:
+    """Where the session's model was; UserError if it has gone from there."""
+    if not Path(manifest.model.path).exists():
+        raise UserError(
+            f"{manifest.model.path}, the model of this session, is not there any more; say where "
+            "it is with --model"
+        )
+    return manifest.model.path
+
+
 def check_model(manifest: Manifest, fingerprint: str, model: str) -> None:
     """Refuses another model's KV."""
     if manifest.model.fingerprint != fingerprint:

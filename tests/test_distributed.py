@@ -15,14 +15,13 @@ import torch.distributed as dist
 from cptool import distributed
 from cptool.distributed import (
     RankFailed,
-    Seat,
     check_size,
-    launched,
     resolve_device,
     run,
     transport,
 )
 from cptool.errors import UserError
+from cptool.launcher import Seat, launched, set_rendezvous_address
 from cptool.ring import Ring
 from cptool.status import Board, Status
 
@@ -381,18 +380,18 @@ def test_slurm_ranks_meet_on_the_first_node(monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="^MASTER_ADDR is not set and scontrol does not tell"):
-        distributed._rendezvous_address()
+        set_rendezvous_address()
     tool = tmp_path / "scontrol"
     tool.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-3]" ] && printf "n1\\nn2\\nn3\\n"\n')
     tool.chmod(0o755)
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    distributed._rendezvous_address()
+    set_rendezvous_address()
     first = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     assert first[0] == "n1" and 1024 <= int(first[1]) < 32768
     # The next step of the job may begin before the last one's port is free again.
     monkeypatch.setenv("SLURM_STEP_ID", "1")
     monkeypatch.delenv("MASTER_PORT")
-    distributed._rendezvous_address()
+    set_rendezvous_address()
     assert os.environ["MASTER_PORT"] != first[1]
 
 

@@ -47,8 +47,9 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     (hardware.json); `--variant auto` reads it from there.
     """
     from cptool import distributed
+    from cptool.launcher import launched_size
 
-    launched = distributed.launched_size()
+    launched = launched_size()
     # What ranks lose that take turns is measured apart: those that need not are bound to cores.
     more = cp is None and launched is None and distributed.resolve_device(device, 2) == "cpu"
     cp = cp or launched or 2

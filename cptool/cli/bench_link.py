@@ -32,9 +32,10 @@ def link(
     """
     from cptool import distributed
     from cptool import plot as plots
+    from cptool.launcher import launched_size
 
     plots.check(plot)
-    cp = cp or distributed.launched_size() or 2
+    cp = cp or launched_size() or 2
     distributed.check_size(cp, 1)
     with draw.progress() as watch:
         results, facts, rank = distributed.run(

@@ -8,15 +8,15 @@ import click
 
 from cptool.cli import draw
 from cptool.cli.options import (
-    Prompts,
-    check_context,
     check_profile,
     json_option,
+    moved_option,
     profile_option,
-    prompt_options,
     rank_options,
     resolve_ranks,
+    sampling_options,
 )
+from cptool.cli.prompts import Prompts, check_context, prompt_options
 from cptool.errors import UserError
 
 DEFAULT_TOKENS = 128
@@ -32,15 +32,8 @@ DEFAULT_TOKENS = 128
     type=click.IntRange(min=0),
     help=f"Append up to this many tokens.  [default: {DEFAULT_TOKENS}]",
 )
-@click.option("--temperature", type=float, default=0.0, help="0 is greedy.  [default: 0]")
-@click.option(
-    "--top-p",
-    type=float,
-    default=1.0,
-    help="Draw from the likeliest tokens of this mass.  [default: 1]",
-)
-@click.option("--seed", type=int, default=0, help="Of the draws.  [default: 0]")
-@click.option("--model", help="Where the session's model is now, if it moved.")
+@sampling_options
+@moved_option
 @profile_option
 @rank_options
 @json_option
@@ -73,19 +66,14 @@ def decode(
     """
     from cptool import session as sessions
     from cptool.checkpoint import open_checkpoint
-    from cptool.distributed import launched_size
+    from cptool.launcher import launched_size
     from cptool.sampling import Sampling
 
     check_profile(profile)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     manifest = sessions.load(session)
     sessions.check_writable(session)
-    source = model or manifest.model.path
-    if model is None and not Path(source).exists():
-        raise UserError(
-            f"{source}, the model of this session, is not there any more; say where it is with "
-            "--model"
-        )
+    source = model or sessions.model_path(manifest)
     checkpoint = open_checkpoint(source)
     sessions.check_model(manifest, checkpoint.fingerprint, source)
 

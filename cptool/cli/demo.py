@@ -9,7 +9,8 @@ from importlib import resources
 import click
 
 from cptool.cli import draw
-from cptool.cli.options import Ranks, check_context, rank_options, resolve_ranks
+from cptool.cli.options import Ranks, rank_options, resolve_ranks
+from cptool.cli.prompts import check_context
 from cptool.errors import UserError
 
 MODEL = "smollm2-135m-instruct"
@@ -30,7 +31,7 @@ def demo(question, cp, tp, device, variant, partials, threads, timeout):
     differ.
     """
     from cptool.checkpoint import catalogue, open_checkpoint
-    from cptool.distributed import launched_size
+    from cptool.launcher import launched_size
 
     if launched_size() is not None:
         raise UserError("cptool demo starts its own ranks; run it without a launcher")

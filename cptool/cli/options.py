@@ -1,6 +1,5 @@
 """Options that several subcommands share, and what they mean."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,37 +29,25 @@ def stack(*decorators: Callable) -> Callable:
     return apply
 
 
-prompt_options = stack(
-    click.option(
-        "--prompt",
-        "prompts",
-        multiple=True,
-        metavar="TEXT",
-        help="A prompt. Repeat any prompt option for a batch.",
-    ),
-    click.option(
-        "--prompt-file",
-        "prompt_files",
-        multiple=True,
-        type=click.Path(path_type=Path),
-        help="A UTF-8 text file as a prompt.",
-    ),
-    click.option(
-        "--token-ids",
-        "token_files",
-        multiple=True,
-        type=click.Path(path_type=Path),
-        help="A JSON file: a list of token ids, taken as they are, or a list of such lists.",
-    ),
-    click.option(
-        "--synthetic",
-        multiple=True,
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="A prompt of N pseudo-random tokens.",
-    ),
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="Where to run.  [default: auto]",
 )
-
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="CPU threads a rank.  [default: the cores, shared out]",
+)
+timeout_option = click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=300.0,
+    metavar="S",
+    help="Seconds to wait for another rank.  [default: 300]",
+)
 rank_options = stack(
     click.option(
         "--cp",
@@ -74,12 +61,7 @@ rank_options = stack(
         metavar="M",
         help="Tensor-parallel ranks for each of them.  [default: 1]",
     ),
-    click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
-        help="Where to run.  [default: auto]",
-    ),
+    device_option,
     click.option(
         "--variant",
         type=click.Choice(VARIANTS),
@@ -93,19 +75,8 @@ rank_options = stack(
         help="Where queries travel, send partial outputs back in float32, or in the working dtype: "
         "fewer bytes, one more rounding.  [default: float32]",
     ),
-    click.option(
-        "--threads",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="CPU threads a rank.  [default: the cores, shared out]",
-    ),
-    click.option(
-        "--timeout",
-        type=click.FloatRange(min=1),
-        default=300.0,
-        metavar="S",
-        help="Seconds to wait for another rank.  [default: 300]",
-    ),
+    threads_option,
+    timeout_option,
 )
 
 dtype_option = click.option(
@@ -114,6 +85,17 @@ dtype_option = click.option(
     default="auto",
     help="Compute and cache in this type.  [default: auto, the checkpoint's own]",
 )
+sampling_options = stack(
+    click.option("--temperature", type=float, default=0.0, help="0 is greedy.  [default: 0]"),
+    click.option(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="Draw from the likeliest tokens of this mass.  [default: 1]",
+    ),
+    click.option("--seed", type=int, default=0, help="Of the draws.  [default: 0]"),
+)
+moved_option = click.option("--model", help="Where the session's model is now, if it moved.")
 profile_option = click.option(
     "--profile",
     type=click.Path(dir_okay=False),
@@ -136,74 +118,6 @@ class Ranks:
     timeout: float
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """The prompt options as they were given."""
-
-    texts: tuple[str, ...]
-    files: tuple[Path, ...]
-    token_files: tuple[Path, ...]
-    synthetic: tuple[int, ...]
-    chat: bool
-
-    def __bool__(self) -> bool:
-        return bool(self.texts or self.files or self.token_files or self.synthetic)
-
-    def encode(self, checkpoint: "Checkpoint", *, begin: bool) -> list[list[int]]:
-        """Token ids of each prompt; `begin` says that a text starts a sequence and so takes the BOS
-        that the model asks for.
-
-        UserError in one line for a prompt that is empty, unreadable or not of the model's
-        vocabulary.
-        """
-        texts = [(f"--prompt {number}", text) for number, text in enumerate(self.texts, 1)]
-        texts += [(str(path), _read_text(path)) for path in self.files]
-        sequences = []
-        if texts:
-            tokenizer = checkpoint.tokenizer()
-            if tokenizer is None:
-                raise UserError(
-                    f"{checkpoint.path} has no tokenizer, so a text prompt cannot be read; give "
-                    "--token-ids"
-                )
-            for name, text in texts:
-                if not text:
-                    raise UserError(f"{name}: the prompt is empty; give at least one character")
-                if self.chat:
-                    sequences.append((name, tokenizer.chat([{"role": "user", "content": text}])))
-                else:
-                    sequences.append((name, tokenizer.encode(text, bos=begin)))
-        elif self.chat:
-            raise UserError(
-                "--chat: it needs a text prompt; give --prompt or --prompt-file, or leave it out"
-            )
-        sequences += [entry for path in self.token_files for entry in _read_token_ids(path)]
-        check_context(list(self.synthetic), [0] * len(self.synthetic), 0, checkpoint.config)
-        sequences += [
-            (f"--synthetic {n}", _synthetic(n, checkpoint.config.vocab_size))
-            for n in self.synthetic
-        ]
-        for name, tokens in sequences:
-            _check_tokens(name, tokens, checkpoint.config)
-        return [tokens for _, tokens in sequences]
-
-
-def check_context(new: list[int], cached: list[int], more: int, config: "LlamaConfig") -> None:
-    """Refuses sequences that would outgrow the positions the model was made for."""
-    for b, (added, held) in enumerate(zip(new, cached), 1):
-        if added + held + more > config.max_position_embeddings:
-            parts = (
-                [f"{held} cached"] * bool(held)
-                + [f"{added} new"]
-                + [f"{more} to come"] * bool(more)
-            )
-            raise UserError(
-                f"sequence {b} has {added + held + more} tokens ({', '.join(parts)}), the model's "
-                "context is "
-                f"{config.max_position_embeddings}; shorten it"
-            )
-
-
 def check_profile(profile: str | None) -> None:
     """Refuses a file for the trace that could not be written to, before the run."""
     if profile is not None and not Path(profile).absolute().parent.is_dir():
@@ -223,13 +137,13 @@ def resolve_ranks(
 ) -> Ranks:
     """Checks the ranks asked for against the launcher, the model and the machine."""
     from cptool import distributed, tensor_parallel
+    from cptool.launcher import launched
 
-    launched, tp = distributed.launched_size(), tp or 1
+    seat, tp = launched(), tp or 1
     if cp is None:
-        cp = 1 if launched is None else max(1, launched // tp)
+        cp = 1 if seat is None else max(1, seat.size // tp)
     tensor_parallel.check(config, tp)
     distributed.check_size(cp, tp)
-    seat = distributed.launched()
     device = distributed.resolve_device(device, seat.local_size if seat else cp * tp)
     return Ranks(cp=cp, tp=tp, device=device, threads=threads, timeout=timeout)
 
@@ -238,60 +152,3 @@ def resolve_dtype(asked: str, checkpoint: "Checkpoint", device: str) -> str:
     if asked != "auto":
         return asked
     return checkpoint.dtype if device == "cpu" else checkpoint.accelerator_dtype
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it first"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); name a text file") from None
-
-
-def _read_token_ids(path: Path) -> list[tuple[str, list[int]]]:
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); name a JSON file of token ids"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); it must be a list of token ids") from None
-    rows = (
-        value
-        if isinstance(value, list) and value and all(isinstance(row, list) for row in value)
-        else [value]
-    )
-    for row in rows:
-        if not isinstance(row, list) or not all(type(token) is int for token in row):
-            raise UserError(
-                f"{path}: token ids must be a list of integers, or a list of such lists"
-            )
-    names = (
-        [str(path)]
-        if len(rows) == 1
-        else [f"{path}, sequence {b}" for b in range(1, len(rows) + 1)]
-    )
-    return list(zip(names, rows))
-
-
-def _check_tokens(name: str, tokens: list[int], config: "LlamaConfig") -> None:
-    if not tokens:
-        raise UserError(f"{name}: the prompt is empty; give at least one token")
-    low, high = min(tokens), max(tokens)
-    if low < 0 or high >= config.vocab_size:
-        wrong = low if low < 0 else high
-        raise UserError(
-            f"{name}: token id {wrong} is not in the model's vocabulary, 0 to "
-            f"{config.vocab_size - 1}"
-        )
-
-
-def _synthetic(count: int, vocab_size: int) -> list[int]:
-    import random
-
-    generator = random.Random(count)
-    return [generator.randrange(vocab_size) for _ in range(count)]

@@ -9,17 +9,15 @@ import click
 
 from cptool.cli import draw
 from cptool.cli.options import (
-    Prompts,
-    check_context,
     check_profile,
     dtype_option,
     json_option,
     profile_option,
-    prompt_options,
     rank_options,
     resolve_dtype,
     resolve_ranks,
 )
+from cptool.cli.prompts import Prompts, check_context, prompt_options
 from cptool.errors import UserError
 
 

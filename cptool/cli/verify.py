@@ -9,13 +9,14 @@ import click
 
 from cptool.cli import draw
 from cptool.cli.options import (
-    Prompts,
-    check_context,
+    device_option,
     dtype_option,
     json_option,
-    prompt_options,
     resolve_dtype,
+    threads_option,
+    timeout_option,
 )
+from cptool.cli.prompts import Prompts, check_context, prompt_options
 from cptool.errors import UserError
 
 TOKENS = 768
@@ -31,25 +32,9 @@ STEPS = 8
     metavar="N",
     help="Up to this many ranks.  [default: 4, or the GPUs]",
 )
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    help="Where to run.  [default: auto]",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="CPU threads a rank.  [default: the cores, shared out]",
-)
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=1),
-    default=300.0,
-    metavar="S",
-    help="Seconds to wait for another rank.  [default: 300]",
-)
+@device_option
+@threads_option
+@timeout_option
 @dtype_option
 @json_option
 def verify(
@@ -73,8 +58,9 @@ def verify(
     """
     from cptool import distributed
     from cptool.checkpoint import open_checkpoint
+    from cptool.launcher import launched_size
 
-    if distributed.launched_size() is not None:
+    if launched_size() is not None:
         raise UserError("cptool verify starts its own ranks; run it without a launcher")
     checkpoint = open_checkpoint(model)
     asked = Prompts(

@@ -1,0 +1,231 @@
+"""What is typed into `cptool chat`, and what comes of each line."""
+
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cptool.cli import draw
+from cptool.conversation import Conversation
+from cptool.errors import UserError
+
+if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
+    from cptool.resident import Resident
+    from cptool.sampling import Sampling
+
+HELP = """\
+/save [DIR]  keep the conversation and its KV in DIR; continue it with: cptool chat DIR
+/undo        take back the last question and its answer
+/reset       begin anew
+/exit        end, as Ctrl-D does
+//...        ask something that begins with /...
+Ctrl-C stops an answer; what was said of it stays in the conversation."""
+
+
+class Terminal:
+    """What lines of the user do.
+
+    `saved` is the directory of the session that the ranks go on with and its revision, None before
+    the first /save.
+    """
+
+    def __init__(
+        self,
+        resident: "Resident",
+        checkpoint: "Checkpoint",
+        conversation: Conversation,
+        sampling: "Sampling",
+        count: int,
+        dtype: str,
+    ):
+        self.resident, self.checkpoint, self.conversation = resident, checkpoint, conversation
+        self.sampling, self.count, self.dtype = sampling, count, dtype
+        self.tokenizer = checkpoint.tokenizer()
+        self.saved: tuple[Path, int] | None = None
+
+    def handle(self, line: str) -> bool:
+        """Does what a line says; False if that is to end. A mistake is told and changes nothing."""
+        command, _, argument = line.strip().partition(" ")
+        commands = {
+            "/save": self.save,
+            "/undo": self.undo,
+            "/reset": self.reset,
+            "/help": self.help,
+        }
+        try:
+            if command == "/exit":
+                return False
+            if command in commands:
+                commands[command](argument.strip())
+            elif command.startswith("/") and not command.startswith("//"):
+                raise UserError(
+                    f"{command} is no command; /help lists them, and //... asks what begins with /"
+                )
+            elif line.strip():
+                self.ask(line.removeprefix("/") if line.startswith("//") else line)
+        except UserError as error:
+            draw.say(str(error))
+        return True
+
+    def ask(self, question: str) -> None:
+        """Answers on standard output, as it comes."""
+        from cptool.resident import Continue
+
+        context = self.conversation.ask(question)
+        limit = self.checkpoint.config.max_position_embeddings
+        room = min(self.count, limit - len(context))
+        if room < 1:
+            raise UserError(
+                f"the context is full: with this question it has {len(context):,} tokens, "
+                f"the model's limit is {limit:,}; "
+                "nothing was lost: ask something shorter, /save, /undo or /reset"
+            )
+        text = self.tokenizer.stream()
+        ids: list[int] = []
+        began = first = time.perf_counter()
+
+        def emit(token: int) -> None:
+            nonlocal first
+            if not ids:
+                first = time.perf_counter()
+            ids.append(token)
+            _write(text.push(token))
+
+        with _stopping(self.resident) as stopped:
+            answer = self.resident.answer(Continue(tuple(context), room, self.sampling), emit)
+            ended = time.perf_counter()
+        _write(text.flush() + "\n")
+        self.conversation.answered(question, context, answer.token_ids)
+        rate = f", then {(len(ids) - 1) / (ended - first):.1f} tokens/s" if len(ids) > 1 else ""
+        cut = (
+            ""
+            if ids[-1] in self.checkpoint.eos_ids
+            else ", stopped"
+            if stopped()
+            else ", cut at the limit of tokens"
+        )
+        draw.say(
+            f"[{len(ids)} tokens{cut}; {answer.reused:,} of {len(context):,} reused; "
+            f"first after {draw.seconds(first - began)}{rate}; "
+            f"{len(self.conversation.tokens):,} of {limit:,} in context]"
+        )
+
+    def save(self, argument: str) -> None:
+        from cptool import session
+        from cptool.cost import ELEMENT_BYTES, kv_bytes
+        from cptool.resident import Save
+
+        if not argument and self.saved is None:
+            raise UserError("/save: name a directory to keep the conversation in: /save DIR")
+        if not self.conversation.tokens:
+            raise UserError("/save: nothing was said yet; ask something first")
+        directory = Path(argument).expanduser() if argument else self.saved[0]
+        if self.saved is not None and directory.resolve() == self.saved[0].resolve():
+            directory, revision = self.saved
+            if session.load(directory).revision != revision:
+                raise UserError(
+                    f"/save: {directory} was changed by another run; name a new directory"
+                )
+        elif session.exists(directory):
+            raise UserError(f"/save: {directory} holds another session; name a new directory")
+        else:
+            session.check_new(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            needed = kv_bytes(
+                self.checkpoint.config, len(self.conversation.tokens), ELEMENT_BYTES[self.dtype]
+            )
+            free = shutil.disk_usage(directory).free
+            if free < needed:
+                raise UserError(
+                    f"/save: {directory} has {draw.size(free)} free, "
+                    f"{draw.size(needed)} are needed; "
+                    "make room"
+                )
+            self.conversation.write(directory)
+        except OSError as error:
+            raise UserError(
+                f"/save: {directory} cannot be written ({error.strerror}); name another place"
+            ) from None
+        manifest = self.resident.save(Save(tuple(self.conversation.tokens), str(directory)))
+        self.saved = (directory, manifest.revision)
+        draw.say(
+            f"saved {len(self.conversation.tokens):,} tokens; "
+            f"continue with: cptool chat {directory}"
+        )
+
+    def undo(self, argument: str) -> None:
+        question = self.conversation.undo()
+        if question is None:
+            raise UserError("/undo: there is no question to take back")
+        draw.say(f"took back: {question if len(question) <= 60 else question[:57] + '...'}")
+
+    def reset(self, argument: str) -> None:
+        self.conversation.reset()
+        draw.say("a new conversation")
+
+    def help(self, argument: str) -> None:
+        draw.say(HELP)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@contextmanager
+def _stopping(resident: "Resident") -> Iterator:
+    """Ctrl-C stops the answer that is coming, a second one the program; tells whether one came."""
+    count = 0
+
+    def interrupt(number, frame) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise KeyboardInterrupt
+        # No exception: one in the midst of a message would leave the rest of it in the connection.
+        resident.stop()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: count > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def lines() -> Iterator[str]:
+    """Of standard input; where it is a terminal, with a prompt."""
+    return _typed() if sys.stdin.isatty() else _piped()
+
+
+def _piped() -> Iterator[str]:
+    for line in sys.stdin:
+        yield line.rstrip("\n")
+
+
+def _typed() -> Iterator[str]:
+    """Lines with editing and history; Ctrl-C gives up a line, a second one in a row the program."""
+    import readline  # noqa: F401  input() uses it once it is imported
+
+    interrupted = False
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            draw.say("\n(Ctrl-C again, Ctrl-D or /exit to end)")
+            continue
+        interrupted = False
+        yield line

@@ -1,0 +1,72 @@
+"""What torchrun or srun says in the environment of the world that it started this process in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+
+from cptool.errors import UserError
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a launcher says about this process, in its environment."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def launched() -> Seat | None:
+    """This process's seat in the world of torchrun or srun; None outside of one."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        local_rank = int(env.get("LOCAL_RANK", rank))
+        return Seat(rank, size, local_rank, int(env.get("LOCAL_WORLD_SIZE", size)))
+    # Only the tasks of srun are told of a step; a batch script, or a shell in an allocation, has
+    # SLURM_NTASKS and SLURM_PROCID too, but is alone.
+    size = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+    if "SLURM_PROCID" in env and size > 1:
+        counts = _slurm_counts(env["SLURM_STEP_TASKS_PER_NODE"])
+        local_size = counts[int(env["SLURM_NODEID"])]
+        return Seat(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size)
+    return None
+
+
+def launched_size() -> int | None:
+    """Ranks of the world that torchrun or srun started this process in; None outside of one."""
+    seat = launched()
+    return seat.size if seat else None
+
+
+def _slurm_counts(listed: str) -> list[int]:
+    """Tasks of each node from a list such as "4(x2),3"."""
+    counts: list[int] = []
+    for item in listed.split(","):
+        count, _, repeat = item.rstrip(")").partition("(x")
+        counts += [int(count)] * int(repeat or 1)
+    return counts
+
+
+def set_rendezvous_address() -> None:
+    """Sees that the environment says where the ranks meet, as torchrun's already does."""
+    env = os.environ
+    # Jobs that share a node, and steps of one job, must not meet each other.
+    job, step = (int(env.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    env.setdefault("MASTER_PORT", str(10_000 + (100 * job + step) % 20_000))
+    if "MASTER_ADDR" in env:
+        return
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        env["MASTER_ADDR"] = shown.stdout.split()[0]
+    except (OSError, KeyError, IndexError, subprocess.CalledProcessError):
+        raise UserError(
+            "MASTER_ADDR is not set and scontrol does not tell the first node; "
+            "set it to the host of rank 0"
+        ) from None
