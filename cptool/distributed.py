@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import math
 import os
 import re
 import sys
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 DEFAULT_TIMEOUT_S = 300.0
+# The fork server takes two descriptors of each rank with every request, and at most 255.
+MOST_LOCAL_RANKS = 125
+# OpenMP ends the process, without a word of ours, where it cannot start as many as it is told.
+MOST_THREADS = 1024
 
 
 class RankFailed(RuntimeError):
@@ -87,7 +92,9 @@ class World:
 
 
 def check_size(cp: int, tp: int) -> None:
-    """UserError unless cp and tp are at least 1 and fill the launcher's world, if there is one."""
+    """UserError unless cp and tp are at least 1 and fill the launcher's world, if there is one, or
+    are few enough for the ranks to be started here.
+    """
     for name, value in (("--cp", cp), ("--tp", tp)):
         if value < 1:
             raise UserError(f"{name} {value}: it must be at least 1; leave it out for one rank")
@@ -97,6 +104,22 @@ def check_size(cp: int, tp: int) -> None:
             f"--cp {cp} --tp {tp} make {cp * tp} ranks, the launcher started {launched}; "
             "give it as many processes, or other --cp and --tp"
         )
+    if launched is None and cp * tp > MOST_LOCAL_RANKS:
+        raise UserError(
+            f"--cp {cp} --tp {tp} make {cp * tp} ranks, one command starts at most "
+            f"{MOST_LOCAL_RANKS}; use fewer, or torchrun on several machines"
+        )
+
+
+def check_limits(threads: int | None, timeout: float) -> None:
+    """UserError for more threads than a rank can have, or a time to wait that is none."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UserError(
+            f"--threads {threads}: it must be 1 to {MOST_THREADS}; leave it out for this rank's "
+            "share of the cores"
+        )
+    if not 0 < timeout < math.inf:
+        raise UserError(f"--timeout {timeout}: it must be a positive number of seconds")
 
 
 def resolve_device(device: str, local_size: int = 1) -> str:
@@ -170,6 +193,7 @@ def run(
     pass through as they are.
     """
     check_size(cp, tp)
+    check_limits(threads, timeout)
     options = (cp, tp, device, threads, timeout, os.environ.get("CPTOOL_TRANSPORT"))
     seat = launched()
     if seat is not None and seat.size > 1:

@@ -252,8 +252,8 @@ def check_model(manifest: Manifest, fingerprint: str, model: str) -> None:
     if manifest.model.fingerprint != fingerprint:
         raise UserError(
             f"{model} is not the model of this session (fingerprint {fingerprint[:12]}, the "
-            "session's is "
-            f"{manifest.model.fingerprint[:12]}); pass the original with --model, or prefill anew"
+            f"session's is {manifest.model.fingerprint[:12]}); name the one that it was made with, "
+            f"as {manifest.model.path} was, or make a new session"
         )
 
 

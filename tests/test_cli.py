@@ -4,18 +4,21 @@ of a rank.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 from conftest import greedy
 
-from cptool import hardware
+from cptool import distributed, hardware, session
+from cptool.checkpoint import open_checkpoint
 from cptool.cli.main import main
 from cptool.hardware import default_profile
 
@@ -280,6 +283,10 @@ MISTAKES = {
     "missing ids": (["{mqa}", "--token-ids", "/nowhere.json"], "/nowhere.json cannot be read"),
     "no tokenizer": (["{mqa}", "--prompt", "hello"], "has no tokenizer"),
     "empty prompt": (["{smollm2}", "--prompt", ""], "the prompt is empty"),
+    "not UTF-8": (["{smollm2}", "--prompt", "\udcff"], "--prompt 1: it is not UTF-8 text"),
+    "no model": (["", "--synthetic", "4"], "no such model"),
+    "nothing to rewind": (["{mqa}", "--synthetic", "4", "--rewind"], "add --session DIR"),
+    "deep JSON": (["{mqa}", "--token-ids", "{raw:" + "[" * 100_000 + "}"], "is not JSON"),
     "empty ids": (["{mqa}", "--token-ids", "{ids:[]}"], "the prompt is empty"),
     "an empty sequence": (
         ["{mqa}", "--token-ids", "{ids:[[1], []]}"],
@@ -302,6 +309,16 @@ MISTAKES = {
         "'pass-x' is not one of",
     ),
     "no ranks": (["{mqa}", "--synthetic", "4", "--cp", "0"], "0 is not in the range"),
+    "more ranks than start": (
+        ["{mqa}", "--synthetic", "4", "--cp", "1000"],
+        "make 1000 ranks, one command starts at most 125",
+    ),
+    "more threads than start": (
+        ["{mqa}", "--synthetic", "4", "--threads", "100000"],
+        "--threads 100000: it must be 1 to 1024",
+    ),
+    "no time": (["{mqa}", "--synthetic", "4", "--timeout", "nan"], "--timeout nan"),
+    "a time without end": (["{mqa}", "--synthetic", "4", "--timeout", "inf"], "--timeout inf"),
     "no such option": (["{mqa}", "--synthetic", "4", "--frob"], "--frob"),
     "no GPU": (["{mqa}", "--synthetic", "4", "--device", "cuda"], "--device cuda"),
     "truncated weights": (["{truncated}", "--synthetic", "4"], "model.safetensors"),
@@ -343,8 +360,6 @@ def broken(mqa_path, tmp_path_factory):
 def test_a_mistake_is_one_line_and_code_2(
     name, mqa_path, smollm2_path, broken, tmp_path, monkeypatch
 ):
-    from cptool import distributed
-
     if name == "no GPU":
         monkeypatch.setattr(distributed, "_gpus", lambda: 0)
     # Every mistake here can be known before a rank is started.
@@ -364,6 +379,40 @@ def test_a_mistake_is_one_line_and_code_2(
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert expected in result.stderr
+
+
+def test_a_prompt_file_is_taken_as_it_stands(smollm2_path, tmp_path):
+    """Line ends stay, a byte order mark is no text."""
+    text = tmp_path / "text"
+    tokens = {}
+    for name, content in [("unix", b"a\nb\n"), ("dos", b"a\r\nb\r\n"), ("mac", mark + b"a\nb\n")]:
+        text.write_bytes(content)
+    dos, marked = b"a\r\nb\r\n", b"\xef\xbb\xbfa\nb\n"
+    for name, content in [("unix", b"a\nb\n"), ("dos", dos), ("mac", marked)]:
+        tokens[name] = session.load(tmp_path / name).sequences[0].tokens
+        assert given["tokens"] == len(tokens[name])
+    checkpoint = open_checkpoint(str(smollm2_path))
+    assert checkpoint.tokenizer().decode(list(tokens["dos"])) == "a\r\nb\r\n"
+    assert tokens["mac"] == tokens["unix"] != tokens["dos"]
+
+
+def test_a_full_disk_is_told_before_the_work(mqa_path, token_file, tmp_path, monkeypatch):
+    given = ("prefill", mqa_path, "--token-ids", token_file(MQA_IDS), "--session", tmp_path / "s")
+    as_json(*given)
+    monkeypatch.setattr(distributed, "run", lambda *a, **k: pytest.fail("a rank was started"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=100_000))
+    kept = {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
+    error = cptool("decode", tmp_path / "s", "-n", 100, code=2).stderr
+    assert "has 100 KB free, the KV of 100 tokens needs 155 KB; make room" in error
+    error = cptool(*given[:-1], tmp_path / "other", code=2).stderr
+    assert "the KV of 83 tokens needs 129 KB" in error and not (tmp_path / "other").exists()
+    assert kept == {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
+
+
+def test_defaults_of_ranks_are_those_of_the_command():
+    said = {name: " ".join(cptool(name, "--help").stdout.split()) for name in ("demo", "decode")}
+    assert "Context-parallel ranks. [default: 2]" in said["demo"]
+    assert "Context-parallel ranks. [default: the session's last, or what" in said["decode"]
 
 
 def test_decode_mistakes(mqa_path, smollm2_path, token_file, tmp_path):

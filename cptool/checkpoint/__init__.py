@@ -23,7 +23,7 @@ def open_checkpoint(model: str) -> Checkpoint:
 
     path = Path(model).expanduser()
     try:
-        if path.is_dir():
+        if model and path.is_dir():
             return open_huggingface(path)
         if path.is_file():
             return _open_file(path)

@@ -24,7 +24,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= _MAX_HEADER_BYTES:
-            raise UserError(f"{path}: not a safetensors file (its header length is {length} bytes)")
+            raise UserError(
+                f"{path}: not a safetensors file (its header length is {length} bytes); fetch the "
+                "file again"
+            )
         _check_size(path, 8 + length, size)
         text = file.read(length)
     try:

@@ -9,9 +9,10 @@ from cptool.cli import draw
 from cptool.cli.options import (
     dtype_option,
     moved_option,
-    rank_options,
+    ranks_by_default,
     resolve_dtype,
     resolve_ranks,
+    run_options,
     sampling_options,
 )
 from cptool.cli.terminal import Terminal, lines
@@ -35,7 +36,8 @@ DEFAULT_TOKENS = 512
 )
 @sampling_options
 @moved_option
-@rank_options
+@ranks_by_default("1, or the session's last", "1, or the session's last without --cp")
+@run_options
 @dtype_option
 def chat(
     source,

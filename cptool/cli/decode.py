@@ -9,11 +9,13 @@ import click
 from cptool.cli import draw
 from cptool.cli.options import (
     check_profile,
+    check_room,
     json_option,
     moved_option,
     profile_option,
-    rank_options,
+    ranks_by_default,
     resolve_ranks,
+    run_options,
     sampling_options,
 )
 from cptool.cli.prompts import Prompts, check_context, prompt_options
@@ -35,7 +37,11 @@ DEFAULT_TOKENS = 128
 @sampling_options
 @moved_option
 @profile_option
-@rank_options
+@ranks_by_default(
+    "the session's last, or what the launcher started",
+    "the session's last, or 1 with --cp or a launcher",
+)
+@run_options
 @json_option
 def decode(
     session,
@@ -60,9 +66,9 @@ def decode(
 ):
     """Append tokens to a SESSION that `cptool prefill --session` made, and save it.
 
-    With a prompt option, its tokens are the next turn and are read first. A sequence whose answer
-    has ended says nothing until it is given more. Without --cp and --tp, as many ranks as last
-    time.
+    With prompt options, one for each sequence, their tokens are the next turn and are read first.
+    A sequence whose answer has ended says nothing until it is given more. Without --cp and --tp,
+    as many ranks as last time.
     """
     from cptool import session as sessions
     from cptool.checkpoint import open_checkpoint
@@ -98,6 +104,8 @@ def decode(
     ranks = resolve_ranks(
         cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
     )
+    new = sum(lengths) + batch * count
+    check_room(session, checkpoint.config, new, batch, manifest.dtype)
 
     from cptool.cli.launch import run_turn
     from cptool.turn import Turn

@@ -9,7 +9,7 @@ from importlib import resources
 import click
 
 from cptool.cli import draw
-from cptool.cli.options import Ranks, rank_options, resolve_ranks
+from cptool.cli.options import Ranks, ranks_by_default, resolve_ranks, run_options
 from cptool.cli.prompts import check_context
 from cptool.errors import UserError
 
@@ -22,7 +22,8 @@ ANSWER_TOKENS = 40
 @click.option(
     "--question", default=QUESTION, show_default=True, help="What to ask about the document."
 )
-@rank_options
+@ranks_by_default("2")
+@run_options
 def demo(question, cp, tp, device, variant, partials, threads, timeout):
     """Read a long document on two ranks, answer a question about it, and compare with one rank.
 

@@ -1,5 +1,7 @@
 """Options that several subcommands share, and what they mean."""
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cptool.cli import draw
 from cptool.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,19 +51,27 @@ timeout_option = click.option(
     metavar="S",
     help="Seconds to wait for another rank.  [default: 300]",
 )
-rank_options = stack(
-    click.option(
-        "--cp",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Context-parallel ranks.  [default: 1, or what the launcher started]",
-    ),
-    click.option(
-        "--tp",
-        type=click.IntRange(min=1),
-        metavar="M",
-        help="Tensor-parallel ranks for each of them.  [default: 1]",
-    ),
+
+
+def ranks_by_default(cp: str, tp: str = "1") -> Callable:
+    """`--cp` and `--tp` of a command, and what they are where they are not given."""
+    return stack(
+        click.option(
+            "--cp",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help=f"Context-parallel ranks.  [default: {cp}]",
+        ),
+        click.option(
+            "--tp",
+            type=click.IntRange(min=1),
+            metavar="M",
+            help=f"Tensor-parallel ranks for each of them.  [default: {tp}]",
+        ),
+    )
+
+
+run_options = stack(
     device_option,
     click.option(
         "--variant",
@@ -78,6 +89,7 @@ rank_options = stack(
     threads_option,
     timeout_option,
 )
+rank_options = stack(ranks_by_default("1, or what the launcher started"), run_options)
 
 dtype_option = click.option(
     "--dtype",
@@ -118,12 +130,31 @@ class Ranks:
     timeout: float
 
 
+def check_room(directory: Path, config: "LlamaConfig", tokens: int, batch: int, dtype: str) -> None:
+    """Refuses a disk without room for the KV of `tokens` more tokens and the logits after them."""
+    from cptool.cost import ELEMENT_BYTES, kv_bytes
+
+    needed = kv_bytes(config, tokens, ELEMENT_BYTES[dtype]) + 4 * config.vocab_size * batch
+    place = next(p for p in (directory, *directory.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{directory} has {draw.size(free)} free, the KV of {tokens:,} tokens needs "
+            f"{draw.size(needed)}; make room, or name another place"
+        )
+
+
 def check_profile(profile: str | None) -> None:
     """Refuses a file for the trace that could not be written to, before the run."""
-    if profile is not None and not Path(profile).absolute().parent.is_dir():
+    if profile is None:
+        return
+    path = Path(profile).absolute()
+    if not path.parent.is_dir():
         raise UserError(
             f"--profile {profile}: {Path(profile).parent} is no directory; make it first"
         )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--profile {profile}: it cannot be written; name another place")
 
 
 def resolve_ranks(
@@ -144,6 +175,7 @@ def resolve_ranks(
         cp = 1 if seat is None else max(1, seat.size // tp)
     tensor_parallel.check(config, tp)
     distributed.check_size(cp, tp)
+    distributed.check_limits(threads, timeout)
     device = distributed.resolve_device(device, seat.local_size if seat else cp * tp)
     return Ranks(cp=cp, tp=tp, device=device, threads=threads, timeout=timeout)
 

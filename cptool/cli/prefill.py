@@ -10,6 +10,7 @@ import click
 from cptool.cli import draw
 from cptool.cli.options import (
     check_profile,
+    check_room,
     dtype_option,
     json_option,
     profile_option,
@@ -67,7 +68,7 @@ def prefill(
     """Compute the KV of a prompt and the token that follows it.
 
     MODEL is a directory of a Hugging Face checkpoint, a .gguf file, a name known to `cptool pull`,
-    or a hub id.
+    or a hub id. Several prompts, by any of the prompt options, are a batch.
     """
     from cptool import session as sessions
     from cptool.checkpoint import open_checkpoint
@@ -77,6 +78,8 @@ def prefill(
         raise click.UsageError(
             "no prompt; give --prompt, --prompt-file, --token-ids or --synthetic"
         )
+    if rewind and session is None:
+        raise click.UsageError("--rewind: there is nothing to go back in; add --session DIR")
     check_profile(profile)
     manifest = None
     if session is not None:
@@ -101,6 +104,10 @@ def prefill(
     ranks = resolve_ranks(
         cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
     )
+    dtype = manifest.dtype if manifest else resolve_dtype(dtype, checkpoint, ranks.device)
+    if session is not None:
+        new = sum(map(len, sequences))
+        check_room(session, checkpoint.config, new, len(sequences), dtype)
 
     from cptool.cli.launch import run_turn
     from cptool.turn import Turn
@@ -108,7 +115,7 @@ def prefill(
     turn = Turn(
         model=str(checkpoint.path),
         prompts=tuple(map(tuple, sequences)),
-        dtype=manifest.dtype if manifest else resolve_dtype(dtype, checkpoint, ranks.device),
+        dtype=dtype,
         variant=variant,
         partials=partials,
         session=None if session is None else str(session),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cptool.cli.counts import TokenCount
 from cptool.cli.options import stack
 from cptool.errors import UserError
 
@@ -20,14 +21,14 @@ prompt_options = stack(
         "prompts",
         multiple=True,
         metavar="TEXT",
-        help="A prompt. Repeat any prompt option for a batch.",
+        help="A prompt.",
     ),
     click.option(
         "--prompt-file",
         "prompt_files",
         multiple=True,
         type=click.Path(path_type=Path),
-        help="A UTF-8 text file as a prompt.",
+        help="A UTF-8 text file as a prompt, its line ends as they are.",
     ),
     click.option(
         "--token-ids",
@@ -39,9 +40,9 @@ prompt_options = stack(
     click.option(
         "--synthetic",
         multiple=True,
-        type=click.IntRange(min=1),
+        type=TokenCount(),
         metavar="N",
-        help="A prompt of N pseudo-random tokens.",
+        help="A prompt of N pseudo-random tokens, such as 8192, 128K or 1M.",
     ),
 )
 
@@ -79,6 +80,8 @@ class Prompts:
             for name, text in texts:
                 if not text:
                     raise UserError(f"{name}: the prompt is empty; give at least one character")
+                if any("\ud800" <= character <= "\udfff" for character in text):
+                    raise UserError(f"{name}: it is not UTF-8 text; convert it first")
                 if self.chat:
                     sequences.append((name, tokenizer.chat([{"role": "user", "content": text}])))
                 else:
@@ -113,9 +116,11 @@ def check_context(new: list[int], cached: list[int], more: int, config: "LlamaCo
                 f"{config.max_position_embeddings}; shorten it"
             )
 
+
 def _read_text(path: Path) -> str:
+    """The text as it stands: no line end is changed; a byte order mark is none of it."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 text (byte {error.start}); convert it first"
@@ -126,12 +131,12 @@ def _read_text(path: Path) -> str:
 
 def _read_token_ids(path: Path) -> list[tuple[str, list[int]]]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); name a JSON file of token ids"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); it must be a list of token ids") from None
     rows = (
         value

@@ -85,6 +85,7 @@ def compact(directory: Path) -> None:
     from cptool.session_care import compact as rewrite
 
     before = sessions.load(directory)
+    sessions.check_writable(directory)
     after = rewrite(directory, before)
     sizes = [draw.size(sum(s.bytes for s in m.segments)) for m in (before, after)]
     click.echo(
@@ -106,7 +107,9 @@ def rollback(directory: Path, turns: int) -> None:
     """Take back the last turns of a SESSION."""
     from cptool.session_care import roll_back
 
-    after = roll_back(directory, sessions.load(directory), turns)
+    before = sessions.load(directory)
+    sessions.check_writable(directory)
+    after = roll_back(directory, before, turns)
     click.echo(
         f"{directory}: {len(after.turns)} turns, "
         f"{', '.join(str(len(s.tokens)) for s in after.sequences)} tokens"

@@ -1,6 +1,5 @@
 """What is typed into `cptool chat`, and what comes of each line."""
 
-import shutil
 import signal
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool.cli import draw
+from cptool.cli.options import check_room
 from cptool.conversation import Conversation
 from cptool.errors import UserError
 
@@ -119,7 +119,6 @@ class Terminal:
 
     def save(self, argument: str) -> None:
         from cptool import session
-        from cptool.cost import ELEMENT_BYTES, kv_bytes
         from cptool.resident import Save
 
         if not argument and self.saved is None:
@@ -139,16 +138,8 @@ class Terminal:
             session.check_new(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            needed = kv_bytes(
-                self.checkpoint.config, len(self.conversation.tokens), ELEMENT_BYTES[self.dtype]
-            )
-            free = shutil.disk_usage(directory).free
-            if free < needed:
-                raise UserError(
-                    f"/save: {directory} has {draw.size(free)} free, "
-                    f"{draw.size(needed)} are needed; "
-                    "make room"
-                )
+            tokens = len(self.conversation.tokens)
+            check_room(directory, self.checkpoint.config, tokens, 1, self.dtype)
             self.conversation.write(directory)
         except OSError as error:
             raise UserError(
