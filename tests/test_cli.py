@@ -383,17 +383,16 @@ def test_a_mistake_is_one_line_and_code_2(
 
 def test_a_prompt_file_is_taken_as_it_stands(smollm2_path, tmp_path):
     """Line ends stay, a byte order mark is no text."""
-    text = tmp_path / "text"
-    tokens = {}
-    for name, content in [("unix", b"a\nb\n"), ("dos", b"a\r\nb\r\n"), ("mac", mark + b"a\nb\n")]:
-        text.write_bytes(content)
+    text, tokens = tmp_path / "text", {}
     dos, marked = b"a\r\nb\r\n", b"\xef\xbb\xbfa\nb\n"
-    for name, content in [("unix", b"a\nb\n"), ("dos", dos), ("mac", marked)]:
+    for name, content in [("unix", b"a\nb\n"), ("dos", dos), ("marked", marked)]:
+        text.write_bytes(content)
+        given = as_json("prefill", smollm2_path, "--prompt-file", text, "--session", tmp_path / name)
         tokens[name] = session.load(tmp_path / name).sequences[0].tokens
         assert given["tokens"] == len(tokens[name])
     checkpoint = open_checkpoint(str(smollm2_path))
     assert checkpoint.tokenizer().decode(list(tokens["dos"])) == "a\r\nb\r\n"
-    assert tokens["mac"] == tokens["unix"] != tokens["dos"]
+    assert tokens["marked"] == tokens["unix"] != tokens["dos"]
 
 
 def test_a_full_disk_is_told_before_the_work(mqa_path, token_file, tmp_path, monkeypatch):
