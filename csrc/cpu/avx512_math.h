@@ -127,25 +127,34 @@ inline void transpose16(__m512 (&r)[16]) {
   for (int i = 0; i < 16; ++i) r[i] = _mm512_castsi512_ps(bits[i]);
 }
 
-// Lane i of the result is the sum of the lanes of r[i].
+// Lane i of the result is the sum of the lanes of r[i]. Each step adds the halves (8, 4, 2, 1 lanes)
+// of two vectors into one: a blend holds a half of each in place, a shuffle brings the others there.
+// One shuffle for two vectors, because fewer ports shuffle than blend.
 inline __m512 sum_each(const __m512 (&r)[16]) {
-  __m512 pairs[8];  // lanes of 128 bits: two partial sums of r[2i] and of r[2i + 1], alternating
+  __m512 eights[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]),
-                             _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+    const __m512 a = r[i], b = r[i + 8];
+    eights[i] =
+        _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
   }
-  __m512 fours[4];  // lanes of 128 bits: one partial sum of each of r[4i] to r[4i + 3]
+  __m512 fours[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m512d even = _mm512_castps_pd(pairs[2 * i]), odd = _mm512_castps_pd(pairs[2 * i + 1]);
-    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+    const __m512 a = eights[i], b = eights[i + 4];
+    const __m512 others = _mm512_mask_blend_ps(0xf0f0, b, a);
+    fours[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, a, b),
+                             _mm512_shuffle_f32x4(others, others, 0xb1));
   }
-  auto add_lanes = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  };
-  return add_lanes(add_lanes(fours[0], fours[1]), add_lanes(fours[2], fours[3]));
+  __m512 twos[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = fours[i], b = fours[i + 2];
+    twos[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
+  }
+  const __m512 a = twos[0], b = twos[1];
+  return _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, a, b),
+                       _mm512_permute_ps(_mm512_mask_blend_ps(0xaaaa, b, a), 0xb1));
 }
 
 }  // namespace

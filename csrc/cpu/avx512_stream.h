@@ -28,8 +28,10 @@ inline int64_t rows_per_head(const AttentionArgs& args) {
 
 inline bool few_rows(const AttentionArgs& args) { return rows_per_head(args) <= kStreamRows; }
 
-// Walks the lines of K and V in the order in which they lie, and prefetches them past the level-2
-// cache: they are used once.
+// Walks the lines of K and V in the order in which they lie, and prefetches them into the level-2
+// cache. Not into level 1: it has too few buffers for lines on their way to keep memory busy, and a
+// tile of many heads with what follows it is more than it holds, so that lines would be gone before
+// their use.
 class StreamAhead {
  public:
   StreamAhead() = default;
@@ -55,7 +57,7 @@ class StreamAhead {
 
   // May run over the end of a row: what lies behind is asked for once more, or in vain.
   void prefetch(int lines) {
-    for (int i = 0; i < lines; ++i) _mm_prefetch(at_ + i * kLine, _MM_HINT_NTA);
+    for (int i = 0; i < lines; ++i) _mm_prefetch(at_ + i * kLine, _MM_HINT_T1);
     at_ += lines * kLine;
     if (at_ >= row_end_) next_row();
   }
@@ -98,8 +100,8 @@ class StreamKernel {
   using T = typename Math::Input;
   using Weight = typename Math::Weight;
   static constexpr int kStep = Math::kStep;
-  // Bytes between a read and its prefetch: half a level-1 cache, which alone holds the lines.
-  static constexpr int64_t kAhead = 16 << 10;
+  // Bytes between a read and its prefetch: a tile or two, a fraction of a level-2 cache.
+  static constexpr int64_t kAhead = 32 << 10;
 
  public:
   static constexpr int kRows = 64;
@@ -150,14 +152,12 @@ class StreamKernel {
                            block.limit[block.rows - 1]);
     }
     ahead_key_ = key + kKeys;
-    for (int head = 0; head < block.heads; ++head) {
-      const int slot = head * slots_;
-      const T* k =
-          static_cast<const T*>(block.k) + head * args_.k_head_stride + key * args_.k_token_stride;
-      const T* v =
-          static_cast<const T*>(block.v) + head * args_.v_head_stride + key * args_.v_token_stride;
-      for (int row = 0; row < slots_; row += 4) {
-        switch (slots_) {
+    // A step for all heads before the next step: the weights of one row alone are a chain of
+    // instructions that each wait for the last.
+    const T* k = static_cast<const T*>(block.k) + key * args_.k_token_stride;
+    for (int slot = 0; slot < block.heads * slots_; k += args_.k_head_stride) {
+      for (const int end = slot + slots_; slot < end; slot += rows_at_once()) {
+        switch (rows_at_once()) {
           case 1:
             score<1>(k, keys, slot);
             break;
@@ -165,15 +165,18 @@ class StreamKernel {
             score<2>(k, keys, slot);
             break;
           default:
-            score<4>(k, keys, slot + row);
+            score<4>(k, keys, slot);
         }
       }
-      for (int row = 0; row < rows_; ++row) {
-        const int64_t left = block.limit[head * rows_ + row] - key;
-        weigh(slot + row, masked && left < keys ? static_cast<int>(left < 0 ? 0 : left) : keys);
-      }
-      for (int row = 0; row < slots_; row += 4) {
-        switch (slots_) {
+    }
+    for (int row = 0; row < block.rows; ++row) {
+      const int64_t left = block.limit[row] - key;
+      weigh(slot_of(row), masked && left < keys ? static_cast<int>(left < 0 ? 0 : left) : keys);
+    }
+    const T* v = static_cast<const T*>(block.v) + key * args_.v_token_stride;
+    for (int slot = 0; slot < block.heads * slots_; v += args_.v_head_stride) {
+      for (const int end = slot + slots_; slot < end; slot += rows_at_once()) {
+        switch (rows_at_once()) {
           case 1:
             accumulate<1>(v, keys, slot);
             break;
@@ -181,7 +184,7 @@ class StreamKernel {
             accumulate<2>(v, keys, slot);
             break;
           default:
-            accumulate<4>(v, keys, slot + row);
+            accumulate<4>(v, keys, slot);
         }
       }
     }
@@ -216,6 +219,7 @@ class StreamKernel {
     return (args.head_dim / kStep + kLanes - 1) / kLanes * kLanes;
   }
 
+  int rows_at_once() const { return slots_ < 4 ? slots_ : 4; }
   int slot_of(int row) const { return row / rows_ * slots_ + row % rows_; }
 
   // Scores of kR rows with all keys of the tile; the last key stands in for those up to the next
