@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend."""
+"""Errors that are told in one line."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it and exits with code 2; nothing was changed.
     """
+
+
+class RunError(RuntimeError):
+    """A failure while running, told in one line that is all there is to know: no traceback."""

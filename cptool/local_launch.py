@@ -29,7 +29,7 @@ from cptool.distributed import (
     resolve_device,
     transport,
 )
-from cptool.errors import UserError
+from cptool.errors import RunError, UserError
 from cptool.launcher import launched
 from cptool.status import Board
 
@@ -53,7 +53,8 @@ def launch(
     # ranks are up in 0.3 s, against 3 to 5 s when each imports torch by itself. The server imports
     # while this process does.
     forkserver.set_forkserver_preload(["torch.distributed.device_mesh", entry.__module__])
-    forkserver.ensure_running()
+    with _deaf():
+        forkserver.ensure_running()
     cp, tp, device, *others, asked = options
     device = resolve_device(device, board.ranks)
     transport(device, board.ranks, asked)  # what cannot be is told before any rank starts
@@ -106,7 +107,7 @@ def _rank_main(entry: Callable[..., Any], args: tuple, options: tuple, board: Bo
         kind = "communication" if is_communication(error) else "error"
         board.fail(seat.rank, kind, describe(seat.rank, board, error))
         time.sleep(_LINGER_S[kind])
-        if kind == "error":
+        if kind == "error" and not isinstance(error, (OSError, RunError)):
             traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -170,6 +171,23 @@ def _own_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Ignore Ctrl-C, and so make a process that is started here ignore it from its beginning.
+
+    It reaches every process of the terminal, and the fork server, which ignores it once it serves,
+    would tell of it while it still imports.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ Pure arithmetic, no torch: an answer takes milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from cptool import tensor_parallel
@@ -149,16 +149,23 @@ class Answer:
     misses_target: bool = False
 
 
-def best(plans: Iterable[Plan], ttft_below: float | None = None) -> Answer:
+def best(
+    plans: Iterable[Plan],
+    ttft_below: float | None = None,
+    fixed: Collection[str] = (),
+    fp8: bool = False,
+) -> Answer:
     """Of those that fit: the fewest ranks that reach the target, the fastest of them; without a
     target, or where none reaches it, the fastest.
 
-    Raises UserError where nothing fits, saying by how much.
+    Raises UserError where nothing fits, saying by how much and what would help: of what is fixed,
+    of "cp" and "tp", and of FP8 where the hardware has it and the plans do not use it.
     """
     plans = list(plans)
     fitting = [p for p in plans if not p.excess_bytes]
     if not fitting:
-        raise UserError(misfit(min(plans, key=lambda p: p.excess_bytes)))
+        closest = min(plans, key=lambda p: p.excess_bytes)
+        raise UserError(f"{misfit(closest)}; {_remedy(closest, fixed, fp8)}")
     reaching = [p for p in fitting if ttft_below is not None and p.ttft.seconds <= ttft_below]
 
     def time(p: Plan) -> float:
@@ -187,13 +194,16 @@ def misfit(p: Plan) -> str:
     parts = ", ".join(f"{name} {_size(count)}" for name, count in p.memory.items())
     return (
         f"--cp {p.cp} --tp {p.tp}: a rank needs {_size(p.memory_bytes)} ({parts}), "
-        f"{_size(p.excess_bytes)} more than the {_size(p.capacity)} that it has; "
-        + (
-            "raise --tp, or give --fp8"
-            if p.memory["weights"] > p.capacity / 2
-            else "raise --cp"
-        )
+        f"{_size(p.excess_bytes)} more than the {_size(p.capacity)} that it has"
     )
+
+
+def _remedy(p: Plan, fixed: Collection[str], fp8: bool) -> str:
+    """What makes a layout fit. Every number of ranks that is not fixed was tried."""
+    heavy = p.memory["weights"] > p.capacity / 2
+    raised = "tp" if heavy else "cp"
+    remedy = f"raise --{raised}" if raised in fixed else "raise --max-gpus"
+    return remedy + ", or give --fp8" * (heavy and fp8)
 
 
 def _forward(work, new, cached, cp, tp, active, graph=False) -> Forward:
@@ -253,7 +263,7 @@ def _divides(config: LlamaConfig, tp: int) -> bool:
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e9:.3g} GB"
+    return f"{count / 1e9:.3g} GB" if count < 1e12 else f"{count / 1e9:,.0f} GB"
 
 
 def _seconds(value: float) -> str:

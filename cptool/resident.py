@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cptool import distributed
 from cptool.conversation import common_prefix
+from cptool.errors import RunError
 from cptool.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -110,16 +111,16 @@ class Resident:
 
     def _abandon(self) -> None:
         """Ends ranks that may be in the midst of a computation, where they read no request."""
-        ranks = set(multiprocessing.active_children()) - self._others
-        for rank in ranks:
+        for rank in set(multiprocessing.active_children()) - self._others:
             rank.terminate()
-        if ranks:
-            self._thread.join(_PATIENCE_S)
         self._close()
 
     def _close(self) -> None:
         for connection in self._connections.values():
             connection.close()
+        # A single rank is that thread: left at work, it would be torn down with the interpreter.
+        if self._thread.is_alive():
+            self._thread.join(_PATIENCE_S)
         self._folder.cleanup()
 
     def answer(self, request: Continue, emit: Callable[[int], None]) -> Answer:
@@ -207,7 +208,7 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
     if where is not None:
         manifest = session.load(Path(where))
         if manifest.revision != setup.resume:
-            raise RuntimeError(session.changed(where, manifest.revision, setup.resume))
+            raise RunError(session.changed(where, manifest.revision, setup.resume))
         engine.restore(Path(where), manifest)
     world.barrier()
 

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cptool.errors import UserError
+from cptool.errors import RunError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -40,18 +40,24 @@ class Sampling:
         import torch
 
         if self.temperature == 0 and len(logits) > 1:
-            largest = torch.stack(list(logits.values())).argmax(-1)
-            return dict(zip(logits, largest.tolist()))
+            tokens = _likeliest(torch.stack(list(logits.values()))).tolist()
+            return {
+                b: _finite(token, b, positions[b]) for b, token in zip(logits, tokens)
+            }
         return {
             b: self.pick(row, sequence=b, position=positions[b]) for b, row in logits.items()
         }
 
     def pick(self, logits: "torch.Tensor", *, sequence: int, position: int) -> int:
-        """The token for `position` of sequence `sequence`, from its logits float32 [vocabulary]."""
+        """The token for `position` of sequence `sequence`, from its logits float32 [vocabulary].
+
+        RunError where they have no finite largest.
+        """
         import torch
 
+        token = _finite(int(_likeliest(logits)), sequence, position)
         if self.temperature == 0:
-            return int(logits.argmax())
+            return token
         # Relative to the largest, so that no temperature however small makes an infinity of it.
         relative = logits.double() - logits.max()
         probabilities = torch.softmax(relative / self.temperature, dim=-1)
@@ -62,3 +68,20 @@ class Sampling:
         key = hashlib.sha256(f"{self.seed}/{sequence}/{position}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
         return int(tokens[torch.multinomial(kept.cpu(), 1, generator=generator).item()])
+
+
+def _likeliest(logits: "torch.Tensor") -> "torch.Tensor":
+    """The index of the largest along the last dimension, -1 where it is not finite; a NaN counts as
+    the largest.
+    """
+    tokens = logits.argmax(-1, keepdim=True)
+    return tokens.where(logits.gather(-1, tokens).isfinite(), -1).squeeze(-1)
+
+
+def _finite(token: int, sequence: int, position: int) -> int:
+    if token < 0:
+        raise RunError(
+            f"sequence {sequence + 1}: the logits after {position} tokens are not finite; use "
+            "another --dtype (float16 overflows at 65504), or fetch the checkpoint again"
+        )
+    return token

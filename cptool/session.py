@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from operator import le
 from pathlib import Path
 
-from cptool.errors import UserError
+from cptool.errors import RunError, UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -261,7 +261,7 @@ def commit(directory: Path, manifest: Manifest) -> None:
     """Makes `manifest` the state of the session in one atomic step, then removes files that it does
     not name.
 
-    Raises RuntimeError if another run has committed since this one began.
+    Raises RunError if another run has committed since this one began.
     """
     with _locked(directory):
         _commit(directory, manifest)
@@ -271,7 +271,7 @@ def _commit(directory: Path, manifest: Manifest) -> None:
     path = directory / MANIFEST
     found = Manifest.parse(path.read_text()).revision if path.exists() else 0
     if found != manifest.revision - 1:
-        raise RuntimeError(changed(directory, found, manifest.revision - 1))
+        raise RunError(changed(directory, found, manifest.revision - 1))
     temporary = path.with_suffix(".tmp")
     temporary.write_text(manifest.dump())
     sync(temporary)

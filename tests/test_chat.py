@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -264,6 +265,14 @@ def test_ranks_end_with_the_terminal(smollm2_path):
         assert time.monotonic() < end, "ranks have outlived the process that started them"
         time.sleep(0.05)
     process.stdin.close(), process.stdout.close(), process.stderr.close()
+
+
+def test_a_single_rank_is_done_before_the_program_ends(mqa_path):
+    """It is a thread of the program: torn down in the midst of its work, it would abort all."""
+    threads = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt), Resident(Setup(str(mqa_path), "float32"), cp=1, tp=1):
+        raise KeyboardInterrupt
+    assert set(threading.enumerate()) == threads
 
 
 def members(session_id: int) -> set[int]:

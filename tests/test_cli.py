@@ -14,11 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 from click.testing import CliRunner
 from conftest import greedy
 
 from cptool import distributed, hardware, session
 from cptool.checkpoint import open_checkpoint
+from cptool.cli import draw
+from cptool.cli.launch import Output
 from cptool.cli.main import main
 from cptool.hardware import default_profile
 
@@ -267,6 +270,52 @@ def test_a_turn_is_saved_though_nobody_reads_the_answer(smollm2_path, tmp_path, 
     assert as_json("session", "show", session)["tokens"] == [13]
 
 
+def test_an_answer_that_cannot_be_written_is_told_and_saved(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        output = Output()
+        for word in ("one", "two"):
+            output.write(word)
+        assert output.fault == "No space left on device"
+        monkeypatch.setattr(sys, "stdout", None)
+        Output().write("closed from the beginning")
+
+
+def test_rows_are_lines_where_no_terminal_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    draw.table([("one", "a" * 200), ("longer", "b")])
+    assert capsys.readouterr().out == f"one     {'a' * 200}\nlonger  b\n"
+    assert [draw.size(n) for n in (999, 1e12, 1.5e18)] == ["999 B", "1 TB", "1,500,000 TB"]
+
+
+def test_what_ends_ranks_is_one_line(mqa_path, tmp_path):
+    broken = tmp_path / "model"
+    shutil.copytree(mqa_path, broken)
+    weights = safetensors.torch.load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    safetensors.torch.save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    done = run("prefill", broken, "--synthetic", 9, "--cp", 2, "--session", tmp_path / "s")
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "are not finite; use another" in done.stderr
+    assert not (tmp_path / "s").exists()
+
+
+def test_ctrl_c_while_ranks_start_is_one_line(mqa_path):
+    """The server that ranks are forked from still imports then."""
+    command = [sys.executable, "-m", "cptool", "prefill", str(mqa_path), "--synthetic", "9"]
+    with subprocess.Popen(
+        [*command, "--cp", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while process.poll() is None and not children.read_text():
+            time.sleep(0.01)
+        time.sleep(0.4)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=60)
+    assert (process.returncode, *output) == (130, "", "\ncptool: interrupted\n")
+
+
 @pytest.mark.parametrize("group", [[], ["session"]])
 def test_a_group_alone_shows_its_commands(group):
     result = cptool(*group, code=2)
@@ -387,7 +436,8 @@ def test_a_prompt_file_is_taken_as_it_stands(smollm2_path, tmp_path):
     dos, marked = b"a\r\nb\r\n", b"\xef\xbb\xbfa\nb\n"
     for name, content in [("unix", b"a\nb\n"), ("dos", dos), ("marked", marked)]:
         text.write_bytes(content)
-        given = as_json("prefill", smollm2_path, "--prompt-file", text, "--session", tmp_path / name)
+        where = ("--session", tmp_path / name)
+        given = as_json("prefill", smollm2_path, "--prompt-file", text, *where)
         tokens[name] = session.load(tmp_path / name).sequences[0].tokens
         assert given["tokens"] == len(tokens[name])
     checkpoint = open_checkpoint(str(smollm2_path))

@@ -129,9 +129,36 @@ def test_what_does_not_fit_is_refused_by_how_much():
     assert "--fp8" in run(*PAPER, "--no-fp8", "--context", "8K", "--cp", 1, "--tp", 8, code=2)
 
 
+def test_the_remedy_is_one_that_was_not_tried():
+    """Numbers of ranks that are not given are all looked at; FP8 is in use here already."""
+    for given, remedy in [
+        (("--cp", 1, "--tp", 4), "raise --tp"),
+        (("--cp", 1, "--tp", 4, "--no-fp8"), "raise --tp, or give --fp8"),
+        (("--max-gpus", 8), "raise --max-gpus"),
+        (("--context", "9M", "--cp", 2, "--tp", 16), "raise --cp"),
+        (("--context", "9M", "--tp", 16), "raise --max-gpus"),
+    ]:
+        assert run(*PAPER, "--context", "1M", *given, code=2).strip().endswith("; " + remedy)
+
+
+def test_what_a_plan_says_can_be_run():
+    said = ask("llama3-8b", "--hardware", "h100-sxm", "--context", "8K", "--cp", 2, "--tp", 1)
+    assert said["command"].startswith("cptool prefill MODEL --prompt-file PROMPT")
+    assert said["command"].endswith("--cp 2 --dtype bfloat16")
+    assert "engine has no FP8" in run(*PAPER, "--context", "8K", "--cp", 1, "--tp", 16)
+    shape = ("llama3-8b", "--hardware", "h100-sxm", "--cp", 1, "--tp", 1)
+    assert "model's context of 131,072: prefill" in run(*shape, "--context", "128Ki", "--decode", 1)
+    assert "model's context" not in run(*shape, "--context", "128Ki")
+
+
 @pytest.mark.parametrize(
     "arguments, reason",
     [
+        (("llama3-8b", "--context", "8K", "--sweep", "ranks", "--cp", "2"), "--cp: --sweep ranks"),
+        (
+            ("llama3-8b", "--context", "8K", "--sweep", "ranks", "--ttft-below", "1s"),
+            "--ttft-below: --sweep ranks has no use for it",
+        ),
         (("llama3-405c", "--context", "8K"), "no such model"),
         (("llama3-8b", "--context", "8K", "--hardware", "h1000"), "name one of"),
         (("llama3-8b", "--context", "8K", "--cached", "8K"), "less than --context"),

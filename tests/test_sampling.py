@@ -3,13 +3,24 @@
 import pytest
 import torch
 
-from cptool.errors import UserError
+from cptool.errors import RunError, UserError
 from cptool.sampling import Sampling
 
 
 def test_greedy_takes_the_largest():
     logits = torch.randn(1000)
     assert Sampling().pick(logits, sequence=0, position=3) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_no_token(wrong, temperature):
+    logits = {0: torch.randn(50), 2: torch.randn(50)}
+    logits[0][7] = -float("inf")  # a token that cannot be: allowed
+    Sampling(temperature).picks(logits, [5, 5, 6])
+    logits[2][7] = wrong
+    with pytest.raises(RunError, match="sequence 3: the logits after 6 tokens are not finite"):
+        Sampling(temperature).picks(logits, [5, 5, 6])
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.9, 1.0])

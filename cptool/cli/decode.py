@@ -157,4 +157,5 @@ def decode(
     rows = draw.prefill_rows(report) if report.tokens else []
     draw.table(rows + draw.decode_rows(report), to_stderr=True)
     draw.phases(report, profile, to_stderr=True)
-    sys.stdout.flush()
+    if sys.stdout is not None:  # closed from the beginning
+        sys.stdout.flush()

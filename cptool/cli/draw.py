@@ -5,18 +5,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import click
+
 if TYPE_CHECKING:
     from cptool.status import Board
     from cptool.turn import Report
 
+# Narrower terminals wrap a table themselves: in its own columns nothing would be left to read.
+NARROWEST = 40
+
 
 def size(count: float) -> str:
     """Bytes in words."""
-    for unit in ("B", "KB", "MB"):
+    for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} GB"
+    return f"{count:,.3g} TB" if count < 1000 else f"{count:,.0f} TB"
 
 
 def seconds(value: float) -> str:
@@ -66,7 +71,13 @@ def decode_rows(report: "Report") -> list[tuple[str, str]]:
 
 
 def table(rows: list[tuple[str, str]], *, to_stderr: bool = False) -> None:
-    """Two columns, no frame."""
+    """Two columns, no frame: wrapped at a terminal's width, else one line a row."""
+    stream = sys.stderr if to_stderr else sys.stdout
+    if stream is None or not stream.isatty():
+        width = max(len(name) for name, _ in rows) if rows else 0
+        for name, value in rows:
+            click.echo(f"{name:{width}}  {value}".rstrip(), err=to_stderr)
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -75,7 +86,9 @@ def table(rows: list[tuple[str, str]], *, to_stderr: bool = False) -> None:
     grid.add_column(overflow="fold")
     for name, value in rows:
         grid.add_row(name, value)
-    Console(stderr=to_stderr, highlight=False).print(grid)
+    console = Console(stderr=to_stderr, highlight=False)
+    console.width = max(console.width, NARROWEST)
+    console.print(grid)
 
 
 def profile_fields(report: "Report") -> dict[str, object]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from cptool import distributed
 from cptool.cli import draw
 from cptool.cli.options import Ranks
+from cptool.errors import RunError
 from cptool.turn import Report, Turn, run
 
 if TYPE_CHECKING:
@@ -49,17 +50,30 @@ def _on_rank(world: "World", turn: Turn, stream: bool) -> tuple[Report, int]:
         return run(world, turn), world.rank
     from cptool.checkpoint import open_checkpoint
 
-    text = open_checkpoint(turn.model).tokenizer().stream()
-
-    report = run(world, turn, lambda sequence, token: _write(text.push(token)))
-    _write(text.flush() + "\n")
+    text, output = open_checkpoint(turn.model).tokenizer().stream(), Output()
+    report = run(world, turn, lambda sequence, token: output.write(text.push(token)))
+    output.write(text.flush() + "\n")
+    if output.fault:
+        raise RunError(f"standard output cannot be written ({output.fault}); the turn was computed")
     return report, world.rank
 
 
-def _write(text: str) -> None:
-    """To standard output; nowhere once its reader has left, for the turn is still to be saved."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class Output:
+    """Standard output, or nowhere once it takes no more, for the turn is still to be saved.
+
+    `fault` is why it took no more, if not because its reader had enough.
+    """
+
+    def __init__(self) -> None:
+        self.fault: str | None = None
+
+    def write(self, text: str) -> None:
+        if sys.stdout is None:  # closed from the beginning
+            return
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.fault = error.strerror
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

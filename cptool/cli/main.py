@@ -56,8 +56,11 @@ class Commands(click.Group):
             self._fail(2, f"cptool: {message}")
         except (KeyboardInterrupt, click.Abort):
             self._fail(130, "cptool: interrupted")
-        except (RuntimeError, OSError, ImportError) as error:
-            self._fail(1, f"cptool: {error}")
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename is not None else ""
+            self._fail(1, f"cptool: {where}{error.strerror or error}")
+        except (RuntimeError, ImportError, MemoryError) as error:
+            self._fail(1, f"cptool: {error or type(error).__name__}")
 
     @staticmethod
     def _fail(code: int, message: str) -> None:

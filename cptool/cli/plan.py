@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ from cptool.cli import draw
 from cptool.cli.counts import TokenCount
 from cptool.cli.options import VARIANTS, json_option
 from cptool.errors import UserError
+from cptool.model.shapes import SHAPES, find_shape
 
 SHOWN = 10
 SWEEPS = ("contexts", "ranks", "miss-rates")
@@ -84,12 +86,16 @@ def plan(
     """
     from cptool import planner, tensor_parallel
     from cptool.hardware import find_profile
-    from cptool.model.shapes import find_shape
 
     if cached >= context:
         raise UserError(f"--cached {cached}: it must be less than --context {context}")
     if plot is not None and sweep is None:
         raise UserError(f"--plot {plot}: there is nothing to draw without --sweep")
+    for other, given, value in (
+        (sweep, "ttft-below", ttft_below), ("ranks", "cp", cp), ("miss-rates", "cached", cached),
+    ):  # fmt: skip
+        if sweep is not None and sweep == other and value:
+            raise UserError(f"--{given}: --sweep {sweep} has no use for it; leave it out")
     config, profile = find_shape(model), _profile(hardware, find_profile)
     tensor_parallel.check(config, tp or 1)
     if dtype not in profile.linear_flops or dtype not in profile.attention_flops:
@@ -127,7 +133,9 @@ def plan(
             + " ".join(f"--{name} {n}" for name, n in (("cp", cp), ("tp", tp)) if n)
             + " has so few ranks; raise it"
         )
-    answer = planner.best(plans, ttft_below)
+    fixed = [name for name, count in (("cp", cp), ("tp", tp)) if count]
+    fp8_helps = feed_forward is None and "float8" in profile.linear_flops
+    answer = planner.best(plans, ttft_below, fixed, fp8_helps)
     if as_json:
         click.echo(json.dumps(_fields(answer, work, model, profile, ttft_below)))
         return
@@ -157,6 +165,7 @@ def _fields(answer, work, model, profile, ttft_below) -> dict:
         "cached": work.cached,
         "batch": work.batch,
         "new": work.new,
+        "model_context": work.config.max_position_embeddings,
         "cp": best.cp,
         "tp": best.tp,
         "gpus": best.ranks,
@@ -225,8 +234,11 @@ def _command(best, work, model, profile) -> str:
     options = [f"--cp {best.cp}"] * (best.cp > 1) + [f"--tp {best.tp}"] * (best.tp > 1)
     options += [f"--variant {best.choice.variant}"] if best.choice.reason == "as asked" else []
     prompt = "--prompt-file PROMPT"
-    what = f"prefill {model} {prompt} --session SESSION"
-    if work.cached:
+    named = "MODEL" if model in SHAPES or model.endswith(".json") else shlex.quote(model)
+    what = f"prefill {named} {prompt} --session SESSION"
+    if not work.cached:
+        options.append(f"--dtype {work.dtype}")
+    else:
         what = f"decode SESSION {prompt} -n {work.answer}"
     line = " ".join(["cptool", what, *options])
     if best.hosts == 1:
@@ -281,6 +293,9 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
             + ", ".join(f"{name} {draw.size(count)}" for name, count in best.memory.items()),
         ),
     ]
+    own = work.config.max_position_embeddings
+    if work.context + work.answer > own:
+        rows.insert(1, ("", f"beyond the model's context of {own:,}: prefill and decode refuse it"))
     draw.table(rows)
     if best.cp > 1:
         click.echo("\nvariants on this layout")
@@ -299,6 +314,8 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
             ]
         )
     click.echo(f"\nrun it: {_command(best, work, model, profile)}")
+    if work.feed_forward == "float8":
+        click.echo(f"it computes all in {work.dtype}: the engine has no FP8 yet")
 
 
 def _steps(best) -> str:

@@ -3,6 +3,7 @@ asked to.
 """
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -146,6 +147,7 @@ def prefill(
     named = [repr(tokenizer.decode([t])) if tokenizer else f"id {t}" for t in report.first_token]
     rows = draw.prefill_rows(report) + [("continues", ", ".join(named))]
     if session is not None:
-        rows.append(("session", f"{session}; continue with: cptool decode {session}"))
+        command = f"cptool decode {shlex.quote(str(session))}"
+        rows.append(("session", f"{session}; continue with: {command}"))
     draw.table(rows)
     draw.phases(report, profile)

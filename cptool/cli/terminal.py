@@ -1,5 +1,6 @@
 """What is typed into `cptool chat`, and what comes of each line."""
 
+import shlex
 import signal
 import sys
 import time
@@ -149,7 +150,7 @@ class Terminal:
         self.saved = (directory, manifest.revision)
         draw.say(
             f"saved {len(self.conversation.tokens):,} tokens; "
-            f"continue with: cptool chat {directory}"
+            f"continue with: cptool chat {shlex.quote(str(directory))}"
         )
 
     def undo(self, argument: str) -> None:
