@@ -1,6 +1,6 @@
 """How much time `auto` loses against the best variant, over a grid of T and P.
 
-    cptool bench calibrate --cp 2
+    cptool bench calibrate
     python benchmarks/auto_regret.py --cp 2 --cp 4
 
 A model with random weights runs T new tokens over P cached ones under every variant and with fewer
@@ -8,6 +8,9 @@ active ranks, interleaved, so that drift of the machine meets all alike. The reg
 median time of what `auto` picks over that of the fastest, less one. Where those two medians differ
 by less than they spread (the distance from the median of either that half of its times keep), the
 cell is a tie that this machine cannot tell.
+
+Up to FEW tokens the model has more layers than its weights would need to stay in a processor's last
+cache from one forward to the next: no real model's do, and reading them is what few tokens cost.
 
 `--merge FILE` keeps the cells of earlier runs for which this one has none: a grid may be measured
 in pieces, and without --cp nothing more is. Cells say which profile picked.
@@ -30,6 +33,7 @@ import checkout  # noqa: E402, F401
 from cptool.model.shapes import llama_config  # noqa: E402
 
 NEW = (1, 16, 128, 1024, 4096)
+FEW, FEW_LAYERS, MANY_LAYERS = 128, 12, 4
 CACHED = (0, 512, 4096)
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,7 +44,7 @@ def model_config(layers: int):
     )
 
 
-def measure(world, dtype: str, layers: int, repeats: int, seconds: float, grid) -> list[dict]:
+def measure(world, dtype: str, repeats: int, seconds: float, grid) -> list[dict]:
     """One cell for each (T, P) of `grid`. Rounds go on for `seconds` a cell, at least `repeats`."""
     import torch
 
@@ -49,10 +53,15 @@ def measure(world, dtype: str, layers: int, repeats: int, seconds: float, grid) 
     from cptool.hardware import world_profile
     from cptool.strategy import VARIANTS, Choice, choose
 
-    profile, config = world_profile(world), model_config(layers)
-    model = random_model(config, getattr(torch, dtype), world)
+    profile = world_profile(world)
+    models = {
+        layers: random_model(model_config(layers), getattr(torch, dtype), world)
+        for layers in (FEW_LAYERS, MANY_LAYERS)
+    }
     cells = []
     for new, cached in grid:
+        model = models[FEW_LAYERS if new <= FEW else MANY_LAYERS]
+        config = model.config
         auto = choose(
             "auto", new=new, cached=cached, ranks=world.cp, config=config, dtype=dtype,
             profile=profile,
@@ -76,7 +85,8 @@ def measure(world, dtype: str, layers: int, repeats: int, seconds: float, grid) 
             for c in choices
         }
         cells.append(
-            {"ranks": world.cp, "new": new, "cached": cached, "reason": auto.reason}
+            {"ranks": world.cp, "new": new, "cached": cached, "layers": config.num_hidden_layers}
+            | {"reason": auto.reason}
             | _judged(spent, (auto.variant, auto.active))
             | {"predicted_ms": predicted, "profile": profile.name}
         )
@@ -136,7 +146,6 @@ def main() -> None:
     parser.add_argument("--new", type=int, action="append", help=f"T; default {NEW}")
     parser.add_argument("--cached", type=int, action="append", help=f"P; default {CACHED}")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="at least, a cell")
     parser.add_argument("--merge", type=Path, action="append", default=[])
@@ -151,8 +160,8 @@ def main() -> None:
         cells |= {(c["ranks"], c["new"], c["cached"]): c for c in earlier["cells"]}
     for ranks in arguments.cp or ([] if arguments.merge else [2, 4]):
         for c in run(
-            measure, arguments.dtype, arguments.layers, arguments.repeats, arguments.seconds, grid,
-            cp=ranks, device="cpu",
+            measure, arguments.dtype, arguments.repeats, arguments.seconds, grid, cp=ranks,
+            device="cpu",
         ):  # fmt: skip
             cells[c["ranks"], c["new"], c["cached"]] = c
             print(

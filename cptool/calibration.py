@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from itertools import cycle
 
 import torch
 
@@ -39,8 +40,16 @@ EXAMPLE = llama_config(1024, 8, 8, 2, 3072, context=131072, tied=True)
 TINY = llama_config(64, 8, 2, 1, 64, vocab=64, head_dim=64, context=131072, tied=True)
 FEW, ROWS = 16, 512
 """Rows of products that are bound by the weights, and by arithmetic."""
+BLOCK = 8
+"""Queries of the fewest for which a CPU packs keys and values, as for many."""
+COLD_BYTES = 128 << 20
+"""What is read between two uses of weights or of keys, so that no cache keeps them: those of a
+model with many layers come from memory every time."""
 SMALL_MESSAGE, LARGE_MESSAGE = 1 << 10, 4 << 20
 FEW_LAYERS, MORE_LAYERS, HELD = 2, 8, 64
+OVERHEAD_REPEATS, OVERHEAD_QUANTILE = 10, 0.25
+"""Small costs want more repetitions than the rest, that many times as many. What interrupts a run
+only adds to it, so that the faster ones say more."""
 VARIANTS = ("pass-kv", "gather-kv", "pass-q", "pass-q-all2all", "gather-q")
 
 
@@ -83,7 +92,7 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         link, steals = _link(_Clock(world, joined, repeats), joined)
         joins = "network" if machines > 1 else "host_link"
         profile = dataclasses.replace(profile, transfer_steals=steals, **{joins: link})
-    profile = _overheads(world, worlds, profile, dtypes[0], 3 * repeats)
+    profile = _overheads(world, worlds, profile, dtypes[0], OVERHEAD_REPEATS * repeats)
     rule = fit_rule(EXAMPLE, dtypes[0], max(2, world.cp), profile)
     return world.gather(dataclasses.replace(profile, rule=rule))[0]
 
@@ -92,11 +101,11 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
 def measure_more_ranks(
     world: World, dtypes: tuple[str, ...], profile: HardwareProfile, repeats: int = 7
 ) -> HardwareProfile:
-    """`profile`, measured on fewer ranks, with what a layer costs beyond it on these: ranks that
-    take turns are not bound to cores, which would spoil the rest. Collective.
+    """`profile`, measured on fewer ranks, with what a layer costs beyond it on these: where ranks
+    take turns they may not be bound to cores, which would spoil the rest. Collective.
     """
     here = profile.for_ranks(torch.get_num_threads(), usable_processors(world))
-    more = _overheads(world, {world.cp: world}, here, dtypes[0], 3 * repeats)
+    more = _overheads(world, {world.cp: world}, here, dtypes[0], OVERHEAD_REPEATS * repeats)
     both = {**profile.residual_s, **more.residual_s}
     return world.gather(dataclasses.replace(profile, residual_s=both))[0]
 
@@ -121,7 +130,9 @@ class _Clock:
         """Seconds of one call of `work`, run `calls` times in a row."""
         return self.all({"": work}, calls)[""]
 
-    def all(self, works: dict[str, Callable[[], object]], calls: int = 1) -> dict[str, float]:
+    def all(
+        self, works: dict[str, Callable[[], object]], calls: int = 1, quantile: float = 0.5
+    ) -> dict[str, float]:
         """Of each of `works`, in turn, so that a drift of the machine meets all alike."""
         spent: dict[str, list[float]] = {name: [] for name in works}
         for repeat in range(self.repeats + 1):
@@ -136,10 +147,11 @@ class _Clock:
                     torch.cuda.synchronize()
                 if repeat:  # the first one warms up
                     spent[name].append((time.perf_counter() - began) / calls)
-        medians = {name: statistics.median(times or [0.0]) for name, times in spent.items()}
-        return {
-            name: max(found[name] for found in self.world.gather(medians)) for name in works
+        middle = {
+            name: sorted(times)[int(quantile * len(times))] if times else 0.0
+            for name, times in spent.items()
         }
+        return {name: max(found[name] for found in self.world.gather(middle)) for name in works}
 
 
 def _slope(low: tuple[float, float], high: tuple[float, float]) -> float:
@@ -171,12 +183,12 @@ def _compute(
     rate = flops / max(many - few - small * (ROWS - FEW), 0.05 * many)
     packing = few - profile.layer_overhead_s - FEW * (small + 2 * parameters / rate)
     packed = parameters * ELEMENT_BYTES[name] / max(packing, read, 0.05 * few)
-    pairs, cache, call, ramp = _attention(clock, dtype)
+    pairs, cache, block, call, ramp = _attention(clock, dtype)
     linear, attention = dict(profile.linear_flops), dict(profile.attention_flops)
     if first:
         profile = dataclasses.replace(
             profile, memory_bandwidth=weights, packed_bandwidth=packed, cache_bandwidth=cache,
-            call_overhead_s=call, attention_ramp=ramp,
+            block_bandwidth=block, call_overhead_s=call, attention_ramp=ramp,
         )  # fmt: skip
         scales = rate / default.linear_flops[name], pairs / default.attention_flops[name]
         linear = {other: scales[0] * value for other, value in linear.items()}
@@ -188,19 +200,28 @@ def _compute(
 def _layer(
     clock: _Clock, config: LlamaConfig, dtype: torch.dtype, rows: int, calls: int
 ) -> float:
-    """Seconds of a layer as the model has it, without attention."""
+    """Seconds of a layer as the model has it, without attention, its weights not in any cache."""
     device = clock.device
-    layer = DecoderLayer(config, 0, 1, device).to(dtype)
-    for parameter in layer.parameters():
-        parameter.normal_(std=0.02)
+
+    def made() -> DecoderLayer:
+        layer = DecoderLayer(config, 0, 1, device).to(dtype)
+        for parameter in layer.parameters():
+            parameter.fill_(0.02)
+        return layer
+
+    layers = [made()]
+    weights = sum(parameter.nbytes for parameter in layers[0].parameters())
+    if config is not TINY:
+        layers += [made() for _ in range(COLD_BYTES // weights)]
+    following = cycle(layers)
     hidden = torch.randn(rows, config.hidden_size, device=device).to(dtype)
     angles = torch.ones(rows, 1, config.head_dim // 2, device=device)
-    return clock(lambda: layer(hidden, angles, angles, lambda _, q, k, v: q), calls)
+    return clock(lambda: next(following)(hidden, angles, angles, lambda _, q, k, v: q), calls)
 
 
-def _attention(clock: _Clock, dtype: torch.dtype) -> tuple[float, float, float, float]:
-    """FLOP/s of visible pairs, B/s of keys and values read, seconds of a call with no work, and
-    the keys that a query costs beyond those that it sees.
+def _attention(clock: _Clock, dtype: torch.dtype) -> tuple[float, float, float, float, float]:
+    """FLOP/s of visible pairs, B/s of keys and values read for one query and for a block of them,
+    seconds of a call with no work, and the keys that a query costs beyond those that it sees.
     """
     heads, kv_heads, dim = (
         EXAMPLE.num_attention_heads, EXAMPLE.num_key_value_heads, EXAMPLE.head_dim,
@@ -209,6 +230,7 @@ def _attention(clock: _Clock, dtype: torch.dtype) -> tuple[float, float, float, 
     def call(queries: int, keys: int, first: int) -> Callable[[], object]:
         q = torch.randn(queries, heads, dim, device=clock.device).to(dtype)
         kv = torch.randn(keys, 2, kv_heads, dim, device=clock.device).to(dtype)
+        blocks = [kv] + [kv.clone() for _ in range(COLD_BYTES // kv.nbytes) if queries < ROWS]
         q_pos, k_pos = (
             torch.arange(start, start + count, dtype=torch.int32, device=clock.device)
             for start, count in ((first, queries), (0, keys))
@@ -217,18 +239,34 @@ def _attention(clock: _Clock, dtype: torch.dtype) -> tuple[float, float, float, 
             torch.tensor([0, count], dtype=torch.int32, device=clock.device)
             for count in (queries, keys)
         )
-        arguments = (q, kv[:, 0], kv[:, 1], q_pos, k_pos, cu_q, cu_k, dim**-0.5)
-        return lambda: attention_partial(*arguments)
+        rest = (q_pos, k_pos, cu_q, cu_k, dim**-0.5)
+        following = cycle(blocks)
+
+        def attend() -> None:
+            kv = next(following)
+            attention_partial(q, kv[:, 0], kv[:, 1], *rest)
+
+        return attend
 
     empty = clock(call(1, 1, 1), calls=32)
     few = clock(call(1, 8192, 8192), calls=4)
-    times = clock.all({"dense": call(ROWS, 2048, 2048), "causal": call(ROWS, ROWS, 0)}, calls=2)
+    times = clock.all(
+        {
+            "dense": call(ROWS, 2048, 2048),
+            "causal": call(ROWS, ROWS, 0),
+            "block": call(BLOCK, 8192, 8192),
+        },
+        calls=2,
+    )
     pair = 4 * heads * dim
     width = 2 * kv_heads * dim * ELEMENT_BYTES[str(dtype).removeprefix("torch.")]
     rate = _slope((0, empty), (pair * ROWS * 2048, times["dense"]))
     cut = (times["causal"] - empty) * rate / pair / ROWS - (ROWS + 1) / 2
-    reading = max(few - empty - pair * 8192 / rate, 0.05 * few)
-    return rate, width * 8192 / reading, empty, min(max(0.0, cut), ROWS / 2)
+    reading, packing = (
+        width * 8192 / max(spent - empty - pair * queries * 8192 / rate, 0.05 * spent)
+        for queries, spent in ((1, few), (BLOCK, times["block"]))
+    )
+    return rate, reading, min(reading, packing), empty, min(max(0.0, cut), ROWS / 2)
 
 
 def _small_op(clock: _Clock) -> float:
@@ -314,7 +352,7 @@ def _overheads(
                     works[f"{variant} {new} {layers}"] = _forward(
                         engine, placements, variant, new
                     )
-        times = clock.all(works)
+        times = clock.all(works, quantile=OVERHEAD_QUANTILE)
         found: dict[str, tuple[float, float]] = {}
         for variant in VARIANTS if count > 1 else VARIANTS[:1]:
             beyond = []

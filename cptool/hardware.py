@@ -61,6 +61,8 @@ class HardwareProfile:
     memory_bytes: of a rank. memory_bandwidth: B/s at which linear layers read weights and small
         ops read and write. cache_bandwidth: B/s at which attention reads keys and values, as it
         does once a call.
+    block_bandwidth: the same for a block of queries, for which a CPU packs them first; None for the
+        rate of one query.
     host_link, network: between ranks of one host, and of different hosts.
     feed_forward: dtype in which the cluster runs gate, up and down, None for that of the rest.
     ranks_per_host: None where a host holds any number.
@@ -105,6 +107,7 @@ class HardwareProfile:
     skew_s: float = 0.0
     transfer_steals: float = 0.0
     packed_bandwidth: float | None = None
+    block_bandwidth: float | None = None
     feed_forward: str | None = None
     ranks_per_host: int | None = None
     ranks_at_once: int | None = None
@@ -147,15 +150,21 @@ class HardwareProfile:
             return self
         scale = threads / self.threads
         return dataclasses.replace(
-            self,
-            linear_flops={name: scale * rate for name, rate in self.linear_flops.items()},
-            attention_flops={name: scale * rate for name, rate in self.attention_flops.items()},
-            memory_bandwidth=scale * self.memory_bandwidth,
-            packed_bandwidth=self.packed_bandwidth and scale * self.packed_bandwidth,
-            cache_bandwidth=scale * self.cache_bandwidth,
+            self.scaled(scale),
             memory_bytes=scale * self.memory_bytes,
             ranks_at_once=max(1, processors // threads),
             threads=threads,
+        )
+
+    def scaled(self, factor: float) -> HardwareProfile:
+        """With compute and memory that many times as fast."""
+        bandwidths = ("memory_bandwidth", "packed_bandwidth", "cache_bandwidth", "block_bandwidth")
+        rates = {name: getattr(self, name) for name in bandwidths}
+        return dataclasses.replace(
+            self,
+            linear_flops={name: factor * rate for name, rate in self.linear_flops.items()},
+            attention_flops={name: factor * rate for name, rate in self.attention_flops.items()},
+            **{name: rate and factor * rate for name, rate in rates.items()},
         )
 
 
@@ -289,8 +298,9 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
         **{f"linear_flops.{dtype}": rate for dtype, rate in profile.linear_flops.items()},
         **{f"attention_flops.{dtype}": rate for dtype, rate in profile.attention_flops.items()},
     }
-    if profile.packed_bandwidth is not None:
-        rates["packed_bandwidth"] = profile.packed_bandwidth
+    for name in ("packed_bandwidth", "block_bandwidth"):
+        if getattr(profile, name) is not None:
+            rates[name] = getattr(profile, name)
     names = [f.name for f in dataclasses.fields(profile) if f.name.endswith("_s")]
     names.remove("residual_s")  # may be negative
     costs = {name: getattr(profile, name) for name in (*names, "attention_ramp", "transfer_steals")}

@@ -237,16 +237,7 @@ def _for_ranks(profile: HardwareProfile, cp: int, tp: int) -> HardwareProfile:
     threads = max(1, processors // (cp * tp))
     shared = profile.for_ranks(threads, processors // tp)
     turns = tp * threads / processors
-    if turns <= 1:
-        return shared
-    return replace(
-        shared,
-        linear_flops={name: rate / turns for name, rate in shared.linear_flops.items()},
-        attention_flops={name: rate / turns for name, rate in shared.attention_flops.items()},
-        memory_bandwidth=shared.memory_bandwidth / turns,
-        packed_bandwidth=shared.packed_bandwidth and shared.packed_bandwidth / turns,
-        cache_bandwidth=shared.cache_bandwidth / turns,
-    )
+    return shared if turns <= 1 else shared.scaled(1 / turns)
 
 
 def _share(profile: HardwareProfile, ranks: int) -> float:

@@ -150,3 +150,15 @@ def test_float8_products_are_faster_and_read_half():
         for dtype in (None, "float8")
     )
     assert fast[0] < plain[0] and fast[1] < plain[1]
+
+
+def test_a_block_of_queries_pays_for_packing_the_keys_and_one_query_does_not():
+    plain = dataclasses.replace(PROFILES["cpu"], cache_bandwidth=8e9, block_bandwidth=None)
+    packs = dataclasses.replace(plain, block_bandwidth=2e9)
+    bare, packed = (
+        [predict("pass-kv", on(1, new, 4096), p).attention_s for new in (1, 16)]
+        for p in (plain, packs)
+    )
+    assert packed[0] == bare[0]
+    read = (4096 + 16) * 2 * 2 * 128 * 2  # bytes of K and V of two heads
+    assert packed[1] - bare[1] == pytest.approx(read / 2e9 - read / 8e9)

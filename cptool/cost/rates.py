@@ -51,7 +51,9 @@ class Rates:
         """Calls in which `queries` see `pairs` of `keys` keys in all."""
         profile, forward = self.profile, self.forward
         flops = 4 * forward.query_width * (pairs + profile.attention_ramp * queries * calls)
-        read = keys * forward.kv_width * forward.element / profile.cache_bandwidth
+        alone = queries <= forward.batch or profile.block_bandwidth is None
+        bandwidth = profile.cache_bandwidth if alone else profile.block_bandwidth
+        read = keys * forward.kv_width * forward.element / bandwidth
         spent = flops / profile.attention_flops[forward.dtype]
         # A device reads the next tiles while it multiplies; a core does one thing at a time.
         busy = max(spent, read) if self.queued else spent + read
