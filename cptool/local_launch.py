@@ -107,7 +107,7 @@ def _rank_main(entry: Callable[..., Any], args: tuple, options: tuple, board: Bo
         kind = "communication" if is_communication(error) else "error"
         board.fail(seat.rank, kind, describe(seat.rank, board, error))
         time.sleep(_LINGER_S[kind])
-        if kind == "error" and not isinstance(error, (OSError, RunError)):
+        if kind == "error" and not isinstance(error, (ImportError, OSError, RunError)):
             traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()

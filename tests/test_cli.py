@@ -458,6 +458,11 @@ def test_a_full_disk_is_told_before_the_work(mqa_path, token_file, tmp_path, mon
     assert kept == {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
 
 
+@pytest.mark.parametrize("group", [[], ["session"]])
+def test_lists_of_commands_are_not_cut_short(group):
+    assert "..." not in cptool(*group, "--help").stdout
+
+
 def test_defaults_of_ranks_are_those_of_the_command():
     said = {name: " ".join(cptool(name, "--help").stdout.split()) for name in ("demo", "decode")}
     assert "Context-parallel ranks. [default: 2]" in said["demo"]

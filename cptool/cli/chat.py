@@ -22,7 +22,7 @@ from cptool.errors import UserError
 DEFAULT_TOKENS = 512
 
 
-@click.command()
+@click.command(short_help="Talk with a model, or go on in a saved session.")
 @click.argument("source", metavar="MODEL|SESSION")
 @click.option("--system", metavar="TEXT", help="A system message to begin with.")
 @click.option(

@@ -24,7 +24,7 @@ from cptool.errors import UserError
 DEFAULT_TOKENS = 128
 
 
-@click.command()
+@click.command(short_help="Append tokens to a session, and save it.")
 @click.argument("session", type=click.Path(path_type=Path))
 @prompt_options
 @click.option(

@@ -18,7 +18,7 @@ QUESTION = "What is the cat's name?"
 ANSWER_TOKENS = 40
 
 
-@click.command()
+@click.command(short_help="A real model answers from a long document, on two ranks as on one.")
 @click.option(
     "--question", default=QUESTION, show_default=True, help="What to ask about the document."
 )

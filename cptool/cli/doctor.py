@@ -12,7 +12,7 @@ import click
 from cptool.cli import draw
 
 
-@click.command()
+@click.command(short_help="Show the build and the machine, and test the kernels here.")
 def doctor() -> None:
     """Show the build and the machine, and test both ops against float64 on this machine.
 

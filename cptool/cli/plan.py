@@ -29,7 +29,7 @@ class Duration(click.ParamType):
         return float(match[1]) * {"ms": 1e-3, "s": 1.0, "min": 60.0}[match[2] or "s"]
 
 
-@click.command()
+@click.command(short_help="Predict times, memory and communication; nothing is run.")
 @click.argument("model", metavar="MODEL|SHAPE")
 @click.option(
     "--context", type=TokenCount(), required=True, metavar="N",

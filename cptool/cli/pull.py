@@ -5,7 +5,7 @@ import click
 from cptool.cli import draw
 
 
-@click.command()
+@click.command(short_help="Get a model of the catalogue, checked by its hash.")
 @click.argument("name")
 def pull(name: str) -> None:
     """Get the model NAME and check it against its hash; MODEL then accepts the name.

@@ -60,7 +60,7 @@ def show(directory: Path, as_json: bool) -> None:
     )
 
 
-@session.command()
+@session.command(short_help="Read every byte of a SESSION and check it.")
 @directory_argument
 def verify(directory: Path) -> None:
     """Read every byte of a SESSION and check it; exits with 1 if something is wrong."""
@@ -78,7 +78,7 @@ def verify(directory: Path) -> None:
     )
 
 
-@session.command()
+@session.command(short_help="Rewrite a SESSION in few segments, without what went.")
 @directory_argument
 def compact(directory: Path) -> None:
     """Rewrite a SESSION in few segments without what does not count any more."""
