@@ -460,7 +460,7 @@ def test_a_full_disk_is_told_before_the_work(mqa_path, token_file, tmp_path, mon
 
 @pytest.mark.parametrize("group", [[], ["session"]])
 def test_lists_of_commands_are_not_cut_short(group):
-    assert "..." not in cptool(*group, "--help").stdout
+    assert "..." not in cptool(*group, "--help").stdout.partition("Commands:")[2]
 
 
 def test_defaults_of_ranks_are_those_of_the_command():
