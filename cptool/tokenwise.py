@@ -20,8 +20,8 @@ from cptool._op_checks import SCALAR_TYPES
 
 _C = _extension.load()
 
-FEW_ROWS = 4
-"""Rows up to which a product is bound by reading the weights; beyond it oneDNN is faster."""
+FEW_ROWS = 8
+"""Rows up to which a product is bound by reading the weights."""
 
 # torch gives float32 products to MKL, which is 10 to 20% behind oneDNN on processors of AMD and
 # level with it on Intel's. oneDNN takes the weights as they are, so they stay shared.
@@ -35,6 +35,10 @@ _onednn = (
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, [rows, columns], of x [rows, depth] and W [columns, depth]; summed in float32, rounded
     once.
+
+    On a CPU a row's result for up to FEW_ROWS rows does not depend on the other rows, their number
+    or the number of threads. There a product of bfloat16 takes subnormal values for 0 on processors
+    that multiply pairs of them (avx512_bf16).
     """
     if x.is_cpu and x.shape[0] and x.dtype in SCALAR_TYPES:
         if x.shape[0] <= FEW_ROWS and x.dim() == 2:

@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "cpu/dispatch.h"
+#include "cpu/few_rows.h"
 #include "cpu/tokenwise_dispatch.h"
 #include "peer_memory.h"
 #if defined(CPTOOL_HAS_CUDA)
@@ -205,6 +206,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", [] { return cpu_isas(true); });
   m.def("cpu_isa", [](int dtype, int64_t head_dim) {
     return cptool::cpu::select_isa(static_cast<ScalarType>(dtype), head_dim)->name;
+  });
+  m.def("cpu_linear_isa", [](int dtype) {
+    return cptool::cpu::linear_isa(static_cast<ScalarType>(dtype));
   });
   m.def("force_cpu_isa", cptool::cpu::force_isa, py::arg("name").none(true));
 }

@@ -28,9 +28,9 @@ def random(*shape, dtype, seed=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 13, 16])
 @pytest.mark.parametrize(
-    ("depth", "columns"), [(1, 1), (7, 5), (64, 3), (576, 33), (1030, 17)]
+    ("depth", "columns"), [(1, 1), (7, 5), (64, 3), (576, 163), (1030, 17)]
 )
 def test_linear(isa, rows, depth, columns, dtype):
     x = random(rows, depth + 3, dtype=dtype)[:, 1 : depth + 1]
@@ -48,7 +48,28 @@ def test_linear(isa, rows, depth, columns, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [0, 5, 16, 300])
+@pytest.mark.parametrize("depth", [96, 1030])
+def test_a_row_of_few_does_not_depend_on_the_others(isa, depth, dtype):
+    x = random(tokenwise.FEW_ROWS, depth, dtype=dtype)
+    weight = random(219, depth, dtype=dtype, seed=1)
+    alone = torch.cat([tokenwise.linear(row, weight) for row in x.split(1)])
+    for rows in range(1, len(x) + 1):
+        assert torch.equal(tokenwise.linear(x[:rows], weight), alone[:rows])
+    # Nor a column on the others.
+    assert torch.equal(tokenwise.linear(x, weight[7:30]), alone[:, 7:30])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_keeps_what_is_not_finite(isa, dtype):
+    x, weight = torch.ones(3, 70, dtype=dtype), torch.ones(9, 70, dtype=dtype)
+    x[1, 69], weight[4, 3], weight[5, 68] = float("inf"), float("nan"), -float("inf")
+    out = tokenwise.linear(x, weight)
+    exact = torch.nn.functional.linear(x.double(), weight.double())
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [0, 5, 16, 17, 300])
 def test_linear_of_any_number_of_rows_is_the_same_product(rows, dtype):
     x, weight = random(rows, 96, dtype=dtype), random(40, 96, dtype=dtype, seed=1)
     exact = x.double() @ weight.double().T
@@ -62,7 +83,7 @@ def test_linear_of_any_number_of_rows_is_the_same_product(rows, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_results_do_not_depend_on_threads(dtype):
-    x, weight = random(3, 1024, dtype=dtype), random(3000, 1024, dtype=dtype, seed=1)
+    x, weight = random(13, 1024, dtype=dtype), random(3000, 1024, dtype=dtype, seed=1)
     rows = random(2000, 1024, dtype=dtype)
     threads, results = torch.get_num_threads(), []
     try:

@@ -6,15 +6,12 @@
 namespace cptool::cpu {
 
 // Results do not depend on `threads`.
-void linear(const LinearArgs& args, int threads);
 void rms_norm(const RmsNormArgs& args, int threads);
 void rotate(const RotateArgs& args, int threads);
 void swiglu(const SwigluArgs& args, int threads);
 
-// Each function does [begin, end) of the rows or tokens; `linear`, of the columns. Its x is
-// float32.
+// Each function does [begin, end) of the rows or tokens.
 struct TokenwiseKernels {
-  void (*linear)(const LinearArgs& args, const float* x, int64_t begin, int64_t end);
   void (*rms_norm)(const RmsNormArgs& args, int64_t begin, int64_t end);
   void (*rotate)(const RotateArgs& args, int64_t begin, int64_t end);
   void (*swiglu)(const SwigluArgs& args, int64_t begin, int64_t end);

@@ -2,153 +2,11 @@
 // the including file is compiled for. Unnamed namespace: see dispatch.h.
 #pragma once
 
-#if defined(__AVX2__)
-// GCC 12's intrinsics start from deliberately undefined registers; see avx512_math.h.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-
-#include <cstring>
-
-#include "cpu/scalar.h"
 #include "cpu/tokenwise_dispatch.h"
+#include "cpu/vectors.h"
 
 namespace cptool::cpu {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
-typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(float))));
-typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-
-inline Vector load(const float* from) {
-  Vector value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-inline Vector load(const BFloat16* from) {
-  Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  const Bits bits = __builtin_convertvector(halves, Bits) << 16;
-  Vector value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline Vector load(const Float16* from) {
-#if defined(__F16C__) && defined(__AVX512F__)
-  const __m512 wide = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  Vector value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-#else
-  float values[kLanes];
-#pragma omp simd
-  for (int i = 0; i < kLanes; ++i) values[i] = to_float(from[i]);
-  return load(values);
-#endif
-}
-
-// a * b + c; the language standard keeps the compiler from fusing it by itself.
-inline Vector multiply_add(Vector a, Vector b, Vector c) {
-#if defined(__AVX512F__)
-  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-inline float sum(Vector v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof lanes);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
-
-// How far ahead of its use a weight is fetched. One thread with the processor's own prefetching
-// stays under the memory's bandwidth: it stops at the ends of pages.
-constexpr int64_t kAheadBytes = 2048;
-
-// One row of w against kRows rows of x [kRows, depth]. Rows of w follow each other in memory, so
-// the reads are one stream.
-template <class T, int kRows>
-inline void dot(const T* w, const float* x, int64_t depth, float* sums) {
-  constexpr int kUnroll = kRows == 1 ? 4 : 2;  // chains to hide the latency of the additions
-  Vector acc[kRows][kUnroll] = {};
-  int64_t k = 0;
-  for (; k + kUnroll * kLanes <= depth; k += kUnroll * kLanes) {
-    for (int64_t byte = 0; byte < int64_t(kUnroll * kLanes * sizeof(T)); byte += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kAheadBytes + byte);
-    }
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      const Vector weights = load(w + k + u * kLanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        acc[r][u] = multiply_add(weights, load(x + r * depth + k + u * kLanes), acc[r][u]);
-      }
-    }
-  }
-  for (; k + kLanes <= depth; k += kLanes) {
-    const Vector weights = load(w + k);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      acc[r][0] = multiply_add(weights, load(x + r * depth + k), acc[r][0]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    Vector total = acc[r][0];
-    for (int u = 1; u < kUnroll; ++u) total += acc[r][u];
-    sums[r] = sum(total);
-    for (int64_t tail = k; tail < depth; ++tail) {
-      sums[r] += to_float(w[tail]) * x[r * depth + tail];
-    }
-  }
-}
-
-template <class T>
-void linear_columns(const LinearArgs& args, const float* x, int64_t begin, int64_t end) {
-  const T* w = static_cast<const T*>(args.w);
-  T* out = static_cast<T*>(args.out);
-  for (int64_t n = begin; n < end; ++n) {
-    const T* weights = w + n * args.w_stride;
-    for (int64_t row = 0; row < args.rows; row += 4) {
-      const float* rows = x + row * args.depth;
-      const int64_t count = args.rows - row < 4 ? args.rows - row : 4;
-      float sums[4];
-      switch (count) {
-        case 1:
-          dot<T, 1>(weights, rows, args.depth, sums);
-          break;
-        case 2:
-          dot<T, 2>(weights, rows, args.depth, sums);
-          break;
-        case 3:
-          dot<T, 3>(weights, rows, args.depth, sums);
-          break;
-        default:
-          dot<T, 4>(weights, rows, args.depth, sums);
-      }
-      for (int64_t r = 0; r < count; ++r) {
-        from_float(sums[r], out[(row + r) * args.columns + n]);
-      }
-    }
-  }
-}
 
 template <class T>
 inline float rounded(float value) {
@@ -243,22 +101,8 @@ void swiglu_rows(const SwigluArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Calls the function of args.dtype.
-#define CPTOOL_BY_DTYPE(function, ...)        \
-  switch (args.dtype) {                       \
-    case ScalarType::kBFloat16:               \
-      return function<BFloat16>(__VA_ARGS__); \
-    case ScalarType::kFloat16:                \
-      return function<Float16>(__VA_ARGS__);  \
-    default:                                  \
-      return function<float>(__VA_ARGS__);    \
-  }
-
 TokenwiseKernels kernels_of_this_file() {
   return {
-      [](const LinearArgs& args, const float* x, int64_t begin, int64_t end) {
-        CPTOOL_BY_DTYPE(linear_columns, args, x, begin, end)
-      },
       [](const RmsNormArgs& args, int64_t begin, int64_t end) {
         CPTOOL_BY_DTYPE(rms_norm_rows, args, begin, end)
       },
@@ -270,8 +114,6 @@ TokenwiseKernels kernels_of_this_file() {
       },
   };
 }
-
-#undef CPTOOL_BY_DTYPE
 
 }  // namespace
 }  // namespace cptool::cpu
