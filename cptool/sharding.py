@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+_FEW_TOKENS = 64
+"""Up to which Python expands ranges faster than torch, whose `repeat_interleave` wakes all threads
+for any size: a decode step expands some on every rank."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -217,8 +221,11 @@ def _offsets(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def _expand(ranges: torch.Tensor) -> torch.Tensor:
-    """int64 [T]: the members of ranges [R, 2], in order, without a Python loop."""
+    """int64 [T]: the members of ranges [R, 2], in order."""
     lengths = ranges[:, 1] - ranges[:, 0]
     offsets = _offsets(lengths)
+    if offsets[-1] <= _FEW_TOKENS:
+        members = [token for start, stop in ranges.tolist() for token in range(start, stop)]
+        return torch.tensor(members, dtype=torch.int64)
     shift = (ranges[:, 0] - offsets[:-1]).repeat_interleave(lengths)
     return shift + torch.arange(int(offsets[-1]))
