@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cptool.trace import PHASES, Interval, overlap_s, subtract, union
+from cptool.trace import PHASES, Interval, length_s, overlap_s, subtract, union
 
 IDLE = "idle"
 DEVICE_ROWS = (*PHASES, IDLE)
@@ -67,9 +67,9 @@ def device_phases(
         phases[phase] = overlap_s(left, of[phase])
         left = subtract(left, of[phase])
     phases["exposed"] = overlap_s(left, of[TRANSFER])
-    hidden = sum(b - a for a, b in union(of[TRANSFER])) - phases["exposed"]
+    hidden = length_s(union(of[TRANSFER])) - phases["exposed"]
     left = subtract(left, of[TRANSFER])
-    phases[IDLE] = sum(b - a for a, b in left)
+    phases[IDLE] = length_s(left)
     return {row: phases[row] for row in DEVICE_ROWS}, hidden
 
 

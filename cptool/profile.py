@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cptool.trace import PHASES, Recorder, Span, Transfer, overlap_s, union
+from cptool.trace import PHASES, Recorder, Span, Transfer, length_s, subtract
 
 if TYPE_CHECKING:
     from cptool.device_trace import Kernel
@@ -71,9 +71,9 @@ def phases_of(recorder: Recorder, section: Section) -> tuple[float, dict[str, fl
     for span in spans:
         phases[span.phase] += span.own_s
     phases[HOST] = wall - sum(phases.values())
-    moving = union([(t.begin, t.end) for t in transfers])
+    moving = [(t.begin, t.end) for t in transfers]
     waiting = [(s.begin, s.end) for s in spans if s.phase == "exposed"]
-    hidden = sum(end - begin for begin, end in moving) - overlap_s(moving, waiting)
+    hidden = length_s(subtract(moving, waiting))
     return wall / steps, {name: s / steps for name, s in phases.items()}, hidden / steps
 
 
@@ -117,37 +117,33 @@ def write_trace(
     """
     events: list[dict[str, object]] = []
 
-    def name(kind: str, pid: int, tid: int, value: str) -> None:
+    def name(kind: str, rank: int, track: int, value: str) -> None:
         events.append(
-            {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": value}}
+            {"ph": "M", "name": kind, "pid": rank, "tid": track, "args": {"name": value}}
         )
+
+    def event(
+        what: Span | Kernel | Transfer, name: str, kind: str, rank: int, track: int, **more: object
+    ) -> None:
+        events.append(
+            {
+                "ph": "X", "name": name, "cat": kind, "pid": rank, "tid": track,
+                "ts": round(1e6 * (what.begin + shifts[rank] - origin), 3),
+                "dur": round(1e6 * (what.end - what.begin), 3), **more,
+            }
+        )  # fmt: skip
 
     starts = [s.begin + shift for (spans, *_), shift in zip(ranks, shifts) for s in spans]
     origin = min(starts, default=0.0)
-    for rank, ((spans, transfers, kernels), shift) in enumerate(zip(ranks, shifts)):
+    for rank, (spans, transfers, kernels) in enumerate(ranks):
         name("process_name", rank, 0, f"rank {rank}")
         name("thread_name", rank, 0, "host" if kernels else "compute")
-
-        def micros(seconds: float, shift: float = shift) -> float:
-            return round(1e6 * (seconds + shift - origin), 3)
-
         for span in spans:
-            events.append(
-                {
-                    "ph": "X", "name": span.name, "cat": span.phase, "pid": rank, "tid": 0,
-                    "ts": micros(span.begin), "dur": round(1e6 * (span.end - span.begin), 3),
-                }
-            )  # fmt: skip
+            event(span, span.name, span.phase, rank, 0)
         for stream in sorted({kernel.stream for kernel in kernels}):
             name("thread_name", rank, 1000 + stream, f"device, stream {stream}")
         for kernel in kernels:
-            events.append(
-                {
-                    "ph": "X", "name": kernel.name, "cat": "kernel", "pid": rank,
-                    "tid": 1000 + kernel.stream, "ts": micros(kernel.begin),
-                    "dur": round(1e6 * (kernel.end - kernel.begin), 3),
-                }
-            )  # fmt: skip
+            event(kernel, kernel.name, "kernel", rank, 1000 + kernel.stream)
         lanes: list[tuple[str, float]] = []
         for move in sorted(transfers, key=lambda move: move.begin):
             kind = move.name
@@ -157,12 +153,8 @@ def write_trace(
                 lanes.append((kind, 0.0))
                 name("thread_name", rank, 1 + lane, kind)
             lanes[lane] = (kind, move.end)
-            events.append(
-                {
-                    "ph": "X", "name": f"{kind}, rank {move.peer}", "cat": "transfer", "pid": rank,
-                    "tid": 1 + lane, "ts": micros(move.begin),
-                    "dur": round(1e6 * (move.end - move.begin), 3),
-                    "args": {"bytes": move.bytes},
-                }
+            event(
+                move, f"{kind}, rank {move.peer}", "transfer", rank, 1 + lane,
+                args={"bytes": move.bytes},
             )  # fmt: skip
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")

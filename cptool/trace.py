@@ -177,14 +177,11 @@ def subtract(first: Sequence[Interval], second: Sequence[Interval]) -> list[Inte
     return rest
 
 
+def length_s(intervals: Sequence[Interval]) -> float:
+    """Seconds of disjoint intervals."""
+    return sum(end - begin for begin, end in intervals)
+
+
 def overlap_s(first: Sequence[Interval], second: Sequence[Interval]) -> float:
     """Seconds that lie in both."""
-    first, second, total, at = union(first), union(second), 0.0, 0
-    for begin, end in first:
-        while at < len(second) and second[at][1] <= begin:
-            at += 1
-        following = at
-        while following < len(second) and second[following][0] < end:
-            total += min(end, second[following][1]) - max(begin, second[following][0])
-            following += 1
-    return total
+    return length_s(union(first)) - length_s(subtract(first, second))
