@@ -24,12 +24,6 @@ FILE = "chat.json"
 """Where a session's messages are, beside its manifest."""
 
 
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """The number of tokens that two sequences begin with alike."""
-    pairs = zip(first, second)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-
-
 @dataclass(frozen=True)
 class Exchange:
     question: str

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptool import distributed
-from cptool.conversation import common_prefix
-from cptool.errors import RunError
 from cptool.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -206,9 +204,7 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
     )
     where, manifest = setup.session, None
     if where is not None:
-        manifest = session.load(Path(where))
-        if manifest.revision != setup.resume:
-            raise RunError(session.changed(where, manifest.revision, setup.resume))
+        manifest = session.load(Path(where), setup.resume)
         engine.restore(Path(where), manifest)
     world.barrier()
 
@@ -228,7 +224,7 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
         if request == _STOP:  # came after the last token of its answer
             continue
         tokens = list(request.tokens)
-        shared = common_prefix(engine.tokens[0], tokens)
+        shared = session.common_prefix(engine.tokens[0], tokens)
         engine.truncate([shared])
         if manifest is not None:
             # What is on disk beyond the common beginning no longer counts, once this is saved.

@@ -5,7 +5,6 @@ one after another; `positions` int32 [tokens]; and `logits.B` float32 [vocabular
 sequence B, where this rank knew it. Nothing is ever unpickled.
 """
 
-import hashlib
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cptool.errors import UserError
+from cptool.paths import sha256
 from cptool.session import Manifest, Segment, sync
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def write_segment(
     return Segment(
         file=name,
         bytes=(directory / name).stat().st_size,
-        sha256=_sha256(directory / name),
+        sha256=sha256(directory / name),
         revision=revision,
         rank=rank,
         kv_heads=kv_heads,
@@ -242,16 +242,8 @@ def check(directory: Path, segments: Iterable[Segment]) -> None:
     """UserError if a segment's contents are not what was written. Every byte is read."""
     for segment in segments:
         file = directory / segment.file
-        if _sha256(file) != segment.sha256:
+        if sha256(file) != segment.sha256:
             raise UserError(
                 f"{file} does not match its checksum; the file is damaged: restore it or prefill "
                 "anew"
             )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()

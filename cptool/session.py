@@ -16,7 +16,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections import abc
 from dataclasses import asdict, dataclass, replace
 from operator import le
 from pathlib import Path
@@ -151,9 +151,9 @@ class Manifest:
         )
 
 
-def load(directory: Path) -> Manifest:
+def load(directory: Path, revision: int | None = None) -> Manifest:
     """Reads the manifest and checks that every segment is there in full length. UserError in one
-    line otherwise.
+    line otherwise; RunError if another run has taken the session on from `revision`.
     """
     path = directory / MANIFEST
     try:
@@ -176,6 +176,8 @@ def load(directory: Path) -> Manifest:
                 f"{file} {found}, the manifest says {segment.bytes} bytes; restore it or prefill "
                 "anew"
             )
+    if revision is not None and manifest.revision != revision:
+        raise RunError(changed(directory, manifest.revision, revision))
     return manifest
 
 
@@ -184,7 +186,13 @@ def exists(directory: Path) -> bool:
     return (directory / MANIFEST).exists()
 
 
-def common_prefix(
+def common_prefix(first: abc.Sequence[int], second: abc.Sequence[int]) -> int:
+    """The number of tokens that two sequences begin with alike."""
+    pairs = zip(first, second)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def shared_prefixes(
     directory: Path, manifest: Manifest, prompts: list[list[int]], rewind: bool
 ) -> list[int]:
     """How many tokens each whole prompt shares with the session.
@@ -199,11 +207,7 @@ def common_prefix(
         )
     lengths = []
     for b, (prompt, sequence) in enumerate(zip(prompts, manifest.sequences), 1):
-        pairs = zip(prompt, sequence.tokens)
-        shared = next(
-            (i for i, (new, old) in enumerate(pairs) if new != old),
-            min(len(prompt), len(sequence.tokens)),
-        )
+        shared = common_prefix(prompt, sequence.tokens)
         if shared < len(sequence.tokens) and not rewind:
             ends = "ends" if shared == len(prompt) else "differs"
             raise UserError(
@@ -293,7 +297,7 @@ def changed(directory: Path, found: int, began: int) -> str:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def _locked(directory: Path) -> abc.Iterator[None]:
     """Other commits to the session wait until the body is done."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

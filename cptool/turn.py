@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cptool.cost import attention_flops, kv_bytes, linear_flops, weight_bytes
-from cptool.errors import RunError
 from cptool.profile import Phases, Section, collect
 from cptool.sampling import Sampling
 from cptool.trace import Recorder
@@ -108,9 +107,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     directory, manifest = Path(turn.session) if turn.session else None, None
     room = turn.max_new_tokens + max(map(len, turn.prompts), default=0)
     if turn.resume is not None:
-        manifest = session.load(directory)
-        if manifest.revision != turn.resume:
-            raise RunError(session.changed(directory, manifest.revision, turn.resume))
+        manifest = session.load(directory, turn.resume)
         session.check_model(manifest, checkpoint.fingerprint, turn.model)
         if turn.keep is not None:
             manifest = manifest.truncated(list(turn.keep))

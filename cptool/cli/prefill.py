@@ -100,7 +100,7 @@ def prefill(
                 f"--dtype {dtype}: the KV of {session} is {manifest.dtype}; leave --dtype out, or "
                 "name a new directory"
             )
-        keep = sessions.common_prefix(session, manifest, sequences, rewind)
+        keep = sessions.shared_prefixes(session, manifest, sequences, rewind)
         sequences = [tokens[n:] for tokens, n in zip(sequences, keep)]
     ranks = resolve_ranks(
         cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
