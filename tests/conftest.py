@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from llama_reference import save_llama
 
-from cptool.checkpoint import catalogue
+from cptool.checkpoint import catalogue, open_checkpoint
+from cptool.errors import UserError
 from cptool.paths import cache_dir
 
 # Ranks are forked from a process that imports test modules: asking for a GPU must not start CUDA.
@@ -18,7 +20,7 @@ SMOLLM2 = "smollm2-135m-instruct"
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """A cache that shares its models with the user's, and no hardware profile but what tests save."""
+    """A cache that shares the user's models, and has no hardware profile but what tests save."""
     directory = tmp_path_factory.mktemp("cache")
     models = cache_dir() / "models"
     models.mkdir(parents=True, exist_ok=True)
@@ -50,14 +52,10 @@ def smollm2_reference(smollm2_path):
 
 @pytest.fixture(scope="session")
 def mqa_path(tmp_path_factory) -> Path:
-    """A random-weight checkpoint with 5 query heads on 1 KV head, written by `transformers`; no
-    tokenizer.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("models") / "mqa"
-    config = LlamaConfig(
+    """A random-weight checkpoint with 5 query heads on 1 KV head; no tokenizer."""
+    return save_llama(
+        tmp_path_factory.mktemp("models") / "mqa",
+        seed=0,
         vocab_size=301,
         hidden_size=160,
         intermediate_size=224,
@@ -71,8 +69,6 @@ def mqa_path(tmp_path_factory) -> Path:
         eos_token_id=300,
         bos_token_id=299,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -85,17 +81,12 @@ def mqa_reference(mqa_path):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """4 query heads on 2 KV heads, which two tensor-parallel ranks divide."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    config = LlamaConfig(
+    return save_llama(
+        tmp_path_factory.mktemp("models") / "tiny", seed=1,
         vocab_size=301, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
         tie_word_embeddings=False, initializer_range=0.3,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
 
 
 @pytest.fixture
@@ -127,3 +118,14 @@ def greedy(reference, ids: list[int], count: int, eos: tuple[int, ...]) -> list[
             pad_token_id=0,
         )
     return out[0, len(ids) :].tolist()
+
+
+def refused_or_harmless(model: Path, size: int) -> None:
+    """Opening a damaged file of `size` bytes ends in one line, or leaves every tensor inside."""
+    try:
+        checkpoint = open_checkpoint(str(model))
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        for stored in checkpoint.stored.values():
+            assert stored.offset + stored.nbytes <= size

@@ -10,7 +10,7 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ class _AttentionArgs(ctypes.Structure):
 
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in "qkv"],
-        *[(f"{name}_{what}_stride", ctypes.c_int64) for name in "qkv" for what in ("token", "head")],
+        *[(f"{name}_{of}_stride", ctypes.c_int64) for name in "qkv" for of in ("token", "head")],
         *[(name, ctypes.c_void_p) for name in ("q_pos", "k_pos", "cu_q", "cu_k")],
         *[
             (name, ctypes.c_int64)
@@ -77,11 +77,16 @@ class Counters(ctypes.Structure):
 
 
 class Emulator:
-    """The ops on tensors of the CPU, as the CUDA kernels compute them."""
+    """The ops on tensors of the CPU, as the CUDA kernels compute them.
+
+    `entries`: functions of the library's driver that return a text, a mistake or a name.
+    """
+
+    entries: tuple[str, ...] = ("emulated_attention", "emulated_merge", "emulated_kernel")
 
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
-        for name in ("emulated_attention", "emulated_merge", "emulated_kernel"):
+        for name in self.entries:
             getattr(self._library, name).restype = ctypes.c_char_p
         self._library.emulated_force.restype = ctypes.c_bool
 
@@ -182,6 +187,21 @@ def build(directory: Path, sources: Sequence[Path], name: str = "emulated") -> P
     library = directory / f"lib{name}.so"
     subprocess.run([compiler(), "-shared", *objects, "-o", library], check=True)
     return library
+
+
+def build_mistakes(directory: Path, source: str) -> Callable[[str, int], str | None]:
+    """What the emulation says of a program of `source` (.cpp) in the order of a seed, if anything:
+    call it with the program's name and the seed.
+    """
+    library = ctypes.CDLL(str(build(directory, [EMULATION / f"{source}.cpp"], source)))
+
+    def run(name: str, seed: int = 0) -> str | None:
+        function = getattr(library, name)
+        function.restype = ctypes.c_char_p
+        message = function(ctypes.c_uint64(seed))
+        return message and message.decode()
+
+    return run
 
 
 def build_kernels(directory: Path) -> Emulator:

@@ -66,6 +66,17 @@ def random_llama(
     return model
 
 
+def save_llama(directory: Path, seed: int, **config) -> Path:
+    """Random weights of a whole configuration of `transformers`, saved to `directory`; no
+    tokenizer.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(directory)
+    return directory
+
+
 def logits(model: LlamaForCausalLM, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Float64 [T, vocabulary]: the logits of the model's weights when computed in `dtype`.
 

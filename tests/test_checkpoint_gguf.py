@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import refused_or_harmless
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
@@ -315,13 +316,7 @@ def test_a_damaged_header_is_refused_or_harmless(tmp_path_factory, small_header,
         damaged[at] = data.draw(st.sampled_from([0, 1, 8, 9, 0x7F, 0xFF, damaged[at] ^ 1]))
     path = tmp_path_factory.getbasetemp() / "damaged.gguf"
     path.write_bytes(damaged)
-    try:
-        checkpoint = open_checkpoint(str(path))
-    except UserError as error:
-        assert "\n" not in str(error)
-    else:
-        for stored in checkpoint.stored.values():
-            assert stored.offset + stored.nbytes <= len(damaged)
+    refused_or_harmless(path, len(damaged))
 
 
 def test_alignment_of_nothing_is_refused(path):

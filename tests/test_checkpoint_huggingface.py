@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import refused_or_harmless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -320,13 +321,7 @@ def test_a_damaged_header_is_refused_or_harmless(saved_once, data):
         at = data.draw(st.integers(0, data_at - 1))
         damaged[at] = data.draw(st.sampled_from([*b'"{}[],:-0123456789\n\xff', damaged[at] ^ 1]))
     (path / "model.safetensors").write_bytes(damaged)
-    try:
-        checkpoint = open_checkpoint(str(path))
-    except UserError as error:
-        assert "\n" not in str(error)
-    else:
-        for stored in checkpoint.stored.values():
-            assert stored.offset + stored.nbytes <= len(damaged)
+    refused_or_harmless(path, len(damaged))
 
 
 def test_a_header_longer_than_the_format_allows_is_refused(saved):

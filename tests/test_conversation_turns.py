@@ -5,6 +5,7 @@ decodes.
 import pytest
 import torch
 from conftest import greedy
+from llama_reference import save_llama
 from ranks import run_ranks
 from test_cli import as_json
 
@@ -47,11 +48,9 @@ def test_three_turns_on_4_then_2_then_3_ranks(
 @pytest.fixture(scope="module")
 def tiny_path(tmp_path_factory):
     """Two layers, 4 query heads on 2, a context of 4096; no EOS."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    config = LlamaConfig(
+    return save_llama(
+        tmp_path_factory.mktemp("models") / "tiny",
+        seed=1,
         vocab_size=97,
         hidden_size=64,
         intermediate_size=96,
@@ -63,8 +62,6 @@ def tiny_path(tmp_path_factory):
         initializer_range=0.3,
         eos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

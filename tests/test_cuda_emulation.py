@@ -1,13 +1,11 @@
 """The CUDA kernels against float64 on the CPU, and whether the emulation sees mistakes."""
 
-import ctypes
 import re
 from dataclasses import replace
 
 import cuda_emulator
 import pytest
 import torch
-from cuda_emulator import EMULATION
 from reference import check, make_case, tolerance
 from test_ops import exact_merge, merge_bound
 
@@ -92,7 +90,8 @@ def test_sm80_matches_float64(cuda, rows, dtype, head_dim, heads):
 @pytest.mark.parametrize("heads", [(16, 1), (12, 2), (40, 5)], ids=str)
 def test_groups_of_query_heads(cuda, heads):
     """One token's rows fill a block, divide none, are cut by one."""
-    case = make_case([(range(60, 65), range(65)), ([7], range(9))], heads=heads, dtype=torch.float16)
+    sequences = [(range(60, 65), range(65)), ([7], range(9))]
+    case = make_case(sequences, heads=heads, dtype=torch.float16)
     check(case, cuda.attention(*case.arguments), tolerance(case, torch.float16))
 
 
@@ -103,7 +102,9 @@ def test_output_in_the_input_dtype(cuda, rows):
     check(case, result, tolerance(case, torch.bfloat16, torch.bfloat16, merged=True))
 
 
-@pytest.mark.parametrize("kernel, rows", [("simt", "many rows"), *[("sm80", rows) for rows in CASES]])
+@pytest.mark.parametrize(
+    "kernel, rows", [("simt", "many rows"), *[("sm80", rows) for rows in CASES]]
+)
 def test_into(cuda, kernel, rows):
     case = CASES[rows](torch.bfloat16, 64, (4, 2))
     keep = torch.arange(len(case.k_pos)) % 3 == 0
@@ -111,7 +112,8 @@ def test_into(cuda, kernel, rows):
     never = running[1] == -torch.inf
     running[0][never] = torch.nan  # is ignored
     result = cuda.attention(*case.only_keys(~keep).arguments, kernel=kernel, into=running)
-    result[0][never & (result[1] == -torch.inf)] = 0  # of a row that saw nothing twice: left as it is
+    # The out of a row that saw nothing twice is left as it is.
+    result[0][never & (result[1] == -torch.inf)] = 0
     check(case, result, tolerance(case, torch.bfloat16, merged=True))
 
 
@@ -183,7 +185,8 @@ def test_what_was_seen_first_keeps_its_weight(cuda, kernel, tokens):
 def test_pieces_need_a_workspace(cuda):
     """One that is missing must not let every piece write to the result."""
     whole = make_case([([3], range(4))], dtype=torch.bfloat16)
-    check(whole, cuda.attention(*whole.arguments, workspace=False), tolerance(whole, torch.bfloat16))
+    got = cuda.attention(*whole.arguments, workspace=False)
+    check(whole, got, tolerance(whole, torch.bfloat16))
     case = few_rows(torch.bfloat16, 64, (4, 2))
     with pytest.raises(RuntimeError, match="needs a workspace"):
         cuda.attention(*case.arguments, workspace=False)
@@ -227,7 +230,8 @@ def test_merge_matches_float64(cuda, partials, dtype, out_dtype, shift):
         lses.insert(1, torch.full_like(lses[0], -torch.inf))
     out, lse = cuda.merge(outs, lses, out_dtype)
     launches = -(-len(outs) // 128)
-    assert (out.double() - exact_out).abs().max() <= launches * merge_bound(outs[:1] + outs[2:], out_dtype)
+    bound = launches * merge_bound(outs[:1] + outs[2:], out_dtype)
+    assert (out.double() - exact_out).abs().max() <= bound
     roundings = (partials + 4) * torch.finfo(torch.float32).eps / 2
     assert (lse - exact_lse).abs().max() <= roundings * exact_lse.abs().max()
 
@@ -257,16 +261,7 @@ def test_merge_of_nothing(cuda, partials):
 
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("mistakes")
-    library = ctypes.CDLL(cuda_emulator.build(directory, [EMULATION / "mistakes.cpp"], "mistakes"))
-
-    def run(name: str, seed: int = 0) -> str | None:
-        function = getattr(library, name)
-        function.restype = ctypes.c_char_p
-        message = function(ctypes.c_uint64(seed))
-        return message and message.decode()
-
-    return run
+    return cuda_emulator.build_mistakes(tmp_path_factory.mktemp("mistakes"), "mistakes")
 
 
 @pytest.mark.parametrize("name", ["reversed", "copied", "sums_of_warps", "multiplied"])

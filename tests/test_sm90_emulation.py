@@ -1,7 +1,6 @@
 """The kernel for compute capability 9.0 against float64 on the CPU: its pipelines, its layouts and
 its schedule, as tests/cuda_emulation carries out TMA and wgmma."""
 
-import ctypes
 import re
 from dataclasses import replace
 
@@ -17,10 +16,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 
 class Sm90(Emulator):
-    def __init__(self, library):
-        self._library = ctypes.CDLL(str(library))
-        self._library.emulated_attention.restype = ctypes.c_char_p
-        self._library.emulated_force.restype = ctypes.c_bool
+    entries = ("emulated_attention",)
 
     def device(self, multiprocessors=4, l2_bytes=1 << 20):
         self._library.emulated_device(multiprocessors, l2_bytes)
@@ -203,15 +199,12 @@ def test_many_short_sequences(cuda):
 
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("sm90_mistakes")
-    built = ctypes.CDLL(str(build(directory, [EMULATION / "sm90_mistakes.cpp"], "sm90_mistakes")))
+    say = cuda_emulator.build_mistakes(tmp_path_factory.mktemp("mistakes"), "sm90_mistakes")
 
     def run(name: str) -> set[str | None]:
         """What 20 orders bring to light."""
-        function = getattr(built, name)
-        function.restype = ctypes.c_char_p
-        messages = [function(ctypes.c_uint64(seed)) for seed in range(20)]
-        return {message and re.sub(r"^block .*?: ", "", message.decode()) for message in messages}
+        messages = [say(name, seed) for seed in range(20)]
+        return {message and re.sub(r"^block .*?: ", "", message) for message in messages}
 
     return run
 
