@@ -2,8 +2,9 @@
 
 Ranks of a machine that may all run on the same cores divide them: each is bound to its own, next to
 each other on a NUMA node, so that no rank's threads take turns with another's or lose their memory
-to a move. Ranks that must take turns do so on one core, as many on each. Where something else has given ranks different cores already (srun's or mpirun's binding,
-numactl, the cgroups of containers), that stays, and no core is divided a second time.
+to a move. Ranks that must take turns do so on one core, as many on each. Where something else has
+given ranks different cores already (srun's or mpirun's binding, numactl, the cgroups of
+containers), that stays, and no core is divided a second time.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def divide(
 
     Ranks with the same CPUs divide the cores among them. Of more ranks than cores each has one
     thread, and if they are a multiple, its core: rank after rank, so that the first few, which a
-    short prompt is left to, do not take turns. If not, some cores would have more to do than others,
-    and nobody is bound.
+    short prompt is left to, do not take turns. If not, some cores would have more to do than
+    others, and nobody is bound.
     """
     mine = usable[rank]
     overlapping = [r for r, cpus in enumerate(usable) if cpus & mine]

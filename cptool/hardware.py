@@ -80,9 +80,9 @@ class HardwareProfile:
     ranks_at_once: how many ranks the processors serve at the full rate, None for one device a rank;
         beyond it, ranks take turns.
     threads: CPU threads of a rank that the rates hold for; 0 for another device.
-    residual_s: by number of ranks, then by variant: what a layer costs beyond what all else here says
-        where it has next to nothing to compute, for one new token and for some on each rank. Where
-        it was measured it makes the small costs of messages and calls right for these ranks.
+    residual_s: by number of ranks, then by variant: what a layer costs beyond what all else here
+        says where it has next to nothing to compute, for one new token and for some on each rank.
+        Where it was measured it makes the small costs of messages and calls right for these ranks.
     rule: (alpha, beta, gamma) of the fitted rule of `cptool.strategy`, None if nothing was fitted.
     notes: where each number comes from, by field.
     """

@@ -52,8 +52,8 @@ class Workload:
 class Plan:
     """A layout, the variants in it, what they are predicted to take and what a rank must hold.
 
-    ttft, ttit: of the chosen variants; others, other_steps: variant -> prefill and decode step under
-    it, chosen one included.
+    ttft, ttit: of the chosen variants; others, other_steps: variant -> prefill and decode step
+    under it, chosen one included.
     memory: bytes of a rank by what they hold; capacity: what a rank has for them.
     """
 

@@ -28,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture(params=ops.build_info()["cuda_kernels"] or ["none"])
 def kernel(request):
-    """The fastest kernel that may take a call; what it does not take goes to the next slower one."""
+    """The fastest kernel that may take a call; what it does not take goes to the next slower."""
     if request.param not in ops.cuda_kernels():
         pytest.skip(f"this device does not run {request.param}")
     with ops.force_cuda_kernel(request.param):
@@ -36,7 +36,7 @@ def kernel(request):
 
 
 def arithmetic(dtype, head_dim):
-    """What the kernel in use computes in: tensor cores take weights rounded to the input's dtype."""
+    """What the kernel computes in: tensor cores take weights rounded to the input's dtype."""
     return torch.float32 if ops.cuda_kernel(dtype, head_dim) == "simt" else dtype
 
 
@@ -322,8 +322,8 @@ def test_kernels_agree(kernel, dtype, head_dim, queries, keys):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch, heads", [(1, (8, 2)), (3, (9, 3))], ids=str)
 def test_a_captured_decode_step_replays_for_any_length(kernel, dtype, batch, heads):
-    """One graph, captured over a cache of 3000 slots a sequence, as tokens fill it; bit for bit what
-    an eager call gives.
+    """One graph, captured over a cache of 3000 slots a sequence, as tokens fill it; bit for bit
+    what an eager call gives.
     """
     slots, head_dim = 3000, 128
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -334,7 +334,10 @@ def test_a_captured_decode_step_replays_for_any_length(kernel, dtype, batch, hea
     cu_q = torch.arange(batch + 1, device=DEVICE).int()
     cu_k = cu_q * slots
     arguments = (q, slab[:, 0], slab[:, 1], q_pos, k_pos.view(-1), cu_q, cu_k, head_dim**-0.5)
-    running = (torch.zeros_like(q, dtype=torch.float32), torch.zeros(batch, heads[0], device=DEVICE))
+    running = (
+        torch.zeros_like(q, dtype=torch.float32),
+        torch.zeros(batch, heads[0], device=DEVICE),
+    )
 
     ops.attention_partial(*arguments)
     torch.cuda.synchronize()

@@ -54,9 +54,9 @@ def test_published_times_are_predicted():
 
 
 def test_published_decode_attention_is_predicted_but_for_batches():
-    """Table 8 within 10%, but for three rows: one attention of four sequences on one host, which took
-    half as long again as one of as many keys in a single sequence; and four hosts with as many, of
-    which one attention is 1.5 us off and whose steps hid each other in part.
+    """Table 8 within 10%, but for three rows: one attention of four sequences on one host, which
+    took half as long again as one of as many keys in a single sequence; and four hosts with as
+    many, of which one attention is 1.5 us off and whose steps hid each other in part.
     """
     paper = published()
     found = paper.errors(paper.compare(), "decode attention")

@@ -105,7 +105,11 @@ def test_one_token_sequences_are_dealt_round_robin_and_move_on_each_step():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 6), st.lists(st.lists(st.integers(0, 1), min_size=4, max_size=4), max_size=40), BATCHES)
+@given(
+    st.integers(1, 6),
+    st.lists(st.lists(st.integers(0, 1), min_size=4, max_size=4), max_size=40),
+    BATCHES,
+)
 def test_no_sequence_grows_unevenly_whoever_leaves(ranks, steps, batch):
     lengths = (batch[0] + [5, 0, 3, 8])[:4]
     layout = balanced(lengths, ranks)
