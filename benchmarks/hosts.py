@@ -108,8 +108,7 @@ def on_rank(world, plan: dict) -> dict[str, object]:
                     "sent_bytes": layer.bytes,
                 }
             cells.append(cell)
-    for name in rates:
-        namespaces.limit(None)
+    namespaces.limit(None)
     base = {
         (c["new"], v): r["ttft_seconds"]["median"]
         for c in cells if c["rate"] == "none" for v, r in c["variants"].items()
