@@ -13,12 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from cptool.bench.ceilings import memory_rate
-from cptool.bench.forward import (
-    hold,
-    predicted_s,
-    random_model,
-    smaller_worlds,
-)
+from cptool.bench.forward import predicted_s, prepare, random_model, smaller_worlds
 from cptool.bench.measure import summary
 from cptool.calibration import measure as calibrate
 from cptool.cost import kv_bytes, weight_bytes
@@ -27,7 +22,7 @@ from cptool.engine import Engine
 from cptool.hardware import world_profile
 from cptool.model.config import LlamaConfig
 from cptool.sampling import Sampling
-from cptool.strategy import AUTO, Choice, choose
+from cptool.strategy import AUTO, Choice
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,8 @@ class _Runs:
     ranks: int
     choices: dict[str, Choice]  # by the variant asked for
     engine: Engine | None
-    seconds: dict[str, list[float]]  # a token, by variant
-    exposed: dict[str, list[float]]
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # a token, by variant
+    exposed: dict[str, list[float]] = field(default_factory=dict)
     ways: dict[str, str] = field(default_factory=dict)  # what the steps then were
 
 
@@ -69,7 +64,13 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
     for done, cached in enumerate(sweep.cached):
         world.report("measure decode, cached length", done, len(sweep.cached))
         runs = [
-            _prepare(worlds[ranks], world, model, profile, sweep, ranks, cached)
+            _Runs(
+                ranks,
+                *prepare(
+                    model, worlds[ranks], ranks, sweep.variants, sweep.dtype, 1, cached, profile,
+                    sweep.batch, world.tp,
+                )[:2],
+            )
             for ranks in sweep.ranks
         ]
         for repeat in range(sweep.repeats + 1):
@@ -87,22 +88,6 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
         "ceilings": {"memory_of_a_rank": rates},
         "results": results,
     }
-
-
-def _prepare(part, world, model, profile, sweep, ranks, cached) -> _Runs:
-    choices = {
-        variant: choose(
-            variant, new=sweep.batch, cached=sweep.batch * cached, ranks=ranks,
-            config=sweep.config, dtype=sweep.dtype, profile=profile, batch=sweep.batch,
-            tp=world.tp,
-        )
-        for variant in (sweep.variants if ranks > 1 else (AUTO,))
-    }  # fmt: skip
-    engine = None
-    if part is not None:
-        engine = Engine(model, part, batch=sweep.batch, profile=profile)
-        hold(engine, cached)
-    return _Runs(ranks, choices, engine, {}, {})
 
 
 def _round(world: World, run: _Runs, sweep: Sweep, cached: int, keep: bool) -> None:

@@ -17,7 +17,7 @@ from cptool.hardware import HardwareProfile
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
 from cptool.sharding import Placement, balanced
-from cptool.strategy import Choice
+from cptool.strategy import AUTO, Choice, choose
 
 VOCABULARY = 1024
 
@@ -102,6 +102,27 @@ def hold(engine: Engine, cached: int) -> tuple[Placement, ...]:
         engine.cache.store(layer, k, v)
     engine.assume([[0] * (cached + 1) for _ in range(batch)], placements)
     return placements
+
+
+def prepare(
+    model: Llama, part: World | None, ranks: int, variants: tuple[str, ...], dtype: str, new: int,
+    cached: int, profile: HardwareProfile, batch: int = 1, tp: int = 1,
+) -> tuple[dict[str, Choice], Engine | None, tuple[Placement, ...]]:  # fmt: skip
+    """For runs of `new` tokens over `cached` ones of each sequence on `part`, a world of `ranks`:
+    the choice by the variant asked for (one rank has none but auto's), an engine that holds what is
+    cached, and where. Without a part in it, the choices alone.
+    """
+    choices = {
+        variant: choose(
+            variant, new=batch * new, cached=batch * cached, ranks=ranks, config=model.config,
+            dtype=dtype, profile=profile, batch=batch, tp=tp,
+        )
+        for variant in (variants if ranks > 1 else (AUTO,))
+    }  # fmt: skip
+    if part is None:
+        return choices, None, ()
+    engine = Engine(model, part, batch=batch, profile=profile)
+    return choices, engine, hold(engine, cached)
 
 
 def rewind(engine: Engine, cached: int, placements: tuple[Placement, ...]) -> None:

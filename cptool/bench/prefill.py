@@ -9,18 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from cptool.bench.ceilings import matmul_rate
-from cptool.bench.forward import (
-    hold,
-    predicted_s,
-    random_model,
-    rewind,
-    smaller_worlds,
-)
+from cptool.bench.forward import predicted_s, prepare, random_model, rewind, smaller_worlds
 from cptool.bench.measure import summary
 from cptool.calibration import measure as calibrate
 from cptool.cost import attention_flops, linear_flops
@@ -30,7 +24,7 @@ from cptool.hardware import world_profile
 from cptool.model.config import LlamaConfig
 from cptool.sampling import Sampling
 from cptool.sharding import Placement
-from cptool.strategy import AUTO, Choice, choose
+from cptool.strategy import AUTO, Choice
 
 
 @dataclass(frozen=True)
@@ -59,9 +53,9 @@ class _Runs:
     choices: dict[str, Choice]  # by the variant asked for
     engine: Engine | None
     placements: tuple[Placement, ...]
-    seconds: dict[tuple[str, int], list[float]]
-    exposed: dict[tuple[str, int], list[float]]
-    sent: dict[tuple[str, int], int]
+    seconds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    exposed: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    sent: dict[tuple[str, int], int] = field(default_factory=dict)
 
 
 def measure(world: World, sweep: Sweep) -> dict[str, object]:
@@ -76,7 +70,13 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
         world.report("measure prefill, cell", done, len(cells))
         new = max(1, round(miss * context))
         runs = [
-            _prepare(worlds[ranks], world, model, profile, sweep, ranks, new, context - new)
+            _Runs(
+                ranks,
+                *prepare(
+                    model, worlds[ranks], ranks, sweep.variants, sweep.dtype, new, context - new,
+                    profile, tp=world.tp,
+                ),
+            )
             for ranks in sweep.ranks
         ]
         for repeat in range(sweep.repeats + 1):
@@ -94,21 +94,6 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
         "ceilings": {"matmul_of_a_rank": rates},
         "results": results,
     }
-
-
-def _prepare(part, world, model, profile, sweep, ranks, new, cached) -> _Runs:
-    choices = {
-        variant: choose(
-            variant, new=new, cached=cached, ranks=ranks, config=sweep.config, dtype=sweep.dtype,
-            profile=profile, tp=world.tp,
-        )
-        for variant in (sweep.variants if ranks > 1 else (AUTO,))
-    }  # fmt: skip
-    engine, placements = None, ()
-    if part is not None:
-        engine = Engine(model, part, profile=profile)
-        placements = hold(engine, cached)
-    return _Runs(ranks, choices, engine, placements, {}, {}, {})
 
 
 def _round(world: World, run: _Runs, new: int, cached: int, keep: bool) -> None:
