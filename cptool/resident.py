@@ -182,26 +182,10 @@ def serve(world: "World", setup: Setup, address: str, key: bytes) -> None:
 
 
 def _serve(world: "World", setup: Setup, connection: Connection) -> None:
-    import torch
-
     from cptool import session
-    from cptool.checkpoint import open_checkpoint
-    from cptool.engine import Engine
-    from cptool.hardware import world_profile
-    from cptool.turn import identity
-    from cptool.weights import load_model
+    from cptool.turn import identity, open_engine
 
-    world.report("load the weights")
-    checkpoint = open_checkpoint(setup.model)
-    model = load_model(checkpoint, getattr(torch, setup.dtype), world.device, world)
-    engine = Engine(
-        model,
-        world,
-        variant=setup.variant,
-        partials=setup.partials,
-        profile=world_profile(world),
-        progress=world.report,
-    )
+    checkpoint, engine = open_engine(world, setup)
     where, manifest = setup.session, None
     if where is not None:
         manifest = session.load(Path(where), setup.resume)

@@ -8,11 +8,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cptool.cost import attention_flops, kv_bytes, linear_flops, weight_bytes
 from cptool.profile import Phases, Section, collect
 from cptool.sampling import Sampling
 from cptool.trace import Recorder
+
+if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
+    from cptool.engine import Engine
+    from cptool.resident import Setup
 
 
 @dataclass(frozen=True)
@@ -82,28 +88,10 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
 
     `emit(sequence, token)` is called on rank 0 for each token as it is known.
     """
-    import torch
-
     from cptool import session
-    from cptool.checkpoint import open_checkpoint
-    from cptool.engine import Engine
-    from cptool.hardware import world_profile
-    from cptool.weights import load_model
 
     began = time.perf_counter()
-    world.report("load the weights")
-    checkpoint = open_checkpoint(turn.model)
-    model = load_model(checkpoint, getattr(torch, turn.dtype), world.device, world)
-    profile = world_profile(world)
-    engine = Engine(
-        model,
-        world,
-        batch=len(turn.prompts),
-        variant=turn.variant,
-        partials=turn.partials,
-        profile=profile,
-        progress=world.report,
-    )
+    checkpoint, engine = open_engine(world, turn, batch=len(turn.prompts))
     directory, manifest = Path(turn.session) if turn.session else None, None
     room = turn.max_new_tokens + max(map(len, turn.prompts), default=0)
     if turn.resume is not None:
@@ -173,9 +161,36 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
             + kv_bytes(config, -(-sum(engine.computed) // world.cp), size)
         )
         // world.tp,
-        ceiling_flops=profile.ceiling(turn.dtype),
+        ceiling_flops=engine.profile.ceiling(turn.dtype),
         phases=phases,
     )
+
+
+def open_engine(world, asked: "Turn | Setup", batch: int = 1) -> "tuple[Checkpoint, Engine]":
+    """Loads the model that is `asked` for, in its dtype, for an engine of that variant.
+
+    Collective over the ranks of `world`.
+    """
+    import torch
+
+    from cptool.checkpoint import open_checkpoint
+    from cptool.engine import Engine
+    from cptool.hardware import world_profile
+    from cptool.weights import load_model
+
+    world.report("load the weights")
+    checkpoint = open_checkpoint(asked.model)
+    model = load_model(checkpoint, getattr(torch, asked.dtype), world.device, world)
+    engine = Engine(
+        model,
+        world,
+        batch=batch,
+        variant=asked.variant,
+        partials=asked.partials,
+        profile=world_profile(world),
+        progress=world.report,
+    )
+    return checkpoint, engine
 
 
 def identity(checkpoint):
