@@ -34,6 +34,7 @@ from rich.table import Table
 from cptool import ops
 from cptool.bench.attention import Inputs, Shape
 from cptool.bench.measure import circumstances, clock_name, interleave, stopwatch
+from cptool.cli.counts import Heads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CEILINGS = {"avx512bf16": "bf16_dot", "amx": "amx"}  # of a kernel's units; the others': fma
@@ -176,16 +177,6 @@ def draw(results: list[dict[str, object]], console: Console) -> None:
     console.print(table)
 
 
-def _heads(_context: object, _option: object, values: tuple[str, ...]) -> list[tuple[int, int]]:
-    pairs = []
-    for value in values:
-        q, _, kv = value.partition("/")
-        if not (q.isdigit() and kv.isdigit() and int(kv) > 0 and int(q) % int(kv) == 0):
-            raise click.BadParameter(f"{value!r} must be QUERY/KV, a multiple over a divisor")
-        pairs.append((int(q), int(kv)))
-    return pairs
-
-
 POSITIVE = click.IntRange(min=1)
 
 
@@ -194,7 +185,7 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--cached", type=click.IntRange(min=0), multiple=True, default=(0,))
 @click.option("--head-dim", "-d", type=click.IntRange(min=8, max=256), multiple=True,
               default=(64, 80, 128))
-@click.option("--heads", callback=_heads, multiple=True, default=("8/8", "8/2", "8/1"),
+@click.option("--heads", type=Heads(), multiple=True, default=("8/8", "8/2", "8/1"),
               metavar="Q/KV")
 @click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True,
               default=tuple(DTYPES))

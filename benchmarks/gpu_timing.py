@@ -100,7 +100,7 @@ def graph(run: Callable[[], object], device: torch.device) -> Callable[[], objec
 
 def kernels(device: torch.device) -> list[str]:
     """Our attention kernels that can be told apart on this device, slowest first."""
-    return ops.cuda_kernels() if cuda(device) and hasattr(ops, "cuda_kernels") else []
+    return ops.cuda_kernels() if cuda(device) else []
 
 
 def driver() -> str | None:

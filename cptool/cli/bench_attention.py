@@ -1,32 +1,10 @@
 """`cptool bench attention`: one call of attention against torch and the device."""
 
-import re
-
 import click
 
 from cptool.cli.bench_kernel import collect, kernel_options, one_device
 from cptool.cli.bench_options import emit, grouped, measure_options, percent, spread
-from cptool.cli.counts import TokenCount
-
-
-class Heads(click.ParamType):
-    """QUERY/KV heads, such as 32/8."""
-
-    name = "heads"
-
-    def convert(self, value, param, ctx) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"(\d+)/(\d+)", value)
-        query, kv = (int(match[1]), int(match[2])) if match else (0, 0)
-        if not query or not kv or query % kv:
-            self.fail(
-                f"{value!r} must be QUERY/KV heads, the first a multiple of the second, "
-                "such as 32/8",
-                param,
-                ctx,
-            )
-        return query, kv
+from cptool.cli.counts import Heads, TokenCount
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Numbers of tokens and bytes as people write them."""
+"""Numbers of tokens, bytes and heads as people write them."""
 
 import re
 
@@ -43,3 +43,23 @@ class Bytes(click.ParamType):
         if size < 1:
             self.fail(f"{value!r} must be a positive number of bytes, such as 1K or 4M", param, ctx)
         return size
+
+
+class Heads(click.ParamType):
+    """QUERY/KV heads, such as 32/8."""
+
+    name = "heads"
+
+    def convert(self, value, param, ctx) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d+)/(\d+)", value)
+        query, kv = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not query or not kv or query % kv:
+            self.fail(
+                f"{value!r} must be QUERY/KV heads, the first a multiple of the second, "
+                "such as 32/8",
+                param,
+                ctx,
+            )
+        return query, kv
