@@ -480,7 +480,7 @@ def test_decode_mistakes(mqa_path, smollm2_path, token_file, tmp_path):
         ([session, "-n", 2048], "the model's context is 2048"),
         (
             [session, "--token-ids", token_file([[1], [2]])],
-            "2 prompts for a session of 1 sequences",
+            "2 prompts for a session of 1 sequence;",
         ),
         ([session, "--temperature", -1], "--temperature -1.0"),
     ]:

@@ -89,8 +89,8 @@ def decode(
     )
     if sequences and len(sequences) != batch:
         raise UserError(
-            f"{len(sequences)} prompts for a session of {batch} sequences; give one for each, or "
-            "none"
+            f"{draw.some(len(sequences), 'prompt')} for a session of "
+            f"{draw.some(batch, 'sequence')}; give one for each, or none"
         )
     sequences = sequences or [[]] * batch
     held = [len(sequence.tokens) for sequence in manifest.sequences]

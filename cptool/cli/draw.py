@@ -24,6 +24,11 @@ def size(count: float) -> str:
     return f"{count:,.3g} TB" if count < 1000 else f"{count:,.0f} TB"
 
 
+def some(count: int, noun: str) -> str:
+    """`1 token`, `2,000 tokens`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
@@ -33,7 +38,7 @@ def prefill_rows(report: "Report") -> list[tuple[str, str]]:
     rows = [
         (
             "prompt",
-            f"{report.tokens:,} tokens"
+            some(report.tokens, "token")
             + (f" after {report.cached:,} cached" if report.cached else ""),
         ),
         ("ranks", f"{report.cp} cp x {report.tp} tp on {report.device}, {report.dtype}"),
@@ -64,7 +69,7 @@ def decode_rows(report: "Report") -> list[tuple[str, str]]:
     return [
         (
             "decode",
-            f"{count} tokens, {report.ttit_ms:.1f} ms each, {rate:.3g} GB/s of weights and KV a "
+            f"{some(count, 'token')}, {report.ttit_ms:.1f} ms each, {rate:.3g} GB/s of weights and KV a "
             f"rank ({report.decode_variant}: {report.decode_reason})",
         )
     ]

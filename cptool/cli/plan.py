@@ -256,14 +256,14 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
     rows = [
         (
             "plan",
-            f"{model} on {profile.name}, {work.context:,} tokens"
+            f"{model} on {profile.name}, {draw.some(work.context, 'token')}"
             + f" ({work.cached:,} cached)" * bool(work.cached)
             + f" in each of {work.batch} sequences" * (work.batch > 1),
         ),
         (
             "layout",
-            f"{best.cp} cp x {best.tp} tp, {best.ranks} ranks on {best.hosts} "
-            f"host{'s' * (best.hosts > 1)}, {work.dtype}"
+            f"{best.cp} cp x {best.tp} tp, {draw.some(best.ranks, 'rank')} on "
+            f"{draw.some(best.hosts, 'host')}, {work.dtype}"
             + ", feed-forward in FP8" * (work.feed_forward == "float8"),
         ),
         ("variant", f"{best.choice.variant} ({best.choice.reason})"),

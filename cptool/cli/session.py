@@ -53,7 +53,7 @@ def show(directory: Path, as_json: bool) -> None:
             ("after turns", turns),
             (
                 "on disk",
-                f"{fields['segments']} segments, {draw.size(fields['bytes'])}, revision "
+                f"{draw.some(fields['segments'], 'segment')}, {draw.size(fields['bytes'])}, revision "
                 f"{manifest.revision}",
             ),
         ]
@@ -73,8 +73,8 @@ def verify(directory: Path) -> None:
     if found:
         sys.exit(1)
     click.echo(
-        f"{directory}: sound, {len(manifest.segments)} segments, "
-        f"{sum(s.cached for s in manifest.sequences)} tokens with KV"
+        f"{directory}: sound, {draw.some(len(manifest.segments), 'segment')}, "
+        f"{draw.some(sum(s.cached for s in manifest.sequences), 'token')} with KV"
     )
 
 
@@ -89,8 +89,8 @@ def compact(directory: Path) -> None:
     after = rewrite(directory, before)
     sizes = [draw.size(sum(s.bytes for s in m.segments)) for m in (before, after)]
     click.echo(
-        f"{directory}: {len(before.segments)} segments, {sizes[0]} -> {len(after.segments)} "
-        f"segments, {sizes[1]}"
+        f"{directory}: {draw.some(len(before.segments), 'segment')}, {sizes[0]} -> "
+        f"{draw.some(len(after.segments), 'segment')}, {sizes[1]}"
     )
 
 
@@ -111,6 +111,6 @@ def rollback(directory: Path, turns: int) -> None:
     sessions.check_writable(directory)
     after = roll_back(directory, before, turns)
     click.echo(
-        f"{directory}: {len(after.turns)} turns, "
+        f"{directory}: {draw.some(len(after.turns), 'turn')}, "
         f"{', '.join(str(len(s.tokens)) for s in after.sequences)} tokens"
     )
