@@ -20,6 +20,15 @@ struct Float32Math {
     return keys > 0 ? load16(v) : _mm512_setzero_ps();
   }
 
+  template <int kN>
+  static void load_step(const T* v, int64_t, __m512 (&values)[kN]) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) values[n] = load16(v + n * kLanes);
+  }
+
+  static void in_order(float*) {}
+  static __m512 exp2(__m512 x) { return exp2_full(x); }
+
   static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
 
   static __m512 store_weights(__m512 weights, float* to) {

@@ -130,7 +130,7 @@ inline void transpose16(__m512 (&r)[16]) {
 // Lane i of the result is the sum of the lanes of r[i]. Each step adds the halves (8, 4, 2, 1 lanes)
 // of two vectors into one: a blend holds a half of each in place, a shuffle brings the others there.
 // One shuffle for two vectors, because fewer ports shuffle than blend.
-inline __m512 sum_each(const __m512 (&r)[16]) {
+__attribute__((always_inline)) inline __m512 sum_each(const __m512 (&r)[16]) {
   __m512 eights[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {

@@ -20,6 +20,10 @@
 //     16 words of a row, 0 from `words` on.
 //   static __m512 load_values(const Input* v, int64_t stride, int keys);
 //     16 dimensions of the values of kStep keys, of which `keys` exist, as words.
+//   template <int kN> static void load_step(const Input* v, int64_t next, __m512 (&values)[kN]);
+//     16 kN dimensions of kStep keys, the next one's at v + next, as words; in_order(acc) brings 32
+//     sums of such products into the order of the dimensions. kN is 1 or even.
+//   static __m512 exp2(__m512 x);                               as good as a Weight can hold
 //   static __m512 multiply_add(__m512 a, __m512 b, __m512 sum);
 //   static __m512 store_weights(__m512 weights, Weight* to);
 //     Stores 16 weights of one row, consecutive keys, rounded; returns them as float32.

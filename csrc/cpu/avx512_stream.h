@@ -45,21 +45,28 @@ class StreamAhead {
                  args.k_head_stride * size};
     parts_[1] = {static_cast<const char*>(v), args.v_token_stride * size,
                  args.v_head_stride * size};
-    for (Part& part : parts_) part.at += key * part.token_stride;
     row_bytes_ = args.head_dim * size;
     heads_ = heads;
     if (parts_[0].head_stride == row_bytes_ && parts_[1].head_stride == row_bytes_) {
       row_bytes_ *= heads;  // the heads of a token are one row
       heads_ = 1;
     }
+    const bool adjoin = heads_ == 1 && parts_[1].at == parts_[0].at + row_bytes_ &&
+                        parts_[0].token_stride == 2 * row_bytes_ &&
+                        parts_[1].token_stride == 2 * row_bytes_;
+    for (Part& part : parts_) part.at += key * part.token_stride;
+    if (adjoin) {  // the whole is one row
+      row_bytes_ *= 2 * left_;
+      left_ = 0;
+    }
     begin_row();
   }
 
   // May run over the end of a row: what lies behind is asked for once more, or in vain.
   void prefetch(int lines) {
+    if (at_ >= row_end_ && !next_row()) return;
     for (int i = 0; i < lines; ++i) _mm_prefetch(at_ + i * kLine, _MM_HINT_T1);
     at_ += lines * kLine;
-    if (at_ >= row_end_) next_row();
   }
 
  private:
@@ -75,18 +82,17 @@ class StreamAhead {
     row_end_ = at_ + row_bytes_;
   }
 
-  __attribute__((noinline)) void next_row() {
-    if (left_ == 0) {  // stays where it is
-      at_ = row_end_ - row_bytes_;
-      return;
-    }
+  // False if there is none.
+  __attribute__((noinline)) bool next_row() {
+    if (left_ == 0) return false;
     if (++head_ == heads_) {
       head_ = 0;
       parts_[part_].at += parts_[part_].token_stride;
       part_ ^= 1;
-      if (part_ == 0) --left_;
+      if (part_ == 0 && --left_ == 0) return false;
     }
     begin_row();
+    return true;
   }
 
   const char *at_ = nullptr, *row_end_ = nullptr;
@@ -100,12 +106,15 @@ class StreamKernel {
   using T = typename Math::Input;
   using Weight = typename Math::Weight;
   static constexpr int kStep = Math::kStep;
-  // Bytes between a read and its prefetch: a tile or two, a fraction of a level-2 cache.
+  // Bytes between a read and its prefetch, but a tile at least: a fraction of a level-2 cache.
   static constexpr int64_t kAhead = 32 << 10;
 
  public:
   static constexpr int kRows = 64;
-  static constexpr int kKeys = 16;
+  // A tile of 2 heads of 128 is then 16 KB in any format. Twice as much in float32 costs a tenth of
+  // the rate: what is read departs further from the order in which it lies, which is what the
+  // processor's own prefetchers follow.
+  static constexpr int kKeys = sizeof(T) == 4 ? 8 : 16;
 
   static int heads(const AttentionArgs& args) {
     const int64_t most = kRows / padded_rows(static_cast<int>(rows_per_head(args)));
@@ -141,17 +150,15 @@ class StreamKernel {
       _mm512_store_ps(fixed_.sum[slot], _mm512_setzero_ps());
     }
     std::memset(acc_, 0, block.heads * slots_ * args_.head_dim * sizeof(float));
-    ahead_key_ = -1;
   }
 
   template <bool masked>
   void tile(const RowBlock<kRows>& block, int64_t key, int keys) {
-    if (ahead_key_ != key) {
-      const int64_t distance = kAhead / (2 * block.heads * args_.head_dim * sizeof(T));
-      ahead_ = StreamAhead(args_, block.k, block.v, block.heads, key + distance,
-                           block.limit[block.rows - 1]);
-    }
-    ahead_key_ = key + kKeys;
+    const int64_t fit = kAhead / (2 * block.heads * args_.head_dim * sizeof(T));
+    const int64_t next = key + (fit < kKeys ? kKeys : fit);
+    const int64_t end = block.limit[block.rows - 1];
+    ahead_ = StreamAhead(args_, block.k, block.v, block.heads, next,
+                         next + keys < end ? next + keys : end);
     // A step for all heads before the next step: the weights of one row alone are a chain of
     // instructions that each wait for the last.
     const T* k = static_cast<const T*>(block.k) + key * args_.k_token_stride;
@@ -190,7 +197,13 @@ class StreamKernel {
     }
   }
 
-  void finish(const RowBlock<kRows>&) {}
+  void finish(const RowBlock<kRows>& block) {
+    for (int row = 0; row < block.rows; ++row) {
+      float* acc = acc_ + slot_of(row) * args_.head_dim;
+      for (int64_t d = 0; d + 2 * kLanes <= args_.head_dim; d += 2 * kLanes) Math::in_order(acc + d);
+    }
+  }
+
   const float* acc(int row) const { return acc_ + slot_of(row) * args_.head_dim; }
 
   SoftmaxState state(int row) const {
@@ -206,9 +219,9 @@ class StreamKernel {
 
  private:
   struct Fixed {
-    alignas(64) float scores[kRows][kKeys];
-    alignas(64) Weight weights[kRows][kKeys];
-    alignas(64) float sum[kRows][kLanes];  // one of every 16th key
+    alignas(64) float scores[kRows][kLanes];
+    alignas(64) Weight weights[kRows][kLanes];
+    alignas(64) float sum[kRows][kLanes];  // key j of a tile goes to lane j
     float max[kRows];
   };
 
@@ -226,7 +239,8 @@ class StreamKernel {
   // multiple of 16. Asks for as many lines as it reads.
   template <int kR>
   void score(const T* k, int keys, int slot) {
-    constexpr int kAtOnce = 16 / kR;  // keys
+    constexpr int kSums = kLanes / kR;                      // of a row
+    constexpr int kAtOnce = kSums < kKeys ? kSums : kKeys;  // keys
     const float* q = q_ + slot * query_words_;
     for (int first = 0; first < keys; first += kAtOnce) {
       const T* row[kAtOnce];
@@ -236,55 +250,47 @@ class StreamKernel {
         row[j] = k + (first + j < keys ? first + j : keys - 1) * args_.k_token_stride;
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
-      for (int64_t w = 0; w < words_; w += kLanes) {
+      auto multiply = [&](int64_t w, int64_t words) __attribute__((always_inline)) {
         __m512 query[kR];
 #pragma GCC unroll 4
         for (int r = 0; r < kR; ++r) query[r] = _mm512_load_ps(q + r * query_words_ + w);
 #pragma GCC unroll 16
         for (int j = 0; j < kAtOnce; ++j) {
-          const __m512 words = Math::load(row[j], w, words_);
+          const __m512 key = Math::load(row[j], w, words);
 #pragma GCC unroll 4
           for (int r = 0; r < kR; ++r) {
-            __m512& sum = sums[r * kAtOnce + j];
-            sum = Math::multiply_add(query[r], words, sum);
+            __m512& sum = sums[r * kSums + j];
+            sum = Math::multiply_add(query[r], key, sum);
           }
         }
         ahead_.prefetch(kAtOnce * kLanes * kStep * static_cast<int>(sizeof(T)) / 64);
-      }
-      alignas(64) float scores[kR][kAtOnce];
+      };
+      int64_t w = 0;
+      for (; w + kLanes <= words_; w += kLanes) multiply(w, w + kLanes);
+      if (w < words_) multiply(w, words_);
+      alignas(64) float scores[kR][kSums];
       _mm512_store_ps(scores[0], sum_each(sums));
 #pragma GCC unroll 4
       for (int r = 0; r < kR; ++r)
-        std::memcpy(fixed_.scores[slot + r] + first, scores[r], sizeof(scores[r]));
+        std::memcpy(fixed_.scores[slot + r] + first, scores[r], kAtOnce * sizeof(float));
     }
   }
 
   // Turns a row's scores into weights, 0 from `visible` on.
   void weigh(int slot, int visible) {
-    constexpr int kGroups = kKeys / kLanes;
+    const __mmask16 seen = (1u << visible) - 1;
     const __m512 scale = _mm512_set1_ps(scale_log2_);
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    auto seen = [&](int i) {
-      return _mm512_cmplt_epi32_mask(lanes, _mm512_set1_epi32(visible - i * kLanes));
-    };
-    __m512 scores[kGroups];
-    __m512 top = _mm512_set1_ps(-INFINITY);
-#pragma GCC unroll 8
-    for (int i = 0; i < kGroups; ++i) {
-      scores[i] = _mm512_load_ps(fixed_.scores[slot] + i * kLanes);
-      top = _mm512_mask_max_ps(top, seen(i), top, _mm512_mul_ps(scores[i], scale));
+    const __m512 scores = _mm512_load_ps(fixed_.scores[slot]);
+    const __m512 scaled = _mm512_maskz_mul_ps(seen, scores, scale);
+    if (_mm512_mask_cmp_ps_mask(seen, scaled, _mm512_set1_ps(fixed_.max[slot] + kSlack),
+                                _CMP_GT_OQ)) {
+      raise(slot, _mm512_mask_reduce_max_ps(seen, scaled));
     }
-    if (_mm512_cmp_ps_mask(top, _mm512_set1_ps(fixed_.max[slot] + kSlack), _CMP_GT_OQ))
-      raise(slot, _mm512_reduce_max_ps(top));
-    const __m512 base = _mm512_set1_ps(fixed_.max[slot]);
-    __m512 sum = _mm512_load_ps(fixed_.sum[slot]);
-#pragma GCC unroll 8
-    for (int i = 0; i < kGroups; ++i) {
-      const __m512 weights =
-          _mm512_maskz_mov_ps(seen(i), exp2_full(_mm512_fmsub_ps(scores[i], scale, base)));
-      sum = _mm512_add_ps(sum, Math::store_weights(weights, fixed_.weights[slot] + i * kLanes));
-    }
-    _mm512_store_ps(fixed_.sum[slot], sum);
+    const __m512 shifted = _mm512_fmsub_ps(scores, scale, _mm512_set1_ps(fixed_.max[slot]));
+    const __m512 weights = _mm512_maskz_mov_ps(seen, Math::exp2(shifted));
+    const __m512 sum = _mm512_load_ps(fixed_.sum[slot]);
+    _mm512_store_ps(fixed_.sum[slot],
+                    _mm512_add_ps(sum, Math::store_weights(weights, fixed_.weights[slot])));
   }
 
   // Raises a row's maximum, with all that was computed against the old one.
@@ -300,40 +306,42 @@ class StreamKernel {
   // Adds the weighted values of the tile to kR rows.
   template <int kR>
   void accumulate(const T* v, int keys, int slot) {
+    constexpr int kWide = kR == 4 ? 4 : 8;  // vectors, to hide the latency of a multiplication
     int64_t d = 0;
-    for (; d + 4 * kLanes <= args_.head_dim; d += 4 * kLanes) add_values<kR, 4>(v, keys, slot, d);
-    for (; d < args_.head_dim; d += kLanes) add_values<kR, 1>(v, keys, slot, d);
+    for (; d + kWide * kLanes <= args_.head_dim; d += kWide * kLanes)
+      add_values<kR, kWide>(v, keys, slot, d);
+    for (; d + 2 * kLanes <= args_.head_dim; d += 2 * kLanes) add_values<kR, 2>(v, keys, slot, d);
+    if (d < args_.head_dim) add_values<kR, 1>(v, keys, slot, d);
   }
 
-  // 16 kN dimensions of it. Asks for as many lines as it reads.
+  // 16 kN dimensions of it, as Math::load_step gives them. Asks for as many lines as it reads.
   template <int kR, int kN>
   void add_values(const T* v, int keys, int slot, int64_t d) {
     float* acc = acc_ + slot * args_.head_dim + d;
     __m512 sums[kR][kN];
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int n = 0; n < kN; ++n)
         sums[r][n] = _mm512_load_ps(acc + r * args_.head_dim + n * kLanes);
     for (int j = 0; j < keys; j += kStep) {
-      const T* from = v + j * args_.v_token_stride + d;
       __m512 values[kN];
-#pragma GCC unroll 4
-      for (int n = 0; n < kN; ++n)
-        values[n] = Math::load_values(from + n * kLanes, args_.v_token_stride, keys - j);
+      // The last of an odd number of keys stands in for the next, whose weights are 0.
+      Math::load_step(v + j * args_.v_token_stride + d, j + 1 < keys ? args_.v_token_stride : 0,
+                      values);
 #pragma GCC unroll 4
       for (int r = 0; r < kR; ++r) {
         float word;
         std::memcpy(&word, fixed_.weights[slot + r] + j, sizeof(word));
         const __m512 weight = _mm512_set1_ps(word);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int n = 0; n < kN; ++n) sums[r][n] = Math::multiply_add(weight, values[n], sums[r][n]);
       }
-      ahead_.prefetch(kN * kLanes * kStep * static_cast<int>(sizeof(T)) / 64);
+      ahead_.prefetch((kN * kLanes * kStep * static_cast<int>(sizeof(T)) + 63) / 64);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int n = 0; n < kN; ++n)
         _mm512_store_ps(acc + r * args_.head_dim + n * kLanes, sums[r][n]);
   }
@@ -349,7 +357,6 @@ class StreamKernel {
   int rows_ = 0;   // of each head
   int slots_ = 0;  // the same, padded
   StreamAhead ahead_;
-  int64_t ahead_key_ = -1;  // the tile that continues what is being prefetched
 };
 
 }  // namespace

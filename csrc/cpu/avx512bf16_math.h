@@ -30,6 +30,34 @@ struct BFloat16Math {
     return _mm512_castsi512_ps(pairs);
   }
 
+  // Interleaves two rows with one instruction for a vector; in_order mends the order of dimensions
+  // once, at the end.
+  template <int kN>
+  static void load_step(const BFloat16* v, int64_t next, __m512 (&values)[kN]) {
+    if constexpr (kN == 1) {
+      values[0] = load_values(v, next, 2);
+    } else {
+#pragma GCC unroll 4
+      for (int n = 0; n < kN; n += 2) {
+        const __m512i even = _mm512_loadu_si512(v + n * kLanes);
+        const __m512i odd = _mm512_loadu_si512(v + next + n * kLanes);
+        values[n] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(even, odd));
+        values[n + 1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(even, odd));
+      }
+    }
+  }
+
+  static void in_order(float* acc) {
+    const __m512d low = _mm512_castps_pd(_mm512_load_ps(acc));
+    const __m512d high = _mm512_castps_pd(_mm512_load_ps(acc + kLanes));
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    _mm512_store_ps(acc, _mm512_castpd_ps(_mm512_permutex2var_pd(low, first, high)));
+    _mm512_store_ps(acc + kLanes, _mm512_castpd_ps(_mm512_permutex2var_pd(low, second, high)));
+  }
+
+  static __m512 exp2(__m512 x) { return exp2_cubic(x); }
+
   static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
