@@ -335,6 +335,7 @@ def _overheads(
     rest the forward's.
     """
     once, residual = [], {}
+    profile = dataclasses.replace(profile, residual_s={})
     world.report("measure the overheads")
     for count, part in worlds.items():
         clock = _Clock(world, part, repeats)

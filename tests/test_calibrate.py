@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from cptool import calibration
+from cptool.distributed import run
 from cptool.errors import UserError
 from cptool.hardware import (
     FORMAT,
@@ -111,3 +113,21 @@ def test_calibrate_writes_a_profile(ranks):
     assert set(profile.residual_s) == (set() if ranks else {"2", "4"})
     assert (profile.host_link == default.host_link) == (ranks == 1)
     assert profile.packed_bandwidth <= profile.memory_bandwidth
+
+
+def more_ranks(world, residuals):
+    """What is found with every run taking 1 s a layer, on top of a profile that has `residual_s`."""
+    calibration._Clock.all = lambda self, works, **_: {w: float(w.split()[-1]) for w in works}
+    profile = default_profile("cpu")
+    return [
+        calibration.measure_more_ranks(
+            world, ("float32",), dataclasses.replace(profile, residual_s=found), repeats=0
+        ).residual_s["2"]
+        for found in residuals
+    ]
+
+
+def test_what_was_found_on_fewer_ranks_is_not_counted_again():
+    found = {}, {"3": {variant: (5.0, 7.0) for variant in calibration.VARIANTS}}
+    bare, again = run(more_ranks, found, cp=2, device="cpu", threads=1)
+    assert bare == again and all(0.9 < each < 1 for pair in bare.values() for each in pair)
