@@ -49,12 +49,7 @@ def launch(
     started with another. board: in a file, one record per rank. folder: for temporary files of the
     agent.
     """
-    # Ranks are forked from a server that has imported torch and started no thread of ours: four
-    # ranks are up in 0.3 s, against 3 to 5 s when each imports torch by itself. The server imports
-    # while this process does.
-    forkserver.set_forkserver_preload(["torch.distributed.device_mesh", entry.__module__])
-    with _deaf():
-        forkserver.ensure_running()
+    start_server(entry)
     cp, tp, device, *others, asked = options
     device = resolve_device(device, board.ranks)
     transport(device, board.ranks, asked)  # what cannot be is told before any rank starts
@@ -87,6 +82,18 @@ def launch(
     except ChildFailedError as failed:
         rank, process = next(iter(failed.failures.items()))
         raise _cause(board, rank, process.pid, process.exitcode) from None
+
+
+def start_server(entry: Callable[..., Any]) -> None:
+    """Start what ranks that call `entry` are forked from, if it does not run yet.
+
+    It has imported torch and started no thread of ours: four ranks are up in 0.3 s, against 3 to
+    5 s when each imports torch by itself. It imports while this process does. `launch` starts it
+    too; called from the main thread, before one that launches, it hears no Ctrl-C.
+    """
+    forkserver.set_forkserver_preload(["torch.distributed.device_mesh", entry.__module__])
+    with _deaf():
+        forkserver.ensure_running()
 
 
 def _rank_main(entry: Callable[..., Any], args: tuple, options: tuple, board: Board) -> Any:

@@ -84,6 +84,10 @@ class Resident:
         self._others = set(multiprocessing.active_children())  # not ours to end
 
     def __enter__(self) -> "Resident":
+        if self._ranks["cp"] * self._ranks["tp"] > 1:
+            from cptool.local_launch import start_server
+
+            start_server(serve)
         try:
             with Listener(self._address, authkey=self._key) as listener:
                 self._thread.start()

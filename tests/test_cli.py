@@ -300,11 +300,13 @@ def test_what_ends_ranks_is_one_line(mqa_path, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_ctrl_c_while_ranks_start_is_one_line(mqa_path):
+@pytest.mark.parametrize("command", ["prefill", "chat"])
+def test_ctrl_c_while_ranks_start_is_one_line(mqa_path, smollm2_path, command):
     """The server that ranks are forked from still imports then."""
-    command = [sys.executable, "-m", "cptool", "prefill", str(mqa_path), "--synthetic", "9"]
+    asked = [mqa_path, "--synthetic", 9] if command == "prefill" else [smollm2_path]
     with subprocess.Popen(
-        [*command, "--cp", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "cptool", command, *map(str, asked), "--cp", "2"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     ) as process:  # fmt: skip
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
