@@ -119,6 +119,11 @@ def cpu_isa(dtype: torch.dtype, head_dim: int = 128) -> str:
     return _C.cpu_isa(SCALAR_TYPES[dtype], head_dim)
 
 
+def cpu_linear_isa(dtype: torch.dtype) -> str:
+    """The instruction set of the kernel that multiplies few rows of this type."""
+    return _C.cpu_linear_isa(SCALAR_TYPES[dtype])
+
+
 @contextmanager
 def force_cpu_isa(name: str) -> Iterator[None]:
     """Uses no CPU kernel beyond `name` inside the context, in all threads.

@@ -11,6 +11,8 @@ Raises, all of them: ValueError for tensors that do not fit each other.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,8 +22,21 @@ from cptool._op_checks import SCALAR_TYPES
 
 _C = _extension.load()
 
-FEW_ROWS = 8
-"""Rows up to which a product is bound by reading the weights."""
+
+def _few_rows(dtype: torch.dtype) -> int:
+    isa, matrix_units = _C.cpu_linear_isa(SCALAR_TYPES[dtype]), "amx" in _C.cpu_isas()
+    if dtype == torch.float16 and isa == "avx512" and not matrix_units:
+        # Without units for float16 (processors with AMX have them) oneDNN takes four times as long.
+        return sys.maxsize
+    if dtype == torch.float32:
+        return {"avx512": 32, "avx2": 16}.get(isa, 4)
+    if isa == "avx512bf16" and not matrix_units:
+        return 24
+    return 4 if isa == "portable" else 8
+
+
+FEW_ROWS = {dtype: _few_rows(dtype) for dtype in SCALAR_TYPES}
+"""Rows up to which the extension's product is the faster one; beyond it, oneDNN's."""
 
 # torch gives float32 products to MKL, which is 10 to 20% behind oneDNN on processors of AMD and
 # level with it on Intel's. oneDNN takes the weights as they are, so they stay shared.
@@ -41,7 +56,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     that multiply pairs of them (avx512_bf16).
     """
     if x.is_cpu and x.shape[0] and x.dtype in SCALAR_TYPES:
-        if x.shape[0] <= FEW_ROWS and x.dim() == 2:
+        if x.shape[0] <= FEW_ROWS[x.dtype] and x.dim() == 2:
             return _call(_linear, _linear_op, x, weight)
         if x.dtype == torch.float32 and _onednn is not None:
             return _onednn(x, weight, None, "none", [], "")

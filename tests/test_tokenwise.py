@@ -50,10 +50,11 @@ def test_linear(isa, rows, depth, columns, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("depth", [96, 1030])
 def test_a_row_of_few_does_not_depend_on_the_others(isa, depth, dtype):
-    x = random(tokenwise.FEW_ROWS, depth, dtype=dtype)
+    most = tokenwise.FEW_ROWS[dtype]
+    x = random(min(most, 300), depth, dtype=dtype)
     weight = random(219, depth, dtype=dtype, seed=1)
     alone = torch.cat([tokenwise.linear(row, weight) for row in x.split(1)])
-    for rows in range(1, len(x) + 1):
+    for rows in {*range(1, min(most, 14)), len(x)}:
         assert torch.equal(tokenwise.linear(x[:rows], weight), alone[:rows])
     # Nor a column on the others.
     assert torch.equal(tokenwise.linear(x, weight[7:30]), alone[:, 7:30])

@@ -21,7 +21,7 @@ def doctor() -> None:
     import torch
 
     import cptool
-    from cptool import ops, selftest
+    from cptool import ops, selftest, tokenwise
 
     draw.table(
         [
@@ -38,6 +38,14 @@ def doctor() -> None:
                     for name in ("float32", "bfloat16", "float16")
                 )
                 + (f"; GPU: {', '.join(ops.cuda_kernels())}" if ops.cuda_kernels() else ""),
+            ),
+            (
+                "few rows",
+                ", ".join(
+                    f"{str(dtype).removeprefix('torch.')}: {ops.cpu_linear_isa(dtype)}"
+                    + (f" up to {most}" if most < sys.maxsize else "")
+                    for dtype, most in tokenwise.FEW_ROWS.items()
+                ),
             ),
             ("python", f"{platform.python_version()}, torch {torch.__version__}"),
             ("machine", f"{_processor()}, {os.cpu_count()} processors, {_memory()}"),
@@ -86,7 +94,7 @@ def _gpu_rows() -> tuple[list[tuple[str, str]], str | None]:
 
     Each runs in a process of its own: one that breaks the device leaves the others theirs.
     """
-    from cptool import ops, selftest
+    from cptool import ops, selftest, tokenwise
 
     rows: list[tuple[str, str]] = []
     best, sound = None, True

@@ -9,6 +9,10 @@ namespace {
 
 // Four streams of 32 KB; see few_rows_kernel.h.
 constexpr int64_t kPieceBytes = 1 << 17;
+// Rows are taken in blocks whose packed x leaves room in a level-2 cache, full groups of any
+// kernel.
+constexpr int64_t kPackedBytes = 1 << 19;
+constexpr int64_t kGroups = 12;
 
 struct Choice {
   const char* isa;
@@ -36,11 +40,19 @@ const char* linear_isa(ScalarType dtype) { return choose(dtype).isa; }
 
 void linear(const LinearArgs& args, int threads) {
   const FewRowsKernel kernel = choose(args.dtype).kernel();
-  // The caller's scratch, read by all threads until the call has ended.
-  void* packed = thread_scratch(std::max<size_t>(kernel.packed_bytes(args), 1));
-  kernel.pack(args, packed);
-  in_pieces(args.columns, args.depth * size_of(args.dtype), kPieceBytes, 4, threads,
-            [&](int64_t begin, int64_t end) { kernel.columns(args, packed, begin, end); });
+  const int64_t row_bytes = std::max<int64_t>(kernel.packed_row_bytes(args), 1);
+  const int64_t block = std::max<int64_t>(kPackedBytes / row_bytes / kGroups, 1) * kGroups;
+  // The caller's scratch, read by all threads until the block has ended.
+  void* packed = thread_scratch(static_cast<size_t>(std::min(block, args.rows) * row_bytes));
+  for (int64_t row = 0; row < args.rows; row += block) {
+    LinearArgs part = args;
+    part.x = static_cast<const char*>(args.x) + row * args.x_stride * size_of(args.dtype);
+    part.out = static_cast<char*>(args.out) + row * args.columns * size_of(args.dtype);
+    part.rows = std::min(block, args.rows - row);
+    kernel.pack(part, packed);
+    in_pieces(args.columns, args.depth * size_of(args.dtype), kPieceBytes, 4, threads,
+              [&](int64_t begin, int64_t end) { kernel.columns(part, packed, begin, end); });
+  }
 }
 
 }  // namespace cptool::cpu

@@ -2,8 +2,6 @@
 // set.
 #pragma once
 
-#include <cstddef>
-
 #include "tokenwise.h"
 
 namespace cptool::cpu {
@@ -15,7 +13,7 @@ void linear(const LinearArgs& args, int threads);
 const char* linear_isa(ScalarType dtype);
 
 struct FewRowsKernel {
-  size_t (*packed_bytes)(const LinearArgs& args);
+  int64_t (*packed_row_bytes)(const LinearArgs& args);
   void (*pack)(const LinearArgs& args, void* packed);  // x, in the order that `columns` reads it
   void (*columns)(const LinearArgs& args, const void* packed, int64_t begin, int64_t end);
 };

@@ -167,8 +167,8 @@ struct FewRows {
     }
   }
 
-  static size_t packed_bytes(const LinearArgs& args) {
-    return static_cast<size_t>(args.rows * steps(args) * Math::kStep) * sizeof(Packed);
+  static int64_t packed_row_bytes(const LinearArgs& args) {
+    return steps(args) * Math::kStep * static_cast<int64_t>(sizeof(Packed));
   }
 
   // Per group: [step][row][kStep], filled up with zeros.
@@ -242,8 +242,8 @@ template <class T>
 using InFloat = FewRows<Widened<T>, T>;
 
 template <class T>
-size_t packed_bytes(const LinearArgs& args) {
-  return InFloat<T>::packed_bytes(args);
+int64_t packed_row_bytes(const LinearArgs& args) {
+  return InFloat<T>::packed_row_bytes(args);
 }
 
 template <class T>
@@ -258,7 +258,7 @@ void columns(const LinearArgs& args, const void* packed, int64_t begin, int64_t 
 
 [[maybe_unused]] FewRowsKernel kernel_of_this_file() {
   return {
-      [](const LinearArgs& args) { CPTOOL_BY_DTYPE(packed_bytes, args) },
+      [](const LinearArgs& args) { CPTOOL_BY_DTYPE(packed_row_bytes, args) },
       [](const LinearArgs& args, void* packed) { CPTOOL_BY_DTYPE(pack, args, packed) },
       [](const LinearArgs& args, const void* packed, int64_t begin, int64_t end) {
         CPTOOL_BY_DTYPE(columns, args, packed, begin, end)
