@@ -9,7 +9,9 @@ Three things are measured, each interleaved with its ceiling and with torch in t
   the (P T + T (T + 1) / 2) pairs and each query head; the ceiling is the rate of multiply-adds in
   registers of the units that the kernel uses (ceilings.cpp), the peer torch's flash attention. A
   partial prefill has 1/16 of the tokens new.
-- decode: one query token over a long KV cache; the ceiling is a plain read of the same bytes.
+- decode: one query token over a long KV cache; the ceiling is a plain read of as many bytes. Each
+  call takes the next of several caches, as a decode step takes one layer's after another: none is
+  in a processor's cache, whatever the call before it did.
 - merge of partials; the ceiling is torch's copy into memory as new as the merge's result, counted
   as bytes read and bytes written.
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import checkout  # noqa: F401
@@ -37,15 +40,13 @@ from cptool.bench.measure import circumstances, clock_name, interleave, stopwatc
 from cptool.cli.counts import Heads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COLD_BYTES = 256 << 20  # of caches, so that each is cold when its turn comes
 CEILINGS = {"avx512bf16": "bf16_dot", "amx": "amx"}  # of a kernel's units; the others': fma
 
 
-def _timed_on(isa: str, run: Callable[[], object]) -> Callable[[], float]:
-    def measure() -> float:
-        with ops.force_cpu_isa(isa):
-            return stopwatch(run)
-
-    return measure
+def _timed_on(isa: str, run: Callable[[], object]) -> float:
+    with ops.force_cpu_isa(isa):
+        return stopwatch(run)
 
 
 def _kernels(isas: tuple[str, ...], shape: Shape) -> list[str]:
@@ -64,14 +65,16 @@ def attention(
 ) -> list[dict[str, object]]:
     """Measures one shape: a result per instruction set."""
     inputs = Inputs(shape)
+    copies = 1 + math.ceil(COLD_BYTES / inputs.slab.nbytes) if kind == "decode" else 1
+    turns = cycle([inputs, *(Inputs(shape) for _ in range(copies - 1))])
     kernels = _kernels(isas, shape)
     measures: dict[str, Callable[[], float | None]] = {}
     for isa in kernels:
-        measures[f"ours {isa}"] = _timed_on(isa, inputs.ours)
+        measures[f"ours {isa}"] = lambda isa=isa: _timed_on(isa, next(turns).ours)
     if inputs.torch_can:
-        measures["torch"] = lambda: stopwatch(inputs.torch)
+        measures["torch"] = lambda: stopwatch(next(turns).torch)
     if ceilings and kind == "decode":
-        measures["read"] = lambda: ceilings.read(inputs.slab)
+        measures["read"] = lambda: ceilings.read(next(turns).slab)
     elif ceilings:
         for name in STEPS:
             measures[name] = lambda name=name: ceilings.flops(name)
