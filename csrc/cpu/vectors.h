@@ -45,11 +45,10 @@ inline Vector load(const BFloat16* from) {
 }
 
 inline Vector load(const Float16* from) {
-#if defined(__F16C__) && defined(__AVX512F__)
-  const __m512 wide = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  Vector value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
   float values[kLanes];
 #pragma omp simd
