@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cptool import _extension
+from cptool import _extension, ops
 from cptool._op_checks import SCALAR_TYPES
 
 _C = _extension.load()
 
 
 def _few_rows(dtype: torch.dtype) -> int:
-    isa, matrix_units = _C.cpu_linear_isa(SCALAR_TYPES[dtype]), "amx" in _C.cpu_isas()
+    isa, matrix_units = ops.cpu_linear_isa(dtype), "amx" in ops.cpu_isas()
     if dtype == torch.float16 and isa == "avx512" and not matrix_units:
         # Without units for float16 (processors with AMX have them) oneDNN takes four times as long.
         return sys.maxsize
@@ -36,7 +36,9 @@ def _few_rows(dtype: torch.dtype) -> int:
 
 
 FEW_ROWS = {dtype: _few_rows(dtype) for dtype in SCALAR_TYPES}
-"""Rows up to which the extension's product is the faster one; beyond it, oneDNN's."""
+"""Rows up to which the extension's product is the faster one; beyond it, oneDNN's. Measured where
+there is avx512_bf16 (benchmarks/few_rows.py), chosen low where there is AMX.
+"""
 
 # torch gives float32 products to MKL, which is 10 to 20% behind oneDNN on processors of AMD and
 # level with it on Intel's. oneDNN takes the weights as they are, so they stay shared.
