@@ -111,13 +111,18 @@ def check_size(cp: int, tp: int) -> None:
         )
 
 
-def check_limits(threads: int | None, timeout: float) -> None:
-    """UserError for more threads than a rank can have, or a time to wait that is none."""
+def check_threads(threads: int | None) -> None:
+    """UserError for more threads than a rank can have."""
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise UserError(
             f"--threads {threads}: it must be 1 to {MOST_THREADS}; leave it out for this rank's "
             "share of the cores"
         )
+
+
+def check_limits(threads: int | None, timeout: float) -> None:
+    """UserError for more threads than a rank can have, or a time to wait that is none."""
+    check_threads(threads)
     if not 0 < timeout < math.inf:
         raise UserError(f"--timeout {timeout}: it must be a positive number of seconds")
 

@@ -139,6 +139,11 @@ def test_decode_calibrates_first_if_asked(shape):
 MISTAKES = {
     "heads": (["attention", "--heads", "8/3"], "'8/3' must be QUERY/KV heads"),
     "head dim": (["attention", "-d", "20"], "--head-dim 20: it must be a multiple of 8"),
+    "threads": (["attention", "--threads", "100000"], "--threads 100000: it must be 1 to 1024"),
+    "threads of merge": (["merge", "--threads", "100000"], "it must be 1 to 1024"),
+    "threads of emulate": (
+        ["emulate", "--shape", "llama3-1b", "--threads", "100000"], "it must be 1 to 1024",
+    ),
     "tokens": (["merge", "-t", "none"], "'none' must be a whole number"),
     "size": (["link", "--size", "0"], "'0' must be a positive number of bytes"),
     "pattern": (["link", "--pattern", "ring"], "'ring' is not one of"),

@@ -116,7 +116,7 @@ def test_calibrate_writes_a_profile(ranks):
 
 
 def more_ranks(world, residuals):
-    """What is found with every run taking 1 s a layer, on top of a profile that has `residual_s`."""
+    """What is found on top of each of `residuals` where every run takes 1 s a layer."""
     calibration._Clock.all = lambda self, works, **_: {w: float(w.split()[-1]) for w in works}
     profile = default_profile("cpu")
     return [

@@ -460,7 +460,7 @@ def test_a_full_disk_is_told_before_the_work(mqa_path, token_file, tmp_path, mon
     assert kept == {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
 
 
-@pytest.mark.parametrize("group", [[], ["session"]])
+@pytest.mark.parametrize("group", [[], ["session"], ["bench"]])
 def test_lists_of_commands_are_not_cut_short(group):
     assert "..." not in cptool(*group, "--help").stdout.partition("Commands:")[2]
 

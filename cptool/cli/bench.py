@@ -24,7 +24,7 @@ for command in (attention, merge, link, prefill, decode, emulate):
     bench.add_command(command)
 
 
-@bench.command()
+@bench.command(short_help="Measure compute and links of this machine, for `auto`.")
 @click.option(
     "--cp",
     type=click.IntRange(min=1),

@@ -7,7 +7,7 @@ from cptool.cli.bench_options import emit, grouped, measure_options, percent, sp
 from cptool.cli.counts import Heads, TokenCount
 
 
-@click.command()
+@click.command(short_help="Attention of new tokens over cached ones, on one device.")
 @click.option(
     "--tokens", "-t", type=TokenCount(), multiple=True, default=(1, 1024, 4096), show_default=True,
     help="New tokens; 1 is a decode step.",

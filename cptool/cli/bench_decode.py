@@ -17,7 +17,7 @@ from cptool.cli.bench_options import emit, grouped, measure_options, percent, sp
 from cptool.cli.counts import TokenCount
 
 
-@click.command()
+@click.command(short_help="Decode steps over cached lengths, ranks and variants.")
 @click.argument("model", metavar="MODEL|SHAPE")
 @click.option("--cached", type=TokenCount(0), multiple=True, default=(1024, 8192),
               show_default=True,

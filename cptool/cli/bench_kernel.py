@@ -32,6 +32,7 @@ def one_device(device: str, threads: int | None) -> str:
     """The device, resolved, with the threads of this process set."""
     from cptool import distributed
 
+    distributed.check_threads(threads)
     device = distributed.resolve_device(device)
     import torch
 

@@ -9,7 +9,7 @@ from cptool.cli.counts import Bytes
 PATTERNS = ("send-receive", "all-gather", "all-to-all")
 
 
-@click.command()
+@click.command(short_help="Send-receive, all-gather, all-to-all between ranks.")
 @click.option("--cp", type=click.IntRange(min=2), metavar="N", help="Ranks.  [default: 2, or what "
               "the launcher started]")  # fmt: skip
 @click.option("--size", "sizes", type=Bytes(), multiple=True, default=("1K", "32K", "1M", "16M"),

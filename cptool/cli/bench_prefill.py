@@ -18,7 +18,7 @@ from cptool.cli.bench_options import emit, grouped, measure_options, percent, sp
 from cptool.cli.counts import TokenCount
 
 
-@click.command()
+@click.command(short_help="Prefill over contexts, miss rates, ranks and variants.")
 @click.argument("model", metavar="MODEL|SHAPE")
 @click.option("--context", "contexts", type=TokenCount(), multiple=True, default=(1024, 4096),
               show_default=True, help="Tokens in all; repeat to compare.")  # fmt: skip

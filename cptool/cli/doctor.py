@@ -94,7 +94,7 @@ def _gpu_rows() -> tuple[list[tuple[str, str]], str | None]:
 
     Each runs in a process of its own: one that breaks the device leaves the others theirs.
     """
-    from cptool import ops, selftest, tokenwise
+    from cptool import ops, selftest
 
     rows: list[tuple[str, str]] = []
     best, sound = None, True

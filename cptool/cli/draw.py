@@ -69,8 +69,8 @@ def decode_rows(report: "Report") -> list[tuple[str, str]]:
     return [
         (
             "decode",
-            f"{some(count, 'token')}, {report.ttit_ms:.1f} ms each, {rate:.3g} GB/s of weights and KV a "
-            f"rank ({report.decode_variant}: {report.decode_reason})",
+            f"{some(count, 'token')}, {report.ttit_ms:.1f} ms each, {rate:.3g} GB/s of weights and "
+            f"KV a rank ({report.decode_variant}: {report.decode_reason})",
         )
     ]
 

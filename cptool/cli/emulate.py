@@ -10,7 +10,7 @@ from cptool.cli.options import VARIANTS, json_option
 from cptool.errors import UserError
 
 
-@click.command()
+@click.command(short_help="One rank of one layer, projected to the whole model.")
 @click.option(
     "--shape",
     required=True,
@@ -57,6 +57,7 @@ def emulate(
         raise UserError(f"--cached {cached}: it must be less than --context {context}")
     config = find_shape(shape)
     tensor_parallel.check(config, tp)
+    distributed.check_threads(threads)
     device = distributed.resolve_device(device)
 
     import torch

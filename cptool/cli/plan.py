@@ -252,11 +252,14 @@ def _command(best, work, model, profile) -> str:
 
 
 def _draw(answer, work, model, profile, ttft_below) -> None:
+    from cptool.hardware import MEASURED
+
     best = answer.best
+    hardware = profile.name.removeprefix(MEASURED)
     rows = [
         (
             "plan",
-            f"{model} on {profile.name}, {draw.some(work.context, 'token')}"
+            f"{model} on {hardware}, {draw.some(work.context, 'token')}"
             + f" ({work.cached:,} cached)" * bool(work.cached)
             + f" in each of {work.batch} sequences" * (work.batch > 1),
         ),

@@ -53,8 +53,8 @@ def show(directory: Path, as_json: bool) -> None:
             ("after turns", turns),
             (
                 "on disk",
-                f"{draw.some(fields['segments'], 'segment')}, {draw.size(fields['bytes'])}, revision "
-                f"{manifest.revision}",
+                f"{draw.some(fields['segments'], 'segment')}, {draw.size(fields['bytes'])}, "
+                f"revision {manifest.revision}",
             ),
         ]
     )

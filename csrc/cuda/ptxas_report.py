@@ -2,8 +2,8 @@
 
     python ptxas_report.py nvcc -Xptxas -v ... -o OBJECT
 
-CMake puts it before nvcc. Writes OBJECT.ptxas, one JSON object a kernel and architecture, prints one
-line a file and passes on whatever else the compiler says. Standard library only.
+CMake puts it before nvcc. Writes OBJECT.ptxas, one JSON object a kernel and architecture, prints
+one line a file and passes on whatever else the compiler says. Standard library only.
 """
 
 import json
