@@ -142,7 +142,8 @@ MISTAKES = {
     "threads": (["attention", "--threads", "100000"], "--threads 100000: it must be 1 to 1024"),
     "threads of merge": (["merge", "--threads", "100000"], "it must be 1 to 1024"),
     "threads of emulate": (
-        ["emulate", "--shape", "llama3-1b", "--threads", "100000"], "it must be 1 to 1024",
+        ["emulate", "--shape", "llama3-1b", "--context", "64", "--threads", "100000"],
+        "it must be 1 to 1024",
     ),
     "tokens": (["merge", "-t", "none"], "'none' must be a whole number"),
     "size": (["link", "--size", "0"], "'0' must be a positive number of bytes"),
