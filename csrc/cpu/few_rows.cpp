@@ -7,7 +7,8 @@
 namespace cptool::cpu {
 namespace {
 
-// Four streams of 32 KB; see few_rows_kernel.h.
+// Four streams of 32 KB; see few_rows_kernel.h. Several threads get pieces of the time that four
+// rows take, so that all end together.
 constexpr int64_t kPieceBytes = 1 << 17;
 // Rows are taken in blocks whose packed x leaves room in a level-2 cache, full groups of any
 // kernel.
@@ -50,7 +51,9 @@ void linear(const LinearArgs& args, int threads) {
     part.out = static_cast<char*>(args.out) + row * args.columns * size_of(args.dtype);
     part.rows = std::min(block, args.rows - row);
     kernel.pack(part, packed);
-    in_pieces(args.columns, args.depth * size_of(args.dtype), kPieceBytes, 4, threads,
+    const int64_t piece =
+        threads == 1 ? kPieceBytes : kPieceBytes * 4 / std::max<int64_t>(part.rows, 4);
+    in_pieces(args.columns, args.depth * size_of(args.dtype), piece, 4, threads,
               [&](int64_t begin, int64_t end) { kernel.columns(part, packed, begin, end); });
   }
 }
