@@ -29,9 +29,9 @@ def _few_rows(dtype: torch.dtype) -> int:
         # Without units for float16 (processors with AMX have them) oneDNN takes four times as long.
         return sys.maxsize
     if dtype == torch.float32:
-        return {"avx512": 32, "avx2": 16}.get(isa, 4)
+        return {"avx512": 24, "avx2": 16}.get(isa, 4)
     if isa == "avx512bf16" and not matrix_units:
-        return 24
+        return 16
     return 4 if isa == "portable" else 8
 
 
