@@ -59,6 +59,10 @@ class Case:
     def exact(self) -> tuple[Tensor, Tensor]:
         return _attention(self, torch.float64)
 
+    def plain(self, arithmetic: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What plain torch makes of it, every intermediate rounded."""
+        return _attention(self, arithmetic)
+
     def only_keys(self, keep: Tensor) -> Case:
         """The same queries over the keys where the boolean `keep` [Tk] is true."""
         ends = torch.cat([torch.zeros(1, dtype=torch.int32), keep.cumsum(0).int()])
@@ -107,7 +111,7 @@ def tolerance(
 ) -> Tolerance:
     """What the module's text derives, for a kernel that computes in `arithmetic`."""
     exact_out, exact_lse = case.exact
-    plain_out, plain_lse = _attention(case, arithmetic)
+    plain_out, plain_lse = case.plain(arithmetic)
     seen = exact_lse.isfinite()
     u = unit_roundoff(arithmetic)
     values = max((_largest(case.v[keys]) for _, keys, _ in case.sequences()), default=0.0)

@@ -111,6 +111,21 @@ def test_large_scores(isa, spread):
     check(case, ops.attention_partial(*case.arguments), tolerance(case))
 
 
+def test_large_scores_err_like_plain_float32(isa):
+    """The largest error of one case says little here: it is that of a query whose two best keys tie
+    to rounding, and a kernel that rounds elsewhere than torch has its ties elsewhere (0.2 to 6 times
+    torch's, both ways). The mean over cases tells a worse kernel; it is the same within 3% where
+    kernels differ in the order of roundings alone.
+    """
+    ours = plain = 0.0
+    for seed in range(12):
+        case = make_case([(range(150), range(150))], spread=30.0, seed=seed)
+        out, _ = ops.attention_partial(*case.arguments)
+        ours += float((out - case.exact[0]).square().sum())
+        plain += float((case.plain(torch.float32)[0] - case.exact[0]).square().sum())
+    assert ours <= 1.5 * plain
+
+
 def test_contiguous_and_strided_inputs_agree(isa):
     case = ragged_batch(torch.float32, 64, (4, 2))
     packed = replace(case, k=case.k.contiguous(), v=case.v.contiguous())

@@ -4,7 +4,10 @@
 
 namespace cptool::cpu {
 
-bool avx2_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool avx2_supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 
 bool avx2_handles(ScalarType, int64_t) { return true; }
 

@@ -9,13 +9,6 @@ namespace cptool::cpu {
 namespace {
 
 template <class T>
-inline float rounded(float value) {
-  T stored;
-  from_float(value, stored);
-  return to_float(stored);
-}
-
-template <class T>
 void rms_norm_rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
   const int64_t width = args.width;
   const T* weight = static_cast<const T*>(args.weight);
@@ -23,10 +16,9 @@ void rms_norm_rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
     T* hidden = static_cast<T*>(args.hidden) + row * args.hidden_stride;
     if (args.added != nullptr) {
       const T* added = static_cast<const T*>(args.added) + row * width;
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) {
-        from_float(to_float(hidden[i]) + to_float(added[i]), hidden[i]);
-      }
+      for_vectors(width, [&](int64_t i, int lanes) {
+        store(load(hidden + i, lanes) + load(added + i, lanes), hidden + i, lanes);
+      });
     }
     if (args.out == nullptr) continue;
     T* out = static_cast<T*>(args.out) + row * width;
@@ -41,10 +33,10 @@ void rms_norm_rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
     float total = sum(squares[0] + squares[1]);
     for (; i < width; ++i) total += to_float(hidden[i]) * to_float(hidden[i]);
     const float scale = 1.0f / __builtin_sqrtf(total / static_cast<float>(width) + args.eps);
-#pragma omp simd
-    for (int64_t j = 0; j < width; ++j) {
-      from_float(rounded<T>(to_float(hidden[j]) * scale) * to_float(weight[j]), out[j]);
-    }
+    for_vectors(width, [&](int64_t j, int lanes) {
+      const Vector normed = rounded<T>(load(hidden + j, lanes) * scale);
+      store(normed * load(weight + j, lanes), out + j, lanes);
+    });
   }
 }
 
@@ -57,34 +49,34 @@ void rotate_tokens(const RotateArgs& args, int64_t begin, int64_t end) {
     for (int64_t head = 0; head < args.num_heads; ++head) {
       T* first = static_cast<T*>(args.heads) + token * args.token_stride + head * args.head_stride;
       T* second = first + half;
-#pragma omp simd
-      for (int64_t i = 0; i < half; ++i) {
-        const float a = to_float(first[i]), b = to_float(second[i]);
-        from_float(a * cos[i] - b * sin[i], first[i]);
-        from_float(b * cos[i] + a * sin[i], second[i]);
-      }
+      for_vectors(half, [&](int64_t i, int lanes) {
+        const Vector a = load(first + i, lanes), b = load(second + i, lanes);
+        const Vector c = load(cos + i, lanes), s = load(sin + i, lanes);
+        store(a * c - b * s, first + i, lanes);
+        store(b * c + a * s, second + i, lanes);
+      });
     }
   }
 }
 
 // 1 + e^x to about two units in the last place. x = n ln 2 + r with |r| <= ln(2) / 2, ln 2 in two
 // parts so that r is good to the last bit; the polynomial is that of Cephes' expf.
-inline float one_plus_exp(float x) {
-  float bounded = x > 89.0f ? 89.0f : x;          // infinite from there on
-  bounded = bounded < -80.0f ? -80.0f : bounded;  // nothing beside 1
+inline Vector one_plus_exp(Vector x) {
+  const Vector most = Vector{} + 89.0f, least = Vector{} - 80.0f;
+  Vector bounded = x > most ? most : x;         // infinite from there on
+  bounded = bounded < least ? least : bounded;  // nothing beside 1
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-  const float shifted = bounded * 1.44269504088896341f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+  const Vector shifted = bounded * 1.44269504088896341f + 12582912.0f;
+  const Vector n = shifted - 12582912.0f;
+  const Vector r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
+  Vector p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   // 2^(n - 1), then twice that: n may be 128, and 2^128 is no float.
-  const float half_power = bits_float((float_bits(shifted) - 0x4b400000u + 126u) << 23);
+  const Vector half_power = as_floats((as_bits(shifted) - 0x4b400000u + 126u) << 23);
   return 1.0f + p * half_power * 2.0f;
 }
 
@@ -93,11 +85,11 @@ void swiglu_rows(const SwigluArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     T* gate = static_cast<T*>(args.gate) + row * args.gate_stride;
     const T* up = static_cast<const T*>(args.up) + row * args.up_stride;
-#pragma omp simd
-    for (int64_t i = 0; i < args.width; ++i) {
-      const float g = to_float(gate[i]);
-      from_float(rounded<T>(g / one_plus_exp(-g)) * to_float(up[i]), gate[i]);
-    }
+    for_vectors(args.width, [&](int64_t i, int lanes) {
+      const Vector g = load(gate + i, lanes);
+      const Vector activated = rounded<T>(g / one_plus_exp(-g));
+      store(activated * load(up + i, lanes), gate + i, lanes);
+    });
   }
 }
 

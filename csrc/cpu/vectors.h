@@ -29,6 +29,18 @@ typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
+inline Vector as_floats(Bits bits) {
+  Vector value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline Bits as_bits(Vector value) {
+  Bits bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 inline Vector load(const float* from) {
   Vector value;
   std::memcpy(&value, from, sizeof value);
@@ -38,26 +50,102 @@ inline Vector load(const float* from) {
 inline Vector load(const BFloat16* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
-  const Bits bits = __builtin_convertvector(halves, Bits) << 16;
-  Vector value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+  return as_floats(__builtin_convertvector(halves, Bits) << 16);
 }
 
+// float16 without instructions for it: see to_float and from_float.
 inline Vector load(const Float16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
 #if defined(__AVX512F__)
-  return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (Vector)_mm512_cvtph_ps((__m256i)halves);
 #elif defined(__F16C__)
-  return (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return (Vector)_mm256_cvtph_ps((__m128i)halves);
 #else
-  float values[kLanes];
-#pragma omp simd
-  for (int i = 0; i < kLanes; ++i) values[i] = to_float(from[i]);
-  return load(values);
+  const Bits wide = __builtin_convertvector(halves, Bits);
+  const Bits magnitude = (wide & 0x7fffu) << 13;
+  const Bits finite = as_bits(as_floats(magnitude) * 0x1p112f);
+  const Bits special = magnitude | 0x7f800000u;
+  return as_floats((wide & 0x8000u) << 16 | (magnitude >= 0x0f800000u ? special : finite));
 #endif
 }
 
-// a * b + c; the language standard keeps the compiler from fusing it by itself.
+inline void store(Vector value, float* to) { std::memcpy(to, &value, sizeof value); }
+
+// Rounded to bfloat16, which are the upper halves; NaN stays NaN.
+inline Bits rounded_halves(Vector value) {
+  const Bits bits = as_bits(value);
+  const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded;
+}
+
+inline void store(Vector value, BFloat16* to) {
+  const Bits bits = rounded_halves(value) >> 16;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);  // within 128 bits
+  const __m128i halves = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  const Halves halves = __builtin_convertvector(bits, Halves);
+#endif
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+inline void store(Vector value, Float16* to) {
+#if defined(__AVX512F__)
+  const Halves halves = (Halves)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  const Halves halves = (Halves)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const Bits bits = as_bits(value), magnitude = bits & 0x7fffffffu;
+  const Bits normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const Bits subnormal = as_bits(as_floats(magnitude) + 0.5f) - 0x3f000000u;
+  Bits half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= (143u << 23) ? Bits{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : half;
+  const Halves halves = __builtin_convertvector((bits >> 16 & 0x8000u) | half, Halves);
+#endif
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+// The first `lanes` of them, the others 0.
+template <class T>
+inline Vector load(const T* from, int lanes) {
+  if (lanes == kLanes) return load(from);
+  T some[kLanes] = {};
+  std::memcpy(some, from, lanes * sizeof(T));
+  return load(some);
+}
+
+template <class T>
+inline void store(Vector value, T* to, int lanes) {
+  if (lanes == kLanes) return store(value, to);
+  T some[kLanes];
+  store(value, some);
+  std::memcpy(to, some, lanes * sizeof(T));
+}
+
+// Rounded to T.
+template <class T>
+inline Vector rounded(Vector value) {
+  T stored[kLanes];
+  store(value, stored);
+  return load(stored);
+}
+
+template <>
+inline Vector rounded<BFloat16>(Vector value) {
+  return as_floats(rounded_halves(value) & 0xffff0000u);
+}
+
+// Calls body(begin, lanes) for each vector of `count` elements, the last perhaps not full.
+template <class Body>
+inline void for_vectors(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) body(i, kLanes);
+  if (i < count) body(i, static_cast<int>(count - i));
+}
+
+// a * b + c, rounded once where the instruction set can, whatever the compiler is told of fusing.
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #if defined(__AVX512F__)
   return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
