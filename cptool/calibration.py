@@ -17,6 +17,7 @@ from itertools import cycle
 
 import torch
 
+from cptool import tokenwise
 from cptool.bench.forward import hold, random_model, rewind, smaller_worlds
 from cptool.cost import ELEMENT_BYTES, Forward, predict
 from cptool.cost.layer import elementwise_bytes
@@ -38,8 +39,8 @@ from cptool.strategy import fit_rule
 EXAMPLE = llama_config(1024, 8, 8, 2, 3072, context=131072, tied=True)
 # One whose every product takes no time.
 TINY = llama_config(64, 8, 2, 1, 64, vocab=64, head_dim=64, context=131072, tied=True)
-FEW, ROWS = 16, 512
-"""Rows of products that are bound by the weights, and by arithmetic."""
+ROWS = 512
+"""Rows of products that are bound by arithmetic."""
 BLOCK = 8
 """Queries of the fewest for which a CPU packs keys and values, as for many."""
 COLD_BYTES = 128 << 20
@@ -171,24 +172,27 @@ def _compute(
     if first:
         tiny = _layer(clock, TINY, dtype, rows=1, calls=16)
         profile = dataclasses.replace(profile, layer_overhead_s=tiny)
+    few_rows = min(tokenwise.FEW_ROWS[dtype], ROWS // 16) if clock.device.type == "cpu" else 4
+    packs = few_rows + 8
     one, few, many = (
-        _layer(clock, EXAMPLE, dtype, rows, calls=max(1, 4 // rows)) for rows in (1, FEW, ROWS)
+        _layer(clock, EXAMPLE, dtype, rows, calls=max(1, 4 // rows)) for rows in (1, packs, ROWS)
     )
     forward = Forward(EXAMPLE, name, 1, 0, 1, 1)
     parameters = sum(count for count, _ in forward.linear_layers())
     read = max(one - profile.layer_overhead_s, 0.05 * one)
     weights = parameters * ELEMENT_BYTES[name] / read
     small = elementwise_bytes(forward) / weights
-    flops = 2 * parameters * (ROWS - FEW)
-    rate = flops / max(many - few - small * (ROWS - FEW), 0.05 * many)
-    packing = few - profile.layer_overhead_s - FEW * (small + 2 * parameters / rate)
+    flops = 2 * parameters * (ROWS - packs)
+    rate = flops / max(many - few - small * (ROWS - packs), 0.05 * many)
+    packing = few - profile.layer_overhead_s - packs * (small + 2 * parameters / rate)
     packed = parameters * ELEMENT_BYTES[name] / max(packing, read, 0.05 * few)
     pairs, cache, block, call, ramp = _attention(clock, dtype)
     linear, attention = dict(profile.linear_flops), dict(profile.attention_flops)
     if first:
         profile = dataclasses.replace(
-            profile, memory_bandwidth=weights, packed_bandwidth=packed, cache_bandwidth=cache,
-            block_bandwidth=block, call_overhead_s=call, attention_ramp=ramp,
+            profile, memory_bandwidth=weights, few_rows=few_rows, packed_bandwidth=packed,
+            cache_bandwidth=cache, block_bandwidth=block, call_overhead_s=call,
+            attention_ramp=ramp,
         )  # fmt: skip
         scales = rate / default.linear_flops[name], pairs / default.attention_flops[name]
         linear = {other: scales[0] * value for other, value in linear.items()}

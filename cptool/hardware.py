@@ -56,8 +56,8 @@ class HardwareProfile:
         visible pairs only, `4 D_H` a pair and head. "float8" is for feed-forward layers alone.
     attention_ramp: keys that a query costs beyond those it sees, in each call: the tiles that the
         mask cuts, filling and draining the pipeline. Shorter blocks run slower by it.
-    packed_bandwidth: B/s at which products of more than a few rows read weights, which a CPU packs
-        first; None for the rate of the memory.
+    packed_bandwidth: B/s at which products of more than `few_rows` rows read weights, which a CPU
+        packs first; None for the rate of the memory.
     memory_bytes: of a rank. memory_bandwidth: B/s at which linear layers read weights and small
         ops read and write. cache_bandwidth: B/s at which attention reads keys and values, as it
         does once a call.
@@ -106,6 +106,7 @@ class HardwareProfile:
     wait_s: float = 0.0
     skew_s: float = 0.0
     transfer_steals: float = 0.0
+    few_rows: int = 4
     packed_bandwidth: float | None = None
     block_bandwidth: float | None = None
     feed_forward: str | None = None
@@ -293,6 +294,7 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
     profile = HardwareProfile(**{**fields, **links})
     rates = {
         "memory_bytes": profile.memory_bytes,
+        "few_rows": profile.few_rows,
         "memory_bandwidth": profile.memory_bandwidth,
         "cache_bandwidth": profile.cache_bandwidth,
         **{f"linear_flops.{dtype}": rate for dtype, rate in profile.linear_flops.items()},

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from cptool.cost.sizes import ELEMENT_BYTES, Forward
 from cptool.hardware import HardwareProfile, Link
 
-FEW_ROWS = 4
-"""Rows up to which a product streams the weights (`cptool.tokenwise`)."""
-
 
 @dataclass(frozen=True)
 class Rates:
@@ -42,7 +39,7 @@ class Rates:
         rates = profile.linear_flops
         rate = rates.get(dtype) or rates[self.forward.dtype]
         bandwidth = profile.memory_bandwidth
-        if rows > FEW_ROWS:
+        if rows > profile.few_rows:
             bandwidth = profile.packed_bandwidth or bandwidth
         read = parameters * ELEMENT_BYTES[dtype] / bandwidth
         return 2 * parameters * rows / rate + read
