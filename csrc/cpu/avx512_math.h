@@ -127,9 +127,10 @@ inline void transpose16(__m512 (&r)[16]) {
   for (int i = 0; i < 16; ++i) r[i] = _mm512_castsi512_ps(bits[i]);
 }
 
-// Lane i of the result is the sum of the lanes of r[i]. Each step adds the halves (8, 4, 2, 1 lanes)
-// of two vectors into one: a blend holds a half of each in place, a shuffle brings the others there.
-// One shuffle for two vectors, because fewer ports shuffle than blend.
+// Lane i of the result is the sum of the lanes of r[i]. Each step adds the halves (8, 4, 2, 1
+// lanes) of two vectors into one: a blend holds a half of each in place, a shuffle brings the
+// others there. One shuffle for two vectors, because fewer ports shuffle than blend. Always inline:
+// r must stay in registers.
 __attribute__((always_inline)) inline __m512 sum_each(const __m512 (&r)[16]) {
   __m512 eights[8];
 #pragma GCC unroll 8
