@@ -102,13 +102,16 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
 def measure_more_ranks(
     world: World, dtypes: tuple[str, ...], profile: HardwareProfile, repeats: int = 7
 ) -> HardwareProfile:
-    """`profile`, measured on fewer ranks, with what a layer costs beyond it on these: where ranks
+    """`profile`, measured on fewer ranks, with what variants cost beyond it on these: where ranks
     take turns they may not be bound to cores, which would spoil the rest. Collective.
     """
     here = profile.for_ranks(torch.get_num_threads(), usable_processors(world))
     more = _overheads(world, {world.cp: world}, here, dtypes[0], OVERHEAD_REPEATS * repeats)
-    both = {**profile.residual_s, **more.residual_s}
-    return world.gather(dataclasses.replace(profile, residual_s=both))[0]
+    both = {
+        table: {**getattr(profile, table), **getattr(more, table)}
+        for table in ("residual_s", "start_s")
+    }
+    return world.gather(dataclasses.replace(profile, **both))[0]
 
 
 def _counts(world: World, at_once: int | None) -> list[int]:
@@ -332,14 +335,15 @@ def _overheads(
     world: World, worlds: dict[int, World | None], profile: HardwareProfile, dtype: str,
     repeats: int,
 ) -> HardwareProfile:  # fmt: skip
-    """`profile` with what a forward costs once, and what the layers of each variant cost beyond
-    what the rest of the profile says, where they have next to nothing to compute.
+    """`profile` with what a forward costs once, and what it and the layers of each variant cost
+    beyond what the rest of the profile says, where they have next to nothing to compute.
 
     A whole engine runs a tiny model of few and of more layers: the difference is the layers', the
     rest the forward's.
     """
-    once, residual = [], {}
-    profile = dataclasses.replace(profile, residual_s={})
+    once: dict[int, dict[str, tuple[float, float]]] = {}
+    residual: dict[str, dict[str, tuple[float, float]]] = {}
+    profile = dataclasses.replace(profile, residual_s={}, start_s={})
     world.report("measure the overheads")
     for count, part in worlds.items():
         clock = _Clock(world, part, repeats)
@@ -358,23 +362,37 @@ def _overheads(
                         engine, placements, variant, new
                     )
         times = clock.all(works, quantile=OVERHEAD_QUANTILE)
-        found: dict[str, tuple[float, float]] = {}
+        found, started = {}, {}
         for variant in VARIANTS if count > 1 else VARIANTS[:1]:
-            beyond = []
+            layer, start = [], []
             for new in (1, 2 * count):
                 few = times[f"{variant} {new} {FEW_LAYERS}"]
                 more = times[f"{variant} {new} {MORE_LAYERS}"]
-                layer = max(0.0, more - few) / (MORE_LAYERS - FEW_LAYERS)
+                each = max(0.0, more - few) / (MORE_LAYERS - FEW_LAYERS)
                 forward = Forward(TINY, dtype, new, HELD, count, count)
-                beyond.append(layer - predict(variant, forward, profile).seconds)
-                if count <= (profile.ranks_at_once or count):
-                    once.append(max(0.0, few - FEW_LAYERS * layer))
-            found[variant] = (beyond[0], beyond[1])
+                layer.append(each - predict(variant, forward, profile).seconds)
+                start.append(max(0.0, few - FEW_LAYERS * each))
+            found[variant], started[variant] = tuple(layer), tuple(start)
+        once[count] = started
         if count > 1:
             residual[str(count)] = found
-    if once:
-        profile = dataclasses.replace(profile, forward_overhead_s=statistics.median(once))
-    return dataclasses.replace(profile, residual_s=residual)
+    undisturbed = [
+        start
+        for count, started in once.items()
+        if count <= (profile.ranks_at_once or count)
+        for pair in started.values()
+        for start in pair
+    ]
+    if undisturbed:
+        forward = statistics.median(undisturbed)
+        profile = dataclasses.replace(profile, forward_overhead_s=forward)
+    usual = profile.forward_overhead_s
+    starts = {
+        str(count): {variant: (a - usual, b - usual) for variant, (a, b) in started.items()}
+        for count, started in once.items()
+        if count > 1
+    }
+    return dataclasses.replace(profile, residual_s=residual, start_s=starts)
 
 
 def _forward(

@@ -47,6 +47,10 @@ class Link:
     collective_latency_s: float
 
 
+Beyond = dict[str, dict[str, tuple[float, float]]]
+"""By number of ranks, then by variant: seconds for one new token, and for some on each rank."""
+
+
 @dataclass(frozen=True)
 class HardwareProfile:
     """Rates of one rank, seconds and bytes; all that run at the same time reach them together.
@@ -83,6 +87,8 @@ class HardwareProfile:
     residual_s: by number of ranks, then by variant: what a layer costs beyond what all else here
         says where it has next to nothing to compute, for one new token and for some on each rank.
         Where it was measured it makes the small costs of messages and calls right for these ranks.
+    start_s: likewise, what a forward costs once beyond `forward_overhead_s`: ranks do not come to
+        the first layer together, and variants wait for each other differently.
     rule: (alpha, beta, gamma) of the fitted rule of `cptool.strategy`, None if nothing was fitted.
     notes: where each number comes from, by field.
     """
@@ -113,7 +119,8 @@ class HardwareProfile:
     ranks_per_host: int | None = None
     ranks_at_once: int | None = None
     threads: int = 0
-    residual_s: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict, hash=False)
+    residual_s: Beyond = field(default_factory=dict, hash=False)
+    start_s: Beyond = field(default_factory=dict, hash=False)
     rule: tuple[float, float, float] | None = None
     peak_flops: dict[str, float] = field(default_factory=dict, hash=False)
     notes: dict[str, str] = field(default_factory=dict, hash=False, compare=False)
@@ -136,14 +143,12 @@ class HardwareProfile:
         return self.host_link if inside else self.network
 
     def residual(self, variant: str, ranks: int, sources: int) -> float:
-        """Of a layer on `ranks` ranks of which `sources` have queries: as on the nearest number
-        that was measured, in proportion to the other ranks."""
-        if ranks == 1 or not self.residual_s:
-            return 0.0
-        nearest = min(map(int, self.residual_s), key=lambda n: abs(math.log(n / ranks)))
-        one, each = self.residual_s[str(nearest)].get(variant, (0.0, 0.0))
-        between = one + (each - one) * (sources - 1) / (ranks - 1)
-        return between * (ranks - 1) / (nearest - 1)
+        """Of a layer on `ranks` ranks of which `sources` have queries."""
+        return _beyond(self.residual_s, variant, ranks, sources)
+
+    def start(self, variant: str, ranks: int, sources: int) -> float:
+        """Of a forward, once."""
+        return _beyond(self.start_s, variant, ranks, sources)
 
     def for_ranks(self, threads: int, processors: int) -> HardwareProfile:
         """The same processors with `threads` for each rank, of `processors` for all ranks."""
@@ -167,6 +172,16 @@ class HardwareProfile:
             attention_flops={name: factor * rate for name, rate in self.attention_flops.items()},
             **{name: rate and factor * rate for name, rate in rates.items()},
         )
+
+
+def _beyond(measured: Beyond, variant: str, ranks: int, sources: int) -> float:
+    """As on the nearest number of ranks that was measured, in proportion to the other ranks."""
+    if ranks == 1 or not measured:
+        return 0.0
+    nearest = min(map(int, measured), key=lambda n: abs(math.log(n / ranks)))
+    one, each = measured[str(nearest)].get(variant, (0.0, 0.0))
+    between = one + (each - one) * (sources - 1) / (ranks - 1)
+    return between * (ranks - 1) / (nearest - 1)
 
 
 @lru_cache
@@ -304,7 +319,8 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
         if getattr(profile, name) is not None:
             rates[name] = getattr(profile, name)
     names = [f.name for f in dataclasses.fields(profile) if f.name.endswith("_s")]
-    names.remove("residual_s")  # may be negative
+    tables = ("residual_s", "start_s")  # may be negative
+    names = [name for name in names if name not in tables]
     costs = {name: getattr(profile, name) for name in (*names, "attention_ramp", "transfer_steals")}
     for name, link in links.items():
         for key, value in dataclasses.asdict(link).items():
@@ -317,11 +333,12 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
             raise ValueError(f"{name} is {cost}; it must not be negative")
     if not profile.linear_flops or not profile.attention_flops:
         raise ValueError("no dtype has a rate")
-    residual = {
-        str(int(ranks)): {v: (float(one), float(each)) for v, (one, each) in found.items()}
-        for ranks, found in profile.residual_s.items()
-    }
-    profile = dataclasses.replace(profile, residual_s=residual)
+    for name in tables:
+        seconds = {
+            str(int(ranks)): {v: (float(one), float(each)) for v, (one, each) in found.items()}
+            for ranks, found in getattr(profile, name).items()
+        }
+        profile = dataclasses.replace(profile, **{name: seconds})
     if profile.rule is None:
         return profile
     alpha, beta, gamma = map(float, profile.rule)

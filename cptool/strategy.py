@@ -22,7 +22,7 @@ SHORT = 4096
 class Choice:
     """A variant, the ranks that share the new tokens, and why, in words that the user is shown.
 
-    predicted_s: of one layer on the busiest rank.
+    predicted_s: of one layer on the busiest rank, with its share of what a forward costs once.
     """
 
     variant: str
@@ -77,7 +77,8 @@ def _choose(
         forward = Forward(
             config, dtype, new, cached, ranks, active, batch, tp, partial_bytes=partial_bytes
         )
-        return predict(variant, forward, profile).seconds
+        start = profile.start(variant, ranks, forward.sources) / config.num_hidden_layers
+        return predict(variant, forward, profile).seconds + start
 
     if asked != AUTO:
         return Choice(asked, ranks, "as asked", seconds(asked, ranks))

@@ -10,6 +10,7 @@ from cptool import cost
 from cptool.cost import VARIANTS, Forward, predict
 from cptool.hardware import Link, default_profile
 from cptool.model.shapes import llama_config
+from cptool.strategy import choose
 
 CONFIG = llama_config(1024, 4, 8, 2, 4096, vocab=1000, context=131072, tied=True)
 
@@ -131,6 +132,20 @@ def test_what_a_layer_costs_beyond_is_that_of_the_nearest_ranks_measured():
     half = on(4, 64, active=2)  # a third of the way from one source to four
     more = predict("pass-kv", half, profile).seconds - predict("pass-kv", half, bare).seconds
     assert more == pytest.approx(4e-3)
+
+
+def test_what_a_forward_costs_once_is_shared_by_its_layers():
+    slow = {"4": {variant: (0.4, 0.4) for variant in VARIANTS if variant != "pass-q"}}
+    profile, forward = dataclasses.replace(PROFILES["cpu"], start_s=slow), on(4, 8, 65536)
+    bare = cost.prefill("pass-kv", forward, PROFILES["cpu"]).seconds
+    assert cost.prefill("pass-kv", forward, profile).seconds == pytest.approx(bare + 0.4)
+    arguments = {"new": 8, "cached": 65536, "ranks": 4, "config": CONFIG, "dtype": "bfloat16"}
+    choice = choose("auto", **arguments, profile=profile)
+    assert choice.variant == "pass-q"  # the rest costs 0.1 s more in each of four layers
+    asked = [
+        choose("pass-kv", **arguments, profile=p).predicted_s for p in (PROFILES["cpu"], profile)
+    ]
+    assert asked[1] - asked[0] == pytest.approx(0.1)
 
 
 def test_steps_of_all_queries_send_partials_alone():

@@ -113,9 +113,9 @@ def test_large_scores(isa, spread):
 
 def test_large_scores_err_like_plain_float32(isa):
     """The largest error of one case says little here: it is that of a query whose two best keys tie
-    to rounding, and a kernel that rounds elsewhere than torch has its ties elsewhere (0.2 to 6 times
-    torch's, both ways). The mean over cases tells a worse kernel; it is the same within 3% where
-    kernels differ in the order of roundings alone.
+    to rounding, and a kernel that rounds elsewhere than torch has its ties elsewhere (0.2 to 6
+    times torch's, both ways). The mean over cases tells a worse kernel; it is the same within 3%
+    where kernels differ in the order of roundings alone.
     """
     ours = plain = 0.0
     for seed in range(12):

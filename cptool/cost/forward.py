@@ -74,6 +74,7 @@ def _estimate(
     logits += rates.touch(embedded) + rates.touch(8 * rows * config.vocab_size, calls=3)
     if forward.ranks > 1:
         once += rates.link.collective_latency_s * rates.crowd(forward.ranks)
+        once += profile.start(variant, forward.ranks, forward.sources)
     return Estimate(
         layer=predict(variant, forward, profile),
         layers=config.num_hidden_layers,
