@@ -14,6 +14,7 @@ shares.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 from collections import abc
@@ -94,12 +95,17 @@ class Manifest:
     segments: tuple[Segment, ...] = ()
 
     def dump(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":"))
+        return sealed({"format": FORMAT, **asdict(self)})
 
     @staticmethod
     def parse(text: str) -> "Manifest":
-        """Raises ValueError, KeyError or TypeError if the text is not a manifest of this format."""
+        """Raises ValueError, KeyError or TypeError if the text is not a manifest of this format, or
+        not as it was written.
+        """
         fields = json.loads(text)
+        seal = fields.pop("sha256", None)  # not there before there were any
+        if seal is not None and seal != _checksum(_text(fields)):
+            raise ValueError("its checksum is that of something else")
         version = fields.pop("format")
         if version != FORMAT:
             raise ValueError(f"it has format {version}, this cptool reads format {FORMAT}")
@@ -149,6 +155,20 @@ class Manifest:
             sequences=sequences,
             segments=tuple(s for s in segments if s.live or s.file in wanted),
         )
+
+
+def sealed(fields: dict) -> str:
+    """The text of a manifest, with a checksum of all of `fields`."""
+    text = _text(fields)
+    return f'{{"sha256":"{_checksum(text)}",{text[1:]}'
+
+
+def _text(fields: dict) -> str:
+    return json.dumps(fields, separators=(",", ":"))
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load(directory: Path, revision: int | None = None) -> Manifest:

@@ -254,20 +254,39 @@ def test_hostile_manifests_are_refused_in_one_line(tmp_path, text):
     assert "\n" not in str(error.value)
 
 
+def unsealed(manifest):
+    fields = json.loads(manifest.dump())
+    del fields["sha256"]
+    return fields
+
+
+def test_a_manifest_that_changed_on_disk_is_refused(saved):
+    directory, manifest = saved
+    path, text = directory / "manifest.json", manifest.dump()
+    tokens = json.dumps(manifest.sequences[0].tokens, separators=(",", ":"))
+    assert text.count(f'"tokens":{tokens}') == 1
+    changed = (manifest.sequences[0].tokens[0] + 1, *manifest.sequences[0].tokens[1:])
+    path.write_text(text.replace(tokens, json.dumps(changed, separators=(",", ":"))))
+    with pytest.raises(UserError, match="not a readable session manifest .its checksum is that"):
+        session.load(directory)
+    path.write_text(json.dumps(unsealed(manifest)))  # as an earlier cptool wrote it
+    assert session.load(directory) == manifest
+
+
 def test_segment_names_cannot_leave_the_directory(saved):
     directory, manifest = saved
-    fields = json.loads(manifest.dump())
+    fields = unsealed(manifest)
     fields["segments"][0]["file"] = "../elsewhere.safetensors"
-    (directory / "manifest.json").write_text(json.dumps(fields))
+    (directory / "manifest.json").write_text(session.sealed(fields))
     with pytest.raises(UserError, match="not a readable session manifest"):
         session.load(directory)
 
 
 def test_logits_must_be_in_a_segment(saved):
     directory, manifest = saved
-    fields = json.loads(manifest.dump())
+    fields = unsealed(manifest)
     fields["sequences"][0]["logits"] = "elsewhere.safetensors"
-    (directory / "manifest.json").write_text(json.dumps(fields))
+    (directory / "manifest.json").write_text(session.sealed(fields))
     with pytest.raises(UserError, match="not a readable session manifest"):
         session.load(directory)
 
