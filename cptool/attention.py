@@ -59,6 +59,11 @@ class Step:
         return [placement.tokens for placement in self.queries]
 
     @cached_property
+    def asking(self) -> list[bool]:
+        """Whether rank r has queries."""
+        return [size > 0 for size in self.query_sizes]
+
+    @cached_property
     def key_sizes(self) -> list[int]:
         return [placement.tokens for placement in self.keys]
 
@@ -112,7 +117,7 @@ def pass_kv(
     mine = step.queries[step.rank]
     low = high = None
     for source, block in ring.blocks(kv.packed(), step.key_sizes):
-        if not mine.tokens or not step.key_sizes[source]:
+        if not step.asking[step.rank] or not step.key_sizes[source]:
             continue  # only passed on
         if source == step.rank:
             high = _over_local(q, mine, kv, scale)
@@ -137,15 +142,15 @@ def gather_kv(
     sending each stretch of positions straight into its place would take a message for each one.
     Ranks without queries give their keys and are given none.
     """
-    local, asking = kv.packed(), [size > 0 for size in step.query_sizes]
-    if not asking[step.rank]:
-        ring.gather(local, step.key_sizes, readers=asking)
+    local = kv.packed()
+    if not step.asking[step.rank]:
+        ring.gather(local, step.key_sizes, readers=step.asking)
         return torch.empty_like(q)
     keys, order = step.all_keys
     received = ring.buffer("received", keys.tokens, local)
     parts = received.split(step.key_sizes)
     parts[step.rank].copy_(local)
-    ring.gather(parts[step.rank], step.key_sizes, into=parts, readers=asking)
+    ring.gather(parts[step.rank], step.key_sizes, into=parts, readers=step.asking)
     ordered = ring.buffer("ordered", keys.tokens, local)
     torch.index_select(received.flatten(1), 0, order, out=ordered.flatten(1))
     return _over_block(q, step.queries[step.rank], ordered, keys, scale, out_dtype=q.dtype)[0]
@@ -237,7 +242,7 @@ def _over_block(q, queries: Placement, block, keys: Placement, scale, into=None,
 
 def _answer(block, kv: LayerKV, step: Step, source: int, scale) -> torch.Tensor:
     """The message to rank `source` over its queries `block`; an empty one if it has none."""
-    if not step.query_sizes[source]:
+    if not step.asking[source]:
         return block.new_empty(0)
     return pack(*_over_local(block, step.queries[source], kv, scale, step.partial_dtype))
 

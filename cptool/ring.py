@@ -92,12 +92,10 @@ class Ring:
         readers: whether rank r is given the blocks, the same on all ranks; one that is not gets
         empty ones. `local` is as in `blocks`.
         """
-        if readers is not None:
-            outgoing = [local if reads else local[:0] for reads in readers]
-            if not readers[self.rank]:
-                into = [local.new_empty(0, *local.shape[1:])] * self.size
-        else:
-            outgoing = [local] * self.size
+        readers = readers or [True] * self.size
+        outgoing = [local if reads else local[:0] for reads in readers]
+        if not readers[self.rank]:
+            sizes, into = [0] * self.size, None
         if into is None:
             into = [local.new_empty(size, *local.shape[1:]) for size in sizes]
         return self._all_to_all(outgoing, into)

@@ -30,6 +30,7 @@ measure_options = stack(
     json_option,
 )
 
+
 def emit(
     fields: dict[str, Any],
     *,
