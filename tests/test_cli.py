@@ -318,6 +318,23 @@ def test_ctrl_c_while_ranks_start_is_one_line(mqa_path, smollm2_path, command):
     assert (process.returncode, *output) == (130, "", "\ncptool: interrupted\n")
 
 
+def test_ctrl_c_while_a_dataclass_is_made_exits_130(tmp_path):
+    """As one of an import is: under `python -m`, CPython would end by SIGINT, not by the code."""
+    (tmp_path / "interrupted.py").write_text("""
+import cptool.cli.main as cli
+def interrupted(name):
+    exec("raise KeyboardInterrupt")
+cli.importlib.import_module = interrupted
+cli.main(["plan"])
+""")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"], env=os.environ | {"PYTHONPATH": path},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "\ncptool: interrupted\n")
+
+
 @pytest.mark.parametrize("group", [[], ["session"]])
 def test_a_group_alone_shows_its_commands(group):
     result = cptool(*group, code=2)

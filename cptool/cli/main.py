@@ -65,6 +65,9 @@ class Commands(click.Group):
     @staticmethod
     def _fail(code: int, message: str) -> None:
         click.echo(" ".join(message.split()), err=True)
+        # A KeyboardInterrupt that left the `exec` of a string, which importing a dataclass is full
+        # of, has Python end by SIGINT whatever the exit code; the next `exec` forgets it.
+        exec("")
         sys.exit(code)
 
 
