@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cptool import large_pages
 from cptool.sharding import Placement, concat
 
 NEVER = 2**31 - 1
@@ -116,10 +117,11 @@ class KVCache:
         offsets = [0]
         for slots in room:
             offsets.append(offsets[-1] + slots)
-        slab = self._slab.new_empty((self._slab.shape[0], offsets[-1], *self._shape))
+        old = self._slab
+        slab = large_pages.empty((old.shape[0], offsets[-1], *self._shape), old.dtype, old.device)
         for b, held in enumerate(self.lengths):
-            old, new = self._offsets[b], offsets[b]
-            slab[:, new : new + held] = self._slab[:, old : old + held]
+            start, new = self._offsets[b], offsets[b]
+            slab[:, new : new + held] = old[:, start : start + held]
         self._slab, self._offsets = slab, offsets
         self._index()
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cptool import tensor_parallel
+from cptool import large_pages, tensor_parallel
 from cptool.checkpoint import Checkpoint
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
@@ -68,8 +68,7 @@ def load_model(
             _fill({source: tensors[source] for source in mine}, checkpoint, world)
     else:
         tensors = {
-            source: torch.empty(shape, dtype=dtype, device=device)
-            for source, shape in shapes.items()
+            source: large_pages.empty(shape, dtype, device) for source, shape in shapes.items()
         }
         _fill(tensors, checkpoint, world)
 

@@ -3,8 +3,8 @@
 A call takes at least the time of its operations at the rate of a large matrix product in the same
 dtype, and at least that of reading its keys and values: the larger is the ceiling that it is held
 against. Torch gets contiguous [heads, tokens, D]; our op [tokens, heads, D] and a slab of K and V
-as the KV cache holds them. torch's causal mask has no form for cached tokens: these go without a
-peer, but for a single query, which sees all.
+as the KV cache holds them; both lie in large pages. torch's causal mask has no form for cached
+tokens: these go without a peer, but for a single query, which sees all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from cptool import ops
+from cptool import large_pages, ops
 from cptool.bench.ceilings import matmul_rate, memory_rate
 from cptool.bench.measure import interleave, stopwatch
 
@@ -57,15 +57,20 @@ class Inputs:
             return torch.randn(size, generator=generator).to(device, shape.dtype)
 
         self.q = random(shape.tokens, shape.q_heads, shape.head_dim)
-        self.slab = random(keys, 2, shape.kv_heads, shape.head_dim)
+        self.slab = self._in_large_pages(random(keys, 2, shape.kv_heads, shape.head_dim))
         self.scale = shape.head_dim**-0.5
         self.q_pos = torch.arange(shape.cached, keys, dtype=torch.int32, device=device)
         self.k_pos = torch.arange(keys, dtype=torch.int32, device=device)
         self.cu_q = torch.tensor([0, shape.tokens], dtype=torch.int32, device=device)
         self.cu_k = torch.tensor([0, keys], dtype=torch.int32, device=device)
         self._torch = [
-            x.transpose(0, 1)[None].contiguous() for x in (self.q, self.slab[:, 0], self.slab[:, 1])
+            self._in_large_pages(x.transpose(0, 1)[None])
+            for x in (self.q, self.slab[:, 0], self.slab[:, 1])
         ]
+
+    @staticmethod
+    def _in_large_pages(x: torch.Tensor) -> torch.Tensor:
+        return large_pages.empty(x.shape, x.dtype, x.device).copy_(x)
 
     def ours(self) -> torch.Tensor:
         k, v = self.slab.unbind(1)
