@@ -6,14 +6,17 @@ no position ever travels. A share is described by ranges first; tensors are buil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import torch
 
+Range = tuple[int, int]
+
 _FEW_TOKENS = 64
-"""Up to which Python expands ranges faster than torch, whose `repeat_interleave` wakes all threads
-for any size: a decode step expands some on every rank."""
+"""Up to which Python expands ranges faster than torch."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Placement:
     @staticmethod
     def of(sequences: Sequence[torch.Tensor]) -> Placement:
         """Placement of one int32 tensor of ascending positions per sequence."""
-        lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
-        return Placement(torch.cat(list(sequences)), _offsets(lengths).to(torch.int32))
+        ends = list(accumulate(map(len, sequences), initial=0))
+        return Placement(torch.cat(list(sequences)), torch.tensor(ends, dtype=torch.int32))
 
     @property
     def tokens(self) -> int:
@@ -91,33 +94,41 @@ def union(placements: Sequence[Placement]) -> tuple[Placement, torch.Tensor]:
 class Layout:
     """How the new tokens of a batch are dealt to `active` of `ranks` ranks; see `balanced`.
 
-    bounds: int64 [B, 2 * active + 1], absolute positions where the chunks of each sequence begin
-        and end.
-    rotation: int64 [B], the rank that takes the first and the last chunk of each sequence.
+    bounds: of each sequence, the 2 * active + 1 absolute positions where its chunks begin and end.
+    rotation: of each sequence, the rank that takes its first and its last chunk.
+
+    Plain integers: a decode step asks for a handful, where each operation of torch takes as long as
+    all of this.
     """
 
     ranks: int
     active: int
-    bounds: torch.Tensor
-    rotation: torch.Tensor
+    bounds: tuple[tuple[int, ...], ...]
+    rotation: tuple[int, ...]
 
     @property
     def batch(self) -> int:
         """Number of sequences."""
-        return self.bounds.shape[0]
+        return len(self.bounds)
 
-    def ranges(self, rank: int, seq: int) -> list[tuple[int, int]]:
+    def ranges(self, rank: int, seq: int) -> list[Range]:
         """Ranges [start, stop) of sequence `seq` on `rank`, ascending, none empty or adjacent."""
-        (low, high), (start, stop) = self._chunks(rank)[seq].tolist()
+        first = (rank - self.rotation[seq]) % self.ranks
+        bounds = self.bounds[seq]
+        if first >= self.active or bounds[0] == bounds[-1]:
+            return []
+        last = 2 * self.active - 1 - first
+        low, high, start, stop = *bounds[first : first + 2], *bounds[last : last + 2]
         pieces = [(low, stop)] if high == start else [(low, high), (start, stop)]
         return [piece for piece in pieces if piece[0] < piece[1]]
 
     def placement(self, rank: int) -> Placement:
         """Positions of the new tokens on `rank`."""
-        chunks = self._chunks(rank)
-        lengths = (chunks[:, :, 1] - chunks[:, :, 0]).sum(1)
+        sequences = [self.ranges(rank, seq) for seq in range(self.batch)]
+        ends = accumulate(map(_total, sequences), initial=0)
         return Placement(
-            _expand(chunks.reshape(-1, 2)).to(torch.int32), _offsets(lengths).to(torch.int32)
+            _members(chain.from_iterable(sequences), torch.int32),
+            torch.tensor(list(ends), dtype=torch.int32),
         )
 
     def placements(self) -> tuple[Placement, ...]:
@@ -126,9 +137,12 @@ class Layout:
 
     def indices(self, rank: int) -> torch.Tensor:
         """int64 [T]: where this rank's tokens lie in the concatenation of all new tokens."""
-        starts, stops = self.bounds[:, 0], self.bounds[:, -1]
-        shift = _offsets(stops - starts)[:-1] - starts
-        return _expand((self._chunks(rank) + shift[:, None, None]).reshape(-1, 2))
+        ranges, before = [], 0
+        for seq, bounds in enumerate(self.bounds):
+            shift = before - bounds[0]
+            ranges += [(start + shift, stop + shift) for start, stop in self.ranges(rank, seq)]
+            before += bounds[-1] - bounds[0]
+        return _members(ranges, torch.int64)
 
     def owner(self, seq: int, position: int) -> int:
         """The rank that holds `position` of sequence `seq`; ValueError if it is no new token."""
@@ -136,26 +150,14 @@ class Layout:
         if not bounds[0] <= position < bounds[-1]:
             raise ValueError(
                 f"position is {position}; it must be a new token of sequence {seq}, "
-                f"{int(bounds[0])} to {int(bounds[-1]) - 1}"
+                f"{bounds[0]} to {bounds[-1] - 1}"
             )
-        chunk = int(torch.searchsorted(bounds, position, right=True)) - 1
-        relative = min(chunk, 2 * self.active - 1 - chunk)
-        return (relative + int(self.rotation[seq])) % self.ranks
+        chunk = bisect_right(bounds, position) - 1
+        return (min(chunk, 2 * self.active - 1 - chunk) + self.rotation[seq]) % self.ranks
 
     def tokens(self, rank: int) -> int:
         """Number of new tokens on `rank`, all sequences together."""
-        chunks = self._chunks(rank)
-        return int((chunks[:, :, 1] - chunks[:, :, 0]).sum())
-
-    def _chunks(self, rank: int) -> torch.Tensor:
-        """int64 [B, 2, 2]: (start, stop) of the two chunks of each sequence on `rank`."""
-        relative = (rank - self.rotation) % self.ranks
-        idle = relative >= self.active
-        relative = relative.clamp(max=self.active - 1)
-        first = torch.stack([relative, 2 * self.active - 1 - relative], dim=1)
-        starts, stops = self.bounds.gather(1, first), self.bounds.gather(1, first + 1)
-        stops = torch.where(idle[:, None], starts, stops)
-        return torch.stack([starts, stops], dim=2)
+        return sum(_total(self.ranges(rank, seq)) for seq in range(self.batch))
 
 
 def balanced(
@@ -193,39 +195,36 @@ def balanced(
         raise ValueError(f"starts has {len(starts)} entries; it must have {len(lengths)}")
     if held is not None and [len(counts) for counts in held] != [len(lengths)] * ranks:
         raise ValueError(f"held must have {ranks} entries of {len(lengths)} counts")
-    length = torch.tensor(lengths, dtype=torch.int64)
-    start = torch.zeros_like(length) if starts is None else torch.tensor(starts, dtype=torch.int64)
-    for name, value in (("lengths", length), ("starts", start)):
-        if bool((value < 0).any()):
-            raise ValueError(f"{name} contains {int(value.min())}; it must hold counts of tokens")
+    starts = [0] * len(lengths) if starts is None else starts
+    for name, values in (("lengths", lengths), ("starts", starts)):
+        if min(values, default=0) < 0:
+            raise ValueError(f"{name} contains {min(values)}; it must hold counts of tokens")
 
-    chunk = torch.arange(2 * active)
-    turn = torch.minimum(chunk, 2 * active - 1 - chunk) + torch.where(chunk < active, 0, active)
-    extras = length % (2 * active)
-    sizes = (length // (2 * active))[:, None] + (turn < extras[:, None])
-    bounds = start[:, None] + torch.nn.functional.pad(sizes.cumsum(1), (1, 0))
-    rotation, cursor = [], 0
-    for b, extra in enumerate(extras.tolist()):
+    chunks = 2 * active
+    # Which of the tokens that do not divide is each chunk's, if there are as many.
+    turns = [*range(active), *range(chunks - 1, active - 1, -1)]
+    bounds, rotation, cursor = [], [], 0
+    for b, (length, start) in enumerate(zip(lengths, starts)):
+        size, extra = divmod(length, chunks)
+        sizes = (size + (turn < extra) for turn in turns)
+        bounds.append(tuple(accumulate(sizes, initial=start)))
         first = cursor
         if held is not None:
             fewest = min(counts[b] for counts in held)
             first = next(r for r in range(cursor, cursor + ranks) if held[r % ranks][b] == fewest)
         rotation.append(first % ranks)
         cursor = (first + extra) % ranks
-    return Layout(ranks, active, bounds, torch.tensor(rotation, dtype=torch.int64))
+    return Layout(ranks, active, tuple(bounds), tuple(rotation))
 
 
-def _offsets(lengths: torch.Tensor) -> torch.Tensor:
-    """[0, l0, l0 + l1, ...]: int64 [B + 1] from int64 [B]."""
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+def _total(ranges: Iterable[Range]) -> int:
+    return sum(stop - start for start, stop in ranges)
 
 
-def _expand(ranges: torch.Tensor) -> torch.Tensor:
-    """int64 [T]: the members of ranges [R, 2], in order."""
-    lengths = ranges[:, 1] - ranges[:, 0]
-    offsets = _offsets(lengths)
-    if offsets[-1] <= _FEW_TOKENS:
-        members = [token for start, stop in ranges.tolist() for token in range(start, stop)]
-        return torch.tensor(members, dtype=torch.int64)
-    shift = (ranges[:, 0] - offsets[:-1]).repeat_interleave(lengths)
-    return shift + torch.arange(int(offsets[-1]))
+def _members(ranges: Iterable[Range], dtype: torch.dtype) -> torch.Tensor:
+    """The members of ranges, in order."""
+    ranges = list(ranges)
+    if _total(ranges) <= _FEW_TOKENS:
+        members = [token for start, stop in ranges for token in range(start, stop)]
+        return torch.tensor(members, dtype=dtype)
+    return torch.cat([torch.arange(start, stop, dtype=dtype) for start, stop in ranges])

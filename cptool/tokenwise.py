@@ -107,6 +107,9 @@ def swiglu_(gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate, inplace=True).mul_(up)
 
 
+_CPU = torch.device("cpu")
+
+
 def _has_kernel(x: Tensor, width: int) -> bool:
     if x.dtype not in SCALAR_TYPES:
         return False
@@ -149,6 +152,11 @@ def _check(
         raise ValueError(
             f"{name} has strides {tensor.stride()}; its innermost dimension must be contiguous"
         )
+
+
+def check_matrix(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raises ValueError unless `tensor` is that on the CPU, with an innermost stride of 1."""
+    _check(name, tensor, shape, dtype, _CPU)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "cpu/decoder_layer.h"
 #include "cpu/dispatch.h"
 #include "cpu/few_rows.h"
 #include "cpu/tokenwise_dispatch.h"
@@ -144,6 +145,33 @@ auto with_swiglu_args(void (*run)(const SwigluArgs&, Extra)) {
   };
 }
 
+void layer_input(uintptr_t hidden, int64_t stride, int64_t rows, int64_t width, int dtype,
+                 uintptr_t norm, double eps, uintptr_t qkv, int64_t qkv_stride, int64_t columns,
+                 int64_t rotated, int64_t head_dim, uintptr_t cos, uintptr_t sin,
+                 uintptr_t scratch, uintptr_t out, int threads) {
+  py::gil_scoped_release released;
+  cptool::cpu::layer_input(
+      {{pointer<void>(hidden), stride, rows, width, static_cast<ScalarType>(dtype)},
+       pointer<const void>(norm), static_cast<float>(eps), {pointer<const void>(qkv), qkv_stride},
+       columns, rotated, head_dim, pointer<const float>(cos), pointer<const float>(sin),
+       pointer<void>(scratch), pointer<void>(out)},
+      threads);
+}
+
+void layer_output(uintptr_t hidden, int64_t stride, int64_t rows, int64_t width, int dtype,
+                  uintptr_t attended, int64_t heads, uintptr_t o, int64_t o_stride, uintptr_t norm,
+                  double eps, uintptr_t gate_up, int64_t gate_up_stride, uintptr_t down,
+                  int64_t down_stride, int64_t ffn, uintptr_t scratch, int threads) {
+  py::gil_scoped_release released;
+  cptool::cpu::layer_output(
+      {{pointer<void>(hidden), stride, rows, width, static_cast<ScalarType>(dtype)},
+       pointer<const void>(attended), heads, {pointer<const void>(o), o_stride},
+       pointer<const void>(norm), static_cast<float>(eps),
+       {pointer<const void>(gate_up), gate_up_stride}, {pointer<const void>(down), down_stride},
+       ffn, pointer<void>(scratch)},
+      threads);
+}
+
 std::vector<std::string> cpu_isas(bool supported_only) {
   int count;
   const cptool::cpu::Isa* isas = cptool::cpu::isas(&count);
@@ -174,6 +202,8 @@ PYBIND11_MODULE(_C, m) {
                          x_stride, w_stride, rows, columns, depth, static_cast<ScalarType>(dtype)},
                         threads);
   });
+  m.def("layer_input_cpu", layer_input);
+  m.def("layer_output_cpu", layer_output);
   m.def("rms_norm_cpu", with_rms_norm_args<int>(cptool::cpu::rms_norm));
   m.def("rotate_cpu", with_rotate_args<int>(cptool::cpu::rotate));
   m.def("swiglu_cpu", with_swiglu_args<int>(cptool::cpu::swiglu));

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from cptool import decoder_layer
 from cptool.model.config import LlamaConfig
 from cptool.model.rope import inverse_frequencies, rotary_tables
 from cptool.tokenwise import add_rms_norm_, linear, rms_norm, rotate_, swiglu_
@@ -133,9 +134,34 @@ class DecoderLayer(nn.Module):
         if not hidden.shape[0]:
             self.self_attn.without_tokens(hidden, attend)
             return
+        if decoder_layer.takes(hidden) and self._unobserved():
+            self._in_two_calls(hidden, cos, sin, attend)
+            return
         attended = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
         for rows, added in _row_slices(hidden, attended):
             rows += self.mlp(self.post_attention_layernorm.after_adding(rows, added))
+
+    def _in_two_calls(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+    ) -> None:
+        attention, mlp = self.self_attn, self.mlp
+        q, kv = attention.num_heads, attention.num_kv_heads
+        qkv = decoder_layer.before_attention(
+            hidden, self.input_layernorm, attention.qkv_proj.weight, cos, sin, rotated=q + kv
+        )
+        attended = attend(attention.layer, *qkv.split((q, kv, kv), dim=1))
+        decoder_layer.after_attention_(
+            hidden, attended, attention.o_proj.weight, self.post_attention_layernorm,
+            mlp.gate_up_proj.weight, mlp.down_proj.weight,
+        )  # fmt: skip
+
+    def _unobserved(self) -> bool:
+        """Whether all products are this file's, and nobody's hook waits for one."""
+        attention, mlp = self.self_attn, self.mlp
+        return all(
+            type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+            for layer in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        )
 
 
 class Llama(nn.Module):

@@ -1,0 +1,90 @@
+"""A decoder layer of few rows on a CPU, in two calls of the extension: before and after attention.
+
+The same steps in the same order as `cptool.model.llama.DecoderLayer` takes one by one, hence the
+same bits. Between two of these a processor that streams weights has forgotten the interpreter: of
+a decode step of a small model they cost a fifth.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cptool import _extension
+from cptool._op_checks import SCALAR_TYPES
+from cptool.tokenwise import FEW_ROWS, check_matrix
+
+if TYPE_CHECKING:
+    from cptool.model.llama import RMSNorm
+
+_C = _extension.load()
+
+_MOST_ROWS = 64
+"""Beyond them the calls between the steps cost nothing, and the intermediates are large."""
+
+
+def takes(hidden: Tensor) -> bool:
+    """Whether `hidden` [rows, width] is few rows on a CPU, of which the extension computes all
+    products.
+    """
+    rows, dtype = hidden.shape[0], hidden.dtype
+    return (
+        hidden.is_cpu
+        and dtype in SCALAR_TYPES
+        and rows <= min(_MOST_ROWS, FEW_ROWS[dtype])
+        and not torch.compiler.is_compiling()
+    )
+
+
+def before_attention(
+    hidden: Tensor, norm: RMSNorm, qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int
+) -> Tensor:
+    """norm(hidden) W^T, of whose heads the first `rotated` are rotated.
+
+    hidden [rows, width]; qkv [heads * D, width]; cos and sin float32 [rows, 1, D/2]. Returns
+    [rows, heads, D], contiguous. Raises ValueError for tensors that do not fit each other.
+    """
+    (rows, width), dtype, columns = hidden.shape, hidden.dtype, qkv.shape[0]
+    head_dim = 2 * cos.shape[-1]
+    check_matrix("hidden", hidden, (rows, width), dtype)
+    check_matrix("the norm's weight", norm.weight, (width,), dtype)
+    check_matrix("qkv", qkv, (columns, width), dtype)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_matrix(name, table, (rows, 1, head_dim // 2), torch.float32)
+    scratch = torch.empty((rows, width), dtype=dtype)
+    out = torch.empty((rows, columns // head_dim, head_dim), dtype=dtype)
+    _C.layer_input_cpu(
+        hidden.data_ptr(), hidden.stride(0), rows, width, SCALAR_TYPES[dtype],
+        norm.weight.data_ptr(), norm.eps, qkv.data_ptr(), qkv.stride(0), columns, rotated, head_dim,
+        cos.contiguous().data_ptr(), sin.contiguous().data_ptr(), scratch.data_ptr(),
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def after_attention_(
+    hidden: Tensor, attended: Tensor, o: Tensor, norm: RMSNorm, gate_up: Tensor, down: Tensor
+) -> None:
+    """hidden += o(attended); hidden += down(silu(gate) up) of gate and up of norm(hidden).
+
+    hidden [rows, width], in place; attended [rows, Hq, D]; o [width, Hq D]; gate_up
+    [2 ffn, width]; down [width, ffn]. Raises ValueError for tensors that do not fit each other.
+    """
+    (rows, width), dtype, ffn = hidden.shape, hidden.dtype, down.shape[1]
+    attended = attended.flatten(1).contiguous()
+    heads = attended.shape[1]
+    check_matrix("hidden", hidden, (rows, width), dtype)
+    check_matrix("attended", attended, (rows, heads), dtype)
+    check_matrix("o", o, (width, heads), dtype)
+    check_matrix("the norm's weight", norm.weight, (width,), dtype)
+    check_matrix("gate_up", gate_up, (2 * ffn, width), dtype)
+    check_matrix("down", down, (width, ffn), dtype)
+    scratch = torch.empty((rows, 2 * (width + ffn)), dtype=dtype)
+    _C.layer_output_cpu(
+        hidden.data_ptr(), hidden.stride(0), rows, width, SCALAR_TYPES[dtype],
+        attended.data_ptr(), heads, o.data_ptr(), o.stride(0), norm.weight.data_ptr(), norm.eps,
+        gate_up.data_ptr(), gate_up.stride(0), down.data_ptr(), down.stride(0), ffn,
+        scratch.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip

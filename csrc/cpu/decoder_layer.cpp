@@ -1,0 +1,51 @@
+#include "cpu/decoder_layer.h"
+
+#include "cpu/few_rows.h"
+#include "cpu/pieces.h"
+#include "cpu/tokenwise_dispatch.h"
+
+namespace cptool::cpu {
+namespace {
+
+void multiply(const void* x, int64_t depth, const Weight& w, int64_t columns, void* out,
+              const Hidden& hidden, int threads) {
+  linear({x, w.at, out, depth, w.stride, hidden.rows, columns, depth, hidden.dtype}, threads);
+}
+
+void norm(const Hidden& hidden, const void* added, const void* weight, float eps, void* out,
+          int threads) {
+  rms_norm({hidden.at, added, weight, out, hidden.stride, hidden.rows, hidden.width, eps,
+            hidden.dtype},
+           threads);
+}
+
+}  // namespace
+
+void layer_input(const LayerInputArgs& args, int threads) {
+  const Hidden& hidden = args.hidden;
+  norm(hidden, nullptr, args.norm, args.eps, args.scratch, threads);
+  multiply(args.scratch, hidden.width, args.qkv, args.columns, args.out, hidden, threads);
+  rotate({args.out, args.columns, args.head_dim, args.cos, args.sin, hidden.rows, args.rotated,
+          args.head_dim, hidden.dtype},
+         threads);
+}
+
+void layer_output(const LayerOutputArgs& args, int threads) {
+  const Hidden& hidden = args.hidden;
+  const int64_t row_bytes = size_of(hidden.dtype) * hidden.rows;
+  char* const normed = static_cast<char*>(args.scratch);
+  char* const added = normed + row_bytes * hidden.width;
+  char* const gate = added + row_bytes * hidden.width;
+  char* const up = gate + size_of(hidden.dtype) * args.ffn;  // of the first row
+  multiply(args.attended, args.heads, args.o, hidden.width, added, hidden, threads);
+  norm(hidden, added, args.norm, args.eps, normed, threads);
+  multiply(normed, hidden.width, args.gate_up, 2 * args.ffn, gate, hidden, threads);
+  swiglu({gate, up, 2 * args.ffn, 2 * args.ffn, hidden.rows, args.ffn, hidden.dtype}, threads);
+  // The rows of silu(gate) up lie 2 ffn apart.
+  linear({gate, args.down.at, added, 2 * args.ffn, args.down.stride, hidden.rows, hidden.width,
+          args.ffn, hidden.dtype},
+         threads);
+  norm(hidden, added, nullptr, args.eps, nullptr, threads);
+}
+
+}  // namespace cptool::cpu

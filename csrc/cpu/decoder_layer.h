@@ -1,0 +1,56 @@
+// A decoder layer's two halves around its attention, for few rows: the steps of tokenwise.h, one
+// after the other, so that a decode step of many small layers does not wait for its caller between
+// them.
+#pragma once
+
+#include "tokenwise.h"
+
+namespace cptool::cpu {
+
+// hidden [rows, width] of a layer, and the sizes and type that its steps share.
+struct Hidden {
+  void* at;
+  int64_t stride;  // elements from row to row
+  int64_t rows, width;
+  ScalarType dtype;
+};
+
+struct Weight {  // [columns, depth]
+  const void* at;
+  int64_t stride;
+};
+
+struct LayerInputArgs {
+  Hidden hidden;
+  const void* norm;  // [width]
+  float eps;
+  Weight qkv;           // [columns, width]
+  int64_t columns;      // of q, k and v
+  int64_t rotated;      // heads of q and k, which come first
+  int64_t head_dim;
+  const float *cos, *sin;  // [rows, head_dim / 2]
+  void* scratch;           // [rows, width]
+  void* out;               // [rows, columns]
+};
+
+// out = norm(hidden) W^T, its first heads rotated.
+void layer_input(const LayerInputArgs& args, int threads);
+
+struct LayerOutputArgs {
+  Hidden hidden;
+  const void* attended;  // [rows, heads], contiguous
+  int64_t heads;         // elements of a row
+  Weight o;              // [width, heads]
+  const void* norm;      // [width]
+  float eps;
+  Weight gate_up;  // [2 ffn, width], the gate first
+  Weight down;     // [width, ffn]
+  int64_t ffn;
+  void* scratch;  // [rows, 2 width + 2 ffn]
+};
+
+// hidden += o(attended); hidden += down(silu(gate) up), where gate and up are those of
+// norm(hidden).
+void layer_output(const LayerOutputArgs& args, int threads);
+
+}  // namespace cptool::cpu
