@@ -35,3 +35,13 @@ def empty(
     except OSError:  # a kernel without large pages
         pass
     return torch.frombuffer(memory, dtype=dtype, count=count).view(tuple(shape))
+
+
+def fit(size: int) -> bool:
+    """Whether `size` bytes are at most half of what the system can give without swapping."""
+    try:
+        with open("/proc/meminfo") as told:
+            available = next(line for line in told if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return False
+    return 2 * size <= int(available.split()[1]) << 10

@@ -45,25 +45,29 @@ def load_model(
     """A Llama ready to run, with the weights of `checkpoint` in `dtype` on `device`.
 
     With a `world` it is this rank's share of the tensor-parallel group, sums included. On a CPU,
-    parameters that lie in the file as they are needed stay there (the page cache is their memory),
-    and the ranks of a machine hold one copy of the rest between them, each having filled a part.
-    Collective over the ranks of `world`.
+    one rank that has room for twice the weights copies them, for they are read faster from large
+    pages. Else parameters that lie in the file as they are needed stay there (the page cache is
+    their memory), and the ranks of a machine hold one copy of the rest between them, each having
+    filled a part. Collective over the ranks of `world`.
     """
     device = torch.device(device)
     tp_rank, tp = (world.tp_rank, world.tp) if world else (0, 1)
     model = Llama(checkpoint.config, device="meta", tp=tp)
     share = tensor_parallel.share(checkpoint.config, tp_rank, tp)
     sources = dict(_sources(checkpoint.config, share))
+    shared = world is not None and world.size > 1
+    size = sum(model.get_parameter(name).numel() for name in sources) * dtype.itemsize
+    stays = device.type == "cpu" and (shared or not large_pages.fit(size))
     parameters: dict[str, torch.Tensor] = {}
     shapes: dict[Source, tuple[int, ...]] = {}
     for name, source in sources.items():
-        mapped = _mapped(checkpoint, source, dtype) if device.type == "cpu" else None
+        mapped = _mapped(checkpoint, source, dtype) if stays else None
         if mapped is None:
             shapes[source] = tuple(model.get_parameter(name).shape)
         else:
             parameters[name] = mapped
 
-    if device.type == "cpu" and world is not None and world.size > 1:
+    if device.type == "cpu" and shared:
         with shared_tensors(world, shapes, dtype) as (tensors, mine):
             _fill({source: tensors[source] for source in mine}, checkpoint, world)
     else:

@@ -26,6 +26,11 @@ def test_memory_lives_as_long_as_a_view():
     assert view.tolist() == [3] * 5
 
 
+def test_what_fits():
+    assert large_pages.fit(0)
+    assert not large_pages.fit(1 << 60)
+
+
 @pytest.mark.skipif(
     not THP.exists() or "[never]" in THP.read_text() or not hasattr(mmap, "MADV_HUGEPAGE"),
     reason="the system has no large pages",

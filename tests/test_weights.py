@@ -7,7 +7,7 @@ import pytest
 import torch
 from llama_reference import SHAPES, random_llama
 
-from cptool import shared_memory
+from cptool import large_pages, shared_memory
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import World, run
 from cptool.status import Board
@@ -55,7 +55,10 @@ def test_weights_are_the_files_to_the_bit(shape, stored, dtype, tmp_path):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_what_lies_in_the_file_as_needed_is_not_copied(tmp_path):
+@pytest.mark.parametrize("room", [False, True])
+def test_what_lies_in_the_file_is_copied_where_there_is_room(room, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(large_pages, "fit", lambda size: asked.append(size) or room)
     random_llama({}, tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
     model = load_model(checkpoint, torch.float32, "cpu")
@@ -65,7 +68,9 @@ def test_what_lies_in_the_file_as_needed_is_not_copied(tmp_path):
         for name, parameter in model.named_parameters()
         if parameter.untyped_storage().data_ptr() != file
     }
-    assert copied == {"qkv_proj", "gate_up_proj"}
+    everything = {name.rsplit(".", 2)[-2] for name, _ in model.named_parameters()}
+    assert copied == (everything if room else {"qkv_proj", "gate_up_proj"})
+    assert asked == [sum(parameter.nbytes for parameter in model.parameters())]
 
 
 def test_loading_draws_no_random_numbers(tmp_path):
