@@ -303,7 +303,7 @@ bool amx_handles(ScalarType dtype, int64_t head_dim) {
 
 void attention_partial_amx(const AttentionArgs& args, int threads) {
   if (few_rows(args))
-    return run<StreamKernel<BFloat16Math>>(args, threads);  // a tile would be mostly empty
+    return run_stream<BFloat16Math>(args, threads);  // a tile would be mostly empty
   run<AmxKernel>(args, threads);
 }
 

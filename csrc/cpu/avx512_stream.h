@@ -64,7 +64,7 @@ class StreamAhead {
 
   // May run over the end of a row: what lies behind is asked for once more, or in vain.
   void prefetch(int lines) {
-    if (at_ >= row_end_ && !next_row()) return;
+    if (at_ >= row_end_ && (left_ == 0 || !next_row())) return;
     for (int i = 0; i < lines; ++i) _mm_prefetch(at_ + i * kLine, _MM_HINT_T1);
     at_ += lines * kLine;
   }
@@ -101,20 +101,23 @@ class StreamAhead {
   int part_ = 0, head_ = 0, heads_ = 0;
 };
 
-template <class Math>
+// `tile_keys`: 8, 16 or 32.
+template <class Math, int tile_keys>
 class StreamKernel {
   using T = typename Math::Input;
   using Weight = typename Math::Weight;
   static constexpr int kStep = Math::kStep;
+  static constexpr int kQuarter = 16 / sizeof(T);  // dimensions of a quarter of a vector
+  // Whether words hold elements as they lie in memory.
+  static constexpr bool kAsTheyAre = kStep * sizeof(T) == sizeof(float);
   // Bytes between a read and its prefetch, but a tile at least: a fraction of a level-2 cache.
   static constexpr int64_t kAhead = 32 << 10;
+  static constexpr int kLinesOfWeights = 2;  // asked for while a row's weights are computed
+  static constexpr int kSlots = tile_keys < kLanes ? kLanes : tile_keys;
 
  public:
   static constexpr int kRows = 64;
-  // A tile of 2 heads of 128 is then 16 KB in any format. Twice as much was measured to cost float32
-  // a tenth of the rate, perhaps because its reads depart further from the order in which K and V
-  // lie, which the processor's own prefetchers follow.
-  static constexpr int kKeys = sizeof(T) == 4 ? 8 : 16;
+  static constexpr int kKeys = tile_keys;
 
   static int heads(const AttentionArgs& args) {
     const int64_t most = kRows / padded_rows(static_cast<int>(rows_per_head(args)));
@@ -137,8 +140,22 @@ class StreamKernel {
   void begin(const RowBlock<kRows>& block) {
     rows_ = block.rows / block.heads;
     slots_ = padded_rows(rows_);
+    const bool quarters = kAsTheyAre && rows_at_once() == 4;
     for (int slot = 0; slot < block.heads * slots_; ++slot) {
       const int row = slot % slots_;
+      fixed_.max[slot] = kNoScore;
+      _mm512_store_ps(fixed_.sum[slot], _mm512_setzero_ps());
+      if (quarters) {
+        float* to = q_ + slot / 4 * 4 * query_words_ + slot % 4 * 4;
+        for (int64_t d = 0; d < args_.head_dim; d += kQuarter, to += kLanes) {
+          __m128 words = _mm_setzero_ps();
+          if (row < rows_)
+            words = _mm_loadu_ps(reinterpret_cast<const float*>(
+                static_cast<const T*>(block.q[slot / slots_ * rows_ + row]) + d));
+          _mm_store_ps(to, words);
+        }
+        continue;
+      }
       for (int64_t w = 0; w < query_words_; w += kLanes) {
         __m512 words = _mm512_setzero_ps();
         if (row < rows_)
@@ -146,8 +163,6 @@ class StreamKernel {
               Math::load(static_cast<const T*>(block.q[slot / slots_ * rows_ + row]), w, words_);
         _mm512_store_ps(q_ + slot * query_words_ + w, words);
       }
-      fixed_.max[slot] = kNoScore;
-      _mm512_store_ps(fixed_.sum[slot], _mm512_setzero_ps());
     }
     std::memset(acc_, 0, block.heads * slots_ * args_.head_dim * sizeof(float));
   }
@@ -172,12 +187,17 @@ class StreamKernel {
             score<2>(k, keys, slot);
             break;
           default:
-            score<4>(k, keys, slot);
+            if constexpr (kAsTheyAre) {
+              score_four(k, keys, slot);
+            } else {
+              score<4>(k, keys, slot);
+            }
         }
       }
     }
     for (int row = 0; row < block.rows; ++row) {
       const int64_t left = block.limit[row] - key;
+      ahead_.prefetch(kLinesOfWeights);
       weigh(slot_of(row), masked && left < keys ? static_cast<int>(left < 0 ? 0 : left) : keys);
     }
     const T* v = static_cast<const T*>(block.v) + key * args_.v_token_stride;
@@ -220,9 +240,9 @@ class StreamKernel {
 
  private:
   struct Fixed {
-    alignas(64) float scores[kRows][kLanes];
-    alignas(64) Weight weights[kRows][kLanes];
-    alignas(64) float sum[kRows][kLanes];  // key j of a tile goes to lane j
+    alignas(64) float scores[kRows][kSlots];
+    alignas(64) Weight weights[kRows][kSlots];
+    alignas(64) float sum[kRows][kLanes];  // key j of a tile goes to lane j % kLanes
     float max[kRows];
   };
 
@@ -277,21 +297,100 @@ class StreamKernel {
     }
   }
 
+  // The same for four rows of elements that no instruction has to convert: 16 bytes of a key meet
+  // those of all four rows at once, a row in each quarter of a vector, so that only four values of
+  // each product are left to add up.
+  void score_four(const T* k, int keys, int slot) {
+    const float* q = q_ + slot * query_words_;
+    for (int first = 0; first < keys; first += kLanes) {
+      constexpr int kGroups = (kKeys < kLanes ? kKeys : kLanes) / 8;
+      __m512 fours[2 * kGroups];  // the scores of four keys, a row in each quarter
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) score_eight(k, first + 8 * g, keys, q, fours + 2 * g);
+      const __m512 low = _mm512_shuffle_f32x4(fours[0], fours[1], 0x44);
+      const __m512 high = _mm512_shuffle_f32x4(fours[0], fours[1], 0xee);
+      if constexpr (kGroups == 2) {
+        const __m512 low2 = _mm512_shuffle_f32x4(fours[2], fours[3], 0x44);
+        const __m512 high2 = _mm512_shuffle_f32x4(fours[2], fours[3], 0xee);
+        _mm512_store_ps(fixed_.scores[slot] + first, _mm512_shuffle_f32x4(low, low2, 0x88));
+        _mm512_store_ps(fixed_.scores[slot + 1] + first, _mm512_shuffle_f32x4(low, low2, 0xdd));
+        _mm512_store_ps(fixed_.scores[slot + 2] + first, _mm512_shuffle_f32x4(high, high2, 0x88));
+        _mm512_store_ps(fixed_.scores[slot + 3] + first, _mm512_shuffle_f32x4(high, high2, 0xdd));
+      } else {
+        const __m512 rows01 = _mm512_shuffle_f32x4(low, low, 0xd8);
+        const __m512 rows23 = _mm512_shuffle_f32x4(high, high, 0xd8);
+        _mm256_store_ps(fixed_.scores[slot], _mm512_castps512_ps256(rows01));
+        _mm256_store_ps(fixed_.scores[slot + 1], _mm512_extractf32x8_ps(rows01, 1));
+        _mm256_store_ps(fixed_.scores[slot + 2], _mm512_castps512_ps256(rows23));
+        _mm256_store_ps(fixed_.scores[slot + 3], _mm512_extractf32x8_ps(rows23, 1));
+      }
+    }
+  }
+
+  // Of eight keys from `first` on.
+  __attribute__((always_inline)) void score_eight(const T* k, int first, int keys, const float* q,
+                                                  __m512* fours) {
+    const T* row[8];
+    __m512 sums[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      row[j] = k + (first + j < keys ? first + j : keys - 1) * args_.k_token_stride;
+      sums[j] = _mm512_setzero_ps();
+    }
+    for (int64_t d = 0; d < args_.head_dim; d += kQuarter, q += kLanes) {
+      const __m512 query = _mm512_load_ps(q);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        const __m128 words = _mm_loadu_ps(reinterpret_cast<const float*>(row[j] + d));
+        sums[j] = Math::multiply_add(query, _mm512_broadcast_f32x4(words), sums[j]);
+      }
+      ahead_.prefetch(8 * 16 / 64);
+    }
+    auto sum_pairs = [](__m512 a, __m512 b) {
+      return (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    };
+#pragma GCC unroll 2
+    for (int j = 0; j < 8; j += 4) {
+      const __m512d a = sum_pairs(sums[j], sums[j + 1]), b = sum_pairs(sums[j + 2], sums[j + 3]);
+      fours[j / 4] =
+          _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+    }
+  }
+
   // Turns a row's scores into weights, 0 from `visible` on.
   void weigh(int slot, int visible) {
-    const __mmask16 seen = (1u << visible) - 1;
     const __m512 scale = _mm512_set1_ps(scale_log2_);
-    const __m512 scores = _mm512_load_ps(fixed_.scores[slot]);
-    const __m512 scaled = _mm512_maskz_mul_ps(seen, scores, scale);
-    if (_mm512_mask_cmp_ps_mask(seen, scaled, _mm512_set1_ps(fixed_.max[slot] + kSlack),
-                                _CMP_GT_OQ)) {
-      raise(slot, _mm512_mask_reduce_max_ps(seen, scaled));
+    __mmask16 seen[kSlots / kLanes];
+    __m512 scores[kSlots / kLanes];
+    __mmask16 above = 0;
+#pragma GCC unroll 2
+    for (int i = 0; i < kSlots / kLanes; ++i) {
+      const int left = visible - i * kLanes;
+      seen[i] = left >= kLanes ? 0xffff : (1u << (left < 0 ? 0 : left)) - 1;
+      scores[i] = load_scores(fixed_.scores[slot] + i * kLanes);
+      above |= _mm512_mask_cmp_ps_mask(seen[i], _mm512_mul_ps(scores[i], scale),
+                                       _mm512_set1_ps(fixed_.max[slot] + kSlack), _CMP_GT_OQ);
     }
-    const __m512 shifted = _mm512_fmsub_ps(scores, scale, _mm512_set1_ps(fixed_.max[slot]));
-    const __m512 weights = _mm512_maskz_mov_ps(seen, Math::exp2(shifted));
-    const __m512 sum = _mm512_load_ps(fixed_.sum[slot]);
-    _mm512_store_ps(fixed_.sum[slot],
-                    _mm512_add_ps(sum, Math::store_weights(weights, fixed_.weights[slot])));
+    if (above) {
+      __m512 largest = _mm512_set1_ps(kNoScore);
+#pragma GCC unroll 2
+      for (int i = 0; i < kSlots / kLanes; ++i)
+        largest = _mm512_mask_max_ps(largest, seen[i], largest, _mm512_mul_ps(scores[i], scale));
+      raise(slot, _mm512_reduce_max_ps(largest));
+    }
+    __m512 sum = _mm512_load_ps(fixed_.sum[slot]);
+#pragma GCC unroll 2
+    for (int i = 0; i < kSlots / kLanes; ++i) {
+      const __m512 shifted = _mm512_fmsub_ps(scores[i], scale, _mm512_set1_ps(fixed_.max[slot]));
+      const __m512 weights = _mm512_maskz_mov_ps(seen[i], Math::exp2(shifted));
+      sum = _mm512_add_ps(sum, Math::store_weights(weights, fixed_.weights[slot] + i * kLanes));
+    }
+    _mm512_store_ps(fixed_.sum[slot], sum);
+  }
+
+  // No wider than they were stored, or the processor waits for the store to reach its cache.
+  static __m512 load_scores(const float* scores) {
+    return kKeys < kLanes ? _mm512_castps256_ps512(_mm256_load_ps(scores)) : _mm512_load_ps(scores);
   }
 
   // Raises a row's maximum, with all that was computed against the old one.
@@ -359,6 +458,19 @@ class StreamKernel {
   int slots_ = 0;  // the same, padded
   StreamAhead ahead_;
 };
+
+// With tiles of about 16 KB. Larger ones were measured to cost a fifth of the rate: the level-1
+// cache then loses the lines of V that come along with those of K.
+template <class Math>
+inline void run_stream(const AttentionArgs& args, int threads) {
+  constexpr int64_t kTileBytes = 16 << 10;
+  const int64_t heads = StreamKernel<Math, 16>::heads(args);
+  const int64_t keys =
+      kTileBytes / (2 * heads * args.head_dim * static_cast<int64_t>(sizeof(typename Math::Input)));
+  if (keys >= 32) return run<StreamKernel<Math, 32>>(args, threads);
+  if (keys >= 16) return run<StreamKernel<Math, 16>>(args, threads);
+  run<StreamKernel<Math, 8>>(args, threads);
+}
 
 }  // namespace
 }  // namespace cptool::cpu

@@ -14,9 +14,9 @@ void multiply(const void* x, int64_t depth, const Weight& w, int64_t columns, vo
 
 void norm(const Hidden& hidden, const void* added, const void* weight, float eps, void* out,
           int threads) {
-  rms_norm({hidden.at, added, weight, out, hidden.stride, hidden.rows, hidden.width, eps,
-            hidden.dtype},
-           threads);
+  rms_norm(
+      {hidden.at, added, weight, out, hidden.stride, hidden.rows, hidden.width, eps, hidden.dtype},
+      threads);
 }
 
 }  // namespace

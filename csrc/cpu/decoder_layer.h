@@ -24,9 +24,9 @@ struct LayerInputArgs {
   Hidden hidden;
   const void* norm;  // [width]
   float eps;
-  Weight qkv;           // [columns, width]
-  int64_t columns;      // of q, k and v
-  int64_t rotated;      // heads of q and k, which come first
+  Weight qkv;       // [columns, width]
+  int64_t columns;  // of q, k and v
+  int64_t rotated;  // heads of q and k, which come first
   int64_t head_dim;
   const float *cos, *sin;  // [rows, head_dim / 2]
   void* scratch;           // [rows, width]

@@ -7,9 +7,10 @@
 namespace cptool::cpu {
 namespace {
 
-// One thread reads the whole as four streams (few_rows_kernel.h), each as long as can be: streams of
-// 32 KB were measured at 81% of a plain read's rate, of 256 KB at 87%, of a quarter of 11 MB at 94%.
-// Several threads take pieces, so that all end together, but no smaller ones than this much time.
+// One thread reads the whole as four streams (few_rows_kernel.h), each as long as can be: streams
+// of 32 KB were measured at 81% of a plain read's rate, of 256 KB at 87%, of a quarter of 11 MB at
+// 94%. Several threads take pieces, so that all end together, but no smaller ones than this much
+// time.
 constexpr int64_t kPieceBytes = 1 << 17;
 constexpr int64_t kPiecesOfThread = 4;
 // Rows are taken in blocks whose packed x leaves room in a level-2 cache, full groups of any
