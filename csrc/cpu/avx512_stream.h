@@ -14,7 +14,9 @@
 namespace cptool::cpu {
 namespace {
 
-constexpr int kStreamRows = 8;  // of a KV head at most
+// Rows of a KV head up to which this is faster than packing K and V for the panels' products:
+// measured over 2K to 32K keys, 1.2 to 2.3 times from 9 rows to 32, level at 64 in float32.
+constexpr int kStreamRows = 32;
 
 // How many rows the longest sequence has for each KV head.
 inline int64_t rows_per_head(const AttentionArgs& args) {
@@ -26,7 +28,9 @@ inline int64_t rows_per_head(const AttentionArgs& args) {
   return tokens * (args.q_heads / args.kv_heads);
 }
 
-inline bool few_rows(const AttentionArgs& args) { return rows_per_head(args) <= kStreamRows; }
+inline bool few_rows(const AttentionArgs& args, int most = kStreamRows) {
+  return rows_per_head(args) <= most;
+}
 
 // Walks the lines of K and V in the order in which they lie, and prefetches them into the level-2
 // cache. Not into level 1: it has too few buffers for lines on their way to keep memory busy, and a
