@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cptool import host_memory
 from cptool.cost import matrix_parameters
 from cptool.errors import UserError
 from cptool.model.llama import ROWS_AT_ONCE
@@ -32,9 +33,7 @@ def available(device: torch.device) -> int:
     """Bytes that can be allocated on `device` now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return 1024 * int(fields["MemAvailable"].split()[0])
+    return host_memory.available()
 
 
 def needs(scenario: Scenario, variant: str, held: Shards) -> int:

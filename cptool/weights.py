@@ -57,7 +57,7 @@ def load_model(
     sources = dict(_sources(checkpoint.config, share))
     shared = world is not None and world.size > 1
     size = sum(model.get_parameter(name).numel() for name in sources) * dtype.itemsize
-    stays = device.type == "cpu" and (shared or not large_pages.fit(size))
+    stays = device.type == "cpu" and (shared or not large_pages.worth_copying(size))
     parameters: dict[str, torch.Tensor] = {}
     shapes: dict[Source, tuple[int, ...]] = {}
     for name, source in sources.items():

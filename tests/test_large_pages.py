@@ -1,12 +1,9 @@
-import mmap
 from pathlib import Path
 
 import pytest
 import torch
 
 from cptool import large_pages
-
-THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (5,), (3, 700_001), (2, 0, 4), (1 << 21, 2)])
@@ -26,15 +23,21 @@ def test_memory_lives_as_long_as_a_view():
     assert view.tolist() == [3] * 5
 
 
-def test_what_fits():
-    assert large_pages.fit(0)
-    assert not large_pages.fit(1 << 60)
+def test_what_is_worth_copying(monkeypatch):
+    monkeypatch.setattr(large_pages, "there_are", lambda: True)
+    assert large_pages.worth_copying(0)
+    assert not large_pages.worth_copying(1 << 60)
+    monkeypatch.setattr(large_pages, "there_are", lambda: False)
+    assert not large_pages.worth_copying(0)
 
 
-@pytest.mark.skipif(
-    not THP.exists() or "[never]" in THP.read_text() or not hasattr(mmap, "MADV_HUGEPAGE"),
-    reason="the system has no large pages",
-)
+def test_no_room_is_told_in_bytes(monkeypatch):
+    monkeypatch.setattr(large_pages, "there_are", lambda: True)
+    with pytest.raises(MemoryError, match="1,152,921,504,606,846,976 bytes cannot be allocated"):
+        large_pages.empty((1 << 60,), torch.uint8)
+
+
+@pytest.mark.skipif(not large_pages.there_are(), reason="the system has no large pages")
 def test_pages_are_asked_to_be_large():
     tensor = large_pages.empty((8 << 20,), torch.uint8)
     flags = None

@@ -58,7 +58,7 @@ def test_weights_are_the_files_to_the_bit(shape, stored, dtype, tmp_path):
 @pytest.mark.parametrize("room", [False, True])
 def test_what_lies_in_the_file_is_copied_where_there_is_room(room, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(large_pages, "fit", lambda size: asked.append(size) or room)
+    monkeypatch.setattr(large_pages, "worth_copying", lambda size: asked.append(size) or room)
     random_llama({}, tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
     model = load_model(checkpoint, torch.float32, "cpu")

@@ -1,0 +1,55 @@
+import pytest
+
+from cptool import host_memory
+
+MB = 1 << 20
+
+
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """Writes files of a system that has 8 MB available."""
+    monkeypatch.setattr(host_memory, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(host_memory, "_GROUPS", tmp_path / "cgroup")
+
+    def write(files):
+        meminfo = {"proc/meminfo": "MemTotal:  9999 kB\nMemAvailable:    8192 kB\nPages: 0\n"}
+        for name, text in (meminfo | files).items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    return write
+
+
+def test_here():
+    assert 0 < host_memory.available() < 1 << 60
+
+
+def test_without_groups(system):
+    system({})
+    assert host_memory.available() == 8 * MB
+
+
+@pytest.mark.parametrize("own", [f"{5 * MB}\n", "max\n"])
+def test_the_tightest_group_of_the_tree_counts(own, system):
+    system({
+        "proc/self/cgroup": "0::/user/job\n",
+        "cgroup/user/job/memory.max": own,
+        "cgroup/user/job/memory.current": f"{2 * MB}\n",
+        "cgroup/user/job/memory.stat": f"anon 7\ninactive_file {MB}\n",
+        "cgroup/user/memory.max": f"{7 * MB}\n",
+        "cgroup/user/memory.current": f"{MB}\n",
+        "cgroup/user/memory.stat": "inactive_file 0\n",
+    })  # fmt: skip
+    assert host_memory.available() == (6 if own == "max\n" else 4) * MB
+
+
+def test_first_version_as_a_container_sees_it(system):
+    """Its path is that outside; its root is its own group."""
+    system({
+        "proc/self/cgroup": "3:cpu:/docker/a\n4:memory:/docker/a\n0::/\n",
+        "cgroup/memory/memory.limit_in_bytes": f"{3 * MB}\n",
+        "cgroup/memory/memory.usage_in_bytes": f"{2 * MB}\n",
+        "cgroup/memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {MB}\n",
+    })  # fmt: skip
+    assert host_memory.available() == 2 * MB
