@@ -22,7 +22,7 @@ from ceilings import Ceilings
 from rich.console import Console
 from rich.table import Table
 
-from cptool import ops, tokenwise
+from cptool import large_pages, ops, tokenwise
 from cptool.bench.measure import circumstances, clock_name, interleave, stopwatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,7 +35,7 @@ def measure(
 ) -> list[dict[str, object]]:
     """A result per number of rows."""
     each = 2 * hidden * hidden * dtype.itemsize
-    weights = torch.empty(-(-COLD // each), 2 * hidden, hidden, dtype=dtype)
+    weights = large_pages.empty((-(-COLD // each), 2 * hidden, hidden), dtype)
     for matrix in weights:
         matrix.copy_(torch.randn(2 * hidden, hidden))
     calls, following = -(-TURN // each), itertools.cycle(weights)

@@ -9,6 +9,7 @@ of ranks, those included that take turns.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -17,7 +18,7 @@ from itertools import cycle
 
 import torch
 
-from cptool import tokenwise
+from cptool import large_pages, tokenwise
 from cptool.bench.forward import hold, random_model, rewind, smaller_worlds
 from cptool.cost import ELEMENT_BYTES, Forward, predict
 from cptool.cost.layer import elementwise_bytes
@@ -27,7 +28,7 @@ from cptool.hardware import MEASURED, HardwareProfile, Link, default_profile, us
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import DecoderLayer
 from cptool.model.shapes import llama_config
-from cptool.ops import attention_partial
+from cptool.ops import attention_partial, cpu_isa
 from cptool.ring import Ring
 from cptool.sampling import Sampling
 from cptool.sharding import Placement, balanced, union
@@ -41,8 +42,12 @@ EXAMPLE = llama_config(1024, 8, 8, 2, 3072, context=131072, tied=True)
 TINY = llama_config(64, 8, 2, 1, 64, vocab=64, head_dim=64, context=131072, tied=True)
 ROWS = 512
 """Rows of products that are bound by arithmetic."""
-BLOCK = 8
-"""Queries of the fewest for which a CPU packs keys and values, as for many."""
+BLOCK = 16
+"""Queries of a block for which a CPU packs keys and values, as for many: of EXAMPLE 64 rows of a KV
+head."""
+FEW_QUERY_ROWS = {"amx": 8, "avx512bf16": 32, "avx512": 32}
+"""By instruction set, up to how many rows of a KV head it reads keys and values as for one query
+(csrc/cpu/avx512_stream.h, amx.cpp)."""
 COLD_BYTES = 128 << 20
 """What is read between two uses of weights or of keys, so that no cache keeps them: those of a
 model with many layers come from memory every time."""
@@ -196,12 +201,18 @@ def _compute(
             profile, memory_bandwidth=weights, few_rows=few_rows, packed_bandwidth=packed,
             cache_bandwidth=cache, block_bandwidth=block, call_overhead_s=call,
             attention_ramp=ramp,
+            few_query_rows=_few_query_rows(clock.device, dtype),
         )  # fmt: skip
         scales = rate / default.linear_flops[name], pairs / default.attention_flops[name]
         linear = {other: scales[0] * value for other, value in linear.items()}
         attention = {other: scales[1] * value for other, value in attention.items()}
     linear[name], attention[name] = rate, pairs
     return dataclasses.replace(profile, linear_flops=linear, attention_flops=attention)
+
+
+def _few_query_rows(device: torch.device, dtype: torch.dtype) -> int:
+    isa = cpu_isa(dtype, EXAMPLE.head_dim) if device.type == "cpu" else ""
+    return FEW_QUERY_ROWS.get(isa, 0)
 
 
 def _layer(
@@ -236,8 +247,9 @@ def _attention(clock: _Clock, dtype: torch.dtype) -> tuple[float, float, float, 
 
     def call(queries: int, keys: int, first: int) -> Callable[[], object]:
         q = torch.randn(queries, heads, dim, device=clock.device).to(dtype)
-        kv = torch.randn(keys, 2, kv_heads, dim, device=clock.device).to(dtype)
-        blocks = [kv] + [kv.clone() for _ in range(COLD_BYTES // kv.nbytes) if queries < ROWS]
+        size = keys, 2, kv_heads, dim
+        copies = 1 + COLD_BYTES // (math.prod(size) * dtype.itemsize) if queries < ROWS else 1
+        blocks = [large_pages.empty(size, dtype, clock.device).normal_() for _ in range(copies)]
         q_pos, k_pos = (
             torch.arange(start, start + count, dtype=torch.int32, device=clock.device)
             for start, count in ((first, queries), (0, keys))

@@ -48,18 +48,24 @@ def before_attention(
     """
     (rows, width), dtype, columns = hidden.shape, hidden.dtype, qkv.shape[0]
     head_dim = 2 * cos.shape[-1]
+    if columns % head_dim or not 0 <= rotated * head_dim <= columns:
+        raise ValueError(
+            f"qkv has {columns} rows, of which {rotated} heads of {head_dim} are rotated; "
+            "it must be whole heads, and as many"
+        )
     check_matrix("hidden", hidden, (rows, width), dtype)
     check_matrix("the norm's weight", norm.weight, (width,), dtype)
     check_matrix("qkv", qkv, (columns, width), dtype)
     for name, table in (("cos", cos), ("sin", sin)):
         check_matrix(name, table, (rows, 1, head_dim // 2), torch.float32)
+    cos, sin = cos.contiguous(), sin.contiguous()
     scratch = torch.empty((rows, width), dtype=dtype)
     out = torch.empty((rows, columns // head_dim, head_dim), dtype=dtype)
     _C.layer_input_cpu(
         hidden.data_ptr(), hidden.stride(0), rows, width, SCALAR_TYPES[dtype],
         norm.weight.data_ptr(), norm.eps, qkv.data_ptr(), qkv.stride(0), columns, rotated, head_dim,
-        cos.contiguous().data_ptr(), sin.contiguous().data_ptr(), scratch.data_ptr(),
-        out.data_ptr(), torch.get_num_threads(),
+        cos.data_ptr(), sin.data_ptr(), scratch.data_ptr(), out.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -74,17 +80,17 @@ def after_attention_(
     """
     (rows, width), dtype, ffn = hidden.shape, hidden.dtype, down.shape[1]
     attended = attended.flatten(1).contiguous()
-    heads = attended.shape[1]
+    depth = attended.shape[1]
     check_matrix("hidden", hidden, (rows, width), dtype)
-    check_matrix("attended", attended, (rows, heads), dtype)
-    check_matrix("o", o, (width, heads), dtype)
+    check_matrix("attended", attended, (rows, depth), dtype)
+    check_matrix("o", o, (width, depth), dtype)
     check_matrix("the norm's weight", norm.weight, (width,), dtype)
     check_matrix("gate_up", gate_up, (2 * ffn, width), dtype)
     check_matrix("down", down, (width, ffn), dtype)
     scratch = torch.empty((rows, 2 * (width + ffn)), dtype=dtype)
     _C.layer_output_cpu(
         hidden.data_ptr(), hidden.stride(0), rows, width, SCALAR_TYPES[dtype],
-        attended.data_ptr(), heads, o.data_ptr(), o.stride(0), norm.weight.data_ptr(), norm.eps,
+        attended.data_ptr(), depth, o.data_ptr(), o.stride(0), norm.weight.data_ptr(), norm.eps,
         gate_up.data_ptr(), gate_up.stride(0), down.data_ptr(), down.stride(0), ffn,
         scratch.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

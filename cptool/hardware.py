@@ -65,8 +65,8 @@ class HardwareProfile:
     memory_bytes: of a rank. memory_bandwidth: B/s at which linear layers read weights and small
         ops read and write. cache_bandwidth: B/s at which attention reads keys and values, as it
         does once a call.
-    block_bandwidth: the same for a block of queries, for which a CPU packs them first; None for the
-        rate of one query.
+    block_bandwidth: the same for a block of more queries than one and than `few_query_rows` rows of
+        a KV head, for which a CPU packs them first; None for the rate of one query.
     host_link, network: between ranks of one host, and of different hosts.
     feed_forward: dtype in which the cluster runs gate, up and down, None for that of the rest.
     ranks_per_host: None where a host holds any number.
@@ -115,6 +115,7 @@ class HardwareProfile:
     few_rows: int = 4
     packed_bandwidth: float | None = None
     block_bandwidth: float | None = None
+    few_query_rows: int = 0
     feed_forward: str | None = None
     ranks_per_host: int | None = None
     ranks_at_once: int | None = None

@@ -11,7 +11,8 @@ its own. So whole prompts, shards of any layout, cached prefixes, decode steps a
 one call.
 
 Both operations are torch custom ops (``torch.ops.cptool``) with fake implementations. They have no
-gradients.
+gradients. `attention_partial` calls its own only where torch's compiler or another kind of tensor
+asks for it.
 """
 
 from __future__ import annotations
@@ -77,15 +78,15 @@ def attention_partial(
     CPU it is spread over ``torch.get_num_threads()`` threads; the result does not depend on their
     number.
     """
-    # Outside of torch's compiler the ops are passed by: their dispatch is a fifth of a short call.
-    compiling = torch.compiler.is_compiling()
+    # A plain call passes the op by, whose dispatch is a fifth of a short one.
+    plain = type(q) is Tensor and not q.is_meta and not torch.compiler.is_compiling()
     if into is None:
-        new = _attention_partial_op if compiling else _attention_partial
+        new = _attention_partial if plain else _attention_partial_op
         return new(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype)
     if out_dtype is not None and out_dtype != torch.float32:
         raise ValueError(f"out_dtype is {out_dtype}; with `into` it must be float32")
     out, lse = into
-    merge = _attention_partial_into_op if compiling else _attention_partial_into
+    merge = _attention_partial_into if plain else _attention_partial_into_op
     merge(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse)
     return out, lse
 

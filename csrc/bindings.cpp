@@ -159,13 +159,13 @@ void layer_input(uintptr_t hidden, int64_t stride, int64_t rows, int64_t width, 
 }
 
 void layer_output(uintptr_t hidden, int64_t stride, int64_t rows, int64_t width, int dtype,
-                  uintptr_t attended, int64_t heads, uintptr_t o, int64_t o_stride, uintptr_t norm,
+                  uintptr_t attended, int64_t depth, uintptr_t o, int64_t o_stride, uintptr_t norm,
                   double eps, uintptr_t gate_up, int64_t gate_up_stride, uintptr_t down,
                   int64_t down_stride, int64_t ffn, uintptr_t scratch, int threads) {
   py::gil_scoped_release released;
   cptool::cpu::layer_output(
       {{pointer<void>(hidden), stride, rows, width, static_cast<ScalarType>(dtype)},
-       pointer<const void>(attended), heads, {pointer<const void>(o), o_stride},
+       pointer<const void>(attended), depth, {pointer<const void>(o), o_stride},
        pointer<const void>(norm), static_cast<float>(eps),
        {pointer<const void>(gate_up), gate_up_stride}, {pointer<const void>(down), down_stride},
        ffn, pointer<void>(scratch)},

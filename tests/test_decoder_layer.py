@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cptool import decoder_layer
+from cptool import decoder_layer, ops
 from cptool.model import llama
 from cptool.model.config import LlamaConfig
 from cptool.model.rope import rotary_tables
@@ -28,21 +28,42 @@ def attend(_, q, k, v):
 
 
 def run(made, hidden, positions):
-    cos, sin = rotary_tables(positions, llama.inverse_frequencies(CONFIG))
-    hidden = hidden.clone()
+    tables = rotary_tables(positions, llama.inverse_frequencies(CONFIG))
+    cos, sin = torch.cat(tables, dim=-1).chunk(2, dim=-1)
+    # Rows further apart than they are wide.
+    hidden = torch.nn.functional.pad(hidden, (0, 8))[:, : hidden.shape[1]]
     made(hidden, cos, sin, attend)
     return hidden
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 2, 7, 8])
-def test_the_same_bits(dtype, rows, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, "most"])
+@pytest.mark.parametrize("isa", ops.cpu_isas())
+def test_the_same_bits(dtype, rows, isa, monkeypatch):
+    """With weights, tables and hidden rows that are parts of larger ones, on two threads."""
     made = layer(dtype)
-    hidden = torch.randn(rows, CONFIG.hidden_size).to(dtype)
+    most = min(64, decoder_layer.FEW_ROWS[dtype])
+    rows = most if rows == "most" else min(rows, most)
+    for module in (
+        made.self_attn.qkv_proj, made.self_attn.o_proj, made.mlp.gate_up_proj, made.mlp.down_proj,
+    ):  # fmt: skip
+        wide = torch.nn.functional.pad(module.weight, (3, 5), value=7)
+        module.weight = torch.nn.Parameter(wide[:, 3:-5], requires_grad=False)
+    hidden = torch.randn(rows, CONFIG.hidden_size + 8).to(dtype)[:, 8:]
     positions = torch.arange(100, 100 + rows, dtype=torch.int32)
-    if rows > decoder_layer.FEW_ROWS[dtype]:
-        pytest.skip("not few rows here")
-    assert decoder_layer.takes(hidden)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with ops.force_cpu_isa(isa):
+        assert decoder_layer.takes(hidden)
+        check_bits(made, hidden, positions, monkeypatch)
+
+
+def test_more_than_few_rows_go_step_by_step():
+    most = max(64, decoder_layer.FEW_ROWS[torch.float32])
+    assert not decoder_layer.takes(torch.zeros(most + 1, 8))
+    assert not decoder_layer.takes(torch.zeros(1, 8, dtype=torch.float64))
+
+
+def check_bits(made, hidden, positions, monkeypatch):
     together = run(made, hidden, positions)
     monkeypatch.setattr(decoder_layer, "takes", lambda hidden: False)
     assert torch.equal(together, run(made, hidden, positions))
@@ -59,6 +80,17 @@ def test_hooks_see_every_product():
         module.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
     run(made, torch.randn(1, CONFIG.hidden_size), torch.tensor([3], dtype=torch.int32))
     assert seen == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("rotated", [-1, 11])
+def test_heads_that_are_not_there_are_refused(rotated):
+    made, tables = layer(torch.float32), torch.ones(1, 1, 12)
+    weight = made.self_attn.qkv_proj.weight
+    with pytest.raises(ValueError, match="it must be whole heads"):
+        decoder_layer.before_attention(
+            torch.randn(1, CONFIG.hidden_size), made.input_layernorm, weight, tables, tables,
+            rotated,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down", "norm"])

@@ -104,6 +104,39 @@ def test_few_queries_over_many_keys(isa, dtype, queries):
     )
 
 
+@pytest.mark.parametrize("heads", [(5, 5), (8, 8), (12, 3), (4, 1), (16, 2)], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows_of_any_heads(isa, dtype, head_dim, heads):
+    """Tiles of every size of the kernel that streams keys, cut by the end and by the mask."""
+    group = heads[0] // heads[1]
+    case = make_case(
+        [
+            ([200], range(77)),
+            (range(40, 40 + max(1, 8 // group)), range(45)),
+            ([], range(9)),
+            ([3], range(4)),
+            ([5], []),
+        ],
+        heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        slack=2,
+    )
+    check(
+        case, ops.attention_partial(*case.arguments), tolerance(case, arithmetic(dtype, head_dim))
+    )
+
+
+@pytest.mark.parametrize("rows", [4, 9, 31, 32, 33])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_around_the_bound_of_few(isa, dtype, rows):
+    case = make_case(
+        [(range(90, 90 + rows), range(2, 122)), ([50], range(60))], heads=(3, 3), dtype=dtype
+    )
+    check(case, ops.attention_partial(*case.arguments), tolerance(case, arithmetic(dtype, 64)))
+
+
 @pytest.mark.parametrize("spread", [30.0, 1000.0])
 def test_large_scores(isa, spread):
     """Weights that underflow, maxima that jump from tile to tile."""
@@ -124,6 +157,16 @@ def test_large_scores_err_like_plain_float32(isa):
         ours += float((out - case.exact[0]).square().sum())
         plain += float((case.plain(torch.float32)[0] - case.exact[0]).square().sum())
     assert ours <= 1.5 * plain
+
+
+def test_tensors_without_data_have_results_without_data():
+    arguments = ragged_batch(torch.float32, 64, (4, 2)).arguments
+    *tensors, scale = arguments
+    out, lse = ops.attention_partial(*(tensor.to("meta") for tensor in tensors), scale)
+    assert out.is_meta and out.shape == tensors[0].shape and lse.shape == out.shape[:2]
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in tensors]
+        assert ops.attention_partial(*fakes, scale)[0].shape == out.shape
 
 
 def test_contiguous_and_strided_inputs_agree(isa):

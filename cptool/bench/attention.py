@@ -56,7 +56,7 @@ class Inputs:
         def random(*size: int) -> torch.Tensor:
             return torch.randn(size, generator=generator).to(device, shape.dtype)
 
-        self.q = random(shape.tokens, shape.q_heads, shape.head_dim)
+        self.q = self._in_large_pages(random(shape.tokens, shape.q_heads, shape.head_dim))
         self.slab = self._in_large_pages(random(keys, 2, shape.kv_heads, shape.head_dim))
         self.scale = shape.head_dim**-0.5
         self.q_pos = torch.arange(shape.cached, keys, dtype=torch.int32, device=device)
@@ -70,7 +70,9 @@ class Inputs:
 
     @staticmethod
     def _in_large_pages(x: torch.Tensor) -> torch.Tensor:
-        return large_pages.empty(x.shape, x.dtype, x.device).copy_(x)
+        if not x.is_cpu:
+            return x.contiguous()
+        return large_pages.empty(x.shape, x.dtype).copy_(x)
 
     def ours(self) -> torch.Tensor:
         k, v = self.slab.unbind(1)

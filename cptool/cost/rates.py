@@ -48,8 +48,11 @@ class Rates:
         """Calls in which `queries` see `pairs` of `keys` keys in all."""
         profile, forward = self.profile, self.forward
         flops = 4 * forward.query_width * (pairs + profile.attention_ramp * queries * calls)
-        alone = queries <= forward.batch or profile.block_bandwidth is None
-        bandwidth = profile.cache_bandwidth if alone else profile.block_bandwidth
+        group = 2 * forward.query_width / forward.kv_width
+        few = queries <= forward.batch * max(1, profile.few_query_rows / group)
+        bandwidth = profile.cache_bandwidth
+        if not few and profile.block_bandwidth is not None:
+            bandwidth = profile.block_bandwidth
         read = keys * forward.kv_width * forward.element / bandwidth
         spent = flops / profile.attention_flops[forward.dtype]
         # A device reads the next tiles while it multiplies; a core does one thing at a time.

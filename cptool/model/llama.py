@@ -156,11 +156,14 @@ class DecoderLayer(nn.Module):
         )  # fmt: skip
 
     def _unobserved(self) -> bool:
-        """Whether all products are this file's, and nobody's hook waits for one."""
+        """Whether all products are this file's, and no hook waits for a module within, as those of
+        tensor parallelism and of `--profile` do.
+        """
         attention, mlp = self.self_attn, self.mlp
-        return all(
-            type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
-            for layer in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        products = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+        others = attention, mlp, self.input_layernorm, self.post_attention_layernorm
+        return all(type(module) is Linear for module in products) and not any(
+            module._forward_hooks or module._forward_pre_hooks for module in (*products, *others)
         )
 
 

@@ -1,5 +1,5 @@
 // Attention of a few rows, as when decoding, in the arithmetic that `Math` names
-// (avx512_panel_kernel.h): memory bandwidth is the limit.
+// (avx512_panel_kernel.h): memory bandwidth is the limit of up to four rows of a KV head.
 //
 // A block holds the rows of all KV heads, so that K and V are read once, front to back, as they lie
 // in a cache of [token][K or V][head][dim]: a head alone is a few lines of every other kilobyte,
@@ -14,8 +14,9 @@
 namespace cptool::cpu {
 namespace {
 
-// Rows of a KV head up to which this is faster than packing K and V for the panels' products:
-// measured over 2K to 32K keys, 1.2 to 2.3 times from 9 rows to 32, level at 64 in float32.
+// Rows of a KV head up to which this is faster than packing K and V for the panels' products.
+// Measured over 2K to 32K keys in all types: 1.2 to 2.5 times at 9 to 32 rows, but for 32 rows over
+// keys in a cache, where it is level (bfloat16: a fifth slower).
 constexpr int kStreamRows = 32;
 
 // How many rows the longest sequence has for each KV head.
@@ -86,9 +87,8 @@ class StreamAhead {
     row_end_ = at_ + row_bytes_;
   }
 
-  // False if there is none.
+  // False if there is none. Some keys must be left.
   __attribute__((noinline)) bool next_row() {
-    if (left_ == 0) return false;
     if (++head_ == heads_) {
       head_ = 0;
       parts_[part_].at += parts_[part_].token_stride;
@@ -392,7 +392,8 @@ class StreamKernel {
     _mm512_store_ps(fixed_.sum[slot], sum);
   }
 
-  // No wider than they were stored, or the processor waits for the store to reach its cache.
+  // No wider than `score_four` stores them, or the processor waits for the store to reach its
+  // cache.
   static __m512 load_scores(const float* scores) {
     return kKeys < kLanes ? _mm512_castps256_ps512(_mm256_load_ps(scores)) : _mm512_load_ps(scores);
   }
@@ -463,8 +464,9 @@ class StreamKernel {
   StreamAhead ahead_;
 };
 
-// With tiles of about 16 KB. Larger ones were measured to cost a fifth of the rate: the level-1
-// cache then loses the lines of V that come along with those of K.
+// With tiles of 16 KB where that is 8 to 32 keys. Larger ones were measured to cost a fifth of the
+// rate, perhaps because the level-1 cache then loses the lines of V that come along with those of
+// K.
 template <class Math>
 inline void run_stream(const AttentionArgs& args, int threads) {
   constexpr int64_t kTileBytes = 16 << 10;

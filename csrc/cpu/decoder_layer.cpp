@@ -37,7 +37,7 @@ void layer_output(const LayerOutputArgs& args, int threads) {
   char* const added = normed + row_bytes * hidden.width;
   char* const gate = added + row_bytes * hidden.width;
   char* const up = gate + size_of(hidden.dtype) * args.ffn;  // of the first row
-  multiply(args.attended, args.heads, args.o, hidden.width, added, hidden, threads);
+  multiply(args.attended, args.depth, args.o, hidden.width, added, hidden, threads);
   norm(hidden, added, args.norm, args.eps, normed, threads);
   multiply(normed, hidden.width, args.gate_up, 2 * args.ffn, gate, hidden, threads);
   swiglu({gate, up, 2 * args.ffn, 2 * args.ffn, hidden.rows, args.ffn, hidden.dtype}, threads);

@@ -38,10 +38,10 @@ void layer_input(const LayerInputArgs& args, int threads);
 
 struct LayerOutputArgs {
   Hidden hidden;
-  const void* attended;  // [rows, heads], contiguous
-  int64_t heads;         // elements of a row
-  Weight o;              // [width, heads]
-  const void* norm;      // [width]
+  const void* attended;  // [rows, depth], contiguous
+  int64_t depth;
+  Weight o;          // [width, depth]
+  const void* norm;  // [width]
   float eps;
   Weight gate_up;  // [2 ffn, width], the gate first
   Weight down;     // [width, ffn]
