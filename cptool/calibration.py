@@ -194,14 +194,15 @@ def _compute(
     rate = flops / max(many - few - small * (ROWS - packs), 0.05 * many)
     packing = few - profile.layer_overhead_s - packs * (small + 2 * parameters / rate)
     packed = parameters * ELEMENT_BYTES[name] / max(packing, read, 0.05 * few)
-    pairs, cache, block, call, ramp = _attention(clock, dtype)
+    few_query_rows = _few_query_rows(clock.device, dtype)
+    pairs, cache, share, block, call, ramp = _attention(clock, dtype, few_query_rows)
     linear, attention = dict(profile.linear_flops), dict(profile.attention_flops)
     if first:
         profile = dataclasses.replace(
             profile, memory_bandwidth=weights, few_rows=few_rows, packed_bandwidth=packed,
             cache_bandwidth=cache, block_bandwidth=block, call_overhead_s=call,
             attention_ramp=ramp,
-            few_query_rows=_few_query_rows(clock.device, dtype),
+            few_query_rows=few_query_rows, few_query_rate=share,
         )  # fmt: skip
         scales = rate / default.linear_flops[name], pairs / default.attention_flops[name]
         linear = {other: scales[0] * value for other, value in linear.items()}
@@ -237,9 +238,10 @@ def _layer(
     return clock(lambda: next(following)(hidden, angles, angles, lambda _, q, k, v: q), calls)
 
 
-def _attention(clock: _Clock, dtype: torch.dtype) -> tuple[float, float, float, float, float]:
-    """FLOP/s of visible pairs, B/s of keys and values read for one query and for a block of them,
-    seconds of a call with no work, and the keys that a query costs beyond those that it sees.
+def _attention(clock: _Clock, dtype: torch.dtype, few_rows: int) -> tuple[float, ...]:
+    """FLOP/s of visible pairs, B/s of keys and values read for one query, the part of the FLOP/s
+    that `few_rows` rows of a KV head reach, B/s as for one query for a block of many, seconds of a
+    call with no work, and the keys that a query costs beyond those that it sees.
     """
     heads, kv_heads, dim = (
         EXAMPLE.num_attention_heads, EXAMPLE.num_key_value_heads, EXAMPLE.head_dim,
@@ -267,8 +269,11 @@ def _attention(clock: _Clock, dtype: torch.dtype) -> tuple[float, float, float, 
 
         return attend
 
+    few_queries = max(1, few_rows * kv_heads // heads)
     empty = clock(call(1, 1, 1), calls=32)
-    few = clock(call(1, 8192, 8192), calls=4)
+    few = clock.all(
+        {"one": call(1, 8192, 8192), "several": call(few_queries, 8192, 8192)}, calls=4
+    )
     times = clock.all(
         {
             "dense": call(ROWS, 2048, 2048),
@@ -281,11 +286,15 @@ def _attention(clock: _Clock, dtype: torch.dtype) -> tuple[float, float, float, 
     width = 2 * kv_heads * dim * ELEMENT_BYTES[str(dtype).removeprefix("torch.")]
     rate = _slope((0, empty), (pair * ROWS * 2048, times["dense"]))
     cut = (times["causal"] - empty) * rate / pair / ROWS - (ROWS + 1) / 2
-    reading, packing = (
+    one, packing = (
         width * 8192 / max(spent - empty - pair * queries * 8192 / rate, 0.05 * spent)
-        for queries, spent in ((1, few), (BLOCK, times["block"]))
+        for queries, spent in ((1, few["one"]), (BLOCK, times["block"]))
     )
-    return rate, reading, min(reading, packing), empty, min(max(0.0, cut), ROWS / 2)
+    reading, share = one, 1.0
+    if few_rows:  # which are read and computed at the same time
+        reading = width * 8192 / max(few["one"] - empty, 0.05 * few["one"])
+        share = pair * few_queries * 8192 / rate / max(few["several"] - empty, 0.05 * empty)
+    return rate, reading, share, min(one, packing), empty, min(max(0.0, cut), ROWS / 2)
 
 
 def _small_op(clock: _Clock) -> float:

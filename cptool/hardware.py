@@ -65,8 +65,10 @@ class HardwareProfile:
     memory_bytes: of a rank. memory_bandwidth: B/s at which linear layers read weights and small
         ops read and write. cache_bandwidth: B/s at which attention reads keys and values, as it
         does once a call.
-    block_bandwidth: the same for a block of more queries than one and than `few_query_rows` rows of
-        a KV head, for which a CPU packs them first; None for the rate of one query.
+    few_query_rows: rows of a KV head up to which a CPU reads keys and values while it computes, at
+        `few_query_rate` times the FLOP/s of many.
+    block_bandwidth: the rate of reading them for a block of more queries than one and than these
+        rows, for which a CPU packs them first; None for that of one query.
     host_link, network: between ranks of one host, and of different hosts.
     feed_forward: dtype in which the cluster runs gate, up and down, None for that of the rest.
     ranks_per_host: None where a host holds any number.
@@ -116,6 +118,7 @@ class HardwareProfile:
     packed_bandwidth: float | None = None
     block_bandwidth: float | None = None
     few_query_rows: int = 0
+    few_query_rate: float = 1.0
     feed_forward: str | None = None
     ranks_per_host: int | None = None
     ranks_at_once: int | None = None
@@ -311,6 +314,7 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
     rates = {
         "memory_bytes": profile.memory_bytes,
         "few_rows": profile.few_rows,
+        "few_query_rate": profile.few_query_rate,
         "memory_bandwidth": profile.memory_bandwidth,
         "cache_bandwidth": profile.cache_bandwidth,
         **{f"linear_flops.{dtype}": rate for dtype, rate in profile.linear_flops.items()},

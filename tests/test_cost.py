@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cptool import cost
 from cptool.cost import VARIANTS, Forward, predict
+from cptool.cost.rates import Rates
 from cptool.hardware import Link, default_profile
 from cptool.model.shapes import llama_config
 from cptool.strategy import choose
@@ -177,3 +178,17 @@ def test_a_block_of_queries_pays_for_packing_the_keys_and_one_query_does_not():
     assert packed[0] == bare[0]
     read = (4096 + 16) * 2 * 2 * 128 * 2  # bytes of K and V of two heads
     assert packed[1] - bare[1] == pytest.approx(read / 2e9 - read / 8e9)
+
+
+def test_few_rows_read_while_they_compute_and_many_pack_first():
+    profile = dataclasses.replace(
+        default_profile("cpu"), few_query_rows=32, few_query_rate=0.5, cache_bandwidth=1e10,
+        block_bandwidth=1e9, attention_flops={"bfloat16": 1e11}, attention_ramp=0.0,
+        call_overhead_s=0.0,
+    )  # fmt: skip
+    forward = Forward(llama_config(1024, 8, 8, 2, 3072), "bfloat16", 1, 8192, 1, 1)
+    rates = Rates(forward, profile)
+    flops, read = 4 * 1024 * 8192, 8192 * 2 * 2 * 128 * 2
+    assert rates.attention(8192, 8192, 1) == pytest.approx(read / 1e10)
+    assert rates.attention(8 * 8192, 8192, 8) == pytest.approx(8 * flops / 0.5e11)
+    assert rates.attention(9 * 8192, 8192, 9) == pytest.approx(9 * flops / 1e11 + read / 1e9)

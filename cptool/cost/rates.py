@@ -49,14 +49,16 @@ class Rates:
         profile, forward = self.profile, self.forward
         flops = 4 * forward.query_width * (pairs + profile.attention_ramp * queries * calls)
         group = 2 * forward.query_width / forward.kv_width
-        few = queries <= forward.batch * max(1, profile.few_query_rows / group)
+        few = queries * group <= forward.batch * profile.few_query_rows
         bandwidth = profile.cache_bandwidth
-        if not few and profile.block_bandwidth is not None:
+        if not few and queries > forward.batch and profile.block_bandwidth is not None:
             bandwidth = profile.block_bandwidth
         read = keys * forward.kv_width * forward.element / bandwidth
         spent = flops / profile.attention_flops[forward.dtype]
-        # A device reads the next tiles while it multiplies; a core does one thing at a time.
-        busy = max(spent, read) if self.queued else spent + read
+        if few:
+            spent /= profile.few_query_rate
+        # A device reads the next tiles while it multiplies, as a core does for few rows alone.
+        busy = max(spent, read) if self.queued or few else spent + read
         return calls * profile.call_overhead_s + busy
 
     def touch(self, count: float, calls: int = 1) -> float:
