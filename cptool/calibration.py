@@ -81,6 +81,7 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         name=f"{MEASURED}{world.size} {device} rank{'s' * (world.size > 1)}",
         position_s=_positions(clock),
         op_overhead_s=_small_op(clock),
+        touch_bandwidth=_touch(clock),
         ranks_per_host=world.local_size if machines > 1 else None,
         ranks_at_once=at_once,
         notes={},
@@ -301,6 +302,15 @@ def _small_op(clock: _Clock) -> float:
     """Seconds of copying a few bytes."""
     few = torch.zeros(64, device=clock.device)
     return clock(few.clone, calls=64)
+
+
+def _touch(clock: _Clock) -> float:
+    """B/s of bringing rows of a message's size into another order, again and again."""
+    rows, width = 4096, 256
+    given = torch.zeros(rows, width, device=clock.device)
+    order = torch.arange(rows, device=clock.device).view(8, -1).T.flatten()
+    made = torch.empty_like(given)
+    return 2 * given.nbytes / clock(lambda: torch.index_select(given, 0, order, out=made), calls=4)
 
 
 def _positions(clock: _Clock) -> float:

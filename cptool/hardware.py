@@ -69,6 +69,8 @@ class HardwareProfile:
         `few_query_rate` times the FLOP/s of many.
     block_bandwidth: the rate of reading them for a block of more queries than one and than these
         rows, for which a CPU packs them first; None for that of one query.
+    touch_bandwidth: B/s at which a step reads and writes what it has just made or been sent, a few
+        megabytes; None for `memory_bandwidth`.
     host_link, network: between ranks of one host, and of different hosts.
     feed_forward: dtype in which the cluster runs gate, up and down, None for that of the rest.
     ranks_per_host: None where a host holds any number.
@@ -117,6 +119,7 @@ class HardwareProfile:
     few_rows: int = 4
     packed_bandwidth: float | None = None
     block_bandwidth: float | None = None
+    touch_bandwidth: float | None = None
     few_query_rows: int = 0
     few_query_rate: float = 1.0
     feed_forward: str | None = None
@@ -168,8 +171,8 @@ class HardwareProfile:
 
     def scaled(self, factor: float) -> HardwareProfile:
         """With compute and memory that many times as fast."""
-        bandwidths = ("memory_bandwidth", "packed_bandwidth", "cache_bandwidth", "block_bandwidth")
-        rates = {name: getattr(self, name) for name in bandwidths}
+        names = [f.name for f in dataclasses.fields(self) if f.name.endswith("_bandwidth")]
+        rates = {name: getattr(self, name) for name in names}
         return dataclasses.replace(
             self,
             linear_flops={name: factor * rate for name, rate in self.linear_flops.items()},
@@ -320,7 +323,7 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
         **{f"linear_flops.{dtype}": rate for dtype, rate in profile.linear_flops.items()},
         **{f"attention_flops.{dtype}": rate for dtype, rate in profile.attention_flops.items()},
     }
-    for name in ("packed_bandwidth", "block_bandwidth"):
+    for name in ("packed_bandwidth", "block_bandwidth", "touch_bandwidth"):
         if getattr(profile, name) is not None:
             rates[name] = getattr(profile, name)
     names = [f.name for f in dataclasses.fields(profile) if f.name.endswith("_s")]

@@ -56,7 +56,7 @@ def _pass_kv(rates: Rates) -> Exchange:
         fresh = step < forward.sources
         pairs = forward.cached_pairs + fresh * forward.new_pairs
         keys = forward.cached_keys + fresh * forward.queries
-        spent = crowd * rates.attention(pairs, keys, forward.queries)
+        spent = crowd * rates.attention(pairs, keys, forward.queries, received=step > 0)
         running = crowd * _running(rates) if step else 0.0
         cost.attention_s += spent
         cost.merge_s += running
@@ -79,7 +79,7 @@ def _gather_kv(rates: Rates) -> Exchange:
     ordering = rates.touch(2 * own + 2 * everything, calls=2)
     tokens = forward.cached + forward.new
     ordering += tokens * rates.profile.position_s / forward.config.num_hidden_layers
-    whole = rates.attention(forward.pairs, tokens, forward.queries)
+    whole = rates.attention(forward.pairs, tokens, forward.queries, received=True)
     sent = (sources - 1) * own
     if sources < forward.ranks:
         sent = max(sent, sources * forward.cached_keys * width)
@@ -87,7 +87,9 @@ def _gather_kv(rates: Rates) -> Exchange:
     return Exchange(
         attention_s=rates.crowd(sources) * whole,
         merge_s=rates.crowd(sources) * ordering,
-        exposed_s=rates.collective(max(everything - own, sent), givers - 1) if givers > 1 else 0.0,
+        exposed_s=rates.collective(max(everything - own, sent), givers - 1, receivers=sources)
+        if givers > 1
+        else 0.0,
         bytes=sent,
     )
 

@@ -44,8 +44,13 @@ class Rates:
         read = parameters * ELEMENT_BYTES[dtype] / bandwidth
         return 2 * parameters * rows / rate + read
 
-    def attention(self, pairs: float, keys: float, queries: float, calls: int = 1) -> float:
-        """Calls in which `queries` see `pairs` of `keys` keys in all."""
+    def attention(
+        self, pairs: float, keys: float, queries: float, calls: int = 1, received: bool = False
+    ) -> float:
+        """Calls in which `queries` see `pairs` of `keys` keys in all.
+
+        received: whether the keys have just come from other ranks, so that a cache may hold them.
+        """
         profile, forward = self.profile, self.forward
         flops = 4 * forward.query_width * (pairs + profile.attention_ramp * queries * calls)
         group = 2 * forward.query_width / forward.kv_width
@@ -53,33 +58,41 @@ class Rates:
         bandwidth = profile.cache_bandwidth
         if not few and queries > forward.batch and profile.block_bandwidth is not None:
             bandwidth = profile.block_bandwidth
-        read = keys * forward.kv_width * forward.element / bandwidth
         spent = flops / profile.attention_flops[forward.dtype]
         if few:
             spent /= profile.few_query_rate
+            if received and profile.touch_bandwidth:
+                bandwidth = profile.touch_bandwidth
+        read = keys * forward.kv_width * forward.element / bandwidth
         # A device reads the next tiles while it multiplies, as a core does for few rows alone.
         busy = max(spent, read) if self.queued or few else spent + read
         return calls * profile.call_overhead_s + busy
 
     def touch(self, count: float, calls: int = 1) -> float:
         """Calls that read or write `count` bytes of memory."""
-        return calls * self.profile.op_overhead_s + count / self.profile.memory_bandwidth
+        bandwidth = self.profile.touch_bandwidth or self.profile.memory_bandwidth
+        return calls * self.profile.op_overhead_s + count / bandwidth
 
-    def message(self, count: float, messages: int = 1) -> tuple[float, float]:
-        """Latency and moving time of a batch of messages of `count` bytes in all, one way."""
+    def message(
+        self, count: float, messages: int = 1, receivers: int | None = None
+    ) -> tuple[float, float]:
+        """Latency and moving time of a batch of messages of `count` bytes in all, one way, to each
+        of `receivers`, by default all ranks.
+        """
         link, crowd = self.link, self.crowd(self.forward.ranks)
         latency = link.latency_s + (messages - 1) * link.message_overhead_s
         bandwidth = link.bandwidth if messages == 1 else link.fan_out
-        return latency * crowd, count / bandwidth * crowd
+        moving = self.crowd(self.forward.ranks if receivers is None else receivers)
+        return latency * crowd, count / bandwidth * moving
 
     def exposed(self, cover: float, latency: float, moving: float) -> float:
         """What a transfer under `cover` seconds of compute adds to it."""
         return latency + max(moving - cover, self.profile.transfer_steals * moving)
 
-    def collective(self, count: float, messages: int) -> float:
+    def collective(self, count: float, messages: int, receivers: int | None = None) -> float:
         """Exchange of `count` bytes in all with several ranks at once, which nothing hides."""
         if not self.queued:
-            return sum(self.message(count, messages))
+            return sum(self.message(count, messages, receivers))
         link = self.link
         skew = 0.0 if self.forward.decoding else self.profile.skew_s
         return link.collective_latency_s + skew + count / link.fan_out
