@@ -56,6 +56,9 @@ FEW_LAYERS, MORE_LAYERS, HELD = 2, 8, 64
 OVERHEAD_REPEATS, OVERHEAD_QUANTILE = 10, 0.25
 """Small costs want more repetitions than the rest, that many times as many. What interrupts a run
 only adds to it, so that the faster ones say more."""
+PAUSE_S = 200e-6
+"""What a layer of a small model computes between two exchanges, roughly: long enough for ranks that
+wait to go to sleep."""
 VARIANTS = ("pass-kv", "gather-kv", "pass-q", "pass-q-all2all", "gather-q")
 
 
@@ -370,8 +373,10 @@ def _overheads(
     beyond what the rest of the profile says, where they have next to nothing to compute.
 
     A whole engine runs a tiny model of few and of more layers: the difference is the layers', the
-    rest the forward's.
+    rest the forward's. On a CPU its layers pause as if they computed, because ranks that sleep
+    answer later than those that have just begun to wait.
     """
+    pause = PAUSE_S if world.device.type == "cpu" else 0.0
     once: dict[int, dict[str, tuple[float, float]]] = {}
     residual: dict[str, dict[str, tuple[float, float]]] = {}
     profile = dataclasses.replace(profile, residual_s={}, start_s={})
@@ -383,9 +388,10 @@ def _overheads(
             config = dataclasses.replace(TINY, num_hidden_layers=layers)
             engine = placements = None
             if part is not None:
-                engine = Engine(
-                    random_model(config, getattr(torch, dtype), part), part, profile=profile
-                )
+                model = random_model(config, getattr(torch, dtype), part)
+                for layer in model.layers if pause else ():
+                    layer.register_forward_pre_hook(_pause)
+                engine = Engine(model, part, profile=profile)
                 placements = hold(engine, HELD)
             for variant in VARIANTS if count > 1 else VARIANTS[:1]:
                 for new in (1, 2 * count):
@@ -401,7 +407,8 @@ def _overheads(
                 more = times[f"{variant} {new} {MORE_LAYERS}"]
                 each = max(0.0, more - few) / (MORE_LAYERS - FEW_LAYERS)
                 forward = Forward(TINY, dtype, new, HELD, count, count)
-                layer.append(each - predict(variant, forward, profile).seconds)
+                paused = pause * max(1.0, forward.sources / (profile.ranks_at_once or count))
+                layer.append(each - paused - predict(variant, forward, profile).seconds)
                 start.append(max(0.0, few - FEW_LAYERS * each))
             found[variant], started[variant] = tuple(layer), tuple(start)
         once[count] = started
@@ -424,6 +431,13 @@ def _overheads(
         if count > 1
     }
     return dataclasses.replace(profile, residual_s=residual, start_s=starts)
+
+
+def _pause(_: DecoderLayer, inputs: tuple) -> None:
+    """Keeps the core of a rank that has tokens busy."""
+    end = time.perf_counter() + (PAUSE_S if inputs[0].shape[0] else 0.0)
+    while time.perf_counter() < end:
+        pass
 
 
 def _forward(
