@@ -198,15 +198,11 @@ def _compute(
     rate = flops / max(many - few - small * (ROWS - packs), 0.05 * many)
     packing = few - profile.layer_overhead_s - packs * (small + 2 * parameters / rate)
     packed = parameters * ELEMENT_BYTES[name] / max(packing, read, 0.05 * few)
-    few_query_rows = _few_query_rows(clock.device, dtype)
-    pairs, cache, share, block, call, ramp = _attention(clock, dtype, few_query_rows)
+    pairs, reading = _attention(clock, dtype)
     linear, attention = dict(profile.linear_flops), dict(profile.attention_flops)
     if first:
         profile = dataclasses.replace(
-            profile, memory_bandwidth=weights, few_rows=few_rows, packed_bandwidth=packed,
-            cache_bandwidth=cache, block_bandwidth=block, call_overhead_s=call,
-            attention_ramp=ramp,
-            few_query_rows=few_query_rows, few_query_rate=share,
+            profile, memory_bandwidth=weights, few_rows=few_rows, packed_bandwidth=packed, **reading
         )  # fmt: skip
         scales = rate / default.linear_flops[name], pairs / default.attention_flops[name]
         linear = {other: scales[0] * value for other, value in linear.items()}
@@ -242,11 +238,11 @@ def _layer(
     return clock(lambda: next(following)(hidden, angles, angles, lambda _, q, k, v: q), calls)
 
 
-def _attention(clock: _Clock, dtype: torch.dtype, few_rows: int) -> tuple[float, ...]:
-    """FLOP/s of visible pairs, B/s of keys and values read for one query, the part of the FLOP/s
-    that `few_rows` rows of a KV head reach, B/s as for one query for a block of many, seconds of a
-    call with no work, and the keys that a query costs beyond those that it sees.
+def _attention(clock: _Clock, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
+    """FLOP/s of visible pairs, and the fields of the profile that tell of reading keys and of what
+    a call costs.
     """
+    few_rows = _few_query_rows(clock.device, dtype)
     heads, kv_heads, dim = (
         EXAMPLE.num_attention_heads, EXAMPLE.num_key_value_heads, EXAMPLE.head_dim,
     )  # fmt: skip
@@ -296,9 +292,17 @@ def _attention(clock: _Clock, dtype: torch.dtype, few_rows: int) -> tuple[float,
     )
     reading, share = one, 1.0
     if few_rows:  # which are read and computed at the same time
-        reading = width * 8192 / max(few["one"] - empty, 0.05 * few["one"])
-        share = pair * few_queries * 8192 / rate / max(few["several"] - empty, 0.05 * empty)
-    return rate, reading, share, min(one, packing), empty, min(max(0.0, cut), ROWS / 2)
+        alone, several = (max(spent - empty, 0.05 * spent) for spent in few.values())
+        reading = width * 8192 / alone
+        share = pair * few_queries * 8192 / rate / several
+    return rate, {
+        "cache_bandwidth": reading,
+        "few_query_rows": few_rows,
+        "few_query_rate": share,
+        "block_bandwidth": min(one, packing),
+        "call_overhead_s": empty,
+        "attention_ramp": min(max(0.0, cut), ROWS / 2),
+    }
 
 
 def _small_op(clock: _Clock) -> float:

@@ -88,8 +88,8 @@ def test_heads_that_are_not_there_are_refused(rotated):
     weight = made.self_attn.qkv_proj.weight
     with pytest.raises(ValueError, match="it must be whole heads"):
         decoder_layer.before_attention(
-            torch.randn(1, CONFIG.hidden_size), made.input_layernorm, weight, tables, tables,
-            rotated,
+            torch.randn(1, CONFIG.hidden_size), made.input_layernorm.weight, 1e-5, weight, tables,
+            tables, rotated,
         )  # fmt: skip
 
 

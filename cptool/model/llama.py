@@ -145,13 +145,14 @@ class DecoderLayer(nn.Module):
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
     ) -> None:
         attention, mlp = self.self_attn, self.mlp
+        before, after = self.input_layernorm, self.post_attention_layernorm
         q, kv = attention.num_heads, attention.num_kv_heads
         qkv = decoder_layer.before_attention(
-            hidden, self.input_layernorm, attention.qkv_proj.weight, cos, sin, rotated=q + kv
+            hidden, before.weight, before.eps, attention.qkv_proj.weight, cos, sin, rotated=q + kv
         )
         attended = attend(attention.layer, *qkv.split((q, kv, kv), dim=1))
         decoder_layer.after_attention_(
-            hidden, attended, attention.o_proj.weight, self.post_attention_layernorm,
+            hidden, attended, attention.o_proj.weight, after.weight, after.eps,
             mlp.gate_up_proj.weight, mlp.down_proj.weight,
         )  # fmt: skip
 

@@ -15,8 +15,8 @@ namespace cptool::cpu {
 namespace {
 
 // Rows of a KV head up to which this is faster than packing K and V for the panels' products.
-// Measured over 2K to 32K keys in all types: 1.2 to 2.5 times at 9 to 32 rows, but for 32 rows over
-// keys in a cache, where it is level (bfloat16: a fifth slower).
+// Measured over 2K to 32K keys in all types: 1.1 to 2.5 times at 9 to 24 rows; at 32 up to 1.4
+// times, but level where keys lie in a cache (bfloat16: a fifth slower).
 constexpr int kStreamRows = 32;
 
 // How many rows the longest sequence has for each KV head.
@@ -147,24 +147,22 @@ class StreamKernel {
     const bool quarters = kAsTheyAre && rows_at_once() == 4;
     for (int slot = 0; slot < block.heads * slots_; ++slot) {
       const int row = slot % slots_;
+      const T* from =
+          row < rows_ ? static_cast<const T*>(block.q[slot / slots_ * rows_ + row]) : nullptr;
       fixed_.max[slot] = kNoScore;
       _mm512_store_ps(fixed_.sum[slot], _mm512_setzero_ps());
       if (quarters) {
         float* to = q_ + slot / 4 * 4 * query_words_ + slot % 4 * 4;
         for (int64_t d = 0; d < args_.head_dim; d += kQuarter, to += kLanes) {
           __m128 words = _mm_setzero_ps();
-          if (row < rows_)
-            words = _mm_loadu_ps(reinterpret_cast<const float*>(
-                static_cast<const T*>(block.q[slot / slots_ * rows_ + row]) + d));
+          if (from != nullptr) words = _mm_loadu_ps(reinterpret_cast<const float*>(from + d));
           _mm_store_ps(to, words);
         }
         continue;
       }
       for (int64_t w = 0; w < query_words_; w += kLanes) {
         __m512 words = _mm512_setzero_ps();
-        if (row < rows_)
-          words =
-              Math::load(static_cast<const T*>(block.q[slot / slots_ * rows_ + row]), w, words_);
+        if (from != nullptr) words = Math::load(from, w, words_);
         _mm512_store_ps(q_ + slot * query_words_ + w, words);
       }
     }
