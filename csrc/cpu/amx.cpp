@@ -60,24 +60,46 @@ class AmxKernel {
     pack_keys(k, args_.k_token_stride, keys, args_.head_dim, k_);
     pack_values<kKeys>(v, args_.v_token_stride, keys, args_.head_dim, v_);
     const int share = kKeys / ((block.rows + kPanel - 1) / kPanel);
+    const int groups = static_cast<int>(dims_ / kStrip);
+    Panel weighed;   // the last panel, whose weights still wait for the values
+    int buffer = 0;  // of the scores in hand
     for (int row = 0; row < block.rows; row += kPanel) {
       prefetch_keys(args_, block, key + kKeys + row / kPanel * share, share);
       const Visible visible(fixed_.rows, row, row + kPanel - 1, key, keys);
       if (visible.keys == 0) continue;
-      const int strips = (visible.keys + kStrip - 1) / kStrip;
+      const Panel panel{row, (visible.keys + kStrip - 1) / kStrip, 1 - weighed.weights};
       // The first strip that some row doesn't see in full.
       const int64_t seen_by_all = fixed_.rows.limit[row] - key;
       const int dense = seen_by_all < 0 ? 0 : static_cast<int>(seen_by_all / kStrip);
-      score_alone(row);
-      for (int strip = 0; strip < strips; ++strip) {
+      if (weighed.strips == 0) {  // the first
+        TileSteps alone;
+        alone.scores_of = row;
+        multiply(alone);
+      }
+      for (int strip = 0; strip < panel.strips; ++strip, buffer = 1 - buffer) {
+        TileSteps beside;
+        beside.into = 1 - buffer;
+        if (strip + 1 < panel.strips) {
+          beside.scores_of = row;
+          beside.strip = strip + 1;
+        } else if (row + kPanel < block.rows) {  // it sees no less than this one
+          beside.scores_of = row + kPanel;
+        }
+        beside.weighed = weighed;
+        beside.group = groups * strip / panel.strips;
+        beside.group_end = groups * (strip + 1) / panel.strips;
         if (strip < dense) {
-          weigh<false>(row, strip, strips, key);
+          weigh<false>(panel, strip, key, buffer, beside);
         } else {
-          weigh<true>(row, strip, strips, key);
+          weigh<true>(panel, strip, key, buffer, beside);
         }
       }
-      for (int64_t d = 0; d < dims_; d += kStrip) accumulate(row, d, strips);
+      weighed = panel;
     }
+    TileSteps last;
+    last.weighed = weighed;
+    last.group_end = groups;
+    multiply(last);
   }
 
   // Turns the accumulator of every 16 rows, tiles [dim][row], into 16 rows, in place.
@@ -99,29 +121,78 @@ class AmxKernel {
   SoftmaxState state(int row) const { return fixed_.rows.state(row); }
 
  private:
+  static constexpr int kScoreLanes = 2 * kLanes;  // from a key's scores to the next one's
+  static constexpr int64_t kScoreStride = kScoreLanes * sizeof(float);
+
   struct Fixed {
     RowStates<kRows> rows;
-    // Two strips, so that one is computed while the other is read: tiles [2 of keys][2 of rows],
-    // each [16 keys][16 rows].
-    alignas(64) float scores[2][kStrip * kPanel];
-    alignas(64) BFloat16
-        weights[kKeys * kPanel];  // tiles [keys / 32][2 of rows], each [16 key pairs][16 rows][2]
+    // Two strips, so that one is computed while the other is read: [2 of rows][32 keys][2 strips]
+    // [16 rows]. Lines of the two alternate, so that no line of one lies a multiple of 4 KB from a
+    // line of the other: a load would wait for such a store.
+    alignas(64) float scores[2 * kStrip * kPanel];
+    // Of two panels likewise: tiles [keys / 32][2 of rows], each [16 key pairs][16 rows][2].
+    alignas(64) BFloat16 weights[2][kKeys * kPanel];
+  };
+
+  // 32 rows and what they see of a tile of keys.
+  struct Panel {
+    int row = 0;
+    int strips = 0;   // of 32 keys; 0: no panel
+    int weights = 0;  // which buffer holds its weights
+  };
+
+  // Tile products that run beside the softmax of a strip, in steps of four: first the scores of the
+  // strip that is next, whose stores have then reached the cache when its softmax loads them
+  // (nothing forwards a tile's store to a load); then a share of the values of the panel before,
+  // whose weights have, too.
+  struct TileSteps {
+    int scores_of = -1;  // row of the panel; -1: no scores
+    int strip = 0;
+    int into = 0;  // which buffer of scores
+    Panel weighed;
+    int group = 0, group_end = 0;  // of 32 dimensions
   };
 
   static int64_t padded(int64_t head_dim) { return (head_dim + kStrip - 1) / kStrip * kStrip; }
 
   // The two tiles of weights of 32 keys by 32 rows.
-  char* weight_tiles(int strip) const {
-    return reinterpret_cast<char*>(fixed_.weights) + strip * 2 * kTileBytes;
+  char* weight_tiles(const Panel& panel, int strip) const {
+    return reinterpret_cast<char*>(fixed_.weights[panel.weights]) + strip * 2 * kTileBytes;
   }
 
   float* accumulator(int row) const { return reinterpret_cast<float*>(acc_) + row * dims_; }
 
-  // One step of the scores of 32 keys by 32 rows: 32 dimensions, the c-th.
-  void score_step(int row, int strip, int64_t c) {
-    const char* k = k_ + strip * kStrip * dims_ * 2 + c * kTileBytes;
-    const char* q = q_ + row * dims_ * 2 + c * kTileBytes;
+  int score_steps(const TileSteps& steps) const {
+    return steps.scores_of < 0 ? 0 : static_cast<int>(dims_ / kStrip);
+  }
+
+  int count(const TileSteps& steps) const {
+    return score_steps(steps) + (steps.group_end - steps.group) * steps.weighed.strips;
+  }
+
+  void multiply(const TileSteps& steps) {
+    const int n = count(steps);
+    for (int i = 0; i < n; ++i) step(steps, i);
+  }
+
+  void step(const TileSteps& steps, int i) {
+    const int scores = score_steps(steps);
+    if (i < scores) return score_step(steps, i, i == scores - 1);
+    i -= scores;
+    value_step(steps.weighed, steps.group + i / steps.weighed.strips, i % steps.weighed.strips);
+  }
+
+  // Adds 32 dimensions, the c-th, to the scores of 32 keys by 32 rows.
+  void score_step(const TileSteps& steps, int c, bool last) {
+    const char* k = k_ + steps.strip * kStrip * dims_ * 2 + c * kTileBytes;
+    const char* q = q_ + steps.scores_of * dims_ * 2 + c * kTileBytes;
     const int64_t next = kLanes * dims_ * 2;  // bytes from 16 keys or rows to the next 16
+    if (c == 0) {
+      zero_tile<0>();
+      zero_tile<1>();
+      zero_tile<2>();
+      zero_tile<3>();
+    }
     load_tile<4>(k);
     load_tile<6>(q);
     load_tile<7>(q + next);
@@ -130,78 +201,82 @@ class AmxKernel {
     load_tile<5>(k + next);
     multiply_tiles<2, 5, 6>();
     multiply_tiles<3, 5, 7>();
+    if (last) {
+      float* to = fixed_.scores + steps.into * kLanes;
+      store_tile<0>(to, kScoreStride);
+      store_tile<1>(to + kStrip * kScoreLanes, kScoreStride);
+      store_tile<2>(to + kLanes * kScoreLanes, kScoreStride);
+      store_tile<3>(to + (kStrip + kLanes) * kScoreLanes, kScoreStride);
+    }
   }
 
-  static void begin_scores() {
-    zero_tile<0>();
-    zero_tile<1>();
-    zero_tile<2>();
-    zero_tile<3>();
+  // Adds the weighted values of 32 keys to 32 dimensions, the group-th, by 32 rows.
+  void value_step(const Panel& panel, int group, int strip) {
+    char* acc = reinterpret_cast<char*>(accumulator(panel.row)) + group * 2 * kTileBytes;
+    const int64_t next_rows = kLanes * dims_ * sizeof(float);
+    if (strip == 0) {
+      load_tile<0>(acc);
+      load_tile<1>(acc + next_rows);
+      load_tile<2>(acc + kTileBytes);
+      load_tile<3>(acc + kTileBytes + next_rows);
+    }
+    constexpr int kStrips = kKeys / kStrip;
+    const char* v = v_ + (group * 2 * kStrips + strip) * kTileBytes;
+    load_tile<4>(v);
+    load_tile<6>(weight_tiles(panel, strip));
+    load_tile<7>(weight_tiles(panel, strip) + kTileBytes);
+    multiply_tiles<0, 4, 6>();
+    multiply_tiles<1, 4, 7>();
+    load_tile<5>(v + kStrips * kTileBytes);
+    multiply_tiles<2, 5, 6>();
+    multiply_tiles<3, 5, 7>();
+    if (strip == panel.strips - 1) {
+      store_tile<0>(acc);
+      store_tile<1>(acc + next_rows);
+      store_tile<2>(acc + kTileBytes);
+      store_tile<3>(acc + kTileBytes + next_rows);
+    }
   }
 
-  void end_scores(int strip) {
-    float* to = fixed_.scores[strip % 2];
-    store_tile<0>(to);
-    store_tile<1>(to + 256);
-    store_tile<2>(to + 512);
-    store_tile<3>(to + 768);
-  }
-
-  void score_alone(int row) {
-    begin_scores();
-    for (int64_t c = 0; c < dims_ / kStrip; ++c) score_step(row, 0, c);
-    end_scores(0);
-  }
-
-  // Turns the scores of a strip into weights, while the tiles compute the scores of the next strip.
+  // Turns the scores of a strip into weights, while the tiles do `beside`. The weights are computed
+  // against the maxima of before, so that nothing waits for new ones; where those turn out to be
+  // too far below, which is seldom, they are raised and the weights computed again.
   template <bool masked>
-  void weigh(int row, int strip, int strips, int64_t key) {
+  void weigh(const Panel& panel, int strip, int64_t key, int buffer, const TileSteps& beside) {
     RowStates<kRows>& rows = fixed_.rows;
-    const float* scores = fixed_.scores[strip % 2];
-    auto score_at = [&](int half, int j) {
-      return _mm512_load_ps(scores + j / kLanes * 512 + half * 256 + j % kLanes * kLanes);
-    };
+    const float* scores = fixed_.scores + buffer * kLanes;
     const __m512i first_key = _mm512_set1_epi32(static_cast<int32_t>(key + strip * kStrip));
     const __m512i left[2] = {
-        _mm512_sub_epi32(_mm512_load_si512(rows.limit + row), first_key),
-        _mm512_sub_epi32(_mm512_load_si512(rows.limit + row + kLanes), first_key)};
-    auto visible = [&](int half, int j) {
-      return _mm512_cmpgt_epi32_mask(left[half], _mm512_set1_epi32(j));
-    };
-
+        _mm512_sub_epi32(_mm512_load_si512(rows.limit + panel.row), first_key),
+        _mm512_sub_epi32(_mm512_load_si512(rows.limit + panel.row + kLanes), first_key)};
     const __m512 scale = _mm512_set1_ps(scale_log2_);
-    __m512 base[2];
-    for (int half = 0; half < 2; ++half) {
-      __m512 most[4];
-      for (int i = 0; i < 4; ++i) most[i] = _mm512_set1_ps(-INFINITY);
-#pragma GCC unroll 8
-      for (int j = 0; j < kStrip; j += 4) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          most[i] = masked ? _mm512_mask_max_ps(most[i], visible(half, j + i), most[i],
-                                                score_at(half, j + i))
-                           : _mm512_max_ps(most[i], score_at(half, j + i));
-        }
+    char* to = weight_tiles(panel, strip);
+    __m512 base[2], total[2], most[2];
+    auto begin = [&] {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        base[half] = _mm512_load_ps(rows.max + panel.row + half * kLanes);
+        total[half] = _mm512_load_ps(rows.sum + panel.row + half * kLanes);
+        most[half] = _mm512_set1_ps(-INFINITY);
       }
-      const __m512 top = _mm512_mul_ps(
-          _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3])), scale);
-      base[half] = _mm512_load_ps(rows.max + row + half * kLanes);
-      if (_mm512_cmp_ps_mask(top, _mm512_add_ps(base[half], _mm512_set1_ps(kSlack)), _CMP_GT_OQ)) {
-        base[half] = raise(row, half, strip, top);
-      }
-    }
-
-    __m512 total[2] = {_mm512_load_ps(rows.sum + row), _mm512_load_ps(rows.sum + row + kLanes)};
-    char* to = weight_tiles(strip);
-    auto weigh_pairs = [&](int begin, int end) {
-      for (int pair = begin; pair < end; ++pair) {
+    };
+    auto weigh_pairs = [&](int first, int end) {
+      for (int pair = first; pair < end; ++pair) {
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           __m512i weight[2];
 #pragma GCC unroll 2
           for (int i = 0; i < 2; ++i) {
-            __m512 w = exp2_cubic(_mm512_fmsub_ps(score_at(half, 2 * pair + i), scale, base[half]));
-            if (masked) w = _mm512_maskz_mov_ps(visible(half, 2 * pair + i), w);
+            const int j = 2 * pair + i;
+            const __m512 score = _mm512_load_ps(scores + (half * kStrip + j) * kScoreLanes);
+            __m512 w = exp2_cubic(_mm512_fmsub_ps(score, scale, base[half]));
+            if (masked) {
+              const __mmask16 visible = _mm512_cmpgt_epi32_mask(left[half], _mm512_set1_epi32(j));
+              w = _mm512_maskz_mov_ps(visible, w);
+              most[half] = _mm512_mask_max_ps(most[half], visible, most[half], score);
+            } else {
+              most[half] = _mm512_max_ps(most[half], score);
+            }
             weight[i] = round_bits(w);
           }
           total[half] = _mm512_add_ps(total[half], _mm512_add_ps(_mm512_castsi512_ps(weight[0]),
@@ -210,26 +285,35 @@ class AmxKernel {
         }
       }
     };
-    if (strip + 1 < strips) {
-      const int steps = static_cast<int>(dims_ / kStrip);
-      begin_scores();
-      for (int c = 0; c < steps; ++c) {
-        score_step(row, strip + 1, c);
-        weigh_pairs(kLanes * c / steps, kLanes * (c + 1) / steps);
-      }
-      end_scores(strip + 1);
-    } else {
+    begin();
+    const int steps = count(beside);
+    for (int i = 0; i < steps; ++i) {
+      step(beside, i);
+      weigh_pairs(kLanes * i / steps, kLanes * (i + 1) / steps);
+    }
+    if (steps == 0) weigh_pairs(0, kLanes);
+    __mmask16 exceeded = 0;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      most[half] = _mm512_mul_ps(most[half], scale);
+      exceeded |= _mm512_cmp_ps_mask(most[half], _mm512_add_ps(base[half], _mm512_set1_ps(kSlack)),
+                                     _CMP_GT_OQ);
+    }
+    if (exceeded) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) raise(panel, half, strip, most[half]);
+      begin();
       weigh_pairs(0, kLanes);
     }
-    _mm512_store_ps(rows.sum + row, total[0]);
-    _mm512_store_ps(rows.sum + row + kLanes, total[1]);
+    _mm512_store_ps(rows.sum + panel.row, total[0]);
+    _mm512_store_ps(rows.sum + panel.row + kLanes, total[1]);
   }
 
   // Raises the maxima of 16 rows to at least `top`, with all that was computed against the old
-  // ones; returns them.
-  __attribute__((noinline)) __m512 raise(int row, int half, int strip, __m512 top) {
+  // ones.
+  __attribute__((noinline)) void raise(const Panel& panel, int half, int strip, __m512 top) {
     RowStates<kRows>& rows = fixed_.rows;
-    row += half * kLanes;
+    const int row = panel.row + half * kLanes;
     const __m512 old = _mm512_load_ps(rows.max + row);
     const __m512 base = _mm512_max_ps(old, top);
     const __m512 keep = exp2_full(_mm512_sub_ps(old, base));
@@ -241,7 +325,7 @@ class AmxKernel {
     const __m512i high_half = _mm512_set1_epi32(-0x10000);
     for (int s = 0; s < strip; ++s) {  // the weights that are not accumulated yet
       for (int pair = 0; pair < kLanes; ++pair) {
-        char* at = weight_tiles(s) + half * kTileBytes + pair * 64;
+        char* at = weight_tiles(panel, s) + half * kTileBytes + pair * 64;
         const __m512i both = _mm512_load_si512(at);
         const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), keep);
         const __m512 odd =
@@ -249,32 +333,6 @@ class AmxKernel {
         _mm512_store_si512(at, pair_up(round_bits(even), round_bits(odd)));
       }
     }
-    return base;
-  }
-
-  // Adds the weighted values to 32 dimensions by 32 rows.
-  void accumulate(int row, int64_t d, int strips) {
-    char* acc = reinterpret_cast<char*>(accumulator(row)) + d / kLanes * kTileBytes;
-    const int64_t next_rows = kLanes * dims_ * sizeof(float);
-    load_tile<0>(acc);
-    load_tile<1>(acc + next_rows);
-    load_tile<2>(acc + kTileBytes);
-    load_tile<3>(acc + kTileBytes + next_rows);
-    const char* v = v_ + d / kLanes * (kKeys / kStrip) * kTileBytes;
-    for (int strip = 0; strip < strips; ++strip) {
-      load_tile<4>(v + strip * kTileBytes);
-      load_tile<6>(weight_tiles(strip));
-      load_tile<7>(weight_tiles(strip) + kTileBytes);
-      multiply_tiles<0, 4, 6>();
-      multiply_tiles<1, 4, 7>();
-      load_tile<5>(v + (kKeys / kStrip + strip) * kTileBytes);
-      multiply_tiles<2, 5, 6>();
-      multiply_tiles<3, 5, 7>();
-    }
-    store_tile<0>(acc);
-    store_tile<1>(acc + next_rows);
-    store_tile<2>(acc + kTileBytes);
-    store_tile<3>(acc + kTileBytes + next_rows);
   }
 
   FlushSubnormals flush_;

@@ -24,8 +24,8 @@ inline void load_tile(const void* from) {
 }
 
 template <int kTile>
-inline void store_tile(void* to) {
-  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(to), "r"(kTileStride) : "memory");
+inline void store_tile(void* to, int64_t stride = kTileStride) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(kTile), "r"(to), "r"(stride) : "memory");
 }
 
 template <int kTile>

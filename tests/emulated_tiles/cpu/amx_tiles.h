@@ -32,8 +32,10 @@ inline void load_tile(const void* from) {
 }
 
 template <int kTile>
-inline void store_tile(void* to) {
-  std::memcpy(to, tiles.words[kTile], kTileBytes);
+inline void store_tile(void* to, int64_t stride = kTileStride) {
+  for (int row = 0; row < 16; ++row) {
+    std::memcpy(static_cast<char*>(to) + row * stride, tiles.words[kTile][row], 64);
+  }
   ++tile_counts.stores;
 }
 
