@@ -30,6 +30,7 @@ from cptool.model.llama import DecoderLayer
 from cptool.model.shapes import llama_config
 from cptool.ops import attention_partial, cpu_isa
 from cptool.ring import Ring
+from cptool.row_rates import RowRates, fitted
 from cptool.sampling import Sampling
 from cptool.sharding import Placement, balanced, union
 from cptool.staged import ring_of
@@ -38,6 +39,8 @@ from cptool.strategy import fit_rule
 # A GQA model of common proportions: the layer that is timed, and the model on which the rule's
 # coefficients are fitted.
 EXAMPLE = llama_config(1024, 8, 8, 2, 3072, context=131072, tied=True)
+# Half of its widths, by which what a layer costs whatever its widths is told from the rest.
+HALF = llama_config(512, 8, 4, 1, 1536, context=131072, tied=True)
 # One whose every product takes no time.
 TINY = llama_config(64, 8, 2, 1, 64, vocab=64, head_dim=64, context=131072, tied=True)
 ROWS = 512
@@ -76,8 +79,10 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
     counts = _counts(world, at_once)
     worlds = smaller_worlds(world, counts)
     fitting = max(n for n in counts if n <= (at_once or world.cp) or n == counts[0])
-    part = worlds[fitting]
-    clock = _Clock(world, part, repeats)
+    clock = _Clock(world, worlds[fitting], repeats)
+    clocks = {fitting: clock}
+    if device == "cpu" and world.tp == 1 and fitting > 1:
+        clocks = {1: _Clock(world, smaller_worlds(world, [1])[1], repeats), **clocks}
     default = default_profile(device)
     profile = dataclasses.replace(
         default,
@@ -95,7 +100,7 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         profile = dataclasses.replace(profile, threads=threads, memory_bytes=memory)
     for done, name in enumerate(dtypes):
         world.report("measure compute", done, len(dtypes))
-        profile = _compute(clock, profile, default, name, first=done == 0)
+        profile = _compute(clocks, profile, default, name, first=done == 0)
     if world.cp > 1:
         world.report("measure the link")
         joined = worlds[fitting if fitting > 1 else counts[-1]]
@@ -174,41 +179,83 @@ def _slope(low: tuple[float, float], high: tuple[float, float]) -> float:
 
 
 def _compute(
-    clock: _Clock, profile: HardwareProfile, default: HardwareProfile, name: str, first: bool
-) -> HardwareProfile:
+    clocks: dict[int, _Clock], profile: HardwareProfile, default: HardwareProfile, name: str,
+    first: bool,
+) -> HardwareProfile:  # fmt: skip
     """`profile` with what linear layers and attention reach in a dtype.
 
-    The first one says what memory gives, and scales the dtypes that are not measured.
+    clocks: by the number of ranks that compute, ascending; the rates are those of the most. The
+    first dtype says what memory gives, and scales those that are not measured.
     """
-    dtype = getattr(torch, name)
+    dtype, clock = getattr(torch, name), clocks[max(clocks)]
     if first:
-        tiny = _layer(clock, TINY, dtype, rows=1, calls=16)
+        tiny = clock(_layer(clock.device, TINY, dtype)(1), calls=16)
         profile = dataclasses.replace(profile, layer_overhead_s=tiny)
-    few_rows = min(tokenwise.FEW_ROWS[dtype], ROWS // 16) if clock.device.type == "cpu" else 4
-    packs = few_rows + 8
-    one, few, many = (
-        _layer(clock, EXAMPLE, dtype, rows, calls=max(1, 4 // rows)) for rows in (1, packs, ROWS)
-    )
-    forward = Forward(EXAMPLE, name, 1, 0, 1, 1)
-    parameters = sum(count for count, _ in forward.linear_layers())
-    read = max(one - profile.layer_overhead_s, 0.05 * one)
-    weights = parameters * ELEMENT_BYTES[name] / read
-    small = elementwise_bytes(forward) / weights
-    flops = 2 * parameters * (ROWS - packs)
-    rate = flops / max(many - few - small * (ROWS - packs), 0.05 * many)
-    packing = few - profile.layer_overhead_s - packs * (small + 2 * parameters / rate)
-    packed = parameters * ELEMENT_BYTES[name] / max(packing, read, 0.05 * few)
+    row_rates = {name: ()}
+    if clock.device.type == "cpu":
+        found = [_row_rates(clock, ranks, name) for ranks, clock in clocks.items()]
+        row_rates[name] = tuple(rates for rates, _ in found)
+        rate, weights = found[-1][0].flops_of_many, found[-1][1]
+    else:
+        rate, weights = _device_rates(clock, name, profile.layer_overhead_s)
     pairs, reading = _attention(clock, dtype)
     linear, attention = dict(profile.linear_flops), dict(profile.attention_flops)
     if first:
-        profile = dataclasses.replace(
-            profile, memory_bandwidth=weights, few_rows=few_rows, packed_bandwidth=packed, **reading
-        )  # fmt: skip
+        profile = dataclasses.replace(profile, memory_bandwidth=weights, **reading)
         scales = rate / default.linear_flops[name], pairs / default.attention_flops[name]
         linear = {other: scales[0] * value for other, value in linear.items()}
         attention = {other: scales[1] * value for other, value in attention.items()}
     linear[name], attention[name] = rate, pairs
-    return dataclasses.replace(profile, linear_flops=linear, attention_flops=attention)
+    return dataclasses.replace(
+        profile, linear_flops=linear, attention_flops=attention,
+        row_rates={**profile.row_rates, **row_rates},
+    )  # fmt: skip
+
+
+def _row_rates(clock: _Clock, ranks: int, name: str) -> tuple[RowRates, float]:
+    """What linear layers reach by rows while `ranks` ranks compute, and B/s of reading weights.
+
+    From two layers of different widths: what both take alike is no width's.
+    """
+    dtype = getattr(torch, name)
+    edge = min(tokenwise.FEW_ROWS[dtype], ROWS // 16)  # beyond it another kernel computes
+    rows = sorted({1 << n for n in range(ROWS.bit_length())} | {edge, edge + 1})
+    works = {}
+    for config in (HALF, EXAMPLE):
+        layer = _layer(clock.device, config, dtype)
+        for count in rows:
+            # Some in a row, as in a model: the first one wakes the core up.
+            works[f"{config.hidden_size} {count}"] = layer(count, max(2, 16 // count))
+    times = clock.all(works)
+    forwards = [Forward(config, name, 1, 0, 1, 1) for config in (HALF, EXAMPLE)]
+    sizes = [sum(count for count, _ in forward.linear_layers()) for forward in forwards]
+    spent = [
+        [
+            times[f"{forward.config.hidden_size} {count}"] / max(2, 16 // count)
+            for count in rows
+        ]
+        for forward in forwards
+    ]
+    read = max(spent[1][0] - spent[0][0], 0.05 * spent[1][0])
+    weights = (sizes[1] - sizes[0]) * ELEMENT_BYTES[name] / read
+    products = [
+        [took - count * elementwise_bytes(forward) / weights for count, took in zip(rows, taken)]
+        for forward, taken in zip(forwards, spent)
+    ]
+    return fitted(ranks, rows, *zip(sizes, products)), weights
+
+
+def _device_rates(clock: _Clock, name: str, overhead: float) -> tuple[float, float]:
+    """FLOP/s of products of many rows, and B/s of reading weights, where one kernel serves all."""
+    few = 12
+    layer = _layer(clock.device, EXAMPLE, getattr(torch, name))
+    one, some, many = (clock(layer(rows), calls=max(1, 4 // rows)) for rows in (1, few, ROWS))
+    forward = Forward(EXAMPLE, name, 1, 0, 1, 1)
+    parameters = sum(count for count, _ in forward.linear_layers())
+    weights = parameters * ELEMENT_BYTES[name] / max(one - overhead, 0.05 * one)
+    small = elementwise_bytes(forward) / weights
+    flops = 2 * parameters * (ROWS - few)
+    return flops / max(many - some - small * (ROWS - few), 0.05 * many), weights
 
 
 def _few_query_rows(device: torch.device, dtype: torch.dtype) -> int:
@@ -217,10 +264,11 @@ def _few_query_rows(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def _layer(
-    clock: _Clock, config: LlamaConfig, dtype: torch.dtype, rows: int, calls: int
-) -> float:
-    """Seconds of a layer as the model has it, without attention, its weights not in any cache."""
-    device = clock.device
+    device: torch.device, config: LlamaConfig, dtype: torch.dtype
+) -> Callable[..., Callable[[], None]]:
+    """Work of a number of rows, and of calls in a row, on a layer as the model has it, without
+    attention, its weights not in any cache.
+    """
 
     def made() -> DecoderLayer:
         layer = DecoderLayer(config, 0, 1, device).to(dtype)
@@ -233,9 +281,18 @@ def _layer(
     if config is not TINY:
         layers += [made() for _ in range(COLD_BYTES // weights)]
     following = cycle(layers)
-    hidden = torch.randn(rows, config.hidden_size, device=device).to(dtype)
-    angles = torch.ones(rows, 1, config.head_dim // 2, device=device)
-    return clock(lambda: next(following)(hidden, angles, angles, lambda _, q, k, v: q), calls)
+
+    def of(rows: int, calls: int = 1) -> Callable[[], None]:
+        hidden = torch.randn(rows, config.hidden_size, device=device).to(dtype)
+        angles = torch.ones(rows, 1, config.head_dim // 2, device=device)
+
+        def work() -> None:
+            for _ in range(calls):
+                next(following)(hidden, angles, angles, lambda _, q, k, v: q)
+
+        return work
+
+    return of
 
 
 def _attention(clock: _Clock, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
@@ -383,7 +440,8 @@ def _overheads(
     pause = PAUSE_S if world.device.type == "cpu" else 0.0
     once: dict[int, dict[str, tuple[float, float]]] = {}
     residual: dict[str, dict[str, tuple[float, float]]] = {}
-    profile = dataclasses.replace(profile, residual_s={}, start_s={})
+    # Without `row_rates`: they tell of layers whose products take time.
+    here = dataclasses.replace(profile, residual_s={}, start_s={}, row_rates={})
     world.report("measure the overheads")
     for count, part in worlds.items():
         clock = _Clock(world, part, repeats)
@@ -395,7 +453,7 @@ def _overheads(
                 model = random_model(config, getattr(torch, dtype), part)
                 for layer in model.layers if pause else ():
                     layer.register_forward_pre_hook(_pause)
-                engine = Engine(model, part, profile=profile)
+                engine = Engine(model, part, profile=here)
                 placements = hold(engine, HELD)
             for variant in VARIANTS if count > 1 else VARIANTS[:1]:
                 for new in (1, 2 * count):
@@ -412,7 +470,7 @@ def _overheads(
                 each = max(0.0, more - few) / (MORE_LAYERS - FEW_LAYERS)
                 forward = Forward(TINY, dtype, new, HELD, count, count)
                 paused = pause * max(1.0, forward.sources / (profile.ranks_at_once or count))
-                layer.append(each - paused - predict(variant, forward, profile).seconds)
+                layer.append(each - paused - predict(variant, forward, here).seconds)
                 start.append(max(0.0, few - FEW_LAYERS * each))
             found[variant], started[variant] = tuple(layer), tuple(start)
         once[count] = started

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from cptool.errors import UserError
 from cptool.paths import cache_dir
+from cptool.row_rates import RowRates
 
 if TYPE_CHECKING:
     from cptool.distributed import World
 
-FORMAT = 2
+FORMAT = 3
 REMEDY = "measure it again with `cptool bench calibrate`, or remove the file"
 PROFILES = Path(__file__).parent / "data" / "hardware"
 MEASURED = "measured on "
@@ -60,8 +61,9 @@ class HardwareProfile:
         visible pairs only, `4 D_H` a pair and head. "float8" is for feed-forward layers alone.
     attention_ramp: keys that a query costs beyond those it sees, in each call: the tiles that the
         mask cuts, filling and draining the pipeline. Shorter blocks run slower by it.
-    packed_bandwidth: B/s at which products of more than `few_rows` rows read weights, which a CPU
-        packs first; None for the rate of the memory.
+    row_rates: by dtype name what linear layers reach from one row to many, alone and beside other
+        ranks, where it was measured; else products reach `linear_flops` and read their weights at
+        `memory_bandwidth`.
     memory_bytes: of a rank. memory_bandwidth: B/s at which linear layers read weights and small
         ops read and write. cache_bandwidth: B/s at which attention reads keys and values, as it
         does once a call.
@@ -116,10 +118,9 @@ class HardwareProfile:
     wait_s: float = 0.0
     skew_s: float = 0.0
     transfer_steals: float = 0.0
-    few_rows: int = 4
-    packed_bandwidth: float | None = None
     block_bandwidth: float | None = None
     touch_bandwidth: float | None = None
+    row_rates: dict[str, tuple[RowRates, ...]] = field(default_factory=dict, hash=False)
     few_query_rows: int = 0
     few_query_rate: float = 1.0
     feed_forward: str | None = None
@@ -162,8 +163,15 @@ class HardwareProfile:
         if not self.threads:
             return self
         scale = threads / self.threads
+        scaled = self.scaled(scale)
+        # As many threads compute at the same time in fewer ranks.
+        row_rates = {
+            dtype: tuple(dataclasses.replace(m, ranks=m.ranks / scale) for m in measured)
+            for dtype, measured in scaled.row_rates.items()
+        }
         return dataclasses.replace(
-            self.scaled(scale),
+            scaled,
+            row_rates=row_rates,
             memory_bytes=scale * self.memory_bytes,
             ranks_at_once=max(1, processors // threads),
             threads=threads,
@@ -177,6 +185,10 @@ class HardwareProfile:
             self,
             linear_flops={name: factor * rate for name, rate in self.linear_flops.items()},
             attention_flops={name: factor * rate for name, rate in self.attention_flops.items()},
+            row_rates={
+                dtype: tuple(m.scaled(factor) for m in measured)
+                for dtype, measured in self.row_rates.items()
+            },
             **{name: rate and factor * rate for name, rate in rates.items()},
         )
 
@@ -313,17 +325,23 @@ def save_profile(profile: HardwareProfile) -> Path:
 def _parse(fields: dict[str, Any]) -> HardwareProfile:
     """Raises TypeError, ValueError or KeyError for what no measurement gives."""
     links = {name: Link(**fields[name]) for name in ("host_link", "network")}
-    profile = HardwareProfile(**{**fields, **links})
+    row_rates = {
+        dtype: tuple(
+            RowRates(**{name: tuple(v) if isinstance(v, list) else v for name, v in m.items()})
+            for m in measured
+        )
+        for dtype, measured in fields.get("row_rates", {}).items()
+    }
+    profile = HardwareProfile(**{**fields, **links, "row_rates": row_rates})
     rates = {
         "memory_bytes": profile.memory_bytes,
-        "few_rows": profile.few_rows,
         "few_query_rate": profile.few_query_rate,
         "memory_bandwidth": profile.memory_bandwidth,
         "cache_bandwidth": profile.cache_bandwidth,
         **{f"linear_flops.{dtype}": rate for dtype, rate in profile.linear_flops.items()},
         **{f"attention_flops.{dtype}": rate for dtype, rate in profile.attention_flops.items()},
     }
-    for name in ("packed_bandwidth", "block_bandwidth", "touch_bandwidth"):
+    for name in ("block_bandwidth", "touch_bandwidth"):
         if getattr(profile, name) is not None:
             rates[name] = getattr(profile, name)
     names = [f.name for f in dataclasses.fields(profile) if f.name.endswith("_s")]

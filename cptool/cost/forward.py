@@ -69,7 +69,8 @@ def _estimate(
     rates, config = Rates(forward, profile), forward.config
     # The rank that owns most of the last tokens; the head is replicated over TP ranks.
     rows = -(-forward.batch // forward.sources)
-    logits = rates.product(config.hidden_size * config.vocab_size, forward.dtype, rows)
+    head = config.hidden_size * config.vocab_size
+    logits = rates.product(head, forward.dtype, rows, forward.sources)
     embedded = 2 * forward.queries * config.hidden_size * forward.element
     logits += rates.touch(embedded) + rates.touch(8 * rows * config.vocab_size, calls=3)
     if forward.ranks > 1:

@@ -19,13 +19,15 @@ def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Predict
     hides them (paper, section 3.3).
     """
     rates = Rates(forward, profile)
-    crowd, rows = rates.crowd(forward.sources), forward.queries
+    computing, rows = forward.sources, forward.queries
     if variant == "all-q":
-        crowd, rows = rates.crowd(forward.ranks), forward.new
-    linear = sum(rates.product(*matrix, rows) for matrix in forward.linear_layers())
+        computing, rows = forward.ranks, forward.new
+    crowd = rates.crowd(computing)
+    linear = sum(rates.product(*matrix, rows, computing) for matrix in forward.linear_layers())
     moved = elementwise_bytes(forward) * rows
     elementwise = moved / profile.memory_bandwidth
-    overhead = profile.layer_overhead_s
+    measured = rates.row_rates(forward.dtype, computing)
+    overhead = measured.layer(rows) if measured else profile.layer_overhead_s
     if rates.queued:
         ops = SMALL_OPS + QUANTISING_OPS * (forward.feed_forward == "float8")
         elementwise += ops * profile.op_overhead_s

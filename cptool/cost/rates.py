@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cptool.cost.sizes import ELEMENT_BYTES, Forward
 from cptool.hardware import HardwareProfile, Link
+from cptool.row_rates import RowRates, nearest
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,23 @@ class Rates:
         at_once = self.profile.ranks_at_once
         return 1.0 if at_once is None else max(1.0, ranks / at_once)
 
-    def product(self, parameters: float, dtype: str, rows: float) -> float:
-        """Of `rows` rows and a matrix.
+    def row_rates(self, dtype: str, ranks: int) -> RowRates | None:
+        """What was measured of linear layers while as many of `ranks` ranks compute as can."""
+        at_once = self.profile.ranks_at_once or ranks
+        return nearest(self.profile.row_rates.get(dtype, ()), min(ranks, at_once))
 
-        A roofline whose ends add: few rows wait for the matrix, and many still do while it starts.
+    def product(self, parameters: float, dtype: str, rows: float, ranks: int) -> float:
+        """Of `rows` rows and a matrix, on each of `ranks` ranks.
+
+        As measured; else a roofline whose ends add: few rows wait for the matrix, and many still do
+        while it starts.
         """
-        profile = self.profile
-        rates = profile.linear_flops
+        measured = self.row_rates(dtype, ranks)
+        if measured:
+            return measured.product(parameters, rows)
+        rates = self.profile.linear_flops
         rate = rates.get(dtype) or rates[self.forward.dtype]
-        bandwidth = profile.memory_bandwidth
-        if rows > profile.few_rows:
-            bandwidth = profile.packed_bandwidth or bandwidth
-        read = parameters * ELEMENT_BYTES[dtype] / bandwidth
+        read = parameters * ELEMENT_BYTES[dtype] / self.profile.memory_bandwidth
         return 2 * parameters * rows / rate + read
 
     def attention(
