@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, action="append", help=f"default {CONTEXTS}")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3.0, help="at least, a cell")
     parser.add_argument("--merge", type=Path, action="append", default=[])
     parser.add_argument("--output", type=Path, default=RESULTS / "plan_against_here.json")
     arguments = parser.parse_args()
@@ -54,6 +55,7 @@ def main() -> None:
             miss_rates=MISS_RATES,
             variants=tuple(VARIANTS),
             repeats=arguments.repeats,
+            seconds=arguments.seconds,
             calibrated=True,
         )
         measured = run(prefill.measure, sweep, cp=ranks, device="cpu")

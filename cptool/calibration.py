@@ -26,7 +26,7 @@ from cptool.distributed import World
 from cptool.engine import Engine
 from cptool.hardware import MEASURED, HardwareProfile, Link, default_profile, usable_processors
 from cptool.model.config import LlamaConfig
-from cptool.model.llama import DecoderLayer
+from cptool.model.llama import ROWS_AT_ONCE_CPU, DecoderLayer
 from cptool.model.shapes import llama_config
 from cptool.ops import attention_partial, cpu_isa
 from cptool.ring import Ring
@@ -45,6 +45,8 @@ HALF = llama_config(512, 8, 4, 1, 1536, context=131072, tied=True)
 TINY = llama_config(64, 8, 2, 1, 64, vocab=64, head_dim=64, context=131072, tied=True)
 ROWS = 512
 """Rows of products that are bound by arithmetic."""
+MOST_ROWS = ROWS_AT_ONCE_CPU
+"""Of the layers that a CPU is timed at: more go through the feed-forward network in pieces."""
 BLOCK = 16
 """Queries of a block for which a CPU packs keys and values, as for many: of EXAMPLE 64 rows of a KV
 head."""
@@ -219,19 +221,20 @@ def _row_rates(clock: _Clock, ranks: int, name: str) -> tuple[RowRates, float]:
     """
     dtype = getattr(torch, name)
     edge = min(tokenwise.FEW_ROWS[dtype], ROWS // 16)  # beyond it another kernel computes
-    rows = sorted({1 << n for n in range(ROWS.bit_length())} | {edge, edge + 1})
+    rows = sorted({1 << n for n in range(MOST_ROWS.bit_length())} | {edge, edge + 1})
+    # Some calls in a row, as in a model: the first one wakes the core up.
+    calls = {count: max(1, min(16, 128 // count)) for count in rows}
     works = {}
     for config in (HALF, EXAMPLE):
         layer = _layer(clock.device, config, dtype)
         for count in rows:
-            # Some in a row, as in a model: the first one wakes the core up.
-            works[f"{config.hidden_size} {count}"] = layer(count, max(2, 16 // count))
+            works[f"{config.hidden_size} {count}"] = layer(count, calls[count])
     times = clock.all(works)
     forwards = [Forward(config, name, 1, 0, 1, 1) for config in (HALF, EXAMPLE)]
     sizes = [sum(count for count, _ in forward.linear_layers()) for forward in forwards]
     spent = [
         [
-            times[f"{forward.config.hidden_size} {count}"] / max(2, 16 // count)
+            times[f"{forward.config.hidden_size} {count}"] / calls[count]
             for count in rows
         ]
         for forward in forwards

@@ -32,7 +32,8 @@ class Sweep:
     """What to measure: a model of `config`, already cut, over every combination.
 
     contexts: tokens in all, T + P. miss_rates: T / (T + P). variants: for more than one rank; one
-    rank has nothing to choose. calibrated: whether the profile is measured first, on these ranks.
+    rank has nothing to choose. repeats: rounds of a cell at least; more until it has had `seconds`.
+    calibrated: whether the profile is measured first, on these ranks.
     """
 
     config: LlamaConfig
@@ -42,6 +43,7 @@ class Sweep:
     miss_rates: tuple[float, ...]
     variants: tuple[str, ...]
     repeats: int
+    seconds: float = 0.0
     calibrated: bool = False
 
 
@@ -79,11 +81,13 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
             )
             for ranks in sweep.ranks
         ]
-        for repeat in range(sweep.repeats + 1):
+        began, repeat = time.perf_counter(), 0
+        while repeat <= sweep.repeats or _lasted(world, began) < sweep.seconds:
             world.barrier()
             ceiling.append(min(world.gather(matmul_rate(dtype, world.device.type))))
             for run in runs:
                 _round(world, run, new, context - new, keep=repeat > 0)
+            repeat += 1
         for run in runs:
             results += _results(run, sweep, profile, new, context - new, world.tp)
     rates = summary(ceiling[1:])
@@ -94,6 +98,11 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
         "ceilings": {"matmul_of_a_rank": rates},
         "results": results,
     }
+
+
+def _lasted(world: World, began: float) -> float:
+    """Seconds since, the same on every rank."""
+    return max(world.gather(time.perf_counter() - began))
 
 
 def _round(world: World, run: _Runs, new: int, cached: int, keep: bool) -> None:
