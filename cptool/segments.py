@@ -12,9 +12,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cptool.errors import UserError
 from cptool.paths import sha256
-from cptool.session import Manifest, Segment, sync
+from cptool.session import REMEDY, Damaged, Manifest, Segment, check_size, sync
 
 if TYPE_CHECKING:
     import torch
@@ -239,11 +238,9 @@ def _read(
 
 
 def check(directory: Path, segments: Iterable[Segment]) -> None:
-    """UserError if a segment's contents are not what was written. Every byte is read."""
+    """Damaged if a segment's contents are not what was written. Every byte is read."""
     for segment in segments:
+        check_size(directory, segment)
         file = directory / segment.file
         if sha256(file) != segment.sha256:
-            raise UserError(
-                f"{file} does not match its checksum; the file is damaged: restore it or prefill "
-                "anew"
-            )
+            raise Damaged(f"{file} does not match its checksum; {REMEDY}")

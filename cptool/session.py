@@ -26,6 +26,12 @@ from cptool.errors import RunError, UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+REMEDY = "restore it or prefill anew"
+"""For a session, or a file of one, that is damaged."""
+
+
+class Damaged(UserError):
+    """A session's files are not what was written there."""
 
 
 @dataclass(frozen=True)
@@ -175,30 +181,37 @@ def load(directory: Path, revision: int | None = None) -> Manifest:
     """Reads the manifest and checks that every segment is there in full length. UserError in one
     line otherwise; RunError if another run has taken the session on from `revision`.
     """
+    manifest = read(directory)
+    for segment in manifest.segments:
+        check_size(directory, segment)
+    if revision is not None and manifest.revision != revision:
+        raise RunError(changed(directory, manifest.revision, revision))
+    return manifest
+
+
+def read(directory: Path) -> Manifest:
+    """The manifest, whatever became of its segments. UserError where there is none, Damaged where
+    it is not as it was written.
+    """
     path = directory / MANIFEST
     try:
-        manifest = Manifest.parse(path.read_text())
+        return Manifest.parse(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{directory} holds no session ({MANIFEST} is missing); make one with: cptool prefill "
             "MODEL --session DIR"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a readable session manifest ({error}); restore it or prefill anew"
-        ) from None
-    for segment in manifest.segments:
-        file = directory / segment.file
-        size = file.stat().st_size if file.is_file() else None
-        if size != segment.bytes:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise UserError(
-                f"{file} {found}, the manifest says {segment.bytes} bytes; restore it or prefill "
-                "anew"
-            )
-    if revision is not None and manifest.revision != revision:
-        raise RunError(changed(directory, manifest.revision, revision))
-    return manifest
+        raise Damaged(f"{path} is not a readable session manifest ({error}); {REMEDY}") from None
+
+
+def check_size(directory: Path, segment: Segment) -> None:
+    """Damaged unless the segment's file is there in full length."""
+    file = directory / segment.file
+    size = file.stat().st_size if file.is_file() else None
+    if size != segment.bytes:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise Damaged(f"{file} {found}, the manifest says {segment.bytes} bytes; {REMEDY}")
 
 
 def exists(directory: Path) -> bool:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from cptool import segments, session
 from cptool.errors import UserError
-from cptool.session import Manifest
+from cptool.session import REMEDY, Damaged, Manifest
 
 
 def problems(directory: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the session's files, a line each: every byte is read. Nothing where it is
-    sound.
+    """What is wrong with the session's files, a line each with the remedy: every byte is read.
+    Nothing where it is sound.
     """
     from safetensors import safe_open
 
@@ -19,14 +19,16 @@ def problems(directory: Path, manifest: Manifest) -> list[str]:
     for segment in manifest.segments:
         try:
             segments.check(directory, [segment])
-        except UserError as error:
+        except Damaged as error:
             found.append(str(error))
             continue
         with safe_open(directory / segment.file, framework="pt") as file:
             rows = file.get_tensor("positions").split(list(segment.tokens))
         for b, row in enumerate(rows):
             if (row.diff() <= 0).any():
-                found.append(f"{segment.file}: the positions of sequence {b + 1} do not ascend")
+                found.append(
+                    f"{segment.file}: the positions of sequence {b + 1} do not ascend; {REMEDY}"
+                )
             if segment.kv_heads[0] == 0:
                 positions[b].append(row[row < segment.until[b]])
     if found:
@@ -36,12 +38,12 @@ def problems(directory: Path, manifest: Manifest) -> list[str]:
         if held != list(range(sequence.cached)):
             found.append(
                 f"sequence {b}: the segments hold {len(held)} positions, they must be 0 to "
-                f"{sequence.cached - 1}, each once"
+                f"{sequence.cached - 1}, each once; {REMEDY}"
             )
         if not sequence.cached <= len(sequence.tokens):
             found.append(
                 f"sequence {b}: KV of {sequence.cached} tokens, but only {len(sequence.tokens)} "
-                "were said"
+                f"were said; {REMEDY}"
             )
     covered = {(s.revision, s.rank): 0 for s in manifest.segments if s.live}
     for segment in manifest.segments:
@@ -51,7 +53,7 @@ def problems(directory: Path, manifest: Manifest) -> list[str]:
         if heads != manifest.model.kv_heads:
             found.append(
                 f"revision {revision}, rank {rank}: KV of {heads} heads, the model has "
-                f"{manifest.model.kv_heads}"
+                f"{manifest.model.kv_heads}; {REMEDY}"
             )
     return found
 

@@ -1,8 +1,12 @@
 """Sessions as users handle them: whole prompts over a session, going back, checking, compacting."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import greedy
 from test_cli import MQA_IDS, as_json, cptool
+
+from cptool import session as session_files
 
 EOS = (300,)
 
@@ -116,6 +120,49 @@ def test_verify_tells_what_is_wrong(session, at):
     for cp in (1, 2):
         told = cptool("decode", where, "-n", 1, "--cp", cp, code=2).stderr
         assert "does not match its checksum" in told and told.count("\n") == 1
+
+
+def emptied(where):
+    (where / session_files.MANIFEST).write_text("{")
+
+
+def without_segments(where):
+    for segment in where.glob("segment-*"):
+        segment.unlink()
+
+
+def cut_short(where):
+    segment = next(where.glob("segment-*"))
+    segment.write_bytes(segment.read_bytes()[:-1])
+
+
+def of_another_length(where):
+    """Sealed, but of tokens that have no KV."""
+    manifest = session_files.load(where)
+    sequence = manifest.sequences[0]
+    longer = replace(sequence, cached=sequence.cached + 1)
+    (where / session_files.MANIFEST).write_text(replace(manifest, sequences=(longer,)).dump())
+
+
+@pytest.mark.parametrize(
+    "damage, told, lines",
+    [
+        (emptied, "not a readable session manifest", 1),
+        (without_segments, "is missing", 4),
+        (cut_short, "bytes, the manifest says", 1),
+        (of_another_length, "the segments hold 55 positions", 1),
+    ],
+)
+def test_verify_reports_all_damage_alike(session, damage, told, lines):
+    where, _ = session
+    damage(where)
+    result = cptool("session", "verify", where, code=1)
+    assert result.stderr.count(told) == len(result.stderr.splitlines()) == lines
+    assert result.stderr.count("; restore it or prefill anew\n") == lines
+
+
+def test_verify_of_what_is_no_session_is_a_mistake(tmp_path):
+    assert "holds no session" in cptool("session", "verify", tmp_path, code=2).stderr
 
 
 def test_a_session_of_a_batch_takes_whole_prompts(mqa_path, mqa_reference, token_file, tmp_path):

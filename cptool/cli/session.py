@@ -66,8 +66,11 @@ def verify(directory: Path) -> None:
     """Read every byte of a SESSION and check it; exits with 1 if something is wrong."""
     from cptool.session_care import problems
 
-    manifest = sessions.load(directory)
-    found = problems(directory, manifest)
+    try:
+        manifest = sessions.read(directory)
+        found = problems(directory, manifest)
+    except sessions.Damaged as error:  # for other commands a mistake, here what was asked
+        found = [str(error)]
     for line in found:
         draw.say(line)
     if found:
