@@ -339,7 +339,8 @@ class Engine:
     def save(self, directory: Path, previous: Manifest | None, model: ModelIdentity) -> Manifest:
         """Writes what came since `previous` as the session's next turn and returns its manifest.
 
-        Every rank writes its segment; the first then replaces the manifest, and nothing before that
+        Where nothing was said since, KV that was pending is kept, but no turn is counted. Every
+        rank writes its segment; the first then replaces the manifest, and nothing before that
         changes the session.
         """
         world, revision = self.world, 1 if previous is None else previous.revision + 1
@@ -347,6 +348,7 @@ class Engine:
         directory.mkdir(parents=True, exist_ok=True)
         # What was computed anew since `previous` counts in the new segment alone.
         start = self._on_disk if previous else [0] * len(self.tokens)
+        turns, said = previous.turns if previous else (), tuple(map(len, self.tokens))
         older = previous.segments if previous else ()
         older = (replace(s, until=tuple(map(min, s.until, start))) for s in older)
         segment = None
@@ -374,10 +376,10 @@ class Engine:
             cp=world.cp,
             tp=world.tp,
             revision=revision,
-            turns=(previous.turns if previous else ()) + (tuple(map(len, self.tokens)),),
+            turns=turns if turns[-1:] == (said,) else (*turns, said),
             sequences=tuple(
-                Sequence(tuple(said), computed, logits_of.get(b), ended)
-                for b, (said, computed, ended) in enumerate(
+                Sequence(tuple(tokens), computed, logits_of.get(b), ended)
+                for b, (tokens, computed, ended) in enumerate(
                     zip(self.tokens, self.computed, self.ended)
                 )
             ),

@@ -89,6 +89,21 @@ def test_rollback_takes_back_turns(session, mqa_reference):
     )
 
 
+def test_what_says_nothing_is_no_turn(session, mqa_path, token_file):
+    """`decode -n 0` computes KV that was pending; the same prompt again finds it there."""
+    where, said = session
+    assert as_json("decode", where, "-n", 0)["tokens"] == 1
+    prompt = ("prefill", mqa_path, "--token-ids", token_file(said), "--session", where)
+    assert as_json(*prompt)["tokens"] == 0
+    shown = as_json("session", "show", where)
+    assert (shown["turns"], shown["tokens"], shown["cached"]) == ([[50], [56]], [56], [56])
+    cptool("session", "verify", where)
+    cptool("session", "rollback", where)
+    assert as_json("session", "show", where)["tokens"] == [50]
+    as_json(*prompt[:2], "--token-ids", token_file(said[:50]), *prompt[4:])
+    assert as_json("session", "show", where)["turns"] == [[50]]
+
+
 def test_compact_keeps_what_counts(session, mqa_reference):
     where, said = session
     as_json("decode", where, "-n", 3)
