@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from cptool.errors import UserError
 from cptool.launcher import Seat, launched, launched_size, set_rendezvous_address
 from cptool.status import Board
+from cptool.termination import orderly
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +212,7 @@ def run(
             return entry(_alone(resolve_device(device), threads, board), *args)
     from cptool.local_launch import launch
 
-    with tempfile.TemporaryDirectory(prefix="cptool-") as folder:
+    with orderly(), tempfile.TemporaryDirectory(prefix="cptool-") as folder:
         board = Board(cp * tp, os.path.join(folder, "status"))
         with _watching(watch, board):
             return launch(entry, args, options, board, folder)

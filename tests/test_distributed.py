@@ -24,6 +24,7 @@ from cptool.errors import UserError
 from cptool.launcher import Seat, launched, set_rendezvous_address
 from cptool.ring import Ring
 from cptool.status import Board, Status
+from cptool.termination import orderly
 
 GENEROUS_S = 60
 """Upper bound of anything that takes a few seconds, on a machine that does much else."""
@@ -301,6 +302,39 @@ def test_no_process_outlives_the_launcher(tmp_path, number, to_all, code, told):
     assert (process.returncode, output) == (code, "")
     assert told in (None, errors)  # Python's own tracker of semaphores tells of a kill
     wait_until(lambda: not any(map(alive, pids)))
+
+
+def launched_in(folder, script):
+    """A process whose temporary folders are in `folder`, as soon as its run has made one."""
+    folder.mkdir()
+    process = start(folder.parent, script=script, env={**os.environ, "TMPDIR": str(folder)})
+    wait_until(lambda: list(folder.glob("cptool-*")) or process.poll() is not None)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_no_folder_is_left_by_a_run_that_ends_while_ranks_start(tmp_path, number):
+    folder = tmp_path / "temporary"
+    process = launched_in(folder, driver("hangs", cp=2))
+    process.send_signal(number)
+    process.communicate(timeout=GENEROUS_S)
+    assert process.returncode == (1 if number == signal.SIGINT else 128 + number)
+    assert list(folder.iterdir()) == []
+
+
+def test_termination_is_an_exception_but_not_to_a_rank_of_a_launcher(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        with pytest.raises(SystemExit) as ended, orderly():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            signal.raise_signal(signal.SIGTERM)
+        assert ended.value.code == 128 + signal.SIGTERM
+        for name, value in TORCHRUN.items():
+            monkeypatch.setenv(name, value)
+        with orderly():
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # The world of a launcher.

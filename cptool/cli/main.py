@@ -10,6 +10,7 @@ import click
 
 import cptool
 from cptool.errors import UserError
+from cptool.termination import orderly
 
 # Threads that spin while they wait take the cores from ranks and from our kernels' threads: on two
 # busy cores a decode step took 20 times as long. Read by OpenMP when torch is imported, so it is
@@ -42,7 +43,8 @@ class Commands(click.Group):
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **kwargs)
         try:
-            sys.exit(super().main(*args, standalone_mode=False, **kwargs) or 0)
+            with orderly():
+                sys.exit(super().main(*args, standalone_mode=False, **kwargs) or 0)
         except _NO_ARGUMENTS as error:
             error.show()
             sys.exit(2)
