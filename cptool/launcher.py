@@ -20,12 +20,20 @@ class Seat:
 
 
 def launched() -> Seat | None:
-    """This process's seat in the world of torchrun or srun; None outside of one."""
+    """This process's seat in the world of torchrun or srun; None outside of one. UserError where
+    the environment does not make sense.
+    """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local_rank = int(env.get("LOCAL_RANK", rank))
-        return Seat(rank, size, local_rank, int(env.get("LOCAL_WORLD_SIZE", size)))
+        rank, size = _number("RANK"), _number("WORLD_SIZE")
+        local_rank, local_size = _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", size)
+        if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+            raise UserError(
+                f"RANK {rank} of WORLD_SIZE {size}, LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE "
+                f"{local_size}: ranks count from 0 to below their world's size; start them by "
+                "torchrun or srun, or unset RANK"
+            )
+        return Seat(rank, size, local_rank, local_size)
     # Only the tasks of srun are told of a step; a batch script, or a shell in an allocation, has
     # SLURM_NTASKS and SLURM_PROCID too, but is alone.
     size = int(env.get("SLURM_STEP_NUM_TASKS", 1))
@@ -34,6 +42,17 @@ def launched() -> Seat | None:
         local_size = counts[int(env["SLURM_NODEID"])]
         return Seat(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size)
     return None
+
+
+def _number(name: str, default: int | None = None) -> int:
+    value = os.environ.get(name, default)
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(
+            f"{name} is {value!r}, it must be a number; start the ranks by torchrun or srun, or "
+            "unset RANK"
+        ) from None
 
 
 def launched_size() -> int | None:

@@ -409,6 +409,22 @@ def test_launchers_are_known_by_their_environment(monkeypatch, environment, expe
     assert launched() == expected
 
 
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ({"RANK": "one"}, "^RANK is 'one', it must be a number; start"),
+        ({"RANK": "8"}, "^RANK 8 of WORLD_SIZE 8, LOCAL_RANK 1 of LOCAL_WORLD_SIZE 4: ranks"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK 4 of LOCAL_WORLD_SIZE 4"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE 9"),
+    ],
+)
+def test_a_seat_that_cannot_be(monkeypatch, wrong, told):
+    for name, value in {**TORCHRUN, **wrong}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=told):
+        launched()
+
+
 def test_slurm_ranks_meet_on_the_first_node(monkeypatch, tmp_path):
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
