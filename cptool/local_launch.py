@@ -74,7 +74,7 @@ def launch(
     )
     try:
         with _own_signals(), _quiet():
-            return elastic_launch(config, _rank_main)(entry, args, options, board)[0]
+            return elastic_launch(config, _rank_main)(entry, args, options, board.path)[0]
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -96,15 +96,21 @@ def start_server(entry: Callable[..., Any]) -> None:
         forkserver.ensure_running()
 
 
-def _rank_main(entry: Callable[..., Any], args: tuple, options: tuple, board: Board) -> Any:
-    """What a local rank runs: connect, call, and on an exception tell the board and end."""
+def _rank_main(entry: Callable[..., Any], args: tuple, options: tuple, path: str) -> Any:
+    """What a local rank runs: connect, call, and on an exception tell the board, which is in the
+    file `path`, and end.
+    """
     _die_with_launcher()
+    seat = launched()
+    try:
+        board = Board(seat.size, path, make=False)
+    except FileNotFoundError:  # the launching process is ending, and has put its folder away
+        os._exit(1)
     # Ctrl-C reaches every process of the terminal, and the launching one tells of it. Python's own
     # handler would never run in a rank that is blocked in a transfer.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if Path("/sys/class/net/lo").exists():
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    seat = launched()
     try:
         value = call_entry(entry, args, connect(seat, *options, board))
         return value if seat.rank == 0 else None

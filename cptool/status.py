@@ -48,23 +48,21 @@ class Failure:
 
 
 class Board:
-    """Records of `ranks` ranks, in the file `path` (made if it is missing) or, without a path,
-    in memory of this process."""
+    """Records of `ranks` ranks, in the file `path`, which processes share, or, without a path, in
+    memory of this process. Not `make`: FileNotFoundError where the file is missing.
+    """
 
-    def __init__(self, ranks: int, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, ranks: int, path: str | os.PathLike[str] | None = None, *, make: bool = True
+    ) -> None:
         self.ranks, self.path = ranks, path
         if path is None:
             self._memory = mmap.mmap(-1, ranks * _RECORD)
         else:
-            with open(path, "a+b") as file:
-                file.truncate(ranks * _RECORD)
+            with open(path, "x+b" if make else "r+b") as file:
+                if make:
+                    file.truncate(ranks * _RECORD)
                 self._memory = mmap.mmap(file.fileno(), ranks * _RECORD)
-
-    def __reduce__(self):
-        """A board in a file can be sent to another process, which then shares it."""
-        if self.path is None:
-            raise TypeError("a board in this process's own memory cannot be sent to another one")
-        return Board, (self.ranks, self.path)
 
     def write(self, rank: int, phase: str, done: int = 0, total: int = 0) -> None:
         """Record that `rank` has done `done` of `total` steps of `phase` (at most 64 bytes)."""

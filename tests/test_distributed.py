@@ -1,7 +1,6 @@
 """Starting and joining ranks, and their ends: what is told, that nobody is left, and signals."""
 
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -450,7 +449,7 @@ def test_slurm_ranks_meet_on_the_first_node(monkeypatch, tmp_path):
 
 def test_the_board_shows_what_ranks_write(tmp_path):
     board = Board(2, tmp_path / "status")
-    other = pickle.loads(pickle.dumps(board))
+    other = Board(2, tmp_path / "status", make=False)
     assert str(board.read(1)) == "start"
     other.write(1, "decode, token", 4, 9)
     assert board.read(1) == Status("decode, token", 4, 9)
@@ -462,5 +461,18 @@ def test_the_board_shows_what_ranks_write(tmp_path):
     failures = board.failures()
     assert [(f.rank, f.kind) for f in failures] == [(1, "error"), (0, "communication")]
     assert failures[0].message == "first" and failures[1].message.startswith("éé")
-    with pytest.raises(TypeError, match="cannot be sent"):
-        pickle.dumps(Board(1))
+
+
+def test_a_rank_that_comes_too_late_leaves_nothing_and_says_nothing(tmp_path):
+    """The launching process has ended, and removed its folder, before the rank looked there."""
+    (tmp_path / "gone").mkdir()
+    missing = str(tmp_path / "gone" / "status")
+    process = start(tmp_path, script=f"""
+import os
+from cptool import local_launch
+os.environ.update(RANK="0", WORLD_SIZE="2")
+local_launch._die_with_launcher = lambda: None
+local_launch._rank_main(print, (), (), {missing!r})
+""", env={**os.environ, "PYTHONPATH": str(Path(distributed.__file__).parents[1])})  # fmt: skip
+    assert process.communicate(timeout=GENEROUS_S) == ("", "") and process.returncode == 1
+    assert list((tmp_path / "gone").iterdir()) == []
