@@ -25,11 +25,7 @@ class Block:
     bounds: tuple[int, int] | None = None
 
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
-        tensor = checkpoint.read(self.name)
-        if self.bounds is None:
-            return tensor
-        start, stop = self.bounds
-        return tensor.narrow(self.dim, start, stop - start)
+        return checkpoint.read(self.name, self.dim, self.bounds)
 
 
 Source = tuple[Block, ...]

@@ -9,34 +9,42 @@ from cptool.errors import UserError
 __all__ = ["Checkpoint", "Sampling", "open_checkpoint"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "model*.safetensors"]
+_HUB_FILES = ["*.json", "*.jinja", "*.chk", "tokenizer.model", "model*.safetensors"]
+_META_WEIGHTS = ["consolidated*.pth"]
 
 
 def open_checkpoint(model: str) -> Checkpoint:
     """Opens a model and checks everything that its headers tell; imports no torch.
 
-    `model` is a directory in the Hugging Face layout, a .gguf file, a name of the catalogue, or a
-    hub id `org/name`, downloaded on first use. Raises UserError, one line, for anything else.
+    `model` is a directory in the Hugging Face layout or in Meta's, a .gguf file, a name of the
+    catalogue, or a hub id `org/name`, downloaded on first use. Raises UserError, one line, for
+    anything else.
     """
     from cptool.checkpoint import catalogue
-    from cptool.checkpoint.huggingface import open_huggingface
 
     path = Path(model).expanduser()
     try:
         if model and path.is_dir():
-            return open_huggingface(path)
+            return _open_directory(path)
         if path.is_file():
             return _open_file(path)
         if model in catalogue.MODELS:
             return _open_file(catalogue.find(model), model)
         if _HUB_ID.fullmatch(model) and path.suffix not in (".gguf", ".safetensors"):
-            return open_huggingface(_download(model), model)
+            return _open_directory(_download(model), model)
     except OSError as error:
         raise UserError(f"{model}: cannot be read ({first_line(error)})") from None
     raise UserError(
         f"{model}: no such model; give a directory, a .gguf file, a hub id such as org/name, "
         f"or one of {', '.join(catalogue.MODELS)}"
     )
+
+
+def _open_directory(path: Path, name: str | None = None) -> Checkpoint:
+    from cptool.checkpoint.huggingface import open_huggingface
+    from cptool.checkpoint.meta import is_meta, open_meta
+
+    return open_meta(path, name) if is_meta(path) else open_huggingface(path, name)
 
 
 def _open_file(path: Path, name: str | None = None) -> Checkpoint:
@@ -51,8 +59,13 @@ def _download(hub_id: str) -> Path:
     """The local snapshot of a hub repository, fetched where it is not there yet."""
     from huggingface_hub import snapshot_download
 
+    from cptool.checkpoint.meta import is_meta
+
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        path = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        if is_meta(path):  # Only now: many repositories have the weights in both layouts.
+            path = Path(snapshot_download(hub_id, allow_patterns=_META_WEIGHTS))
+        return path
     except Exception as error:  # Its errors have no common root that holds over its versions.
         raise UserError(
             f"{hub_id}: no such directory, and not to be had from the hub ({first_line(error)}); "

@@ -7,9 +7,10 @@ Tensors go by their Hugging Face names, and query and key rows are in half-split
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,30 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
+class JoinedTensor:
+    """A tensor whose parts lie in several files, side by side along dimension `dim`."""
+
+    parts: tuple[StoredTensor, ...]
+    dim: int
+    interleaved_heads: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.parts[0].shape)
+        shape[self.dim] = sum(part.shape[self.dim] for part in self.parts)
+        return tuple(shape)
+
+    @property
+    def encoding(self) -> str:
+        """The encoding of all parts."""
+        return self.parts[0].encoding
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True)
 class Sampling:
     """The sampling defaults of a model's author; None where the model says nothing."""
 
@@ -65,7 +90,7 @@ class Checkpoint:
     path: Path
     name: str
     config: LlamaConfig
-    stored: dict[str, StoredTensor]
+    stored: dict[str, StoredTensor | JoinedTensor]
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     sampling: Sampling = Sampling()
@@ -91,35 +116,67 @@ class Checkpoint:
     def is_mapped(self, name: str) -> bool:
         """Whether `read(name)` is a view of the file in the page cache, shared by all processes."""
         tensor = self.stored[name]
+        if isinstance(tensor, JoinedTensor) or tensor.interleaved_heads:
+            return False
         size = ITEM_SIZES.get(tensor.encoding)
-        return size is not None and tensor.offset % size == 0 and not tensor.interleaved_heads
+        return size is not None and tensor.offset % size == 0
 
-    def read(self, name: str) -> "torch.Tensor":
-        """The tensor, in its stored dtype; float32 where it is quantised.
+    def read(
+        self, name: str, dim: int = 0, bounds: tuple[int, int] | None = None
+    ) -> "torch.Tensor":
+        """The tensor in its stored dtype, float32 where it is quantised; or what lies within
+        `bounds` [start, stop) of its dimension `dim`, which are whole heads in rows of q and k.
 
-        A mapped tensor (see `is_mapped`) keeps the mapping alive and is copy-on-write: changing it
-        changes neither the file nor what other processes see.
+        Of a joined tensor only the parts that this takes are read. A mapped tensor (see
+        `is_mapped`) keeps the mapping alive and is copy-on-write: changing it changes neither the
+        file nor what other processes see.
         """
+        tensor = self.stored[name]
+        start, stop = bounds or (0, tensor.shape[dim])
+        if isinstance(tensor, JoinedTensor):
+            values = self._join(tensor, dim, start, stop)
+        else:
+            values = self._values(tensor).narrow(dim, start, stop - start)
+        if not tensor.interleaved_heads:
+            return values
+        # Rows 2j, 2j+1 of a head are one rotary pair in the file; j, j + D/2 are one here.
+        head_dim = tensor.shape[0] // tensor.interleaved_heads
+        if dim == 0 and (start % head_dim or stop % head_dim):
+            raise ValueError(f"{name}: rows {start} to {stop} cut a head of {head_dim} rows")
+        pairs = values.reshape(-1, head_dim // 2, 2, values.shape[1])
+        return pairs.transpose(1, 2).reshape(values.shape)
+
+    def _join(self, tensor: JoinedTensor, dim: int, start: int, stop: int) -> "torch.Tensor":
         import torch
 
-        tensor = self.stored[name]
+        pieces, before = [], 0
+        for part in tensor.parts:
+            first, last = start, stop
+            if dim == tensor.dim:
+                first = max(start - before, 0)
+                last = min(stop - before, part.shape[dim])
+                before += part.shape[dim]
+            if first < last:
+                pieces.append(self._values(part).narrow(dim, first, last - first))
+        return torch.cat(pieces, tensor.dim) if len(pieces) > 1 else pieces[0]
+
+    def _values(self, tensor: StoredTensor) -> "torch.Tensor":
+        """The tensor as it lies in one file, a view of it where it is aligned."""
+        import torch
+
         mapping = self._mapping(tensor.file)
         if tensor.encoding not in TORCH_DTYPES:
             from cptool.checkpoint.gguf import dequantize
 
-            values = dequantize(_bytes_of(mapping, tensor), tensor)
-        elif tensor.offset % ITEM_SIZES[tensor.encoding]:
-            values = _bytes_of(mapping, tensor).clone().view(_torch_dtype(tensor))
+            return dequantize(_bytes_of(mapping, tensor), tensor)
+        dtype = _torch_dtype(tensor)
+        if tensor.offset % dtype.itemsize:
+            values = _bytes_of(mapping, tensor).clone().view(dtype)
         else:
-            dtype = _torch_dtype(tensor)
             values = torch.empty(0, dtype=dtype).set_(
                 mapping, tensor.offset // dtype.itemsize, (math.prod(tensor.shape),)
             )
-        if tensor.interleaved_heads:
-            # Rows 2j, 2j+1 of a head are one rotary pair in the file; j, j + D/2 are one here.
-            heads, (rows, columns) = tensor.interleaved_heads, tensor.shape
-            values = values.view(heads, rows // heads // 2, 2, columns).transpose(1, 2)
-        return values.reshape(tensor.shape)
+        return values.view(tensor.shape)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -129,17 +186,15 @@ class Checkpoint:
         encoding and the first and last 4 KiB of stored bytes.
         """
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-        files = {file: file.open("rb") for file in {t.file for t in self.stored.values()}}
-        try:
+        with ExitStack() as opened:
+            files = cache(lambda path: opened.enter_context(path.open("rb")))
             for name, tensor in sorted(self.stored.items()):
                 digest.update(json.dumps([name, tensor.shape, tensor.encoding]).encode())
-                file, length = files[tensor.file], min(tensor.nbytes, _SAMPLED_BYTES)
-                for offset in (tensor.offset, tensor.offset + tensor.nbytes - length):
-                    file.seek(offset)
-                    digest.update(file.read(length))
-        finally:
-            for file in files.values():
-                file.close()
+                length = min(tensor.nbytes, _SAMPLED_BYTES)
+                for start in (0, tensor.nbytes - length):
+                    for path, offset, count in _ranges(tensor, start, start + length):
+                        files(path).seek(offset)
+                        digest.update(files(path).read(count))
         return digest.hexdigest()
 
     def tokenizer(self) -> "Tokenizer | None":
@@ -155,6 +210,24 @@ class Checkpoint:
                 str(file), shared=False, nbytes=file.stat().st_size
             )
         return self._mappings[file]
+
+
+def _ranges(
+    tensor: StoredTensor | JoinedTensor, start: int, stop: int
+) -> Iterator[tuple[Path, int, int]]:
+    """File, offset and count of the bytes [start, stop) of a tensor, in the order of the tensor."""
+    parts, rows = (tensor,), 1
+    if isinstance(tensor, JoinedTensor):
+        parts, rows = tensor.parts, math.prod(tensor.shape[: tensor.dim])
+    width = tensor.nbytes // rows
+    for row in range(start // width, -(-stop // width)):
+        begin = row * width
+        for part in parts:
+            share = part.nbytes // rows
+            first, last = max(start - begin, 0), min(stop - begin, share)
+            if first < last:
+                yield part.file, part.offset + row * share + first, last - first
+            begin += share
 
 
 def _torch_dtype(tensor: StoredTensor) -> "torch.dtype":
@@ -195,8 +268,11 @@ def llama_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def select_tensors(
-    source: Path, config: LlamaConfig, found: dict[str, StoredTensor], encodings: Iterable[str]
-) -> dict[str, StoredTensor]:
+    source: Path,
+    config: LlamaConfig,
+    found: Mapping[str, StoredTensor | JoinedTensor],
+    encodings: Iterable[str],
+) -> dict[str, StoredTensor | JoinedTensor]:
     """The tensors that the model needs out of those `found`, each with the expected shape.
 
     Raises UserError for a tensor that is missing, misshapen or in an encoding not in `encodings`,
@@ -231,6 +307,20 @@ def select_tensors(
             f"and ignoring it would change the answer; use a checkpoint of the Llama architecture"
         )
     return {name: found[name] for name in needed}
+
+
+def mark_interleaved(
+    stored: Mapping[str, StoredTensor | JoinedTensor], config: LlamaConfig
+) -> dict[str, StoredTensor | JoinedTensor]:
+    """The same tensors, those of queries and keys marked as in interleaved rotary order."""
+    heads = {
+        "q_proj.weight": config.num_attention_heads,
+        "k_proj.weight": config.num_key_value_heads,
+    }
+    return {
+        name: replace(tensor, interleaved_heads=heads.get(name.rpartition("self_attn.")[2], 0))
+        for name, tensor in stored.items()
+    }
 
 
 def check_config(source: Path, config: LlamaConfig) -> LlamaConfig:

@@ -18,6 +18,7 @@ from cptool.checkpoint.base import (
     Sampling,
     StoredTensor,
     check_config,
+    mark_interleaved,
     select_tensors,
     token_ids,
 )
@@ -89,11 +90,6 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
     if divisors is not None:
         config = replace(config, rope_scaling=_scaling_of_divisors(path, config, divisors))
     stored = select_tensors(path, config, found, (*TORCH_DTYPES, *QUANTISED))
-    for key, tensor in stored.items():
-        if key.endswith("q_proj.weight"):
-            stored[key] = replace(tensor, interleaved_heads=config.num_attention_heads)
-        elif key.endswith("k_proj.weight"):
-            stored[key] = replace(tensor, interleaved_heads=config.num_key_value_heads)
     ids = {
         name: token_ids(path, key, metadata.get(key), config.vocab_size)
         for name in ("bos", "eos", "eot", "eom")
@@ -103,7 +99,7 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
         path=path,
         name=name or path.stem,
         config=config,
-        stored=stored,
+        stored=mark_interleaved(stored, config),
         eos_ids=tuple(dict.fromkeys(ids["eos"] + ids["eot"] + ids["eom"])),
         bos_id=next(iter(ids["bos"]), None),
         sampling=Sampling(

@@ -1,6 +1,5 @@
 """Checkpoints in the Hugging Face layout: config.json next to safetensors files."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,10 @@ from cptool.checkpoint.base import (
     Sampling,
     StoredTensor,
     check_config,
-    first_line,
     select_tensors,
     token_ids,
 )
+from cptool.checkpoint.fields import integer, mapping, number, read_json
 from cptool.checkpoint.safetensors import read_header
 from cptool.errors import UserError
 from cptool.model.config import LlamaConfig, RopeScaling
@@ -45,7 +44,7 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
     config_file = path / "config.json"
     if not config_file.is_file():
         raise UserError(_why_no_config(path))
-    fields = _read_json(config_file)
+    fields = read_json(config_file)
     found = {
         name: tensor
         for name, tensor in _read_headers(path).items()
@@ -53,7 +52,7 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
     }
     config = check_config(config_file, read_config(config_file, fields, tied=HEAD not in found))
     generation_file = path / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.is_file() else {}
+    generation = read_json(generation_file) if generation_file.is_file() else {}
     chosen = {**fields, **{key: value for key, value in generation.items() if value is not None}}
     eos_ids, bos_ids = (
         token_ids(path, key, chosen.get(key), config.vocab_size)
@@ -84,8 +83,8 @@ def read_config(source: Path, fields: dict[str, Any], tied: bool = False) -> Lla
         )
     # transformers 5 gathers rope_theta and rope_scaling in one dict.
     rope = {
-        **_mapping(source, fields, "rope_scaling"),
-        **_mapping(source, fields, "rope_parameters"),
+        **mapping(source, fields, "rope_scaling"),
+        **mapping(source, fields, "rope_parameters"),
     }
     for key, allowed in _UNSUPPORTED.items():
         value = fields.get(key, rope.get(key))
@@ -94,25 +93,25 @@ def read_config(source: Path, fields: dict[str, Any], tied: bool = False) -> Lla
                 f"{source}: {key} is {value!r}, cptool computes only a Llama where it is absent or "
                 f"{allowed[-1]!r}; use a checkpoint without it"
             )
-    heads = _integer(source, fields, "num_attention_heads")
-    hidden = _integer(source, fields, "hidden_size")
+    heads = integer(source, fields, "num_attention_heads")
+    hidden = integer(source, fields, "hidden_size")
     if fields.get("head_dim") is None and (heads < 1 or hidden % heads):
         raise UserError(
             f"{source}: hidden_size {hidden} does not divide into {heads} heads; it must, or "
             f"head_dim must be given"
         )
-    theta = _number(source, {**fields, **rope}, "rope_theta", 10000.0)
+    theta = number(source, {**fields, **rope}, "rope_theta", 10000.0)
     return LlamaConfig(
-        vocab_size=_integer(source, fields, "vocab_size"),
+        vocab_size=integer(source, fields, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_integer(source, fields, "intermediate_size"),
-        num_hidden_layers=_integer(source, fields, "num_hidden_layers"),
+        intermediate_size=integer(source, fields, "intermediate_size"),
+        num_hidden_layers=integer(source, fields, "num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=_integer(source, fields, "num_key_value_heads", heads),
-        head_dim=_integer(source, fields, "head_dim", hidden // heads),
-        rms_norm_eps=_number(source, fields, "rms_norm_eps", 1e-6),
+        num_key_value_heads=integer(source, fields, "num_key_value_heads", heads),
+        head_dim=integer(source, fields, "head_dim", hidden // heads),
+        rms_norm_eps=number(source, fields, "rms_norm_eps", 1e-6),
         rope_theta=theta,
-        max_position_embeddings=_integer(source, fields, "max_position_embeddings", 2048),
+        max_position_embeddings=integer(source, fields, "max_position_embeddings", 2048),
         tie_word_embeddings=tied or fields.get("tie_word_embeddings") is True,
         rope_scaling=_rope_scaling(source, rope),
     )
@@ -127,16 +126,16 @@ def _rope_scaling(source: Path, rope: dict[str, Any]) -> RopeScaling | None:
             f"{source}: rope type {kind!r} is not supported; use a checkpoint with default, linear "
             f"or llama3 rotary embeddings"
         )
-    factor = _number(source, rope, "factor")
+    factor = number(source, rope, "factor")
     if kind == "linear":
         scaling = RopeScaling("linear", factor)
     else:
         scaling = RopeScaling(
             "llama3",
             factor,
-            _number(source, rope, "low_freq_factor"),
-            _number(source, rope, "high_freq_factor"),
-            _integer(source, rope, "original_max_position_embeddings"),
+            number(source, rope, "low_freq_factor"),
+            number(source, rope, "high_freq_factor"),
+            integer(source, rope, "original_max_position_embeddings"),
         )
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     if not (factor > 0 and 0 < low < high and scaling.original_context > 0):
@@ -162,7 +161,7 @@ def _read_headers(path: Path) -> dict[str, StoredTensor]:
         return read_header(single)
     if not index_file.is_file():
         raise UserError(_why_no_weights(path))
-    weights = _mapping(index_file, _read_json(index_file), "weight_map")
+    weights = mapping(index_file, read_json(index_file), "weight_map")
     files = {}
     for shard in sorted({str(file) for file in weights.values()}):
         if Path(shard).name != shard:
@@ -180,8 +179,8 @@ def _read_headers(path: Path) -> dict[str, StoredTensor]:
 
 
 def _why_no_config(path: Path) -> str:
-    if (path / "params.json").is_file() or any(path.glob("consolidated*.pth")):
-        return f"{path}: Meta's own layout is not supported; give the model's Hugging Face form"
+    if (path / "original" / "params.json").is_file():
+        return f"{path}: no config.json in it; for Meta's own weights give {path}/original"
     if gguf := sorted(path.glob("*.gguf")):
         return f"{path}: no config.json in it; to use a GGUF file give its path, such as {gguf[0]}"
     return f"{path}: no config.json in it; give a Hugging Face model directory or a .gguf file"
@@ -200,7 +199,7 @@ def _load_tokenizer(path: Path) -> "Tokenizer | None":
 
     if (path / "tokenizer.json").is_file():
         config_file = path / "tokenizer_config.json"
-        settings = _read_json(config_file) if config_file.is_file() else {}
+        settings = read_json(config_file) if config_file.is_file() else {}
         template_file = path / "chat_template.jinja"
         template = template_file.read_text("utf-8") if template_file.is_file() else None
         return from_tokenizer_json(path / "tokenizer.json", settings, template)
@@ -210,34 +209,3 @@ def _load_tokenizer(path: Path) -> "Tokenizer | None":
             f"transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({first_line(error)}); fetch the file again") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: holds a {type(fields).__name__}, it must be a JSON object")
-    return fields
-
-
-def _mapping(source: Path, fields: dict[str, Any], key: str) -> dict[str, Any]:
-    value = fields.get(key)
-    if value is not None and not isinstance(value, dict):
-        raise UserError(f"{source}: {key} is {value!r}, it must be an object or null")
-    return value or {}
-
-
-def _integer(source: Path, fields: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = default if fields.get(key) is None else fields[key]
-    if type(value) is not int:
-        raise UserError(f"{source}: {key} is {value!r}, it must be an integer; mend the file")
-    return value
-
-
-def _number(source: Path, fields: dict[str, Any], key: str, default: float | None = None) -> float:
-    value = default if fields.get(key) is None else fields[key]
-    if type(value) not in (int, float):
-        raise UserError(f"{source}: {key} is {value!r}, it must be a number; mend the file")
-    return float(value)

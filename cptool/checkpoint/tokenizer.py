@@ -7,11 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from cptool.checkpoint import backends
 from cptool.checkpoint.base import first_line
 from cptool.checkpoint.chat import Guard, Message, default_template, render
+from cptool.checkpoint.sentencepiece import NORMAL, SentencePieceModel
+from cptool.checkpoint.tiktoken import RankedModel
 from cptool.errors import UserError
 
 _REPLACEMENT = "\ufffd"
@@ -157,16 +160,12 @@ def _content(token: Any) -> str | None:
 
 
 # How byte-level vocabularies cut text before merging, by `tokenizer.ggml.pre`.
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GPT2 = ("gpt-2",)
-_DIGITS = ("smollm", "starcoder", "refact", "minerva-7b")
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
-
-# `tokenizer.ggml.token_type`.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_CUTS = {
+    "gpt-2": backends.GPT2_CUT,
+    **dict.fromkeys(("smollm", "starcoder", "refact", "minerva-7b"), backends.DIGITS_CUT),
+    **dict.fromkeys(_LLAMA3, backends.LLAMA3_CUT),
+}
 
 
 def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
@@ -181,20 +180,32 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
         raise UserError(
             f"{path}: tokenizer {kind!r} is not supported (gpt2 and llama are); give token ids"
         )
+    pre = metadata.get("tokenizer.ggml.pre")
+    if kind == "gpt2" and pre not in _CUTS:
+        raise UserError(
+            f"{path}: tokenizer.ggml.pre is {pre!r}, cptool knows {', '.join(_CUTS)}; use the "
+            f"Hugging Face checkpoint"
+        )
     try:
         tokens = metadata["tokenizer.ggml.tokens"]
-        types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+        types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
         if len(types) != len(tokens):
             raise ValueError(f"{len(tokens)} tokens and {len(types)} token types")
         if kind == "gpt2":
-            backend, bos_by_default = _byte_level(path, metadata, tokens)
+            merges = metadata.get("tokenizer.ggml.merges", [])
+            # Llama 3's vocabulary holds words that its merges do not reach.
+            bos_by_default = ignore_merges = pre in _LLAMA3
+            backend = backends.byte_level_bpe(
+                tokens, [tuple(m.split(" ", 1)) for m in merges], _CUTS[pre], ignore_merges
+            )
         else:
-            backend, bos_by_default = _sentencepiece(metadata, tokens, types), True
-        _add_tokens(backend, tokens, types)
+            bos_by_default = True
+            scores = metadata.get("tokenizer.ggml.scores", [])
+            dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+            backend = backends.sentencepiece_bpe(tokens, scores, types, dummy_prefix)
+        backends.add_tokens(backend, tokens, types)
         ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
         special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
-    except UserError:
-        raise
     except Exception as error:  # The library raises bare Exception, bad metadata anything.
         raise UserError(
             f"{path}: its tokenizer is damaged ({first_line(error)}); fetch the file again"
@@ -204,69 +215,25 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
     return Tokenizer(backend, ids["bos"], bool(add_bos), special, template)
 
 
-def _byte_level(path: Path, metadata: dict[str, Any], tokens: list[str]) -> tuple[Backend, bool]:
-    """Byte-level BPE, and whether its family begins a text with BOS."""
-    pre = metadata.get("tokenizer.ggml.pre")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in _LLAMA3)
-    if pre in _GPT2:
-        cut = byte_level
-    elif pre in _DIGITS:
-        cut = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    elif pre in _LLAMA3:
-        pattern = pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated")
-        cut = pre_tokenizers.Sequence([pattern, byte_level])
-    else:
-        raise UserError(
-            f"{path}: tokenizer.ggml.pre is {pre!r}, cptool knows "
-            f"{', '.join(_GPT2 + _DIGITS + _LLAMA3)}; use the Hugging Face checkpoint"
-        )
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    # Llama 3's vocabulary holds words that its merges do not reach.
-    backend = Backend(models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3))
-    backend.pre_tokenizer = cut
-    backend.decoder = decoders.ByteLevel()
-    return backend, pre in _LLAMA3
-
-
-def _sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> Backend:
-    """SentencePiece BPE: spaces as U+2581, a dummy one in front, unknown characters as bytes.
-
-    It merges the pair whose piece scores best; as ranks of `merges` those are all ways to make each
-    piece from two, pieces in order of score.
-    """
-    scores = metadata.get("tokenizer.ggml.scores", [])
-    if len(scores) != len(tokens):
-        raise ValueError(f"{len(tokens)} tokens and {len(scores)} scores")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    pieces = {token: i for i, token in enumerate(tokens) if types[i] == _NORMAL}
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(pieces, key=lambda piece: -scores[pieces[piece]])
-        for cut in range(1, len(piece))
-        if piece[:cut] in pieces and piece[cut:] in pieces
-    ]
-    unknown = next((tokens[i] for i, kind in enumerate(types) if kind == _UNKNOWN), None)
-    backend = Backend(
-        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+def from_sentencepiece(model: SentencePieceModel, chat_template: str | None) -> Tokenizer:
+    """The tokenizer of a SentencePiece `tokenizer.model`; a plain text begins with BOS."""
+    backend = backends.sentencepiece_bpe(
+        model.pieces, model.scores, model.types, model.dummy_prefix
     )
-    dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    spaces = normalizers.Replace(" ", "▁")
-    # As a normalizer it also applies after a control token, as in the reference, where every turn
-    # is encoded by itself.
-    backend.normalizer = (
-        normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if dummy_prefix else spaces
-    )
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence(
-        [*steps, decoders.Strip(" ", 1, 0)] if dummy_prefix else steps
-    )
-    return backend
+    backends.add_tokens(backend, model.pieces, model.types)
+    special = {"bos_token": model.pieces[model.bos_id], "eos_token": model.pieces[model.eos_id]}
+    return Tokenizer(backend, model.bos_id, True, special, chat_template)
 
 
-def _add_tokens(backend: Backend, tokens: list[str], types: list[int]) -> None:
-    """Registers control tokens as special, the author's own tokens as ones to find in any text."""
-    special = [t for t, kind in zip(tokens, types, strict=True) if kind in (_UNKNOWN, _CONTROL)]
-    plain = [t for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
-    backend.add_tokens([AddedToken(t, normalized=False) for t in plain])
+def from_ranks(
+    model: RankedModel, bos_id: int, eos_id: int, chat_template: str | None
+) -> Tokenizer:
+    """The tokenizer of a `tokenizer.model` of Llama 3; a plain text begins with BOS."""
+    tokens = [backends.printable(token) for token in model.tokens]
+    backend = backends.byte_level_bpe(
+        tokens, backends.all_merges(tokens), backends.LLAMA3_CUT, ignore_merges=True
+    )
+    backend.add_special_tokens(model.special)
+    ids = {"bos_token": bos_id, "eos_token": eos_id}
+    special = {name: backend.id_to_token(i) for name, i in ids.items()}
+    return Tokenizer(backend, bos_id, True, special, chat_template)

@@ -68,8 +68,8 @@ def prefill(
 ):
     """Compute the KV of a prompt and the token that follows it.
 
-    MODEL is a directory of a Hugging Face checkpoint, a .gguf file, a name known to `cptool pull`,
-    or a hub id. Several prompts, by any of the prompt options, are a batch.
+    MODEL is a directory in Hugging Face's layout or in Meta's, a .gguf file, a name known to
+    `cptool pull`, or a hub id. Several prompts, by any of the prompt options, are a batch.
     """
     from cptool import session as sessions
     from cptool.checkpoint import open_checkpoint

@@ -1,0 +1,105 @@
+"""Byte-pair encodings as objects of the `tokenizers` library, built from vocabularies."""
+
+from collections.abc import Iterable, Sequence
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from cptool.checkpoint.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+
+# How Llama 3 cuts a text before merging.
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+GPT2_CUT = pre_tokenizers.ByteLevel(add_prefix_space=False)
+DIGITS_CUT = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2_CUT])
+LLAMA3_CUT = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+
+
+def byte_level_bpe(
+    tokens: Sequence[str],
+    merges: list[tuple[str, str]],
+    cut: pre_tokenizers.PreTokenizer,
+    ignore_merges: bool,
+) -> Tokenizer:
+    """BPE over bytes, each written as a printable character; `cut` says where no merge may reach.
+
+    `ignore_merges`: a piece between cuts that is a token is that token, whatever merges reach.
+    """
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges))
+    backend.pre_tokenizer = cut
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def printable(token: bytes) -> str:
+    """Bytes as the printable characters that byte-level vocabularies write for them (GPT-2)."""
+    return "".join(_PRINTABLE[byte] for byte in token)
+
+
+def _printable_bytes() -> list[str]:
+    kept = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256))
+    return [chr(byte if byte in kept else 256 + next(others)) for byte in range(256)]
+
+
+_PRINTABLE = _printable_bytes()
+
+
+def sentencepiece_bpe(
+    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], dummy_prefix: bool
+) -> Tokenizer:
+    """SentencePiece BPE: spaces as U+2581, a dummy one in front, unknown characters as bytes.
+
+    It merges the pair whose piece scores best.
+    """
+    if len(scores) != len(tokens):
+        raise ValueError(f"{len(tokens)} tokens and {len(scores)} scores")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pieces = {token: i for i, token in enumerate(tokens) if types[i] == NORMAL}
+    best_first = sorted(pieces, key=lambda piece: -scores[pieces[piece]])
+    unknown = next((tokens[i] for i, kind in enumerate(types) if kind == UNKNOWN), None)
+    backend = Tokenizer(
+        models.BPE(
+            vocabulary, all_merges(best_first), unk_token=unknown, fuse_unk=True, byte_fallback=True
+        )
+    )
+    spaces = normalizers.Replace(" ", "▁")
+    # As a normalizer it also applies after a control token, as in the reference, where every turn
+    # is encoded by itself.
+    backend.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if dummy_prefix else spaces
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(
+        [*steps, decoders.Strip(" ", 1, 0)] if dummy_prefix else steps
+    )
+    return backend
+
+
+def all_merges(best_first: Iterable[str]) -> list[tuple[str, str]]:
+    """All ways to make each piece from two, for an encoding that merges whichever pair makes the
+    best piece.
+    """
+    pieces = dict.fromkeys(best_first)
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in pieces and piece[cut:] in pieces
+    ]
+
+
+def add_tokens(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Registers control tokens as special, the author's own tokens as ones to find in any text."""
+    special = [t for t, kind in zip(tokens, types, strict=True) if kind in (UNKNOWN, CONTROL)]
+    plain = [t for t, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    backend.add_tokens([AddedToken(t, normalized=False) for t in plain])
