@@ -14,11 +14,13 @@ _NAMED = {
     0: "begin_of_text",
     1: "end_of_text",
     4: "finetune_right_pad_id",
+    5: "step_id",
     6: "start_header_id",
     7: "end_header_id",
     8: "eom_id",
     9: "eot_id",
     10: "python_tag",
+    11: "image",
 }
 _SPECIAL_COUNT = 256
 
