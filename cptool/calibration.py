@@ -58,9 +58,8 @@ COLD_BYTES = 128 << 20
 model with many layers come from memory every time."""
 SMALL_MESSAGE, LARGE_MESSAGE = 1 << 10, 4 << 20
 FEW_LAYERS, MORE_LAYERS, HELD = 2, 8, 64
-OVERHEAD_REPEATS, OVERHEAD_QUANTILE = 10, 0.25
-"""Small costs want more repetitions than the rest, that many times as many. What interrupts a run
-only adds to it, so that the faster ones say more."""
+OVERHEAD_REPEATS = 10
+"""Small costs want more repetitions than the rest, that many times as many."""
 PAUSE_S = 200e-6
 """What a layer of a small model computes between two exchanges, roughly: long enough for ranks that
 wait to go to sleep."""
@@ -151,7 +150,7 @@ class _Clock:
         return self.all({"": work}, calls)[""]
 
     def all(
-        self, works: dict[str, Callable[[], object]], calls: int = 1, quantile: float = 0.5
+        self, works: dict[str, Callable[[], object]], calls: int = 1
     ) -> dict[str, float]:
         """Of each of `works`, in turn, so that a drift of the machine meets all alike."""
         spent: dict[str, list[float]] = {name: [] for name in works}
@@ -168,7 +167,7 @@ class _Clock:
                 if repeat:  # the first one warms up
                     spent[name].append((time.perf_counter() - began) / calls)
         middle = {
-            name: sorted(times)[int(quantile * len(times))] if times else 0.0
+            name: statistics.median(times) if times else 0.0
             for name, times in spent.items()
         }
         return {name: max(found[name] for found in self.world.gather(middle)) for name in works}
@@ -463,7 +462,7 @@ def _overheads(
                     works[f"{variant} {new} {layers}"] = _forward(
                         engine, placements, variant, new
                     )
-        times = clock.all(works, quantile=OVERHEAD_QUANTILE)
+        times = clock.all(works)
         found, started = {}, {}
         for variant in VARIANTS if count > 1 else VARIANTS[:1]:
             layer, start = [], []

@@ -112,6 +112,17 @@ def test_keys_are_gathered_by_ranks_with_queries_alone():
     alone = predict("gather-kv", on(ranks, 64, active=1), PROFILES["cuda"])
     assert alone.bytes == alone.exposed_s == 0
 
+
+def test_a_lone_query_waits_for_the_last_rank_that_answers_it():
+    bare = dataclasses.replace(PROFILES["cpu"], ranks_at_once=None)
+    one, four = (
+        predict("pass-q", on(4, new, 65536), bare).attention_s for new in (1, 4)
+    )
+    alone = Rates(on(4, 1, 65536), bare).attention(16384, 16385, 1)
+    assert one == pytest.approx(2 * alone, rel=1e-3)  # on its own rank, then on the last one
+    assert four == pytest.approx(4 * alone, rel=1e-3)
+
+
 def test_ranks_beyond_the_processors_take_turns():
     profile = dataclasses.replace(PROFILES["cpu"], ranks_at_once=2)
     two = predict("gather-kv", on(4, 4096, active=2), profile).compute_s

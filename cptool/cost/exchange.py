@@ -103,9 +103,10 @@ def _pass_q(rates: Rates, early: bool = True) -> Exchange:
     partial = forward.partial(forward.queries)
     arrived = 0.0  # when the partials that left so far are with their owners
     for step in range(ranks):
-        asked = step < sources  # other ranks have nothing to ask, but pass queries on
+        # Other ranks have nothing to ask, but pass queries on; the last one that answers this rank
+        # begins only once its queries are there.
         spent = packed = 0.0
-        if asked:
+        if step < sources or step == ranks - 1:
             pairs = forward.cached_pairs + forward.new_pairs
             spent = crowd * rates.attention(pairs, forward.asked_keys, forward.queries)
             packed = crowd * rates.touch(2 * partial)
