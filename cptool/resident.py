@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cptool import distributed
 from cptool.sampling import Sampling
+from cptool.turn import Setup, identity, open_engine
 
 if TYPE_CHECKING:
     from cptool.distributed import World
@@ -26,20 +27,6 @@ if TYPE_CHECKING:
 
 _STOP, _END = "stop", "end"
 _PATIENCE_S = 5.0
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What the ranks load: a model, and the state of a session at revision `resume` if one is
-    named.
-    """
-
-    model: str
-    dtype: str
-    variant: str = "auto"
-    partials: str = "float32"
-    session: str | None = None
-    resume: int | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +174,6 @@ def serve(world: "World", setup: Setup, address: str, key: bytes) -> None:
 
 def _serve(world: "World", setup: Setup, connection: Connection) -> None:
     from cptool import session
-    from cptool.turn import identity, open_engine
 
     checkpoint, engine = open_engine(world, setup)
     where, manifest = setup.session, None

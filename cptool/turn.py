@@ -18,24 +18,31 @@ from cptool.trace import Recorder
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.engine import Engine
-    from cptool.resident import Setup
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What is asked.
-
-    `prompts[b]` are the new tokens of sequence b; they follow what the session held at revision
-    `resume`, or the first `keep[b]` tokens of it. `variant` and `partials` are those of `Engine`.
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What the ranks load: a model, and the state of a session at revision `resume` if one is
+    named. `variant` and `partials` are those of `Engine`.
     """
 
     model: str
-    prompts: tuple[tuple[int, ...], ...]
     dtype: str
     variant: str = "auto"
     partials: str = "float32"
     session: str | None = None
     resume: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn(Setup):
+    """What is asked.
+
+    `prompts[b]` are the new tokens of sequence b; they follow what the session held, or the first
+    `keep[b]` tokens of it.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
     keep: tuple[int, ...] | None = None
     max_new_tokens: int = 0
     sampling: Sampling = Sampling()
@@ -166,7 +173,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     )
 
 
-def open_engine(world, asked: "Turn | Setup", batch: int = 1) -> "tuple[Checkpoint, Engine]":
+def open_engine(world, asked: Setup, batch: int = 1) -> "tuple[Checkpoint, Engine]":
     """Loads the model that is `asked` for, in its dtype, for an engine of that variant.
 
     Collective over the ranks of `world`.

@@ -21,7 +21,8 @@ from cptool.checkpoint import open_checkpoint
 from cptool.cli.main import main
 from cptool.conversation import FILE, Conversation
 from cptool.errors import UserError
-from cptool.resident import Resident, Setup
+from cptool.resident import Resident
+from cptool.turn import Setup
 
 EOS = (2,)
 QUESTIONS = ["What is the capital of France?", "And of <|im_end|> Spain?", "Name three colours."]
@@ -177,7 +178,7 @@ def test_ranks_refuse_a_session_that_changed_while_they_started(smollm2_path, tm
     where = tmp_path / "s"
     chat(smollm2_path, "-n", 2, say=[QUESTIONS[0], f"/save {where}"])
     manifest = session.load(where)
-    setup = Setup(str(smollm2_path), manifest.dtype, session=str(where), resume=7)
+    setup = Setup(model=str(smollm2_path), dtype=manifest.dtype, session=str(where), resume=7)
     with pytest.raises(RuntimeError, match=r"changed by another run \(it is at revision 1, this"):
         with Resident(setup, cp=1, tp=1, device="cpu", threads=1, timeout=60):
             pass
@@ -269,8 +270,8 @@ def test_ranks_end_with_the_terminal(smollm2_path):
 
 def test_a_single_rank_is_done_before_the_program_ends(mqa_path):
     """It is a thread of the program: torn down in the midst of its work, it would abort all."""
-    threads = set(threading.enumerate())
-    with pytest.raises(KeyboardInterrupt), Resident(Setup(str(mqa_path), "float32"), cp=1, tp=1):
+    threads, setup = set(threading.enumerate()), Setup(model=str(mqa_path), dtype="float32")
+    with pytest.raises(KeyboardInterrupt), Resident(setup, cp=1, tp=1):
         raise KeyboardInterrupt
     assert set(threading.enumerate()) == threads
 

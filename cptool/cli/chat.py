@@ -104,7 +104,8 @@ def chat(
         cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
     )
 
-    from cptool.resident import Resident, Setup
+    from cptool.resident import Resident
+    from cptool.turn import Setup
 
     setup = Setup(
         model=str(checkpoint.path),
