@@ -219,15 +219,20 @@ def test_damaged_ranks_are_one_line(llama3_model, tmp_path, change, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch")
+
+
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
-def test_a_damaged_sentencepiece_model_is_refused_or_read(llama2_model, tmp_path_factory, data):
+def test_a_damaged_sentencepiece_model_is_refused_or_read(llama2_model, scratch, data):
     damaged = bytearray(llama2_model)
     for _ in range(data.draw(st.integers(1, 3))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     damaged = damaged[: data.draw(st.sampled_from([len(damaged), len(damaged) // 2]))]
     try:
-        read(tmp_path_factory.getbasetemp(), bytes(damaged)).tokenizer()
+        read(scratch, bytes(damaged)).tokenizer()
     except UserError as error:
         assert "\n" not in str(error)
 
@@ -323,13 +328,16 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(checkpoint):
         open_checkpoint(str(checkpoint))
     lists.unlink()
     files = sorted(checkpoint.glob("*.pth"))
-    for file in files:
-        state = torch.load(file)
-        for name in ("tok_embeddings.weight", "output.weight"):
-            state[name] = state[name][:40].clone()
-        torch.save(state, file)
-    with pytest.raises(UserError, match="the model 80"):
-        open_checkpoint(str(checkpoint))
+    states = [torch.load(file) for file in files]
+    for rows in (40, 600):  # of each of two files; more than either has tokens
+        for file, state in zip(files, states, strict=True):
+            resized = {
+                name: state[name][:1].repeat(rows, 1)
+                for name in ("tok_embeddings.weight", "output.weight")
+            }
+            torch.save(state | resized, file)
+        with pytest.raises(UserError, match=f"the model {2 * rows};"):
+            open_checkpoint(str(checkpoint))
     tokenizer.unlink()
     found = open_checkpoint(str(checkpoint))
     assert (found.bos_id, found.eos_ids, found.tokenizer()) == (None, (), None)
