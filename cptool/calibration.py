@@ -28,7 +28,7 @@ from cptool.hardware import MEASURED, HardwareProfile, Link, default_profile, us
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import ROWS_AT_ONCE_CPU, DecoderLayer
 from cptool.model.shapes import llama_config
-from cptool.ops import attention_partial, cpu_isa
+from cptool.ops import attention_partial, cpu_stream_rows
 from cptool.ring import Ring
 from cptool.row_rates import RowRates, fitted
 from cptool.sampling import Sampling
@@ -50,9 +50,6 @@ MOST_ROWS = ROWS_AT_ONCE_CPU
 BLOCK = 16
 """Queries of a block for which a CPU packs keys and values, as for many: of EXAMPLE 64 rows of a KV
 head."""
-FEW_QUERY_ROWS = {"amx": 8, "avx512bf16": 32, "avx512": 32}
-"""By instruction set, up to how many rows of a KV head it reads keys and values as for one query
-(csrc/cpu/avx512_stream.h, amx.cpp)."""
 COLD_BYTES = 128 << 20
 """What is read between two uses of weights or of keys, so that no cache keeps them: those of a
 model with many layers come from memory every time."""
@@ -260,11 +257,6 @@ def _device_rates(clock: _Clock, name: str, overhead: float) -> tuple[float, flo
     return flops / max(many - some - small * (ROWS - few), 0.05 * many), weights
 
 
-def _few_query_rows(device: torch.device, dtype: torch.dtype) -> int:
-    isa = cpu_isa(dtype, EXAMPLE.head_dim) if device.type == "cpu" else ""
-    return FEW_QUERY_ROWS.get(isa, 0)
-
-
 def _layer(
     device: torch.device, config: LlamaConfig, dtype: torch.dtype
 ) -> Callable[..., Callable[[], None]]:
@@ -301,7 +293,7 @@ def _attention(clock: _Clock, dtype: torch.dtype) -> tuple[float, dict[str, floa
     """FLOP/s of visible pairs, and the fields of the profile that tell of reading keys and of what
     a call costs.
     """
-    few_rows = _few_query_rows(clock.device, dtype)
+    few_rows = cpu_stream_rows(dtype, EXAMPLE.head_dim) if clock.device.type == "cpu" else 0
     heads, kv_heads, dim = (
         EXAMPLE.num_attention_heads, EXAMPLE.num_key_value_heads, EXAMPLE.head_dim,
     )  # fmt: skip

@@ -124,6 +124,14 @@ def cpu_isa(dtype: torch.dtype, head_dim: int = 128) -> str:
     return _C.cpu_isa(SCALAR_TYPES[dtype], head_dim)
 
 
+def cpu_stream_rows(dtype: torch.dtype, head_dim: int = 128) -> int:
+    """Rows of a KV head (query tokens times query heads that share it) up to which CPU calls of
+    this dtype and head dimension read keys and values as they lie, without packing them; 0 where
+    the kernel in use has one way to read them.
+    """
+    return _C.cpu_stream_rows(SCALAR_TYPES[dtype], head_dim)
+
+
 def cpu_linear_isa(dtype: torch.dtype) -> str:
     """The instruction set of the kernel that multiplies few rows of this type."""
     return _C.cpu_linear_isa(SCALAR_TYPES[dtype])

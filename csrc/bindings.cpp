@@ -237,6 +237,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [](int dtype, int64_t head_dim) {
     return cptool::cpu::select_isa(static_cast<ScalarType>(dtype), head_dim)->name;
   });
+  m.def("cpu_stream_rows", [](int dtype, int64_t head_dim) {
+    return cptool::cpu::select_isa(static_cast<ScalarType>(dtype), head_dim)->stream_rows;
+  });
   m.def("cpu_linear_isa", [](int dtype) {
     return cptool::cpu::linear_isa(static_cast<ScalarType>(dtype));
   });

@@ -562,6 +562,9 @@ def test_isas():
             with ops.force_cpu_isa("portable"):
                 assert ops.cpu_isa(torch.float32) == "portable"
             assert ops.cpu_isa(torch.float32) != "portable" or name == "portable"
+            for dtype in DTYPES:
+                streams = {"amx": 8, "avx512bf16": 32, "avx512": 32}.get(ops.cpu_isa(dtype), 0)
+                assert ops.cpu_stream_rows(dtype) == streams
     with pytest.raises(
         ValueError, match="CPU instruction set is 'mmx'; it must be one of portable"
     ):

@@ -360,8 +360,7 @@ bool amx_handles(ScalarType dtype, int64_t head_dim) {
 }
 
 void attention_partial_amx(const AttentionArgs& args, int threads) {
-  constexpr int kFewRows = 8;  // at most half a tile
-  if (few_rows(args, kFewRows)) return run_stream<BFloat16Math>(args, threads);
+  if (few_rows(args, kAmxStreamRows)) return run_stream<BFloat16Math>(args, threads);
   run<AmxKernel>(args, threads);
 }
 

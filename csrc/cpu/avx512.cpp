@@ -53,7 +53,7 @@ struct Float32Math {
 
 template <class T>
 inline void run_rows(const AttentionArgs& args, int threads) {
-  if (few_rows(args)) return run_stream<Float32Math<T>>(args, threads);
+  if (few_rows(args, kStreamRows)) return run_stream<Float32Math<T>>(args, threads);
   run<PanelKernel<Float32Math<T>>>(args, threads);
 }
 

@@ -14,11 +14,6 @@
 namespace cptool::cpu {
 namespace {
 
-// Rows of a KV head up to which this is faster than packing K and V for the panels' products.
-// Measured over 2K to 32K keys in all types: 1.1 to 2.5 times at 9 to 24 rows; at 32 up to 1.4
-// times, but level where keys lie in a cache (bfloat16: a fifth slower).
-constexpr int kStreamRows = 32;
-
 // How many rows the longest sequence has for each KV head.
 inline int64_t rows_per_head(const AttentionArgs& args) {
   int64_t tokens = 0;
@@ -29,7 +24,7 @@ inline int64_t rows_per_head(const AttentionArgs& args) {
   return tokens * (args.q_heads / args.kv_heads);
 }
 
-inline bool few_rows(const AttentionArgs& args, int most = kStreamRows) {
+inline bool few_rows(const AttentionArgs& args, int most) {
   return rows_per_head(args) <= most;
 }
 

@@ -12,7 +12,7 @@ bool avx512bf16_handles(ScalarType dtype, int64_t head_dim) {
 }
 
 void attention_partial_avx512bf16(const AttentionArgs& args, int threads) {
-  if (few_rows(args)) return run_stream<BFloat16Math>(args, threads);
+  if (few_rows(args, kStreamRows)) return run_stream<BFloat16Math>(args, threads);
   run<PanelKernel<BFloat16Math>>(args, threads);
 }
 

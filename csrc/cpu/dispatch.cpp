@@ -10,19 +10,21 @@ namespace {
 
 constexpr Isa kIsas[] = {
     {"portable", portable_supported, portable_handles, attention_partial_portable,
-     merge_partials_portable},
+     merge_partials_portable, 0},
 #if defined(CPTOOL_HAS_AVX2)
-    {"avx2", avx2_supported, avx2_handles, attention_partial_avx2, merge_partials_avx2},
+    {"avx2", avx2_supported, avx2_handles, attention_partial_avx2, merge_partials_avx2, 0},
 #endif
 #if defined(CPTOOL_HAS_AVX512)
-    {"avx512", avx512_supported, avx512_handles, attention_partial_avx512, merge_partials_avx512},
+    {"avx512", avx512_supported, avx512_handles, attention_partial_avx512, merge_partials_avx512,
+     kStreamRows},
 #endif
 #if defined(CPTOOL_HAS_AVX512BF16)
     {"avx512bf16", avx512bf16_supported, avx512bf16_handles, attention_partial_avx512bf16,
-     merge_partials_avx512},
+     merge_partials_avx512, kStreamRows},
 #endif
 #if defined(CPTOOL_HAS_AMX)
-    {"amx", amx_supported, amx_handles, attention_partial_amx, merge_partials_avx512},
+    {"amx", amx_supported, amx_handles, attention_partial_amx, merge_partials_avx512,
+     kAmxStreamRows},
 #endif
 };
 constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
