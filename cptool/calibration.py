@@ -26,7 +26,8 @@ from cptool.distributed import World
 from cptool.engine import Engine
 from cptool.hardware import MEASURED, HardwareProfile, Link, default_profile, usable_processors
 from cptool.model.config import LlamaConfig
-from cptool.model.llama import ROWS_AT_ONCE_CPU, DecoderLayer
+from cptool.model.llama import DecoderLayer
+from cptool.model.rows import ROWS_AT_ONCE_CPU
 from cptool.model.shapes import llama_config
 from cptool.ops import attention_partial, cpu_stream_rows
 from cptool.ring import Ring

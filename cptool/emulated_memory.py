@@ -9,7 +9,7 @@ import torch
 from cptool import host_memory
 from cptool.cost import matrix_parameters
 from cptool.errors import UserError
-from cptool.model.llama import ROWS_AT_ONCE
+from cptool.model.rows import ROWS_AT_ONCE
 
 if TYPE_CHECKING:
     from cptool.emulated_layer import Scenario, Shards

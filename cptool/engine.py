@@ -24,15 +24,12 @@ from cptool.sampling import Sampling
 from cptool.session import Manifest, ModelIdentity, Sequence
 from cptool.sharding import Placement, balanced, concat
 from cptool.staged import ring_of
-from cptool.static_decode import ALL_Q, StaticDecode
-from cptool.strategy import AUTO, Choice, choose
+from cptool.static_decode import StaticDecode
+from cptool.strategy import ALL_Q, AUTO, STATIC_ROWS, Choice, choose
 from cptool.trace import SILENT, Recorder, Silent
 
 Progress = Callable[[str, int, int], None]
 
-STATIC_ROWS = 128
-"""Sequences up to which a step's linear layers take the time of reading their weights, so that
-every rank may compute all new tokens."""
 STATIC_STEPS = 1024
 """Decode steps that room is made for at once."""
 

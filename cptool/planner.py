@@ -14,12 +14,10 @@ from cptool.cost.memory import RESERVED
 from cptool.errors import UserError
 from cptool.hardware import HardwareProfile
 from cptool.model.config import LlamaConfig
-from cptool.strategy import AUTO, Choice, choose
+from cptool.strategy import ALL_Q, AUTO, STATIC_ROWS, Choice, choose
 
 QUERY_VARIANTS = ("pass-q", "gather-q", "pass-q-all2all")
 PUBLISHED = ("pass-kv", "pass-q-all2all")
-ALL_Q, STATIC_ROWS = "all-q", 128
-"""Decode over static memory (`cptool.static_decode`), for as many sequences at most."""
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,6 @@ from cptool.ops import attention_partial
 from cptool.ring import Ring
 from cptool.sharding import Placement
 
-ALL_Q = "all-q"
-"""What these steps are called beside the variants of `cptool.attention`."""
-
 NOWHERE = -1
 """Position of a query that sees no key."""
 

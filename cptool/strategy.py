@@ -12,6 +12,11 @@ from cptool.hardware import HardwareProfile
 from cptool.model.config import LlamaConfig
 
 AUTO = "auto"
+ALL_Q = "all-q"
+"""What the steps of `cptool.static_decode` are called beside the variants of `cptool.attention`."""
+STATIC_ROWS = 128
+"""Sequences up to which these are taken: a step's linear layers take the time of reading their
+weights, so that every rank may compute all new tokens."""
 RULES = ("predicted", "algorithm1", "algorithm5", "fitted")
 
 SHORT = 4096

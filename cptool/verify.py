@@ -21,8 +21,7 @@ from cptool.engine import Engine
 from cptool.ops import attention_partial
 from cptool.sampling import Sampling
 from cptool.sharding import Placement
-from cptool.static_decode import ALL_Q
-from cptool.strategy import AUTO
+from cptool.strategy import ALL_Q, AUTO
 from cptool.weights import load_model
 
 ROWS = 64

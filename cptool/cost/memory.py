@@ -1,9 +1,7 @@
 """What a rank must hold, so that what does not fit is refused before anything starts."""
 
 from cptool.cost.sizes import ELEMENT_BYTES, Forward
-
-ROWS_AT_ONCE = 4096
-"""Tokens whose feed-forward intermediates exist at the same time (`cptool.model.llama`)."""
+from cptool.model.rows import ROWS_AT_ONCE
 
 RESERVED = 0.04
 """Of a device's memory: its context, the allocator's fragments, the links' own buffers."""

@@ -12,6 +12,7 @@ from torch import nn
 from cptool import decoder_layer
 from cptool.model.config import LlamaConfig
 from cptool.model.rope import inverse_frequencies, rotary_tables
+from cptool.model.rows import ROWS_AT_ONCE, ROWS_AT_ONCE_CPU
 from cptool.tokenwise import add_rms_norm_, linear, rms_norm, rotate_, swiglu_
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -20,14 +21,6 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 q and k are rotated already. All three are strided views of one projection, and stay valid only
 until the call returns. Scores are scaled by D^-1/2.
 """
-
-ROWS_AT_ONCE = 4096
-"""Tokens in one pass of the token-wise steps whose intermediates are wider than their result (the
-feed-forward network, the float32 rotation): enough to saturate a GPU, and a bound on the memory
-that these take at any prompt length."""
-
-ROWS_AT_ONCE_CPU = 1024
-"""The same on a CPU, which should find an intermediate in its cache when the next step reads it."""
 
 
 def _row_slices(*tensors: torch.Tensor) -> zip:
