@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from cptool import tensor_parallel
 from cptool.cost import VARIANTS, Estimate, Forward, decode_step, memory_per_rank, prefill
 from cptool.cost.memory import RESERVED
+from cptool.duration import duration
 from cptool.errors import UserError
 from cptool.hardware import HardwareProfile
 from cptool.model.config import LlamaConfig
@@ -178,10 +179,10 @@ def best(
         if p.excess_bytes:
             return f"needs {_size(p.memory_bytes)} a rank, {_size(p.excess_bytes)} too much"
         if ttft_below is not None and time(p) > ttft_below:
-            return f"misses the target by {_seconds(time(p) - ttft_below)}"
+            return f"misses the target by {duration(time(p) - ttft_below)}"
         if reaching and p.ranks > chosen.ranks:
             return f"{p.ranks} ranks where {chosen.ranks} reach the target"
-        return f"{_seconds(time(p) - time(chosen))} slower"
+        return f"{duration(time(p) - time(chosen))} slower"
 
     rejected = [(p, against(p)) for p in plans if p is not chosen]
     return Answer(chosen, rejected, misses_target=ttft_below is not None and not reaching)
@@ -216,7 +217,7 @@ def _choose(variant, new, cached, work, cp, tp, profile) -> Choice:
         forward = _forward(work, new, cached, cp, tp, cp)
         times = {name: prefill(name, forward, profile).seconds for name in PUBLISHED}
         variant, other = sorted(PUBLISHED, key=times.__getitem__)
-        reason = f"{variant} {_seconds(times[variant])}, {other} {_seconds(times[other])}"
+        reason = f"{variant} {duration(times[variant])}, {other} {duration(times[other])}"
         return Choice(variant, cp, reason, 0.0)
     return choose(
         variant, new=new, cached=cached, ranks=cp, config=work.config, dtype=work.dtype,
@@ -253,7 +254,3 @@ def _divides(config: LlamaConfig, tp: int) -> bool:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.3g} GB" if count < 1e12 else f"{count / 1e9:,.0f} GB"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cptool.cost import ELEMENT_BYTES, VARIANTS, Forward, predict
+from cptool.duration import duration
 from cptool.hardware import HardwareProfile
 from cptool.model.config import LlamaConfig
 
@@ -205,10 +206,5 @@ def _candidates(new: int, ranks: int) -> list[int]:
 
 def _comparison(best: tuple, following: tuple, ranks: int) -> str:
     few = f" on {best[3]} of {ranks} ranks" if best[3] < ranks else ""
-    return f"{best[2]} {_time(best[0])} a layer{few}, next {following[2]} {_time(following[0])}"
-
-
-def _time(seconds: float) -> str:
-    if seconds >= 1:
-        return f"{seconds:.3g} s"
-    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} us"
+    least, then = duration(best[0]), duration(following[0])
+    return f"{best[2]} {least} a layer{few}, next {following[2]} {then}"

@@ -13,6 +13,7 @@ from cptool.cli.bench_merge import merge
 from cptool.cli.bench_prefill import prefill
 from cptool.cli.emulate import emulate
 from cptool.cli.options import DTYPES, json_option
+from cptool.duration import duration
 
 
 @click.group()
@@ -108,8 +109,8 @@ def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
             (
                 "link",
                 f"{draw.size(link.bandwidth)}/s one way, "
-                f"{draw.seconds(link.latency_s)} a message, "
-                f"{draw.seconds(link.message_overhead_s)} each further one; "
+                f"{duration(link.latency_s)} a message, "
+                f"{duration(link.message_overhead_s)} each further one; "
                 f"compute loses {profile.transfer_steals:.0%} of a transfer's time",
             )
         )
@@ -118,9 +119,9 @@ def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
     rows.append(
         (
             "overheads",
-            f"{draw.seconds(profile.call_overhead_s)} a call of attention, "
-            f"{draw.seconds(profile.layer_overhead_s)} a layer, "
-            f"{draw.seconds(profile.forward_overhead_s)} a forward",
+            f"{duration(profile.call_overhead_s)} a call of attention, "
+            f"{duration(profile.layer_overhead_s)} a layer, "
+            f"{duration(profile.forward_overhead_s)} a forward",
         )
     )
     for ranks, found in profile.residual_s.items():
@@ -129,7 +130,7 @@ def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
             (
                 f"on {ranks} ranks",
                 "a layer takes, beyond what these say: "
-                + ", ".join(f"{name} {draw.seconds(spent)}" for name, spent in beyond.items()),
+                + ", ".join(f"{name} {duration(spent)}" for name, spent in beyond.items()),
             )
         )
     alpha, beta, gamma = profile.rule

@@ -11,6 +11,7 @@ import click
 from cptool.cli import draw
 from cptool.cli.options import Ranks, ranks_by_default, resolve_ranks, run_options
 from cptool.cli.prompts import check_context
+from cptool.duration import duration
 from cptool.errors import UserError
 
 MODEL = "smollm2-135m-instruct"
@@ -77,7 +78,7 @@ def demo(question, cp, tp, device, variant, partials, threads, timeout):
             [
                 (
                     "",
-                    f"{ranks.cp * ranks.tp} rank(s), {draw.seconds(time.perf_counter() - began)} "
+                    f"{ranks.cp * ranks.tp} rank(s), {duration(time.perf_counter() - began)} "
                     "with start and loading",
                 )
             ]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cptool.duration import duration
+
 if TYPE_CHECKING:
     from cptool.status import Board
     from cptool.turn import Report
@@ -29,10 +31,6 @@ def some(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
-
-
 def prefill_rows(report: "Report") -> list[tuple[str, str]]:
     """What a prefill did, chose and reached."""
     rows = [
@@ -45,16 +43,16 @@ def prefill_rows(report: "Report") -> list[tuple[str, str]]:
         ("variant", f"{report.variant or 'none'} ({report.reason})"),
         (
             "first token",
-            f"{seconds(report.ttft_s)}, {report.tokens / report.ttft_s:,.0f} tokens/s, "
+            f"{duration(report.ttft_s)}, {report.tokens / report.ttft_s:,.0f} tokens/s, "
             f"{report.flops / report.ttft_s / 1e12:.3g} TFLOP/s in all (weights loaded in "
-            f"{seconds(report.load_s)})",
+            f"{duration(report.load_s)})",
         ),
     ]
     if report.cp > 1:
         rows.append(
             (
                 "exchange",
-                f"{size(report.wire_bytes)} sent by a rank, {seconds(report.exposed_s)} exposed",
+                f"{size(report.wire_bytes)} sent by a rank, {duration(report.exposed_s)} exposed",
             )
         )
     return rows
@@ -69,8 +67,8 @@ def decode_rows(report: "Report") -> list[tuple[str, str]]:
     return [
         (
             "decode",
-            f"{some(count, 'token')}, {report.ttit_ms:.1f} ms each, {rate:.3g} GB/s of weights and "
-            f"KV a rank ({report.decode_variant}: {report.decode_reason})",
+            f"{some(count, 'token')}, {duration(report.ttit_ms / 1e3)} each, {rate:.3g} GB/s of "
+            f"weights and KV a rank ({report.decode_variant}: {report.decode_reason})",
         )
     ]
 

@@ -7,6 +7,7 @@ import click
 from cptool.cli import draw
 from cptool.cli.counts import TokenCount
 from cptool.cli.options import VARIANTS, json_option
+from cptool.duration import duration
 from cptool.errors import UserError
 
 
@@ -101,7 +102,7 @@ def _assumptions(scenario, profile, result) -> list[str]:
         link = profile.link(scenario.cp * scenario.tp)
         told.append(
             f"links of {profile.name}: {draw.size(link.bandwidth)}/s one way, "
-            f"{draw.seconds(link.latency_s)} a message"
+            f"{duration(link.latency_s)} a message"
         )
     if scenario.tp > 1:
         link = profile.link(scenario.tp)
@@ -220,8 +221,8 @@ def _rows(shape, scenario, profile, result) -> list[tuple[str, str]]:
         rows.append(
             (
                 part.name.partition(",")[0] if part.flops else "other",
-                f"{draw.seconds(part.seconds)} ({draw.seconds(part.fastest_s)} to "
-                f"{draw.seconds(part.slowest_s)})"
+                f"{duration(part.seconds)} ({duration(part.fastest_s)} to "
+                f"{duration(part.slowest_s)})"
                 + (f", {rate:.4g} TFLOP/s" if rate else f": {part.name}"),
             )
         )
@@ -236,7 +237,7 @@ def _rows(shape, scenario, profile, result) -> list[tuple[str, str]]:
                 "ring steps",
                 f"{len(ring)}, "
                 + ", ".join(
-                    f"{word} {draw.seconds(s.seconds)} over source {s.source}'s "
+                    f"{word} {duration(s.seconds)} over source {s.source}'s "
                     f"{'keys' if result.variant == 'pass-kv' else 'queries'} "
                     f"({_rate(_flops(scenario, s.pairs), s.seconds) or 0:.4g} TFLOP/s)"
                     for word, s in (("slowest rate", slow), ("fastest", fast))
@@ -247,27 +248,27 @@ def _rows(shape, scenario, profile, result) -> list[tuple[str, str]]:
         rows.append(
             (
                 "exchange",
-                f"{draw.size(result.sent_bytes)} sent, {draw.seconds(result.transfer_s)}, of which "
-                f"{draw.seconds(result.exposed_s)} exposed; ranks wait for each other "
-                f"{draw.seconds(result.waiting_s)}",
+                f"{draw.size(result.sent_bytes)} sent, {duration(result.transfer_s)}, of which "
+                f"{duration(result.exposed_s)} exposed; ranks wait for each other "
+                f"{duration(result.waiting_s)}",
             )
         )
     if scenario.tp > 1:
         rows.append(
             (
                 "all-reduce",
-                f"{draw.size(result.allreduce_bytes)}, {draw.seconds(result.allreduce_s)}",
+                f"{draw.size(result.allreduce_bytes)}, {duration(result.allreduce_s)}",
             )
         )
     memory = _memory(scenario, result)
     rows += [
-        ("a layer", draw.seconds(result.layer_s)),
-        ("once", ", ".join(f"{n} {draw.seconds(s)}" for n, s in result.once.items())),
+        ("a layer", duration(result.layer_s)),
+        ("once", ", ".join(f"{n} {duration(s)}" for n, s in result.once.items())),
         (
             "first token",
-            f"{draw.seconds(result.ttft_s)} projected for {result.layers} layers, "
+            f"{duration(result.ttft_s)} projected for {result.layers} layers, "
             f"{result.flops_per_rank / 1e12:.4g} TFLOP/s a rank; cptool plan predicts "
-            f"{draw.seconds(result.planned_s)} on {profile.name}",
+            f"{duration(result.planned_s)} on {profile.name}",
         ),
         (
             "memory",

@@ -10,6 +10,7 @@ import click
 from cptool.cli import draw
 from cptool.cli.counts import TokenCount
 from cptool.cli.options import VARIANTS, json_option
+from cptool.duration import duration
 from cptool.errors import UserError
 from cptool.model.shapes import SHAPES, find_shape
 
@@ -222,9 +223,9 @@ def _variants(best) -> list[tuple]:
     for name, estimate in sorted(best.others.items(), key=lambda item: item[1].seconds):
         exposed = estimate.exposed_s
         why = f"{draw.size(estimate.wire_bytes)} sent by a rank, "
-        why += f"{draw.seconds(exposed)} exposed, {draw.seconds(estimate.hidden_s)} hidden"
+        why += f"{duration(exposed)} exposed, {duration(estimate.hidden_s)} hidden"
         merging = estimate.parts["merge_s"]
-        why += f", {draw.seconds(merging)} copying and merging"
+        why += f", {duration(merging)} copying and merging"
         rows.append((name, estimate, why))
     return rows
 
@@ -270,7 +271,7 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
             + ", feed-forward in FP8" * (work.feed_forward == "float8"),
         ),
         ("variant", f"{best.choice.variant} ({best.choice.reason})"),
-        ("first token", draw.seconds(best.ttft.seconds) + _missed(answer, ttft_below)),
+        ("first token", duration(best.ttft.seconds) + _missed(answer, ttft_below)),
         ("", _shares(best.ttft.parts)),
     ]
     if best.cp > 1:
@@ -278,15 +279,15 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
             (
                 "exchange",
                 f"{draw.size(best.ttft.wire_bytes)} sent by a rank, "
-                f"{draw.seconds(best.ttft.exposed_s)} exposed, "
-                f"{draw.seconds(best.ttft.hidden_s)} hidden under compute",
+                f"{duration(best.ttft.exposed_s)} exposed, "
+                f"{duration(best.ttft.hidden_s)} hidden under compute",
             )
         )
     rows += [
         (
             "each further",
-            f"{1e3 * best.ttit.seconds:.1f} ms ({_steps(best)})"
-            + f", {work.answer:,} in {draw.seconds(work.answer * best.ttit.seconds)}"
+            f"{duration(best.ttit.seconds)} ({_steps(best)})"
+            + f", {work.answer:,} in {duration(work.answer * best.ttit.seconds)}"
             * bool(work.answer),
         ),
         ("", _shares(best.ttit.parts)),
@@ -302,7 +303,7 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
     draw.table(rows)
     if best.cp > 1:
         click.echo("\nvariants on this layout")
-        draw.table([(f"  {n} {draw.seconds(e.seconds)}", why) for n, e, why in _variants(best)])
+        draw.table([(f"  {n} {duration(e.seconds)}", why) for n, e, why in _variants(best)])
     if answer.rejected:
         # What would run comes first, the fastest of it.
         others = sorted(
@@ -312,7 +313,7 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
         click.echo(f"\nother layouts{more}")
         draw.table(
             [
-                (f"  {p.cp} cp x {p.tp} tp", f"{draw.seconds(p.ttft.seconds)}, {why}")
+                (f"  {p.cp} cp x {p.tp} tp", f"{duration(p.ttft.seconds)}, {why}")
                 for p, why in others[:SHOWN]
             ]
         )
@@ -324,7 +325,7 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
 def _steps(best) -> str:
     """The variant that a decode step takes, and what others would."""
     others = (
-        f"{name} {1e3 * e.seconds:.1f} ms"
+        f"{name} {duration(e.seconds)}"
         for name, e in best.other_steps.items()
         if name != best.decode_choice.variant
     )
@@ -335,8 +336,8 @@ def _missed(answer, ttft_below) -> str:
     if ttft_below is None:
         return ""
     if not answer.misses_target:
-        return f", under the {draw.seconds(ttft_below)} asked for"
-    return f"; no layout here reaches the {draw.seconds(ttft_below)} asked for, raise --max-gpus"
+        return f", under the {duration(ttft_below)} asked for"
+    return f"; no layout here reaches the {duration(ttft_below)} asked for, raise --max-gpus"
 
 
 def _shares(parts: dict[str, float]) -> str:
@@ -344,7 +345,7 @@ def _shares(parts: dict[str, float]) -> str:
     whole = sum(parts.values())
     named = sorted(parts.items(), key=lambda part: -part[1])
     return ", ".join(
-        f"{name.removesuffix('_s').replace('_', ' ')} {draw.seconds(spent)} ({spent / whole:.0%})"
+        f"{name.removesuffix('_s').replace('_', ' ')} {duration(spent)} ({spent / whole:.0%})"
         for name, spent in named
         if spent > 0.005 * whole
     )

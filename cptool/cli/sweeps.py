@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from cptool import planner
-from cptool.cli import draw
+from cptool.duration import duration
 from cptool.errors import UserError
 from cptool.hardware import HardwareProfile
 
@@ -142,7 +142,7 @@ def tell(table: Table, model: str, hardware: str, plot: Path | None, as_json: bo
     columns = [*table.series.values(), *table.ideal.values()]
     for x, *times in zip(table.x, *columns):
         at = f"{x:.1%}" if table.kind == "miss-rates" else f"{x:,}"
-        grid.add_row(at, *("no room" if t is None else draw.seconds(t) for t in times))
+        grid.add_row(at, *("no room" if t is None else duration(t) for t in times))
     Console(highlight=False).print(grid)
     for note in table.notes:
         click.echo(note)

@@ -14,6 +14,7 @@ import click
 from cptool.cli import draw
 from cptool.cli.options import check_room
 from cptool.conversation import Conversation
+from cptool.duration import duration
 from cptool.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Terminal:
         )
         draw.say(
             f"[{len(ids)} tokens{cut}; {answer.reused:,} of {len(context):,} reused; "
-            f"first after {draw.seconds(first - began)}{rate}; "
+            f"first after {duration(first - began)}{rate}; "
             f"{len(self.conversation.tokens):,} of {limit:,} in context]"
         )
 
