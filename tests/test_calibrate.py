@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from cptool import calibration
+from cptool.calibration import clock, overheads
 from cptool.distributed import run
 from cptool.errors import UserError
 from cptool.hardware import (
@@ -117,7 +118,7 @@ def test_calibrate_writes_a_profile(ranks):
 
 def more_ranks(world, residuals):
     """What is found on top of each of `residuals` where every run takes 1 s a layer."""
-    calibration._Clock.all = lambda self, works, **_: {w: float(w.split()[-1]) for w in works}
+    clock.Clock.all = lambda self, works, **_: {w: float(w.split()[-1]) for w in works}
     profile = default_profile("cpu")
     return [
         calibration.measure_more_ranks(
@@ -128,6 +129,6 @@ def more_ranks(world, residuals):
 
 
 def test_what_was_found_on_fewer_ranks_is_not_counted_again():
-    found = {}, {"3": {variant: (5.0, 7.0) for variant in calibration.VARIANTS}}
+    found = {}, {"3": {variant: (5.0, 7.0) for variant in overheads.VARIANTS}}
     bare, again = run(more_ranks, found, cp=2, device="cpu", threads=1)
     assert bare == again and all(0.9 < each < 1 for pair in bare.values() for each in pair)

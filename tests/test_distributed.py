@@ -311,7 +311,7 @@ def test_no_process_outlives_the_launcher(tmp_path, number, to_all, code, told):
 
 
 def launched_in(folder, script):
-    """A process whose temporary folders are in `folder`, as soon as its run has put one in order."""
+    """A process whose temporary folders are in `folder`, once its run has put one in order."""
     folder.mkdir()
     process = start(folder.parent, script=script, env={**os.environ, "TMPDIR": str(folder)})
     wait_until(lambda: list(folder.glob("cptool-*/status")) or process.poll() is not None)

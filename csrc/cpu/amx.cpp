@@ -130,7 +130,8 @@ class AmxKernel {
     // [16 rows]. Lines of the two alternate, so that no line of one lies a multiple of 4 KB from a
     // line of the other: a load would wait for such a store.
     alignas(64) float scores[2 * kStrip * kPanel];
-    // Of two panels likewise: tiles [keys / 32][2 of rows], each [16 key pairs][16 rows][2].
+    // Of two panels, so that the tiles read one's while the other's are computed: tiles [keys /
+    // 32][2 of rows], each [16 key pairs][16 rows][2].
     alignas(64) BFloat16 weights[2][kKeys * kPanel];
   };
 

@@ -1,0 +1,135 @@
+"""Measures a hardware profile on the ranks as they were launched.
+
+As many ranks as the processors serve at the full rate measure at the same time, because that is how
+they work: what cores, memory or links share, they share here too. Each time is the median of some
+repetitions on the slowest rank. What a layer costs whatever its tokens is measured on all numbers
+of ranks, those included that take turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+
+from cptool.bench.forward import smaller_worlds
+from cptool.calibration.attention import attention_rates
+from cptool.calibration.clock import Clock
+from cptool.calibration.examples import EXAMPLE
+from cptool.calibration.handling import positions, small_op, touch
+from cptool.calibration.linear import device_rates, row_rates, tiny_layer
+from cptool.calibration.link import link_rates
+from cptool.calibration.overheads import with_overheads
+from cptool.distributed import World
+from cptool.hardware import MEASURED, HardwareProfile, default_profile, usable_processors
+from cptool.strategy import fit_rule
+
+OVERHEAD_REPEATS = 10
+"""Small costs want more repetitions than the rest, that many times as many."""
+
+
+@torch.inference_mode()
+def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> HardwareProfile:
+    """The profile of this world's ranks, the same on each; the link's figures need two ranks.
+
+    Rates of dtypes that are not measured keep the default's ratio to the first that is. Collective.
+    """
+    device, threads = world.device.type, torch.get_num_threads()
+    machines = world.size // world.local_size
+    at_once = None
+    if device == "cpu":
+        at_once = max(1, usable_processors(world) // threads)
+    counts = _counts(world, at_once)
+    worlds = smaller_worlds(world, counts)
+    fitting = max(n for n in counts if n <= (at_once or world.cp) or n == counts[0])
+    clock = Clock(world, worlds[fitting], repeats)
+    clocks = {fitting: clock}
+    if device == "cpu" and world.tp == 1 and fitting > 1:
+        clocks = {1: Clock(world, smaller_worlds(world, [1])[1], repeats), **clocks}
+    default = default_profile(device)
+    profile = dataclasses.replace(
+        default,
+        name=f"{MEASURED}{world.size} {device} rank{'s' * (world.size > 1)}",
+        position_s=positions(clock),
+        op_overhead_s=small_op(clock),
+        touch_bandwidth=touch(clock),
+        ranks_per_host=world.local_size if machines > 1 else None,
+        ranks_at_once=at_once,
+        notes={},
+        peak_flops={},  # of another device, perhaps
+    )
+    if device == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / at_once
+        profile = dataclasses.replace(profile, threads=threads, memory_bytes=memory)
+    for done, name in enumerate(dtypes):
+        world.report("measure compute", done, len(dtypes))
+        profile = _compute(clocks, profile, default, name, first=done == 0)
+    if world.cp > 1:
+        world.report("measure the link")
+        joined = worlds[fitting if fitting > 1 else counts[-1]]
+        link, steals = link_rates(Clock(world, joined, repeats), joined)
+        joins = "network" if machines > 1 else "host_link"
+        profile = dataclasses.replace(profile, transfer_steals=steals, **{joins: link})
+    profile = with_overheads(world, worlds, profile, dtypes[0], OVERHEAD_REPEATS * repeats)
+    rule = fit_rule(EXAMPLE, dtypes[0], max(2, world.cp), profile)
+    return world.gather(dataclasses.replace(profile, rule=rule))[0]
+
+
+@torch.inference_mode()
+def measure_more_ranks(
+    world: World, dtypes: tuple[str, ...], profile: HardwareProfile, repeats: int = 7
+) -> HardwareProfile:
+    """`profile`, measured on fewer ranks, with what variants cost beyond it on these: where ranks
+    take turns they may not be bound to cores, which would spoil the rest. Collective.
+    """
+    here = profile.for_ranks(torch.get_num_threads(), usable_processors(world))
+    more = with_overheads(world, {world.cp: world}, here, dtypes[0], OVERHEAD_REPEATS * repeats)
+    both = {
+        table: {**getattr(profile, table), **getattr(more, table)}
+        for table in ("residual_s", "start_s")
+    }
+    return world.gather(dataclasses.replace(profile, **both))[0]
+
+
+def _counts(world: World, at_once: int | None) -> list[int]:
+    """Numbers of ranks to look at, ascending: two, four, .. and all."""
+    powers = [1 << n for n in range(1, world.cp.bit_length()) if 1 << n < world.cp]
+    if at_once == 1:
+        powers = [1, *powers]
+    # TP ranks and processes on other machines are there all the time.
+    return sorted({*powers, world.cp}) if world.tp == 1 else [world.cp]
+
+
+def _compute(
+    clocks: dict[int, Clock], profile: HardwareProfile, default: HardwareProfile, name: str,
+    first: bool,
+) -> HardwareProfile:  # fmt: skip
+    """`profile` with what linear layers and attention reach in a dtype.
+
+    clocks: by the number of ranks that compute, ascending; the rates are those of the most. The
+    first dtype says what memory gives, and scales those that are not measured.
+    """
+    clock = clocks[max(clocks)]
+    if first:
+        tiny = tiny_layer(clock, name)
+        profile = dataclasses.replace(profile, layer_overhead_s=tiny)
+    by_rows = ()
+    if clock.device.type == "cpu":
+        found = [row_rates(clock, ranks, name) for ranks, clock in clocks.items()]
+        by_rows = tuple(rates for rates, _ in found)
+        rate, weights = found[-1][0].flops_of_many, found[-1][1]
+    else:
+        rate, weights = device_rates(clock, name, profile.layer_overhead_s)
+    pairs, reading = attention_rates(clock, getattr(torch, name))
+    linear, attention = dict(profile.linear_flops), dict(profile.attention_flops)
+    if first:
+        profile = dataclasses.replace(profile, memory_bandwidth=weights, **reading)
+        scales = rate / default.linear_flops[name], pairs / default.attention_flops[name]
+        linear = {other: scales[0] * value for other, value in linear.items()}
+        attention = {other: scales[1] * value for other, value in attention.items()}
+    linear[name], attention[name] = rate, pairs
+    return dataclasses.replace(
+        profile, linear_flops=linear, attention_flops=attention,
+        row_rates={**profile.row_rates, name: by_rows},
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""What attention reaches, and how it reads keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import cycle
+
+import torch
+
+from cptool import large_pages
+from cptool.calibration.clock import Clock, slope
+from cptool.calibration.examples import COLD_BYTES, EXAMPLE, ROWS
+from cptool.cost import ELEMENT_BYTES
+from cptool.ops import attention_partial, cpu_stream_rows
+
+BLOCK = 16
+"""Queries of a block for which a CPU packs keys and values, as for many: of EXAMPLE 64 rows of a KV
+head."""
+
+
+def attention_rates(clock: Clock, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
+    """FLOP/s of visible pairs, and the fields of the profile that tell of reading keys and of what
+    a call costs.
+    """
+    few_rows = cpu_stream_rows(dtype, EXAMPLE.head_dim) if clock.device.type == "cpu" else 0
+    heads, kv_heads, dim = (
+        EXAMPLE.num_attention_heads, EXAMPLE.num_key_value_heads, EXAMPLE.head_dim,
+    )  # fmt: skip
+
+    def call(queries: int, keys: int, first: int) -> Callable[[], object]:
+        q = torch.randn(queries, heads, dim, device=clock.device).to(dtype)
+        size = keys, 2, kv_heads, dim
+        copies = 1 + COLD_BYTES // (math.prod(size) * dtype.itemsize) if queries < ROWS else 1
+        blocks = [large_pages.empty(size, dtype, clock.device).normal_() for _ in range(copies)]
+        q_pos, k_pos = (
+            torch.arange(start, start + count, dtype=torch.int32, device=clock.device)
+            for start, count in ((first, queries), (0, keys))
+        )
+        cu_q, cu_k = (
+            torch.tensor([0, count], dtype=torch.int32, device=clock.device)
+            for count in (queries, keys)
+        )
+        rest = (q_pos, k_pos, cu_q, cu_k, dim**-0.5)
+        following = cycle(blocks)
+
+        def attend() -> None:
+            kv = next(following)
+            attention_partial(q, kv[:, 0], kv[:, 1], *rest)
+
+        return attend
+
+    few_queries = max(1, few_rows * kv_heads // heads)
+    empty = clock(call(1, 1, 1), calls=32)
+    few = clock.all(
+        {"one": call(1, 8192, 8192), "several": call(few_queries, 8192, 8192)}, calls=4
+    )
+    times = clock.all(
+        {
+            "dense": call(ROWS, 2048, 2048),
+            "causal": call(ROWS, ROWS, 0),
+            "block": call(BLOCK, 8192, 8192),
+        },
+        calls=2,
+    )
+    pair = 4 * heads * dim
+    width = 2 * kv_heads * dim * ELEMENT_BYTES[str(dtype).removeprefix("torch.")]
+    rate = slope((0, empty), (pair * ROWS * 2048, times["dense"]))
+    cut = (times["causal"] - empty) * rate / pair / ROWS - (ROWS + 1) / 2
+    one, packing = (
+        width * 8192 / max(spent - empty - pair * queries * 8192 / rate, 0.05 * spent)
+        for queries, spent in ((1, few["one"]), (BLOCK, times["block"]))
+    )
+    reading, share = one, 1.0
+    if few_rows:  # which are read and computed at the same time
+        alone, several = (max(spent - empty, 0.05 * spent) for spent in few.values())
+        reading = width * 8192 / alone
+        share = pair * few_queries * 8192 / rate / several
+    return rate, {
+        "cache_bandwidth": reading,
+        "few_query_rows": few_rows,
+        "few_query_rate": share,
+        "block_bandwidth": min(one, packing),
+        "call_overhead_s": empty,
+        "attention_ramp": min(max(0.0, cut), ROWS / 2),
+    }

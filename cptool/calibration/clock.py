@@ -1,0 +1,49 @@
+"""Timing what ranks do at the same time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from cptool.distributed import World
+
+
+class Clock:
+    """Times work that the ranks of `part` do at the same time while the rest of `world` waits."""
+
+    def __init__(self, world: World, part: World | None, repeats: int) -> None:
+        self.world, self.part, self.repeats = world, part, repeats
+        self.device = world.device
+
+    def __call__(self, work: Callable[[], object], calls: int = 1) -> float:
+        """Seconds of one call of `work`, run `calls` times in a row."""
+        return self.all({"": work}, calls)[""]
+
+    def all(self, works: dict[str, Callable[[], object]], calls: int = 1) -> dict[str, float]:
+        """Of each of `works`, in turn, so that a drift of the machine meets all alike."""
+        spent: dict[str, list[float]] = {name: [] for name in works}
+        for repeat in range(self.repeats + 1):
+            for name, work in works.items():
+                self.world.barrier()
+                if self.part is None:
+                    continue
+                began = time.perf_counter()
+                for _ in range(calls):
+                    work()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if repeat:  # the first one warms up
+                    spent[name].append((time.perf_counter() - began) / calls)
+        middle = {
+            name: statistics.median(times) if times else 0.0 for name, times in spent.items()
+        }
+        return {name: max(found[name] for found in self.world.gather(middle)) for name in works}
+
+
+def slope(low: tuple[float, float], high: tuple[float, float]) -> float:
+    """Units a second from (units, seconds) of a small and a large run: constant costs cancel."""
+    seconds = max(high[1] - low[1], 0.05 * high[1])
+    return (high[0] - low[0]) / seconds

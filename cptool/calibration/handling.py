@@ -1,0 +1,31 @@
+"""What goes on around products and attention: small ops, messages put in order, positions."""
+
+from __future__ import annotations
+
+import torch
+
+from cptool.calibration.clock import Clock
+from cptool.sharding import balanced, union
+
+
+def small_op(clock: Clock) -> float:
+    """Seconds of copying a few bytes."""
+    few = torch.zeros(64, device=clock.device)
+    return clock(few.clone, calls=64)
+
+
+def touch(clock: Clock) -> float:
+    """B/s of bringing rows of a message's size into another order, again and again."""
+    rows, width = 4096, 256
+    given = torch.zeros(rows, width, device=clock.device)
+    order = torch.arange(rows, device=clock.device).view(8, -1).T.flatten()
+    made = torch.empty_like(given)
+    return 2 * given.nbytes / clock(lambda: torch.index_select(given, 0, order, out=made), calls=4)
+
+
+def positions(clock: Clock) -> float:
+    """Seconds a key of putting the positions that four ranks hold in order."""
+    tokens = 16384
+    placements = balanced([tokens], 4).placements()
+    placements = [placement.to(clock.device) for placement in placements]
+    return clock(lambda: union(placements)) / tokens

@@ -1,0 +1,102 @@
+"""What the linear layers reach, and the memory that gives them their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+
+import torch
+
+from cptool import tokenwise
+from cptool.calibration.clock import Clock
+from cptool.calibration.examples import COLD_BYTES, EXAMPLE, HALF, ROWS, TINY
+from cptool.cost import ELEMENT_BYTES, Forward
+from cptool.cost.layer import elementwise_bytes
+from cptool.model.config import LlamaConfig
+from cptool.model.llama import DecoderLayer
+from cptool.model.rows import ROWS_AT_ONCE_CPU
+from cptool.row_rates import RowRates, fitted
+
+MOST_ROWS = ROWS_AT_ONCE_CPU
+"""Of the layers that a CPU is timed at: more go through the feed-forward network in pieces."""
+
+
+def tiny_layer(clock: Clock, name: str) -> float:
+    """Seconds of a layer whose products take no time."""
+    return clock(_layer(clock.device, TINY, getattr(torch, name))(1), calls=16)
+
+
+def row_rates(clock: Clock, ranks: int, name: str) -> tuple[RowRates, float]:
+    """What linear layers reach by rows while `ranks` ranks compute, and B/s of reading weights.
+
+    From two layers of different widths: what both take alike is no width's.
+    """
+    dtype = getattr(torch, name)
+    edge = min(tokenwise.FEW_ROWS[dtype], ROWS // 16)  # beyond it another kernel computes
+    rows = sorted({1 << n for n in range(MOST_ROWS.bit_length())} | {edge, edge + 1})
+    # Some calls in a row, as in a model: the first one wakes the core up.
+    calls = {count: max(1, min(16, 128 // count)) for count in rows}
+    works = {}
+    for config in (HALF, EXAMPLE):
+        layer = _layer(clock.device, config, dtype)
+        for count in rows:
+            works[f"{config.hidden_size} {count}"] = layer(count, calls[count])
+    times = clock.all(works)
+    forwards = [Forward(config, name, 1, 0, 1, 1) for config in (HALF, EXAMPLE)]
+    sizes = [sum(count for count, _ in forward.linear_layers()) for forward in forwards]
+    spent = [
+        [times[f"{forward.config.hidden_size} {count}"] / calls[count] for count in rows]
+        for forward in forwards
+    ]
+    read = max(spent[1][0] - spent[0][0], 0.05 * spent[1][0])
+    weights = (sizes[1] - sizes[0]) * ELEMENT_BYTES[name] / read
+    products = [
+        [took - count * elementwise_bytes(forward) / weights for count, took in zip(rows, taken)]
+        for forward, taken in zip(forwards, spent)
+    ]
+    return fitted(ranks, rows, *zip(sizes, products)), weights
+
+
+def device_rates(clock: Clock, name: str, overhead: float) -> tuple[float, float]:
+    """FLOP/s of products of many rows, and B/s of reading weights, where one kernel serves all."""
+    few = 12
+    layer = _layer(clock.device, EXAMPLE, getattr(torch, name))
+    one, some, many = (clock(layer(rows), calls=max(1, 4 // rows)) for rows in (1, few, ROWS))
+    forward = Forward(EXAMPLE, name, 1, 0, 1, 1)
+    parameters = sum(count for count, _ in forward.linear_layers())
+    weights = parameters * ELEMENT_BYTES[name] / max(one - overhead, 0.05 * one)
+    small = elementwise_bytes(forward) / weights
+    flops = 2 * parameters * (ROWS - few)
+    return flops / max(many - some - small * (ROWS - few), 0.05 * many), weights
+
+
+def _layer(
+    device: torch.device, config: LlamaConfig, dtype: torch.dtype
+) -> Callable[..., Callable[[], None]]:
+    """Work of a number of rows, and of calls in a row, on a layer as the model has it, without
+    attention, its weights not in any cache.
+    """
+
+    def made() -> DecoderLayer:
+        layer = DecoderLayer(config, 0, 1, device).to(dtype)
+        for parameter in layer.parameters():
+            parameter.fill_(0.02)
+        return layer
+
+    layers = [made()]
+    weights = sum(parameter.nbytes for parameter in layers[0].parameters())
+    if config is not TINY:
+        layers += [made() for _ in range(COLD_BYTES // weights)]
+    following = cycle(layers)
+
+    def of(rows: int, calls: int = 1) -> Callable[[], None]:
+        hidden = torch.randn(rows, config.hidden_size, device=device).to(dtype)
+        angles = torch.ones(rows, 1, config.head_dim // 2, device=device)
+
+        def work() -> None:
+            for _ in range(calls):
+                next(following)(hidden, angles, angles, lambda _, q, k, v: q)
+
+        return work
+
+    return of

@@ -1,0 +1,54 @@
+"""What the link between ranks gives, and what it takes from compute."""
+
+from __future__ import annotations
+
+import torch
+
+from cptool.calibration.clock import Clock, slope
+from cptool.distributed import World
+from cptool.hardware import Link
+from cptool.ring import Ring
+from cptool.staged import ring_of
+
+SMALL_MESSAGE, LARGE_MESSAGE = 1 << 10, 4 << 20
+
+
+def link_rates(clock: Clock, part: World | None) -> tuple[Link, float]:
+    """The link, and of a transfer's time the part that compute loses to it."""
+    device, ring = clock.device, ring_of(part) if part else Ring()
+    ahead, behind = (ring.rank - 1) % ring.size, (ring.rank + 1) % ring.size
+
+    def buffers(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        empty = torch.zeros(size, dtype=torch.uint8, device=device)
+        return empty, torch.empty_like(empty)
+
+    def transfer(outgoing: torch.Tensor, incoming: torch.Tensor, messages: int = 1) -> None:
+        pending = []
+        for _ in range(messages):
+            pending += ring.send_receive(ahead, outgoing, behind, incoming)
+        ring.wait(pending)
+
+    small, large = buffers(SMALL_MESSAGE), buffers(LARGE_MESSAGE)
+    latency = clock(lambda: transfer(*small), calls=32)
+    several = clock(lambda: transfer(*small, messages=5), calls=8)
+    whole = clock(lambda: transfer(*large), calls=4)
+
+    # Compute that takes somewhat longer than the transfer, alone and with it.
+    x = torch.randn(1024, 1024, device=device)
+    unit = clock(lambda: torch.mm(x, x))
+    count = max(1, round(2 * whole / unit))
+
+    def compute() -> None:
+        for _ in range(count):
+            torch.mm(x, x)
+
+    def both() -> None:
+        pending = ring.send_receive(ahead, large[0], behind, large[1])
+        compute()
+        ring.wait(pending)
+
+    times = clock.all({"alone": compute, "together": both})
+    bandwidth = slope((SMALL_MESSAGE, latency), (LARGE_MESSAGE, whole))
+    further = max(0.0, several - latency) / 4
+    link = Link(bandwidth, bandwidth, latency, further, latency + (ring.size - 2) * further)
+    return link, min(1.0, max(0.0, (times["together"] - times["alone"]) / whole))

@@ -1,0 +1,115 @@
+"""What forwards and layers cost whatever their tokens, by the number of ranks and the variant."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from cptool.bench.forward import hold, random_model, rewind
+from cptool.calibration.clock import Clock
+from cptool.calibration.examples import TINY
+from cptool.cost import Forward, predict
+from cptool.distributed import World
+from cptool.engine import Engine
+from cptool.hardware import HardwareProfile
+from cptool.model.llama import DecoderLayer
+from cptool.sampling import Sampling
+from cptool.sharding import Placement
+
+FEW_LAYERS, MORE_LAYERS, HELD = 2, 8, 64
+PAUSE_S = 200e-6
+"""What a layer of a small model computes between two exchanges, roughly: long enough for ranks that
+wait to go to sleep."""
+VARIANTS = ("pass-kv", "gather-kv", "pass-q", "pass-q-all2all", "gather-q")
+
+
+def with_overheads(
+    world: World, worlds: dict[int, World | None], profile: HardwareProfile, dtype: str,
+    repeats: int,
+) -> HardwareProfile:  # fmt: skip
+    """`profile` with what a forward costs once, and what it and the layers of each variant cost
+    beyond what the rest of the profile says, where they have next to nothing to compute.
+
+    A whole engine runs a tiny model of few and of more layers: the difference is the layers', the
+    rest the forward's. On a CPU its layers pause as if they computed, because ranks that sleep
+    answer later than those that have just begun to wait.
+    """
+    pause = PAUSE_S if world.device.type == "cpu" else 0.0
+    once: dict[int, dict[str, tuple[float, float]]] = {}
+    residual: dict[str, dict[str, tuple[float, float]]] = {}
+    # Without `row_rates`: they tell of layers whose products take time.
+    here = dataclasses.replace(profile, residual_s={}, start_s={}, row_rates={})
+    world.report("measure the overheads")
+    for count, part in worlds.items():
+        clock = Clock(world, part, repeats)
+        works: dict[str, Callable[[], object]] = {}
+        for layers in (FEW_LAYERS, MORE_LAYERS):
+            config = dataclasses.replace(TINY, num_hidden_layers=layers)
+            engine = placements = None
+            if part is not None:
+                model = random_model(config, getattr(torch, dtype), part)
+                for layer in model.layers if pause else ():
+                    layer.register_forward_pre_hook(_pause)
+                engine = Engine(model, part, profile=here)
+                placements = hold(engine, HELD)
+            for variant in VARIANTS if count > 1 else VARIANTS[:1]:
+                for new in (1, 2 * count):
+                    works[f"{variant} {new} {layers}"] = _forward(
+                        engine, placements, variant, new
+                    )
+        times = clock.all(works)
+        found, started = {}, {}
+        for variant in VARIANTS if count > 1 else VARIANTS[:1]:
+            layer, start = [], []
+            for new in (1, 2 * count):
+                few = times[f"{variant} {new} {FEW_LAYERS}"]
+                more = times[f"{variant} {new} {MORE_LAYERS}"]
+                each = max(0.0, more - few) / (MORE_LAYERS - FEW_LAYERS)
+                forward = Forward(TINY, dtype, new, HELD, count, count)
+                paused = pause * max(1.0, forward.sources / (profile.ranks_at_once or count))
+                layer.append(each - paused - predict(variant, forward, here).seconds)
+                start.append(max(0.0, few - FEW_LAYERS * each))
+            found[variant], started[variant] = tuple(layer), tuple(start)
+        once[count] = started
+        if count > 1:
+            residual[str(count)] = found
+    undisturbed = [
+        start
+        for count, started in once.items()
+        if count <= (profile.ranks_at_once or count)
+        for pair in started.values()
+        for start in pair
+    ]
+    if undisturbed:
+        forward = statistics.median(undisturbed)
+        profile = dataclasses.replace(profile, forward_overhead_s=forward)
+    usual = profile.forward_overhead_s
+    starts = {
+        str(count): {variant: (a - usual, b - usual) for variant, (a, b) in started.items()}
+        for count, started in once.items()
+        if count > 1
+    }
+    return dataclasses.replace(profile, residual_s=residual, start_s=starts)
+
+
+def _pause(_: DecoderLayer, inputs: tuple) -> None:
+    """Keeps the core of a rank that has tokens busy."""
+    end = time.perf_counter() + (PAUSE_S if inputs[0].shape[0] else 0.0)
+    while time.perf_counter() < end:
+        pass
+
+
+def _forward(
+    engine: Engine | None, placements: tuple[Placement, ...] | None, variant: str, new: int
+) -> Callable[[], object]:
+    def work() -> None:
+        rewind(engine, HELD, placements)
+        engine.variant = variant
+        engine.extend([[1] * (new - 1)])
+        engine.next_tokens(Sampling())
+
+    return work
