@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ from cptool.paths import cache_dir
 
 # Ranks are forked from a process that imports test modules: asking for a GPU must not start CUDA.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+# A process hands down what it ignores, as one in the background of a shell does; handlers it keeps.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -118,6 +124,21 @@ def greedy(reference, ids: list[int], count: int, eos: tuple[int, ...]) -> list[
             pad_token_id=0,
         )
     return out[0, len(ids) :].tolist()
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Changes fields of a JSON file; a value of `...` removes the field."""
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: v for key, v in fields.items() if v is not ...}))
+
+
+def refusal(path: Path) -> str:
+    """The one line by which opening the checkpoint is refused."""
+    with pytest.raises(UserError) as error:
+        open_checkpoint(str(path))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
 
 
 def refused_or_harmless(model: Path, size: int) -> None:

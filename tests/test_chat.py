@@ -211,8 +211,6 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(smollm2_path, tokeni
     """At a real terminal, where Ctrl-C reaches all processes of the foreground group."""
     pid, terminal = pty.fork()
     if pid == 0:
-        # A shell that runs the tests in the background has it ignored, and that is inherited.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.execvp(sys.executable, command(smollm2_path, "--cp", cp, "-n", 200))
     try:
         read_until(terminal, "> ")

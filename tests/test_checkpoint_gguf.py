@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import refused_or_harmless
+from conftest import refusal, refused_or_harmless
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
@@ -16,7 +16,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.gguf import QUANTISED
-from cptool.errors import UserError
 from cptool.model.config import RopeScaling
 
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS = 256, 512, 32, 8, 2
@@ -77,14 +76,6 @@ def interleave(rows, heads):
     return np.ascontiguousarray(
         rows.reshape(heads, 2, -1, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
     )
-
-
-def refusal(path):
-    with pytest.raises(UserError) as error:
-        open_checkpoint(str(path))
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ import sys
 
 import pytest
 import torch
-from conftest import refused_or_harmless
+from conftest import edit_json, refusal, refused_or_harmless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cptool.checkpoint import open_checkpoint
-from cptool.errors import UserError
 from cptool.model.config import RopeScaling
 
 LLAMA3 = {
@@ -54,20 +53,6 @@ def saved_once(tmp_path_factory):
     tiny().save_pretrained(path)
     whole = (path / "model.safetensors").read_bytes()
     return path, whole, 8 + struct.unpack_from("<Q", whole)[0]
-
-
-def edit(path, **changes):
-    """Changes fields of a JSON file; a value of `...` removes the field."""
-    fields = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
-
-
-def refusal(path):
-    with pytest.raises(UserError) as error:
-        open_checkpoint(str(path))
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 def write_safetensors(path, tensors, prefix=b""):
@@ -141,25 +126,25 @@ def test_rotary_settings_of_every_age(saved, fields, theta, scaling):
     scaled = fields.get("rope_scaling")
     if scaled:
         fields["rope_scaling"] = {k: v for k, v in scaled.items() if v is not ...}
-    edit(saved / "config.json", rope_parameters=..., rope_theta=...)
-    edit(saved / "config.json", **fields)
+    edit_json(saved / "config.json", rope_parameters=..., rope_theta=...)
+    edit_json(saved / "config.json", **fields)
     config = open_checkpoint(str(saved)).config
     assert config.rope_theta == theta
     assert config.rope_scaling == (RopeScaling(*scaling) if scaling else None)
 
 
 def test_absent_fields_take_the_defaults_of_the_format(saved):
-    edit(saved / "config.json", head_dim=..., architectures=..., tie_word_embeddings=...)
+    edit_json(saved / "config.json", head_dim=..., architectures=..., tie_word_embeddings=...)
     config = open_checkpoint(str(saved)).config
     assert config.head_dim == 8
     assert not config.tie_word_embeddings
     tiny(num_key_value_heads=6).save_pretrained(saved)
-    edit(saved / "config.json", num_key_value_heads=...)
+    edit_json(saved / "config.json", num_key_value_heads=...)
     assert open_checkpoint(str(saved)).config.num_key_value_heads == 6
 
 
 def test_generation_config_goes_before_config(saved):
-    edit(saved / "config.json", eos_token_id=5, bos_token_id=4)
+    edit_json(saved / "config.json", eos_token_id=5, bos_token_id=4)
     (saved / "generation_config.json").write_text("{}")
     checkpoint = open_checkpoint(str(saved))
     assert checkpoint.eos_ids == (5,) and checkpoint.bos_id == 4
@@ -169,7 +154,7 @@ def test_generation_config_goes_before_config(saved):
     checkpoint = open_checkpoint(str(saved))
     assert checkpoint.eos_ids == (8, 9)
     assert (checkpoint.sampling.temperature, checkpoint.sampling.top_p) == (0.6, 0.9)
-    edit(saved / "generation_config.json", do_sample=False)
+    edit_json(saved / "generation_config.json", do_sample=False)
     assert open_checkpoint(str(saved)).sampling.temperature is None
 
 
@@ -207,7 +192,7 @@ def test_fingerprint_knows_the_model_and_not_its_place(tmp_path):
     model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     one, many = (open_checkpoint(str(tmp_path / name)).fingerprint for name in ("one", "many"))
     assert one == many
-    edit(tmp_path / "one" / "config.json", rms_norm_eps=2e-6)
+    edit_json(tmp_path / "one" / "config.json", rms_norm_eps=2e-6)
     assert open_checkpoint(str(tmp_path / "one")).fingerprint != one
     model.lm_head.weight.data[-1, -1] += 1
     model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
@@ -255,12 +240,12 @@ def test_opening_imports_no_torch(saved):
     ],
 )
 def test_what_is_not_a_plain_llama_is_refused(saved, changes, message):
-    edit(saved / "config.json", **changes)
+    edit_json(saved / "config.json", **changes)
     assert message in refusal(saved)
 
 
 def test_token_ids_outside_the_vocabulary_are_refused(saved):
-    edit(saved / "generation_config.json", eos_token_id=[2, 96])
+    edit_json(saved / "generation_config.json", eos_token_id=[2, 96])
     assert "eos_token_id is 96" in refusal(saved)
 
 
@@ -339,11 +324,11 @@ def test_files_that_are_missing_are_named(tmp_path):
     weights = json.loads(whole)["weight_map"]
 
     stray = next(name for name, file in weights.items() if file != shard.name)
-    edit(index, weight_map={**weights, stray: shard.name})
+    edit_json(index, weight_map={**weights, stray: shard.name})
     assert f"{shard}: tensor {stray!r} is not in it" in refusal(tmp_path)
-    edit(index, weight_map={stray: "../elsewhere.safetensors"})
+    edit_json(index, weight_map={stray: "../elsewhere.safetensors"})
     assert "plain name" in refusal(tmp_path)
-    edit(index, weight_map=3)
+    edit_json(index, weight_map=3)
     assert "weight_map is 3" in refusal(tmp_path)
     index.write_text(whole[:-5])
     assert "not JSON" in refusal(tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import greedy, refused_or_harmless
+from conftest import edit_json, greedy, refusal, refused_or_harmless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_reference import random_llama
@@ -20,7 +20,6 @@ from meta_checkpoint import save_meta
 from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.torch_file import read_header
 from cptool.cli.main import main
-from cptool.errors import UserError
 from cptool.model.config import RopeScaling
 
 WIDTHS = dict(vocab_size=96, max_position_embeddings=4096)
@@ -44,20 +43,6 @@ def gqa(tmp_path_factory):
 def saved(gqa, tmp_path):
     """Two files whose embedding is divided as Llama 2's."""
     return save_meta(gqa, tmp_path / "model", shards=2)
-
-
-def edit(path, **changes):
-    file = path / "params.json"
-    fields = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: v for key, v in fields.items() if v is not ...}))
-
-
-def refusal(path):
-    with pytest.raises(UserError) as error:
-        open_checkpoint(str(path))
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 # Tensors
@@ -178,7 +163,7 @@ def test_a_session_goes_on_with_other_files_of_the_model(gqa, tmp_path, token_fi
     ],
 )
 def test_what_the_release_tells_of_positions(saved, params, context, scaling):
-    edit(saved, **params)
+    edit_json(saved / "params.json", **params)
     config = open_checkpoint(str(saved)).config
     assert config.max_position_embeddings == context
     assert config.rope_scaling == scaling
@@ -223,7 +208,7 @@ def test_absent_key_value_heads_are_as_many_as_heads(tmp_path):
     ],
 )
 def test_what_is_not_a_plain_llama_is_refused(saved, changes, message):
-    edit(saved, **changes)
+    edit_json(saved / "params.json", **changes)
     assert message in refusal(saved)
 
 

@@ -308,8 +308,6 @@ def test_ctrl_c_while_ranks_start_is_one_line(mqa_path, smollm2_path, command):
         [sys.executable, "-m", "cptool", command, *map(str, asked), "--cp", "2"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
-        # A shell that runs the tests in the background has it ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while process.poll() is None and not children.read_text():

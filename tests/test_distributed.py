@@ -264,15 +264,8 @@ def start(tmp_path, *prefix, script, **options):
     file.write_text(script)
     command = [sys.executable, *prefix, str(file)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=_ignores_nothing, **options,
-    )  # fmt: skip
-
-
-def _ignores_nothing():
-    """As at a terminal; a shell that runs the tests in the background has some signals ignored."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def test_a_mistake_of_all_ranks_is_told_once(tmp_path):
