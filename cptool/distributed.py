@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from cptool.errors import UserError
 from cptool.launcher import Seat, launched, launched_size, set_rendezvous_address
 from cptool.status import Board
-from cptool.termination import orderly
+from cptool.termination import held_back, orderly
 
 if TYPE_CHECKING:
     import torch
@@ -242,7 +242,8 @@ def cores() -> int:
 
 
 def _alone(device: str, threads: int | None, board: Board) -> World:
-    import torch
+    with held_back():
+        import torch
 
     torch.set_num_threads(threads or cores())
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)

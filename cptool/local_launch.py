@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from cptool.distributed import (
 from cptool.errors import RunError, UserError
 from cptool.launcher import launched
 from cptool.status import Board
+from cptool.termination import held_back
 
 _POLL_S = 0.05
 # How long a rank that raised stays alive. A rank that was killed is gone at once, so meanwhile the
@@ -55,9 +56,10 @@ def launch(
     transport(device, board.ranks, asked)  # what cannot be is told before any rank starts
     options = (cp, tp, device, *others, asked)
 
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    with held_back():
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
         min_nodes=1,
@@ -89,7 +91,7 @@ def start_server(entry: Callable[..., Any]) -> None:
 
     It has imported torch and started no thread of ours: four ranks are up in 0.3 s, against 3 to
     5 s when each imports torch by itself. It imports while this process does. `launch` starts it
-    too; called from the main thread, before one that launches, it hears no Ctrl-C.
+    too. It hears no Ctrl-C.
     """
     forkserver.set_forkserver_preload(["torch.distributed.device_mesh", entry.__module__])
     with _deaf():
@@ -109,6 +111,7 @@ def _rank_main(entry: Callable[..., Any], args: tuple, options: tuple, path: str
     # Ctrl-C reaches every process of the terminal, and the launching one tells of it. Python's own
     # handler would never run in a rank that is blocked in a transfer.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `_deaf`
     if Path("/sys/class/net/lo").exists():
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
@@ -188,19 +191,18 @@ def _own_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """Ignore Ctrl-C, and so make a process that is started here ignore it from its beginning.
+    """Block Ctrl-C, which then waits, and so has a process that is started here blocked from its
+    beginning.
 
     It reaches every process of the terminal, and the fork server, which ignores it once it serves,
     would tell of it while it still imports.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # as the server would; starting it unblocks
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

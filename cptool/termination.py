@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP as exceptions, so that what a process has begun is put in order."""
+"""Signals as exceptions, where what a process has begun can be put in order."""
 
 import contextlib
 import signal
@@ -28,6 +28,30 @@ def orderly() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """While the body runs, signals that Python handles wait; the first takes effect after it.
+
+    For imports of torch, which takes whatever is raised while it imports NumPy for a sign that
+    there is none: a Ctrl-C would be forgotten.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handled = {number: handler for number, handler in before.items() if callable(handler)}
+    try:
+        for number in handled:
+            signal.signal(number, lambda number, frame: heard.append(number))
+        yield
+    finally:
+        for number, handler in handled.items():
+            signal.signal(number, handler)
+    for number in heard[:1]:
+        signal.raise_signal(number)
 
 
 def _end(number: int, frame) -> None:

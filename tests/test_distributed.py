@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cptool import distributed
+from cptool import distributed, local_launch
 from cptool.distributed import (
     RankFailed,
     check_size,
@@ -23,7 +23,7 @@ from cptool.errors import UserError
 from cptool.launcher import Seat, launched, set_rendezvous_address
 from cptool.ring import Ring
 from cptool.status import Board, Status
-from cptool.termination import orderly
+from cptool.termination import held_back, orderly
 
 GENEROUS_S = 60
 """Upper bound of anything that takes a few seconds, on a machine that does much else."""
@@ -334,6 +334,28 @@ def test_termination_is_an_exception_but_not_to_a_rank_of_a_launcher(monkeypatch
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_held_back_while_an_import_would_swallow_it():
+    before = signal.getsignal(signal.SIGINT)
+    reached = []
+    with pytest.raises(KeyboardInterrupt):
+        with held_back():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except BaseException:  # as torch's import of NumPy does
+                pytest.fail("it was raised within")
+            reached.append(1)
+        reached.append(2)
+    assert reached == [1] and signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_while_the_server_of_ranks_starts_is_not_lost():
+    with pytest.raises(KeyboardInterrupt):
+        with local_launch._deaf():
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)  # until another thread of this process has told of it
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 # The world of a launcher.
