@@ -4,7 +4,8 @@ Ranks of a machine that may all run on the same cores divide them: each is bound
 each other on a NUMA node, so that no rank's threads take turns with another's or lose their memory
 to a move. Ranks that must take turns do so on one core, as many on each. Where something else has
 given ranks different cores already (srun's or mpirun's binding, numactl, the cgroups of
-containers), that stays, and no core is divided a second time.
+containers), that stays, and no core is divided a second time. Where control groups limit the time
+on CPUs, ranks have no more threads in all than that gives CPUs, or one each.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from cptool.control_groups import CpuQuota, cpu_quota
 from cptool.errors import UserError
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -27,6 +29,22 @@ class Share:
 
     cpus: frozenset[int] | None
     threads: int
+
+
+class Place(NamedTuple):
+    """Where a rank is: its machine, the CPUs that it may run on, and the limit on their time."""
+
+    machine: str
+    cpus: frozenset[int]
+    quota: CpuQuota | None
+
+
+def places(gather: Callable[[Any], list[Any]]) -> list[Place]:
+    """The place of every rank, in order. Collective: `gather` returns the values of all ranks."""
+    return [
+        Place(name, frozenset(cpus), quota and CpuQuota(*quota))
+        for name, cpus, quota in gather((machine(), sorted(usable_cpus()), cpu_quota()))
+    ]
 
 
 def usable_cpus() -> frozenset[int]:
@@ -44,6 +62,24 @@ def core_of(cpu: int) -> tuple[int, str]:
         core = str(cpu)
     nodes = [int(path.name[4:]) for path in (_CPUS / f"cpu{cpu}").glob("node[0-9]*")]
     return min(nodes, default=0), core
+
+
+def cores() -> int:
+    """Physical cores that this process may run on, or fewer where a control group limits the time
+    on them.
+    """
+    count, quota = len({core_of(cpu) for cpu in usable_cpus()}), cpu_quota()
+    return count if quota is None else min(count, quota.threads())
+
+
+def processors(ranks: Sequence[Place]) -> int:
+    """CPUs that ranks can keep busy together."""
+    groups: dict[tuple[str, CpuQuota | None], set[int]] = {}
+    for name, cpus, quota in ranks:
+        groups.setdefault((name, quota), set()).update(cpus)
+    free = {(name, cpu) for (name, quota), cpus in groups.items() if not quota for cpu in cpus}
+    limited = (min(len(cpus), quota.threads()) for (_, quota), cpus in groups.items() if quota)
+    return len(free) + sum(limited)
 
 
 def divide(
@@ -86,10 +122,14 @@ def bind(gather: Callable[[Any], list[Any]], rank: int, threads: int | None) -> 
     asked = os.environ.get("CPTOOL_BIND") or "auto"
     if asked not in ("auto", "none"):
         raise UserError(f"CPTOOL_BIND is {asked!r}; it must be auto or none")
-    places = gather((machine(), usable_cpus()))
-    here = [r for r, (name, _) in enumerate(places) if name == places[rank][0]]
-    share = divide([places[r][1] for r in here], here.index(rank))
+    found = places(gather)
+    own = found[rank]
+    here = [r for r, place in enumerate(found) if place.machine == own.machine]
+    share = divide([found[r].cpus for r in here], here.index(rank))
     wanted = threads or share.threads
+    if not threads and own.quota is not None:
+        sharing = sum(found[r].quota == own.quota for r in here)
+        wanted = min(wanted, own.quota.threads(sharing))
     if asked == "auto" and share.cpus is not None and wanted <= share.threads:
         os.sched_setaffinity(0, share.cpus)
     return wanted

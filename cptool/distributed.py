@@ -235,10 +235,10 @@ def _cuda_kernels() -> bool:
 
 
 def cores() -> int:
-    """Physical cores that this process may run on."""
-    from cptool.binding import core_of, usable_cpus
+    """Threads that this process can keep busy: see `cptool.binding`."""
+    from cptool import binding
 
-    return len({core_of(cpu) for cpu in usable_cpus()})
+    return binding.cores()
 
 
 def _alone(device: str, threads: int | None, board: Board) -> World:

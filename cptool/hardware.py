@@ -267,10 +267,9 @@ def usable_processors(world: World) -> int:
 
     Collective.
     """
-    from cptool.binding import machine, usable_cpus
+    from cptool import binding
 
-    places = world.gather((machine(), usable_cpus()))
-    return len({(name, cpu) for name, cpus in places for cpu in cpus})
+    return binding.processors(binding.places(world.gather))
 
 
 def profile_path() -> Path:

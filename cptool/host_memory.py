@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-_PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+from cptool import control_groups
+
+_PROC = Path("/proc")
 # Of control groups: version, then the files of the limit and of what is used, and in `memory.stat`
 # the pages of files that can be dropped, which are used too.
 _FILES = {
@@ -23,26 +25,14 @@ def available() -> int:
 
 
 def _left_in_groups() -> Iterator[int]:
-    try:
-        lines = (_PROC / "self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for _, controllers, group in (line.split(":", 2) for line in lines):
-        if controllers not in ("", "memory"):
+    for version, folder in control_groups.folders("memory"):
+        limit, used, droppable = _FILES[version]
+        try:
+            most, now = ((folder / name).read_text().strip() for name in (limit, used))
+            if most != "max":
+                yield int(most) - int(now) + _numbers(folder / "memory.stat")[droppable]
+        except (OSError, KeyError, ValueError):
             continue
-        limit, used, droppable = _FILES[1 if controllers else 2]
-        root = _GROUPS / controllers
-        inside = root / group.strip("/")
-        # A container may see the path that its group has outside, of which its root is the end.
-        for folder in (inside, *inside.parents):
-            try:
-                most, now = ((folder / name).read_text().strip() for name in (limit, used))
-                if most != "max":
-                    yield int(most) - int(now) + _numbers(folder / "memory.stat")[droppable]
-            except (OSError, KeyError):
-                pass
-            if folder == root:
-                break
 
 
 def _numbers(path: Path) -> dict[str, int]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cptool import distributed, local_launch
+from cptool import binding, distributed, local_launch
 from cptool.distributed import (
     RankFailed,
     check_size,
@@ -164,6 +164,7 @@ def test_cores_are_shared_out_and_groups_of_one_are_none():
 
 def test_cores_are_physical_ones(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(binding, "cpu_quota", lambda: None)
     siblings = {"cpu0": "0,2", "cpu1": "1,3", "cpu2": "0,2"}
     monkeypatch.setattr(Path, "read_text", lambda path: siblings[path.parent.parent.name])
     assert distributed.cores() == 2

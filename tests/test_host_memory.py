@@ -1,6 +1,6 @@
 import pytest
 
-from cptool import host_memory
+from cptool import control_groups, host_memory
 
 MB = 1 << 20
 
@@ -9,11 +9,17 @@ MB = 1 << 20
 def system(tmp_path, monkeypatch):
     """Writes files of a system that has 8 MB available."""
     monkeypatch.setattr(host_memory, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(host_memory, "_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(control_groups, "_SELF", tmp_path / "proc/self")
+    always = {
+        "proc/meminfo": "MemTotal:  9999 kB\nMemAvailable:    8192 kB\nPages: 0\n",
+        "proc/self/mountinfo": f"""\
+31 23 0:28 / {tmp_path}/cgroup rw,relatime - cgroup2 cgroup2 rw
+35 31 0:32 / {tmp_path}/cgroup/memory rw,relatime shared:9 - cgroup cgroup rw,memory
+""",
+    }
 
     def write(files):
-        meminfo = {"proc/meminfo": "MemTotal:  9999 kB\nMemAvailable:    8192 kB\nPages: 0\n"}
-        for name, text in (meminfo | files).items():
+        for name, text in (always | files).items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
+from llama_reference import save_llama
 
 from cptool import attention, verify
 from cptool.cli.main import main
@@ -47,6 +48,19 @@ def test_tokens_that_differ():
 
 def run(*arguments):
     return CliRunner().invoke(main, ["verify", *map(str, arguments)])
+
+
+def test_the_default_prompt_fits_the_context(tmp_path):
+    """A story model of the smallest kind, and one that has no room for a prompt at all."""
+    shape = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    short = save_llama(tmp_path / "short", seed=0, max_position_embeddings=40, **shape)
+    result = run(short, "--max-cp", 2, "--json", "--device", "cpu")
+    assert result.exit_code == 0 and json.loads(result.stdout)["tokens"] == [21, 11, 8]
+    refused = run(save_llama(tmp_path / "none", seed=0, max_position_embeddings=9, **shape))
+    assert refused.exit_code == 2 and "context of 9" in refused.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -4,6 +4,8 @@ the user's machine.
 
 import json
 import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +20,9 @@ from cptool.cli.options import (
 )
 from cptool.cli.prompts import Prompts, check_context, prompt_options
 from cptool.errors import UserError
+
+if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
 
 TOKENS = 768
 STEPS = 8
@@ -52,8 +57,8 @@ def verify(
 ):
     """Check that results are exact with your MODEL on your devices.
 
-    Runs every variant on 1 to N ranks over one prompt (by default, 768 synthetic tokens), in two
-    turns and some decode steps. Exits with 1 if an error exceeds its bound, a token differs from
+    Runs every variant on 1 to N ranks over one prompt (by default, 768 synthetic tokens, or what
+    fits a shorter context), in two turns and some decode steps. Exits with 1 if an error exceeds its bound, a token differs from
     one rank's, or a repeated run gives other bits.
     """
     from cptool import distributed
@@ -63,13 +68,9 @@ def verify(
     if launched_size() is not None:
         raise UserError("cptool verify starts its own ranks; run it without a launcher")
     checkpoint = open_checkpoint(model)
-    asked = Prompts(
-        prompts,
-        prompt_files,
-        token_files,
-        synthetic or (() if prompts or prompt_files or token_files else (TOKENS,)),
-        chat=False,
-    )
+    asked = Prompts(prompts, prompt_files, token_files, synthetic, chat=False)
+    if not asked:
+        asked = replace(asked, synthetic=(_default_length(checkpoint),))
     sequences = asked.encode(checkpoint, begin=True)
     if len(sequences) != 1 or len(sequences[0]) < 2:
         raise UserError("cptool verify takes one prompt of at least 2 tokens")
@@ -134,6 +135,17 @@ def verify(
             f"steps on {device}: {said}"
         )
     sys.exit(0 if passed else 1)
+
+
+def _default_length(checkpoint: "Checkpoint") -> int:
+    """Tokens of the prompt where none was given: TOKENS, or what the context has room for."""
+    limit = checkpoint.config.max_position_embeddings
+    if limit < STEPS + 2:
+        raise UserError(
+            f"{checkpoint.path} has a context of {limit}, and cptool verify takes {STEPS} steps "
+            "after a prompt of at least 2 tokens; verify another model"
+        )
+    return min(TOKENS, limit - STEPS)
 
 
 def _draw(verdicts) -> None:

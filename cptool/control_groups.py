@@ -1,0 +1,87 @@
+"""The control groups that this process is in: what containers and batch systems limit."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_SELF = Path("/proc/self")
+
+
+def folders(controller: str) -> Iterator[tuple[int, Path]]:
+    """(version, folder) of the group that limits this process by `controller` ("cpu", "memory") and
+    of each of its parents up to the mount point; nothing where the system has no such groups.
+
+    A folder need not exist: a container may see the path that its group has outside, of which its
+    own root is the end.
+    """
+    try:
+        mounts = (_SELF / "mountinfo").read_text().splitlines()
+        groups = (_SELF / "cgroup").read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return
+    roots = list(_mounted(mounts, controller))
+    for _, controllers, group in (line.split(":", 2) for line in groups if line.count(":") > 1):
+        version = 1 if controller in controllers.split(",") else 2 if not controllers else None
+        for mounted, shown, root in roots:
+            if version != mounted:
+                continue
+            # A mount may begin below the hierarchy's root, and paths count from that one.
+            below = group[len(shown) :] if (group + "/").startswith(shown + "/") else group
+            inside = root.joinpath(*(part for part in below.split("/") if part not in ("", "..")))
+            for folder in (inside, *inside.parents):
+                yield version, folder
+                if folder == root:
+                    break
+
+
+def _mounted(lines: list[str], controller: str) -> Iterator[tuple[int, str, Path]]:
+    """Version, the group that the mount shows ("" for the root) and the mount point."""
+    for line in lines:
+        before, dash, after = line.partition(" - ")
+        kind, options = after.split(" ")[0], after.split(" ")[-1].split(",")
+        if not dash or kind not in ("cgroup", "cgroup2") or len(before.split(" ")) < 5:
+            continue
+        if kind == "cgroup" and controller not in options:
+            continue
+        shown, point = (_unescaped(field) for field in before.split(" ")[3:5])
+        yield (1 if kind == "cgroup" else 2), shown.rstrip("/"), Path(point)
+
+
+def _unescaped(field: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), field)
+
+
+class CpuQuota(NamedTuple):
+    """`cpus`: CPUs' worth of time that a group gets. `group`: a number of the group that all
+    processes of a machine agree on, for those of one group share its time.
+    """
+
+    cpus: float
+    group: int
+
+    def threads(self, processes: int = 1) -> int:
+        """Threads of each of `processes` in the group: no more than have a CPU's time, for the
+        group stops whole where it runs out, in the midst of what threads wait for each other in.
+        """
+        return max(1, math.floor(self.cpus / processes))
+
+
+def cpu_quota() -> CpuQuota | None:
+    """The tightest limit on CPU time (`cpu.max`, `cpu.cfs_quota_us`) that this process is under."""
+    found = []
+    for version, folder in folders("cpu"):
+        try:
+            if version == 2:
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                quota, period = ((folder / name).read_text().strip() for name in names)
+            if quota not in ("max", "-1"):
+                found.append(CpuQuota(int(quota) / int(period), folder.stat().st_ino))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return min(found, default=None)
