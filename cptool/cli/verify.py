@@ -58,8 +58,8 @@ def verify(
     """Check that results are exact with your MODEL on your devices.
 
     Runs every variant on 1 to N ranks over one prompt (by default, 768 synthetic tokens, or what
-    fits a shorter context), in two turns and some decode steps. Exits with 1 if an error exceeds its bound, a token differs from
-    one rank's, or a repeated run gives other bits.
+    fits a shorter context), in two turns and some decode steps. Exits with 1 if an error exceeds
+    its bound, a token differs from one rank's, or a repeated run gives other bits.
     """
     from cptool import distributed
     from cptool.checkpoint import open_checkpoint
