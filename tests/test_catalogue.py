@@ -65,7 +65,7 @@ def test_the_real_model(smollm2_path):
     config = checkpoint.config
     shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
     assert shape == (30, 9, 3) and config.head_dim == 64 and config.tie_word_embeddings
-    assert checkpoint.eos_ids == (2,) and checkpoint.dtype == "float32"
+    assert checkpoint.eos_ids == (2,) and checkpoint.matrix_dtype is None
 
 
 def test_pull_unpacks_once(shelf):

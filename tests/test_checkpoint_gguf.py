@@ -139,14 +139,15 @@ def test_a_model_is_the_one_that_transformers_reads(path, kind, tied):
     assert config.tie_word_embeddings == tied
     assert config.vocab_size == VOCAB
     assert config.rms_norm_eps == 1e-5  # Not the float32 nearest to it.
-    assert checkpoint.dtype == "float32"
 
 
-def test_bfloat16_matrices_are_computed_in_bfloat16(path):
-    write(path, types={name: "BF16" for name, shape in SHAPES.items() if len(shape) == 2})
-    assert open_checkpoint(str(path)).dtype == "bfloat16"
-    write(path, types={name: "F16" for name, shape in SHAPES.items() if len(shape) == 2})
-    assert open_checkpoint(str(path)).dtype == "float32"
+def test_dtype_of_all_matrices(path):
+    matrices = [name for name, shape in SHAPES.items() if len(shape) == 2]
+    for kind, dtype in (("BF16", "bfloat16"), ("F16", "float16"), ("Q8_0", None)):
+        write(path, types={name: kind for name in matrices})
+        assert open_checkpoint(str(path)).matrix_dtype == dtype
+    write(path, types={matrices[0]: "F16"} | {name: "BF16" for name in matrices[1:]})
+    assert open_checkpoint(str(path)).matrix_dtype is None
 
 
 def test_ids_and_sampling_come_from_the_metadata(path):

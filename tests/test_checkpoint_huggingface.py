@@ -87,7 +87,7 @@ def test_tensors_are_those_that_transformers_wrote(tmp_path, dtype, shard_size, 
         assert torch.equal(found, expected)
         assert checkpoint.is_mapped(name)
     assert checkpoint.config.tie_word_embeddings == tied
-    assert checkpoint.dtype == ("bfloat16" if dtype == torch.bfloat16 else "float32")
+    assert checkpoint.matrix_dtype == str(dtype).removeprefix("torch.")
 
 
 def test_configuration_as_transformers_understands_it(tmp_path):

@@ -98,13 +98,10 @@ class Checkpoint:
     _mappings: dict[Path, "torch.UntypedStorage"] = field(default_factory=dict, repr=False)
 
     @property
-    def dtype(self) -> str:
-        """What `--dtype auto` computes in on a CPU: the stored dtype where a CPU is at home in it.
-
-        "bfloat16" where every matrix is stored so, else "float32" (float16, quantised, mixed).
-        """
+    def matrix_dtype(self) -> str | None:
+        """The torch dtype of all stored matrices; None where they are quantised or differ."""
         encodings = {tensor.encoding for tensor in self.stored.values() if len(tensor.shape) == 2}
-        return "bfloat16" if encodings == {"BF16"} else "float32"
+        return TORCH_DTYPES.get(encodings.pop()) if len(encodings) == 1 else None
 
     def names(self) -> list[str]:
         """Names of the tensors that the model needs, without `lm_head.weight` where it is tied."""

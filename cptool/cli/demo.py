@@ -9,7 +9,7 @@ from importlib import resources
 import click
 
 from cptool.cli import draw
-from cptool.cli.options import Ranks, ranks_by_default, resolve_ranks, run_options
+from cptool.cli.options import Ranks, ranks_by_default, resolve_dtype, resolve_ranks, run_options
 from cptool.cli.prompts import check_context
 from cptool.duration import duration
 from cptool.errors import UserError
@@ -55,7 +55,7 @@ def demo(question, cp, tp, device, variant, partials, threads, timeout):
     turn = Turn(
         model=str(path),
         prompts=(tuple(prompt),),
-        dtype=checkpoint.dtype,
+        dtype=resolve_dtype("auto", checkpoint, many.device),
         variant=variant,
         partials=partials,
         max_new_tokens=ANSWER_TOKENS,

@@ -1,0 +1,97 @@
+"""`--dtype auto`: the checkpoint's own type where the device is fast in it."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cptool import ops, processor
+from cptool.checkpoint import open_checkpoint
+from cptool.cli import options
+from cptool.cli.options import resolve_dtype
+
+CAPS = ("CPTOOL_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+ISAS = ["portable", "avx2", "avx512", "avx512bf16", "amx"]
+
+
+@pytest.fixture(autouse=True)
+def uncapped(monkeypatch):
+    for name in CAPS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def isas_of_machine(monkeypatch, names):
+    extension = SimpleNamespace(cpu_isas=lambda: list(names))
+    monkeypatch.setattr(processor._extension, "load", lambda: extension)
+
+
+def test_agrees_with_the_kernel_in_use():
+    with ops.force_cpu_isa(ops.cpu_isas()[-1]):
+        kernel = ops.cpu_linear_isa(torch.bfloat16)
+    assert processor.has_bfloat16_products() == (kernel == "avx512bf16")
+
+
+def test_checkpoint_on_every_device(tiny_model):
+    checkpoint = open_checkpoint(str(tiny_model))
+    assert [resolve_dtype("auto", checkpoint, device) for device in ("cpu", "cuda")] == [
+        "float32",
+        "float32",
+    ]
+
+
+@pytest.mark.parametrize("isas, fast", [(ISAS[:1], 0), (ISAS[:3], 0), (ISAS[:4], 1), (ISAS, 1)])
+def test_bfloat16_products_are_those_of_avx512_bf16(monkeypatch, isas, fast):
+    isas_of_machine(monkeypatch, isas)
+    assert processor.has_bfloat16_products() == bool(fast)
+
+
+@pytest.mark.parametrize(
+    "name, value, fast",
+    [
+        ("CPTOOL_ISA", "avx2", False),
+        ("CPTOOL_ISA", "avx512", False),
+        ("CPTOOL_ISA", "avx512bf16", True),
+        ("ATEN_CPU_CAPABILITY", "avx2", False),
+        ("ATEN_CPU_CAPABILITY", "default", False),
+        ("ATEN_CPU_CAPABILITY", "avx512", True),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2", False),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX", True),
+    ],
+)
+def test_a_cap_in_the_environment_counts(monkeypatch, name, value, fast):
+    isas_of_machine(monkeypatch, ISAS)
+    monkeypatch.setenv(name, value)
+    assert processor.has_bfloat16_products() == fast
+
+
+@pytest.mark.parametrize(
+    "stored, with_products, without, cuda",
+    [
+        ("bfloat16", "bfloat16", "float32", "bfloat16"),
+        ("float16", "float32", "float32", "float16"),
+        ("float32", "float32", "float32", "float32"),
+        (None, "float32", "float32", "float32"),
+    ],
+)
+def test_auto(monkeypatch, stored, with_products, without, cuda):
+    checkpoint = SimpleNamespace(matrix_dtype=stored)
+    for fast, expected in ((True, with_products), (False, without)):
+        monkeypatch.setattr(options, "has_bfloat16_products", lambda: fast)
+        assert resolve_dtype("auto", checkpoint, "cpu") == expected
+        assert resolve_dtype("auto", checkpoint, "cuda") == cuda
+        assert resolve_dtype("bfloat16", checkpoint, "cpu") == "bfloat16"
+
+
+def test_torch_is_not_imported():
+    code = (
+        "import sys; from cptool.processor import has_bfloat16_products; "
+        "print(has_bfloat16_products(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"CPTOOL_ISA": "portable"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["False", "False"], done.stderr
