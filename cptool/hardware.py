@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptool.errors import UserError
-from cptool.paths import cache_dir
+from cptool.paths import cache_dir, expanded
 from cptool.row_rates import RowRates
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def find_profile(name: str) -> HardwareProfile:
         return devices["cuda" if "cuda" in devices else "cpu"]
     path = PROFILES / f"{name}.json"
     if name not in known_profiles():
-        path = Path(name).expanduser()
+        path = expanded(name)
         if not path.is_file():
             raise UserError(
                 f"--hardware {name}: no such profile; name one of {', '.join(known_profiles())}, "
@@ -277,6 +277,14 @@ def profile_path() -> Path:
     return cache_dir() / "hardware.json"
 
 
+def check_place() -> None:
+    """UserError where a profile could not be kept, which is known before minutes of measuring."""
+    path = profile_path()
+    place = next(p for p in path.parents if os.path.exists(p))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: {place} cannot be written to; set CPTOOL_CACHE to a directory")
+
+
 def load_profile(device: str) -> HardwareProfile:
     """The measured profile if there is one of this device ("cpu" or "cuda"), else the default.
 
@@ -285,12 +293,20 @@ def load_profile(device: str) -> HardwareProfile:
     return _saved().get(device) or default_profile(device)
 
 
+def is_measured() -> bool:
+    """Whether `cptool bench calibrate` measured this machine. UserError if the file is damaged."""
+    return bool(_saved())
+
+
 def _saved() -> dict[str, HardwareProfile]:
     """Measured profiles by device. Raises UserError if the file is damaged."""
-    path = profile_path()
+    try:
+        path = profile_path()
+    except UserError:  # a user without a home has no cache
+        return {}
     try:
         text = path.read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # or one in another's home
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); {REMEDY}") from None

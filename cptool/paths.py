@@ -4,18 +4,45 @@ import hashlib
 import os
 from pathlib import Path
 
+from cptool.errors import UserError
+
 
 def cache_dir() -> Path:
-    """Of downloaded models and measured profiles: `$CPTOOL_CACHE`, else in the user's own cache.
+    """The directory of downloaded models and measured profiles; it need not exist yet.
 
-    The latter is `$XDG_CACHE_HOME/cptool`, or `~/.cache/cptool` where that is not set. The
-    directory need not exist yet.
+    `$CPTOOL_CACHE`, else `$XDG_CACHE_HOME/cptool` where that is an absolute path, as its
+    specification wants it, else `~/.cache/cptool`. Raises UserError for a user without a home: what
+    can do without a cache catches it.
     """
     if own := os.environ.get("CPTOOL_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "cptool"
-    return Path.home() / ".cache" / "cptool"
+        return expanded(own).absolute()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(shared):
+        return Path(shared) / "cptool"
+    return home("CPTOOL_CACHE") / ".cache" / "cptool"
+
+
+def home(instead: str) -> Path:
+    """The user's home directory. Raises UserError where there is none, as in a container whose user
+    has no entry in /etc/passwd; `instead` is the environment variable that makes do without it.
+    """
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise UserError(
+            f"there is no home directory to keep files in (HOME is not set, and user id "
+            f"{os.getuid()} is not in /etc/passwd); set {instead} to a directory"
+        ) from None
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """`path` with `~` replaced by a home directory. Raises UserError where that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{path}: the home directory that it begins with is not known; write the path in full"
+        ) from None
 
 
 def sha256(path: Path) -> str:

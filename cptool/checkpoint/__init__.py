@@ -1,10 +1,12 @@
 """Files of models: opening them, reading their tensors, tokenising with what they bring."""
 
+import os
 import re
 from pathlib import Path
 
 from cptool.checkpoint.base import Checkpoint, Sampling, first_line
 from cptool.errors import UserError
+from cptool.paths import expanded, home
 
 __all__ = ["Checkpoint", "Sampling", "open_checkpoint"]
 
@@ -22,7 +24,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     from cptool.checkpoint import catalogue
 
-    path = Path(model).expanduser()
+    path = expanded(model)
     try:
         if model and path.is_dir():
             return _open_directory(path)
@@ -57,6 +59,8 @@ def _open_file(path: Path, name: str | None = None) -> Checkpoint:
 
 def _download(hub_id: str) -> Path:
     """The local snapshot of a hub repository, fetched where it is not there yet."""
+    if not any(os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")):
+        home("HF_HOME")  # without one the library would make a folder `~` here
     from huggingface_hub import snapshot_download
 
     from cptool.checkpoint.meta import is_meta

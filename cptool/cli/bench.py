@@ -48,6 +48,7 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     (hardware.json); `--variant auto` reads it from there.
     """
     from cptool import distributed
+    from cptool.hardware import check_place
     from cptool.launcher import launched_size
 
     launched = launched_size()
@@ -55,6 +56,7 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     more = cp is None and launched is None and distributed.resolve_device(device, 2) == "cpu"
     cp = cp or launched or 2
     distributed.check_size(cp, 1)
+    check_place()
     dtypes = ("bfloat16", "float32") if dtype == "auto" else (dtype,)
     options = {"device": device, "threads": threads}
     with draw.progress() as watch:

@@ -146,9 +146,9 @@ def plan(
 def _profile(hardware: str | None, find_profile):
     if hardware is not None:
         return find_profile(hardware)
-    from cptool.hardware import profile_path
+    from cptool.hardware import is_measured
 
-    return find_profile("measured" if profile_path().exists() else "h100-sxm")
+    return find_profile("measured" if is_measured() else "h100-sxm")
 
 
 def _here(profile) -> int:

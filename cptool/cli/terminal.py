@@ -16,6 +16,7 @@ from cptool.cli.options import check_room
 from cptool.conversation import Conversation
 from cptool.duration import duration
 from cptool.errors import UserError
+from cptool.paths import expanded
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -127,7 +128,7 @@ class Terminal:
             raise UserError("/save: name a directory to keep the conversation in: /save DIR")
         if not self.conversation.tokens:
             raise UserError("/save: nothing was said yet; ask something first")
-        directory = Path(argument).expanduser() if argument else self.saved[0]
+        directory = expanded(argument) if argument else self.saved[0]
         if self.saved is not None and directory.resolve() == self.saved[0].resolve():
             directory, revision = self.saved
             if session.load(directory).revision != revision:

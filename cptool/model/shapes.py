@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cptool.errors import UserError
 from cptool.model.config import LlamaConfig, RopeScaling
+from cptool.paths import expanded
 
 _LLAMA3_1 = RopeScaling("llama3", 8.0)
 _LLAMA3_2 = RopeScaling("llama3", 32.0)
@@ -74,7 +75,7 @@ def find_shape(name: str) -> LlamaConfig:
     """
     if name in SHAPES:
         return SHAPES[name]
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir() and (path / "config.json").is_file():
         path /= "config.json"
     if path.suffix == ".json" and path.is_file():
