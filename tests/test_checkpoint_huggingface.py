@@ -1,9 +1,11 @@
 """Hugging Face checkpoints: written by transformers or by hand, read by cptool."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -55,9 +57,9 @@ def saved_once(tmp_path_factory):
     return path, whole, 8 + struct.unpack_from("<Q", whole)[0]
 
 
-def write_safetensors(path, tensors, prefix=b""):
-    """A safetensors file by hand; `prefix` shifts the data, so that it can be misaligned."""
-    data, header = prefix, {}
+def write_safetensors(path, tensors, shift=0):
+    """A safetensors file by hand; `shift` bytes of its header misalign the data."""
+    data, header = b"", {}
     for name, tensor in tensors.items():
         raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
         dtype = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}[tensor.dtype]
@@ -65,6 +67,7 @@ def write_safetensors(path, tensors, prefix=b""):
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
         data += raw
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8 + shift)
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
@@ -143,7 +146,7 @@ def test_absent_fields_take_the_defaults_of_the_format(saved):
     assert open_checkpoint(str(saved)).config.num_key_value_heads == 6
 
 
-def test_generation_config_goes_before_config(saved):
+def test_every_file_that_names_the_end_of_an_answer_counts(saved):
     edit_json(saved / "config.json", eos_token_id=5, bos_token_id=4)
     (saved / "generation_config.json").write_text("{}")
     checkpoint = open_checkpoint(str(saved))
@@ -152,10 +155,16 @@ def test_generation_config_goes_before_config(saved):
     sampling = {"eos_token_id": [8, 9], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
     (saved / "generation_config.json").write_text(json.dumps(sampling))
     checkpoint = open_checkpoint(str(saved))
-    assert checkpoint.eos_ids == (8, 9)
+    assert checkpoint.eos_ids == (8, 9, 5)
     assert (checkpoint.sampling.temperature, checkpoint.sampling.top_p) == (0.6, 0.9)
     edit_json(saved / "generation_config.json", do_sample=False)
     assert open_checkpoint(str(saved)).sampling.temperature is None
+    # No file names one: transformers' default of a Llama.
+    edit_json(saved / "generation_config.json", eos_token_id=...)
+    edit_json(saved / "config.json", eos_token_id=...)
+    assert open_checkpoint(str(saved)).eos_ids == (2,)
+    edit_json(saved / "config.json", eos_token_id=None)
+    assert open_checkpoint(str(saved)).eos_ids == ()
 
 
 def test_stored_rotary_frequencies_are_ignored(saved):
@@ -167,13 +176,12 @@ def test_stored_rotary_frequencies_are_ignored(saved):
 
 def test_misaligned_tensors_are_copied(saved):
     state = tiny().state_dict()
-    for prefix in (b"", b"\0"):
-        for shift in range(4):
-            write_safetensors(saved / "model.safetensors", state, prefix + b"\0" * shift)
-            checkpoint = open_checkpoint(str(saved))
-            for name in ("model.norm.weight", "lm_head.weight"):
-                assert torch.equal(checkpoint.read(name), state[name])
-                assert checkpoint.is_mapped(name) == (checkpoint.stored[name].offset % 4 == 0)
+    for shift in range(5):
+        write_safetensors(saved / "model.safetensors", state, shift)
+        checkpoint = open_checkpoint(str(saved))
+        for name in ("model.norm.weight", "lm_head.weight"):
+            assert torch.equal(checkpoint.read(name), state[name])
+            assert checkpoint.is_mapped(name) == (shift % 4 == 0)
 
 
 def test_a_mapped_tensor_outlives_its_checkpoint_and_never_changes_the_file(saved):
@@ -217,24 +225,51 @@ def test_opening_imports_no_torch(saved):
         ({"sliding_window": 4096}, "sliding_window is 4096"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"use_qk_norm": True}, "use_qk_norm"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
+        ({"attention_multiplier": 0.5}, "attention_multiplier is 0.5"),
+        ({"query_pre_attn_scalar": 256}, "query_pre_attn_scalar is 256"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier is 0.22"),
+        ({"is_causal": False}, "is_causal is False"),
+        ({"attn_sink_bias": 0}, "attn_sink_bias is 0"),
+        ({"ropeBaseScale": False}, "ropeBaseScale is False"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": ...}, "'dynamic'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is None"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": -1}}, "makes no sense"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -1}}, "rope scaling is -1.0"),
         ({"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}, "makes no sense"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": [1]}, "rope_parameters is [1]"),
         ({"hidden_size": "48"}, "hidden_size is '48'"),
+        ({"hidden_size": 48.0}, "hidden_size is 48.0"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"hidden_size": 10**400}, "a number of 1329 bits"),
+        ({"hidden_size": 2**40, "head_dim": 8}, "hidden_size is 1099511627776"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is inf"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+        ({"rms_norm_eps": 1e-50}, "within the range of float32"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 10**400}}, "factor is inf"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": float("inf")}}, "factor is inf"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 1e300}}, "range of float32"),
+        (
+            {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 10**400}},
+            "original_max_position_embeddings is a number of",
+        ),
+        ({"num_attention_heads": 0}, "does not divide into 0 heads"),
+        ({"num_attention_heads": -6}, "does not divide into -6 heads"),
+        ({"tie_word_embeddings": "true"}, "tie_word_embeddings is 'true'"),
+        ({"head_dim": 512}, "head_dim is 512"),
+        ({"head_dim": 12}, "multiples of 8 up to 256"),
         ({"hidden_size": 50, "head_dim": ...}, "does not divide into 6 heads"),
         ({"num_attention_heads": 0, "head_dim": ...}, "does not divide into 0 heads"),
         ({"num_key_value_heads": 4}, "multiple"),
-        ({"num_hidden_layers": 10**12}, "not of one model"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000"),
+        ({"num_hidden_layers": 900}, "not of one model"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 1}, "no plain Llama"),
         ({"intermediate_size": 64}, "has shape [80, 48]"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0.0"),
-        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan, it must be finite"),
         ({"vocab_size": -1}, "vocab_size is -1"),
         ({"head_dim": 9}, "head_dim is 9"),
     ],
@@ -297,6 +332,45 @@ def test_damaged_headers_are_refused(saved, header):
     assert "header is damaged" in refusal(saved)
 
 
+def entry(name, begin, end, shape=None, **changes):
+    fields = {"dtype": "F32", "shape": shape or [(end - begin) // 4], "data_offsets": [begin, end]}
+    return f'"{name}": {json.dumps(fields | changes)}'
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([entry("a", 0, 32), entry("b", 28, 64)], "'b' overlaps the one before"),
+        ([entry("a", 0, 32), entry("b", 36, 64)], "'b' leaves a hole before it"),
+        ([entry("a", 4, 64)], "'a' leaves a hole before it"),
+        ([entry("a", 0, 32)], "its header accounts for"),
+        ([entry("a", 0, 32), entry("a", 32, 64)], "'a' twice"),
+        ([entry("a", 0, 64, [1] * 8 + [16])], "a shape of 9 dimensions"),
+        ([entry("a", 0, 64, [0] + [2**62] * 6)], "elements|header accounts|overlaps|shape"),
+        ([entry("a", 0, 64, [2**63])], "a shape with an extent that no tensor has"),
+        ([entry("a", 0, 64, [16.0])], "the number 16.0"),
+        ([entry("a", 0, 64, [True, 16])], "a shape with an extent"),
+        (['"a": {"dtype": "F32", "data_offsets": [0, 64], "shape": [' + "9" * 4000 + "]}"],
+         "a number of 4000 digits"),
+        ([entry("a", 0, 64), '"__metadata__": {"format": 1}'], "__metadata__ is not"),
+        ([entry("a", 0, 64), '"b": []'], "does not have the three fields"),
+    ],
+)  # fmt: skip
+def test_headers_that_the_format_forbids_are_refused(saved, entries, message):
+    header = ("{" + ", ".join(entries) + "}").encode()
+    (saved / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    assert re.search(message, refusal(saved))
+
+
+def test_many_long_numbers_cost_no_more_than_reading_them(saved):
+    numbers = ",".join(["9" * 4000] * 3000)
+    header = f'{{"x": {{"dtype": "F32", "data_offsets": [0, 4], "shape": [{numbers}]}}}}'.encode()
+    (saved / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    began = time.process_time()
+    assert "a number of 4000 digits" in refusal(saved)
+    assert time.process_time() - began < 5
+
+
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_a_damaged_header_is_refused_or_harmless(saved_once, data):
@@ -315,7 +389,7 @@ def test_a_header_longer_than_the_format_allows_is_refused(saved):
 
 
 def test_files_that_are_missing_are_named(tmp_path):
-    assert "no config.json" in refusal(tmp_path)
+    assert "an empty directory" in refusal(tmp_path)
     tiny().save_pretrained(tmp_path, max_shard_size="20KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     index = tmp_path / "model.safetensors.index.json"
@@ -373,3 +447,231 @@ def test_hub_ids_are_resolved_by_the_hub_library(saved, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     assert "not to be had from the hub (no route to host)" in refusal("org/tiny-llama")
+
+
+# Two answers to one question
+
+
+def rope(**fields):
+    """A configuration's rotary settings in transformers 4's fields alone."""
+    return {"rope_parameters": ..., "rope_theta": 1e4, **fields}
+
+
+OLDER_LLAMA3 = {"rope_type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_theta"}}
+
+
+def test_the_original_context_outside_goes_before_the_one_inside(saved):
+    changes = rope(rope_scaling=OLDER_LLAMA3)
+    edit_json(saved / "config.json", **changes, original_max_position_embeddings=32)
+    checkpoint = open_checkpoint(str(saved))
+    assert checkpoint.config.rope_scaling.original_context == 32
+    assert "original_max_position_embeddings is 32, and 64 inside rope_scaling" in (
+        checkpoint.notes[0]
+    )
+    edit_json(saved / "config.json", original_max_position_embeddings=64)
+    assert open_checkpoint(str(saved)).notes == ()
+    inside = {k: v for k, v in OLDER_LLAMA3.items() if not k.startswith("original")}
+    edit_json(saved / "config.json", rope_scaling=inside, original_max_position_embeddings=...)
+    assert open_checkpoint(str(saved)).config.rope_scaling.original_context == 512
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_theta": 1e6}, "rope_theta is 1000000.0, and 10000.0 inside rope_parameters"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "say different things"),
+        (rope(rope_scaling={"type": "linear", "rope_type": "llama3"}), "rope_type 'llama3' and"),
+        (rope(rope_scaling={"factor": 4}), "a factor of 4.0 and no type"),
+        (rope(rope_scaling={"rope_type": {}, "factor": 4}), "rope type {} is not supported"),
+        (
+            rope(rope_scaling={"type": "linear", "factor": 4, "attention_factor": 1.2}),
+            "attention_factor is 1.2",
+        ),
+    ],
+)
+def test_rotary_settings_that_disagree_are_refused(saved, changes, message):
+    edit_json(saved / "config.json", **changes)
+    assert message in refusal(saved)
+
+
+def test_rotary_settings_that_agree_are_one(saved):
+    both = {"type": "linear", "factor": 2}
+    edit_json(
+        saved / "config.json",
+        rope_theta=10000,
+        rope_scaling=both,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    )
+    assert open_checkpoint(str(saved)).config.rope_scaling == RopeScaling("linear", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "context"),
+    [
+        ({}, 2048),
+        ({"max_sequence_length": 2048}, 2048),
+        ({"max_sequence_length": 512}, 512),
+        ({"original_max_position_embeddings": 128}, 512),
+        ({"original_max_position_embeddings": 512}, 2048),
+    ],
+)
+def test_linear_scaling_stretches_the_original_context(saved, fields, context):
+    scaling = rope(rope_scaling={"type": "linear", "factor": 4.0})
+    edit_json(saved / "config.json", **scaling, **fields)
+    assert open_checkpoint(str(saved)).config.max_position_embeddings == context
+
+
+def test_the_head_of_the_file_goes_before_the_flag(saved):
+    edit_json(saved / "config.json", tie_word_embeddings=True)
+    checkpoint = open_checkpoint(str(saved))
+    assert not checkpoint.config.tie_word_embeddings
+    assert "differs from the embedding" in checkpoint.notes[0]
+    state = dict(tiny().state_dict())
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    write_safetensors(saved / "model.safetensors", state)
+    assert open_checkpoint(str(saved)).notes == ()
+    del state["lm_head.weight"]
+    write_safetensors(saved / "model.safetensors", state)
+    assert open_checkpoint(str(saved)).config.tie_word_embeddings
+    edit_json(saved / "config.json", tie_word_embeddings=False)
+    assert 'set "tie_word_embeddings" to true' in refusal(saved)
+
+
+def test_files_and_index_must_agree(tmp_path):
+    tiny().save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    weights = json.loads(index.read_text())["weight_map"]
+    files = list(weights.values())
+    full = sorted({file for file in files if files.count(file) > 1})
+    first, second = (tmp_path / file for file in full[:2])
+    listed = next(name for name, file in weights.items() if file == first.name)
+    edit_json(index, weight_map={n: f for n, f in weights.items() if n != listed})
+    assert f"tensor {listed!r} is in it and not in" in refusal(tmp_path)
+    edit_json(index, weight_map=weights)
+    content = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    assert f"is both in {first.name} and in {second.name}" in refusal(tmp_path)
+    second.write_bytes(content)
+    tiny().save_pretrained(tmp_path)  # One file now, and what is left of the others' index.
+    index.write_text("{}")
+    assert "are both there" in open_checkpoint(str(tmp_path)).notes[0]
+
+
+# Sound files of other kinds
+
+
+def quantised(directory, *suffixes):
+    """The checkpoint with its projections under the names of quantised ones."""
+    state = dict(tiny().state_dict())
+    for name in [name for name in state if name.endswith("_proj.weight")]:
+        tensor = state.pop(name)
+        for suffix in suffixes:
+            state[name.removesuffix("weight") + suffix] = tensor
+    write_safetensors(directory / "model.safetensors", state)
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "message"),
+    [
+        (("qweight", "qzeros", "scales"), "GPTQ or AWQ"),
+        (("weight", "weight.absmax", "weight.quant_map"), "bitsandbytes"),
+        (("weight_packed", "weight_scale", "weight_shape"), "compressed-tensors"),
+        (("weight", "weight_scale_inv"), "FP8"),
+        (("W_q", "meta"), "HQQ"),
+        (("weight", "scales", "biases"), "quantised weights"),
+        (("weight", "lora_A.weight", "lora_B.weight"), "an adapter"),
+    ],
+)
+def test_quantised_weights_are_named(saved, suffixes, message):
+    quantised(saved, *suffixes)
+    found = refusal(saved)
+    assert message in found and "fetch" not in found
+
+
+def test_quantised_configurations_are_named(saved):
+    for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "hqq"):
+        edit_json(saved / "config.json", quantization_config={"quant_method": method})
+        assert f"quantised by {method!r}" in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("adapter_config.json", "{}", "an adapter (LoRA or the like), not a model"),
+        ("modules.json", "[]", "sentence-transformers"),
+        ("model_index.json", "{}", "diffusers"),
+        ("model.onnx", "x", "an ONNX graph"),
+        ("tf_model.h5", "x", "TensorFlow weights"),
+        ("tokenizer.json", "{}", "a tokenizer alone"),
+        ("pytorch_model.bin", "x", "weights without a config.json"),
+        ("notes.txt", "x", "no config.json"),
+    ],
+)
+def test_directories_of_other_kinds_are_named(tmp_path, file, content, message):
+    (tmp_path / file).write_text(content)
+    assert message in refusal(tmp_path)
+
+
+def test_an_adapter_beside_a_model_is_refused_by_both_names(saved):
+    (saved / "adapter_config.json").write_text("{}")
+    message = refusal(saved)
+    assert "adapter_config.json" in message and "config.json)" in message and "merge" in message
+
+
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [
+        ("LlamaModel", "no output matrix"),
+        ("LlamaForSequenceClassification", "reward models"),
+        ("MixtralForCausalLM", "not supported; use"),
+    ],
+)
+def test_other_heads_and_models_are_named(saved, architecture, why):
+    edit_json(saved / "config.json", architectures=[architecture])
+    assert architecture in refusal(saved) and why in refusal(saved)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!DOCTYPE html>\n<html>Entry not found</html>", "a web page"),
+        (b"", "an empty file"),
+        (bytes(64), "a file of zero bytes"),
+        (b"\x1f\x8b" + bytes(64), "a gzip archive"),
+        (b"GGUF" + bytes(64), "a GGUF file"),
+    ],
+)
+def test_other_files_under_the_name_are_named(saved, file, content, message):
+    (saved / file).write_bytes(content)
+    assert message in refusal(saved)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "generation_config.json"])
+def test_links_to_nothing_are_named(saved, file):
+    (saved / file).unlink()
+    (saved / file).symlink_to("../../blobs/0123")
+    assert "a link to ../../blobs/0123, which does not exist" in refusal(saved)
+
+
+# Fields
+
+
+def test_unknown_fields_that_are_set_are_named_once(saved):
+    edit_json(saved / "config.json", my_setting=7, my_flag=True, my_off=False, my_one=1, none=None)
+    edit_json(saved / "generation_config.json", repetition_penalty=1.3, stranger="x")
+    (note,) = open_checkpoint(str(saved)).notes
+    assert note.endswith("were ignored: my_setting, my_flag, repetition_penalty, stranger")
+
+
+def test_fields_of_real_configurations_need_no_note(saved):
+    edit_json(
+        saved / "config.json",
+        **{"_name_or_path": "x", "torch_dtype": "float16", "pretraining_tp": 2, "use_cache": False},
+        **{"unsloth_version": "2024.9", "attention_dropout": 0.1, "max_window_layers": 21},
+        **{"use_sliding_window": False, "sliding_window": None, "head_dim": None, "rope_ratio": 1},
+        **{"residual_multiplier": 1.0, "logits_scaling": 1, "layer_types": ["full_attention"] * 2},
+        **{"attention_multiplier": 8**-0.5, "is_decoder": True, "auto_map": {"AutoModel": "x"}},
+    )
+    assert open_checkpoint(str(saved)).notes == ()

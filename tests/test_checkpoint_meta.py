@@ -171,9 +171,9 @@ def test_what_the_release_tells_of_positions(saved, params, context, scaling):
 
 
 def test_llama_3_2_stretches_by_32(tmp_path):
-    shape = dict(hidden_size=2048, num_hidden_layers=16, head_dim=4, intermediate_size=8)
+    shape = dict(hidden_size=2048, num_hidden_layers=16, head_dim=8, intermediate_size=8)
     model = random_llama({**WIDTHS, **shape}, tmp_path / "hf")
-    path = save_meta(model, tmp_path / "m", use_scaled_rope=True, head_dim=4)
+    path = save_meta(model, tmp_path / "m", use_scaled_rope=True, head_dim=8)
     assert open_checkpoint(str(path)).config.rope_scaling.factor == 32.0
 
 

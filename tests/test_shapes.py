@@ -43,7 +43,7 @@ def test_a_config_file_or_its_directory(mqa_path, tmp_path):
     alone.write_text((mqa_path / "config.json").read_text())  # no weights beside it
     assert find_shape(str(alone)) == find_shape(str(tmp_path)) == dataclasses.replace(config)
     alone.write_text(json.dumps([]))
-    with pytest.raises(UserError, match="give a config.json"):
+    with pytest.raises(UserError, match="it must be a JSON object"):
         find_shape(str(alone))
 
 

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,25 @@ TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 
 _SAMPLED_BYTES = 4096
+
+
+# More than any tensor of a checkpoint has.
+MAX_DIMENSIONS = 8
+
+
+def bounded_product(shape: Iterable[Any]) -> int:
+    """The product of the extents of a shape that a file names; ValueError for a shape that no
+    tensor has. Numbers of any size cost no more than reading them.
+    """
+    shape = list(shape)
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"a shape of {len(shape)} dimensions")
+    if not all(type(extent) is int and 0 <= extent < 2**63 for extent in shape):
+        raise ValueError("a shape with an extent that no tensor has")
+    product = math.prod(shape)
+    if product >= 2**63:
+        raise ValueError(f"a shape {shape} of {product} elements")
+    return product
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,7 @@ class Checkpoint:
     """An opened and validated checkpoint; tensors are read on demand.
 
     `eos_ids` are the token ids that end an answer, in the order in which the files give them.
+    `notes` are lines for the user: which of two answers counts, and which fields were ignored.
     """
 
     path: Path
@@ -94,6 +114,7 @@ class Checkpoint:
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     sampling: Sampling = Sampling()
+    notes: tuple[str, ...] = ()
     load_tokenizer: Callable[[], "Tokenizer | None"] = lambda: None
     _mappings: dict[Path, "torch.UntypedStorage"] = field(default_factory=dict, repr=False)
 
@@ -227,6 +248,25 @@ def _ranges(
             begin += share
 
 
+def differ(a: StoredTensor | JoinedTensor, b: StoredTensor | JoinedTensor) -> bool:
+    """Whether two tensors differ in shape, in encoding, or in a sample of their bytes."""
+    if (a.shape, a.encoding, a.nbytes) != (b.shape, b.encoding, b.nbytes):
+        return True
+    length = min(a.nbytes, _SAMPLED_BYTES)
+    starts = {(a.nbytes - length) * i // 63 for i in range(64)}
+    with ExitStack() as opened:
+        files = cache(lambda path: opened.enter_context(path.open("rb")))
+
+        def sample(tensor: StoredTensor | JoinedTensor, start: int) -> bytes:
+            pieces = []
+            for path, offset, count in _ranges(tensor, start, start + length):
+                files(path).seek(offset)
+                pieces.append(files(path).read(count))
+            return b"".join(pieces)
+
+        return any(sample(a, start) != sample(b, start) for start in sorted(starts))
+
+
 def _torch_dtype(tensor: StoredTensor) -> "torch.dtype":
     import torch
 
@@ -320,26 +360,60 @@ def mark_interleaved(
     }
 
 
+# What attention takes, as `cptool.ops` checks it: a multiple of the step up to the maximum.
+_HEAD_DIM_STEP, _MAX_HEAD_DIM = 8, 256
+
+# Far beyond any model, and small enough that no product of them overflows 64 bits.
+_MAX_SIZE = 2**24
+_MAX_LAYERS, _MAX_CONTEXT = 10_000, 2**31 - 1
+
+# The range of normal float32 numbers, in which the model computes with them.
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127
+
+
 def check_config(source: Path, config: LlamaConfig) -> LlamaConfig:
-    """The same configuration; UserError where its numbers cannot be a Llama model's."""
-    sizes = {
-        name: value
-        for name, value in asdict(config).items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    for name, value in sizes.items():
-        if not value > 0 or math.isinf(value):
-            raise UserError(f"{source}: {name} is {value}, it must be positive; mend the file")
+    """The same configuration; UserError where its numbers cannot be those of a Llama that cptool
+    computes.
+    """
+    limits = {"num_hidden_layers": _MAX_LAYERS, "max_position_embeddings": _MAX_CONTEXT}
+    for name in (entry.name for entry in fields(config)):
+        value, limit = getattr(config, name), limits.get(name, _MAX_SIZE)
+        if type(value) is int and not 0 < value <= limit:
+            raise UserError(
+                f"{source}: {name} is {value}, it must be positive and at most {limit}; correct "
+                f"the file"
+            )
+        if type(value) is float:
+            _check_number(source, name, value)
     if config.num_attention_heads % config.num_key_value_heads:
         raise UserError(
             f"{source}: {config.num_attention_heads} query heads on {config.num_key_value_heads} "
             f"key/value heads; the first must be a multiple of the second"
         )
-    if config.head_dim % 2:
+    if config.head_dim % _HEAD_DIM_STEP or config.head_dim > _MAX_HEAD_DIM:
         raise UserError(
-            f"{source}: head_dim is {config.head_dim}; rotary embeddings need an even one"
+            f"{source}: head_dim is {config.head_dim}, attention takes multiples of "
+            f"{_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}; use another model"
         )
+    if (scaling := config.rope_scaling) is not None:
+        numbers = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor)
+        for value in (*numbers, float(scaling.original_context)):
+            _check_number(source, "a number of the rope scaling", value)
+        if not scaling.low_freq_factor < scaling.high_freq_factor:
+            raise UserError(
+                f"{source}: rope scaling with low_freq_factor {scaling.low_freq_factor} and "
+                f"high_freq_factor {scaling.high_freq_factor} makes no sense; the first must be "
+                f"below the second"
+            )
     return config
+
+
+def _check_number(source: Path, name: str, value: float) -> None:
+    if not _SMALLEST <= value <= _LARGEST:
+        raise UserError(
+            f"{source}: {name} is {value}, it must be positive and within the range of float32; "
+            f"correct the file"
+        )
 
 
 def first_line(error: BaseException) -> str:

@@ -1,43 +1,86 @@
 """Fields of JSON files, each of the type that it must have; UserError where it is not."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from cptool.checkpoint.base import first_line
+from cptool.checkpoint.lookalikes import describe
 from cptool.errors import UserError
+
+# The largest that are published, tokenizers and indexes of thousands of shards, take 40 MB.
+_MAX_BYTES = 200_000_000
+
+_SHOWN_CHARACTERS = 60
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds."""
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise UserError(
+            f"{path}: {size} bytes, a JSON file of a model has at most {_MAX_BYTES}; it is not one"
+        )
+    data = path.read_bytes()
     try:
-        fields = json.loads(path.read_text("utf-8"))
+        fields = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
+        if (what := describe(data)) is not None:
+            raise UserError(f"{path}: not JSON but {what}") from None
         raise UserError(f"{path}: not JSON ({first_line(error)}); fetch the file again") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: holds a {type(fields).__name__}, it must be a JSON object")
     return fields
 
 
+def shown(value: Any) -> str:
+    """A value as a message quotes it, cut where it is long."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
+
 def mapping(source: Path, fields: dict[str, Any], key: str) -> dict[str, Any]:
     """The object under `key`, an empty one where there is none."""
     value = fields.get(key)
     if value is not None and not isinstance(value, dict):
-        raise UserError(f"{source}: {key} is {value!r}, it must be an object or null")
+        raise UserError(f"{source}: {key} is {shown(value)}, it must be an object or null")
     return value or {}
 
 
 def integer(source: Path, fields: dict[str, Any], key: str, default: int | None = None) -> int:
     """The integer under `key`; `default` where there is none, if that is allowed."""
     value = default if fields.get(key) is None else fields[key]
-    if type(value) is not int:
-        raise UserError(f"{source}: {key} is {value!r}, it must be an integer; mend the file")
+    if type(value) is not int or abs(value) >= 2**63:
+        raise UserError(
+            f"{source}: {key} is {shown(value)}, it must be a 64-bit integer; correct the file"
+        )
     return value
 
 
 def number(source: Path, fields: dict[str, Any], key: str, default: float | None = None) -> float:
-    """The number under `key`; `default` where there is none, if that is allowed."""
+    """The finite number under `key`; `default` where there is none, if that is allowed."""
     value = default if fields.get(key) is None else fields[key]
     if type(value) not in (int, float):
-        raise UserError(f"{source}: {key} is {value!r}, it must be a number; mend the file")
-    return float(value)
+        raise UserError(
+            f"{source}: {key} is {shown(value)}, it must be a number; correct the file"
+        )
+    try:
+        value = float(value)
+    except OverflowError:  # An integer beyond every float.
+        value = math.inf
+    if not math.isfinite(value):
+        raise UserError(f"{source}: {key} is {value}, it must be finite; correct the file")
+    return value
+
+
+def flag(source: Path, fields: dict[str, Any], key: str) -> bool:
+    """The boolean under `key`, false where there is none."""
+    value = fields.get(key)
+    if value is not None and type(value) is not bool:
+        raise UserError(
+            f"{source}: {key} is {shown(value)}, it must be true, false or null; correct the file"
+        )
+    return bool(value)

@@ -1,55 +1,120 @@
 """Headers of safetensors files, read and checked without mapping the data.
 
 A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}
-and raw bytes; offsets count from the end of the header.
+and raw bytes; offsets count from the end of the header. As in the format's own reader, the entries
+cover the data from its first to its last byte, each byte once. What a header may say is bounded
+before anything is computed from it.
 """
 
 import json
-import math
 import struct
 from pathlib import Path
 from typing import Any
 
-from cptool.checkpoint.base import ITEM_SIZES, StoredTensor
+from cptool.checkpoint.base import ITEM_SIZES, StoredTensor, bounded_product, first_line
+from cptool.checkpoint.lookalikes import describe
 from cptool.errors import UserError
 
 # The format's own limit.
 _MAX_HEADER_BYTES = 100_000_000
+
+# No file has 2^63 bytes, and every number of a header counts bytes or elements of one.
+_MAX_DIGITS = 19
+
+_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of the file by name; UserError where the header or the file's size is wrong."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        prefix = file.read(512)
+        length = struct.unpack_from("<Q", prefix)[0] if len(prefix) >= 8 else 0
+        if prefix[8:9] != b"{" and (what := describe(prefix)) is not None:
+            raise UserError(f"{path}: not a safetensors file but {what}")
         if not 2 <= length <= _MAX_HEADER_BYTES:
             raise UserError(
                 f"{path}: not a safetensors file (its header length is {length} bytes); fetch the "
                 "file again"
             )
         _check_size(path, 8 + length, size)
+        file.seek(8)
         text = file.read(length)
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        tensors = {name: _tensor(path, 8 + length, entry) for name, entry in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        entries = json.loads(
+            text, parse_int=_count, parse_float=_no_fraction, parse_constant=_no_fraction,
+            object_pairs_hook=_distinct,
+        )  # fmt: skip
+        if not isinstance(entries, dict):
+            raise ValueError(f"it is a {type(entries).__name__}, not an object")
+        _check_metadata(entries.pop("__metadata__", None))
+        tensors = {name: _tensor(path, 8 + length, name, e) for name, e in entries.items()}
+        data = _check_cover(tensors, 8 + length)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"{path}: its safetensors header is damaged ({error}); fetch the file again"
+            f"{path}: its safetensors header is damaged ({first_line(error)[:200]}); fetch the "
+            f"file again"
         ) from None
-    _check_size(path, max((t.offset + t.nbytes for t in tensors.values()), default=0), size)
+    _check_size(path, data, size)
+    if data < size:
+        raise UserError(
+            f"{path}: {size} bytes, its header accounts for {data}; fetch the file again"
+        )
     return tensors
 
 
-def _tensor(path: Path, data: int, entry: dict[str, Any]) -> StoredTensor:
-    encoding, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or begin > end:
-        raise ValueError(f"shape {list(shape)}, data offsets {begin} to {end}")
+def _count(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _no_fraction(text: str) -> float:
+    raise ValueError(f"the number {text[:20]}")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"it has {name[:100]!r} twice")
+    return fields
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    ):
+        raise ValueError("__metadata__ is not an object of strings")
+
+
+def _tensor(path: Path, data: int, name: str, entry: Any) -> StoredTensor:
+    if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
+        raise ValueError(f"the entry of {name[:100]!r} does not have the three fields of a tensor")
+    encoding, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not (isinstance(encoding, str) and isinstance(shape, list) and isinstance(offsets, list)):
+        raise ValueError(f"the entry of {name[:100]!r} is not that of a tensor")
+    if len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        raise ValueError(f"the data offsets of {name[:100]!r}")
+    begin, end = offsets
+    elements = bounded_product(shape)
     item_size = ITEM_SIZES.get(encoding)
-    if item_size is not None and math.prod(shape) * item_size != end - begin:
-        raise ValueError(f"{end - begin} bytes for shape {list(shape)} of {encoding}")
-    return StoredTensor(path, data + begin, end - begin, shape, str(encoding))
+    if begin > end or item_size is not None and elements * item_size != end - begin:
+        raise ValueError(f"{end - begin} bytes for shape {shape} of {encoding}")
+    return StoredTensor(path, data + begin, end - begin, tuple(shape), encoding[:40])
+
+
+def _check_cover(tensors: dict[str, StoredTensor], start: int) -> int:
+    """Where the data ends; ValueError where entries overlap or leave bytes out."""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != start:
+            does = "overlaps the one before" if tensor.offset < start else "leaves a hole before it"
+            raise ValueError(f"{name[:100]!r} {does}")
+        start += tensor.nbytes
+    return start
 
 
 def _check_size(path: Path, expected: int, found: int) -> None:

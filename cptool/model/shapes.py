@@ -4,9 +4,6 @@ name, others by their widths.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from cptool.errors import UserError
 from cptool.model.config import LlamaConfig, RopeScaling
 from cptool.paths import expanded
@@ -79,7 +76,12 @@ def find_shape(name: str) -> LlamaConfig:
     if path.is_dir() and (path / "config.json").is_file():
         path /= "config.json"
     if path.suffix == ".json" and path.is_file():
-        return _read(path)
+        from cptool.checkpoint.huggingface import read_shape
+
+        try:
+            return read_shape(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error}); give a config.json") from None
     from cptool.checkpoint import open_checkpoint
 
     try:
@@ -88,15 +90,3 @@ def find_shape(name: str) -> LlamaConfig:
         if path.exists() or "/" in name:
             raise
         raise UserError(f"{error}; or one of the shapes {', '.join(SHAPES)}") from None
-
-
-def _read(path: Path) -> LlamaConfig:
-    from cptool.checkpoint.huggingface import read_config
-
-    try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a config.json") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} is not a JSON object; give a config.json")
-    return read_config(path, fields)

@@ -1,0 +1,69 @@
+"""The safetensors files of a directory: one, or several that an index divides the tensors among."""
+
+from pathlib import Path
+
+from cptool.checkpoint.base import StoredTensor
+from cptool.checkpoint.fields import mapping, read_json, shown
+from cptool.checkpoint.kinds import why_no_weights
+from cptool.checkpoint.lookalikes import absent, dangling
+from cptool.checkpoint.safetensors import read_header
+from cptool.errors import UserError
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_headers(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """All tensors of the directory by name, and a line for each choice between two answers.
+
+    One file goes before an index, as in transformers. UserError where index and files disagree.
+    """
+    single, index = path / _SINGLE, path / _INDEX
+    for file in (single, index):
+        if (why := dangling(file)) is not None:
+            raise UserError(f"{file}: {why}")
+    if single.is_file():
+        beside = f"{path}: {_SINGLE} and {_INDEX} are both there; the first one is used"
+        return read_header(single), [beside] * index.is_file()
+    if not index.is_file():
+        raise UserError(f"{path}: {why_no_weights(path)}")
+    return _read_indexed(path, index), []
+
+
+def _read_indexed(path: Path, index: Path) -> dict[str, StoredTensor]:
+    weights = mapping(index, read_json(index), "weight_map")
+    if not weights:
+        raise UserError(f"{index}: its weight_map names no tensors; fetch the file again")
+    for shard in weights.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
+            raise UserError(f"{index}: {shown(shard)} is not the plain name of a file beside it")
+    found: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weights.values())):
+        if not (path / shard).is_file():
+            why = absent(path / shard)
+            remedy = "; fetch it" if why == "missing" else ""
+            raise UserError(f"{path / shard}: named by the index and {why}{remedy}")
+        tensors = read_header(path / shard)
+        for name in tensors:
+            if name in found:
+                raise UserError(
+                    f"{path}: tensor {shown(name)} is both in {found[name].file.name} and in "
+                    f"{shard}; remove the file that is not the model's"
+                )
+            if name not in weights:
+                raise UserError(
+                    f"{path / shard}: tensor {shown(name)} is in it and not in {index.name}; the "
+                    f"two are not of one model"
+                )
+        found |= tensors
+    for name, shard in weights.items():
+        if name not in found:
+            raise UserError(
+                f"{path / shard}: tensor {shown(name)} is not in it although the index says so; "
+                f"fetch the checkpoint again"
+            )
+        if found[name].file.name != shard:
+            raise UserError(
+                f"{index}: tensor {shown(name)} is in {found[name].file.name}, the index says "
+                f"{shard}; the two are not of one model"
+            )
+    return found
