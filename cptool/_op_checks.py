@@ -124,6 +124,28 @@ def check_into(q: Tensor, out: Tensor, lse: Tensor) -> None:
         _check_device(tensor, q.device, name, "q")
 
 
+def check_apart(out: Tensor, lse: Tensor, inputs: dict[str, Tensor]) -> None:
+    """Refuses an `into` that a kernel would write while it reads the same memory as an input."""
+    written = {"into's out": _span(out), "into's lse": _span(lse)}
+    for name, (begin, end) in written.items():
+        for other, tensor in inputs.items():
+            first, last = _span(tensor)
+            if first < end and begin < last:
+                raise ValueError(f"{name} overlaps {other} in memory; it must be its own tensor")
+    (begin, end), (first, last) = written.values()
+    if first < end and begin < last:
+        raise ValueError("into's out overlaps into's lse in memory; each must be its own tensor")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte of a tensor and of the one after the last."""
+    begin = tensor.data_ptr()
+    if not tensor.numel():
+        return begin, begin
+    elements = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
+    return begin, begin + elements * tensor.element_size()
+
+
 def check_merge(
     outs: Sequence[Tensor], lses: Sequence[Tensor], out_dtype: torch.dtype | None
 ) -> torch.dtype:

@@ -27,6 +27,7 @@ from torch import Tensor
 from cptool import _extension
 from cptool._op_checks import (
     SCALAR_TYPES,
+    check_apart,
     check_attention,
     check_into,
     check_kernels,
@@ -64,7 +65,8 @@ def attention_partial(
             cu_k lies within 0 and Tk. Any sequence may be empty on either side.
         scale: factor of the scores, usually ``D ** -0.5``.
         into: a running float32 result ``(out, lse)`` to merge into, in place, as part of the same
-            pass. Where its lse is -inf its out is ignored.
+            pass; it must share no memory with the inputs. Where its lse is -inf its out is ignored,
+            and becomes 0 if the query sees no key.
         out_dtype: dtype of a new out: float32 (the default) or q's dtype.
 
     Returns:
@@ -271,6 +273,11 @@ def _attention_partial_fake(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype=
 def _attention_partial_into(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse):
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
     check_into(q, out, lse)
+    check_apart(
+        out,
+        lse,
+        {"q": q, "k": k, "v": v, "q_pos": q_pos, "k_pos": k_pos, "cu_q": cu_q, "cu_k": cu_k},
+    )
     _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, True)
 
 

@@ -266,14 +266,59 @@ def test_into_equals_merge(isa, dtype):
     )
 
 
-def test_into_nothing_yet(isa):
-    """Where the running lse is -inf the running out is ignored, even NaN."""
-    case = ragged_batch(torch.float32, 64, (4, 2))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_into_nothing_yet(isa, dtype):
+    """Where the running lse is -inf the running out is ignored, even NaN: a query that still sees
+    no key has 0.
+    """
+    case = ragged_batch(dtype, 64, (4, 2))
     out, lse = ops.attention_partial(*case.arguments)
+    assert (lse == -torch.inf).any()
     running = torch.full_like(out, torch.nan), torch.full_like(lse, -torch.inf)
-    running[0][lse == -torch.inf] = 0
     ops.attention_partial(*case.arguments, into=running)
     assert torch.equal(running[0], out) and torch.equal(running[1], lse)
+
+
+def test_into_nothing_by_keys_in_pieces(isa):
+    """One item whose keys are cut into pieces, in some of which its first query sees no key."""
+    case = make_case([([-1, 5000], range(5001))], heads=(1, 1))
+    running = torch.full((2, 1, 64), torch.nan), torch.full((2, 1), -torch.inf)
+    out, lse = ops.attention_partial(*case.arguments, into=running)
+    assert lse[0] == -torch.inf and not out[0].any()
+    assert torch.equal(out, ops.attention_partial(*case.arguments)[0])
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "q_pos", "k_pos", "cu_q", "cu_k"])
+@pytest.mark.parametrize("part", ["out", "lse"])
+def test_into_that_overlaps_an_input_is_refused(name, part):
+    memory = torch.zeros(4096)
+    tensors = dict(
+        q=torch.zeros(4, 4, 64), k=torch.zeros(4, 2, 64), v=torch.zeros(4, 2, 64),
+        q_pos=torch.arange(4).int(), k_pos=torch.arange(4).int(),
+        cu_q=torch.tensor([0, 4]).int(), cu_k=torch.tensor([0, 4]).int(),
+    )  # fmt: skip
+    running = {"out": torch.zeros(4, 4, 64), "lse": torch.zeros(4, 4)}
+    size = running[part].numel()
+    running[part] = memory[:size].view(running[part].shape)
+    shared = tensors[name]
+    start = size - 1  # the last element alone
+    view = memory.view(shared.dtype)[start : start + shared.numel()].view(shared.shape)
+    tensors[name] = view.copy_(shared)
+    kept = memory.clone()
+    with pytest.raises(ValueError, match=f"into's {part} overlaps {name} in memory"):
+        ops.attention_partial(**tensors, scale=1.0, into=(running["out"], running["lse"]))
+    assert torch.equal(memory, kept)
+    # The element after it is free.
+    view = memory.view(shared.dtype)[size : size + shared.numel()].view(shared.shape)
+    tensors[name] = view.copy_(shared)
+    ops.attention_partial(**tensors, scale=1.0, into=(running["out"], running["lse"]))
+
+
+def test_into_of_one_memory_is_refused():
+    case = make_case([(range(4), range(4))], heads=(4, 2))
+    out = torch.zeros(4, 4, 64)
+    with pytest.raises(ValueError, match="into's out overlaps into's lse"):
+        ops.attention_partial(*case.arguments, into=(out, out[0, 0, :16].view(4, 4)))
 
 
 def test_into_with_no_keys_changes_nothing(isa):

@@ -85,16 +85,17 @@ inline void write_out(const float* acc, const SoftmaxState& state, int64_t head_
   for (int64_t d = 0; d < head_dim; ++d) from_float(acc[d] * factor, out[d]);
 }
 
-// Writes one row of the result, or merges it into the one that is there.
+// Writes one row of the result, or merges it into the one that is there. Where neither has seen a
+// key the row becomes 0, for what is there may be anything.
 inline void write_row(const AttentionArgs& args, int64_t row, const float* acc,
                       SoftmaxState state) {
   const int64_t head_dim = args.head_dim;
   const int64_t at = row * head_dim;
   if (args.accumulate) {
-    if (state.empty()) return;
     SoftmaxState total = SoftmaxState::of_lse(args.lse[row]);
     float* out = static_cast<float*>(args.out) + at;
     if (!total.empty()) {  // else out is ignored, whatever it holds
+      if (state.empty()) return;
       float keep, add;
       total.merge(state, keep, add);
       keep /= total.sum;

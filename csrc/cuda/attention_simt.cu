@@ -142,7 +142,7 @@ struct ThreadRows {
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {
       const int row = y * kThreadRows + i;
-      if (row >= rows || (args.accumulate && state[i].empty())) continue;
+      if (row >= rows || (!before[i].empty() && state[i].empty())) continue;
       SoftmaxState total = before[i];
       float keep, add;
       total.merge(state[i], keep, add);

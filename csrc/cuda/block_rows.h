@@ -99,7 +99,7 @@ struct RowResult {
     SoftmaxState total;
     if (held && target.accumulate) total = SoftmaxState::of_lse(target.lse[at]);
     merged = !total.empty();  // else what is there is ignored, whatever it is
-    written = held && !(target.accumulate && ours.empty());
+    written = held && !(merged && ours.empty());  // of two empty ones out is 0
     total.merge(ours, keep, add);
     const float divisor = total.empty() ? 1.0f : total.sum;
     keep /= divisor;
