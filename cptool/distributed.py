@@ -13,7 +13,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cptool.errors import UserError
 from cptool.launcher import Seat, launched, launched_size, set_rendezvous_address
+from cptool.scratch import check_semaphores, make_folder
 from cptool.status import Board
 from cptool.termination import held_back, orderly
 
@@ -212,7 +212,8 @@ def run(
             return entry(_alone(resolve_device(device), threads, board), *args)
     from cptool.local_launch import launch
 
-    with orderly(), tempfile.TemporaryDirectory(prefix="cptool-") as folder:
+    check_semaphores()
+    with orderly(), make_folder() as folder:
         board = Board(cp * tp, os.path.join(folder, "status"))
         with _watching(watch, board):
             return launch(entry, args, options, board, folder)

@@ -8,7 +8,6 @@ thinks. All ranks get the same requests and so make the same calls; the first on
 import multiprocessing
 import os
 import secrets
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cptool import distributed
 from cptool.sampling import Sampling
+from cptool.scratch import make_folder
 from cptool.turn import Setup, identity, open_engine
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Resident:
     """
 
     def __init__(self, setup: Setup, **ranks: Any):
-        self._folder = tempfile.TemporaryDirectory(prefix="cptool-")
+        self._folder = make_folder()
         self._address, self._key = os.path.join(self._folder.name, "ranks"), secrets.token_bytes(32)
         self._failure: BaseException | None = None
         self._setup, self._ranks = setup, ranks

@@ -49,7 +49,8 @@ class Failure:
 
 class Board:
     """Records of `ranks` ranks, in the file `path`, which processes share, or, without a path, in
-    memory of this process. Not `make`: FileNotFoundError where the file is missing.
+    memory of this process. Not `make`: FileNotFoundError where the file is missing. OSError
+    where the file system has no room for it.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class Board:
         else:
             with open(path, "x+b" if make else "r+b") as file:
                 if make:
-                    file.truncate(ranks * _RECORD)
+                    # Written, not only sized: a mapped page without room ends a process by SIGBUS.
+                    file.write(bytes(ranks * _RECORD))
+                    file.flush()
                 self._memory = mmap.mmap(file.fileno(), ranks * _RECORD)
 
     def write(self, rank: int, phase: str, done: int = 0, total: int = 0) -> None:
