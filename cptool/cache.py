@@ -93,6 +93,15 @@ class KVCache:
         return self._slab.shape[0]
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """K and V of one token in one layer: (2, kv_heads, head_dim)."""
+        return self._shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._slab.dtype
+
+    @property
     def device(self) -> torch.device:
         return self._slab.device
 

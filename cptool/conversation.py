@@ -6,22 +6,16 @@ So a template that rewrites earlier turns, an answer cut short, and text that to
 than the model wrote it are one case.
 """
 
-import hashlib
-import json
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cptool import chat_file
 from cptool.errors import UserError
+from cptool.manifest import Damaged, Manifest
 
 if TYPE_CHECKING:
     from cptool.checkpoint.tokenizer import Tokenizer
-
-FORMAT = 1
-FILE = "chat.json"
-"""Where a session's messages are, beside its manifest."""
 
 
 @dataclass(frozen=True)
@@ -80,76 +74,39 @@ class Conversation:
         """Forgets everything but the system message."""
         self.exchanges, self.tokens = [], []
 
-    def write(self, directory: Path) -> None:
-        """Puts the conversation on disk, before the session that it belongs to is committed.
-
-        The state that the file held last stays beside the new one, and `read` takes that which fits
-        the manifest: a kill between the two files loses nothing.
-        """
-        path = directory / FILE
-        state = {
-            "tokens": digest(self.tokens),
+    def state(self) -> dict:
+        """What `cptool.chat_file` keeps of it, together with a session that says `tokens`."""
+        return {
+            "tokens": chat_file.digest(self.tokens),
             "system": self.system,
             "exchanges": [[exchange.question, exchange.answer] for exchange in self.exchanges],
         }
-        kept = (
-            [old for old in _states(path)[-1:] if old["tokens"] != state["tokens"]]
-            if path.exists()
-            else []
-        )
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, "states": [*kept, state]}, file, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
     @staticmethod
-    def read(directory: Path, tokens: Sequence[int], tokenizer: "Tokenizer") -> "Conversation":
-        """The conversation of a session that says `tokens`; UserError if it is not there."""
-        path = directory / FILE
+    def read(directory: Path, manifest: Manifest, tokenizer: "Tokenizer") -> "Conversation":
+        """The conversation of a session; UserError if it is not there, or not as it was written."""
+        path = directory / chat_file.FILE
+        if not manifest.chat:
+            raise UserError(
+                f"{directory} holds no conversation; continue it with: cptool decode {directory}"
+            )
         if not path.exists():
             raise UserError(
-                f"{directory} holds no conversation ({FILE} is missing); "
+                f"{directory} holds no conversation ({chat_file.FILE} is missing); "
                 f"continue it with: cptool decode {directory}"
             )
-        state = next((state for state in _states(path) if state["tokens"] == digest(tokens)), None)
-        if state is None:
+        states = chat_file.read(directory)
+        if fault := chat_file.problems(directory, manifest.chat):
+            raise Damaged(fault[0])
+        tokens = manifest.sequences[0].tokens
+        said = chat_file.digest(tokens)
+        found = [states[seal] for seal in manifest.chat if states[seal]["tokens"] == said]
+        if not found:
             raise UserError(
                 f"{path} does not tell what {directory} says (was it continued by cptool decode?); "
                 f"go back with: cptool session rollback {directory}, or go on with cptool decode"
             )
-        found = Conversation(tokenizer, state["system"])
-        found.exchanges = [Exchange(question, answer) for question, answer in state["exchanges"]]
-        found.tokens = list(tokens)
-        return found
-
-
-def digest(tokens: Sequence[int]) -> str:
-    """A name for exactly these tokens."""
-    return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()
-
-
-def _states(path: Path) -> list[dict]:
-    """The states in the file, the newest last."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields["format"] != FORMAT:
-            raise ValueError(f"it has format {fields['format']}, this cptool reads format {FORMAT}")
-        for state in fields["states"]:
-            texts = [
-                state["tokens"],
-                *(text for exchange in state["exchanges"] for text in exchange),
-            ]
-            known = state["system"] is None or isinstance(state["system"], str)
-            if (
-                not known
-                or not all(isinstance(text, str) for text in texts)
-                or any(len(e) != 2 for e in state["exchanges"])
-            ):
-                raise ValueError("a state of it has parts of the wrong type")
-        return fields["states"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a readable conversation ({error}); restore it or remove it"
-        ) from None
+        conversation = Conversation(tokenizer, found[-1]["system"])
+        conversation.exchanges = [Exchange(*exchange) for exchange in found[-1]["exchanges"]]
+        conversation.tokens = list(tokens)
+        return conversation

@@ -6,22 +6,24 @@ sequence still talking. New tokens are dealt to the CP ranks in balance whatever
 the cached ones; positions are the mask.
 """
 
+import secrets
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from cptool import segments, session
+from cptool import files, segments, session
 from cptool.attention import KEYS_TRAVEL, Step, attend
 from cptool.cache import KVCache, nothing_held, truncated
 from cptool.distributed import World
-from cptool.errors import UserError
+from cptool.errors import RunError
 from cptool.hardware import HardwareProfile, default_profile
+from cptool.manifest import Damaged, Manifest, ModelIdentity, Segment, Sequence
 from cptool.model.llama import Llama
 from cptool.sampling import Sampling
-from cptool.session import Manifest, ModelIdentity, Sequence
 from cptool.sharding import Placement, balanced, concat
 from cptool.staged import ring_of
 from cptool.static_decode import StaticDecode
@@ -314,77 +316,93 @@ class Engine:
         Collective. Raises UserError on all ranks, before anything changes, if a segment is damaged.
         """
         self._check(directory, manifest)
+        held = segments.restore(
+            directory,
+            manifest,
+            self.cache,
+            rank=self.world.cp_rank,
+            ranks=self.world.cp,
+            kv_heads=self._kv_heads,
+            reserve=-(-reserve // self.world.cp) + 1,
+        )
+        logits = {}
+        if self.world.cp_rank == 0:
+            rows = segments.read_logits(directory, manifest)
+            logits = {b: row.to(self.world.device) for b, row in rows.items()}
         self.tokens = [list(sequence.tokens) for sequence in manifest.sequences]
         self.computed = [sequence.cached for sequence in manifest.sequences]
         self.ended = [sequence.ended for sequence in manifest.sequences]
-        self._take_over(
-            segments.restore(
-                directory,
-                manifest,
-                self.cache,
-                rank=self.world.cp_rank,
-                ranks=self.world.cp,
-                kv_heads=self._kv_heads,
-                reserve=-(-reserve // self.world.cp) + 1,
-            )
-        )
+        self._take_over(held)
         self.saved, self._on_disk = self.cache.lengths, list(self.computed)
-        if self.world.cp_rank == 0:
-            rows = segments.read_logits(directory, manifest)
-            self.logits = {b: row.to(self.world.device) for b, row in rows.items()}
+        self.logits = logits
 
-    def save(self, directory: Path, previous: Manifest | None, model: ModelIdentity) -> Manifest:
+    def save(
+        self,
+        directory: Path,
+        previous: Manifest | None,
+        model: ModelIdentity,
+        chat: dict | None = None,
+    ) -> Manifest:
         """Writes what came since `previous` as the session's next turn and returns its manifest.
 
         Where nothing was said since, KV that was pending is kept, but no turn is counted. Every
         rank writes its segment; the first then replaces the manifest, and nothing before that
-        changes the session.
+        changes the session. `chat` is the state of the conversation that the turn belongs to.
+
+        Raises RunError where that cannot be; the line says what became of the turn.
         """
         world, revision = self.world, 1 if previous is None else previous.revision + 1
         self._progress("save the session", 0, 0)
-        directory.mkdir(parents=True, exist_ok=True)
         # What was computed anew since `previous` counts in the new segment alone.
         start = self._on_disk if previous else [0] * len(self.tokens)
         turns, said = previous.turns if previous else (), tuple(map(len, self.tokens))
         older = previous.segments if previous else ()
-        older = (replace(s, until=tuple(map(min, s.until, start))) for s in older)
-        segment = None
-        if not self._replica:
-            logits = self.logits if world.tp_rank == 0 else {}
-            segment = segments.write_segment(
-                directory,
-                self.cache,
-                self.saved,
-                revision=revision,
-                rank=world.cp_rank,
-                kv_heads=self._kv_heads,
-                start=start,
-                until=self.computed,
-                logits=logits,
-            )
-        written = world.gather((segment, sorted(self.logits)))
-        added = tuple(s for s, _ in written if s is not None)
-        logits_of = {
-            b: s.file for s, owned in written if s is not None and s.kv_heads[0] == 0 for b in owned
-        }
-        manifest = Manifest(
-            model=model,
-            dtype=str(self.dtype).removeprefix("torch."),
-            cp=world.cp,
-            tp=world.tp,
-            revision=revision,
-            turns=turns if turns[-1:] == (said,) else (*turns, said),
-            sequences=tuple(
-                Sequence(tuple(tokens), computed, logits_of.get(b), ended)
-                for b, (tokens, computed, ended) in enumerate(
-                    zip(self.tokens, self.computed, self.ended)
+        with ExitStack() as held:  # the lock of a living run, until the turn is committed
+            segment = None
+            if not self._replica:
+                files.make_private(directory)
+                segment = segments.write_segment(
+                    directory,
+                    self.cache,
+                    self.saved,
+                    revision=revision,
+                    rank=world.cp_rank,
+                    kv_heads=self._kv_heads,
+                    start=start,
+                    until=self.computed,
+                    logits=self.logits if world.tp_rank == 0 else {},
+                    held=held,
                 )
-            ),
-            segments=tuple(s for s in older if s.live) + added,
-        )
-        if world.rank == 0:
-            session.commit(directory, manifest)
-        world.gather(None)  # no rank leaves before the turn is on disk
+            told = world.gather([segment and asdict(segment), sorted(self.logits)])
+            written = [(fields and Segment.of(fields), owned) for fields, owned in told]
+            logits_of = {
+                b: s.file
+                for s, owned in written
+                if s is not None and s.kv_heads[0] == 0
+                for b in owned
+            }
+            older = (replace(s, until=tuple(map(min, s.until, start))) for s in older)
+            manifest = Manifest(
+                session=previous.session if previous else secrets.token_hex(8),
+                model=model,
+                dtype=str(self.dtype).removeprefix("torch."),
+                cp=world.cp,
+                tp=world.tp,
+                revision=revision,
+                turns=turns if turns[-1:] == (said,) else (*turns, said),
+                sequences=tuple(
+                    Sequence(tuple(tokens), computed, logits_of.get(b), ended)
+                    for b, (tokens, computed, ended) in enumerate(
+                        zip(self.tokens, self.computed, self.ended)
+                    )
+                ),
+                segments=tuple(s for s in older if s.live)
+                + tuple(s for s, _ in written if s is not None),
+                chat=previous.chat if previous else (),
+            )
+            if world.rank == 0:
+                manifest = session.commit_or_keep(directory, manifest, chat)
+            world.barrier()  # no rank leaves before the turn is on disk
         self.saved, self._on_disk = self.cache.lengths, list(self.computed)
         return manifest
 
@@ -394,14 +412,16 @@ class Engine:
         """
         damage, here = None, self.world.gather(manifest.revision)
         if here != here[:1] * len(here):
-            raise RuntimeError(session.changed(directory, max(here), min(here)))
+            raise RunError(session.changed(directory, max(here), min(here)))
         try:
             segments.check(directory, manifest.segments[self.world.rank :: self.world.size])
-        except UserError as error:
-            damage = error
+        except Damaged as error:
+            damage = str(error)
         for found in self.world.gather(damage):
             if found is not None:
-                raise found
+                if session.has_changed(directory, manifest):
+                    raise RunError(f"{directory} was changed by another run while it was read")
+                raise Damaged(found)
 
     def _any_rank(self, value: bool) -> bool:
         """Whether `value` holds on any rank."""

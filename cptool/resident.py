@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cptool import distributed
 from cptool.sampling import Sampling
 from cptool.scratch import make_folder
-from cptool.turn import Setup, identity, open_engine
+from cptool.turn import Setup, open_engine
 
 if TYPE_CHECKING:
     from cptool.distributed import World
@@ -40,10 +40,14 @@ class Continue:
 
 @dataclass(frozen=True)
 class Save:
-    """Make the sequence say `tokens`, computing nothing, and commit it to a session."""
+    """Make the sequence say `tokens`, computing nothing, and commit it to a session, with this
+    state of the conversation; `fingerprint` is the model's.
+    """
 
     tokens: tuple[int, ...]
     directory: str
+    chat: dict
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -216,5 +220,6 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
         if request.directory != where:
             where, manifest = request.directory, None
             engine.saved = [0]
-        manifest = engine.save(Path(where), manifest, identity(checkpoint))
+        model = session.identity(checkpoint, request.fingerprint)
+        manifest = engine.save(Path(where), manifest, model, request.chat)
         reply(replace(manifest, segments=()))

@@ -5,21 +5,35 @@ one after another; `positions` int32 [tokens]; and `logits.B` float32 [vocabular
 sequence B, where this rank knew it. Nothing is ever unpickled.
 """
 
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
 import secrets
-from collections.abc import Iterable
+import struct
+from collections.abc import Container, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
+from cptool import files
+from cptool.errors import RunError
+from cptool.manifest import REMEDY, Damaged, Manifest, Segment
 from cptool.paths import sha256
-from cptool.session import REMEDY, Damaged, Manifest, Segment, check_size, sync
+from cptool.session import check_size
 
 if TYPE_CHECKING:
     import torch
 
     from cptool.cache import KVCache
     from cptool.sharding import Placement
+
+STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32"}
+"""Types of tensors by their names in safetensors files."""
 
 
 def write_segment(
@@ -33,6 +47,7 @@ def write_segment(
     start: list[int],
     until: list[int],
     logits: "dict[int, torch.Tensor]",
+    held: ExitStack,
 ) -> Segment | None:
     """Writes what `cache` holds beyond `since` tokens of each sequence, and next-token logits by
     sequence.
@@ -40,11 +55,12 @@ def write_segment(
     The positions written lie in [start[b], until[b]) of sequence b.
 
     Returns None, and writes nothing, where there is nothing to write. The file is on disk when this
-    returns, but no manifest names it yet.
+    returns, but no manifest names it yet: until `held` is closed, it has the lock by which other
+    runs tell that somebody still means to commit it.
+
+    Raises RunError where it cannot be written.
     """
-    import safetensors.torch
     import torch
-    from safetensors import SafetensorError
 
     from cptool.pinned import to_host
 
@@ -52,37 +68,48 @@ def write_segment(
     tokens = [length - first for length, first in zip(lengths, since)]
     if not any(tokens) and not logits:
         return None
-    tensors = {f"logits.{b}": row.contiguous() for b, row in logits.items()}
-    held = cache.held.sequences()
-    tensors["positions"] = torch.cat([p[first:] for p, first in zip(held, since)])
-    # Off the device first: a batch is put together in host memory, where there is more of it.
-    pieces = to_host(
-        cache.tokens_from(layer, b, first)
-        for layer in range(cache.layers)
-        for b, first in enumerate(since)
+    small = {f"logits.{b}": row.cpu().contiguous() for b, row in sorted(logits.items())}
+    rows = zip(cache.held.sequences(), since)
+    small["positions"] = torch.cat([p[first:] for p, first in rows]).cpu()
+    kv = (sum(tokens), *cache.shape)
+    header = _header(
+        [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()]
+        + [(f"kv.{layer}", cache.dtype, kv) for layer in range(cache.layers)]
     )
-    for layer in range(cache.layers):
-        parts = [next(pieces) for _ in since]
-        tensors[f"kv.{layer}"] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+    digest = hashlib.sha256()
     # The random part keeps two runs that start from the same turn from writing over each other's
     # files.
     name = f"segment-{revision:05d}-{rank:03d}-{kv_heads[0]:03d}-{secrets.token_hex(4)}.safetensors"
-    temporary = directory / f"{name}.tmp"
+    path = directory / name
     try:
-        safetensors.torch.save_file(
-            {key: tensor.cpu() for key, tensor in tensors.items()}, temporary
+        file = held.enter_context(_held_file(path))
+
+        def write(data: bytes | memoryview) -> None:
+            digest.update(data)
+            files.write_all(file, data)
+
+        write(header)
+        for tensor in small.values():
+            write(_bytes_of(tensor))
+        pieces = to_host(
+            cache.tokens_from(layer, b, first)
+            for layer in range(cache.layers)
+            for b, first in enumerate(since)
         )
-        sync(temporary)
-    except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"{temporary} cannot be written ({error}); the session is as it was"
+        for piece in pieces:
+            write(_bytes_of(piece.contiguous()))
+        os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise RunError(
+            f"{path} cannot be written ({error.strerror or error}); the session is as it was"
         ) from None
-    temporary.rename(directory / name)
     return Segment(
         file=name,
-        bytes=(directory / name).stat().st_size,
-        sha256=sha256(directory / name),
+        bytes=size,
+        sha256=digest.hexdigest(),
         revision=revision,
         rank=rank,
         kv_heads=kv_heads,
@@ -90,6 +117,45 @@ def write_segment(
         start=tuple(start),
         until=tuple(until),
     )
+
+
+def _held_file(path: Path) -> BinaryIO:
+    """A new file with the lock of a living run on it."""
+    while True:
+        file = files.create(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            return file
+        # Before it was locked, another run may have taken it for one that was left.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
+
+
+def _header(tensors: "list[tuple[str, torch.dtype, tuple[int, ...]]]") -> bytes:
+    """The beginning of a safetensors file with these tensors, one after the other.
+
+    The format's own writer is not used: it writes to a file under a name of its own.
+    """
+    fields, end = {}, 0
+    for name, dtype, shape in tensors:
+        first, end = end, end + math.prod(shape) * dtype.itemsize
+        fields[name] = {
+            "dtype": STORED_AS[str(dtype).removeprefix("torch.")],
+            "shape": shape,
+            "data_offsets": [first, end],
+        }
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes_of(tensor: "torch.Tensor") -> memoryview:
+    """The bytes of a contiguous tensor in host memory; nothing is copied."""
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def restore(
@@ -105,86 +171,184 @@ def restore(
     """Fills an empty cache with this rank's share of the session and returns what every rank holds.
 
     KV heads [kv_heads[0], kv_heads[1]) are read, and room is kept for `reserve` more tokens of each
-    sequence. The caller has verified the segments with `check`.
+    sequence. The caller has verified the segments with `check`. Damaged, before the cache is
+    touched, if their contents are not what the manifest says.
     """
     import torch
-    from safetensors import safe_open
 
     from cptool.pinned import to_device
     from cptool.sharding import Placement
 
     batch = len(manifest.sequences)
-    files = {s.file: safe_open(directory / s.file, framework="pt") for s in manifest.segments}
-    pieces = [_Piece.of(group, files) for group in _groups(manifest)]
-    # shares[r][b]: (piece, first, last) in the order of the segments, rows of the piece's tensors.
-    shares = [[_share(pieces, b, r, ranks) for b in range(batch)] for r in range(ranks)]
+    with opened(directory, manifest) as stored:
+        pieces = [_Piece.of(group, stored) for group in _groups(manifest)]
+        for fault in _faults(manifest, pieces):
+            raise Damaged(f"{directory}: {fault}; {REMEDY}")
+        # shares[r][b]: (piece, first, last) in the order of the segments, rows of the piece's
+        # tensors.
+        shares = [[_share(pieces, b, r, ranks) for b in range(batch)] for r in range(ranks)]
 
-    placements, order = [], []
-    for r in range(ranks):
-        rows = [
-            torch.cat(
-                [piece.positions[a:z] for piece, a, z in share]
-                or [torch.empty(0, dtype=torch.int32)]
-            )
-            for share in shares[r]
-        ]
-        sorts = [row.argsort() for row in rows]
-        placements.append(Placement.of([row[sort] for row, sort in zip(rows, sorts)]))
-        if r == rank:
-            order = sorts
+        placements, order = [], []
+        for r in range(ranks):
+            rows = [
+                torch.cat(
+                    [piece.positions[a:z] for piece, a, z in share]
+                    or [torch.empty(0, dtype=torch.int32)]
+                )
+                for share in shares[r]
+            ]
+            sorts = [row.argsort() for row in rows]
+            placements.append(Placement.of([row[sort] for row, sort in zip(rows, sorts)]))
+            if r == rank:
+                order = sorts
 
-    lengths = [len(o) for o in order]
-    cache.reserve([length + reserve for length in lengths])
-    cache.extend(placements[rank].to(cache.device))
+        lengths = [len(o) for o in order]
+        cache.reserve([length + reserve for length in lengths])
+        cache.extend(placements[rank].to(cache.device))
 
-    def read(layer: int) -> torch.Tensor:
-        parts = []
-        for b in range(batch):
-            rows = [_read(files, piece, layer, a, z, kv_heads) for piece, a, z in shares[rank][b]]
-            if rows:
-                parts.append(torch.cat(rows)[order[b]])
-        return torch.cat(parts)
+        def read(layer: int) -> torch.Tensor:
+            parts = []
+            for b in range(batch):
+                rows = [
+                    _read(stored, piece, layer, a, z, kv_heads) for piece, a, z in shares[rank][b]
+                ]
+                if rows:
+                    parts.append(torch.cat(rows)[order[b]])
+            return torch.cat(parts)
 
-    if any(lengths):
-        layers = to_device(map(read, range(cache.layers)), cache.device)
-        for layer, kv in enumerate(layers):
-            cache.store(layer, kv[:, 0], kv[:, 1])
+        if any(lengths):
+            layers = to_device(map(read, range(cache.layers)), cache.device)
+            for layer, kv in enumerate(layers):
+                cache.store(layer, kv[:, 0], kv[:, 1])
     return tuple(placements)
 
 
 def read_logits(directory: Path, manifest: Manifest) -> "dict[int, torch.Tensor]":
     """The next-token logits, float32 [vocabulary], of the sequences whose KV is complete."""
-    from safetensors import safe_open
+    wanted = {s.logits for s in manifest.sequences} - {None}
+    with opened(directory, manifest, wanted) as stored:
+        return {
+            b: stored[sequence.logits].get_tensor(f"logits.{b}")
+            for b, sequence in enumerate(manifest.sequences)
+            if sequence.logits is not None
+        }
 
-    found = {}
+
+@contextmanager
+def opened(
+    directory: Path, manifest: Manifest, names: Container[str] | None = None
+) -> Iterator[dict]:
+    """The segments' files by name, or those in `names`, each with the tensors that the manifest
+    makes it have. Damaged otherwise.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with ExitStack() as stack:
+        found = {}
+        for segment in manifest.segments:
+            if names is not None and segment.file not in names:
+                continue
+            try:
+                file = stack.enter_context(safe_open(directory / segment.file, framework="pt"))
+                _check_tensors(manifest, segment, file)
+            except (SafetensorError, ValueError) as error:
+                raise Damaged(f"{directory / segment.file}: {error}; {REMEDY}") from None
+            found[segment.file] = file
+        yield found
+
+
+def _check_tensors(manifest: Manifest, segment: Segment, file) -> None:
+    """ValueError unless the file has the tensors of a segment, in their dtypes and shapes."""
+    model, rows = manifest.model, sum(segment.tokens)
+    heads = segment.kv_heads[1] - segment.kv_heads[0]
+    stored = STORED_AS[manifest.dtype]
+    expected = {"positions": ("I32", [rows])}
+    for layer in range(model.layers):
+        expected[f"kv.{layer}"] = (stored, [rows, 2, heads, model.head_dim])
     for b, sequence in enumerate(manifest.sequences):
-        if sequence.logits is not None:
-            with safe_open(directory / sequence.logits, framework="pt") as file:
-                found[b] = file.get_tensor(f"logits.{b}")
-    return found
+        if sequence.logits == segment.file:
+            expected[f"logits.{b}"] = ("F32", [model.vocab_size])
+    names = set(file.keys())
+    for name, (dtype, shape) in expected.items():
+        if name not in names:
+            raise ValueError(f"it has no tensor {name}")
+        tensor = file.get_slice(name)
+        if (tensor.get_dtype(), list(tensor.get_shape())) != (dtype, shape):
+            raise ValueError(
+                f"{name} is {tensor.get_dtype()} {list(tensor.get_shape())}, the manifest makes it "
+                f"{dtype} {shape}"
+            )
+
+
+def position_faults(directory: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the positions that the segments hold, a line each without a remedy.
+
+    Damaged where a file does not have the tensors that it must have.
+    """
+    with opened(directory, manifest) as stored:
+        return list(_faults(manifest, [_Piece.of(group, stored) for group in _groups(manifest)]))
+
+
+def _faults(manifest: Manifest, pieces: "list[_Piece]") -> Iterator[str]:
+    """What keeps the pieces from holding each cached position of every sequence exactly once."""
+    import torch
+
+    held: list[list[torch.Tensor]] = [[] for _ in manifest.sequences]
+    for piece in pieces:
+        where = piece.segments[0].file
+        for segment in piece.segments[1:]:
+            if not torch.equal(piece.all_positions[segment.file], piece.positions):
+                yield f"{segment.file} and {where} hold different positions"
+                return
+        rows = piece.positions.split(list(piece.segments[0].tokens))
+        for b, (row, start, live) in enumerate(
+            zip(rows, piece.segments[0].start, piece.live), 1
+        ):
+            if (row.diff() <= 0).any():
+                yield f"{where}: the positions of sequence {b} do not ascend"
+                return
+            if live and int(row[0]) < start:
+                yield f"{where}: position {int(row[0])} of sequence {b} lies before {start}"
+                return
+            held[b - 1].append(row[:live])
+    for b, (rows, sequence) in enumerate(zip(held, manifest.sequences), 1):
+        found = torch.cat([*rows, torch.empty(0, dtype=torch.int32)]).sort().values
+        if not torch.equal(found, torch.arange(sequence.cached, dtype=torch.int32)):
+            yield (
+                f"sequence {b}: the segments hold {len(found)} positions, they must be 0 to "
+                f"{sequence.cached - 1}, each once"
+            )
 
 
 @dataclass(frozen=True)
 class _Piece:
     """Segments that hold different KV heads of the same tokens, in the order of their heads.
 
-    `positions` of its rows; rows [before[b], before[b] + live[b]) are the tokens of sequence b that
-    count.
+    `all_positions` are those of its rows, by file; rows [before[b], before[b] + live[b]) are the
+    tokens of sequence b that count.
     """
 
     segments: tuple[Segment, ...]
-    positions: "torch.Tensor"
+    all_positions: "dict[str, torch.Tensor]"
     before: tuple[int, ...]
     live: tuple[int, ...]
 
     @staticmethod
-    def of(segments: tuple[Segment, ...], files) -> "_Piece":
+    def of(segments: tuple[Segment, ...], stored: dict) -> "_Piece":
         first = segments[0]
-        positions = files[first.file].get_tensor("positions")
-        rows = positions.split(list(first.tokens))
-        # Positions ascend, so those below the limit come first.
-        live = tuple(int((row < limit).sum()) for row, limit in zip(rows, first.until))
+        positions = {s.file: stored[s.file].get_tensor("positions") for s in segments}
+        rows = positions[first.file].split(list(first.tokens))
+        # Positions ascend, so those below the limit come first. Of a range that is empty, none
+        # count, even of a sequence that was given up and said anew.
+        live = tuple(
+            int((row < until).sum()) if start < until else 0
+            for row, start, until in zip(rows, first.start, first.until)
+        )
         return _Piece(segments, positions, tuple(accumulate(first.tokens, initial=0))[:-1], live)
+
+    @property
+    def positions(self) -> "torch.Tensor":
+        return self.all_positions[self.segments[0].file]
 
 
 def _groups(manifest: Manifest) -> list[tuple[Segment, ...]]:
@@ -221,7 +385,7 @@ def _share(pieces: list[_Piece], b: int, rank: int, ranks: int) -> list[tuple[_P
 
 
 def _read(
-    files, piece: _Piece, layer: int, first: int, last: int, kv_heads: tuple[int, int]
+    stored: dict, piece: _Piece, layer: int, first: int, last: int, kv_heads: tuple[int, int]
 ) -> "torch.Tensor":
     """Rows [first, last) of a piece's layer for KV heads [kv_heads[0], kv_heads[1])."""
     import torch
@@ -232,7 +396,7 @@ def _read(
         a, z = max(low, kv_heads[0]), min(high, kv_heads[1])
         if a < z:
             heads.append(
-                files[segment.file].get_slice(f"kv.{layer}")[first:last, :, a - low : z - low]
+                stored[segment.file].get_slice(f"kv.{layer}")[first:last, :, a - low : z - low]
             )
     return heads[0] if len(heads) == 1 else torch.cat(heads, dim=2)
 

@@ -10,199 +10,97 @@ unpickled.
 Positions say what a segment is, so a session saved on any number of ranks resumes on any other: a
 sequence's tokens, in the order of the segments, are dealt to the new ranks in equal contiguous
 shares.
+
+Two runs may continue one session at the same time. The first to commit wins, and the other one's
+turn becomes a session of its own beside it: nothing that was computed is lost. A run keeps a lock
+on the segments that it has written until they are committed. Those that no run holds and no
+manifest names were left by a run that died, and the next commit removes them.
 """
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
+import re
+import secrets
+import shlex
+import shutil
+import stat
 from collections import abc
-from dataclasses import asdict, dataclass, replace
-from operator import le
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cptool import chat_file, files
 from cptool.errors import RunError, UserError
+from cptool.manifest import (
+    REMEDY,
+    SEGMENT_NAME,
+    Damaged,
+    Manifest,
+    ModelIdentity,
+    Segment,
+)
 
-FORMAT = 1
+if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
+
 MANIFEST = "manifest.json"
-REMEDY = "restore it or prefill anew"
-"""For a session, or a file of one, that is damaged."""
+_LARGEST_MANIFEST = 1 << 28
+_RELOADS = 3
 
-
-class Damaged(UserError):
-    """A session's files are not what was written there."""
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """Which model's KV a session holds: where it was, a fingerprint of its contents, and the shape
-    of its KV.
-    """
-
-    path: str
-    fingerprint: str
-    layers: int
-    kv_heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One file: what CP rank `rank` added to make `revision`, for KV heads [kv_heads[0],
-    kv_heads[1]).
-
-    `tokens[b]` tokens of sequence b, of which those at positions in [start[b], until[b]) count.
-    """
-
-    file: str
-    bytes: int
-    sha256: str
-    revision: int
-    rank: int
-    kv_heads: tuple[int, int]
-    tokens: tuple[int, ...]
-    start: tuple[int, ...]
-    until: tuple[int, ...]
-
-    @property
-    def live(self) -> bool:
-        """Whether any token of it can still count."""
-        return any(n and a < z for n, a, z in zip(self.tokens, self.start, self.until))
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """Everything said so far, how much of it has KV, the segment with the logits that come next, if
-    they are known, and whether the last token ended an answer.
-    """
-
-    tokens: tuple[int, ...]
-    cached: int
-    logits: str | None = None
-    ended: bool = False
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The state of a session.
-
-    `revision` counts what was ever committed. `turns[t][b]` is the number of tokens of sequence b
-    after turn t + 1.
-    """
-
-    model: ModelIdentity
-    dtype: str
-    cp: int
-    tp: int
-    revision: int
-    turns: tuple[tuple[int, ...], ...]
-    sequences: tuple[Sequence, ...]
-    segments: tuple[Segment, ...] = ()
-
-    def dump(self) -> str:
-        return sealed({"format": FORMAT, **asdict(self)})
-
-    @staticmethod
-    def parse(text: str) -> "Manifest":
-        """Raises ValueError, KeyError or TypeError if the text is not a manifest of this format, or
-        not as it was written.
-        """
-        fields = json.loads(text)
-        seal = fields.pop("sha256", None)  # not there before there were any
-        if seal is not None and seal != _checksum(_text(fields)):
-            raise ValueError("its checksum is that of something else")
-        version = fields.pop("format")
-        if version != FORMAT:
-            raise ValueError(f"it has format {version}, this cptool reads format {FORMAT}")
-        for segment in fields["segments"]:
-            if Path(segment["file"]).name != segment["file"]:
-                raise ValueError(f"segment {segment['file']!r} is not in the session's directory")
-        named = {None, *(segment["file"] for segment in fields["segments"])}
-        for sequence in fields["sequences"]:
-            if sequence["logits"] not in named:
-                raise ValueError(f"logits {sequence['logits']!r} are in none of its segments")
-        return Manifest(
-            **{
-                **fields,
-                "model": ModelIdentity(**fields["model"]),
-                "sequences": tuple(
-                    Sequence(**{**s, "tokens": tuple(s["tokens"])}) for s in fields["sequences"]
-                ),
-                "turns": tuple(map(tuple, fields["turns"])),
-                "segments": tuple(
-                    Segment(
-                        **{name: tuple(v) if isinstance(v, list) else v for name, v in s.items()}
-                    )
-                    for s in fields["segments"]
-                ),
-            }
-        )
-
-    def truncated(self, lengths: list[int]) -> "Manifest":
-        """The state in which sequence b has said its first `lengths[b]` tokens alone; nothing on
-        disk changes.
-
-        Where a sequence gets shorter, what follows its new end is not known any more: the KV of its
-        last token is given up, so that the next turn computes it again.
-        """
-        sequences = tuple(
-            s
-            if n == len(s.tokens)
-            else Sequence(tokens=s.tokens[:n], cached=min(s.cached, max(n - 1, 0)))
-            for s, n in zip(self.sequences, lengths, strict=True)
-        )
-        cached = [sequence.cached for sequence in sequences]
-        segments = (replace(s, until=tuple(map(min, s.until, cached))) for s in self.segments)
-        wanted = {sequence.logits for sequence in sequences}
-        return replace(
-            self,
-            turns=tuple(turn for turn in self.turns if all(map(le, turn, lengths))),
-            sequences=sequences,
-            segments=tuple(s for s in segments if s.live or s.file in wanted),
-        )
-
-
-def sealed(fields: dict) -> str:
-    """The text of a manifest, with a checksum of all of `fields`."""
-    text = _text(fields)
-    return f'{{"sha256":"{_checksum(text)}",{text[1:]}'
-
-
-def _text(fields: dict) -> str:
-    return json.dumps(fields, separators=(",", ":"))
-
-
-def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+# Files of a session that a killed run may leave; the last is the name under which earlier versions
+# had segments written.
+_LEFT = re.compile(
+    r"segment-\d+-\d+-\d+-[0-9a-f]{8}\.safetensors(\.tmp)?|(manifest|chat)\.json\.[0-9a-f]{8}\.tmp"
+    r"|(manifest|chat)\.tmp"
+)
+_LIBRARY_FILE = re.compile(r"\.tmp[0-9A-Za-z]{6}")
 
 
 def load(directory: Path, revision: int | None = None) -> Manifest:
     """Reads the manifest and checks that every segment is there in full length. UserError in one
     line otherwise; RunError if another run has taken the session on from `revision`.
     """
-    manifest = read(directory)
-    for segment in manifest.segments:
-        check_size(directory, segment)
+    for attempt in range(_RELOADS):
+        manifest = read(directory)
+        try:
+            for segment in manifest.segments:
+                check_size(directory, segment)
+            break
+        except Damaged:
+            # Another run may have committed, and removed them, in the meantime.
+            if attempt == _RELOADS - 1 or not has_changed(directory, manifest):
+                raise
     if revision is not None and manifest.revision != revision:
-        raise RunError(changed(directory, manifest.revision, revision))
+        raise RunError(
+            f"{changed(directory, manifest.revision, revision)}; nothing of this run was saved"
+        )
     return manifest
 
 
 def read(directory: Path) -> Manifest:
-    """The manifest, whatever became of its segments. UserError where there is none, Damaged where
-    it is not as it was written.
+    """The manifest, checked, whatever became of its segments. UserError where there is none,
+    Damaged where it is not as it was written or says what cannot be.
     """
     path = directory / MANIFEST
     try:
-        return Manifest.parse(path.read_text())
+        return Manifest.parse(files.read_bounded(path, _LARGEST_MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{directory} holds no session ({MANIFEST} is missing); make one with: cptool prefill "
             "MODEL --session DIR"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise Damaged(f"{path} is not a readable session manifest ({error}); {REMEDY}") from None
+
+
+def has_changed(directory: Path, manifest: Manifest) -> bool:
+    """Whether the session is at another revision than that of `manifest` by now."""
+    try:
+        found = read(directory)
+    except (UserError, OSError):
+        return False
+    return (found.session, found.revision) != (manifest.session, manifest.revision)
 
 
 def check_size(directory: Path, segment: Segment) -> None:
@@ -216,7 +114,7 @@ def check_size(directory: Path, segment: Segment) -> None:
 
 def exists(directory: Path) -> bool:
     """Whether there is a session, sound or not."""
-    return (directory / MANIFEST).exists()
+    return os.path.lexists(directory / MANIFEST)
 
 
 def common_prefix(first: abc.Sequence[int], second: abc.Sequence[int]) -> int:
@@ -266,73 +164,228 @@ def check_new(directory: Path) -> None:
     """Refuses a directory that a new session would mix with other files."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, a session needs a directory; name another place")
-    foreign = [p.name for p in directory.glob("*") if not _is_ours(p)] if directory.is_dir() else []
+    foreign = [p.name for p in directory.iterdir() if not _is_left(p)] if directory.is_dir() else []
     if foreign:
         raise UserError(
-            f"{directory} is not empty (it holds {foreign[0]}); a session needs a directory of its "
-            "own"
+            f"{directory} is not empty (it holds {min(foreign)}); a session needs a directory of "
+            "its own"
         )
 
 
 def model_path(manifest: Manifest) -> str:
     """Where the session's model was; UserError if it has gone from there."""
-    if not Path(manifest.model.path).exists():
+    path = manifest.model.path
+    try:
+        gone = not Path(path).exists()
+    except (OSError, ValueError):
+        gone = True
+    if gone:
         raise UserError(
-            f"{manifest.model.path}, the model of this session, is not there any more; say where "
+            f"{printable(path)}, the model of this session, is not there any more; say where "
             "it is with --model"
         )
-    return manifest.model.path
+    return path
 
 
-def check_model(manifest: Manifest, fingerprint: str, model: str) -> None:
-    """Refuses another model's KV."""
-    if manifest.model.fingerprint != fingerprint:
-        raise UserError(
-            f"{model} is not the model of this session (fingerprint {fingerprint[:12]}, the "
-            f"session's is {manifest.model.fingerprint[:12]}); name the one that it was made with, "
-            f"as {manifest.model.path} was, or make a new session"
-        )
-
-
-def commit(directory: Path, manifest: Manifest) -> None:
-    """Makes `manifest` the state of the session in one atomic step, then removes files that it does
-    not name.
-
-    Raises RunError if another run has committed since this one began.
+def identity(checkpoint: "Checkpoint", fingerprint: str | None = None) -> ModelIdentity:
+    """What a session remembers of its model; `fingerprint` is the checkpoint's, where the caller
+    knows it.
     """
+    config = checkpoint.config
+    return ModelIdentity(
+        path=str(checkpoint.path.resolve()),
+        fingerprint=fingerprint or checkpoint.fingerprint,
+        layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+    )
+
+
+def check_model(manifest: Manifest, model: ModelIdentity) -> None:
+    """Refuses another model's KV."""
+    ours = manifest.model
+    if ours.fingerprint != model.fingerprint:
+        raise UserError(
+            f"{model.path} is not the model of this session (fingerprint {model.fingerprint[:12]}, "
+            f"the session's is {ours.fingerprint[:12]}); name the one that it was made with, as "
+            f"{printable(ours.path)} was, or make a new session"
+        )
+    for name in ("layers", "kv_heads", "head_dim", "vocab_size"):
+        if getattr(ours, name) != getattr(model, name):
+            raise Damaged(
+                f"the session's manifest says {name} {getattr(ours, name)}, its model "
+                f"{model.path} has {getattr(model, name)}; {REMEDY}"
+            )
+
+
+def printable(path: str) -> str:
+    """A path out of a file, without characters that a terminal would obey."""
+    return path if path.isprintable() else ascii(path)
+
+
+def commit(directory: Path, manifest: Manifest, chat: dict | None = None) -> Manifest:
+    """Makes `manifest` the state of the session in one atomic step, and `chat`, if there is one,
+    that of its conversation; then removes what no manifest names and no run holds. Returns what was
+    committed.
+
+    Raises Refused, and changes nothing, if another run has committed since this one began, or if a
+    segment that the manifest names is not there.
+    """
+    manifest.check()
     with _locked(directory):
-        _commit(directory, manifest)
+        try:
+            previous = read(directory) if exists(directory) else None
+            _check_base(directory, manifest, previous)
+            for segment in manifest.segments:
+                check_size(directory, segment)
+        except Damaged as error:
+            raise Refused(str(error).partition("; ")[0]) from None
+        committed = _replace(directory, manifest, chat, previous)
+        _sweep(directory, committed)
+    return committed
 
 
-def _commit(directory: Path, manifest: Manifest) -> None:
-    path = directory / MANIFEST
-    found = Manifest.parse(path.read_text()).revision if path.exists() else 0
-    if found != manifest.revision - 1:
-        raise RunError(changed(directory, found, manifest.revision - 1))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(manifest.dump())
-    sync(temporary)
-    sync(directory)  # the segments' names, before the manifest that names them
-    temporary.replace(path)
-    sync(directory)
-    named = {segment.file for segment in manifest.segments}
-    for file in directory.glob("segment-*"):
-        if file.name not in named:
-            file.unlink(missing_ok=True)
+def _check_base(directory: Path, manifest: Manifest, previous: Manifest | None) -> None:
+    """Refused unless `manifest` continues `previous`."""
+    began = manifest.revision - 1
+    if previous is None and began:
+        raise Refused(f"{directory} holds no session any more (this run began at revision {began})")
+    if previous is not None and previous.revision != began:
+        raise Refused(changed(directory, previous.revision, began))
+    if previous is not None and previous.session != manifest.session:
+        raise Refused(f"{directory} holds another session by now")
+
+
+def commit_or_keep(directory: Path, manifest: Manifest, chat: dict | None = None) -> Manifest:
+    """`commit`; where that is refused, the turn is kept as a session of its own beside this one.
+
+    RunError, with the line that says where, if so.
+    """
+    try:
+        return commit(directory, manifest, chat)
+    except (Refused, FileNotFoundError, NotADirectoryError) as error:
+        fault = str(error) if isinstance(error, Refused) else f"{directory} is gone"
+    try:
+        kept = _keep(directory, manifest, chat)
+    except OSError as error:
+        raise RunError(
+            f"{fault}; nothing of this run was saved, nor can it be beside it ({error.strerror})"
+        ) from None
+    go_on = "chat" if chat is not None else "decode"
+    raise RunError(
+        f"{fault}; this run's turn is kept in {kept}, continue it with: "
+        f"cptool {go_on} {shlex.quote(str(kept))}"
+    )
+
+
+class Refused(RunError):
+    """A commit on top of what is no longer there."""
+
+
+def _replace(
+    directory: Path, manifest: Manifest, chat: dict | None, previous: Manifest | None
+) -> Manifest:
+    if chat is not None:
+        states: dict[str, dict] = {}
+        with contextlib.suppress(Damaged):  # what cannot be read cannot be kept
+            states = chat_file.read(directory)
+        kept = [s for s in (previous.chat if previous else ()) if s in states]
+        seal = chat_file.seal(chat)
+        rest = [states[s] for s in kept if s != seal]
+        files.replace_whole(directory / chat_file.FILE, chat_file.dump([*rest, chat]))
+        said = chat_file.digest(previous.sequences[0].tokens) if previous else None
+        fitting = [s for s in kept if s != seal and states[s]["tokens"] == said]
+        manifest = replace(manifest, chat=(*fitting[-1:], seal))
+    files.replace_whole(directory / MANIFEST, manifest.dump().encode())
+    return manifest
+
+
+def _keep(directory: Path, manifest: Manifest, chat: dict | None) -> Path:
+    """Makes the turn a session of its own beside `directory`, and returns where.
+
+    Its KV is shared with the session where all of it is still there; otherwise the next turn
+    computes it anew.
+    """
+    name = f"{directory.resolve().name}.revision-{manifest.revision}-{secrets.token_hex(3)}"
+    place = directory.resolve().with_name(name)
+    files.make_private(place)
+    manifest = replace(manifest, session=secrets.token_hex(8))
+    try:
+        for segment in manifest.segments:
+            check_size(directory, segment)
+            _link(directory / segment.file, place / segment.file)
+    except (Damaged, OSError):
+        for file in place.iterdir():
+            file.unlink()
+        manifest = manifest.without_kv()
+    if manifest.chat and chat is None:
+        with contextlib.suppress(Damaged):
+            states = chat_file.read(directory)
+            if all(seal in states for seal in manifest.chat):
+                files.replace_whole(place / chat_file.FILE, chat_file.dump(states.values()))
+    if not (place / chat_file.FILE).exists():
+        manifest = replace(manifest, chat=())
+    _replace(place, manifest, chat, None)
+    for segment in manifest.segments:
+        if segment.revision == manifest.revision:  # this run's own
+            (directory / segment.file).unlink(missing_ok=True)
+    return place
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # across file systems, or on one without links
+        with source.open("rb") as old, files.create(target) as new:
+            shutil.copyfileobj(old, new, 1 << 24)
+            os.fsync(new.fileno())
+
+
+def _sweep(directory: Path, committed: Manifest) -> None:
+    """Removes files that runs have left: none that the manifest names, none that a run still
+    holds, and none of a revision to come.
+    """
+    named = {segment.file for segment in committed.segments}
+    for file in list(directory.iterdir()):
+        if file.name in named or file.name in (MANIFEST, chat_file.FILE) or not _is_left(file):
+            continue
+        segment = SEGMENT_NAME.fullmatch(file.name)
+        if segment and (int(segment[1]) > committed.revision or is_held(file)):
+            continue
+        with contextlib.suppress(OSError):  # not ours to remove; the turn is on disk
+            file.unlink()
+
+
+def is_held(file: Path) -> bool:
+    """Whether a living run holds the file that it has written and not yet committed."""
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def changed(directory: Path, found: int, began: int) -> str:
-    """The line that says that two runs continued the same revision."""
+    """What is said where two runs continued the same revision."""
     return (
         f"{directory} was changed by another run (it is at revision {found}, this run began at "
-        f"{began}); nothing of this run was saved"
+        f"{began})"
     )
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> abc.Iterator[None]:
     """Other commits to the session wait until the body is done."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -341,14 +394,23 @@ def _locked(directory: Path) -> abc.Iterator[None]:
         os.close(descriptor)
 
 
-def _is_ours(path: Path) -> bool:
-    return path.name.startswith(("segment-", "manifest.", "chat."))
+def _is_left(path: Path) -> bool:
+    """Whether a run of ours may have left this in a directory without a session, or before its
+    turn was committed.
+    """
+    if path.name == chat_file.FILE or _LEFT.fullmatch(path.name):
+        return True
+    return _LIBRARY_FILE.fullmatch(path.name) is not None and _is_segment_like(path)
 
 
-def sync(path: Path) -> None:
-    """Returns when the file or directory is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _is_segment_like(path: Path) -> bool:
+    """Whether a file begins as a segment does, or is empty."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False
+        with path.open("rb") as file:
+            data = file.read(256)
+    except OSError:
+        return False
+    tensors = (b'"kv.', b'"positions"', b'"logits.')
+    return not data or any(name in data for name in tensors)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """What the ranks load: a model, and the state of a session at revision `resume` if one is
-    named. `variant` and `partials` are those of `Engine`.
+    named. `variant` and `partials` are those of `Engine`. `fingerprint` is the checkpoint's, where
+    the process that starts the ranks has taken it.
     """
 
     model: str
@@ -32,6 +33,7 @@ class Setup:
     partials: str = "float32"
     session: str | None = None
     resume: int | None = None
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     room = turn.max_new_tokens + max(map(len, turn.prompts), default=0)
     if turn.resume is not None:
         manifest = session.load(directory, turn.resume)
-        session.check_model(manifest, checkpoint.fingerprint, turn.model)
+        session.check_model(manifest, session.identity(checkpoint, turn.fingerprint))
         if turn.keep is not None:
             manifest = manifest.truncated(list(turn.keep))
         engine.restore(directory, manifest, reserve=room)
@@ -137,7 +139,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     if device:
         recorder.kernels = device.stop()
     if directory is not None and (any(new) or any(answers)):
-        engine.save(directory, manifest, identity(checkpoint))
+        engine.save(directory, manifest, session.identity(checkpoint, turn.fingerprint))
     phases = ()
     if recorder:
         sections = [Section("prefill", loaded, answered, 1)] if any(new) else []
@@ -198,17 +200,3 @@ def open_engine(world, asked: Setup, batch: int = 1) -> "tuple[Checkpoint, Engin
         progress=world.report,
     )
     return checkpoint, engine
-
-
-def identity(checkpoint):
-    """What a session remembers of its model."""
-    from cptool.session import ModelIdentity
-
-    config = checkpoint.config
-    return ModelIdentity(
-        path=str(checkpoint.path.resolve()),
-        fingerprint=checkpoint.fingerprint,
-        layers=config.num_hidden_layers,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-    )

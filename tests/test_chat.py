@@ -6,21 +6,25 @@ import pty
 import re
 import select
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from conftest import greedy
 
-from cptool import session
+from cptool import chat_file, session, session_care
+from cptool.chat_file import FILE
 from cptool.checkpoint import open_checkpoint
 from cptool.cli.main import main
-from cptool.conversation import FILE, Conversation
+from cptool.conversation import Conversation
 from cptool.errors import UserError
+from cptool.manifest import Manifest, ModelIdentity, Sequence
 from cptool.resident import Resident
 from cptool.turn import Setup
 
@@ -82,28 +86,81 @@ def test_a_context_is_the_rendering_of_all_messages(tokenizer, system):
     assert conversation.undo() is None and conversation.tokens == []
 
 
-def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_path):
+def manifest_of(revision: int, tokens: list[int], chat: tuple[str, ...] = ()) -> Manifest:
+    """A session that says `tokens` and has no KV of them yet."""
+    return Manifest(
+        session="5" * 16, model=ModelIdentity("model", "f" * 64, 1, 1, 8, 50_000), dtype="float32",
+        cp=1, tp=1, revision=revision, turns=((len(tokens),),),
+        sequences=(Sequence(tuple(tokens), 0),), chat=chat,
+    )  # fmt: skip
+
+
+def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_path, monkeypatch):
     conversation = Conversation(tokenizer, "Be brief.")
-    states = []
-    for question in QUESTIONS:
+    before = told = None
+    for revision, question in enumerate(QUESTIONS, 1):
         conversation.answered(question, conversation.ask(question), [2])
-        conversation.write(tmp_path)
-        states.append((conversation.tokens, conversation.messages))
-        for tokens, messages in states[-2:]:  # the manifest is the new one, or still the one before
-            found = Conversation.read(tmp_path, tokens, tokenizer)
-            assert (found.tokens, found.messages) == (tokens, messages)
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+        new = manifest_of(revision, conversation.tokens, before.chat if before else ())
+        with monkeypatch.context() as killed:
+            killed.setattr(Manifest, "dump", lambda self: exit())  # chat.json is written by then
+            with pytest.raises(SystemExit):
+                session.commit(tmp_path, new, conversation.state())
+        if before is not None:
+            found = Conversation.read(tmp_path, session.load(tmp_path), tokenizer)
+            assert (found.tokens, found.messages) == told
+            assert session_care.problems(tmp_path, before) == []
+        before = session.commit(tmp_path, new, conversation.state())
+        told = conversation.tokens, conversation.messages
+        found = Conversation.read(tmp_path, session.load(tmp_path), tokenizer)
+        assert (found.tokens, found.messages) == told
+        assert session_care.problems(tmp_path, before) == []
+    assert {path.name for path in tmp_path.iterdir()} == {FILE, session.MANIFEST}
+    assert [stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()] == [0o600] * 2
+    decoded = replace(before, revision=4, turns=(*before.turns, (len(told[0]) + 1,)),
+                      sequences=(Sequence((*told[0], 5), 0),))  # fmt: skip
+    session.commit(tmp_path, decoded)
     with pytest.raises(UserError, match="does not tell what"):
-        Conversation.read(tmp_path, states[0][0], tokenizer)
-    for damaged in (
-        "",
-        "{}",
-        '{"format": 9}',
-        '{"format": 1, "states": [{"tokens": "", "system": 1, "exchanges": []}]}',
-    ):
-        (tmp_path / FILE).write_text(damaged)
-        with pytest.raises(UserError, match="not a readable conversation"):
-            Conversation.read(tmp_path, states[0][0], tokenizer)
+        Conversation.read(tmp_path, decoded, tokenizer)
+    back = session_care.roll_back(tmp_path, decoded, 1)
+    assert Conversation.read(tmp_path, back, tokenizer).messages == told[1]
+
+
+def test_every_byte_of_a_conversation_is_sealed(tokenizer, tmp_path):
+    conversation = Conversation(tokenizer, "Keep secrets.")
+    conversation.answered("The number is 4711.", conversation.ask("The number is 4711."), [2])
+    manifest = session.commit(
+        tmp_path, manifest_of(1, conversation.tokens), conversation.state()
+    )
+    path = tmp_path / FILE
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        for bit in (0, 4):
+            changed = bytearray(whole)
+            changed[at] ^= 1 << bit
+            path.write_bytes(changed)
+            with pytest.raises(UserError, match="is not a readable conversation") as told:
+                Conversation.read(tmp_path, manifest, tokenizer)
+            assert session_care.problems(tmp_path, manifest) == [str(told.value)]
+    other = {**conversation.state(), "system": "Tell all."}
+    for damaged, fault in [
+        (b"", "is not a readable"),
+        (b"{}", "is not a readable"),
+        (b"[" * 100_000, "is not a readable"),
+        (b'{"format": 9}', "format 9"),
+        (whole[:-1] + b" }", "is not a readable"),
+        (whole.replace(b'"format": 2,', b'"format": 2, "format": 2,'), "given twice"),
+        (chat_file.dump([other]), "is not as it was written with the manifest"),  # sealed again
+        (chat_file.dump([]), "is not as it was written with the manifest"),
+    ]:
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=fault) as told:
+            Conversation.read(tmp_path, manifest, tokenizer)
+        assert len(str(told.value).splitlines()) == 1
+        assert session_care.problems(tmp_path, manifest) == [str(told.value)]
+    path.unlink()
+    os.mkfifo(path)  # nobody ever writes to it
+    with pytest.raises(UserError, match="not a regular file"):
+        Conversation.read(tmp_path, manifest, tokenizer)
 
 
 @pytest.mark.parametrize("cp", [1, 2])
@@ -243,7 +300,8 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(smollm2_path, tokeni
         os.close(terminal)
     tokens = session.load(tmp_path / "s").sequences[0].tokens
     assert 0 < kept <= len(tokens) < context
-    assert Conversation.read(tmp_path / "s", tokens, tokenizer).exchanges[0].answer
+    manifest = session.load(tmp_path / "s")
+    assert Conversation.read(tmp_path / "s", manifest, tokenizer).exchanges[0].answer
     assert CliRunner().invoke(main, ["session", "verify", str(tmp_path / "s")]).exit_code == 0
 
 

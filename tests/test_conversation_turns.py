@@ -15,7 +15,7 @@ from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
 from cptool.engine import Engine
 from cptool.sampling import Sampling
-from cptool.turn import identity
+from cptool.session import identity
 from cptool.weights import load_model
 
 TURNS = [

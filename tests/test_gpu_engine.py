@@ -23,7 +23,7 @@ from cptool.hardware import default_profile
 from cptool.model.shapes import find_shape
 from cptool.pinned import to_device, to_host
 from cptool.sampling import Sampling
-from cptool.turn import identity
+from cptool.session import identity
 from cptool.weights import load_model
 
 DEVICE = os.environ.get("CPTOOL_GPU_TESTS_ON", "cuda")

@@ -4,23 +4,24 @@ nothing.
 
 import json
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
+from operator import le
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cptool import segments, session, session_care
+from cptool import files, segments, session, session_care
 from cptool.cache import KVCache
 from cptool.errors import UserError
-from cptool.session import Manifest, ModelIdentity, Sequence
+from cptool.manifest import Manifest, ModelIdentity, Sequence, sealed
 from cptool.sharding import balanced
 
 LAYERS, HEADS, DIM = 2, 4, 2
-MODEL = ModelIdentity(
-    path="model", fingerprint="f" * 64, layers=LAYERS, kv_heads=HEADS, head_dim=DIM
-)
+VOCABULARY = 1000
+MODEL = ModelIdentity("model", "f" * 64, LAYERS, HEADS, DIM, VOCABULARY)
 
 
 def new_cache(batch: int, heads: int = HEADS) -> KVCache:
@@ -49,6 +50,11 @@ def save_turn(directory, lengths, starts, ranks, tp, previous):
     """A turn of `lengths` new tokens, computed on `ranks` x `tp` ranks, saved as the engine
     does.
     """
+    with ExitStack() as held:
+        return _save_turn(directory, lengths, starts, ranks, tp, previous, held)
+
+
+def _save_turn(directory, lengths, starts, ranks, tp, previous, held):
     directory.mkdir(exist_ok=True)
     revision, written, logits_of = (previous.revision if previous else 0) + 1, [], {}
     total = [s + n for s, n in zip(starts, lengths)]
@@ -59,7 +65,7 @@ def save_turn(directory, lengths, starts, ranks, tp, previous):
             cache = new_cache(len(lengths), heads[1] - heads[0])
             store(cache, layout.placement(rank), slice(*heads))
             logits = {
-                b: torch.full((7,), float(b))
+                b: torch.full((VOCABULARY,), float(b))
                 for b in range(len(lengths))
                 if rank == 0 and part == 0
             }
@@ -73,6 +79,7 @@ def save_turn(directory, lengths, starts, ranks, tp, previous):
                 start=starts,
                 until=total,
                 logits=logits,
+                held=held,
             )
             if segment is not None:
                 written.append(segment)
@@ -81,18 +88,19 @@ def save_turn(directory, lengths, starts, ranks, tp, previous):
         Sequence(tokens=tuple(range(n)), cached=n, logits=logits_of.get(b))
         for b, n in enumerate(total)
     )
+    turns = tuple(t for t in previous.turns if all(map(le, t, total))) if previous else ()
     manifest = Manifest(
+        session=previous.session if previous else "5" * 16,
         model=MODEL,
         dtype="float32",
         cp=ranks,
         tp=tp,
         revision=revision,
-        turns=(previous.turns if previous else ()) + (tuple(total),),
+        turns=turns if turns[-1:] == (tuple(total),) else (*turns, tuple(total)),
         sequences=sequences,
         segments=(previous.segments if previous else ()) + tuple(written),
     )
-    session.commit(directory, manifest)
-    return manifest
+    return session.commit(directory, manifest)
 
 
 turns = st.integers(1, 3).flatmap(
@@ -171,7 +179,15 @@ def test_manifest_round_trip(saved):
 
 def test_only_named_files_remain(saved):
     directory, manifest = saved
-    (directory / "segment-00002-000-000-dead.safetensors.tmp").write_text("left by a killed turn")
+    left = [
+        "segment-00002-000-000-0123dead.safetensors",  # a turn that was killed
+        "manifest.json.0123dead.tmp",
+        "segment-00002-000-000-0123dead.safetensors.tmp",  # as earlier versions had them
+        "manifest.tmp",
+    ]
+    for name in left:
+        (directory / name).write_text("left by a killed turn")
+    (directory / ".tmpQx71aZ").write_bytes(b"88888888" + b'{"kv.0":{"dtype"')
     manifest = save_turn(directory, [1, 1], [40, 7], 2, 1, manifest)
     assert {p.name for p in directory.iterdir()} == {"manifest.json"} | {
         s.file for s in manifest.segments
@@ -192,6 +208,7 @@ def test_a_segment_without_a_manifest_changes_nothing(saved):
         start=[40, 7],
         until=[43, 10],
         logits={},
+        held=ExitStack(),
     )
     assert session.load(directory) == manifest
 
@@ -207,11 +224,11 @@ def test_two_runs_from_one_turn_cannot_both_commit(saved):
 def test_of_two_commits_at_the_same_time_one_fails(saved, monkeypatch):
     directory, manifest = saved
     next_one = replace(manifest, revision=manifest.revision + 1)
-    synced, late = session.sync, []
+    synced, late = files.sync, []
 
     def second():
         with pytest.raises(RuntimeError, match="changed by another run"):
-            session.commit(directory, replace(next_one, segments=()))
+            session.commit(directory, next_one.without_kv())
         late.append(session.load(directory))
 
     def sync(path):
@@ -221,7 +238,7 @@ def test_of_two_commits_at_the_same_time_one_fails(saved, monkeypatch):
         synced(path)
 
     thread = threading.Thread(target=second)
-    monkeypatch.setattr(session, "sync", sync)
+    monkeypatch.setattr(files, "sync", sync)
     session.commit(directory, next_one)
     thread.join()
     assert late == [next_one]
@@ -269,15 +286,16 @@ def test_a_manifest_that_changed_on_disk_is_refused(saved):
     path.write_text(text.replace(tokens, json.dumps(changed, separators=(",", ":"))))
     with pytest.raises(UserError, match="not a readable session manifest .its checksum is that"):
         session.load(directory)
-    path.write_text(json.dumps(unsealed(manifest)))  # as an earlier cptool wrote it
-    assert session.load(directory) == manifest
+    path.write_text(json.dumps(unsealed(manifest)))
+    with pytest.raises(UserError, match="it has no checksum"):
+        session.load(directory)
 
 
 def test_segment_names_cannot_leave_the_directory(saved):
     directory, manifest = saved
     fields = unsealed(manifest)
     fields["segments"][0]["file"] = "../elsewhere.safetensors"
-    (directory / "manifest.json").write_text(session.sealed(fields))
+    (directory / "manifest.json").write_text(sealed(fields))
     with pytest.raises(UserError, match="not a readable session manifest"):
         session.load(directory)
 
@@ -286,7 +304,7 @@ def test_logits_must_be_in_a_segment(saved):
     directory, manifest = saved
     fields = unsealed(manifest)
     fields["sequences"][0]["logits"] = "elsewhere.safetensors"
-    (directory / "manifest.json").write_text(session.sealed(fields))
+    (directory / "manifest.json").write_text(sealed(fields))
     with pytest.raises(UserError, match="not a readable session manifest"):
         session.load(directory)
 
@@ -304,6 +322,8 @@ def test_places_that_are_not_for_a_new_session(tmp_path):
 
 def test_another_model_is_refused(saved):
     directory, manifest = saved
-    session.check_model(manifest, "f" * 64, "model")
+    session.check_model(manifest, MODEL)
     with pytest.raises(UserError, match="is not the model of this session"):
-        session.check_model(manifest, "e" * 64, "other")
+        session.check_model(manifest, replace(MODEL, path="other", fingerprint="e" * 64))
+    with pytest.raises(UserError, match="head_dim 2, its model model has 4"):
+        session.check_model(manifest, replace(MODEL, head_dim=4))

@@ -3,6 +3,7 @@ before, or the one after.
 """
 
 import datetime
+import errno
 import os
 import shutil
 import signal
@@ -12,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from test_session import HEADS, LAYERS, save_turn
 
-from cptool import segments, session, session_care
+from cptool import files, session, session_care
+from cptool.errors import RunError
+from cptool.manifest import ModelIdentity
 
 
 def kill_this_process() -> None:
@@ -52,20 +54,11 @@ def kill_at(point: int, kill: Callable[[], None] = kill_this_process) -> None:
 
         setattr(owner, name, replacement)
 
-    around(
-        safetensors.torch,
-        "save_file",
-        torn=lambda tensors, path: Path(path).write_bytes(b"half a segment"),
-    )
-    around(
-        Path,
-        "write_text",
-        torn=lambda path, text: path.write_bytes(text[: len(text) // 2].encode()),
-    )
-    for name in ("rename", "replace", "unlink"):
+    around(files, "create")
+    around(files, "write_all", torn=lambda file, data: file.write(data[: len(data) // 2]))
+    for name in ("replace", "unlink"):
         around(Path, name)
-    around(session, "sync")
-    around(segments, "sync")
+    around(os, "fsync")
 
 
 def turn(directory, manifest):
@@ -141,7 +134,7 @@ def tiny_llama():
     return model
 
 
-IDENTITY = session.ModelIdentity("model", "f" * 64, LAYERS, HEADS, 8)
+IDENTITY = ModelIdentity("model", "f" * 64, LAYERS, HEADS, 8, 31)
 
 
 def tree_turn(model, rank: int, store: Path, directory: Path) -> None:
@@ -225,21 +218,36 @@ def test_a_kill_at_any_write_leaves_a_sound_session(tmp_path, name):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_full_disk_is_one_line_and_changes_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("at", range(1, 8))
+def test_what_the_disk_refuses_is_one_line_and_changes_nothing(tmp_path, monkeypatch, error, at):
+    """The `at`-th write or fsync of a turn of two segments and a manifest fails."""
     directory = tmp_path / "s"
     before = save_turn(directory, [30, 7], [0, 0], 2, 1, None)
+    passed = 0
 
-    def no_room(tensors, path):
-        Path(path).write_bytes(b"half a segment")
-        raise safetensors.SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        )
+    def failing(original):
+        def replacement(*arguments):
+            nonlocal passed
+            passed += 1
+            if passed == at:
+                raise OSError(error, os.strerror(error))
+            return original(*arguments)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", no_room)
-    with pytest.raises(OSError, match="cannot be written"):
+        return replacement
+
+    monkeypatch.setattr(files, "write_all", failing(files.write_all))
+    monkeypatch.setattr(os, "fsync", failing(os.fsync))
+    with pytest.raises((RunError, OSError)) as told:
         save_turn(directory, [5, 3], [30, 7], 2, 1, before)
+    monkeypatch.undo()
+    assert os.strerror(error) in str(told.value) and "\n" not in str(told.value)
     assert session.load(directory) == before
     assert session_care.problems(directory, before) == []
+    after = save_turn(directory, [5, 3], [30, 7], 2, 1, before)
+    assert {p.name for p in directory.iterdir()} == {"manifest.json"} | {
+        s.file for s in after.segments
+    }
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from cptool.distributed import run
 from cptool.engine import Engine
 from cptool.graphs import Recorded
 from cptool.sampling import Sampling
+from cptool.session import identity
 from cptool.static_decode import level, owner
-from cptool.turn import identity
 from cptool.weights import load_model
 
 

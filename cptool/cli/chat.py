@@ -96,8 +96,8 @@ def chat(
     # A template that refuses the system message, or is not there, does so now.
     conversation.ask("Hello")
     if manifest is not None:
-        sessions.check_model(manifest, checkpoint.fingerprint, model)
-        conversation = Conversation.read(directory, manifest.sequences[0].tokens, tokenizer)
+        sessions.check_model(manifest, sessions.identity(checkpoint))
+        conversation = Conversation.read(directory, manifest, tokenizer)
         if cp is None:
             cp, tp = manifest.cp, manifest.tp if tp is None else tp
     ranks = resolve_ranks(
@@ -114,6 +114,7 @@ def chat(
         partials=partials,
         session=str(directory) if manifest else None,
         resume=manifest.revision if manifest else None,
+        fingerprint=checkpoint.fingerprint if manifest else None,
     )
     if sys.stdin.isatty():
         draw.say(

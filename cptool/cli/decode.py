@@ -81,7 +81,7 @@ def decode(
     sessions.check_writable(session)
     source = model or sessions.model_path(manifest)
     checkpoint = open_checkpoint(source)
-    sessions.check_model(manifest, checkpoint.fingerprint, source)
+    sessions.check_model(manifest, sessions.identity(checkpoint))
 
     batch = len(manifest.sequences)
     sequences = Prompts(prompts, prompt_files, token_files, synthetic, chat=False).encode(
@@ -118,6 +118,7 @@ def decode(
         partials=partials,
         session=str(session),
         resume=manifest.revision,
+        fingerprint=checkpoint.fingerprint,
         max_new_tokens=count,
         sampling=sampling,
         profile=profile,

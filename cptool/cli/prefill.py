@@ -94,7 +94,7 @@ def prefill(
     check_context(lengths, [0] * len(lengths), 0, checkpoint.config)
     keep = None
     if manifest is not None:
-        sessions.check_model(manifest, checkpoint.fingerprint, model)
+        sessions.check_model(manifest, sessions.identity(checkpoint))
         if dtype not in ("auto", manifest.dtype):
             raise UserError(
                 f"--dtype {dtype}: the KV of {session} is {manifest.dtype}; leave --dtype out, or "
@@ -121,6 +121,7 @@ def prefill(
         partials=partials,
         session=None if session is None else str(session),
         resume=manifest.revision if manifest else None,
+        fingerprint=None if session is None else checkpoint.fingerprint,
         keep=None if keep is None else tuple(keep),
         profile=profile,
     )

@@ -40,10 +40,11 @@ def show(directory: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(fields))
         return
+    model = manifest.model
     turns = " -> ".join("+".join(map(str, turn)) for turn in manifest.turns)
     draw.table(
         [
-            ("model", f"{manifest.model.path} ({manifest.model.fingerprint[:12]})"),
+            ("model", f"{sessions.printable(model.path)} ({model.fingerprint[:12]})"),
             ("last turn on", f"{manifest.cp} cp x {manifest.tp} tp, {manifest.dtype}"),
             (
                 "tokens",
@@ -69,6 +70,9 @@ def verify(directory: Path) -> None:
     try:
         manifest = sessions.read(directory)
         found = problems(directory, manifest)
+        if found and sessions.has_changed(directory, manifest):  # it was read while a run committed
+            manifest = sessions.read(directory)
+            found = problems(directory, manifest)
     except sessions.Damaged as error:  # for other commands a mistake, here what was asked
         found = [str(error)]
     for line in found:

@@ -121,7 +121,7 @@ class Terminal:
         )
 
     def save(self, argument: str) -> None:
-        from cptool import session
+        from cptool import files, session
         from cptool.resident import Save
 
         if not argument and self.saved is None:
@@ -140,15 +140,20 @@ class Terminal:
         else:
             session.check_new(directory)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            files.make_private(directory)
             tokens = len(self.conversation.tokens)
             check_room(directory, self.checkpoint.config, tokens, 1, self.dtype)
-            self.conversation.write(directory)
         except OSError as error:
             raise UserError(
                 f"/save: {directory} cannot be written ({error.strerror}); name another place"
             ) from None
-        manifest = self.resident.save(Save(tuple(self.conversation.tokens), str(directory)))
+        request = Save(
+            tuple(self.conversation.tokens),
+            str(directory),
+            self.conversation.state(),
+            self.checkpoint.fingerprint,
+        )
+        manifest = self.resident.save(request)
         self.saved = (directory, manifest.revision)
         draw.say(
             f"saved {len(self.conversation.tokens):,} tokens; "

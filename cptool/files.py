@@ -1,0 +1,129 @@
+"""Files of one's own: private, whole or not there, and read with a limit."""
+
+import errno
+import json
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_LONGEST_NUMBER = 20
+"""Digits of an integer in a JSON file; no size, position or token id has more."""
+
+
+def make_private(directory: Path) -> None:
+    """Makes the directory and those above it, where they are missing, for this user alone."""
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
+    for place in reversed(missing):
+        try:
+            place.mkdir(mode=0o700)
+            place.chmod(0o700)  # whatever the umask
+        except FileExistsError:  # made by another run in the meantime
+            if not place.is_dir():
+                raise
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file that this user alone can read and write, open for writing.
+
+    Never follows a link and never takes over what is there: FileExistsError.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o600)
+    os.fchmod(descriptor, 0o600)  # whatever the umask
+    return os.fdopen(descriptor, "wb", buffering=0)
+
+
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Writes every byte of `data`, which is one row of bytes, however few the system takes at
+    once.
+    """
+    rest = memoryview(data)
+    while len(rest):
+        rest = rest[file.write(rest[: 1 << 30]) :]
+
+
+def replace_whole(path: Path, data: bytes) -> None:
+    """Makes `data` the contents of a private file, on disk, in one atomic step.
+
+    A kill leaves the file as it was, and perhaps a file of its name with 8 hex digits and ".tmp"
+    beside it.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with create(temporary) as file:
+            write_all(file, data)
+            os.fsync(file.fileno())
+        sync(path.parent)  # names of files that `data` speaks of come first
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Returns when the file or directory is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # no such thing for directories here
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The contents of a regular file; ValueError for anything else, or for more than `limit` bytes.
+
+    Neither a pipe nor a device is waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if status.st_size > limit:
+            raise ValueError(f"it has {status.st_size} bytes, at most {limit} are read")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit} bytes")
+    return data
+
+
+def parse_json(data: bytes) -> Any:
+    """What a JSON file of ours says: integers, texts, lists, each key once.
+
+    ValueError for anything else, whatever the bytes.
+    """
+    try:
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_each_once,
+            parse_int=_integer,
+            parse_float=_no_number,
+            parse_constant=_no_number,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"{twice[:40]!r} is given twice")
+    return fields
+
+
+def _integer(text: str) -> int:
+    if len(text) > _LONGEST_NUMBER:
+        raise ValueError(f"a number has {len(text)} digits")
+    return int(text)
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text[:40]} is not an integer")
