@@ -327,16 +327,46 @@ def rewrite(file, change):
             archive.writestr(name, change(content) if name.endswith("data.pkl") else content)
 
 
+def hostile_shape(shape):
+    """A pickle of one tensor that has this shape."""
+
+    def number(n):
+        raw = n.to_bytes(n.bit_length() // 8 + 1, "little", signed=True)
+        return b"\x8a" + bytes([len(raw)]) + raw
+
+    def text(string):
+        return b"X" + len(string).to_bytes(4, "little") + string.encode()
+
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu")
+    sizes, strides = b"".join(map(number, shape)), number(1) * len(shape)
+    call = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x10tQK\x00("
+    hooks = b"t\x89ccollections\nOrderedDict\n)RtRs."
+    return b"\x80\x02}" + text("a") + call + sizes + b"t(" + strides + hooks
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda _: pickle.dumps({"a": Evil()}, 2), "calls for __builtin__.exec"),
         (lambda _: pickle.dumps({"a": Evil()}, 4), "calls for builtins.exec"),
         (lambda _: b"\x80\x02cos\nsystem\n.", "calls for os.system"),
-        (lambda _: b"\x80\x02\x82\x01.", "unregistered extension"),
+        (lambda _: b"\x80\x02\x82\x01.", "instruction EXT1, which no tensor needs"),
         (lambda _: pickle.dumps([1]), "holds a list"),
-        (lambda _: b"", "EOFError"),
+        (lambda _: b"", "pickle exhausted"),
         (lambda content: content[:-20], "not a whole file"),
+        # A stand-in that is given itself as its function, and then called.
+        (lambda _: b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\x00(h\x00)}}tb)R.", "for a dict"),
+        (lambda _: b"\x80\x02ccollections\nOrderedDict\n)\x81.", "instruction NEWOBJ"),
+        # Hashing it as a key would have no end.
+        (lambda _: b"\x80\x02}()" + b"q\0h\0\x86" * 60 + b"K\x01u.", "that is a tuple"),
+        (lambda _: b"\x80\x02}" + b"}" * 1_000_001 + b".", "more than 1000000 instructions"),
+        (lambda _: b"\x80\x02}X\xd0\x07\x00\x00" + b"k" * 2000 + b"K\x01s.", "a key that is a str"),
+        (lambda _: b"\x80\x02h\x07.", "refers to value 7"),
+        (lambda _: b"\x80\x02u.", "that is not there"),
+        (lambda _: b"\x80\x02cos\x1b[31m\nsystem\n.", "calls for 'os\\x1b[31m.system'"),
+        (lambda _: hostile_shape([0] + [2**62] * 60_000), "a shape of 60001 dimensions"),
+        (lambda _: hostile_shape([2**62, 2**62]), "elements"),
+        (lambda _: hostile_shape([2**100]), "an extent that no tensor has"),
         # A place in the memo that would make an array of it tens of gigabytes long.
         (lambda _: b"\x80\x02}r\xff\xff\xff\x7f.", "embed_tokens.weight"),
     ],
@@ -350,16 +380,27 @@ def test_other_formats_are_refused(gqa, tmp_path):
     file = save_meta(gqa, tmp_path) / "consolidated.00.pth"
     state, whole = torch.load(file), file.read_bytes()
     torch.save(state, file, _use_new_zipfile_serialization=False)
-    assert "not a whole file" in refusal(tmp_path)
+    assert "a file of torch.save before version 1.6" in refusal(tmp_path)
     file.write_bytes(whole[:-100])
     assert "not a whole file" in refusal(tmp_path)
     file.write_bytes(b"")
-    assert "not a whole file" in refusal(tmp_path)
+    assert "an empty file" in refusal(tmp_path)
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in refusal(tmp_path)
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("other", "")
     assert "0 records data.pkl" in refusal(tmp_path)
     file.write_bytes(whole.replace(b"little", b"big\0\0\0"))
     assert "not a whole file" in refusal(tmp_path)
+
+
+def test_the_list_of_records_is_bounded(gqa, tmp_path):
+    file = save_meta(gqa, tmp_path) / "consolidated.00.pth"
+    damaged = bytearray(file.read_bytes())
+    end = damaged.rindex(b"PK\5\6")
+    damaged[end + 12 : end + 16] = (10**9).to_bytes(4, "little")
+    file.write_bytes(damaged)
+    assert "its list of records has 1000000000 bytes" in refusal(tmp_path)
 
 
 @pytest.fixture(scope="module")

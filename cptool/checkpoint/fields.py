@@ -42,6 +42,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 
+def readable(name: str) -> str:
+    """A name out of a file as a message shows it: in one line, and not without end."""
+    return name if name.isprintable() and len(name) <= 60 else shown(name)
+
+
 def mapping(source: Path, fields: dict[str, Any], key: str) -> dict[str, Any]:
     """The object under `key`, an empty one where there is none."""
     value = fields.get(key)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cptool.checkpoint.fields import shown
+from cptool.checkpoint.fields import readable, shown
 from cptool.errors import UserError
 
 # Parts of names that speak of what a Llama computes. The first group counts anywhere in a word, the
@@ -81,11 +81,6 @@ def speaks_of_the_model(name: str) -> bool:
     """Whether the name of a field is about what a Llama computes."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     return _SUBJECTS.search(words) is not None
-
-
-def readable(name: str) -> str:
-    """A name out of a file as a message shows it: in one line, and not without end."""
-    return name if name.isprintable() and len(name) <= 60 else shown(name)
 
 
 def _same(value: Any, allowed: Any) -> bool:

@@ -51,12 +51,6 @@ def describe(beginning: bytes) -> str | None:
     return None
 
 
-def describe_file(path: Path) -> str | None:
-    """What a file is, by its first bytes."""
-    with path.open("rb") as file:
-        return describe(file.read(512))
-
-
 def dangling(path: Path) -> str | None:
     """What is wrong with a path that is a link to nothing; None where it is not one."""
     if path.is_symlink() and not path.exists():

@@ -1,31 +1,30 @@
 """Headers of files that `torch.save` wrote, read without torch and without mapping the data.
 
 A file is a ZIP archive of uncompressed records: `NAME/data.pkl`, a pickle of the tensors' shapes,
-and `NAME/data/KEY`, the raw bytes of each storage. A pickle is a program, so the one here may call
-nothing but stand-ins, which note what it says of a tensor.
+and `NAME/data/KEY`, the raw bytes of each storage. The pickle is read by `pickled_tensors`.
 """
 
-import io
-import math
-import pickle
 import struct
 import zipfile
-from collections import OrderedDict
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from cptool.checkpoint.base import ITEM_SIZES, StoredTensor, first_line
+from cptool.checkpoint.base import ITEM_SIZES, StoredTensor, bounded_product, first_line
+from cptool.checkpoint.lookalikes import describe
+from cptool.checkpoint.pickled_tensors import PickledTensor, read_tensors
 from cptool.errors import UserError
 
-_ENCODINGS = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
-
 # Llama 3.1 405B takes 100 KB.
-_MAX_PICKLE_BYTES = 100_000_000
+_MAX_PICKLE_BYTES = 32_000_000
+
+# The archive's directory takes some 100 bytes a record, and a record is a tensor.
+_MAX_DIRECTORY_BYTES = 64_000_000
 
 # A record's own header: its signature, fields that the archive's directory repeats, and the lengths
 # of name and padding, which the data follows.
 _RECORD = struct.Struct("<4s22xHH")
+
+# The end of an archive: a record of 22 bytes, a comment of up to 65,535, and the records of ZIP64.
+_END_SEARCHED = 22 + 65_535 + 20 + 56
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -33,7 +32,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     A tensor in a type that no Llama is computed in has the name of its storage as `encoding`.
     """
+    with path.open("rb") as file:
+        beginning = file.read(512)
+    if not beginning.startswith(b"PK") and (what := describe(beginning)) is not None:
+        raise UserError(f"{path}: not a file of tensors as torch.save writes it but {what}")
     try:
+        _check_directory(path)
         with zipfile.ZipFile(path) as archive:
             return _Archive(path, archive).tensors()
     except (UserError, OSError):
@@ -41,7 +45,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except Exception as error:  # Damaged archives and pickles raise anything.
         raise UserError(
             f"{path}: not a whole file of tensors as torch.save writes it ({first_line(error)}); "
-            f"fetch it again"
+            f"fetch it again, or save its tensors alone"
         ) from None
 
 
@@ -59,39 +63,37 @@ class _Archive:
         order = self.prefix + "byteorder"
         if order in self.records and self._content(order) != b"little":
             raise ValueError("its numbers are big-endian")
-        state = _Unpickler(io.BytesIO(self._content(self.prefix + "data.pkl"))).load()
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}, not tensors by name")
-        return {str(name): self._stored(str(name), value) for name, value in state.items()}
+        tensors = read_tensors(self._content(self.prefix + "data.pkl"))
+        return {name: self._stored(name, tensor) for name, tensor in tensors.items()}
 
     def _content(self, name: str) -> bytes:
-        if self.records[name].file_size > _MAX_PICKLE_BYTES:
-            raise ValueError(f"record {name} has {self.records[name].file_size} bytes")
+        record = self.records[name]
+        if record.file_size > _MAX_PICKLE_BYTES:
+            raise ValueError(f"record {name} has {record.file_size} bytes")
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"record {name} is compressed")
         return self.archive.read(name)
 
-    def _stored(self, name: str, value: Any) -> StoredTensor:
-        if not isinstance(value, _Tensor):
-            raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor")
-        encoding, key, length = value.storage
-        counts = (length, value.offset, *value.shape)
-        if (
-            not all(type(n) is int and n >= 0 for n in counts)
-            or math.prod(value.shape) + value.offset > length
-        ):
-            raise ValueError(f"{name!r}: shape {list(value.shape)} in a storage of {length}")
-        contiguous = [math.prod(value.shape[i + 1 :]) for i in range(len(value.shape))]
-        if list(value.stride) != contiguous:
+    def _stored(self, name: str, tensor: PickledTensor) -> StoredTensor:
+        shape, length = tensor.shape, tensor.storage.length
+        elements = bounded_product(shape)
+        if elements + tensor.offset > length:
+            raise ValueError(f"{name!r}: shape {list(shape)} in a storage of {length}")
+        if tensor.stride != _contiguous(shape):
             raise ValueError(f"{name!r} is not contiguous")
-        record = self.records[f"{self.prefix}data/{key}"]
-        item = ITEM_SIZES.get(encoding)
+        record = self.records.get(f"{self.prefix}data/{tensor.storage.key}")
+        if record is None:
+            raise ValueError(f"record data/{tensor.storage.key} of {name!r} is missing")
         if record.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{name!r} is compressed")
+        encoding = tensor.storage.encoding
+        item = ITEM_SIZES.get(encoding)
         if item is None:
-            return StoredTensor(self.path, 0, 0, value.shape, encoding)
+            return StoredTensor(self.path, 0, 0, shape, encoding)
         if record.file_size != length * item:
             raise ValueError(f"{name!r}: {record.file_size} bytes for {length} of {encoding}")
-        offset = self._data_of(record) + value.offset * item
-        return StoredTensor(self.path, offset, math.prod(value.shape) * item, value.shape, encoding)
+        offset = self._data_of(record) + tensor.offset * item
+        return StoredTensor(self.path, offset, elements * item, shape, encoding)
 
     def _data_of(self, record: zipfile.ZipInfo) -> int:
         """Where in the file the data of a record begins."""
@@ -104,45 +106,31 @@ class _Archive:
         return start
 
 
-class _Storage(NamedTuple):
-    encoding: str
-    key: str
-    length: int
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor, in elements."""
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent
+    return tuple(reversed(strides))
 
 
-class _Tensor(NamedTuple):
-    """What a pickle says of a tensor; offset and strides count elements."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
-    if not (isinstance(storage, _Storage) and type(shape) is type(stride) is tuple):
-        raise ValueError("a tensor is not described as one")
-    return _Tensor(storage, offset, shape, stride)
-
-
-# The one in Python: the memo of the one in C is an array, which a single opcode of a hostile file
-# can make tens of gigabytes long.
-class _Unpickler(pickle._Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        # Fresh objects, so that what a pickle sets on one is gone with it.
-        match module, name:
-            case "torch._utils", "_rebuild_tensor_v2":
-                return partial(_tensor)
-            case "torch._utils", "_rebuild_parameter":
-                return lambda tensor, *_: tensor
-            case "collections", "OrderedDict":
-                return lambda: OrderedDict()
-            case "torch", _ if name.endswith("Storage"):
-                return _ENCODINGS.get(name, name)
-        raise pickle.UnpicklingError(f"it calls for {module}.{name}, which no tensor needs")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, encoding, key, _, length = pid
-        if kind != "storage" or not isinstance(encoding, str):
-            raise pickle.UnpicklingError(f"it refers to a {kind!r}")
-        return _Storage(encoding, key, length)
+def _check_directory(path: Path) -> None:
+    """Refuses an archive whose directory is larger than that of any file of tensors: the reader of
+    the standard library makes an object of every entry.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(size - _END_SEARCHED, 0))
+        tail = file.read()
+        at = tail.rfind(b"PK\5\6")
+        if at < 0 or len(tail) < at + 22:
+            raise ValueError("its end is missing, which lists the records")
+        (length,) = struct.unpack_from("<I", tail, at + 12)
+        if length == 0xFFFFFFFF:  # The numbers are in the record of ZIP64 before it.
+            at = tail.rfind(b"PK\6\6", 0, at)
+            if at < 0 or len(tail) < at + 56:
+                raise ValueError("its end is damaged, which lists the records")
+            (length,) = struct.unpack_from("<Q", tail, at + 40)
+    if length > _MAX_DIRECTORY_BYTES:
+        raise ValueError(f"its list of records has {length} bytes")
