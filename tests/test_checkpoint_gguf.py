@@ -1,5 +1,6 @@
 """GGUF checkpoints: written by the gguf package, read by cptool and by transformers."""
 
+import os
 import struct
 
 import numpy as np
@@ -57,6 +58,7 @@ def write(path, tensors=None, types=None, architecture="llama", without=(), **me
     for key, value in fields.items():
         if value is not None:
             kind = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            kind[bool] = writer.add_bool
             kind.get(type(value), writer.add_array)(key, value)
     given = {name: rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
     for name, value in {**given, **(tensors or {})}.items():
@@ -202,6 +204,37 @@ def test_other_rotary_scaling(path):
     scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     write(path, **scaling)
     assert open_checkpoint(str(path)).config.rope_scaling == RopeScaling("linear", 4.0)
+    assert open_checkpoint(str(path)).config.max_position_embeddings == 512
+    for keys, factor in (
+        ({"llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scale_linear": 4.0}, 4.0),
+        ({"llama.rope.scale_linear": 4.0, "llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scaling.type": "linear"}, None),
+        ({"llama.rope.scaling.factor": 0.0}, None),
+        ({"llama.rope.scaling.factor": 1.0}, None),
+    ):
+        write(path, **keys)
+        found = open_checkpoint(str(path)).config.rope_scaling
+        assert found == (factor and RopeScaling("linear", factor))
+    write(path, **{**scaling, "llama.rope.scaling.type": "none"})
+    checkpoint = open_checkpoint(str(path))
+    assert checkpoint.config.rope_scaling is None
+    assert "the factor 4.0 beside it does not count" in checkpoint.notes[0]
+    write(path, **{**scaling, "llama.rope.scaling.original_context_length": 64})
+    assert open_checkpoint(str(path)).config.max_position_embeddings == 256
+    write(path, **{**scaling, "llama.rope.scale_linear": 2.0})
+    assert "factor is 4.0 and llama.rope.scale_linear 2.0" in refusal(path)
+    for keys, message in (
+        ({"llama.rope.scaling.factor": float("nan")}, "range of float32"),
+        ({"llama.rope.scaling.factor": -2.0}, "range of float32"),
+    ):
+        write(path, **keys)
+        assert message in refusal(path)
+    write(path, {"rope_freqs": np.ones(HEAD_DIM // 2, np.float32)}, **scaling)
+    assert "without other rope scaling" in refusal(path)
+    for divisor in (0.0, float("inf")):
+        write(path, {"rope_freqs": np.full(HEAD_DIM // 2, divisor, np.float32)})
+        assert "not positive and finite" in refusal(path)
     write(path, **{**scaling, "llama.rope.scaling.type": "yarn"})
     assert "rope scaling 'yarn'" in refusal(path)
 
@@ -221,8 +254,24 @@ def test_fingerprint_depends_on_the_bytes_and_not_on_the_place(tmp_path):
         ({"llama.expert_count": 8}, "llama.expert_count is 8"),
         ({"llama.attention.sliding_window": 4096}, "sliding_window is 4096"),
         ({"split.count": 3}, "one of 3 parts"),
+        ({"split.count": 3, "split.no": 2}, "part 3 of 3"),
+        ({"llama.expert_used_count": 2}, "expert_used_count is 2"),
+        ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor is 1.5"),
+        ({"llama.rope.scaling.yarn_attn_factor": 1.5}, "yarn_attn_factor is 1.5"),
+        ({"llama.attention.clamp_kqv": 8.0}, "clamp_kqv is 8.0"),
+        ({"llama.attention.scale": 0.5}, "attention.scale is 0.5"),
+        ({"llama.attention.causal": False}, "attention.causal is False"),
+        ({"llama.attention.new_norm": 1.0}, "does not know this field"),
+        ({"llama.pooling_type": 1}, "embedding models"),
+        ({"llama.vocab_size": 40}, "llama.vocab_size is 40, and token_embd.weight has 32 rows"),
+        ({"general.type": "adapter"}, "an adapter"),
+        ({"adapter.type": "lora"}, "an adapter"),
+        ({"general.type": "mmproj"}, "a projector"),
+        ({"general.type": "imatrix"}, "an importance matrix"),
+        ({"general.sampling.temp": float("inf")}, "general.sampling.temp is inf"),
+        ({"general.sampling.temp": "warm"}, "general.sampling.temp is 'warm'"),
         ({"llama.embedding_length": None}, "llama.embedding_length is missing"),
-        ({"llama.attention.head_count": [8, 8]}, "head_count is [8, 8]"),
+        ({"llama.attention.head_count": [8, 4]}, "head_count is [8, 4]"),
         ({"llama.attention.head_count": 0}, "num_attention_heads is 0"),
         ({"llama.attention.head_count_kv": 3}, "multiple"),
         ({"llama.attention.layer_norm_rms_epsilon": "x"}, "it must be a number"),
@@ -242,11 +291,16 @@ def test_what_is_not_a_plain_llama_is_refused(path, metadata, message):
 
 def test_other_models_and_formats_are_refused(path):
     write(path, architecture="gemma2")
-    assert "architecture 'gemma2'" in refusal(path)
+    assert "architecture is 'gemma2'" in refusal(path)
     write(path, {"blk.0.attn_q_norm": np.ones(HEAD_DIM, np.float32)})
     assert "attn_q_norm.weight" in refusal(path)
     write(path, without=["token_embd"])
     assert "token_embd.weight is missing" in refusal(path)
+    write(path, architecture="clip")
+    assert "'clip', which is not supported" in refusal(path)
+    lora = {"blk.0.attn_q.weight.lora_a": np.ones((HIDDEN, 8), np.float32)}
+    write(path, lora)
+    assert "an adapter" in refusal(path)
     write(path, {"output_norm": np.ones(HIDDEN, np.float64).view(np.uint8)}, {"output_norm": "F64"})
     assert "stored as F64" in refusal(path)
     path.write_bytes(b"PK\3\4 and so on")
@@ -270,7 +324,7 @@ def test_a_file_cut_anywhere_is_refused(path):
     ("body", "message"),
     [
         (struct.pack("<IQQ", 1, 0, 0), "GGUF version 1"),
-        (struct.pack(">IQQ", 3, 0, 0), "GGUF version 50331648"),
+        (struct.pack(">IQQ", 3, 0, 0), "a big-endian GGUF file"),
         (struct.pack("<IQQ", 3, 2**60, 0), "truncated or damaged"),
         (struct.pack("<IQQ", 3, 0, 2**60), "truncated or damaged"),
         (struct.pack("<IQQQ", 3, 0, 1, 2**63), "truncated or damaged"),
@@ -280,15 +334,54 @@ def test_a_file_cut_anywhere_is_refused(path):
         (struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 8, 3) + bytes(16), "truncated or damaged"),
         (struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 6, 2**62), "truncated or damaged"),
         (struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 9, 1) + bytes(64), "header is damaged"),
-        (struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 99), "header is damaged"),
-        (struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2, 99, 0), "header is damaged"),
+        (struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 99) + bytes(24), "header is damaged"),
+        (struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2, 99, 0), "is of type 99, which is not"),
+        (struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2, 31, 0), "31 (Q4_0_4_4, removed)"),
         (struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 33, 8, 0), "header is damaged"),
-        (struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2**63, 0, 2**63), "truncated or damaged"),
+        (struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2**63, 0, 2**63), "header is damaged"),
+        (struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 2**62, 0, 2**63), "truncated or damaged"),
+        (struct.pack("<IQQ", 3, 0, 2) + 2 * struct.pack("<Q1sIB", 1, b"k", 0, 1), "in it twice"),
     ],
 )
 def test_hostile_headers_are_refused(path, body, message):
     path.write_bytes(b"GGUF" + body)
     assert message in refusal(path)
+
+
+def test_arrays_are_bounded_before_they_are_made(path):
+    """The file is sparse: it has the room that the array claims, and no bytes on the disk."""
+    for kind, count in ((0, 2**32), (8, 2**28)):
+        path.write_bytes(b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, kind, count))
+        os.truncate(path, 6 * 2**30)
+        assert f"an array of {count} elements" in refusal(path)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ1sIQ", 3, 0, 1, 1, b"k", 8, 2**31))
+    os.truncate(path, 6 * 2**30)
+    assert "a string of 2147483648 bytes" in refusal(path)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ1sIIQQ", 3, 0, 1, 1, b"k", 9, 8, 1, 2**31))
+    os.truncate(path, 6 * 2**30)
+    assert "strings of more than" in refusal(path)
+
+
+def test_what_sentencepiece_files_leave_out_has_its_defaults(path):
+    write(path, **{"tokenizer.ggml.model": "llama"})
+    checkpoint = open_checkpoint(str(path))
+    assert checkpoint.eos_ids == (2,) and checkpoint.bos_id == 1
+    write(path, **{"tokenizer.ggml.model": "llama", "tokenizer.ggml.eos_token_id": 7})
+    assert open_checkpoint(str(path)).eos_ids == (7,)
+    write(path, **{"tokenizer.ggml.model": "gpt2"})
+    assert open_checkpoint(str(path)).eos_ids == ()
+
+
+def test_one_number_for_every_layer_is_one_number(path):
+    write(path, **{"llama.attention.head_count_kv": [KV_HEADS] * 3})
+    assert open_checkpoint(str(path)).config.num_key_value_heads == KV_HEADS
+
+
+def test_unknown_keys_that_are_set_are_named_once(path):
+    write(path, **{"general.mood": "good", "llama.colour": 3, "general.base_model.0.name": "x"})
+    assert open_checkpoint(str(path)).notes == (
+        "fields that cptool does not know were ignored: general.mood, llama.colour",
+    )
 
 
 @pytest.fixture(scope="module")

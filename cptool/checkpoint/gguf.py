@@ -22,7 +22,10 @@ from cptool.checkpoint.base import (
     select_tensors,
     token_ids,
 )
+from cptool.checkpoint.fields import number, shown
 from cptool.checkpoint.gguf_header import Header, read_header
+from cptool.checkpoint.kinds import check_names
+from cptool.checkpoint.known_fields import GGUF, check_fields, note_of_unknown
 from cptool.errors import UserError
 from cptool.model.config import LlamaConfig, RopeScaling
 
@@ -53,45 +56,27 @@ _NAMES = {
 }
 _ROPE_DIVISORS = "rope_freqs.weight"
 
-# Features of other models under the same architecture name, and the values that switch them off.
-_UNSUPPORTED = {
-    "llama.expert_count": 0,
-    "llama.attention.sliding_window": 0,
-    "llama.attention.scale": 0.0,
-    "llama.logit_scale": 0.0,
-    "llama.residual_scale": 0.0,
-    "llama.embedding_scale": 0.0,
-}
-
+# llama.cpp's defaults of a SentencePiece vocabulary.
+_SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}
 
 def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
     """Opens and validates the file `path`; UserError if it is damaged or not a plain Llama."""
     header = read_header(path)
     metadata = header.metadata
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise UserError(
-            f"{path}: architecture {architecture!r} is not supported; use a GGUF of a llama model"
-        )
-    for key, off in _UNSUPPORTED.items():
-        value = metadata.get(key, off)
-        if value != off:
-            raise UserError(
-                f"{path}: {key} is {value!r}, which is not supported; use a checkpoint without it"
-            )
-    if (parts := metadata.get("split.count", 1)) not in (0, 1):
-        raise UserError(
-            f"{path}: one of {parts!r} parts, a model must be one file; join them with llama.cpp's "
-            f"gguf-split --merge"
-        )
+    _check_kind(path, metadata)
+    unknown = check_fields(path, metadata, GGUF)
+    check_names(path, header.tensors)
+    notes: list[str] = []
     found = {_canonical(key): tensor for key, tensor in header.tensors.items()}
     divisors = found.pop(_ROPE_DIVISORS, None)
-    config = check_config(path, _read_config(path, header))
+    config = check_config(path, _read_config(path, header, notes))
     if divisors is not None:
-        config = replace(config, rope_scaling=_scaling_of_divisors(path, config, divisors))
+        scaling = _scaling_of_divisors(path, config, divisors)
+        config = check_config(path, replace(config, rope_scaling=scaling))
     stored = select_tensors(path, config, found, (*TORCH_DTYPES, *QUANTISED))
+    defaults = _SENTENCEPIECE_IDS if metadata.get("tokenizer.ggml.model") == "llama" else {}
     ids = {
-        name: token_ids(path, key, metadata.get(key), config.vocab_size)
+        name: token_ids(path, key, metadata.get(key, defaults.get(name)), config.vocab_size)
         for name in ("bos", "eos", "eot", "eom")
         for key in [f"tokenizer.ggml.{name}_token_id"]
     }
@@ -103,10 +88,50 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
         eos_ids=tuple(dict.fromkeys(ids["eos"] + ids["eot"] + ids["eom"])),
         bos_id=next(iter(ids["bos"]), None),
         sampling=Sampling(
-            metadata.get("general.sampling.temp"), metadata.get("general.sampling.top_p")
+            *(
+                number(path, metadata, key) if metadata.get(key) is not None else None
+                for key in ("general.sampling.temp", "general.sampling.top_p")
+            )
         ),
+        notes=(*notes, *note_of_unknown(unknown)),
         load_tokenizer=lambda: _load_tokenizer(path, metadata),
     )
+
+
+def _check_kind(path: Path, metadata: dict[str, Any]) -> None:
+    """Refuses sound files that are not a whole Llama, for what they are."""
+    parts = metadata.get("split.count", 1)
+    if parts not in (0, 1):
+        at = metadata.get("split.no")
+        place = f"part {at + 1} of {parts}" if type(at) is int else f"one of {shown(parts)} parts"
+        raise UserError(
+            f"{path}: {place}, and a model must be one file; join its parts with llama.cpp's "
+            f"gguf-split --merge"
+        )
+    kind = metadata.get("general.type", "model")
+    if kind == "adapter" or "adapter.type" in metadata:
+        raise UserError(
+            f"{path}: an adapter (LoRA), not a model; merge it into its base model first, with "
+            f"llama.cpp's export-lora, and give the result"
+        )
+    if kind != "model":
+        what = {
+            "imatrix": "an importance matrix", "mmproj": "a projector of images or sound",
+            "vocab": "a vocabulary", "clip-vision": "an encoder of images",
+        }.get(kind if isinstance(kind, str) else "", f"a file of type {shown(kind)}")  # fmt: skip
+        raise UserError(f"{path}: {what}, not a model; give the GGUF of the model itself")
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        missing = architecture is None
+        named = "not named in it" if missing else f"{shown(architecture)}, which is not supported"
+        raise UserError(
+            f"{path}: its architecture is {named}; use a GGUF of a llama model"
+        )
+    if metadata.get("llama.pooling_type", 0) not in (0, None):
+        raise UserError(
+            f"{path}: llama.pooling_type is {shown(metadata['llama.pooling_type'])}, as embedding "
+            f"models have; use a model that generates text"
+        )
 
 
 def dequantize(stored_bytes: "torch.Tensor", tensor: StoredTensor) -> "torch.Tensor":
@@ -129,11 +154,15 @@ def _canonical(name: str) -> str:
     return name
 
 
-def _read_config(path: Path, header: Header) -> LlamaConfig:
+def _read_config(path: Path, header: Header, notes: list[str]) -> LlamaConfig:
     metadata, tensors = header.metadata, header.tensors
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
-        raise UserError(f"{path}: tensor token_embd.weight is missing; fetch the file again")
+        what = "a vocabulary alone" if not tensors else "not a whole model"
+        raise UserError(
+            f"{path}: tensor token_embd.weight is missing, so it is {what}; give the GGUF of the "
+            f"model itself"
+        )
     hidden = _value(path, metadata, "llama.embedding_length", int)
     heads = _value(path, metadata, "llama.attention.head_count", int)
     head_dim = _value(
@@ -145,8 +174,15 @@ def _read_config(path: Path, header: Header) -> LlamaConfig:
                 f"{path}: {key} is {value}, cptool needs it to equal the head size {head_dim}; use "
                 f"another model"
             )
+    vocabulary = embedding.shape[0]
+    if (said := _value(path, metadata, "llama.vocab_size", int, vocabulary)) != vocabulary:
+        raise UserError(
+            f"{path}: llama.vocab_size is {said}, and token_embd.weight has {vocabulary} rows; the "
+            f"two are not of one model"
+        )
+    scaling = _linear_scaling(path, metadata, notes)
     return LlamaConfig(
-        vocab_size=embedding.shape[0],
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=_value(path, metadata, "llama.feed_forward_length", int),
         num_hidden_layers=_value(path, metadata, "llama.block_count", int),
@@ -155,25 +191,52 @@ def _read_config(path: Path, header: Header) -> LlamaConfig:
         head_dim=head_dim,
         rms_norm_eps=_value(path, metadata, "llama.attention.layer_norm_rms_epsilon", float),
         rope_theta=_value(path, metadata, "llama.rope.freq_base", float, 10000.0),
-        max_position_embeddings=_value(path, metadata, "llama.context_length", int),
+        max_position_embeddings=_context(path, metadata, scaling),
         tie_word_embeddings="output.weight" not in tensors,
-        rope_scaling=_linear_scaling(path, metadata),
+        rope_scaling=scaling,
     )
 
 
-def _linear_scaling(path: Path, metadata: dict[str, Any]) -> RopeScaling | None:
-    kind = metadata.get("llama.rope.scaling.type", "none")
+def _linear_scaling(
+    path: Path, metadata: dict[str, Any], notes: list[str]
+) -> RopeScaling | None:
+    """As llama.cpp reads it: a factor without a type is linear, the older key counts where there is
+    no newer one, 0 is no factor, and type none leaves a factor out.
+    """
+    newer, older = (
+        None if metadata.get(key) is None else _value(path, metadata, key, float)
+        for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear")
+    )
+    if newer is not None and older is not None and newer != older:
+        raise UserError(
+            f"{path}: llama.rope.scaling.factor is {newer} and llama.rope.scale_linear {older}; "
+            f"convert the model anew"
+        )
+    factor = older if newer is None else newer
+    kind = metadata.get("llama.rope.scaling.type", "linear")
     if kind == "none":
+        if factor not in (None, 0, 1):
+            notes.append(
+                f"{path}: llama.rope.scaling.type is none, so the factor {factor} beside it does "
+                f"not count"
+            )
         return None
     if kind != "linear":
         raise UserError(
-            f"{path}: rope scaling {kind!r} is not supported; use a model without scaling, or with "
-            f"linear or llama3 scaling"
+            f"{path}: rope scaling {shown(kind)} is not supported; use a model without scaling, or "
+            f"with linear or llama3 scaling"
         )
-    factor = _value(path, metadata, "llama.rope.scaling.factor", float)
-    if not factor > 0:
-        raise UserError(f"{path}: llama.rope.scaling.factor is {factor}, it must be positive")
-    return RopeScaling("linear", factor)
+    return RopeScaling("linear", factor) if factor not in (None, 0, 1) else None
+
+
+def _context(path: Path, metadata: dict[str, Any], scaling: RopeScaling | None) -> int:
+    """How many positions the model was made for; linear scaling stretches the original ones."""
+    positions = _value(path, metadata, "llama.context_length", int)
+    if scaling is None or not 0 < scaling.factor < 2**31:
+        return positions
+    key = "llama.rope.scaling.original_context_length"
+    original = _value(path, metadata, key, int, positions)
+    return max(positions, int(original * scaling.factor))
 
 
 def _scaling_of_divisors(
@@ -195,6 +258,11 @@ def _scaling_of_divisors(
         divisors = struct.unpack(f"<{half}f", file.read(tensor.nbytes))
     if all(divisor == 1 for divisor in divisors):
         return None
+    if not all(math.isfinite(divisor) and divisor > 0 for divisor in divisors):
+        raise UserError(
+            f"{path}: {_ROPE_DIVISORS} holds a divisor that is not positive and finite; convert "
+            f"the model anew"
+        )
     scaling = RopeScaling("llama3", _shortest(divisors[-1]))
     expected = [
         _llama3_divisor(2 * math.pi * config.rope_theta ** (j / half), scaling) for j in range(half)
@@ -217,9 +285,11 @@ def _llama3_divisor(wavelength: float, scaling: RopeScaling) -> float:
 
 def _value(path: Path, metadata: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
     value = metadata.get(key, default)
+    if isinstance(value, list) and value and all(item == value[0] for item in value):
+        value = value[0]  # One value for each layer, and all the same.
     if type(value) is not kind:
         raise UserError(
-            f"{path}: {key} is {'missing' if value is None else repr(value)[:40]}, it must be "
+            f"{path}: {key} is {'missing' if value is None else shown(value)}, it must be "
             f"{'an integer' if kind is int else 'a number'}; convert the model anew"
         )
     return _shortest(value) if kind is float else value

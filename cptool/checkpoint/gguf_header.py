@@ -13,12 +13,31 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from cptool.checkpoint.base import StoredTensor
+from cptool.checkpoint.base import StoredTensor, bounded_product, first_line
+from cptool.checkpoint.fields import readable
+from cptool.checkpoint.lookalikes import describe
 from cptool.errors import UserError
 
 _SCALARS = dict(zip([*range(8), 10, 11, 12], "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
+
+# Vocabularies of 300,000 tokens have 500,000 merges; nothing has more elements. A sparse file makes
+# any count look possible, and a list of four thousand million numbers takes 100 GB.
+_MAX_ELEMENTS, _MAX_KEYS, _MAX_TENSORS = 2**23, 2**16, 2**20
+_MAX_NAME_BYTES, _MAX_STRING_BYTES, _MAX_METADATA_BYTES = 2**16, 2**26, 2**30
+
+# Types that are no more or never were in llama.cpp's own files.
+_OTHER_TYPES = {
+    4: "Q4_2, removed", 5: "Q4_3, removed", 31: "Q4_0_4_4, removed", 32: "Q4_0_4_8, removed",
+    33: "Q4_0_8_8, removed", 36: "IQ4_NL_4_4, removed", 37: "IQ4_NL_4_8, removed",
+    38: "IQ4_NL_8_8, removed", 97: "Q8_0_X4 of ik_llama.cpp", 133: "IQ2_BN of ik_llama.cpp",
+    134: "IQ1_BN of ik_llama.cpp", 137: "IQ2_K of ik_llama.cpp", 138: "IQ3_K of ik_llama.cpp",
+    139: "IQ4_K of ik_llama.cpp", 140: "IQ5_K of ik_llama.cpp", 141: "IQ6_K of ik_llama.cpp",
+}  # fmt: skip
+
+
+_KNOWN_TYPES = frozenset(map(int, GGMLQuantizationType))
 
 
 @dataclass(frozen=True)
@@ -32,16 +51,22 @@ class Header:
 def read_header(path: Path) -> Header:
     """Reads and checks the header; UserError for another format, a truncated or a damaged file."""
     with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"{path}: not a GGUF file; give one, or a model directory")
+        beginning = file.read(512)
+        if not beginning.startswith(b"GGUF"):
+            what = describe(beginning)
+            raise UserError(
+                f"{path}: not a GGUF file{what and f' but {what}' or ''}; give a GGUF file, or a "
+                f"model directory"
+            )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _Cursor(path, data).header()
-            except (ValueError, KeyError, UnicodeDecodeError) as error:
+            except (ValueError, KeyError) as error:
                 if isinstance(error, UserError):
                     raise
                 raise UserError(
-                    f"{path}: its GGUF header is damaged ({error}); fetch the file again"
+                    f"{path}: its GGUF header is damaged ({first_line(error)[:200]}); fetch the "
+                    f"file again"
                 ) from None
 
 
@@ -50,20 +75,32 @@ class _Cursor:
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path, self.data, self.size = path, data, len(data)
-        self.position = 4
+        self.position, self.elements = 4, 0
 
     def header(self) -> Header:
         version = self.scalar("I")
+        if version in (2 << 24, 3 << 24):
+            raise UserError(
+                f"{self.path}: a big-endian GGUF file, which is not supported; convert the model "
+                f"anew, or with gguf's gguf-convert-endian"
+            )
         if version not in (2, 3):
             raise UserError(
                 f"{self.path}: GGUF version {version} is not supported, little-endian 2 and 3 are; "
                 f"convert the model anew"
             )
         tensor_count, metadata_count = self.scalar("Q"), self.scalar("Q")
-        metadata = {}
+        self.need(12 * metadata_count + 24 * tensor_count)
+        if metadata_count > _MAX_KEYS or tensor_count > _MAX_TENSORS:
+            raise ValueError(f"{metadata_count} keys and {tensor_count} tensors")
+        metadata: dict[str, Any] = {}
         for _ in range(metadata_count):
-            key = self.string()
+            key = self.string(_MAX_NAME_BYTES)
+            if key in metadata:
+                raise ValueError(f"key {readable(key)} is in it twice")
             metadata[key] = self.value(self.scalar("I"))
+            if self.position > _MAX_METADATA_BYTES:
+                raise ValueError(f"metadata of more than {_MAX_METADATA_BYTES} bytes")
         table = [self.tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1:
@@ -71,8 +108,15 @@ class _Cursor:
         start = -(-self.position // alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in table:
+            if name in tensors:
+                raise ValueError(f"tensor {readable(name)} is in it twice")
             tensors[name] = self.stored(name, shape, kind, start + offset)
         self.need(max((t.offset + t.nbytes for t in tensors.values()), default=0) - self.position)
+        end = start
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+            if tensor.offset < end:
+                raise ValueError(f"tensor {readable(name)} overlaps the one before")
+            end = tensor.offset + tensor.nbytes
         return Header(metadata, tensors)
 
     def need(self, count: int) -> None:
@@ -81,6 +125,9 @@ class _Cursor:
                 f"{self.path}: truncated or damaged, at least {self.position + count} bytes "
                 f"expected and {self.size} found; fetch the file again"
             )
+
+    def has(self, count: int) -> bool:
+        return self.position + count <= self.size
 
     def scalar(self, code: str) -> Any:
         return self.scalars(code, 1)[0]
@@ -92,7 +139,11 @@ class _Cursor:
         self.position += size
         return values
 
-    def string(self) -> str:
+    def string(self, limit: int = _MAX_STRING_BYTES) -> str:
+        (length,) = struct.unpack_from("<Q", self.data, self.position) if self.has(8) else (0,)
+        if length > limit:
+            self.need(8 + length)
+            raise ValueError(f"a string of {length} bytes")
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
@@ -106,9 +157,15 @@ class _Cursor:
                 break
             start = position + 8
             position = start + length_at(data, position)[0]
+            if position - self.position > _MAX_METADATA_BYTES:
+                break
             values.append(data[start:position].decode("utf-8"))
+        if len(values) < count:
+            self.position = min(position, self.size)
+            self.need(position - self.position + 8)
+            raise ValueError(f"strings of more than {_MAX_METADATA_BYTES} bytes")
         self.position = position
-        self.need(8 * (count - len(values)))
+        self.need(0)
         return values
 
     def value(self, kind: int) -> Any:
@@ -117,6 +174,11 @@ class _Cursor:
         if kind != _ARRAY:
             return self.scalar(_SCALARS[kind])
         kind, count = self.scalar("I"), self.scalar("Q")
+        size = 8 if kind == _STRING else struct.calcsize(f"<{_SCALARS.get(kind, 'B')}")
+        self.need(size * count)
+        self.elements += count
+        if self.elements > _MAX_ELEMENTS:
+            raise ValueError(f"an array of {count} elements")
         if kind == _STRING:
             return self.strings(count)
         if kind not in _SCALARS:
@@ -124,19 +186,23 @@ class _Cursor:
         return list(self.scalars(_SCALARS[kind], count))
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        name, dimensions = self.string(), self.scalar("I")
+        name, dimensions = self.string(_MAX_NAME_BYTES), self.scalar("I")
         if dimensions > _MAX_DIMENSIONS:
-            raise ValueError(f"tensor {name!r} has {dimensions} dimensions")
+            raise ValueError(f"tensor {readable(name)} has {dimensions} dimensions")
         shape = tuple(reversed(self.scalars("Q", dimensions)))
         return name, shape, self.scalar("I"), self.scalar("Q")
 
     def stored(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> StoredTensor:
+        if kind not in _KNOWN_TYPES:
+            said = f" ({_OTHER_TYPES[kind]})" if kind in _OTHER_TYPES else ""
+            raise UserError(
+                f"{self.path}: tensor {readable(name)} is of type {kind}{said}, which is not "
+                f"supported; use a GGUF of the model in another quantisation"
+            )
         encoding = GGMLQuantizationType(kind)
         block, block_bytes = GGML_QUANT_SIZES[encoding]
-        elements = 1
-        for extent in shape:
-            elements *= extent
+        elements = bounded_product(shape)
         if not shape or shape[-1] % block:
-            raise ValueError(f"tensor {name!r}: shape {list(shape)} in blocks of {block}")
+            raise ValueError(f"tensor {readable(name)}: shape {list(shape)} in blocks of {block}")
         nbytes = elements // block * block_bytes
         return StoredTensor(self.path, offset, nbytes, shape, encoding.name)

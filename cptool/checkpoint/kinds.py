@@ -22,7 +22,7 @@ _TENSORS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     (re.compile(pattern), what, remedy)
     for pattern, what, remedy in (
         (
-            r"\.lora_[AB]\b|\.lora_[ab]$|\.lora_(?:embedding|magnitude)|\bada_|\.ia3_l\b|\.hada_w",
+            r"\.lora_[AB]\b|\.lora_[ab]\b|\.lora_(?:embedding|magnitude)|\bada_|\.ia3_l\b|\.hada_w",
             "weights of an adapter",
             _MERGE,
         ),
