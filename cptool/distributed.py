@@ -77,15 +77,15 @@ class World:
         """Record on the status board what this rank is doing; about a microsecond."""
         self.board.write(self.rank, phase, done, total)
 
-    def gather(self, value: Any) -> list[Any]:
-        """The picklable `value` of every rank, in rank order, on every rank."""
+    def gather(self, value: Any, *types: type) -> list[Any]:
+        """The `value` of every rank, in rank order, on every rank: one that `cptool.encoding`
+        takes, with dataclasses of `types`. Tensors arrive on the CPU.
+        """
         if self.size == 1:
             return [value]
-        import torch.distributed as dist
+        from cptool.gathering import gather_values
 
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return gather_values(value, types)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -267,6 +267,7 @@ def connect(
     from torch.distributed.device_mesh import DeviceMesh
 
     from cptool.binding import bind
+    from cptool.gathering import gather_values
 
     device = resolve_device(device, seat.local_size)
     staged = transport(device, seat.local_size, asked) == "staged"
@@ -282,13 +283,8 @@ def connect(
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     dist.init_process_group(backend, rank=seat.rank, world_size=seat.size, timeout=patience)
 
-    def gather(value: Any) -> list[Any]:
-        values: list[Any] = [None] * seat.size
-        dist.all_gather_object(values, value)
-        return values
-
     if device == "cpu":  # threads that are started from here on inherit where this one is bound
-        torch.set_num_threads(bind(gather, seat.rank, threads))
+        torch.set_num_threads(bind(gather_values, seat.rank, threads))
     else:
         torch.set_num_threads(threads or max(1, cores() // seat.local_size))
 

@@ -193,6 +193,10 @@ class HardwareProfile:
         )
 
 
+PARTS = (HardwareProfile, Link, RowRates)
+"""The dataclasses that a profile is made of."""
+
+
 def _beyond(measured: Beyond, variant: str, ranks: int, sources: int) -> float:
     """As on the nearest number of ranks that was measured, in proportion to the other ranks."""
     if ranks == 1 or not measured:
@@ -259,7 +263,7 @@ def world_profile(world: World) -> HardwareProfile:
         torch.get_num_threads(), usable_processors(world) // world.tp
     )
     # The threads too are those of rank 0: ranks whose profiles differ would choose differently.
-    return world.gather(profile)[0]
+    return world.gather(profile, *PARTS)[0]
 
 
 def usable_processors(world: World) -> int:

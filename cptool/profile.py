@@ -84,6 +84,8 @@ def collect(
 
     Collective. Clocks of different hosts are brought together at a barrier, to within its skew.
     """
+    from cptool.device_trace import Kernel
+
     world.barrier()
     now = time.perf_counter()
     mine = (
@@ -94,7 +96,7 @@ def collect(
         now,
         world.local_size,
     )
-    ranks = world.gather(mine)
+    ranks = world.gather(mine, Span, Transfer, Kernel)
     if world.rank == 0:
         one_host = ranks[0][-1] == world.size
         shifts = [0.0 if one_host else ranks[0][4] - rank[4] for rank in ranks]

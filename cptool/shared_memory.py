@@ -3,7 +3,7 @@
 import math
 import os
 import uuid
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,12 +19,16 @@ Key = TypeVar("Key", bound=Hashable)
 
 @contextmanager
 def shared_tensors(
-    world: "World", shapes: Mapping[Key, tuple[int, ...]], dtype: torch.dtype
+    world: "World",
+    shapes: Mapping[Key, tuple[int, ...]],
+    dtype: torch.dtype,
+    key_types: Sequence[type] = (),
 ) -> Iterator[tuple[dict[Key, torch.Tensor], list[Key]]]:
     """Maps one tensor for every key that any rank of this machine asks for with `shapes`.
 
-    Collective over all ranks of `world`. Yields the tensors by key, and the keys that this rank is
-    to fill: each key falls to one rank of the machine, balanced by size. At the normal end of the
+    key_types: the dataclasses that keys are made of. Collective over all ranks of `world`. Yields
+    the tensors by key, and the keys that this rank is to fill: each key falls to one rank of the
+    machine, balanced by size. At the normal end of the
     `with` block all ranks wait for each other, so that afterwards every tensor is filled.
 
     The memory is a file without a name (memfd_create): it needs no room in /dev/shm or on a disk,
@@ -36,7 +40,7 @@ def shared_tensors(
         # All offer a file and take the first that they see: that of their machine's first rank.
         offers = world.gather((f"/proc/{os.getpid()}/fd/{fd}", name))
         path, name = next(offer for offer in offers if is_here(*offer))
-        everyone = world.gather((name, dict(shapes)))
+        everyone = world.gather((name, dict(shapes)), *key_types)
         peers = [rank for rank, (file, _) in enumerate(everyone) if file == name]
         union = {key: shape for rank in peers for key, shape in everyone[rank][1].items()}
         tensors = _map(path, union, dtype)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from cptool import _extension
+from cptool.gathering import gather_values
 from cptool.ring import Ring
 from cptool.shared_memory import is_here
 
@@ -173,12 +174,12 @@ class SharedRing(Ring):
         try:
             size = self.size * SLOTS * _SLOT_BYTES
             os.ftruncate(fd, size)
-            offers = self._tell((os.getpid(), fd, name, probe.data_ptr(), token))
+            offers = self._gather_values((os.getpid(), fd, name, probe.data_ptr(), token))
             found: dict[int, tuple[mmap.mmap, int, int]] = {}
             for rank, offer in enumerate(offers):
                 if rank != self.rank and (opened := _open(*offer, size)) is not None:
                     found[rank] = (*opened, offer[0])
-            readers = self._tell(sorted(found))
+            readers = self._gather_values(sorted(found))
             own = mmap.mmap(fd, size)
         finally:
             os.close(fd)
@@ -188,10 +189,8 @@ class SharedRing(Ring):
                 self._out[rank] = Channel(own, rank, rank, pid, pidfd)
                 self._back[rank] = Channel(theirs, self.rank, rank, pid, pidfd)
 
-    def _tell(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+    def _gather_values(self, value: Any) -> list[Any]:
+        return gather_values(value, group=self.group)
 
 
 def _open(

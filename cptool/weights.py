@@ -64,7 +64,7 @@ def load_model(
             parameters[name] = mapped
 
     if device.type == "cpu" and shared:
-        with shared_tensors(world, shapes, dtype) as (tensors, mine):
+        with shared_tensors(world, shapes, dtype, (Block,)) as (tensors, mine):
             _fill({source: tensors[source] for source in mine}, checkpoint, world)
     else:
         tensors = {

@@ -25,8 +25,8 @@ def over_shared_memory(world, name, *args, far=()):
     )
 
     class Here(SharedRing):
-        def _tell(self, value):
-            values = super()._tell(value)
+        def _gather_values(self, value):
+            values = super()._gather_values(value)
             if isinstance(value, tuple):  # the offers
                 for rank in range(self.size):
                     if tuple(sorted((rank, self.rank))) in pairs:

@@ -22,7 +22,13 @@ from cptool.calibration.linear import device_rates, row_rates, tiny_layer
 from cptool.calibration.link import link_rates
 from cptool.calibration.overheads import with_overheads
 from cptool.distributed import World
-from cptool.hardware import MEASURED, HardwareProfile, default_profile, usable_processors
+from cptool.hardware import (
+    MEASURED,
+    PARTS,
+    HardwareProfile,
+    default_profile,
+    usable_processors,
+)
 from cptool.strategy import fit_rule
 
 OVERHEAD_REPEATS = 10
@@ -73,7 +79,7 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         profile = dataclasses.replace(profile, transfer_steals=steals, **{joins: link})
     profile = with_overheads(world, worlds, profile, dtypes[0], OVERHEAD_REPEATS * repeats)
     rule = fit_rule(EXAMPLE, dtypes[0], max(2, world.cp), profile)
-    return world.gather(dataclasses.replace(profile, rule=rule))[0]
+    return world.gather(dataclasses.replace(profile, rule=rule), *PARTS)[0]
 
 
 @torch.inference_mode()
@@ -89,7 +95,7 @@ def measure_more_ranks(
         table: {**getattr(profile, table), **getattr(more, table)}
         for table in ("residual_s", "start_s")
     }
-    return world.gather(dataclasses.replace(profile, **both))[0]
+    return world.gather(dataclasses.replace(profile, **both), *PARTS)[0]
 
 
 def _counts(world: World, at_once: int | None) -> list[int]:
