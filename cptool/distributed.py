@@ -6,6 +6,7 @@ that ranks are forked from and in this one at the same time.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import datetime
@@ -15,13 +16,13 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cptool.errors import UserError
-from cptool.launcher import Seat, launched, launched_size, set_rendezvous_address
-from cptool.scratch import check_semaphores, make_folder
+from cptool.launcher import Seat, launched, launched_size
+from cptool.scratch import make_folder
 from cptool.status import Board
 from cptool.termination import held_back, orderly
 
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 DEFAULT_TIMEOUT_S = 300.0
-# The fork server takes two descriptors of each rank with every request, and at most 255.
-MOST_LOCAL_RANKS = 125
+# More on one machine is not what anybody means; they are processes, each with a connection to all.
+MOST_LOCAL_RANKS = 128
 # OpenMP ends the process, without a word of ours, where it cannot start as many as it is told.
 MOST_THREADS = 1024
 
@@ -180,11 +181,12 @@ def run(
     threads: int | None = None,
     timeout: float = DEFAULT_TIMEOUT_S,
     watch: Callable[[Board], None] | None = None,
+    own: Sequence[Any] | None = None,
 ) -> Any:
     """Call entry(world, *args) on cp * tp ranks and return what rank 0 returned.
 
     Under torchrun or srun this process joins that world, and returns its own rank's value. Else one
-    rank runs in this process, and more are started as local processes under torch's elastic agent;
+    rank runs in this process, and more are started as local processes (`cptool.local_launch`);
     then `entry` must be importable by name and `args` picklable, and standard output and error of
     the ranks are this process's own.
 
@@ -192,6 +194,8 @@ def run(
         which is bound to its own (`cptool.binding`).
     timeout: seconds that a rank waits for the others in one transfer before it gives up.
     watch: called with the status board about ten times a second while ranks work (on rank 0).
+    own: a last argument for each rank, which no other rank gets, such as its end of a connection;
+        for ranks that are started here.
 
     Raises the UserError that a rank raised; RankFailed when a rank died or raised anything else
     (its traceback is on standard error, but not those of transfers that broke off); after all ranks
@@ -209,14 +213,14 @@ def run(
     if cp * tp == 1:
         board = Board(1)
         with _watching(watch, board):
-            return entry(_alone(resolve_device(device), threads, board), *args)
+            last = () if own is None else own
+            return entry(_alone(resolve_device(device), threads, board), *args, *last)
     from cptool.local_launch import launch
 
-    check_semaphores()
     with orderly(), make_folder() as folder:
         board = Board(cp * tp, os.path.join(folder, "status"))
         with _watching(watch, board):
-            return launch(entry, args, options, board, folder)
+            return launch(entry, args, options, board, folder, own)
 
 
 def _gpus() -> int:
@@ -260,14 +264,16 @@ def connect(
     timeout: float,
     asked: str | None,
     board: Board,
+    store: dist.Store,
 ) -> World:
-    """Join the process group that the environment describes, and build the mesh."""
+    """Join the process group whose ranks meet in `store`, and build the mesh."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
     from cptool.binding import bind
     from cptool.gathering import gather_values
+    from cptool.rendezvous import START_S, meet
 
     device = resolve_device(device, seat.local_size)
     staged = transport(device, seat.local_size, asked) == "staged"
@@ -281,7 +287,10 @@ def connect(
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" and not staged else "gloo"
     # Transfers must start beside an attention kernel that fills the device, not behind it.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
-    dist.init_process_group(backend, rank=seat.rank, world_size=seat.size, timeout=patience)
+    meet(store, seat, timeout + START_S)
+    dist.init_process_group(
+        backend, store=store, rank=seat.rank, world_size=seat.size, timeout=patience
+    )
 
     if device == "cpu":  # threads that are started from here on inherit where this one is bound
         torch.set_num_threads(bind(gather_values, seat.rank, threads))
@@ -334,13 +343,30 @@ def call_entry(entry: Callable[..., Any], args: tuple, world: World) -> Any:
 
 def _joined(entry, args, seat: Seat, options: tuple, board: Board) -> Any:
     """One rank of a world that a launcher started, which also ends the others if this one dies."""
-    set_rendezvous_address()
+    from cptool.rendezvous import launchers_store, start_deadline
+    from cptool.stopped import kill_stopped_peers
+
+    timeout = options[4]
+
+    def give_up() -> None:
+        where = f"{os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
+        told = f"rank {seat.rank} did not meet the others at MASTER_ADDR {where} in {timeout:g} s"
+        print(f"cptool: {told}", file=sys.stderr, flush=True)
+        kill_stopped_peers()
+        os._exit(1)
+
     try:
-        return call_entry(entry, args, connect(seat, *options, board))
+        store = launchers_store(seat, timeout)
+        with start_deadline(timeout, give_up):
+            world = connect(seat, *options, board, store)
+        return call_entry(entry, args, world)
     except UserError:
         raise
     except Exception as error:
-        if not is_communication(error):
+        if is_communication(error):
+            # Last of all, for the launcher ends this rank too when it sees one die.
+            atexit.register(kill_stopped_peers)
+        else:
             traceback.print_exc()
         raise RankFailed(describe(seat.rank, board, error)) from error
 

@@ -1,4 +1,10 @@
-"""Starting the ranks of one machine under torch's elastic agent, and telling why a run ended.
+"""Starting the ranks of one machine, ending them, and telling why a run ended.
+
+Ranks are forked from a server that has imported torch. Nothing of a run listens but on loopback
+(`cptool.rendezvous`), and what a rank is started with, and what it returns, goes through pipes that
+it inherits: no other process can have written it. torch's elastic agent, which torchrun uses, is
+not used here: its store listens on all interfaces without a password, it unpickles what it finds
+there, and it gives a stopped rank 30 s.
 
 Every rank has a record on the status board. When ranks fail, the first cause is what the user
 needs; the errors of the others, whose transfers broke off, are its echo. See `_cause`.
@@ -7,17 +13,18 @@ needs; the errors of the others, whose transfers broke off, are its echo. See `_
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from multiprocessing import forkserver, resource_tracker
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver, resource_tracker, util
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from cptool.distributed import (
@@ -30,60 +37,68 @@ from cptool.distributed import (
     transport,
 )
 from cptool.errors import RunError, UserError
-from cptool.launcher import launched
+from cptool.launcher import Seat
+from cptool.rendezvous import check_loopback, file_store, listen_on_loopback, start_deadline
+from cptool.scratch import Folder, make_folder
 from cptool.status import Board
+from cptool.stopped import is_stopped
 from cptool.termination import held_back
 
-_POLL_S = 0.05
-# How long a rank that raised stays alive. A rank that was killed is gone at once, so meanwhile the
-# agent has seen that one and ended the others before they can end by themselves.
-_LINGER_S = {"error": 0.5, "communication": 5.0}
+_POLL_S = 0.5
+# The cause may show only after its echo: how long to look for it once a rank has failed.
+_GRACE_S = 1.0
+# For ranks to end in order after SIGTERM; a stopped one does not hear it.
+_ORDERLY_S = 2.0
+# A process that waits for a disk ends only when the disk answers.
+_KILLED_S = 2.0
+# Longest temporary directory with room for the name of the server's socket (107 bytes in all).
+_LONGEST_BASE = 55
 
 
 def launch(
-    entry: Callable[..., Any], args: tuple, options: tuple, board: Board, folder: str
+    entry: Callable[..., Any],
+    args: tuple,
+    options: tuple,
+    board: Board,
+    folder: str,
+    own: Sequence[Any] | None = None,
 ) -> Any:
     """Call entry(world, *args) on local processes; rank 0's value, or the first cause as exception.
 
     options: (cp, tp, device, threads, timeout) of `cptool.distributed.run`, whose contract this
     fulfils, and CPTOOL_TRANSPORT of this process: the server that ranks are forked from may have
-    started with another. board: in a file, one record per rank. folder: for temporary files of the
-    agent.
+    started with another. board: in a file of `folder`, one record per rank. folder: private, where
+    the ranks meet. own: a last argument for each rank.
     """
+    check_loopback()
     start_server(entry)
     cp, tp, device, *others, asked = options
     device = resolve_device(device, board.ranks)
     transport(device, board.ranks, asked)  # what cannot be is told before any rank starts
     options = (cp, tp, device, *others, asked)
 
-    with held_back():
-        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=board.ranks,
-        run_id="cptool",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=_POLL_S,
-        start_method="forkserver",
-        logs_specs=DefaultLogsSpecs(log_dir=folder),
-    )
+    context = multiprocessing.get_context("forkserver")
+    answers, answer = context.Pipe(duplex=False)
+    ranks: list[BaseProcess] = []
     try:
-        with _own_signals(), _quiet():
-            return elastic_launch(config, _rank_main)(entry, args, options, board.path)[0]
-    except SignalException as stopped:
-        if stopped.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise SystemExit(128 + stopped.sigval) from None
-    except ChildFailedError as failed:
-        rank, process = next(iter(failed.failures.items()))
-        raise _cause(board, rank, process.pid, process.exitcode) from None
+        with held_back():
+            for rank in range(board.ranks):
+                seat = Seat(rank, board.ranks, rank, board.ranks)
+                given = args if own is None else (*args, own[rank])
+                to = answer if rank == 0 else None
+                process = context.Process(
+                    target=_rank_main,
+                    args=(seat, entry, given, options, str(board.path), folder, to),
+                    name=f"cptool-rank-{rank}",
+                    daemon=True,
+                )
+                process.start()
+                ranks.append(process)
+            answer.close()
+        return _Supervision(ranks, answers, board, timeout=options[4]).result()
+    finally:
+        _end(ranks)
+        answers.close()
 
 
 def start_server(entry: Callable[..., Any]) -> None:
@@ -93,70 +108,207 @@ def start_server(entry: Callable[..., Any]) -> None:
     5 s when each imports torch by itself. It imports while this process does. `launch` starts it
     too. It hears no Ctrl-C.
     """
+    # Until 3.10.8 and 3.11.0 Python gave the server's socket a name in no directory, to which any
+    # user of the machine could connect and have code run (CVE-2022-42919).
+    util.abstract_sockets_supported = False
+    _choose_socket_folder()
     forkserver.set_forkserver_preload(["torch.distributed.device_mesh", entry.__module__])
     with _deaf():
         forkserver.ensure_running()
 
 
-def _rank_main(entry: Callable[..., Any], args: tuple, options: tuple, path: str) -> Any:
+_socket_folder: Folder | None = None
+
+
+def _choose_socket_folder() -> None:
+    """Have the server's socket in a private folder that goes with this process, or is swept after
+    it, and whose path is short enough for a socket.
+    """
+    global _socket_folder
+    if _socket_folder is not None:
+        return
+    bases = [tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/dev/shm"]
+    fitting = [b for b in bases if b and len(os.fsencode(b)) <= _LONGEST_BASE]
+    base = next((b for b in fitting if os.access(b, os.W_OK | os.X_OK)), None)
+    if base is None:
+        raise UserError(
+            f"the temporary directory {bases[0]} has too long a name for a socket; set TMPDIR to "
+            f"one of at most {_LONGEST_BASE} characters"
+        )
+    _socket_folder = make_folder(base)
+    # After multiprocessing has put its own folder in it away, which it does at priority -100.
+    util.Finalize(None, _socket_folder.cleanup, exitpriority=-101)
+    before, tempfile.tempdir = tempfile.tempdir, _socket_folder.name
+    try:
+        util.get_temp_dir()  # multiprocessing keeps to the first that it gets
+    finally:
+        tempfile.tempdir = before
+
+
+def _rank_main(
+    seat: Seat,
+    entry: Callable[..., Any],
+    args: tuple,
+    options: tuple,
+    path: str,
+    folder: str,
+    answer: Connection | None,
+) -> None:
     """What a local rank runs: connect, call, and on an exception tell the board, which is in the
-    file `path`, and end.
+    file `path`, and end. answer: where rank 0 sends what `entry` returned.
     """
     _die_with_launcher()
-    seat = launched()
+    for name, value in (
+        ("RANK", seat.rank), ("WORLD_SIZE", seat.size),
+        ("LOCAL_RANK", seat.local_rank), ("LOCAL_WORLD_SIZE", seat.local_size),
+    ):  # fmt: skip
+        os.environ[name] = str(value)
     try:
         board = Board(seat.size, path, make=False)
+        store = file_store(folder, seat.size)
     except FileNotFoundError:  # the launching process is ending, and has put its folder away
         os._exit(1)
     # Ctrl-C reaches every process of the terminal, and the launching one tells of it. Python's own
     # handler would never run in a rank that is blocked in a transfer.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `_deaf`
-    if Path("/sys/class/net/lo").exists():
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    listen_on_loopback()
+
+    def give_up() -> None:
+        board.fail(seat.rank, "communication", f"rank {seat.rank} did not meet the others")
+        os._exit(1)
+
     try:
-        value = call_entry(entry, args, connect(seat, *options, board))
-        return value if seat.rank == 0 else None
+        with start_deadline(options[4], give_up):
+            world = connect(seat, *options, board, store)
+        value = call_entry(entry, args, world)
+        if answer is not None:
+            answer.send(value)
+        return
     except UserError as error:
         board.fail(seat.rank, "user", str(error))
     except Exception as error:
         kind = "communication" if is_communication(error) else "error"
         board.fail(seat.rank, kind, describe(seat.rank, board, error))
-        time.sleep(_LINGER_S[kind])
         if kind == "error" and not isinstance(error, (ImportError, OSError, RunError)):
             traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, AttributeError):  # closed from the beginning, or full
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Not sys.exit: leaving in order would wait for groups whose other ranks are stuck.
     os._exit(1)
 
 
-def _cause(board: Board, rank: int, pid: int, exitcode: int) -> BaseException:
-    """Why the run ended, given the process that the agent saw end first.
+class _Supervision:
+    """Waits for the ranks of a run, and says how it ended."""
 
-    If it left without a word, by a signal or by an exit of its own, that is the cause. Else the
-    earliest failure on the board counts; if that is an error of communication, ranks that recorded
-    nothing are the ones that hang.
-    """
-    if exitcode == -signal.SIGINT:
-        return KeyboardInterrupt()
-    failures = board.failures()
-    recorded = {failure.rank for failure in failures}
-    if exitcode < 0:
-        number = -exitcode
-        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        told = f"rank {rank} (pid {pid}) was killed by {name} during {board.read(rank)}"
-    elif rank not in recorded:
-        told = f"rank {rank} (pid {pid}) exited with code {exitcode} during {board.read(rank)}"
-    else:
-        told = failures[0].message
-        if failures[0].kind == "user":
-            return UserError(told)
-        silent = set(range(board.ranks)) - recorded
-        if failures[0].kind == "communication" and silent:
-            stuck = ", ".join(f"rank {r} during {board.read(r)}" for r in sorted(silent))
-            told = f"no answer from {stuck} ({told})"
-    return RankFailed(f"{told}; all ranks were ended")
+    def __init__(
+        self, ranks: Sequence[BaseProcess], answers: Connection, board: Board, timeout: float
+    ) -> None:
+        self.ranks, self.board, self.timeout = ranks, board, timeout
+        self.answers: Connection | None = answers
+        self.value: Any = None
+        self.running = {process.sentinel: rank for rank, process in enumerate(ranks)}
+        self.ended: list[int] = []
+
+    def result(self) -> Any:
+        """Rank 0's value once all ranks have ended in order; raises the cause if one did not."""
+        over: float | None = None
+        while self.running:
+            self._look(_POLL_S)
+            failed = [rank for rank in self.ended if self.ranks[rank].exitcode]
+            if failed:
+                until = time.monotonic() + _GRACE_S
+                while self.running and not self._killed() and time.monotonic() < until:
+                    self._look(max(0.0, until - time.monotonic()))
+                raise self._cause((self._killed() or failed)[0])
+            # Ranks that wait for each other keep to the timeout by themselves, unless all of them
+            # are stopped, or those that are left when others were done.
+            if not self.ended and not self._all_stopped():
+                over = None
+            elif over is None:
+                over = time.monotonic() + self.timeout
+            elif time.monotonic() > over:
+                if self.ended:
+                    break
+                told = ", ".join(self._doing(rank) for rank in sorted(self.running.values()))
+                raise RankFailed(f"no answer within {self.timeout:g} s from {told}; {_ENDED}")
+        return self.value
+
+    def _look(self, patience: float) -> None:
+        """Note what ended or was answered, within `patience` seconds."""
+        objects = [*self.running, *([self.answers] if self.answers else [])]
+        for ready in wait(objects, patience):
+            if ready is not self.answers:
+                self.ended.append(self.running.pop(ready))
+                continue
+            try:
+                self.value = self.answers.recv()
+            except (EOFError, OSError):  # rank 0 ended without a value
+                pass
+            self.answers = None
+
+    def _killed(self) -> list[int]:
+        """Ranks that ended by a signal or, without a word on the board, by an exit of their own."""
+        recorded = {failure.rank for failure in self.board.failures()}
+        codes = [(rank, self.ranks[rank].exitcode) for rank in self.ended]
+        return [rank for rank, code in codes if code < 0 or (code and rank not in recorded)]
+
+    def _all_stopped(self) -> bool:
+        return all(is_stopped(self.ranks[rank].pid) for rank in self.running.values())
+
+    def _doing(self, rank: int) -> str:
+        stopped = self.running and is_stopped(self.ranks[rank].pid)
+        told = f" (pid {self.ranks[rank].pid}, which is stopped)" if stopped else ""
+        return f"rank {rank}{told} during {self.board.read(rank)}"
+
+    def _cause(self, rank: int) -> BaseException:
+        """Why the run ended, given a rank that was killed or left without a word, or else one that
+        failed.
+
+        In the first case that is the cause. Else the earliest failure on the board counts; if that
+        is an error of communication, ranks that recorded nothing are the ones that hang.
+        """
+        pid, exitcode = self.ranks[rank].pid, self.ranks[rank].exitcode
+        if any(self.ranks[ended].exitcode == -signal.SIGINT for ended in self.ended):
+            return KeyboardInterrupt()
+        failures = self.board.failures()
+        recorded = {failure.rank for failure in failures}
+        if exitcode < 0:
+            number = -exitcode
+            known = number in set(signal.Signals)
+            name = signal.Signals(number).name if known else f"signal {number}"
+            told = f"rank {rank} (pid {pid}) was killed by {name} during {self.board.read(rank)}"
+        elif rank not in recorded:
+            doing = self.board.read(rank)
+            told = f"rank {rank} (pid {pid}) exited with code {exitcode} during {doing}"
+        else:
+            told = failures[0].message
+            if failures[0].kind == "user":
+                return UserError(told)
+            silent = set(range(self.board.ranks)) - recorded
+            if failures[0].kind == "communication" and silent:
+                told = f"no answer from {', '.join(map(self._doing, sorted(silent)))} ({told})"
+        return RankFailed(f"{told}; {_ENDED}")
+
+
+_ENDED = "all ranks were ended"
+
+
+def _end(ranks: Sequence[BaseProcess]) -> None:
+    """End what still runs: in order where that takes no time, else at once."""
+    running = [process for process in ranks if process.is_alive()]
+    for process in running:
+        process.terminate()
+    until = time.monotonic() + _ORDERLY_S
+    for process in running:
+        process.join(0.0 if is_stopped(process.pid) else max(0.0, until - time.monotonic()))
+    running = [process for process in running if process.is_alive()]
+    for process in running:
+        process.kill()
+    until = time.monotonic() + _KILLED_S
+    for process in running:
+        process.join(max(0.0, until - time.monotonic()))
 
 
 def _die_with_launcher() -> None:
@@ -175,21 +327,6 @@ def _die_with_launcher() -> None:
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Give back the signal handlers that the agent replaces."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in handled}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
 def _deaf() -> Iterator[None]:
     """Block Ctrl-C, which then waits, and so has a process that is started here blocked from its
     beginning.
@@ -203,18 +340,3 @@ def _deaf() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the agent's loggers: what they tell of a failure, one line tells better."""
-    prefixes = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
-    names = [name for name in logging.root.manager.loggerDict if name.startswith(prefixes)]
-    before = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
-    try:
-        for logger, _ in before:
-            logger.setLevel(logging.CRITICAL + 1)
-        yield
-    finally:
-        for logger, level in before:
-            logger.setLevel(level)

@@ -2,23 +2,24 @@
 
 `Resident` is that process's side, `serve` what every rank runs. Each rank has a connection of its
 own to wait on, not a collective: idle ranks burn no CPU and meet no timeout, however long the user
-thinks. All ranks get the same requests and so make the same calls; the first one answers.
+thinks. All ranks get the same requests and so make the same calls; the first one answers. The
+connections are pairs of sockets without a name, of which the ranks inherit one end: nobody else can
+connect, and what they carry is typed data (`cptool.encoding`).
 """
 
 import multiprocessing
-import os
-import secrets
+import select
+import socket
+import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptool import distributed
+from cptool.encoding import decode, encode
 from cptool.sampling import Sampling
-from cptool.scratch import make_folder
 from cptool.turn import Setup, open_engine
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _STOP, _END = "stop", "end"
 _PATIENCE_S = 5.0
+_LENGTH = struct.Struct("<Q")
+_MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,62 @@ class Answer:
     reused: int
 
 
+class Connection:
+    """One end of a pair of sockets that carries values, a length before each."""
+
+    def __init__(self, end: socket.socket):
+        self._socket = end
+
+    def limit_sending(self, seconds: float) -> None:
+        """Have `send` raise BlockingIOError where the other end takes nothing for so long."""
+        whole, part = divmod(seconds, 1)
+        limit = struct.pack("@ll", int(whole), int(part * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    def __enter__(self) -> "Connection":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def send(self, value: Any) -> None:
+        """OSError where the other end is gone."""
+        data = encode(value, _messages())
+        self._socket.sendall(_LENGTH.pack(len(data)) + data)
+
+    def receive(self) -> Any:
+        """Blocks until a value has come. EOFError where the other end is gone."""
+        (size,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        if size > _MOST_BYTES:
+            raise ValueError(f"a message of {size} bytes; at most {_MOST_BYTES} can be")
+        return decode(self._read(size), _messages())
+
+    def poll(self) -> bool:
+        """Whether something has come, or the other end is gone."""
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        return bool(waiting.poll(0))
+
+    def _read(self, size: int) -> bytearray:
+        data = bytearray(size)
+        left = memoryview(data)
+        while left:
+            count = self._socket.recv_into(left)
+            if not count:
+                raise EOFError
+            left = left[count:]
+        return data
+
+
+def _messages() -> tuple[type, ...]:
+    from cptool.manifest import Manifest, ModelIdentity, Segment, Sequence
+
+    return Continue, Save, Sampling, Answer, Manifest, ModelIdentity, Segment, Sequence
+
+
 class Resident:
     """Ranks at work for this process; a context manager that ends them.
 
@@ -66,29 +125,26 @@ class Resident:
     """
 
     def __init__(self, setup: Setup, **ranks: Any):
-        self._folder = make_folder()
-        self._address, self._key = os.path.join(self._folder.name, "ranks"), secrets.token_bytes(32)
+        pairs = [socket.socketpair() for _ in range(ranks["cp"] * ranks["tp"])]
+        self._connections = [Connection(ours) for ours, _ in pairs]
+        self._theirs = [theirs for _, theirs in pairs]
         self._failure: BaseException | None = None
+        self._sending = self._stop_is_due = False
+        self._timeout = ranks.get("timeout", distributed.DEFAULT_TIMEOUT_S)
+        for connection in self._connections:
+            connection.limit_sending(self._timeout)
         self._setup, self._ranks = setup, ranks
-        self._connections: dict[int, Connection] = {}
         self._thread = threading.Thread(target=self._run, name="cptool-ranks", daemon=True)
         self._others = set(multiprocessing.active_children())  # not ours to end
 
     def __enter__(self) -> "Resident":
-        if self._ranks["cp"] * self._ranks["tp"] > 1:
-            from cptool.local_launch import start_server
-
-            start_server(serve)
         try:
-            with Listener(self._address, authkey=self._key) as listener:
-                self._thread.start()
-                while len(self._connections) < self._ranks["cp"] * self._ranks["tp"]:
-                    connection = listener.accept()
-                    rank = connection.recv()
-                    if rank is None:
-                        self._raise()
-                    self._connections[rank] = connection
-            self._receive()
+            if len(self._connections) > 1:
+                from cptool.local_launch import start_server
+
+                start_server(serve)  # here, for its signals are the main thread's
+            self._thread.start()
+            self._receive()  # that all are ready
         except BaseException:
             self._abandon()
             raise
@@ -109,12 +165,13 @@ class Resident:
         self._close()
 
     def _close(self) -> None:
-        for connection in self._connections.values():
+        for connection in self._connections:
             connection.close()
+        for theirs in self._theirs:
+            theirs.close()
         # A single rank is that thread: left at work, it would be torn down with the interpreter.
         if self._thread.is_alive():
             self._thread.join(_PATIENCE_S)
-        self._folder.cleanup()
 
     def answer(self, request: Continue, emit: Callable[[int], None]) -> Answer:
         """Fulfils the request; `emit(token)` is called for each token as it comes."""
@@ -125,7 +182,10 @@ class Resident:
 
     def stop(self) -> None:
         """Ends the answer that is coming with its next token; a signal handler may call it."""
-        self._connections[0].send(_STOP)
+        if self._sending:  # in the midst of a request, which must not be cut in two
+            self._stop_is_due = True
+        else:
+            self._connections[0].send(_STOP)
 
     def save(self, request: Save) -> "Manifest":
         """Commits and returns the session's manifest."""
@@ -133,15 +193,26 @@ class Resident:
         return self._receive()
 
     def _send(self, request: Any) -> None:
+        self._sending = True
         try:
-            for connection in self._connections.values():
+            for rank, connection in enumerate(self._connections):
                 connection.send(request)
+        except BlockingIOError:
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.kill()  # whoever is stopped hears nothing else
+            told = f"no answer from rank {rank}, which took no request for {self._timeout:g} s"
+            raise distributed.RankFailed(f"{told}; all ranks were ended") from None
         except OSError:
             self._raise()
+        finally:
+            self._sending = False
+        if self._stop_is_due:
+            self._stop_is_due = False
+            self.stop()
 
     def _receive(self) -> Any:
         try:
-            return self._connections[0].recv()
+            return self._connections[0].receive()
         except (EOFError, OSError):
             self._raise()
 
@@ -151,25 +222,22 @@ class Resident:
 
     def _run(self) -> None:
         try:
-            distributed.run(serve, self._setup, self._address, self._key, **self._ranks)
+            distributed.run(serve, self._setup, own=self._theirs, **self._ranks)
         except BaseException as failure:
             self._failure = failure
-        try:  # Where the ranks failed before all of them called, somebody still waits for a call.
-            with Client(self._address, authkey=self._key) as connection:
-                connection.send(None)
-        except (OSError, EOFError, AuthenticationError):
-            pass
+        finally:
+            for theirs in self._theirs:  # Ranks have copies. Whoever waits for an answer wakes up.
+                theirs.close()
 
 
-def serve(world: "World", setup: Setup, address: str, key: bytes) -> None:
-    """Serves requests until the other side says so or is gone."""
+def serve(world: "World", setup: Setup, end: socket.socket) -> None:
+    """Serves requests until the other side says so or is gone. end: this rank's of a pair."""
     if world.size > 1:
         import signal
 
         # Ctrl-C reaches every process of the terminal; what it means is for the other side to say.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with Client(address, authkey=key) as connection:
-        connection.send(world.rank)
+    with Connection(end) as connection:
         try:
             _serve(world, setup, connection)
         except (EOFError, ConnectionError):
@@ -191,12 +259,12 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
             connection.send(value)
 
     def stopped() -> bool:
-        return connection.poll() and connection.recv() == _STOP
+        return connection.poll() and connection.receive() == _STOP
 
     reply("ready")
     while True:
         world.report("wait for a request")
-        request = connection.recv()
+        request = connection.receive()
         if request == _END:
             return
         if request == _STOP:  # came after the last token of its answer

@@ -493,9 +493,8 @@ def test_a_rank_that_comes_too_late_leaves_nothing_and_says_nothing(tmp_path):
     process = start(tmp_path, script=f"""
 import os
 from cptool import local_launch
-os.environ.update(RANK="0", WORLD_SIZE="2")
 local_launch._die_with_launcher = lambda: None
-local_launch._rank_main(print, (), (), {missing!r})
+local_launch._rank_main(local_launch.Seat(0, 2, 0, 2), print, (), (), {missing!r}, "", None)
 """, env={**os.environ, "PYTHONPATH": str(Path(distributed.__file__).parents[1])})  # fmt: skip
     assert process.communicate(timeout=GENEROUS_S) == ("", "") and process.returncode == 1
     assert list((tmp_path / "gone").iterdir()) == []

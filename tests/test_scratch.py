@@ -1,7 +1,6 @@
 """Temporary directories that are full, missing or too long, and systems without semaphores."""
 
 import errno
-import multiprocessing
 import os
 import resource
 import tempfile
@@ -9,9 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cptool import scratch
 from cptool.errors import RunError
-from cptool.scratch import check_semaphores, make_folder, remove_folders
+from cptool.scratch import make_folder, remove_folders
 from cptool.status import Board
 
 
@@ -41,9 +39,6 @@ def test_a_place_that_does_not_do_is_named_with_the_remedy(tmp_path, monkeypatch
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with pytest.raises(RunError, match="gone: No such file or directory; set TMPDIR"):
         make_folder()
-    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "long/" * 20)
-    with pytest.raises(RunError, match="too long for the addresses of sockets .* at most 75 bytes"):
-        make_folder()
 
     def none():
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
@@ -64,14 +59,3 @@ def test_a_board_has_its_room_or_is_refused(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     Board(2, tmp_path / "board")
     assert os.stat(tmp_path / "board").st_blocks * 512 >= 2 * 4096
-
-
-def test_semaphores_that_the_system_does_not_give(monkeypatch):
-    check_semaphores()
-
-    def full():
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: SimpleNamespace(Lock=full))
-    with pytest.raises(RunError, match="^/dev/shm: No space left on device; .* or use one rank$"):
-        scratch.check_semaphores()

@@ -1,0 +1,71 @@
+"""The removal of temporary folders that killed runs left behind.
+
+A run's folder has a random name, is closed to other users (mode 0700), and holds a file that its
+process keeps locked. The lock goes with the process however it ends, so a folder whose lock is free
+is what a dead one left: the next run removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import time
+
+try:
+    import fcntl
+except ImportError:  # Not a system on which ranks run, but plan and pull do.
+    fcntl = None
+
+PREFIX = "cptool-"
+_LOCK = "lock"
+# A folder without a lock belongs to a process that is about to make one, or was killed before.
+_UNLOCKED_FOR_S = 3600.0
+
+
+def sweep(base: str) -> None:
+    """Remove the folders of this user's dead processes in `base`. Nothing is followed through a
+    link, and what cannot be removed stays.
+    """
+    try:
+        with os.scandir(base) as entries:
+            found = [entry.path for entry in entries if entry.name.startswith(PREFIX)]
+    except OSError:
+        return
+    for path in found:
+        with contextlib.suppress(OSError):
+            if _is_left(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def lock(folder: str) -> int:
+    """The descriptor of the folder's lock. The file has its name only once it is locked, so that
+    nobody can take it for one that was left.
+    """
+    new = os.path.join(folder, f"{_LOCK}.new")
+    descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.rename(new, os.path.join(folder, _LOCK))
+    return descriptor
+
+
+def _is_left(path: str) -> bool:
+    """Whether the folder was a dead process's of this user. OSError where that cannot be said."""
+    found = os.stat(path, follow_symlinks=False)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or fcntl is None:
+        return False
+    if stat.S_IMODE(found.st_mode) != 0o700:
+        return False
+    try:
+        descriptor = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        names = set(os.listdir(path))
+        return names <= {f"{_LOCK}.new"} and time.time() - found.st_mtime > _UNLOCKED_FOR_S
+    try:
+        # BlockingIOError while its process lives.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    finally:
+        os.close(descriptor)
