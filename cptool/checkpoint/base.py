@@ -4,12 +4,10 @@ Opening reads headers only and imports no torch: a wrong file is refused before 
 Tensors go by their Hugging Face names, and query and key rows are in half-split rotary order.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +28,6 @@ TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 
 _SAMPLED_BYTES = 4096
-
 
 # More than any tensor of a checkpoint has.
 MAX_DIMENSIONS = 8
@@ -200,20 +197,12 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Hex SHA-256 that tells models apart, whatever their path or their split into files.
 
-        It covers the configuration and, of every tensor in order of name, the name, the shape, the
-        encoding and the first and last 4 KiB of stored bytes.
+        All bytes are read, once for as long as the files stay as they are; see
+        `cptool.checkpoint.fingerprint`.
         """
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-        with ExitStack() as opened:
-            files = cache(lambda path: opened.enter_context(path.open("rb")))
-            for name, tensor in sorted(self.stored.items()):
-                digest.update(json.dumps([name, tensor.shape, tensor.encoding]).encode())
-                length = min(tensor.nbytes, _SAMPLED_BYTES)
-                for start in (0, tensor.nbytes - length):
-                    for path, offset, count in _ranges(tensor, start, start + length):
-                        files(path).seek(offset)
-                        digest.update(files(path).read(count))
-        return digest.hexdigest()
+        from cptool.checkpoint.fingerprint import fingerprint
+
+        return fingerprint(self)
 
     def tokenizer(self) -> "Tokenizer | None":
         """The model's tokenizer, None where the files hold none; UserError if it is unsupported."""
@@ -230,7 +219,7 @@ class Checkpoint:
         return self._mappings[file]
 
 
-def _ranges(
+def byte_ranges(
     tensor: StoredTensor | JoinedTensor, start: int, stop: int
 ) -> Iterator[tuple[Path, int, int]]:
     """File, offset and count of the bytes [start, stop) of a tensor, in the order of the tensor."""
@@ -259,7 +248,7 @@ def differ(a: StoredTensor | JoinedTensor, b: StoredTensor | JoinedTensor) -> bo
 
         def sample(tensor: StoredTensor | JoinedTensor, start: int) -> bytes:
             pieces = []
-            for path, offset, count in _ranges(tensor, start, start + length):
+            for path, offset, count in byte_ranges(tensor, start, start + length):
                 files(path).seek(offset)
                 pieces.append(files(path).read(count))
             return b"".join(pieces)

@@ -1,0 +1,210 @@
+"""The fingerprint of a checkpoint: which model it is, by every byte of its tensors.
+
+Reading all bytes takes as long as the disk or SHA-256 does, so a fingerprint is remembered in the
+cache directory. The name of its entry is a digest of where the tensors lie and of each file's
+device, inode, size and times: what changes any of them is read anew.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cptool import files
+from cptool.errors import RunError, UserError
+from cptool.paths import cache_dir
+
+if TYPE_CHECKING:
+    from cptool.checkpoint.base import Checkpoint, JoinedTensor, StoredTensor
+
+_BLOCK = 1 << 25
+"""Bytes of a tensor that one thread reads and digests at a time."""
+
+_PIECE = 1 << 20
+_SETTLED_NS = 2 * 10**9
+"""How old a file's times must be to tell a later change from it: the coarsest clock of a file
+system has 2 s."""
+
+_MOST_ENTRIES = 1024
+_PATIENCE_S = 120.0
+
+
+def fingerprint(checkpoint: "Checkpoint") -> str:
+    """Hex SHA-256 of the configuration and, for every tensor in order of name, of the name, the
+    shape, the encoding and all stored bytes, whatever the path or the split into files.
+
+    The context limit is no part of it: KV does not depend on it. Raises RunError if a file changes
+    while it is read.
+    """
+    paths = sorted({part.file for tensor in checkpoint.stored.values() for part in _parts(tensor)})
+    before, began = _identities(paths), time.time_ns()
+    key = _key(checkpoint, paths, before)
+    with _entry(key) as entry:
+        if entry is not None and (known := _remembered(entry, key)):
+            return known
+        found = _digest(checkpoint)
+        if _identities(paths) != before:
+            raise RunError(f"{checkpoint.path} changed while it was read; give the command again")
+        if entry is not None and _settled(before, began):
+            _remember(entry, key, found)
+    return found
+
+
+def _digest(checkpoint: "Checkpoint") -> str:
+    from cptool.checkpoint.base import byte_ranges
+
+    tensors = sorted(checkpoint.stored.items())
+    blocks = [
+        (tensor, start, min(start + _BLOCK, tensor.nbytes))
+        for _, tensor in tensors
+        for start in range(0, tensor.nbytes, _BLOCK)
+    ]
+    with contextlib.ExitStack() as opened:
+        descriptors: dict[Path, int] = {}
+        for _, tensor in tensors:
+            for part in _parts(tensor):
+                if part.file not in descriptors:
+                    file = opened.enter_context(part.file.open("rb", buffering=0))
+                    descriptors[part.file] = file.fileno()
+
+        def digest(block: tuple) -> bytes:
+            found, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
+            for path, offset, count in byte_ranges(*block):
+                for at in range(offset, offset + count, _PIECE):
+                    piece = buffer[: min(_PIECE, offset + count - at)]
+                    _read(descriptors[path], piece, at, path)
+                    found.update(piece)
+            return found.digest()
+
+        with ThreadPoolExecutor(_threads(), "cptool-digest") as pool:
+            digests = pool.map(digest, blocks)
+            whole = hashlib.sha256(_configuration(checkpoint).encode())
+            for name, tensor in tensors:
+                whole.update(json.dumps([name, tensor.shape, tensor.encoding]).encode())
+                for _ in range(0, tensor.nbytes, _BLOCK):
+                    whole.update(next(digests))
+    return whole.hexdigest()
+
+
+def _read(descriptor: int, piece: memoryview, at: int, path: Path) -> None:
+    while len(piece):
+        count = os.preadv(descriptor, [piece], at)
+        if not count:
+            raise RunError(f"{path} changed while it was read; give the command again")
+        piece, at = piece[count:], at + count
+
+
+def _threads() -> int:
+    from cptool.binding import usable_cpus
+
+    return max(1, min(16, len(usable_cpus())))
+
+
+def _configuration(checkpoint: "Checkpoint") -> str:
+    from dataclasses import asdict
+
+    fields = asdict(checkpoint.config)
+    del fields["max_position_embeddings"]
+    return json.dumps(fields, sort_keys=True)
+
+
+def _parts(tensor: "StoredTensor | JoinedTensor") -> "tuple[StoredTensor, ...]":
+    return getattr(tensor, "parts", (tensor,))
+
+
+def _identities(paths: list[Path]) -> list[tuple[int, ...]]:
+    """What tells that a file is the same and unchanged. The time of its last change of status
+    cannot be set by a program, as that of its last write can.
+    """
+    found = [path.stat() for path in paths]
+    return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found]
+
+
+def _settled(identities: list[tuple[int, ...]], began: int) -> bool:
+    """Whether every write since `began`, when these were taken, shows in the files' times."""
+    settled = began - _SETTLED_NS
+    return all(written < settled and changed < settled for *_, written, changed in identities)
+
+
+def _key(checkpoint: "Checkpoint", paths: list[Path], identities: list[tuple[int, ...]]) -> str:
+    number = {path: i for i, path in enumerate(paths)}
+    layout = [
+        [name, tensor.shape, tensor.encoding, getattr(tensor, "dim", None)]
+        + [[number[part.file], part.offset, part.nbytes] for part in _parts(tensor)]
+        for name, tensor in sorted(checkpoint.stored.items())
+    ]
+    text = json.dumps([1, _configuration(checkpoint), layout, identities])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _entry(key: str) -> Iterator[Path | None]:
+    """Where the fingerprint of `key` is remembered, None where nothing can be; others who want the
+    same wait meanwhile, so that ranks of a launcher read a checkpoint once.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            folder = cache_dir() / "fingerprints"
+            files.make_private(folder)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            lock = os.open(folder / f"lock-{key[:2]}", flags, 0o600)
+            held.callback(os.close, lock)
+            _lock(lock)
+        except (OSError, UserError):
+            yield None
+            return
+        yield folder / key
+
+
+def _lock(descriptor: int) -> None:
+    """Returns with the lock, or without it when whoever has it takes too long: they may have been
+    stopped, and a checkpoint that is read twice costs time alone.
+    """
+    end = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.02)
+
+
+def _remembered(entry: Path, key: str) -> str | None:
+    try:
+        if entry.lstat().st_uid != os.getuid():
+            return None
+        found = files.read_bounded(entry, 256).decode("ascii").split()
+    except (OSError, ValueError):
+        return None
+    return found[0] if len(found) == 2 and found[1] == _check(key, found[0]) else None
+
+
+def _remember(entry: Path, key: str, found: str) -> None:
+    with contextlib.suppress(OSError):
+        _forget_old(entry.parent)
+        files.replace_whole(entry, f"{found} {_check(key, found)}\n".encode())
+
+
+def _check(key: str, found: str) -> str:
+    return hashlib.sha256(f"{key} {found}".encode()).hexdigest()
+
+
+def _forget_old(folder: Path) -> None:
+    entries = [path for path in folder.iterdir() if not path.name.startswith("lock-")]
+    if len(entries) >= _MOST_ENTRIES:
+        entries.sort(key=_last_write)
+        for path in entries[: len(entries) - _MOST_ENTRIES // 2]:
+            path.unlink(missing_ok=True)
+
+
+def _last_write(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
