@@ -309,13 +309,25 @@ def _keep(directory: Path, manifest: Manifest, chat: dict | None) -> Path:
     """
     name = f"{directory.resolve().name}.revision-{manifest.revision}-{secrets.token_hex(3)}"
     place = directory.resolve().with_name(name)
-    files.make_private(place)
-    manifest = replace(manifest, session=secrets.token_hex(8))
+    own = [s.file for s in manifest.segments if s.revision == manifest.revision]
+    try:
+        files.make_private(place)
+        _fill(place, directory, replace(manifest, session=secrets.token_hex(8)), chat)
+    except OSError:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    for file in own:
+        (directory / file).unlink(missing_ok=True)
+    return place
+
+
+def _fill(place: Path, directory: Path, manifest: Manifest, chat: dict | None) -> None:
+    """Makes `manifest` the first state of the session in `place`."""
     try:
         for segment in manifest.segments:
             check_size(directory, segment)
             _link(directory / segment.file, place / segment.file)
-    except (Damaged, OSError):
+    except (Damaged, FileNotFoundError, NotADirectoryError):
         for file in place.iterdir():
             file.unlink()
         manifest = manifest.without_kv()
@@ -327,10 +339,6 @@ def _keep(directory: Path, manifest: Manifest, chat: dict | None) -> Path:
     if not (place / chat_file.FILE).exists():
         manifest = replace(manifest, chat=())
     _replace(place, manifest, chat, None)
-    for segment in manifest.segments:
-        if segment.revision == manifest.revision:  # this run's own
-            (directory / segment.file).unlink(missing_ok=True)
-    return place
 
 
 def _link(source: Path, target: Path) -> None:
