@@ -1,3 +1,4 @@
-from cptool.cli.main import main
+from cptool.cli.entry import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -12,15 +12,20 @@ import ctypes
 import datetime
 import math
 import os
-import re
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cptool.errors import UserError
+from cptool.errors import (
+    RunError,
+    UserError,
+    explain,
+    is_out_of_memory,
+    show_traceback,
+    text_of,
+)
 from cptool.launcher import Seat, launched, launched_size
 from cptool.scratch import make_folder
 from cptool.status import Board
@@ -37,7 +42,7 @@ MOST_LOCAL_RANKS = 128
 MOST_THREADS = 1024
 
 
-class RankFailed(RuntimeError):
+class RankFailed(RunError):
     """A rank died or raised: one line names it and what it was doing. All ranks were ended."""
 
 
@@ -198,9 +203,9 @@ def run(
         for ranks that are started here.
 
     Raises the UserError that a rank raised; RankFailed when a rank died or raised anything else
-    (its traceback is on standard error, but not those of transfers that broke off); after all ranks
-    are ended, KeyboardInterrupt for SIGINT and SystemExit for SIGTERM. With one rank, exceptions
-    pass through as they are.
+    (with CPTOOL_TRACEBACK set, its traceback is on standard error); after all ranks are ended,
+    KeyboardInterrupt for SIGINT and SystemExit for SIGTERM. With one rank, exceptions pass through
+    as they are, but RunError where memory ran out.
     """
     check_size(cp, tp)
     check_limits(threads, timeout)
@@ -214,7 +219,12 @@ def run(
         board = Board(1)
         with _watching(watch, board):
             last = () if own is None else own
-            return entry(_alone(resolve_device(device), threads, board), *args, *last)
+            try:
+                return entry(_alone(resolve_device(device), threads, board), *args, *last)
+            except (MemoryError, RuntimeError, OSError) as error:
+                if is_out_of_memory(error):
+                    raise RunError(explain(error, during=str(board.read(0)))) from error
+                raise
     from cptool.local_launch import launch
 
     with orderly(), make_folder() as folder:
@@ -360,18 +370,18 @@ def _joined(entry, args, seat: Seat, options: tuple, board: Board) -> Any:
         with start_deadline(timeout, give_up):
             world = connect(seat, *options, board, store)
         return call_entry(entry, args, world)
-    except UserError:
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # also what is no Exception, as a panic of Rust is
         if is_communication(error):
             # Last of all, for the launcher ends this rank too when it sees one die.
             atexit.register(kill_stopped_peers)
         else:
-            traceback.print_exc()
+            show_traceback(error)
         raise RankFailed(describe(seat.rank, board, error)) from error
 
 
-def is_communication(error: Exception) -> bool:
+def is_communication(error: BaseException) -> bool:
     """Whether a transfer failed, most often as the echo of another rank's end."""
     import torch.distributed as dist
 
@@ -382,8 +392,9 @@ def is_communication(error: Exception) -> bool:
 
 def describe(rank: int, board: Board, error: BaseException) -> str:
     """One line: the rank, what it was doing, the error without the library's source path."""
-    told = re.sub(r"^\[\S+:\d+\] ", "", " ".join(str(error).split()))
-    return f"rank {rank} failed during {board.read(rank)}: {type(error).__name__}: {told}"
+    broke_off = is_communication(error)
+    told = f"{type(error).__name__}: {text_of(error)}" if broke_off else explain(error)
+    return f"rank {rank} failed during {board.read(rank)}: {told}"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,12 @@
-"""Errors that are told in one line."""
+"""Errors that are told in one line, and what that line says of any other exception."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import traceback
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -10,3 +18,83 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A failure while running, told in one line that is all there is to know: no traceback."""
+
+
+_PACKAGE = Path(__file__).parent
+_WANTED = re.compile(r"(?:allocate|[Mm]map|wanted) (\d+(?:\.\d+)? ?(?:bytes|[KMGT]i?B)?)")
+_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc")
+_THREADS = ("can't start new thread", "Resource temporarily unavailable")
+
+
+def explain(error: BaseException, during: str = "") -> str:
+    """One line that says what went wrong, for any exception.
+
+    A UserError, a RunError and an error of the system speak for themselves. Memory or threads that
+    the system does not give are named as that, with `during`, what was being done, and the remedy.
+    Anything else is a defect: its type and place, to be reported.
+    """
+    text = text_of(error)
+    where = f" during {during}" if during else f" in {_place(error)}"
+    if isinstance(error, (UserError, RunError)):
+        return text
+    if is_out_of_memory(error):
+        wanted = _WANTED.search(text)
+        return (
+            f"out of memory{where}" + (f" ({wanted[1]} more were wanted)" if wanted else "") + "; "
+            "use a shorter prompt, more ranks or a smaller model, or raise the limit (ulimit -v, "
+            "the control group's)"
+        )
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _THREADS):
+        return (
+            f"the system gives no further thread{where}; use fewer --threads, or raise the limit "
+            "(ulimit -u, the control group's pids.max)"
+        )
+    if isinstance(error, OSError):
+        name = error.filename if isinstance(error.filename, (str, bytes)) else None
+        told = f"{os.fsdecode(name)}: " if name else ""
+        told += error.strerror or text or type(error).__name__
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            told += "; raise the limit of open files (ulimit -n), or use fewer ranks"
+        return told
+    if isinstance(error, ImportError) and text:
+        return text
+    told = f": {text}" if text else ""
+    return (
+        f"internal error: {type(error).__name__}{told} ({_place(error)}); please report this, with "
+        "what CPTOOL_TRACEBACK=1 shows"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be had: Python's, the system's, or torch's on any device."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(sign in text_of(error) for sign in _MEMORY)
+
+
+def show_traceback(error: BaseException) -> None:
+    """On standard error, where CPTOOL_TRACEBACK is set: what a developer wants to see."""
+    if os.environ.get("CPTOOL_TRACEBACK"):
+        traceback.print_exception(type(error), error, error.__traceback__)
+
+
+def text_of(error: BaseException) -> str:
+    """What the exception says, in one line of bounded length."""
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    text = re.sub(r"^\[\S+:\d+\] ", "", " ".join(text.split()))  # torch's path of its own source
+    return text if len(text) <= 600 else text[:600] + " ..."
+
+
+def _place(error: BaseException) -> str:
+    """File, line and function of the innermost frame that is ours, else of the innermost."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
+    if not frames:
+        return "no frame"
+    frame = (ours or frames)[-1]
+    path = Path(frame.filename)
+    shown = path.relative_to(_PACKAGE.parent) if ours else path.name
+    return f"{shown}:{frame.lineno}, {frame.name}"

@@ -20,7 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection, wait
@@ -36,7 +35,7 @@ from cptool.distributed import (
     resolve_device,
     transport,
 )
-from cptool.errors import RunError, UserError
+from cptool.errors import UserError, show_traceback
 from cptool.launcher import Seat
 from cptool.rendezvous import check_loopback, file_store, listen_on_loopback, start_deadline
 from cptool.scratch import Folder, make_folder
@@ -185,13 +184,15 @@ def _rank_main(
         if answer is not None:
             answer.send(value)
         return
+    except (KeyboardInterrupt, SystemExit):
+        raise
     except UserError as error:
         board.fail(seat.rank, "user", str(error))
-    except Exception as error:
+    except BaseException as error:  # also what is no Exception, as a panic of Rust is
         kind = "communication" if is_communication(error) else "error"
         board.fail(seat.rank, kind, describe(seat.rank, board, error))
-        if kind == "error" and not isinstance(error, (ImportError, OSError, RunError)):
-            traceback.print_exc()
+        if kind == "error":
+            show_traceback(error)
     with contextlib.suppress(OSError, AttributeError):  # closed from the beginning, or full
         sys.stdout.flush()
         sys.stderr.flush()
@@ -279,6 +280,8 @@ class _Supervision:
             known = number in set(signal.Signals)
             name = signal.Signals(number).name if known else f"signal {number}"
             told = f"rank {rank} (pid {pid}) was killed by {name} during {self.board.read(rank)}"
+            if number == signal.SIGKILL:
+                told += " (as the system does where memory, or a control group's limit, runs out)"
         elif rank not in recorded:
             doing = self.board.read(rank)
             told = f"rank {rank} (pid {pid}) exited with code {exitcode} during {doing}"

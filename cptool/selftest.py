@@ -14,6 +14,7 @@ import torch
 
 from cptool import ops, tokenwise
 from cptool.cache import NEVER
+from cptool.errors import RunError
 
 FAILED = 4
 """Exit code for a wrong kernel, unlike Python's own for a traceback."""
@@ -223,9 +224,9 @@ def run_apart(device: str, kernel: str, patience_s: float = 120.0) -> list[Check
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=patience_s)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"no answer within {patience_s:.0f} s") from None
+        raise RunError(f"no answer within {patience_s:.0f} s") from None
     if ended.returncode not in (0, FAILED):
-        raise RuntimeError(
+        raise RunError(
             (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
         )
     return [Check(**fields) for fields in map(json.loads, ended.stdout.splitlines())]

@@ -1,11 +1,23 @@
-"""Signals as exceptions, where what a process has begun can be put in order."""
+"""Signals as exceptions, where what a process has begun can be put in order, and an end within
+seconds where no exception comes through.
+"""
+
+from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from cptool.launcher import launched
+
+PATIENCE_S = 4.0
+"""How long a command that was interrupted or terminated may take to end in order."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -14,7 +26,7 @@ def orderly() -> Iterator[None]:
     tells of them, instead of ending the process on the spot: temporary folders would stay.
 
     Nothing changes where somebody handles or ignores them already, nor for a rank of a launcher: it
-    may be blocked in a transfer, where Python hears no signal, and its launcher wants it gone.
+    may be blocked in a transfer, where Python handles no signal, and its launcher wants it gone.
     """
     if threading.current_thread() is not threading.main_thread() or launched() is not None:
         yield
@@ -30,6 +42,16 @@ def orderly() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+class _Held:
+    """The handler of `held_back`: keeps the numbers of the signals that came."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def __call__(self, number: int, frame) -> None:
+        self.numbers.append(number)
+
+
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
     """While the body runs, signals that Python handles wait; the first takes effect after it.
@@ -40,19 +62,95 @@ def held_back() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard: list[int] = []
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    handled = {number: handler for number, handler in before.items() if callable(handler)}
+    held = _Held()
+    handled = {n: signal.getsignal(n) for n in _SIGNALS if callable(signal.getsignal(n))}
     try:
         for number in handled:
-            signal.signal(number, lambda number, frame: heard.append(number))
+            signal.signal(number, held)
         yield
     finally:
         for number, handler in handled.items():
             signal.signal(number, handler)
-    for number in heard[:1]:
+    for number in held.numbers[:1]:
         signal.raise_signal(number)
+
+
+def guard(early: Callable) -> None:
+    """For the process of a command: end it by Ctrl-C, SIGTERM or SIGHUP within PATIENCE_S seconds,
+    whatever it is doing. To be called once, in the main thread.
+
+    SIGINT raises KeyboardInterrupt in place of `early`, the handler until now; a second one changes
+    nothing. Python runs handlers between two operations of the main thread only, and a layer of a
+    long prompt is one operation that may take minutes. So a thread watches for signals too, and
+    ends the process itself if the exception did not. A rank of a launcher keeps Python's own
+    handler.
+    """
+    watched = signal.getsignal(signal.SIGINT) is early
+    if watched:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if _has_seat():
+        return
+    if watched:
+        signal.signal(signal.SIGINT, Interrupt())
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reading,), name="cptool-signals", daemon=True).start()
+    sys.unraisablehook = _unraisable
+
+
+def _has_seat() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ or "SLURM_PROCID" in os.environ
+
+
+class Interrupt:
+    """The first raises KeyboardInterrupt; those after it must not break into what the first one
+    makes put in order, for which time is limited anyway.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, number: int, frame) -> None:
+        if not self.came:
+            self.came = True
+            raise KeyboardInterrupt
 
 
 def _end(number: int, frame) -> None:
     raise SystemExit(128 + number)
+
+
+def _watch(reading: int) -> None:
+    while True:
+        for number in os.read(reading, 64):
+            # Where somebody else handles it, as `cptool chat` does a Ctrl-C, it is not the end.
+            handler = signal.getsignal(number) if number in _SIGNALS else None
+            if handler is _end or isinstance(handler, (Interrupt, _Held)):
+                # An import has begun nothing that would have to be put in order.
+                time.sleep(1.0 if isinstance(handler, _Held) else PATIENCE_S)
+                leave(number)
+
+
+def leave(number: int) -> None:
+    """End this process as signal `number` asks for, without unwinding; temporary folders go."""
+    from cptool.scratch import remove_folders
+
+    if sys.stderr.isatty():
+        os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+    if number == signal.SIGINT:
+        os.write(2, b"cptool: interrupted\n")
+    try:
+        remove_folders()
+    finally:
+        os._exit(128 + number)
+
+
+def _unraisable(found) -> None:
+    """What is raised where Python cannot raise, in a destructor say: a Ctrl-C is not lost, and of
+    anything else no traceback is shown.
+    """
+    if isinstance(found.exc_value, KeyboardInterrupt):
+        leave(signal.SIGINT)
+    if os.environ.get("CPTOOL_TRACEBACK"):
+        sys.__unraisablehook__(found)

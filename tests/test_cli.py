@@ -315,7 +315,7 @@ def test_ctrl_c_while_ranks_start_is_one_line(mqa_path, smollm2_path, command):
         time.sleep(0.4)
         os.killpg(process.pid, signal.SIGINT)
         output = process.communicate(timeout=600)
-    assert (process.returncode, *output) == (130, "", "\ncptool: interrupted\n")
+    assert (process.returncode, *output) == (130, "", "cptool: interrupted\n")
 
 
 def test_ctrl_c_while_a_dataclass_is_made_exits_130(tmp_path):
@@ -332,7 +332,7 @@ cli.main(["plan"])
         [sys.executable, "-m", "interrupted"], env=os.environ | {"PYTHONPATH": path},
         capture_output=True, text=True,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (130, "\ncptool: interrupted\n")
+    assert (done.returncode, done.stderr) == (130, "cptool: interrupted\n")
 
 
 @pytest.mark.parametrize("group", [[], ["session"]])

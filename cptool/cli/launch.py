@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from cptool import distributed
 from cptool.cli import draw
 from cptool.cli.options import Ranks
+from cptool.cli.streams import replace_what_cannot_be_encoded
 from cptool.errors import RunError
 from cptool.turn import Report, Turn, run
 
@@ -66,6 +67,7 @@ class Output:
 
     def __init__(self) -> None:
         self.fault: str | None = None
+        replace_what_cannot_be_encoded()  # rank 0 may be a process of its own
 
     def write(self, text: str) -> None:
         if sys.stdout is None:  # closed from the beginning

@@ -4,12 +4,16 @@ code.
 
 import importlib
 import os
+import signal
 import sys
+import threading
 
 import click
 
 import cptool
-from cptool.errors import UserError
+from cptool import termination
+from cptool.cli import streams
+from cptool.errors import UserError, explain, show_traceback
 from cptool.termination import orderly
 
 # Threads that spin while they wait take the cores from ranks and from our kernels' threads: on two
@@ -39,38 +43,77 @@ class Commands(click.Group):
             return None
         return getattr(importlib.import_module(f"cptool.cli.{name}"), name)
 
+    # click takes an end of file for a Ctrl-C, and any broken pipe for one of the output.
+
+    def make_context(self, *args, **kwargs) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except (EOFError, KeyboardInterrupt, OSError) as error:
+            raise _Escaped from error
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except (EOFError, KeyboardInterrupt, OSError) as error:
+            raise _Escaped from error
+
     def main(self, *args, standalone_mode: bool = True, **kwargs):
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **kwargs)
         try:
-            with orderly():
-                sys.exit(super().main(*args, standalone_mode=False, **kwargs) or 0)
-        except _NO_ARGUMENTS as error:
-            error.show()
-            sys.exit(2)
-        except click.UsageError as error:
-            where = error.ctx.command_path if error.ctx else "cptool"
-            self._fail(2, f"{where}: {error.format_message()} (see {where} --help)")
-        except (click.ClickException, UserError) as error:
-            message = (
-                error.format_message() if isinstance(error, click.ClickException) else str(error)
-            )
-            self._fail(2, f"cptool: {message}")
-        except (KeyboardInterrupt, click.Abort):
-            self._fail(130, "cptool: interrupted")
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename is not None else ""
-            self._fail(1, f"cptool: {where}{error.strerror or error}")
-        except (RuntimeError, ImportError, MemoryError) as error:
-            self._fail(1, f"cptool: {error or type(error).__name__}")
-
-    @staticmethod
-    def _fail(code: int, message: str) -> None:
-        click.echo(" ".join(message.split()), err=True)
+            code, line = self._run(*args, **kwargs)
+        except KeyboardInterrupt:
+            code, line = 130, "cptool: interrupted"
+        # It is decided: a Ctrl-C from here on would only break into Python's own end.
+        if isinstance(signal.getsignal(signal.SIGINT), termination.Interrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        fault = streams.finish()
+        if fault is not None and code in (0, 1):
+            code, line = 1, f"cptool: {streams.OUTPUT}: {fault.strerror}"
+        if line is not None:
+            newline = "\n" if code == 130 and sys.stderr.isatty() else ""  # after the ^C
+            click.echo(newline + " ".join(line.split()), err=True)
+        if any(thread.name == "cptool-ranks" for thread in threading.enumerate()):
+            # A rank that computes in this process would do so while the interpreter is torn down.
+            sys.stderr.flush()
+            os._exit(code)
         # A KeyboardInterrupt that left the `exec` of a string, which importing a dataclass is full
         # of, has Python end by SIGINT whatever the exit code; the next `exec` forgets it.
         exec("")
         sys.exit(code)
+
+    def _run(self, *args, **kwargs) -> tuple[int, str | None]:
+        """Exit code, and the line that says why if it is not 0."""
+        try:
+            with orderly():
+                return super().main(*args, standalone_mode=False, **kwargs) or 0, None
+        except SystemExit as ended:
+            return ended.code if isinstance(ended.code, int) else 0, None
+        except _NO_ARGUMENTS as error:
+            error.show()
+            return 2, None
+        except click.UsageError as error:
+            where = error.ctx.command_path if error.ctx else "cptool"
+            return 2, f"{where}: {error.format_message()} (see {where} --help)"
+        except click.ClickException as error:
+            return 2, f"cptool: {error.format_message()}"
+        except click.Abort:
+            return 130, "cptool: interrupted"
+        except BaseException as error:  # also what is no Exception, as a panic of Rust is
+            return self._failed(error.__cause__ if isinstance(error, _Escaped) else error)
+
+    @staticmethod
+    def _failed(error: BaseException) -> tuple[int, str | None]:
+        if isinstance(error, KeyboardInterrupt):
+            return 130, "cptool: interrupted"
+        if isinstance(error, BrokenPipeError) and error.filename == streams.OUTPUT:
+            return 1, None
+        show_traceback(error)
+        return 2 if isinstance(error, UserError) else 1, f"cptool: {explain(error)}"
+
+
+class _Escaped(Exception):
+    """Carries an exception, its cause, past click."""
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,0 +1,104 @@
+"""Standard streams that are closed, full, abandoned by their reader, or of a narrow encoding.
+
+Imports nothing of weight: it is among the first code that the command runs.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+OUTPUT = "standard output"
+"""The file name of an OSError that came from there."""
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output; its errors have a name."""
+
+    def write(self, text: str) -> int:
+        with _named():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _named():
+            super().flush()
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = OUTPUT
+        raise
+
+
+class _Forgiving(io.TextIOWrapper):
+    """Standard error: where it cannot be written there is nobody to tell, and the work goes on."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except (OSError, ValueError):
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except (OSError, ValueError):
+            pass
+
+
+def prepare() -> None:
+    """Make all three streams usable, whatever the command was started with.
+
+    A closed one becomes /dev/null. Left closed, its number would go to the next file that is
+    opened, a session's or a model's, and what is printed would go into that.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.set_inheritable(number, True)
+    if sys.stdin is None:
+        sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdout = _Output(
+        open(1, "wb", closefd=False),
+        encoding=sys.stdout.encoding if sys.stdout else "utf-8",
+        line_buffering=os.isatty(1),
+    )
+    sys.stderr = _Forgiving(
+        open(2, "wb", closefd=False),
+        encoding=sys.stderr.encoding if sys.stderr else "utf-8",
+        errors="backslashreplace",
+        line_buffering=True,
+    )
+    replace_what_cannot_be_encoded()
+
+
+def replace_what_cannot_be_encoded() -> None:
+    """Let standard output show `?` for a character that its encoding lacks, instead of raising."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def finish() -> OSError | None:
+    """Write what standard output still holds; the error where that cannot be done, after which
+    output goes nowhere. A reader that has gone is no error: it had enough.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        discard()
+        return None if isinstance(error, BrokenPipeError) else error
+    return None
+
+
+def discard() -> None:
+    """Send all further standard output nowhere, and with it what is still held back."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
