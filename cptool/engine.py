@@ -7,6 +7,7 @@ the cached ones; positions are the mask.
 """
 
 import secrets
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -355,6 +356,7 @@ class Engine:
         self._progress("save the session", 0, 0)
         # What was computed anew since `previous` counts in the new segment alone.
         start = self._on_disk if previous else [0] * len(self.tokens)
+        since, start = self._since(directory, previous, start)
         turns, said = previous.turns if previous else (), tuple(map(len, self.tokens))
         older = previous.segments if previous else ()
         with ExitStack() as held:  # the lock of a living run, until the turn is committed
@@ -364,7 +366,7 @@ class Engine:
                 segment = segments.write_segment(
                     directory,
                     self.cache,
-                    self.saved,
+                    since,
                     revision=revision,
                     rank=world.cp_rank,
                     kv_heads=self._kv_heads,
@@ -405,6 +407,23 @@ class Engine:
             world.barrier()  # no rank leaves before the turn is on disk
         self.saved, self._on_disk = self.cache.lengths, list(self.computed)
         return manifest
+
+    def _since(
+        self, directory: Path, previous: Manifest | None, start: list[int]
+    ) -> tuple[list[int], list[int]]:
+        """How many tokens of each sequence on this rank need no writing, and the positions from
+        which on all are written: those of the turn, or more where segments have become many and
+        the disk has room.
+        """
+        first = start if previous is None else previous.rewrite_from(start, self.computed)
+        if first == start:
+            return self.saved, start
+        rows = [int((p < f).sum()) for p, f in zip(self.cache.held.sequences(), first)]
+        anew = sum(self.computed) - sum(first)
+        needed = anew * previous.row_bytes((0, previous.model.kv_heads))
+        if all(self.world.gather(shutil.disk_usage(directory).free > 2 * needed)):
+            return rows, first
+        return self.saved, start
 
     def _check(self, directory: Path, manifest: Manifest) -> None:
         """Verifies that all ranks see one revision, and every segment, each on one rank; nobody

@@ -7,6 +7,7 @@ them names exactly the KV of the first `cached` tokens of each sequence, for eve
 import hashlib
 import json
 import re
+from collections import abc
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from operator import le
@@ -20,6 +21,9 @@ REMEDY = "restore it or prefill anew"
 """For a session, or a file of one, that is damaged."""
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element of KV, by its dtype."""
+
+MANY_REVISIONS = 32
+"""Turns whose segments are kept as they were written, before some are merged."""
 
 SEGMENT_NAME = re.compile(r"segment-(\d{5,10})-(\d{3,5})-(\d{3,5})-[0-9a-f]{8}\.safetensors")
 """Revision, CP rank, first KV head, and a random part that keeps two runs apart."""
@@ -369,6 +373,29 @@ class Manifest:
             sequences=sequences,
             segments=tuple(s for s in segments if s.live or s.file in wanted),
         )
+
+    def rewrite_from(self, start: abc.Sequence[int], until: abc.Sequence[int]) -> list[int]:
+        """From which position of each sequence on the next turn, whose own KV is that of positions
+        [start[b], until[b]), should write KV anew, so that segments stay few: `start` itself while
+        they are.
+
+        Beyond `MANY_REVISIONS`, what is newer than a revision is merged with it once it is as much:
+        each token is written again a number of times that grows with the logarithm of the tokens,
+        and so does the number of revisions that have segments.
+        """
+        spans = {
+            s.revision: [(a, min(z, n)) for a, z, n in zip(s.start, s.until, start)]
+            for s in self.segments
+        }
+        sizes = {r: sum(max(0, z - a) for a, z in span) for r, span in spans.items()}
+        live = [r for r in sorted(spans) if sizes[r]]
+        first, size = list(start), sum(until) - sum(start)
+        if len(live) < MANY_REVISIONS:
+            return first
+        while live and sizes[live[-1]] <= size:
+            size += sizes[live[-1]]
+            first = [min(f, a) if a < z else f for f, (a, z) in zip(first, spans[live.pop()])]
+        return first
 
     def without_kv(self) -> "Manifest":
         """The same turns, all of whose KV is still to be computed."""
