@@ -2,7 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from cptool.checkpoint.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
@@ -103,3 +112,10 @@ def add_tokens(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int]) 
     plain = [t for t, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     backend.add_tokens([AddedToken(t, normalized=False) for t in plain])
+
+
+def put_around(backend: Tokenizer, first: int | None, last: int | None = None) -> None:
+    """Has texts that begin a sequence begin with the token `first` and end with `last`."""
+    named = [(name, i) for name, i in (("first", first), ("last", last)) if i is not None]
+    single = ["first"] * (first is not None) + ["$A"] + ["last"] * (last is not None)
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=named)

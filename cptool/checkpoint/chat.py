@@ -5,22 +5,30 @@ able to begin a turn of his own. `Guard` tells the two apart: what looks like a 
 message is marked before rendering, and what is unmarked afterwards is the template's.
 """
 
+import atexit
 import json
+import os
 import re
 import secrets
+import select
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
-from cptool.checkpoint.base import first_line
-from cptool.errors import UserError
+from cptool.errors import RunError, UserError
 
 Message = Mapping[str, Any]
+
+# A template may use CPU_S seconds of processor time, which a loaded machine gives it in more.
+_PATIENCE_S = 300.0
+
+
+class TemplateLimitError(UserError):
+    """The template took more time or memory than any template needs."""
 
 
 def render(
@@ -32,21 +40,113 @@ def render(
     """The text of a conversation, as transformers' `apply_chat_template` renders it.
 
     `tokens` are the variables that name special tokens: `bos_token`, `eos_token`. The template runs
-    in a sandbox. Raises UserError where it is faulty or refuses the messages.
+    in a sandbox, in a process whose memory and time are bounded. Raises UserError where it is
+    faulty, refuses the messages, writes what is not text, or goes beyond its bounds.
     """
-    try:
-        return _compile(template).render(
-            messages=messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
-            **tokens,
-        )
-    except Exception as error:  # The template is its author's program: it may raise anything.
+    request = {
+        "template": template,
+        "messages": messages,
+        "add_generation_prompt": add_generation_prompt,
+        "tokens": tokens,
+    }
+    reply = _worker().ask(json.dumps(request).encode())
+    if "error" in reply:
         raise UserError(
-            f"the model's chat template refuses these messages ({first_line(error)}); check their "
+            f"the model's chat template refuses these messages ({reply['error']}); check their "
             f"roles and order, or give a plain prompt"
-        ) from None
+        )
+    text = reply["text"]
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(
+            "the model's chat template writes half a character (a lone surrogate), which is not "
+            "text; give a plain prompt"
+        )
+    return text
+
+
+class _Worker:
+    """The process that renders: one per process that asks, started anew where it has ended."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen | None = None
+
+    def ask(self, request: bytes) -> dict[str, Any]:
+        from cptool.checkpoint.templates import CPU_S, receive, send
+
+        with self._lock:
+            process = self._started()
+            try:
+                send(process.stdin, request)
+                ready, _, _ = select.select([process.stdout], [], [], _PATIENCE_S)
+                reply = receive(process.stdout) if ready else None
+            except BrokenPipeError:
+                reply = None
+            except BaseException:  # Ctrl-C: the reply to this request must not answer the next one.
+                self.end()
+                raise
+            if reply is not None:
+                return json.loads(reply)
+            code = self.end()
+            if code in (-signal.SIGXCPU, -signal.SIGKILL) or not ready:
+                why = f"takes more than {CPU_S} s"
+            else:
+                why = f"ends the process that runs it (status {code})"
+            raise TemplateLimitError(f"the model's chat template {why}; give a plain prompt")
+
+    def _started(self) -> subprocess.Popen:
+        if self._process is None or self._process.poll() is not None:
+            # The module search path of this process, for -c and -m alike put the current
+            # directory in front, which may hold anything.
+            start = (
+                f"import sys; sys.path[:] = {sys.path!r}; "
+                "from cptool.checkpoint.templates import serve; serve()"
+            )
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", start],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C at the terminal is not for it.
+                )
+            except OSError as error:
+                raise RunError(
+                    f"the process that renders chat templates cannot start ({error.strerror})"
+                ) from None
+        return self._process
+
+    def end(self) -> int | None:
+        """Ends the process, if it is there, and returns its exit status."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        ended = process.poll() is not None
+        if not ended:
+            try:  # Its output has ended, so it is ending; if not, it is stuck.
+                process.wait(0.5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        code = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            try:
+                pipe.close()
+            except OSError:  # what was not sent
+                pass
+        return code
+
+
+_current: _Worker | None = None
+
+
+def _worker() -> _Worker:
+    global _current
+    if _current is None or _current.owner != os.getpid():
+        # After a fork the process belongs to the parent.
+        _current = _Worker()
+        atexit.register(_current.end)
+    return _current
 
 
 class Guard:
@@ -60,22 +160,25 @@ class Guard:
         nonce = secrets.randbits(64)
         self._mark = f"\ufdd0{nonce}\ufdd1"
         longest_first = sorted(control_tokens, key=len, reverse=True)
-        alternatives = "|".join(map(re.escape, longest_first)) or r"(?!)"
-        # A lookahead finds overlapping occurrences too, each of which must be broken.
-        self._start = re.compile(f"(?=(?:{alternatives}))")
+        alternatives = _any_of(longest_first)
         self._unmarked = re.compile(f"(?<!{self._mark})(?:{alternatives})")
+        self._all = frozenset(longest_first)
         self.placeholders = {
             token: f"\ufdd2{nonce}-{index}\ufdd3" for index, token in enumerate(longest_first)
         }
 
-    def mark(self, value: Any) -> Any:
-        """A message, or any part of one, with a mark before each control token in its strings."""
+    def mark(self, value: Any, tokens: frozenset[str] | None = None) -> Any:
+        """A message, or any part of one, with a mark before each control token in its strings.
+
+        `tokens`: mark these alone.
+        """
+        start = _starts(self._all if tokens is None else tokens)
         if isinstance(value, str):
-            return self._start.sub(self._mark, value)
+            return start.sub(self._mark, value)
         if isinstance(value, Mapping):
-            return {key: self.mark(item) for key, item in value.items()}
+            return {key: self.mark(item, tokens) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.mark(item) for item in value]
+            return [self.mark(item, tokens) for item in value]
         return value
 
     def unmark(self, rendered: str) -> str:
@@ -84,43 +187,21 @@ class Guard:
         return text.replace(self._mark, "")
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` blocks, which mark answers for training: here just their body."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def _any_of(longest_first: Sequence[str]) -> str:
+    return "|".join(map(re.escape, longest_first)) or r"(?!)"
 
 
 @cache
-def _compile(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(template)
-
-
-def _to_json(value: Any, **settings: Any) -> str:
-    # Jinja's own filter escapes HTML, which no model was trained on.
-    return json.dumps(value, **{"ensure_ascii": False, **settings})
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+def _starts(tokens: frozenset[str]) -> re.Pattern:
+    # A lookahead finds overlapping occurrences too, each of which must be broken.
+    return re.compile(f"(?=(?:{_any_of(sorted(tokens, key=len, reverse=True))}))")
 
 
 def default_template(value: Any) -> str | None:
-    """The template out of a `chat_template` setting: a text, or a list of named ones."""
+    """The template out of a `chat_template` setting: a text, or named ones as a list or a dict."""
     if isinstance(value, list):
         entries = [entry for entry in value if isinstance(entry, dict)]
-        value = next((e.get("template") for e in entries if e.get("name") == "default"), None)
+        value = {str(entry.get("name")): entry.get("template") for entry in entries}
+    if isinstance(value, dict):
+        value = value.get("default")
     return value if isinstance(value, str) else None
