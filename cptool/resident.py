@@ -34,11 +34,14 @@ _MOST_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Continue:
-    """Make the sequence say `tokens`, with what KV is of use, and append up to `limit` more."""
+    """Make the sequence say `tokens`, with what KV is of use, and append up to `limit` more, of
+    which one of `stop_ids` is the last.
+    """
 
     tokens: tuple[int, ...]
     limit: int
     sampling: Sampling
+    stop_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -279,7 +282,7 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
             reused = engine.computed[0]
             engine.extend([tokens[shared:]], reserve=request.limit)
             ids = engine.decode(
-                request.limit, request.sampling, checkpoint.eos_ids,
+                request.limit, request.sampling, request.stop_ids,
                 emit=lambda sequence, token: reply(token), interrupted=stopped,
             )[0]  # fmt: skip
             reply(Answer(ids, reused))

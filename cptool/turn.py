@@ -41,12 +41,13 @@ class Turn(Setup):
     """What is asked.
 
     `prompts[b]` are the new tokens of sequence b; they follow what the session held, or the first
-    `keep[b]` tokens of it.
+    `keep[b]` tokens of it. An answer ends with a token of `stop_ids`.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     keep: tuple[int, ...] | None = None
     max_new_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
     profile: str | None = None
 
@@ -133,7 +134,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     )
 
     emit = emit if world.rank == 0 else None
-    answers = engine.decode(turn.max_new_tokens, turn.sampling, checkpoint.eos_ids, emit)
+    answers = engine.decode(turn.max_new_tokens, turn.sampling, turn.stop_ids, emit)
     steps = max(map(len, answers), default=0) - 1
     ended = time.perf_counter()
     if device:

@@ -5,7 +5,7 @@ Tensors go by their Hugging Face names, and query and key rows are in half-split
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
@@ -113,6 +113,7 @@ class Checkpoint:
     sampling: Sampling = Sampling()
     notes: tuple[str, ...] = ()
     load_tokenizer: Callable[[], "Tokenizer | None"] = lambda: None
+    _tokenizers: list["Tokenizer | None"] = field(default_factory=list, repr=False)
     _mappings: dict[Path, "torch.UntypedStorage"] = field(default_factory=dict, repr=False)
 
     @property
@@ -205,8 +206,28 @@ class Checkpoint:
         return fingerprint(self)
 
     def tokenizer(self) -> "Tokenizer | None":
-        """The model's tokenizer, None where the files hold none; UserError if it is unsupported."""
-        return self.load_tokenizer()
+        """The model's tokenizer, None where the files hold none; UserError if it is unsupported.
+
+        It refuses texts that become tokens beyond the vocabulary, or more than the context takes.
+        """
+        if not self._tokenizers:
+            found = self.load_tokenizer()
+            if found is not None:
+                found.vocab_size = self.config.vocab_size
+                found.context = self.config.max_position_embeddings
+            self._tokenizers.append(found)
+        return self._tokenizers[0]
+
+    def answer_ends(self, *sequences: Sequence[int]) -> tuple[int, ...]:
+        """Ids that end an answer to `sequences`: those that the files name and, where one of them
+        holds turns of the chat template, those that end a turn.
+        """
+        if (tokenizer := self.tokenizer()) is None:
+            return self.eos_ids
+        turns = any(map(tokenizer.in_turns, sequences))
+        more = tokenizer.turn_ends if turns or not self.eos_ids else ()
+        known = (i for i in more if i < self.config.vocab_size)
+        return tuple(dict.fromkeys((*self.eos_ids, *known)))
 
     def _mapping(self, file: Path) -> "torch.UntypedStorage":
         import torch

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from cptool.checkpoint.entry import check_text
 from cptool.errors import RunError, UserError
 
 Message = Mapping[str, Any]
@@ -56,11 +57,13 @@ def render(
             f"roles and order, or give a plain prompt"
         )
     text = reply["text"]
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    try:
+        check_text(text)
+    except UserError:
         raise UserError(
             "the model's chat template writes half a character (a lone surrogate), which is not "
             "text; give a plain prompt"
-        )
+        ) from None
     return text
 
 
@@ -166,6 +169,7 @@ class Guard:
         self.placeholders = {
             token: f"\ufdd2{nonce}-{index}\ufdd3" for index, token in enumerate(longest_first)
         }
+        self.placeholder = re.compile(f"\ufdd2{nonce}-\\d+\ufdd3")
 
     def mark(self, value: Any, tokens: frozenset[str] | None = None) -> Any:
         """A message, or any part of one, with a mark before each control token in its strings.

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from cptool.checkpoint import backends, library
 from cptool.checkpoint.base import first_line
 from cptool.checkpoint.chat import Guard, Message, TemplateLimitError, default_template, render
+from cptool.checkpoint.entry import check_ids, check_text
 from cptool.checkpoint.sentencepiece import NORMAL, SentencePieceModel
 from cptool.checkpoint.tiktoken import RankedModel
 from cptool.checkpoint.tokenizer_files import read_tokenizer_files
@@ -163,8 +164,7 @@ class Tokenizer:
     # What enters
 
     def _check_text(self, text: str) -> None:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserError("it is not UTF-8 text; convert it first")
+        check_text(text)
         if self.context is None or len(text) <= _CHARACTERS * self.context:
             return
         # Counted piece by piece, so that a text far too long costs no more than one that fits. A
@@ -194,6 +194,13 @@ class Tokenizer:
                 encoding = library.call(self._backend.encode, text, add_special_tokens=around)
         except library.LibraryError as error:
             raise UserError(f"the model's tokenizer cannot read this text ({error})") from None
+        found = sum(i in placeholders for i in encoding.ids)
+        if found != len(self._control.guard.placeholder.findall(text)):
+            # Its normaliser changes the token's text, so that the library finds it here and there.
+            raise UserError(
+                "the model's tokenizer does not find the control tokens that its chat template "
+                "writes; mark them as not normalized in its files"
+            )
         return [placeholders.get(i, i) for i in encoding.ids]
 
     # Control tokens
@@ -279,8 +286,8 @@ class Tokenizer:
     @cached_property
     def _turns(self) -> list[tuple[list[int], list[int], bool]]:
         """Control tokens before an answer and after it, and whether one follows it at once."""
-        placeholder = re.compile(r"\ufdd2\d+-\d+\ufdd3")
-        ids = {p: self._added[text][0] for text, p in self._control.guard.placeholders.items()}
+        guard = self._control.guard
+        ids = {p: self._added[text][0] for text, p in guard.placeholders.items()}
         user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}
         found = []
         # Some templates end an answer only where another turn follows.
@@ -290,9 +297,12 @@ class Tokenizer:
             except UserError:
                 continue
             before, _, after = text.partition(_ANSWER)
-            at_once = placeholder.match(after.lstrip()) is not None
+            at_once = guard.placeholder.match(after.lstrip()) is not None
             found.append(
-                (*([ids[p] for p in placeholder.findall(t)] for t in (before, after)), at_once)
+                (
+                    *([ids[p] for p in guard.placeholder.findall(t)] for t in (before, after)),
+                    at_once,
+                )
             )
         return found
 
@@ -306,16 +316,6 @@ class Tokenizer:
         neutral = {self._added[text][0] for text in roles if text in self._added}
         marks = {i for before, after, _ in self._turns for i in (*before, *after)}
         return frozenset(marks - neutral)
-
-
-def check_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Refuses token ids that are not of the model's vocabulary."""
-    low, high = min(ids), max(ids)
-    if low < 0 or high >= vocab_size:
-        raise UserError(
-            f"token id {low if low < 0 else high} is not in the model's vocabulary, 0 to "
-            f"{vocab_size - 1}"
-        )
 
 
 class TextStream:

@@ -63,6 +63,7 @@ def chat(
     """
     from cptool import session as sessions
     from cptool.checkpoint import open_checkpoint
+    from cptool.checkpoint.entry import check_text
     from cptool.launcher import launched_size
     from cptool.sampling import Sampling
 
@@ -92,6 +93,11 @@ def chat(
             f"{checkpoint.path} has no tokenizer, so it cannot be talked with; "
             "use prefill with --token-ids"
         )
+    if system is not None:
+        try:
+            check_text(system)
+        except UserError as error:
+            raise UserError(f"--system: {error}") from None
     conversation = Conversation(tokenizer, system)
     # A template that refuses the system message, or is not there, does so now.
     conversation.ask("Hello")
@@ -139,5 +145,3 @@ def chat(
         for line in lines():
             if not terminal.handle(line):
                 break
-
-

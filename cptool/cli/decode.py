@@ -49,6 +49,7 @@ def decode(
     prompt_files,
     token_files,
     synthetic,
+    parse_control_tokens,
     count,
     temperature,
     top_p,
@@ -84,9 +85,10 @@ def decode(
     sessions.check_model(manifest, sessions.identity(checkpoint))
 
     batch = len(manifest.sequences)
-    sequences = Prompts(prompts, prompt_files, token_files, synthetic, chat=False).encode(
-        checkpoint, begin=False
+    asked = Prompts(
+        prompts, prompt_files, token_files, synthetic, chat=False, parse=parse_control_tokens
     )
+    sequences = asked.encode(checkpoint, begin=False)
     if sequences and len(sequences) != batch:
         raise UserError(
             f"{draw.some(len(sequences), 'prompt')} for a session of "
@@ -107,6 +109,10 @@ def decode(
     new = sum(lengths) + batch * count
     check_room(session, checkpoint.config, new, batch, manifest.dtype)
 
+    stop_ids = checkpoint.answer_ends(
+        *(sequence.tokens for sequence in manifest.sequences), *sequences
+    )
+
     from cptool.cli.launch import run_turn
     from cptool.turn import Turn
 
@@ -120,6 +126,7 @@ def decode(
         resume=manifest.revision,
         fingerprint=checkpoint.fingerprint,
         max_new_tokens=count,
+        stop_ids=stop_ids,
         sampling=sampling,
         profile=profile,
     )
@@ -141,7 +148,7 @@ def decode(
             "token_ids": [list(ids) for ids in report.token_ids],
             "text": texts,
             "stopped": [
-                "eos" if count and (not ids or ids[-1] in checkpoint.eos_ids) else "length"
+                "eos" if count and (not ids or ids[-1] in stop_ids) else "length"
                 for ids in report.token_ids
             ],
             "session": turn.session,

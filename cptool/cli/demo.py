@@ -59,6 +59,7 @@ def demo(question, cp, tp, device, variant, partials, threads, timeout):
         variant=variant,
         partials=partials,
         max_new_tokens=ANSWER_TOKENS,
+        stop_ids=checkpoint.answer_ends(prompt),
     )
     reports = []
     for ranks in (many, Ranks(cp=1, tp=1, device=many.device, threads=threads, timeout=timeout)):

@@ -52,6 +52,7 @@ def prefill(
     prompt_files,
     token_files,
     synthetic,
+    parse_control_tokens,
     chat,
     session,
     rewind,
@@ -74,7 +75,7 @@ def prefill(
     from cptool import session as sessions
     from cptool.checkpoint import open_checkpoint
 
-    asked = Prompts(prompts, prompt_files, token_files, synthetic, chat)
+    asked = Prompts(prompts, prompt_files, token_files, synthetic, chat, parse_control_tokens)
     if not asked:
         raise click.UsageError(
             "no prompt; give --prompt, --prompt-file, --token-ids or --synthetic"

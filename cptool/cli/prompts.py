@@ -1,18 +1,24 @@
 """The options that give prompts, and the token ids that they stand for."""
 
 import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from cptool.cli import draw
 from cptool.cli.counts import TokenCount
 from cptool.cli.options import stack
 from cptool.errors import UserError
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
+    from cptool.checkpoint.tokenizer import Tokenizer
     from cptool.model.config import LlamaConfig
 
 prompt_options = stack(
@@ -44,7 +50,17 @@ prompt_options = stack(
         metavar="N",
         help="A prompt of N pseudo-random tokens, such as 8192, 128K or 1M.",
     ),
+    click.option(
+        "--parse-control-tokens",
+        is_flag=True,
+        help="Read control tokens in --prompt and --prompt-file as such, for prompts that a chat "
+        "template has rendered already. Without it they are letters.",
+    ),
 )
+
+# What a file of token ids takes beside its ids: ten digits and an indented line for each, and a
+# batch of several sequences.
+_ID_BYTES, _IDS_FILE_BYTES = 64, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,7 @@ class Prompts:
     token_files: tuple[Path, ...]
     synthetic: tuple[int, ...]
     chat: bool
+    parse: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.texts or self.files or self.token_files or self.synthetic)
@@ -67,8 +84,21 @@ class Prompts:
         UserError in one line for a prompt that is empty, unreadable or not of the model's
         vocabulary.
         """
+        from cptool.checkpoint.entry import check_ids
+
+        context = checkpoint.config.max_position_embeddings
         texts = [(f"--prompt {number}", text) for number, text in enumerate(self.texts, 1)]
-        texts += [(str(path), _read_text(path)) for path in self.files]
+        texts += [(str(path), _read_text(path, context)) for path in self.files]
+        if self.parse and not texts:
+            raise UserError(
+                "--parse-control-tokens: it is about text; give --prompt or --prompt-file, or "
+                "leave it out"
+            )
+        if self.parse and self.chat:
+            raise UserError(
+                "--parse-control-tokens: with --chat the model's template writes the control "
+                "tokens; leave one of the two out"
+            )
         sequences = []
         if texts:
             tokenizer = checkpoint.tokenizer()
@@ -80,25 +110,48 @@ class Prompts:
             for name, text in texts:
                 if not text:
                     raise UserError(f"{name}: the prompt is empty; give at least one character")
-                if any("\ud800" <= character <= "\udfff" for character in text):
-                    raise UserError(f"{name}: it is not UTF-8 text; convert it first")
-                if self.chat:
-                    sequences.append((name, tokenizer.chat([{"role": "user", "content": text}])))
-                else:
-                    sequences.append((name, tokenizer.encode(text, bos=begin)))
+                sequences.append((name, self._enter(tokenizer, name, text, begin)))
         elif self.chat:
             raise UserError(
                 "--chat: it needs a text prompt; give --prompt or --prompt-file, or leave it out"
             )
-        sequences += [entry for path in self.token_files for entry in _read_token_ids(path)]
+        sequences += [
+            entry for path in self.token_files for entry in _read_token_ids(path, context)
+        ]
         check_context(list(self.synthetic), [0] * len(self.synthetic), 0, checkpoint.config)
         sequences += [
             (f"--synthetic {n}", _synthetic(n, checkpoint.config.vocab_size))
             for n in self.synthetic
         ]
         for name, tokens in sequences:
-            _check_tokens(name, tokens, checkpoint.config)
+            if not tokens:
+                raise UserError(f"{name}: the prompt is empty; give at least one token")
+            with _named(name):
+                check_ids(tokens, checkpoint.config.vocab_size)
         return [tokens for _, tokens in sequences]
+
+    def _enter(self, tokenizer: "Tokenizer", name: str, text: str, begin: bool) -> list[int]:
+        """Token ids of one text; says so where it spells control tokens, which are letters."""
+        with _named(name):
+            if self.chat:
+                return tokenizer.chat([{"role": "user", "content": text}])
+            tokens = tokenizer.encode(text, bos=begin, parse=self.parse)
+        if not self.parse and (spelled := tokenizer.spelled(text)):
+            more = f" and {len(spelled) - 1} more" if len(spelled) > 1 else ""
+            draw.say(
+                f"{name}: {spelled[0]}{more} in it read as letters, not as control tokens; --chat "
+                "renders a message, --parse-control-tokens reads a prompt that was rendered"
+            )
+        return tokens
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts the name of a prompt before what is refused about it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def check_context(new: list[int], cached: list[int], more: int, config: "LlamaConfig") -> None:
@@ -117,25 +170,44 @@ def check_context(new: list[int], cached: list[int], more: int, config: "LlamaCo
             )
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, context: int) -> str:
     """The text as it stands: no line end is changed; a byte order mark is none of it."""
+    # No vocabulary has tokens of so many bytes that a text of this size is of `context` tokens.
+    data = _read_regular(path, "a text file", (context << 10) + (1 << 20), context)
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 text (byte {error.start}); convert it first"
         ) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); name a text file") from None
 
 
-def _read_token_ids(path: Path) -> list[tuple[str, list[int]]]:
+def _read_regular(path: Path, kind: str, limit: int, context: int) -> bytes:
+    """The bytes of a file of at most `limit`; others are refused before they are read."""
     try:
-        value = json.loads(path.read_bytes())
+        # A FIFO that nobody writes to would block.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(0, "it is a directory")
+            if not stat.S_ISREG(mode):
+                raise UserError(f"{path} is not a regular file; name {kind}")
+            data = file.read(limit + 1)
     except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name {kind}") from None
+    if len(data) > limit:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}); name a JSON file of token ids"
-        ) from None
+            f"{path} has more than {limit:,} bytes, far more than the model's context of "
+            f"{context:,} tokens; shorten it"
+        )
+    return data
+
+
+def _read_token_ids(path: Path, context: int) -> list[tuple[str, list[int]]]:
+    limit = _IDS_FILE_BYTES + _ID_BYTES * context
+    data = _read_regular(path, "a JSON file of token ids", limit, context)
+    try:
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); it must be a list of token ids") from None
     rows = (
@@ -154,18 +226,6 @@ def _read_token_ids(path: Path) -> list[tuple[str, list[int]]]:
         else [f"{path}, sequence {b}" for b in range(1, len(rows) + 1)]
     )
     return list(zip(names, rows))
-
-
-def _check_tokens(name: str, tokens: list[int], config: "LlamaConfig") -> None:
-    if not tokens:
-        raise UserError(f"{name}: the prompt is empty; give at least one token")
-    low, high = min(tokens), max(tokens)
-    if low < 0 or high >= config.vocab_size:
-        wrong = low if low < 0 else high
-        raise UserError(
-            f"{name}: token id {wrong} is not in the model's vocabulary, 0 to "
-            f"{config.vocab_size - 1}"
-        )
 
 
 def _synthetic(count: int, vocab_size: int) -> list[int]:

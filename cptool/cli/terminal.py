@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from cptool.resident import Resident
     from cptool.sampling import Sampling
 
+_LINE_BYTES = 1 << 28
+
 HELP = """\
 /save [DIR]  keep the conversation and its KV in DIR; continue it with: cptool chat DIR
 /undo        take back the last question and its answer
@@ -51,6 +53,7 @@ class Terminal:
         self.resident, self.checkpoint, self.conversation = resident, checkpoint, conversation
         self.sampling, self.count, self.dtype = sampling, count, dtype
         self.tokenizer = checkpoint.tokenizer()
+        self.stop_ids = tuple(dict.fromkeys((*checkpoint.eos_ids, *self.tokenizer.turn_ends)))
         self.saved: tuple[Path, int] | None = None
 
     def handle(self, line: str) -> bool:
@@ -102,14 +105,15 @@ class Terminal:
             _write(text.push(token))
 
         with _stopping(self.resident) as stopped:
-            answer = self.resident.answer(Continue(tuple(context), room, self.sampling), emit)
+            request = Continue(tuple(context), room, self.sampling, self.stop_ids)
+            answer = self.resident.answer(request, emit)
             ended = time.perf_counter()
         _write(text.flush() + "\n")
         self.conversation.answered(question, context, answer.token_ids)
         rate = f", then {(len(ids) - 1) / (ended - first):.1f} tokens/s" if len(ids) > 1 else ""
         cut = (
             ""
-            if ids[-1] in self.checkpoint.eos_ids
+            if ids[-1] in self.stop_ids
             else ", stopped"
             if stopped()
             else ", cut at the limit of tokens"
@@ -205,8 +209,16 @@ def lines() -> Iterator[str]:
 
 
 def _piped() -> Iterator[str]:
-    for line in sys.stdin:
-        yield line.rstrip("\n")
+    """Lines as UTF-8, whatever encoding the environment names; other bytes as lone surrogates."""
+    while line := sys.stdin.buffer.readline(_LINE_BYTES):
+        if len(line) == _LINE_BYTES and not line.endswith(b"\n"):
+            draw.say(
+                f"a line of more than {_LINE_BYTES:,} bytes was left out; ask in a shorter one"
+            )
+            while (line := sys.stdin.buffer.readline(_LINE_BYTES)) and not line.endswith(b"\n"):
+                pass
+            continue
+        yield line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
 
 
 def _typed() -> Iterator[str]:

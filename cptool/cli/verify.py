@@ -48,6 +48,7 @@ def verify(
     prompt_files,
     token_files,
     synthetic,
+    parse_control_tokens,
     max_cp,
     device,
     threads,
