@@ -275,8 +275,11 @@ def connect(
     asked: str | None,
     board: Board,
     store: dist.Store,
+    where: str = "",
 ) -> World:
-    """Join the process group whose ranks meet in `store`, and build the mesh."""
+    """Join the process group whose ranks meet in `store`, and build the mesh. where: what the error
+    adds if some do not come.
+    """
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
@@ -297,7 +300,7 @@ def connect(
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" and not staged else "gloo"
     # Transfers must start beside an attention kernel that fills the device, not behind it.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
-    meet(store, seat, timeout + START_S)
+    meet(store, seat, timeout + START_S, where)
     dist.init_process_group(
         backend, store=store, rank=seat.rank, world_size=seat.size, timeout=patience
     )
@@ -353,22 +356,21 @@ def call_entry(entry: Callable[..., Any], args: tuple, world: World) -> Any:
 
 def _joined(entry, args, seat: Seat, options: tuple, board: Board) -> Any:
     """One rank of a world that a launcher started, which also ends the others if this one dies."""
-    from cptool.rendezvous import launchers_store, start_deadline
+    from cptool.rendezvous import launchers_address, launchers_store, start_deadline
     from cptool.stopped import kill_stopped_peers
 
     timeout = options[4]
 
     def give_up() -> None:
-        where = f"{os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
-        told = f"rank {seat.rank} did not meet the others at MASTER_ADDR {where} in {timeout:g} s"
-        print(f"cptool: {told}", file=sys.stderr, flush=True)
+        told = f"rank {seat.rank} did not meet the others at {launchers_address()}"
+        print(f"cptool: {told} in {timeout:g} s", file=sys.stderr, flush=True)
         kill_stopped_peers()
         os._exit(1)
 
     try:
         store = launchers_store(seat, timeout)
         with start_deadline(timeout, give_up):
-            world = connect(seat, *options, board, store)
+            world = connect(seat, *options, board, store, f" to {launchers_address()}")
         return call_entry(entry, args, world)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise

@@ -101,18 +101,27 @@ def launchers_store(seat: Seat, timeout: float) -> dist.Store:
     return dist.PrefixStore(f"cptool/{attempt}", store)
 
 
-def meet(store: dist.Store, seat: Seat, timeout: float) -> None:
-    """Block until every rank is here; DistStoreError that names those who did not come."""
+def meet(store: dist.Store, seat: Seat, timeout: float, where: str = "") -> None:
+    """Block until every rank is here; DistStoreError that names those who did not come, and where
+    they did not.
+    """
     import torch.distributed as dist
 
     keys = [f"here/{rank}" for rank in range(seat.size)]
     store.set(keys[seat.rank], "here")
-    try:
-        store.wait(keys, datetime.timedelta(seconds=timeout))
-    except RuntimeError:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        ranks = ", ".join(f"rank {rank}" for rank in missing)
-        raise dist.DistStoreError(f"{ranks} did not come within {timeout:g} s") from None
+    deadline, pause = time.monotonic() + timeout, 0.005
+    # Not the store's own wait, which fills the screen when its time is over.
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            missing = [f"rank {r}" for r, key in enumerate(keys) if not store.check([key])]
+            raise dist.DistStoreError(f"{', '.join(missing)} did not come{where} in {timeout:g} s")
+        time.sleep(pause)
+        pause = min(_RETRY_S, 1.5 * pause)
+
+
+def launchers_address() -> str:
+    """MASTER_ADDR and MASTER_PORT, as messages name them."""
+    return f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
 
 
 @contextlib.contextmanager
