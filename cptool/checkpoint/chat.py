@@ -24,7 +24,8 @@ from cptool.errors import RunError, UserError
 
 Message = Mapping[str, Any]
 
-# A template may use CPU_S seconds of processor time, which a loaded machine gives it in more.
+# Processor time that a template may use, and how long a loaded machine may take to give it that.
+CPU_S = 10
 _PATIENCE_S = 300.0
 
 
@@ -49,6 +50,7 @@ def render(
         "messages": messages,
         "add_generation_prompt": add_generation_prompt,
         "tokens": tokens,
+        "cpu_s": CPU_S,
     }
     reply = _worker().ask(json.dumps(request).encode())
     if "error" in reply:
@@ -76,7 +78,7 @@ class _Worker:
         self._process: subprocess.Popen | None = None
 
     def ask(self, request: bytes) -> dict[str, Any]:
-        from cptool.checkpoint.templates import CPU_S, receive, send
+        from cptool.checkpoint.templates import receive, send
 
         with self._lock:
             process = self._started()

@@ -22,15 +22,15 @@ import jinja2.sandbox
 # Bounds for a request of `size` bytes. Ordinary templates take milliseconds and about the text's
 # size; a document of many megabytes passes through filters and is copied a few times.
 _MEMORY, _MEMORY_PER_BYTE = 1 << 30, 64
-CPU_S, _CPU_S_PER_BYTE = 10, 2e-6
+_CPU_S_PER_BYTE = 2e-6
 _OUTPUT, _OUTPUT_PER_BYTE = 64 << 20, 16
 
 
 def serve() -> None:
     """Replies to requests, `{"text": ...}` or `{"error": ...}`, until standard input ends.
 
-    A request for more than CPU_S seconds of processor time (and 2 s per MB) ends the process with
-    SIGXCPU.
+    A request that takes more than its `cpu_s` seconds of processor time (and 2 s per MB) ends the
+    process with SIGXCPU.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked.
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
@@ -55,9 +55,9 @@ def send(file: BinaryIO, message: bytes) -> None:
 
 def _reply(request: bytes) -> bytes:
     size = len(request)
-    _limit(size)
+    fields = json.loads(request)
+    _limit(size, fields.pop("cpu_s"))
     try:
-        fields = json.loads(request)
         text = _render(limit=_OUTPUT + _OUTPUT_PER_BYTE * size, **fields)
         return json.dumps({"text": text}).encode()
     except MemoryError:
@@ -69,13 +69,13 @@ def _reply(request: bytes) -> bytes:
     return json.dumps({"error": reason}).encode()
 
 
-def _limit(size: int) -> None:
+def _limit(size: int, cpu_s: float) -> None:
     """Bounds the memory and the further processor time of this process."""
     page = resource.getpagesize()
     with open("/proc/self/statm") as file:
         mapped = int(file.read().split()[0]) * page
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = usage.ru_utime + usage.ru_stime + CPU_S + _CPU_S_PER_BYTE * size
+    seconds = usage.ru_utime + usage.ru_stime + cpu_s + _CPU_S_PER_BYTE * size
     for kind, value in (
         (resource.RLIMIT_AS, mapped + _MEMORY + _MEMORY_PER_BYTE * size),
         (resource.RLIMIT_CPU, int(seconds) + 1),

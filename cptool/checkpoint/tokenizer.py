@@ -57,6 +57,7 @@ class Tokenizer:
 
     vocab_size: int | None = None
     context: int | None = None
+    _too_much: TemplateLimitError | None = None  # once a rendering went beyond its bounds
 
     def __init__(
         self,
@@ -250,6 +251,8 @@ class Tokenizer:
             why = self._why_no_template or "the model has no chat template"
             raise UserError(f"{why}; give a prompt or an instruct model")
         guard = self._control.guard
+        if self._too_much is not None:
+            raise self._too_much
         # An answer may hold what the model writes inside of answers, such as the ends of a thought.
         guarded = [
             guard.mark(
@@ -277,7 +280,8 @@ class Tokenizer:
         ):
             try:
                 texts.append(render(self.chat_template, messages, True, self._special))
-            except TemplateLimitError:
+            except TemplateLimitError as error:
+                self._too_much = error
                 break
             except UserError:
                 continue

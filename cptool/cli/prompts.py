@@ -188,8 +188,6 @@ def _read_regular(path: Path, kind: str, limit: int, context: int) -> bytes:
         # A FIFO that nobody writes to would block.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISDIR(mode):
-                raise IsADirectoryError(0, "it is a directory")
             if not stat.S_ISREG(mode):
                 raise UserError(f"{path} is not a regular file; name {kind}")
             data = file.read(limit + 1)
