@@ -23,7 +23,10 @@ from cptool.checkpoint.base import (
     mark_interleaved,
     select_tensors,
 )
-from cptool.checkpoint.fields import integer, number, read_json
+from cptool.checkpoint.fields import flag, integer, number, read_json
+from cptool.checkpoint.known_fields import PARAMS as PARAMS_FIELDS
+from cptool.checkpoint.known_fields import check_fields, note_of_unknown
+from cptool.checkpoint.lookalikes import absent, dangling
 from cptool.checkpoint.tokenizer_model import TokenizerModel, read_tokenizer_model
 from cptool.checkpoint.torch_file import read_header
 from cptool.errors import UserError
@@ -50,14 +53,6 @@ _WEIGHTS: dict[str, tuple[str, int | None]] = {
 }
 _FIRST_GATE = "model.layers.0.mlp.gate_proj.weight"
 
-# What the same tensors may be meant for, and the values under which they are not.
-_UNSUPPORTED = {
-    "sliding_window": (None,),
-    "swin_norm": (None, False),
-    "quantization_args": (None,),
-    "lora_args": (None,),
-}
-
 # The releases by their rotary base; params.json does not have the context.
 _CONTEXTS = {1e4: 4096, 5e5: 8192, 1e6: 16384}
 _LLAMA1_CONTEXT, _LLAMA1_EPS = 2048, 1e-6
@@ -81,14 +76,14 @@ def open_meta(path: Path, name: str | None = None) -> Checkpoint:
     """
     params_file = path / PARAMS
     if not params_file.is_file():
-        raise UserError(f"{params_file}: missing beside the weights; fetch it too")
+        raise UserError(f"{params_file}: {absent(params_file)} beside the weights; fetch it too")
     params = read_json(params_file)
-    for key, allowed in _UNSUPPORTED.items():
-        if params.get(key) not in allowed:
-            raise UserError(
-                f"{params_file}: {key} is {params[key]!r}, which cptool does not compute; use a "
-                f"checkpoint without it"
-            )
+    unknown = check_fields(params_file, params, PARAMS_FIELDS)
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: an adapter (adapter_config.json) lies beside a model ({PARAMS}), and cptool "
+            f"computes no adapters; move it away to use the model alone"
+        )
     heads = integer(params_file, params, "n_heads")
     kv_heads = integer(params_file, params, "n_kv_heads", heads)
     hidden = integer(params_file, params, "dim")
@@ -108,6 +103,7 @@ def open_meta(path: Path, name: str | None = None) -> Checkpoint:
         stored=mark_interleaved(stored, config),
         eos_ids=tokens.eos_ids if tokens else (),
         bos_id=tokens.bos_id if tokens else None,
+        notes=note_of_unknown(unknown),
         load_tokenizer=tokens.tokenizer if tokens else lambda: None,
     )
 
@@ -151,7 +147,7 @@ def _read_config(
     # Where the output matrix is the embedding, it is absent or in the same place.
     tied = HEAD not in found or found[HEAD] == found[EMBEDDING]
     scaling = None
-    if params.get("use_scaled_rope"):
+    if flag(source, params, "use_scaled_rope"):
         usual = _SCALING_FACTORS.get((hidden, layers), _SCALING_FACTOR)
         factor = number(source, params, "rope_scaling_factor", usual)
         high = number(source, params, "rope_high_freq_factor", RopeScaling.high_freq_factor)
@@ -161,6 +157,19 @@ def _read_config(
                 f"sense; they must be over 0 and over {RopeScaling.low_freq_factor}"
             )
         scaling = RopeScaling("llama3", factor, high_freq_factor=high)
+    vocabulary = found[EMBEDDING].shape[:1]
+    if (said := params.get("vocab_size")) is not None and said != -1:
+        if (integer(source, params, "vocab_size"),) != vocabulary:
+            raise UserError(
+                f"{source}: vocab_size is {said}, and the embedding beside it has the shape "
+                f"{list(found[EMBEDDING].shape)}; the two are not of one model"
+            )
+    for key in ("rope_scaling_factor", "rope_high_freq_factor"):
+        if scaling is None and params.get(key) is not None and number(source, params, key) != 1:
+            raise UserError(
+                f"{source}: {key} is {number(source, params, key)} without use_scaled_rope, which "
+                f"it belongs to; correct the file"
+            )
     theta = number(source, params, "rope_theta", 10000.0)
     eps = number(source, params, "norm_eps")
     return LlamaConfig(
@@ -198,6 +207,9 @@ def _context(source: Path, params: dict[str, Any], theta: float, eps: float) -> 
 def _find_files(path: Path) -> list[Path]:
     """The weight files in the order of their ranks; UserError where one is missing."""
     files = sorted(path.glob("consolidated*.pth"))
+    for file in files:
+        if (why := dangling(file)) is not None:
+            raise UserError(f"{file}: {why}")
     expected = {f"consolidated.{i:02}.pth" for i in range(len(files))}
     if len(files) == 1:
         expected = {files[0].name} & {"consolidated.pth", *expected}

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from cptool.cli import draw
+from cptool.cli.models import context_option, open_model
 from cptool.cli.options import (
     dtype_option,
     moved_option,
@@ -38,6 +39,7 @@ DEFAULT_TOKENS = 512
 @moved_option
 @ranks_by_default("1, or the session's last", "1, or the session's last without --cp")
 @run_options
+@context_option
 @dtype_option
 def chat(
     source,
@@ -54,6 +56,7 @@ def chat(
     partials,
     threads,
     timeout,
+    context_length,
     dtype,
 ):
     """Talk with a MODEL in its own chat template, or go on in a SESSION that /save made.
@@ -62,7 +65,6 @@ def chat(
     question. /help tells the commands.
     """
     from cptool import session as sessions
-    from cptool.checkpoint import open_checkpoint
     from cptool.checkpoint.entry import check_text
     from cptool.launcher import launched_size
     from cptool.sampling import Sampling
@@ -86,7 +88,7 @@ def chat(
         model = model or sessions.model_path(manifest)
     elif model is not None:
         raise UserError(f"--model {model}: {source} is no session; name the model alone")
-    checkpoint = open_checkpoint(model or source)
+    checkpoint = open_model(model or source, context_length)
     tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
         raise UserError(

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from cptool.cli import draw
+from cptool.cli.models import context_option, open_model
 from cptool.cli.options import (
     check_profile,
     check_room,
@@ -42,6 +43,7 @@ DEFAULT_TOKENS = 128
     "the session's last, or 1 with --cp or a launcher",
 )
 @run_options
+@context_option
 @json_option
 def decode(
     session,
@@ -62,6 +64,7 @@ def decode(
     partials,
     threads,
     timeout,
+    context_length,
     as_json,
     profile,
 ):
@@ -72,7 +75,6 @@ def decode(
     as many ranks as last time.
     """
     from cptool import session as sessions
-    from cptool.checkpoint import open_checkpoint
     from cptool.launcher import launched_size
     from cptool.sampling import Sampling
 
@@ -81,7 +83,7 @@ def decode(
     manifest = sessions.load(session)
     sessions.check_writable(session)
     source = model or sessions.model_path(manifest)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_model(source, context_length)
     sessions.check_model(manifest, sessions.identity(checkpoint))
 
     batch = len(manifest.sequences)

@@ -299,7 +299,8 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
     ]
     own = work.config.max_position_embeddings
     if work.context + work.answer > own:
-        rows.insert(1, ("", f"beyond the model's context of {own:,}: prefill and decode refuse it"))
+        beyond = f"beyond the model's context of {own:,}: prefill and decode refuse it"
+        rows.insert(1, ("", f"{beyond} without --context-length"))
     draw.table(rows)
     if best.cp > 1:
         click.echo("\nvariants on this layout")

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from cptool.cli import draw
+from cptool.cli.models import context_option, open_model
 from cptool.cli.options import (
     check_profile,
     check_room,
@@ -44,6 +45,7 @@ from cptool.errors import UserError
 )
 @profile_option
 @rank_options
+@context_option
 @dtype_option
 @json_option
 def prefill(
@@ -63,6 +65,7 @@ def prefill(
     partials,
     threads,
     timeout,
+    context_length,
     dtype,
     as_json,
     profile,
@@ -73,7 +76,6 @@ def prefill(
     `cptool pull`, or a hub id. Several prompts, by any of the prompt options, are a batch.
     """
     from cptool import session as sessions
-    from cptool.checkpoint import open_checkpoint
 
     asked = Prompts(prompts, prompt_files, token_files, synthetic, chat, parse_control_tokens)
     if not asked:
@@ -89,7 +91,7 @@ def prefill(
         manifest = (
             sessions.load(session) if sessions.exists(session) else sessions.check_new(session)
         )
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_model(model, context_length)
     sequences = asked.encode(checkpoint, begin=True)
     lengths = [len(tokens) for tokens in sequences]
     check_context(lengths, [0] * len(lengths), 0, checkpoint.config)

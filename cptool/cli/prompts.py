@@ -166,7 +166,8 @@ def check_context(new: list[int], cached: list[int], more: int, config: "LlamaCo
             raise UserError(
                 f"sequence {b} has {added + held + more} tokens ({', '.join(parts)}), the model's "
                 "context is "
-                f"{config.max_position_embeddings}; shorten it"
+                f"{config.max_position_embeddings}; shorten it, or give --context-length if the "
+                "model was made for more"
             )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool.cli import draw
+from cptool.cli.models import context_option, open_model
 from cptool.cli.options import (
     device_option,
     dtype_option,
@@ -40,6 +41,7 @@ STEPS = 8
 @device_option
 @threads_option
 @timeout_option
+@context_option
 @dtype_option
 @json_option
 def verify(
@@ -53,6 +55,7 @@ def verify(
     device,
     threads,
     timeout,
+    context_length,
     dtype,
     as_json,
 ):
@@ -63,12 +66,11 @@ def verify(
     its bound, a token differs from one rank's, or a repeated run gives other bits.
     """
     from cptool import distributed
-    from cptool.checkpoint import open_checkpoint
     from cptool.launcher import launched_size
 
     if launched_size() is not None:
         raise UserError("cptool verify starts its own ranks; run it without a launcher")
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_model(model, context_length)
     asked = Prompts(prompts, prompt_files, token_files, synthetic, chat=False)
     if not asked:
         asked = replace(asked, synthetic=(_default_length(checkpoint),))
@@ -144,7 +146,8 @@ def _default_length(checkpoint: "Checkpoint") -> int:
     if limit < STEPS + 2:
         raise UserError(
             f"{checkpoint.path} has a context of {limit}, and cptool verify takes {STEPS} steps "
-            "after a prompt of at least 2 tokens; verify another model"
+            "after a prompt of at least 2 tokens; verify another model, or allow more positions by "
+            "--context-length"
         )
     return min(TOKENS, limit - STEPS)
 

@@ -1,0 +1,46 @@
+"""Opening the model that a command names, and what the user is told about it."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import click
+
+from cptool.cli import draw
+from cptool.cli.counts import TokenCount
+from cptool.errors import UserError
+
+if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
+
+# Positions are 32-bit integers.
+_MOST_POSITIONS = 2**31 - 1
+
+context_option = click.option(
+    "--context-length",
+    type=TokenCount(),
+    metavar="N",
+    help="Allow N positions, whatever the model's files say.  [default: the model's context]",
+)
+
+
+def open_model(model: str, context_length: int | None = None) -> "Checkpoint":
+    """The checkpoint, with `context_length` in place of its own context if that is given.
+
+    Says the checkpoint's notes on standard error, once for all ranks of a launcher.
+    """
+    from cptool.checkpoint import open_checkpoint
+    from cptool.launcher import launched
+
+    if context_length is not None and context_length > _MOST_POSITIONS:
+        raise UserError(
+            f"--context-length {context_length}: positions go up to {_MOST_POSITIONS}; give less"
+        )
+    checkpoint = open_checkpoint(model)
+    seat = launched()
+    if seat is None or seat.rank == 0:
+        for note in checkpoint.notes:
+            draw.say(note)
+    if context_length is None:
+        return checkpoint
+    config = replace(checkpoint.config, max_position_embeddings=context_length)
+    return replace(checkpoint, config=config)
