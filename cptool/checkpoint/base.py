@@ -234,9 +234,12 @@ class Checkpoint:
 
         if file not in self._mappings:
             # shared=False maps privately: pages are the page cache's own until they are written to.
-            self._mappings[file] = torch.UntypedStorage.from_file(
-                str(file), shared=False, nbytes=file.stat().st_size
-            )
+            with file.open("rb") as opened:
+                # torch takes UTF-8 only, and the name of a file may be bytes of no encoding.
+                told = str(file) if str(file).isprintable() else f"/proc/self/fd/{opened.fileno()}"
+                self._mappings[file] = torch.UntypedStorage.from_file(
+                    told, shared=False, nbytes=file.stat().st_size
+                )
         return self._mappings[file]
 
 

@@ -53,6 +53,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context):
         try:
+            _check_directory()
             return super().invoke(ctx)
         except (EOFError, KeyboardInterrupt, OSError) as error:
             raise _Escaped from error
@@ -110,6 +111,14 @@ class Commands(click.Group):
             return 1, None
         show_traceback(error)
         return 2 if isinstance(error, UserError) else 1, f"cptool: {explain(error)}"
+
+
+def _check_directory() -> None:
+    """UserError where the current directory was removed: some libraries end the process then."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current directory is gone; change to one that is there") from None
 
 
 class _Escaped(Exception):
