@@ -31,9 +31,9 @@ _MAX_NAME_BYTES, _MAX_STRING_BYTES, _MAX_METADATA_BYTES = 2**16, 2**26, 2**30
 _OTHER_TYPES = {
     4: "Q4_2, removed", 5: "Q4_3, removed", 31: "Q4_0_4_4, removed", 32: "Q4_0_4_8, removed",
     33: "Q4_0_8_8, removed", 36: "IQ4_NL_4_4, removed", 37: "IQ4_NL_4_8, removed",
-    38: "IQ4_NL_8_8, removed", 97: "Q8_0_X4 of ik_llama.cpp", 133: "IQ2_BN of ik_llama.cpp",
-    134: "IQ1_BN of ik_llama.cpp", 137: "IQ2_K of ik_llama.cpp", 138: "IQ3_K of ik_llama.cpp",
-    139: "IQ4_K of ik_llama.cpp", 140: "IQ5_K of ik_llama.cpp", 141: "IQ6_K of ik_llama.cpp",
+    38: "IQ4_NL_8_8, removed", 97: "of ik_llama.cpp", 133: "of ik_llama.cpp",
+    134: "of ik_llama.cpp", 137: "of ik_llama.cpp", 138: "of ik_llama.cpp",
+    139: "of ik_llama.cpp", 140: "of ik_llama.cpp", 141: "of ik_llama.cpp",
 }  # fmt: skip
 
 
