@@ -275,9 +275,9 @@ def connect(
     asked: str | None,
     board: Board,
     store: dist.Store,
-    where: str = "",
+    place: str = "",
 ) -> World:
-    """Join the process group whose ranks meet in `store`, and build the mesh. where: what the error
+    """Join the process group whose ranks meet in `store`, and build the mesh. place: what the error
     adds if some do not come.
     """
     import torch
@@ -300,7 +300,7 @@ def connect(
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" and not staged else "gloo"
     # Transfers must start beside an attention kernel that fills the device, not behind it.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
-    meet(store, seat, timeout + START_S, where)
+    meet(store, seat, timeout + START_S, place)
     dist.init_process_group(
         backend, store=store, rank=seat.rank, world_size=seat.size, timeout=patience
     )

@@ -15,11 +15,12 @@ from test_distributed import GENEROUS_S, start, wait_until
 
 import cptool
 from cptool import abandoned, rendezvous
-from cptool.distributed import RankFailed, run
+from cptool.distributed import RankFailed, connect, run
 from cptool.errors import UserError
 from cptool.launcher import Seat
 from cptool.rendezvous import check_loopback, launchers_store, meet
 from cptool.scratch import Folder, make_folder
+from cptool.status import Board
 from cptool.stopped import is_stopped
 
 PACKAGE = Path(cptool.__file__).parent
@@ -309,6 +310,23 @@ def test_an_address_at_which_nobody_is(held_port, monkeypatch, name, value, told
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=told):
         launchers_store(Seat(1, 2, 1, 2), 0.5)
+
+
+class EmptyStore:
+    """A store to which no other rank comes."""
+
+    def set(self, key, value):
+        self.own = key
+
+    def check(self, keys):
+        return keys == [self.own]
+
+
+def test_ranks_that_do_not_come_are_named_with_the_place():
+    options = (3, 1, "cpu", 1, -4.9, None)  # a start is given 5 s beyond the timeout
+    told = "^rank 0, rank 2 did not come to MASTER_ADDR h in 0.1 s$"
+    with pytest.raises(torch.distributed.DistStoreError, match=told):
+        connect(Seat(1, 3, 1, 3), *options, Board(3), EmptyStore(), " to MASTER_ADDR h")
 
 
 def test_rank_0_listens_at_the_named_address_alone_and_names_who_does_not_come(monkeypatch):
