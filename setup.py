@@ -1,7 +1,8 @@
 """Compiles csrc/ into cptool/_C with CMake and Ninja; all else is in pyproject.toml.
 
 Environment: CPTOOL_CUDA=auto|on|off (auto: if nvcc is found), CPTOOL_CUDA_ARCHS (default "80;90a"),
-CPTOOL_WERROR=1 (warnings are errors). CMAKE_ARGS is passed on.
+CPTOOL_WERROR=1 (warnings are errors), CPTOOL_SANITIZE (as in -fsanitize=; used by
+tests/sanitizers.py). CMAKE_ARGS is passed on.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class CMakeBuild(build_ext):
             "CPTOOL_SOURCE_HASH": source_hash(ROOT / "csrc"),
             "CPTOOL_CUDA": os.environ.get("CPTOOL_CUDA", "auto"),
             "CPTOOL_CUDA_ARCHS": os.environ.get("CPTOOL_CUDA_ARCHS", "80;90a"),
+            "CPTOOL_SANITIZE": os.environ.get("CPTOOL_SANITIZE", ""),
             "CPTOOL_WERROR": "ON" if os.environ.get("CPTOOL_WERROR") == "1" else "OFF",
         }
         # An isolated build brings its own Ninja, in a directory that is gone at the next build: an

@@ -102,15 +102,17 @@ def make(root: Path) -> None:
 def run(root: Path, names: list[str], count: int, seed: int, watch=lambda text: None) -> dict:
     """Damages `count` files of each format in `names`; `root` holds what `make` made.
 
-    Returns the counts of outcomes by format, and up to 20 examples of each fault. Outcomes that are
-    no faults: "refused" and "answered" (of formats without a seal: perhaps otherwise). Faults:
-    "traceback", "crash", "hang", "many lines" and, of sealed files, "silent difference".
+    Returns the counts of outcomes by format, and up to 20 examples of faults and failures. No
+    faults are "refused", "answered" (where nothing seals the file, perhaps otherwise than before)
+    and "failed" (one line, but as a failure while running). Faults are "traceback", "crash",
+    "hang", "many lines" and, for sealed files, "silent difference".
     """
     _warm_up()
     results = {}
     for name in names:
         kind = FORMATS[name]
-        began, counts, faults = time.perf_counter(), Counter(), []
+        began, counts = time.perf_counter(), Counter()
+        faults, failed = [], []
         whole = _outcome(root / kind.folder, kind, None, b"")
         if whole[0] != "answered":
             raise RuntimeError(f"{name}: the whole files are {whole}")
@@ -125,9 +127,12 @@ def run(root: Path, names: list[str], count: int, seed: int, watch=lambda text: 
             if outcome == "answered" and kind.exact and said != whole[1]:
                 outcome = "silent difference"
             counts[outcome] += 1
-            if outcome not in ("refused", "answered") and len(faults) < 20:
-                faults.append({"number": i, "outcome": outcome, "said": said[-600:]})
-        results[name] = {"counts": dict(counts), "faults": faults}
+            told = {"number": i, "outcome": outcome, "said": said[-600:]}
+            if outcome == "failed":
+                failed.append(told)
+            elif outcome not in ("refused", "answered"):
+                faults.append(told)
+        results[name] = {"counts": dict(counts), "faults": faults[:20], "failed": failed[:20]}
         watch(f"{name}: {dict(counts)} in {time.perf_counter() - began:.0f} s")
         for fault in faults[:3]:
             watch(f"    {fault}")
@@ -230,7 +235,9 @@ def _run(arguments: list[str]) -> tuple[str, str]:
         notes = [line for line in lines[:-1] if not line.startswith("cptool: ")]
         if notes:
             return "many lines", text
-    return ("refused", text) if lines and code in (1, 2) else ("traceback", f"{code}: {text}")
+    if not lines or code not in (1, 2):
+        return "traceback", f"exit code {code}: {text}"
+    return ("refused" if code == 2 or arguments[0] == "session" else "failed"), text
 
 
 def _answer(arguments: list[str], said: str) -> str:
