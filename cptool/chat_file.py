@@ -79,7 +79,7 @@ def problems(directory: Path, sealed: Sequence[str]) -> list[str]:
 
 
 def _check(state: dict) -> None:
-    if state.keys() != {"sha256", "tokens", "system", "exchanges"}:
+    if not isinstance(state, dict) or state.keys() != {"sha256", "tokens", "system", "exchanges"}:
         raise ValueError("a state of it has other parts than it must have")
     exchanges, system = state["exchanges"], state["system"]
     texts = [state["sha256"], state["tokens"], *([] if system is None else [system])]

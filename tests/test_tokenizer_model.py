@@ -224,6 +224,13 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("scratch")
 
 
+@pytest.mark.parametrize("piece", [b"\x08\x05", b"\x10\x05", b"\x1a\x01\x01"])
+def test_fields_of_another_wire_type_are_refused(llama2_model, tmp_path, piece):
+    """The text or the score of a piece as a number, or its type as bytes."""
+    with pytest.raises(UserError, match="of another wire type"):
+        read(tmp_path, llama2_model + b"\x0a" + bytes([len(piece)]) + piece).tokenizer()
+
+
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_a_damaged_sentencepiece_model_is_refused_or_read(llama2_model, scratch, data):

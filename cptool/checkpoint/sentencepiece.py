@@ -88,7 +88,10 @@ def _pieces(messages: list[bytes]) -> tuple[list[str], list[float], list[int]]:
     pieces, scores, types = [], [], []
     for message in messages:
         fields = dict(_fields(message))
-        piece = fields[1].decode("utf-8") if 1 in fields else ""
+        for number, kind in ((1, bytes), (2, bytes), (3, int)):
+            if not isinstance(fields.get(number, kind()), kind):
+                raise ValueError(f"field {number} of piece {len(pieces)} is of another wire type")
+        piece = fields.get(1, b"").decode("utf-8")
         pieces.append(piece)
         scores.append(struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0)
         types.append(CONTROL if piece in _CODE_CONTROL else fields.get(3, NORMAL))
