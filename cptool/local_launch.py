@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -35,13 +36,13 @@ from cptool.distributed import (
     resolve_device,
     transport,
 )
-from cptool.errors import UserError, show_traceback
+from cptool.errors import UserError, show_traceback, text_of
 from cptool.launcher import Seat
 from cptool.rendezvous import check_loopback, file_store, listen_on_loopback, start_deadline
 from cptool.scratch import Folder, make_folder
 from cptool.status import Board
 from cptool.stopped import is_stopped
-from cptool.termination import held_back
+from cptool.termination import end_with_parent, held_back
 
 _POLL_S = 0.5
 # The cause may show only after its echo: how long to look for it once a rank has failed.
@@ -50,6 +51,8 @@ _GRACE_S = 1.0
 _ORDERLY_S = 2.0
 # A process that waits for a disk ends only when the disk answers.
 _KILLED_S = 2.0
+# What multiprocessing makes of the exit code that the server can no longer tell.
+_UNKNOWN = 255
 # Longest temporary directory with room for the name of the server's socket (107 bytes in all).
 _LONGEST_BASE = 55
 
@@ -77,10 +80,10 @@ def launch(
     options = (cp, tp, device, *others, asked)
 
     context = multiprocessing.get_context("forkserver")
-    answers, answer = context.Pipe(duplex=False)
+    receiver, answer = context.Pipe(duplex=False)
     ranks: list[BaseProcess] = []
     try:
-        with held_back():
+        with held_back(), start_deadline(options[4], _kill_stopped_server):
             for rank in range(board.ranks):
                 seat = Seat(rank, board.ranks, rank, board.ranks)
                 given = args if own is None else (*args, own[rank])
@@ -94,10 +97,11 @@ def launch(
                 process.start()
                 ranks.append(process)
             answer.close()
-        return _Supervision(ranks, answers, board, timeout=options[4]).result()
+        return _Supervision(ranks, receiver, board, timeout=options[4]).result()
+    except EOFError:
+        raise RankFailed(f"{_server()} was stopped or has ended; {_ENDED}") from None
     finally:
         _end(ranks)
-        answers.close()
 
 
 def start_server(entry: Callable[..., Any]) -> None:
@@ -111,7 +115,11 @@ def start_server(entry: Callable[..., Any]) -> None:
     # user of the machine could connect and have code run (CVE-2022-42919).
     util.abstract_sockets_supported = False
     _choose_socket_folder()
-    forkserver.set_forkserver_preload(["torch.distributed.device_mesh", entry.__module__])
+    modules = ["torch.distributed.device_mesh", entry.__module__]
+    # The end that it is tied to is that of the thread that starts it.
+    if threading.current_thread() is threading.main_thread():
+        modules.insert(0, "cptool.fork_server")
+    forkserver.set_forkserver_preload(modules)
     with _deaf():
         forkserver.ensure_running()
 
@@ -182,7 +190,8 @@ def _rank_main(
             world = connect(seat, *options, board, store)
         value = call_entry(entry, args, world)
         if answer is not None:
-            answer.send(value)
+            # Not by `send`: with it torch shares a tensor's memory, which ends with this process.
+            answer.send_bytes(pickle.dumps(value))
         return
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -200,54 +209,75 @@ def _rank_main(
     os._exit(1)
 
 
+class _Answer(threading.Thread):
+    """Reads what rank 0 returned, in a thread: a rank may be stopped in the midst of it.
+
+    `content` is None until it has come. The thread ends with it, or once all ranks have ended.
+    """
+
+    def __init__(self, receiver: Connection) -> None:
+        super().__init__(name="cptool-answer", daemon=True)
+        self.content: bytes | None = None
+        self._receiver = receiver
+
+    def run(self) -> None:
+        with self._receiver, contextlib.suppress(EOFError, OSError):
+            self.content = self._receiver.recv_bytes()
+
+
 class _Supervision:
     """Waits for the ranks of a run, and says how it ended."""
 
     def __init__(
-        self, ranks: Sequence[BaseProcess], answers: Connection, board: Board, timeout: float
+        self, ranks: Sequence[BaseProcess], receiver: Connection, board: Board, timeout: float
     ) -> None:
         self.ranks, self.board, self.timeout = ranks, board, timeout
-        self.answers: Connection | None = answers
-        self.value: Any = None
+        self.answer = _Answer(receiver)
         self.running = {process.sentinel: rank for rank, process in enumerate(ranks)}
         self.ended: list[int] = []
 
     def result(self) -> Any:
         """Rank 0's value once all ranks have ended in order; raises the cause if one did not."""
+        self.answer.start()
         over: float | None = None
         while self.running:
             self._look(_POLL_S)
-            failed = [rank for rank in self.ended if self.ranks[rank].exitcode]
-            if failed:
+            if any(self.ranks[rank].exitcode for rank in self.ended):
                 until = time.monotonic() + _GRACE_S
                 while self.running and not self._killed() and time.monotonic() < until:
                     self._look(max(0.0, until - time.monotonic()))
-                raise self._cause((self._killed() or failed)[0])
+                raise self._cause()
             # Ranks that wait for each other keep to the timeout by themselves, unless all of them
-            # are stopped, or those that are left when others were done.
-            if not self.ended and not self._all_stopped():
+            # are stopped, or those that are left when others were done. Of their ends, their parent
+            # tells.
+            silent = is_stopped(_server_pid())
+            if not self.ended and not silent and not self._all_stopped():
                 over = None
             elif over is None:
                 over = time.monotonic() + self.timeout
             elif time.monotonic() > over:
-                if self.ended:
+                if self.ended or self.answer.content is not None:
                     break
-                told = ", ".join(self._doing(rank) for rank in sorted(self.running.values()))
+                ranks = ", ".join(self._doing(rank) for rank in sorted(self.running.values()))
+                told = f"{_server()}, which is stopped" if silent else ranks
                 raise RankFailed(f"no answer within {self.timeout:g} s from {told}; {_ENDED}")
-        return self.value
+        return self._value()
 
     def _look(self, patience: float) -> None:
-        """Note what ended or was answered, within `patience` seconds."""
-        objects = [*self.running, *([self.answers] if self.answers else [])]
-        for ready in wait(objects, patience):
-            if ready is not self.answers:
-                self.ended.append(self.running.pop(ready))
-                continue
-            try:
-                self.value = self.answers.recv()
-            except (EOFError, OSError):  # rank 0 ended without a value
-                pass
-            self.answers = None
+        """Note which ranks ended, within `patience` seconds."""
+        self.ended += [self.running.pop(ready) for ready in wait(list(self.running), patience)]
+
+    def _value(self) -> Any:
+        """What rank 0 returned; RankFailed where that did not arrive whole."""
+        self.answer.join(_GRACE_S if self.running else self.timeout)
+        if self.answer.content is None:
+            how = f"no answer within {self.timeout:g} s from" if self.running else "no answer from"
+            raise RankFailed(f"{how} {self._doing(0)}; {_ENDED}")
+        try:
+            return pickle.loads(self.answer.content)
+        except Exception as error:
+            told = f"{type(error).__name__}: {text_of(error)}"
+            raise RankFailed(f"what rank 0 returned cannot be read ({told})") from error
 
     def _killed(self) -> list[int]:
         """Ranks that ended by a signal or, without a word on the board, by an exit of their own."""
@@ -263,43 +293,82 @@ class _Supervision:
         told = f" (pid {self.ranks[rank].pid}, which is stopped)" if stopped else ""
         return f"rank {rank}{told} during {self.board.read(rank)}"
 
-    def _cause(self, rank: int) -> BaseException:
-        """Why the run ended, given a rank that was killed or left without a word, or else one that
-        failed.
+    def _cause(self) -> BaseException:
+        """Why the run ended, once a rank has failed.
 
-        In the first case that is the cause. Else the earliest failure on the board counts; if that
-        is an error of communication, ranks that recorded nothing are the ones that hang.
+        A mistake of the user's is nobody's echo. Next counts who was killed, or left without a
+        word; one that aborted may have been made to by a library that lost its peer, so an
+        exception comes before it. If there are errors of communication alone, ranks that recorded
+        nothing are the ones that hang.
         """
-        pid, exitcode = self.ranks[rank].pid, self.ranks[rank].exitcode
-        if any(self.ranks[ended].exitcode == -signal.SIGINT for ended in self.ended):
+        if any(self.ranks[rank].exitcode == -signal.SIGINT for rank in self.ended):
             return KeyboardInterrupt()
-        failures = self.board.failures()
-        recorded = {failure.rank for failure in failures}
-        if exitcode < 0:
-            number = -exitcode
-            known = number in set(signal.Signals)
-            name = signal.Signals(number).name if known else f"signal {number}"
-            told = f"rank {rank} (pid {pid}) was killed by {name} during {self.board.read(rank)}"
-            if number == signal.SIGKILL:
-                told += " (as the system does where memory, or a control group's limit, runs out)"
-        elif rank not in recorded:
-            doing = self.board.read(rank)
-            told = f"rank {rank} (pid {pid}) exited with code {exitcode} during {doing}"
+        failures, killed = self.board.failures(), self._killed()
+        own = [failure for failure in failures if failure.kind != "communication"]
+        if own and own[0].kind == "user":
+            return UserError(own[0].message)
+        outright = [rank for rank in killed if self.ranks[rank].exitcode != -signal.SIGABRT]
+        lost = any(self.ranks[rank].exitcode == _UNKNOWN for rank in killed)
+        if lost and _server_ends_within(_GRACE_S):
+            told = f"{_server()} has ended"
+        elif outright or (killed and not own):
+            told = self._death(*(outright or killed)[:1])
+        elif own:
+            told = own[0].message
         else:
             told = failures[0].message
-            if failures[0].kind == "user":
-                return UserError(told)
-            silent = set(range(self.board.ranks)) - recorded
-            if failures[0].kind == "communication" and silent:
+            silent = set(range(self.board.ranks)) - {failure.rank for failure in failures}
+            if silent:
                 told = f"no answer from {', '.join(map(self._doing, sorted(silent)))} ({told})"
         return RankFailed(f"{told}; {_ENDED}")
+
+    def _death(self, rank: int) -> str:
+        """How a rank ended that recorded no exception."""
+        pid, exitcode = self.ranks[rank].pid, self.ranks[rank].exitcode
+        doing = self.board.read(rank)
+        if exitcode >= 0:
+            return f"rank {rank} (pid {pid}) exited with code {exitcode} during {doing}"
+        known = -exitcode in set(signal.Signals)
+        name = signal.Signals(-exitcode).name if known else f"signal {-exitcode}"
+        told = f"rank {rank} (pid {pid}) was killed by {name} during {doing}"
+        if -exitcode == signal.SIGKILL:
+            told += " (as the system does where memory, or a control group's limit, runs out)"
+        return told
 
 
 _ENDED = "all ranks were ended"
 
 
+def _server_pid() -> int:
+    """The process that ranks are forked from, which must be running."""
+    return forkserver._forkserver._forkserver_pid
+
+
+def _server() -> str:
+    return f"the process that ranks are forked from (pid {_server_pid()})"
+
+
+def _server_ends_within(seconds: float) -> bool:
+    until = time.monotonic() + seconds  # its pipes are closed a moment before it has ended
+    try:
+        while not os.waitid(os.P_PID, _server_pid(), os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+    except ChildProcessError:  # somebody has waited for it
+        pass
+    return True
+
+
+def _kill_stopped_server() -> None:
+    """Kill it, and its ranks with it, if it is stopped: it hears nothing else."""
+    if is_stopped(_server_pid()):
+        os.kill(_server_pid(), signal.SIGKILL)
+
+
 def _end(ranks: Sequence[BaseProcess]) -> None:
     """End what still runs: in order where that takes no time, else at once."""
+    _kill_stopped_server()
     running = [process for process in ranks if process.is_alive()]
     for process in running:
         process.terminate()
@@ -317,9 +386,11 @@ def _end(ranks: Sequence[BaseProcess]) -> None:
 def _die_with_launcher() -> None:
     """End this process when the launching one is gone, however that went.
 
-    A thread because the kernel's parent of a rank is the fork server, which outlives its client for
-    as long as ranks do, so that a parent-death signal would never come.
+    The kernel kills it when its parent, the fork server, ends, which does so with its own
+    (`cptool.fork_server`). That takes even a stopped rank. A thread watches too, for a server that
+    a thread started, which outlives its client for as long as ranks do.
     """
+    end_with_parent()
     launcher = multiprocessing.parent_process()
 
     def watch() -> None:

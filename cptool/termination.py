@@ -75,6 +75,14 @@ def held_back() -> Iterator[None]:
         signal.raise_signal(number)
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends; Linux alone can."""
+    import ctypes  # not among the first imports of a command
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def guard(early: Callable) -> None:
     """For the process of a command: end it by Ctrl-C, SIGTERM or SIGHUP within PATIENCE_S seconds,
     whatever it is doing. To be called once, in the main thread.

@@ -65,15 +65,6 @@ class Measurement:
     logits: torch.Tensor
     repeated: bool
 
-    # As a NumPy array on its way from a rank: torch would share the tensor's memory, and the rank
-    # ends before that could be mapped.
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"logits": self.logits.float().numpy()}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state | {"logits": torch.from_numpy(state["logits"])})
-
     @property
     def allowed(self) -> float:
         return ALLOWED_GROWTH * self.one_call_error + self.rounding

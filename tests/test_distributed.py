@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -86,6 +87,49 @@ def leaves(world):
     if world.rank == 1:
         os._exit(7)
     world.barrier()
+
+
+def returns(world, kind):
+    """Tensors and what holds them, more than a pipe takes at a time, and what cannot arrive."""
+    if kind == "none":
+        sys.exit(0)
+    if kind == "unreadable":
+        return Unreadable()
+    if kind == "stopped" and world.rank == 0:
+        world.report("answer")
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+        return Slow()
+    return {"one": torch.arange(3), "many": [Status("x", 1, 2), torch.ones(300_000)]}
+
+
+class Unreadable:
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+class Slow:
+    def __reduce__(self):
+        time.sleep(2)
+        return list, ()
+
+
+def mistake_beside_a_death(world, number):
+    if world.rank == 0:
+        raise UserError("--prompt: it is empty; give one")
+    os.kill(os.getpid(), number)
+
+
+def defect_beside_an_abort(world):
+    if world.rank == 1:
+        raise KeyError("cause")
+    os.abort()
+
+
+def loses_its_server(world, number):
+    world.report("serve")
+    if world.rank == 0:
+        os.kill(os.getppid(), number)
+    time.sleep(10 * GENEROUS_S)
 
 
 def hangs(world):
@@ -227,6 +271,44 @@ def test_a_rank_that_leaves():
         run(leaves, cp=3, device="cpu")
 
 
+def test_an_answer_of_any_kind_arrives_whole():
+    answer = run(returns, "tensors", cp=2, device="cpu", threads=1)
+    assert answer["one"].tolist() == [0, 1, 2] and answer["many"][0] == Status("x", 1, 2)
+    assert answer["many"][1].sum() == 300_000
+
+
+@pytest.mark.parametrize(
+    "kind, told",
+    [
+        ("none", "^no answer from rank 0 during start; all ranks were ended$"),
+        ("unreadable", "^what rank 0 returned cannot be read .ValueError: invalid literal for int"),
+        ("stopped", r"^no answer within 2 s from rank 0 \(pid \d+, which is stopped\) during a"),
+    ],
+)
+def test_an_answer_that_is_lost_is_an_error_that_names_the_rank(kind, told):
+    with pytest.raises(RankFailed, match=told):
+        run(returns, kind, cp=2, device="cpu", threads=1, timeout=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
+def test_a_mistake_comes_before_the_death_of_another_rank(number):
+    with pytest.raises(UserError, match="^--prompt: it is empty; give one$"):
+        run(mistake_beside_a_death, number, cp=2, device="cpu", threads=1)
+
+
+def test_an_exception_comes_before_an_abort():
+    with pytest.raises(RankFailed, match="^rank 1 failed during start: .*KeyError: 'cause'"):
+        run(defect_beside_an_abort, cp=2, device="cpu", threads=1)
+
+
+@pytest.mark.parametrize("number, how", [(signal.SIGKILL, "ended"), (signal.SIGSTOP, "stopped")])
+def test_the_end_of_the_server_of_ranks_is_told_and_the_next_run_has_a_new_one(number, how):
+    told = rf"the process that ranks are forked from \(pid \d+\),? .*{how}; all ranks were ended$"
+    with pytest.raises(RankFailed, match=told):
+        run(loses_its_server, number, cp=2, device="cpu", threads=1, timeout=3)
+    assert run(own_place, cp=2, device="cpu", threads=1) == "0 of [0, 1], 0 of 2 here"
+
+
 def test_a_rank_that_hangs_is_named_after_the_timeout():
     with pytest.raises(RankFailed, match="^no answer from rank 1 during hang .*during wait: "):
         run(hangs, cp=3, device="cpu", timeout=1)
@@ -306,6 +388,16 @@ def test_no_process_outlives_the_launcher(tmp_path, number, to_all, code, told):
     output, errors = process.communicate(timeout=GENEROUS_S)
     assert (process.returncode, output) == (code, "")
     assert told in (None, errors)  # Python's own tracker of semaphores tells of a kill
+    wait_until(lambda: not any(map(alive, pids)))
+
+
+def test_stopped_ranks_and_their_server_end_with_a_launcher_that_is_killed(tmp_path):
+    process = start(tmp_path, script=driver("ring_for_ever", str(tmp_path), cp=2))
+    pids = pids_in(tmp_path, "rank0", "rank1", "server", of=process)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    process.kill()
+    process.communicate(timeout=GENEROUS_S)
     wait_until(lambda: not any(map(alive, pids)))
 
 

@@ -26,6 +26,8 @@ from cptool.stopped import is_stopped
 PACKAGE = Path(cptool.__file__).parent
 RESTRICTED = PACKAGE / "checkpoint" / "torch_file.py"
 """The reader of .pth files: an unpickler that builds tensors and nothing else."""
+ANSWER = PACKAGE / "local_launch.py"
+"""What rank 0 returned comes through a pipe that it inherited from the process which reads it."""
 
 
 # What is unpickled.
@@ -52,7 +54,7 @@ def test_the_package_unpickles_nothing_but_tensors_of_pth_files():
     for path in PACKAGE.rglob("*.py"):
         found = set(names_in(ast.parse(path.read_text())))
         objects = {n for n in found if n.endswith(("_object", "_object_list", "_objects"))}
-        allowed = {"pickle", "Unpickler"} if path == RESTRICTED else set()
+        allowed = {RESTRICTED: {"pickle", "Unpickler"}, ANSWER: {"pickle"}}.get(path, set())
         assert not (found & forbidden - allowed) | objects, path
 
 
