@@ -271,7 +271,7 @@ def test_fingerprint_depends_on_the_bytes_and_not_on_the_place(tmp_path):
         ({"general.sampling.temp": float("inf")}, "general.sampling.temp is inf"),
         ({"general.sampling.temp": "warm"}, "general.sampling.temp is 'warm'"),
         ({"llama.embedding_length": None}, "llama.embedding_length is missing"),
-        ({"llama.attention.head_count": [8, 4]}, "head_count is [8, 4]"),
+        ({"llama.attention.head_count": [8, 4]}, "head_count is [8, 4], cptool computes layers"),
         ({"llama.attention.head_count": 0}, "num_attention_heads is 0"),
         ({"llama.attention.head_count_kv": 3}, "multiple"),
         ({"llama.attention.layer_norm_rms_epsilon": "x"}, "it must be a number"),
@@ -370,6 +370,13 @@ def test_what_sentencepiece_files_leave_out_has_its_defaults(path):
     assert open_checkpoint(str(path)).eos_ids == (7,)
     write(path, **{"tokenizer.ggml.model": "gpt2"})
     assert open_checkpoint(str(path)).eos_ids == ()
+
+
+def test_several_ends_of_an_answer_and_ids_of_no_token(path):
+    ids = {"tokenizer.ggml.eos_token_id": 7, "tokenizer.ggml.eos_token_ids": [7, 9]}
+    write(path, **ids, **{"tokenizer.ggml.bos_token_id": 2**32 - 1})
+    checkpoint = open_checkpoint(str(path))
+    assert checkpoint.eos_ids == (7, 9) and checkpoint.bos_id is None and checkpoint.notes == ()
 
 
 def test_one_number_for_every_layer_is_one_number(path):

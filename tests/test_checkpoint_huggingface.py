@@ -57,6 +57,12 @@ def saved_once(tmp_path_factory):
     return path, whole, 8 + struct.unpack_from("<Q", whole)[0]
 
 
+def stored_tensors(path):
+    """Copies of the tensors of the model, by their names in cptool."""
+    checkpoint = open_checkpoint(str(path))
+    return {name: checkpoint.read(name).clone() for name in checkpoint.names()}
+
+
 def write_safetensors(path, tensors, shift=0):
     """A safetensors file by hand; `shift` bytes of its header misalign the data."""
     data, header = b"", {}
@@ -641,6 +647,8 @@ def test_other_heads_and_models_are_named(saved, architecture, why):
         (bytes(64), "a file of zero bytes"),
         (b"\x1f\x8b" + bytes(64), "a gzip archive"),
         (b"GGUF" + bytes(64), "a GGUF file"),
+        ("{}".encode("utf-16"), "plain UTF-8"),
+        (b"\xef\xbb\xbf{}", "plain UTF-8"),
     ],
 )
 def test_other_files_under_the_name_are_named(saved, file, content, message):
@@ -674,4 +682,57 @@ def test_fields_of_real_configurations_need_no_note(saved):
         **{"residual_multiplier": 1.0, "logits_scaling": 1, "layer_types": ["full_attention"] * 2},
         **{"attention_multiplier": 8**-0.5, "is_decoder": True, "auto_map": {"AutoModel": "x"}},
     )
+    assert open_checkpoint(str(saved)).notes == ()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_of_a_bare_model_get_the_prefix(tmp_path, tied):
+    tiny(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    expected = stored_tensors(tmp_path)
+    bare = {name.removeprefix("model."): tensor for name, tensor in expected.items()}
+    write_safetensors(tmp_path / "model.safetensors", bare)
+    found = stored_tensors(tmp_path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name: f"language_model.{name}", "'language_model.model.embed_tokens.weight'"),
+        (lambda name: name.replace("model.", "model.text_model."), "'model.text_model.embed"),
+        (lambda name: name.replace("layers.1", "layers.1._orig_mod"), "'model.layers.1._orig_mod."),
+        (lambda name: name.replace("q_proj", "qkv_proj"), "joined into one matrix"),
+    ],
+)
+def test_tensors_under_other_names_are_not_said_to_be_missing(saved, change, message):
+    tensors = {change(name): tensor for name, tensor in stored_tensors(saved).items()}
+    write_safetensors(saved / "model.safetensors", tensors)
+    said = refusal(saved)
+    assert message in said
+    assert "fetch" not in said
+
+
+def test_an_index_may_list_what_need_not_be_stored(tmp_path):
+    tiny(tie_word_embeddings=True).save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    weights = json.loads(index.read_text())["weight_map"]
+    first = next(iter(weights.values()))
+    table = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_json(index, weight_map={**weights, "lm_head.weight": first, table: first})
+    assert open_checkpoint(str(tmp_path)).config.tie_word_embeddings
+    edit_json(tmp_path / "config.json", tie_word_embeddings=False)
+    assert "'lm_head.weight' is not in it" in refusal(tmp_path)
+
+
+def test_a_token_id_of_minus_one_is_none(saved):
+    edit_json(saved / "config.json", eos_token_id=-1)
+    edit_json(saved / "generation_config.json", eos_token_id=[3, -1], bos_token_id=-1)
+    assert open_checkpoint(str(saved)).eos_ids == (3,)
+    edit_json(saved / "generation_config.json", eos_token_id=[3, 96])
+    assert "generation_config.json: eos_token_id is 96" in refusal(saved)
+
+
+def test_the_first_spelling_of_the_architecture_is_known(saved):
+    edit_json(saved / "config.json", architectures=["LLaMAForCausalLM"], pad_token_id=-1)
     assert open_checkpoint(str(saved)).notes == ()

@@ -242,6 +242,8 @@ def test_files_that_are_missing_are_named(saved, gqa):
         file.unlink()
     (saved / "params.json").write_text(json.dumps({"dim": 64, "n_heads": 4}))
     assert "no consolidated.00.pth" in refusal(saved)
+    (saved / "consolidated.safetensors").touch()
+    assert "Mistral's own layout" in refusal(saved)
 
 
 def test_a_directory_that_holds_both_layouts(llama, tmp_path):

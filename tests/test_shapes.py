@@ -51,3 +51,11 @@ def test_an_unknown_name_is_told_the_known_ones():
     with pytest.raises(UserError, match="no such model.*or one of the shapes llama2-7b") as error:
         find_shape("llama9-1t")
     assert "\n" not in str(error.value)
+
+
+def test_what_a_configuration_leaves_open_is_noted(mqa_path, tmp_path):
+    fields = json.loads((mqa_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "mood": "good"}))
+    notes = []
+    assert find_shape(str(tmp_path), notes) == find_shape(str(mqa_path))
+    assert notes == ["fields that cptool does not know were ignored: mood"]

@@ -5,6 +5,7 @@ Tensors go by their Hugging Face names, and query and key rows are in half-split
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
@@ -28,6 +29,8 @@ TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 
 _SAMPLED_BYTES = 4096
+
+CONVERT = "convert the checkpoint to safetensors with transformers' save_pretrained"
 
 # More than any tensor of a checkpoint has.
 MAX_DIMENSIONS = 8
@@ -338,8 +341,7 @@ def select_tensors(
         tensor = found.get(name)
         if tensor is None:
             raise UserError(
-                f"{source}: tensor {name} is missing; the model's shape calls for {len(needed)} "
-                f"tensors, so fetch the checkpoint again or mend its configuration"
+                f"{source}: tensor {name} is missing; {_why_missing(name, found, len(needed))}"
             )
         if tensor.shape != shape:
             raise UserError(
@@ -354,9 +356,26 @@ def select_tensors(
     if extra := sorted(found.keys() - needed.keys() - {HEAD}):
         raise UserError(
             f"{source}: tensor {extra[0]!r} ({len(extra)} such) belongs to no plain Llama model, "
-            f"and ignoring it would change the answer; use a checkpoint of the Llama architecture"
+            f"and ignoring it could change the answer; use a checkpoint of the Llama architecture"
         )
     return {name: found[name] for name in needed}
+
+
+def _why_missing(name: str, found: Iterable[str], count: int) -> str:
+    """What may be wrong with files that lack a tensor, with the remedy: a name with the same parts
+    in the same order and others between them is that of another library or of a training run.
+    """
+    parts = name.removeprefix("model.").split(".")
+    between = re.compile(r"(?:^|\.)" + r"\.(?:\w+\.)*".join(map(re.escape, parts)) + "$")
+    if other := next(filter(between.search, sorted(found)), None):
+        return (
+            f"the files have it as {other!r:.100}, as another library or a training run wrote it; "
+            f"{CONVERT}"
+        )
+    return (
+        f"the model's shape calls for {count} tensors, so fetch the checkpoint again or correct "
+        f"its configuration"
+    )
 
 
 def mark_interleaved(
@@ -436,11 +455,16 @@ def first_line(error: BaseException) -> str:
 
 
 def token_ids(source: Path, key: str, value: Any, vocab_size: int) -> tuple[int, ...]:
-    """Token ids out of an int, a list of ints or None, each once; UserError for anything else."""
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+    """Token ids out of an int, a list of ints or None, each once; UserError for anything else.
+
+    -1, or the same in 32 unsigned bits, is how several formats write that there is no such token.
+    """
+    ids = value if isinstance(value, list) else [value]
+    ids = [i for i in ids if i is not None and not (type(i) is int and i in (-1, 2**32 - 1))]
     for i in ids:
         if type(i) is not int or not 0 <= i < vocab_size:
             raise UserError(
-                f"{source}: {key} is {i!r}, it must lie in the vocabulary of {vocab_size}"
+                f"{source}: {key} is {i!r:.60}, it must be an id in the model's vocabulary, 0 to "
+                f"{vocab_size - 1}; correct the file"
             )
     return tuple(dict.fromkeys(ids))

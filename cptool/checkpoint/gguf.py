@@ -80,6 +80,8 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
         for name in ("bos", "eos", "eot", "eom")
         for key in [f"tokenizer.ggml.{name}_token_id"]
     }
+    several = "tokenizer.ggml.eos_token_ids"  # As ollama writes them beside the first one.
+    ids["eos"] += token_ids(path, several, metadata.get(several), config.vocab_size)
     return Checkpoint(
         path=path,
         name=name or path.stem,
@@ -287,6 +289,11 @@ def _value(path: Path, metadata: dict[str, Any], key: str, kind: type, default: 
     value = metadata.get(key, default)
     if isinstance(value, list) and value and all(item == value[0] for item in value):
         value = value[0]  # One value for each layer, and all the same.
+    if isinstance(value, list) and all(type(item) is kind for item in value) and value:
+        raise UserError(
+            f"{path}: {key} is {shown(value)}, cptool computes layers of one shape alone; use "
+            f"another model"
+        )
     if type(value) is not kind:
         raise UserError(
             f"{path}: {key} is {'missing' if value is None else shown(value)}, it must be "

@@ -5,6 +5,7 @@ names, or transformers' choice is taken and noted.
 """
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from cptool.checkpoint.base import (
     TORCH_DTYPES,
     Checkpoint,
     Sampling,
+    StoredTensor,
     check_config,
     differ,
     select_tensors,
@@ -58,18 +60,15 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
     fields = read_json(config_file)
     unknown = check_fields(config_file, fields, HUGGING_FACE)
     check_quantization(path, fields)
-    found, notes = read_headers(path)
-    check_names(path, found)
-    found = {
-        name: tensor
-        for name, tensor in found.items()
-        if not name.endswith("rotary_emb.inv_freq")  # Older files store what rope_theta says.
-    }
     tied = flag(config_file, fields, "tie_word_embeddings")
+    found, notes = read_headers(path, tied)
+    check_names(path, found)
+    found = _with_prefix(found)
     if not tied and HEAD not in found and EMBEDDING in found:
         raise UserError(
-            f"{path}: {HEAD} is missing and {config_file.name} does not say that the embedding "
-            f'serves in its place; set "tie_word_embeddings" to true there if it does'
+            f"{path}: {HEAD} is missing, as in embedding models, and {config_file.name} does not "
+            f"say that the embedding serves in its place; set \"tie_word_embeddings\" to true "
+            f"there if it does, or use a LlamaForCausalLM checkpoint"
         )
     config = read_config(config_file, fields, notes)
     config = check_config(config_file, replace(config, tie_word_embeddings=HEAD not in found))
@@ -94,11 +93,26 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
     )
 
 
-def read_shape(source: Path) -> LlamaConfig:
-    """The checked shape of a model out of its `config.json` alone."""
+def _with_prefix(found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors under the names of a LlamaForCausalLM: those of a bare LlamaModel lack a prefix,
+    which transformers adds when it reads them.
+    """
+    if any(name.startswith("model.") for name in found):
+        return found
+    bare = re.compile(r"(?:embed_tokens|layers\.\d+|norm)\.")
+    return {f"model.{name}" if bare.match(name) else name: found[name] for name in found}
+
+
+def read_shape(source: Path, notes: list[str]) -> LlamaConfig:
+    """The checked shape of a model out of its `config.json` alone.
+
+    `notes` takes a line for every choice between two answers and for fields that are ignored.
+    """
     fields = read_json(source)
-    check_fields(source, fields, HUGGING_FACE)
-    return check_config(source, read_config(source, fields, []))
+    unknown = check_fields(source, fields, HUGGING_FACE)
+    config = check_config(source, read_config(source, fields, notes))
+    notes += note_of_unknown(unknown)
+    return config
 
 
 def read_config(source: Path, fields: dict[str, Any], notes: list[str]) -> LlamaConfig:
@@ -139,7 +153,8 @@ def read_config(source: Path, fields: dict[str, Any], notes: list[str]) -> Llama
 def _check_architecture(source: Path, fields: dict[str, Any]) -> None:
     architectures = fields.get("architectures") or ["LlamaForCausalLM"]
     kind = fields.get("model_type", "llama")
-    if architectures == ["LlamaForCausalLM"] and kind == "llama":
+    # The second spelling is that of the first converted checkpoints.
+    if architectures in (["LlamaForCausalLM"], ["LLaMAForCausalLM"]) and kind == "llama":
         return
     first = architectures[0] if isinstance(architectures, list) else architectures
     why = {
@@ -303,8 +318,10 @@ def _end_ids(
     """Every token that a file says ends an answer; the generation's come first."""
     ids = [
         found
-        for source in (generation, fields)
-        for found in token_ids(path, "eos_token_id", source.get("eos_token_id"), config.vocab_size)
+        for file, source in (("generation_config.json", generation), ("config.json", fields))
+        for found in token_ids(
+            path / file, "eos_token_id", source.get("eos_token_id"), config.vocab_size
+        )
     ]
     named = "eos_token_id" in fields or "eos_token_id" in generation or tokenizer.get("eos_token")
     if not named and config.vocab_size > _DEFAULT_EOS:
@@ -315,8 +332,8 @@ def _end_ids(
 def _begin_id(
     path: Path, fields: dict[str, Any], generation: dict[str, Any], config: LlamaConfig
 ) -> int | None:
-    for source in (generation, fields):
-        ids = token_ids(path, "bos_token_id", source.get("bos_token_id"), config.vocab_size)
+    for file, source in (("generation_config.json", generation), ("config.json", fields)):
+        ids = token_ids(path / file, "bos_token_id", source.get("bos_token_id"), config.vocab_size)
         if ids:
             return ids[0]
     return None

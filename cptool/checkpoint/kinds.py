@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cptool.checkpoint.base import CONVERT
 from cptool.checkpoint.fields import mapping, shown
 from cptool.checkpoint.lookalikes import absent, dangling
 from cptool.errors import UserError
 
-_CONVERT = "convert the checkpoint to safetensors with transformers' save_pretrained"
 _UNQUANTISED = "use its unquantised checkpoint, or a GGUF of it"
 _MERGE = "merge it into its base model first, with peft's merge_and_unload, and give the result"
 
@@ -48,7 +48,7 @@ _TENSORS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"\.(?:codes|codebooks|Qidxs|trellis|SV|SU)$", "quantised weights", _UNQUANTISED),
         (r"\.(?:scales|biases|zeros|qscales)$", "quantised weights", _UNQUANTISED),
         (
-            r"(?:^|\.)(?:score|classifier|v_head\.\w+|value_head|reward_head|regression_head)\.",
+            r"(?:^|\.)(?:score|classifier|cls|v_head\.\w+|value_head|reward_head|regression_head)\.",
             "a head that scores or classifies, as reward models have",
             "use a checkpoint that generates text",
         ),
@@ -64,14 +64,14 @@ _TENSORS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
             "use a checkpoint of the Llama alone",
         ),
         (
-            r"^(?:embed_tokens|layers\.\d+|norm)\.",
-            "a Llama without its output matrix (LlamaModel), as embedding models are",
-            "use a LlamaForCausalLM checkpoint",
+            r"\.(?:qkv_proj|gate_up_proj|W_pack|query_key_value|wqkv|Wqkv|c_attn)\.",
+            "projections joined into one matrix, as other architectures have",
+            "use a checkpoint of the Llama architecture",
         ),
         (
             r"^(?:module|_orig_mod|_fsdp_wrapped_module|transformer|gpt_neox|decoder)\.",
             "names of another library or of a training run",
-            _CONVERT,
+            CONVERT,
         ),
     )
 )
@@ -103,7 +103,8 @@ def check_quantization(path: Path, fields: dict[str, Any]) -> None:
             named = f" by {shown(method)}" if method is not None else ""
             raise UserError(
                 f"{path}: {key} says that the weights are quantised{named}, which cptool reads "
-                f"from GGUF files alone; {_UNQUANTISED}"
+                f"from GGUF files alone; {_UNQUANTISED}, or remove the field if "
+                f"the weights are plain"
             )
     # MLX puts it under a key of its own.
     if isinstance(fields.get("quantization"), dict):
@@ -138,7 +139,7 @@ def why_no_weights(path: Path) -> str:
         if file := next(iter(sorted(path.glob(pattern))), None):
             if any(path.glob("*.safetensors")):
                 break
-            return f"only {kind} ({file.name}), which cptool never loads; {_CONVERT}"
+            return f"only {kind} ({file.name}), which cptool never loads; {CONVERT}"
     if gguf := sorted(path.glob("*.gguf")):
         return f"no safetensors in it; to use a GGUF file give its path, such as {gguf[0]}"
     if parts := sorted(path.glob("model-*.safetensors")):
@@ -171,7 +172,7 @@ def _why_no_config(path: Path) -> str:
         ("*.msgpack", "Flax weights"), ("*.nemo", "a NeMo archive"), ("*.npz", "MLX weights"),
     ):  # fmt: skip
         if file := next(iter(sorted(path.glob(pattern))), None):
-            return f"no config.json in it but {kind} ({file.name}), not supported; {_CONVERT}"
+            return f"no config.json in it but {kind} ({file.name}), not supported; {CONVERT}"
     if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return "weights without a config.json; fetch it too"
     if any(path.glob("tokenizer*")):

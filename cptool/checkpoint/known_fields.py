@@ -123,6 +123,7 @@ _RUN_TIME = frozenset(
     max_sequence_length max_seq_length max_seq_len seq_length seq_len model_max_length n_ctx
     n_positions max_length max_new_tokens license language tags model_name base_model
     base_model_name_or_path created_by description author version trl_version peft_version
+    is_llama_config transformers.js_config
     """.split()
 )
 
@@ -229,6 +230,9 @@ HUGGING_FACE = FieldList(
         "n_shared_experts": _OFF,
         "swiglu_limit": (None, 0),
         "adapters": (None, {}),
+        "text_config": (None, {}),
+        "vision_config": (None, {}),
+        "audio_config": (None, {}),
     },
 )
 
@@ -344,6 +348,7 @@ GGUF = FieldList(
         tokenizer.ggml.add_space_prefix tokenizer.ggml.remove_extra_whitespaces
         tokenizer.ggml.precompiled_charsmap tokenizer.ggml.added_tokens
         tokenizer.ggml.bos_token_id tokenizer.ggml.eos_token_id tokenizer.ggml.eot_token_id
+        tokenizer.ggml.bos_token_ids tokenizer.ggml.eos_token_ids general.parameter_count
         tokenizer.ggml.eom_token_id tokenizer.ggml.unknown_token_id
         tokenizer.ggml.seperator_token_id tokenizer.ggml.separator_token_id
         tokenizer.ggml.padding_token_id tokenizer.ggml.cls_token_id tokenizer.ggml.mask_token_id

@@ -42,6 +42,8 @@ def describe(beginning: bytes) -> str | None:
     text = beginning[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith(_PAGES):
         return "a web page saved in place of the file; fetch the file itself"
+    if beginning.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
+        return "text in UTF-16, or in UTF-8 after a byte-order mark; save it in plain UTF-8"
     if beginning[257:262] == b"ustar":
         return "a tar archive; unpack it first"
     if not beginning:

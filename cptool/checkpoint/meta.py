@@ -218,6 +218,11 @@ def _find_files(path: Path) -> list[Path]:
         raise UserError(
             f"{path}: {missing[0]} is missing beside {len(files)} other files of weights; fetch it"
         )
+    if not expected and any(path.glob("consolidated*.safetensors")):
+        raise UserError(
+            f"{path}: its weights are in Mistral's own layout, which is not supported; use a "
+            f"checkpoint of the model in the Hugging Face layout, or a GGUF of it"
+        )
     if not expected:
         raise UserError(f"{path}: no consolidated.00.pth in it; fetch the weights")
     return files

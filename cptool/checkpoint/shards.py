@@ -1,8 +1,9 @@
 """The safetensors files of a directory: one, or several that an index divides the tensors among."""
 
+import re
 from pathlib import Path
 
-from cptool.checkpoint.base import StoredTensor
+from cptool.checkpoint.base import HEAD, StoredTensor
 from cptool.checkpoint.fields import mapping, read_json, shown
 from cptool.checkpoint.kinds import why_no_weights
 from cptool.checkpoint.lookalikes import absent, dangling
@@ -10,13 +11,24 @@ from cptool.checkpoint.safetensors import read_header
 from cptool.errors import UserError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TABLES = re.compile(r"(?:^|\.)rotary_emb\.(?:(?:original_)?inv_freq|(?:cos|sin)_cached)$")
 
 
-def read_headers(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+def read_headers(path: Path, tied: bool) -> tuple[dict[str, StoredTensor], list[str]]:
     """All tensors of the directory by name, and a line for each choice between two answers.
 
     One file goes before an index, as in transformers. UserError where index and files disagree.
+    Tables of the rotary embedding, which older files store, are left out: rope_theta says the same.
     """
+    found, notes = _read_headers(path, tied)
+    return {name: tensor for name, tensor in found.items() if not _is_table(name)}, notes
+
+
+def _is_table(name: str) -> bool:
+    return _TABLES.search(name) is not None
+
+
+def _read_headers(path: Path, tied: bool) -> tuple[dict[str, StoredTensor], list[str]]:
     single, index = path / _SINGLE, path / _INDEX
     for file in (single, index):
         if (why := dangling(file)) is not None:
@@ -26,10 +38,10 @@ def read_headers(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
         return read_header(single), [beside] * index.is_file()
     if not index.is_file():
         raise UserError(f"{path}: {why_no_weights(path)}")
-    return _read_indexed(path, index), []
+    return _read_indexed(path, index, tied), []
 
 
-def _read_indexed(path: Path, index: Path) -> dict[str, StoredTensor]:
+def _read_indexed(path: Path, index: Path, tied: bool) -> dict[str, StoredTensor]:
     weights = mapping(index, read_json(index), "weight_map")
     if not weights:
         raise UserError(f"{index}: its weight_map names no tensors; fetch the file again")
@@ -49,13 +61,15 @@ def _read_indexed(path: Path, index: Path) -> dict[str, StoredTensor]:
                     f"{path}: tensor {shown(name)} is both in {found[name].file.name} and in "
                     f"{shard}; remove the file that is not the model's"
                 )
-            if name not in weights:
+            if name not in weights and not _is_table(name):
                 raise UserError(
                     f"{path / shard}: tensor {shown(name)} is in it and not in {index.name}; the "
                     f"two are not of one model"
                 )
         found |= tensors
     for name, shard in weights.items():
+        if name not in found and (tied and name == HEAD or _is_table(name)):
+            continue  # Indexes list the head of tied models too, which is not stored.
         if name not in found:
             raise UserError(
                 f"{path / shard}: tensor {shown(name)} is not in it although the index says so; "

@@ -9,6 +9,7 @@ from importlib import resources
 import click
 
 from cptool.cli import draw
+from cptool.cli.models import open_model
 from cptool.cli.options import Ranks, ranks_by_default, resolve_dtype, resolve_ranks, run_options
 from cptool.cli.prompts import check_context
 from cptool.duration import duration
@@ -32,13 +33,13 @@ def demo(question, cp, tp, device, variant, partials, threads, timeout):
     the model is smollm2-135m-instruct, pulled if it is not here yet. Exits with 1 if the answers
     differ.
     """
-    from cptool.checkpoint import catalogue, open_checkpoint
+    from cptool.checkpoint import catalogue
     from cptool.launcher import launched_size
 
     if launched_size() is not None:
         raise UserError("cptool demo starts its own ranks; run it without a launcher")
     path = catalogue.pull(MODEL, lambda step: draw.say(f"{MODEL}: {step}"))
-    checkpoint = open_checkpoint(str(path))
+    checkpoint = open_model(str(path))
     document = (
         resources.files("cptool").joinpath("data", "lighthouse.txt").read_text(encoding="utf-8")
     )

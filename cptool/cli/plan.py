@@ -97,7 +97,10 @@ def plan(
     ):  # fmt: skip
         if sweep is not None and sweep == other and value:
             raise UserError(f"--{given}: --sweep {sweep} has no use for it; leave it out")
-    config, profile = find_shape(model), _profile(hardware, find_profile)
+    notes: list[str] = []
+    config, profile = find_shape(model, notes), _profile(hardware, find_profile)
+    for note in notes:
+        draw.say(note)
     tensor_parallel.check(config, tp or 1)
     if dtype not in profile.linear_flops or dtype not in profile.attention_flops:
         raise UserError(

@@ -64,12 +64,14 @@ SHAPES: dict[str, LlamaConfig] = {
 """Llama 3 by its 3.1 and 3.2 releases: 131072 positions, stretched rotary frequencies."""
 
 
-def find_shape(name: str) -> LlamaConfig:
+def find_shape(name: str, notes: list[str] | None = None) -> LlamaConfig:
     """The shape of a name in `SHAPES`, of a `config.json` or a directory with one, or of any model
     that `open_checkpoint` takes.
 
-    Reads no weights and imports no torch. Raises UserError, one line, for anything else.
+    Reads no weights and imports no torch. `notes` takes what the user should know of the files, a
+    line each. Raises UserError, one line, for anything else.
     """
+    notes = [] if notes is None else notes
     if name in SHAPES:
         return SHAPES[name]
     path = expanded(name)
@@ -79,14 +81,16 @@ def find_shape(name: str) -> LlamaConfig:
         from cptool.checkpoint.huggingface import read_shape
 
         try:
-            return read_shape(path)
+            return read_shape(path, notes)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error}); give a config.json") from None
     from cptool.checkpoint import open_checkpoint
 
     try:
-        return open_checkpoint(name).config
+        checkpoint = open_checkpoint(name)
     except UserError as error:
         if path.exists() or "/" in name:
             raise
         raise UserError(f"{error}; or one of the shapes {', '.join(SHAPES)}") from None
+    notes += checkpoint.notes
+    return checkpoint.config
