@@ -2,6 +2,17 @@
 launching process, however that goes, and even where it is stopped.
 """
 
+import os
+import sys
+
 from cptool.termination import end_with_parent
 
+
+def _quiet(kind: type, error: BaseException, trace) -> None:
+    """A launching process that ends in the midst of a request for a rank is no news."""
+    if not issubclass(kind, (EOFError, OSError)) or os.environ.get("CPTOOL_TRACEBACK"):
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _quiet
 end_with_parent()

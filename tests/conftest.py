@@ -17,9 +17,11 @@ from cptool.paths import cache_dir
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 # A process hands down what it ignores, as one in the background of a shell does; handlers it keeps.
-for number in (signal.SIGINT, signal.SIGHUP):
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None),
+):  # fmt: skip
     if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, handler)
 
 SMOLLM2 = "smollm2-135m-instruct"
 

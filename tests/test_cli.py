@@ -379,7 +379,7 @@ MISTAKES = {
     "no ranks": (["{mqa}", "--synthetic", "4", "--cp", "0"], "0 is not in the range"),
     "more ranks than start": (
         ["{mqa}", "--synthetic", "4", "--cp", "1000"],
-        "make 1000 ranks, one command starts at most 125",
+        "make 1000 ranks, one command starts at most 128",
     ),
     "more threads than start": (
         ["{mqa}", "--synthetic", "4", "--threads", "100000"],

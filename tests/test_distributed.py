@@ -323,7 +323,8 @@ def test_the_killed_rank_is_named_and_no_peer(victim, tmp_path):
     pids = pids_in(tmp_path, "rank0", "rank1", "rank2")
     assert str(failed.value) == (
         f"rank {victim} (pid {pids[victim]}) was killed by SIGKILL during "
-        f"ring, turn, step 4 of {10**9}; all ranks were ended"
+        f"ring, turn, step 4 of {10**9} (as the system does where memory, or a control "
+        "group's limit, runs out); all ranks were ended"
     )
     wait_until(lambda: not any(map(alive, pids)))
 

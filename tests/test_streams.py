@@ -98,9 +98,9 @@ from cptool.cli import entry, main, streams
 from cptool.scratch import make_folder
 termination.PATIENCE_S = 0.1
 def name(self, ctx, asked):
-    folder = make_folder({place!r})
-    print("now", flush=True)
-    {busy}
+    with make_folder({place!r}):
+        print("now", flush=True)
+        {busy}
 main.Commands.get_command = name
 sys.argv = ["cptool", "plan"]
 entry.main()

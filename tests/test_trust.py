@@ -1,6 +1,7 @@
 """Nobody else gets in: what a run listens on, what it unpickles, and what killed runs leave."""
 
 import ast
+import contextlib
 import os
 import socket
 import stat
@@ -105,7 +106,7 @@ from cptool.turn import Setup
 if __name__ == "__main__":
     setup = Setup(model={model!r}, dtype="float32")
     with Resident(setup, cp=2, tp=1, device="cpu", threads=1, timeout=60) as resident:
-        answer = resident.answer(Continue((1, 2, 3), 4, Sampling()), lambda token: None)
+        answer = resident.answer(Continue((1, 2, 3), 4, Sampling(), ()), lambda token: None)
         assert len(answer.token_ids) == 4
         Path({folder!r}, "ready0").touch(), Path({folder!r}, "ready1").touch()
         while not Path({folder!r}, "over").exists():
@@ -132,13 +133,12 @@ def sockets(pids):
     """Inodes of the sockets that the processes hold."""
     found = set()
     for pid in pids:
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                target = os.readlink(descriptor)
-            except OSError:
-                continue
-            if target.startswith("socket:["):
-                found.add(target[8:-1])
+        with contextlib.suppress(OSError):  # it has ended
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    target = os.readlink(descriptor)
+                    if target.startswith("socket:["):
+                        found.add(target[8:-1])
     return found
 
 
