@@ -9,10 +9,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cptool.checkpoint import open_checkpoint
+from cptool.checkpoint import library, open_checkpoint
 from cptool.checkpoint.chat import Guard
 from cptool.checkpoint.tokenizer import from_gguf, from_tokenizer_json
 from cptool.errors import UserError
@@ -276,6 +285,46 @@ def test_bos_follows_the_post_processor(saved, tmp_path):
     without = from_tokenizer_json(file, {"bos_token": {"content": "<s>"}})
     assert without.bos_id == with_bos.bos_id
     assert without.encode("hi") == with_bos.encode("hi")[1:]
+
+
+@pytest.mark.parametrize("around", ["<s> $A", "<s> <|start|> $A"])
+def test_a_rendered_prompt_keeps_its_one_beginning(saved, tmp_path, around):
+    backend = Tokenizer.from_file(str(saved / "tokenizer.json"))
+    ids = {text: backend.token_to_id(text) for text in CONTROL}
+    backend.post_processor = processors.TemplateProcessing(around, special_tokens=list(ids.items()))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    # The role names another token than the one that goes before texts.
+    loaded = from_tokenizer_json(tmp_path / "tokenizer.json", {"bos_token": "<|start|>"})
+    before = [ids[text] for text in around.split()[:-1]]
+    assert loaded.encode("<s>", parse=True) == [ids["<s>"]]
+    assert loaded.encode("<|start|>", parse=True) == [*before, ids["<|start|>"]]
+
+
+@pytest.mark.parametrize(
+    "limits, rules, message",
+    [
+        (
+            {"_MEMORY": 100 << 20, "_MEMORY_PER_CHARACTER": 0},
+            {"normalizer": normalizers.Replace("a", "b" * 4000)},
+            "more than 100 MB for a text of 9,000 characters",
+        ),
+        (
+            {"_CPU_S": 0.1, "_CPU_S_PER_CHARACTER": 0},
+            {"pre_tokenizer": pre_tokenizers.Split(Regex("a(?=.*c)|a"), behavior="isolated")},
+            "more than 0 s for a text of 9,000 characters",
+        ),
+    ],
+)
+def test_texts_that_take_too_much(saved, tmp_path, monkeypatch, limits, rules, message):
+    backend = Tokenizer.from_file(str(saved / "tokenizer.json"))
+    for name, rule in rules.items():
+        setattr(backend, name, rule)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = from_tokenizer_json(tmp_path / "tokenizer.json", {}, CHAT)
+    for name, value in limits.items():
+        monkeypatch.setattr(library, name, value)
+    with pytest.raises(library.LimitError, match=message):
+        loaded.encode("a" * 9000)
 
 
 def test_a_token_with_a_role_is_a_control_token(saved, tmp_path):

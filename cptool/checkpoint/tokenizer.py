@@ -103,12 +103,12 @@ class Tokenizer:
         where the text is none, or becomes tokens that the model does not have, or more of them
         than it can take.
         """
-        self._check_text(text)
+        limit = library.Limit(len(text))
+        self._check_text(text, limit)
         if parse:
-            beginning = self._special.get("bos_token")
-            bos = bos and not (beginning and text.startswith(beginning))
+            bos = bos and not (self._first and text.startswith(self._first))
             text = self._control.guard.unmark(text)
-        return self._checked(self._ids(text, around=bos))
+        return self._checked(self._ids(text, limit, around=bos))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, control tokens and ids outside the vocabulary left out."""
@@ -128,11 +128,12 @@ class Tokenizer:
         UserError where the model has no template, or its template refuses the messages, and as
         `encode` does.
         """
-        for message in messages:
-            for value in message.values():
-                if isinstance(value, str):
-                    self._check_text(value)
-        ids = self._ids(self._rendered(messages, add_generation_prompt))
+        texts = [value for message in messages for value in message.values()]
+        for text in texts:
+            if isinstance(text, str):
+                self._check_text(text, library.Limit(len(text)))
+        rendered = self._rendered(messages, add_generation_prompt)
+        ids = self._ids(rendered, library.Limit(len(rendered)))
         if not ids:
             raise UserError(
                 "the model's chat template writes nothing for these messages; give a plain prompt"
@@ -164,7 +165,7 @@ class Tokenizer:
 
     # What enters
 
-    def _check_text(self, text: str) -> None:
+    def _check_text(self, text: str, limit: library.Limit) -> None:
         check_text(text)
         if self.context is None or len(text) <= _CHARACTERS * self.context:
             return
@@ -176,11 +177,12 @@ class Tokenizer:
             if len(piece) == _PIECE and (cut := max(piece.rfind(" "), piece.rfind("\n"))) > 0:
                 piece = piece[:cut]
             start += len(piece)
-            count += len(self._ids(piece))
+            count += len(self._ids(piece, limit))
             if count > 2 * self.context:
                 raise UserError(
                     f"it has more than {2 * self.context:,} tokens, the model's context is "
-                    f"{self.context:,}; shorten it"
+                    f"{self.context:,}; shorten it, or give --context-length if the model was made "
+                    f"for more"
                 )
 
     def _checked(self, ids: list[int]) -> list[int]:
@@ -188,11 +190,14 @@ class Tokenizer:
             check_ids(ids, self.vocab_size)
         return ids
 
-    def _ids(self, text: str, around: bool = False) -> list[int]:
+    def _ids(self, text: str, limit: library.Limit, around: bool = False) -> list[int]:
         placeholders = self._control.ids
         try:
             with library.muted():
-                encoding = library.call(self._backend.encode, text, add_special_tokens=around)
+                # A batch, for that alone lets other threads run meanwhile.
+                (encoding,) = limit.call(
+                    self._backend.encode_batch, [text], add_special_tokens=around
+                )
         except library.LibraryError as error:
             raise UserError(f"the model's tokenizer cannot read this text ({error})") from None
         found = sum(i in placeholders for i in encoding.ids)
@@ -205,6 +210,12 @@ class Tokenizer:
         return [placeholders.get(i, i) for i in encoding.ids]
 
     # Control tokens
+
+    @cached_property
+    def _first(self) -> str | None:
+        """The token that goes before a text, which a rendered prompt may begin with already."""
+        around = self._backend.encode("", add_special_tokens=True).ids
+        return self._backend.id_to_token(around[0]) if around else None
 
     @cached_property
     def _any_added(self) -> re.Pattern:

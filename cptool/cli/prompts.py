@@ -197,7 +197,8 @@ def _read_regular(path: Path, kind: str, limit: int, context: int) -> bytes:
     if len(data) > limit:
         raise UserError(
             f"{path} has more than {limit:,} bytes, far more than the model's context of "
-            f"{context:,} tokens; shorten it"
+            f"{context:,} tokens; shorten it, or give --context-length if the model was made for "
+            f"more"
         )
     return data
 

@@ -1,5 +1,6 @@
 """What is typed into `cptool chat`, and what comes of each line."""
 
+import codecs
 import shlex
 import signal
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cptool.checkpoint.library import LimitError
 from cptool.cli import draw
 from cptool.cli.options import check_room
 from cptool.conversation import Conversation
@@ -76,6 +78,8 @@ class Terminal:
                 )
             elif line.strip():
                 self.ask(line.removeprefix("/") if line.startswith("//") else line)
+        except LimitError:  # What takes too much goes on taking it until the program ends.
+            raise
         except UserError as error:
             draw.say(str(error))
         return True
@@ -209,7 +213,11 @@ def lines() -> Iterator[str]:
 
 
 def _piped() -> Iterator[str]:
-    """Lines as UTF-8, whatever encoding the environment names; other bytes as lone surrogates."""
+    """Lines as UTF-8, whatever encoding the environment names; other bytes as lone surrogates.
+
+    A byte order mark in front is none of the text.
+    """
+    mark = codecs.BOM_UTF8
     while line := sys.stdin.buffer.readline(_LINE_BYTES):
         if len(line) == _LINE_BYTES and not line.endswith(b"\n"):
             draw.say(
@@ -218,6 +226,7 @@ def _piped() -> Iterator[str]:
             while (line := sys.stdin.buffer.readline(_LINE_BYTES)) and not line.endswith(b"\n"):
                 pass
             continue
+        line, mark = line.removeprefix(mark), b""
         yield line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
 
 
