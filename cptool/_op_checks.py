@@ -124,26 +124,34 @@ def check_into(q: Tensor, out: Tensor, lse: Tensor) -> None:
         _check_device(tensor, q.device, name, "q")
 
 
-def check_apart(out: Tensor, lse: Tensor, inputs: dict[str, Tensor]) -> None:
-    """Refuses an `into` that a kernel would write while it reads the same memory as an input."""
-    written = {"into's out": _span(out), "into's lse": _span(lse)}
-    for name, (begin, end) in written.items():
-        for other, tensor in inputs.items():
-            first, last = _span(tensor)
-            if first < end and begin < last:
-                raise ValueError(f"{name} overlaps {other} in memory; it must be its own tensor")
-    (begin, end), (first, last) = written.values()
-    if first < end and begin < last:
+def check_apart(out: Tensor, lse: Tensor, **inputs: Tensor) -> None:
+    """Refuses an `into` that a kernel would write while it reads the same memory as an input.
+
+    Every call comes through here, so an input that begins behind both costs one look at its
+    address. `out` and `lse` have passed `check_into`.
+    """
+    out_begin, lse_begin = out.data_ptr(), lse.data_ptr()
+    out_end, lse_end = out_begin + out.nbytes, lse_begin + lse.nbytes
+    if out_begin < lse_end and lse_begin < out_end:
         raise ValueError("into's out overlaps into's lse in memory; each must be its own tensor")
+    last = out_end if out_end > lse_end else lse_end
+    for name, tensor in inputs.items():
+        begin = tensor.data_ptr()
+        if begin >= last:
+            continue
+        end = begin + (tensor.nbytes if tensor.is_contiguous() else _extent(tensor))
+        if begin < out_end and out_begin < end and begin < end:
+            raise ValueError(f"into's out overlaps {name} in memory; it must be its own tensor")
+        if begin < lse_end and lse_begin < end and begin < end:
+            raise ValueError(f"into's lse overlaps {name} in memory; it must be its own tensor")
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte of a tensor and of the one after the last."""
-    begin = tensor.data_ptr()
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element of a strided tensor to the end of its last."""
     if not tensor.numel():
-        return begin, begin
-    elements = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
-    return begin, begin + elements * tensor.element_size()
+        return 0
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
+    return (1 + last) * tensor.element_size()
 
 
 def check_merge(

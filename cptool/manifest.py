@@ -171,6 +171,10 @@ class Manifest:
             ),
         )
         manifest.check()
+        _require(
+            manifest.revision < _MOST_POSITIONS,
+            f"revision is {manifest.revision}, no other can follow it",
+        )
         return manifest
 
     def check(self) -> None:
@@ -234,6 +238,10 @@ class Manifest:
             f"{where}: ended is {_quoted(sequence.ended)}, it must be true or false",
         )
         _require(length or not sequence.ended, f"{where}: it ended without a token")
+        _require(
+            sequence.logits is not None or sequence.cached < length or not length,
+            f"{where}: all of its {length} tokens have KV, but the logits that follow are missing",
+        )
         if sequence.logits is not None:
             _require(
                 type(sequence.logits) is str, f"{where}: logits is {_quoted(sequence.logits)}"

@@ -273,11 +273,7 @@ def _attention_partial_fake(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype=
 def _attention_partial_into(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse):
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
     check_into(q, out, lse)
-    check_apart(
-        out,
-        lse,
-        {"q": q, "k": k, "v": v, "q_pos": q_pos, "k_pos": k_pos, "cu_q": cu_q, "cu_k": cu_k},
-    )
+    check_apart(out, lse, q=q, k=k, v=v, q_pos=q_pos, k_pos=k_pos, cu_q=cu_q, cu_k=cu_k)
     _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, True)
 
 

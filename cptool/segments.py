@@ -224,14 +224,22 @@ def restore(
 
 
 def read_logits(directory: Path, manifest: Manifest) -> "dict[int, torch.Tensor]":
-    """The next-token logits, float32 [vocabulary], of the sequences whose KV is complete."""
+    """The next-token logits, float32 [vocabulary], of the sequences whose KV is complete. Damaged
+    where no token can be chosen by them: a turn that ends so is not saved.
+    """
     wanted = {s.logits for s in manifest.sequences} - {None}
+    found = {}
     with opened(directory, manifest, wanted) as stored:
-        return {
-            b: stored[sequence.logits].get_tensor(f"logits.{b}")
-            for b, sequence in enumerate(manifest.sequences)
-            if sequence.logits is not None
-        }
+        for b, sequence in enumerate(manifest.sequences):
+            if sequence.logits is None:
+                continue
+            found[b] = stored[sequence.logits].get_tensor(f"logits.{b}")
+            if not found[b].max().isfinite():
+                raise Damaged(
+                    f"{directory / sequence.logits}: logits.{b} has no finite largest value; "
+                    f"{REMEDY}"
+                )
+    return found
 
 
 @contextmanager
@@ -269,6 +277,10 @@ def _check_tensors(manifest: Manifest, segment: Segment, file) -> None:
         if sequence.logits == segment.file:
             expected[f"logits.{b}"] = ("F32", [model.vocab_size])
     names = set(file.keys())
+    # Logits that no longer count stay in a file that is never changed.
+    possible = {f"logits.{b}" for b in range(len(manifest.sequences))}
+    if unknown := names - expected.keys() - possible:
+        raise ValueError(f"it has a tensor {min(unknown)!r:.40}, which is none of a segment's")
     for name, (dtype, shape) in expected.items():
         if name not in names:
             raise ValueError(f"it has no tensor {name}")

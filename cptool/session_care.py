@@ -23,6 +23,8 @@ def problems(directory: Path, manifest: Manifest) -> list[str]:
         try:
             faults = segments.position_faults(directory, manifest)
             found = [f"{fault}; {REMEDY}" for fault in faults]
+            if not found:
+                segments.read_logits(directory, manifest)
         except Damaged as error:
             found = [str(error)]
     return found + chat_file.problems(directory, manifest.chat)

@@ -177,7 +177,11 @@ def test_a_manifest_that_is_no_file_or_too_long(tmp_path, monkeypatch):
         session.load(tmp_path)
     path.unlink()
     path.mkdir()
-    with pytest.raises((UserError, OSError)):
+    with pytest.raises(UserError, match="it is not a regular file"):
+        session.load(tmp_path)
+    path.rmdir()
+    path.symlink_to(path)
+    with pytest.raises(UserError, match="it is a link that leads to itself"):
         session.load(tmp_path)
 
 
@@ -202,6 +206,8 @@ CRAFTED = {
     "too small a file": lambda f: f["segments"][0].update(bytes=100),
     "layers that are not there": lambda f: f["model"].update(layers=3),
     "more ranks than there are": lambda f: f.update(cp=10**9),
+    "KV of all tokens, and no logits": lambda f: f["sequences"][0].update(logits=None),
+    "a revision that no other can follow": lambda f: f.update(revision=2**31 - 1),
 }
 
 
@@ -260,6 +266,9 @@ CONTENTS = {
     "KV of other heads": lambda t: t.update({"kv.1": t["kv.1"].flatten(2)[..., None]}),
     "a layer less": lambda t: t.pop("kv.1"),
     "KV of fewer tokens": lambda t: t.update({"kv.0": t["kv.0"][1:]}),
+    "a layer more": lambda t: t.update({"kv.2": t["kv.1"].clone()}),
+    "logits of a sequence more": lambda t: t.update({"logits.2": torch.zeros(VOCABULARY)}),
+    "a tensor of another name": lambda t: t.update(x=torch.zeros(3)),
 }
 
 
@@ -298,6 +307,18 @@ def test_logits_of_another_vocabulary_are_refused(tmp_path):
     rewritten(directory, lambda t: t.update({"logits.0": torch.zeros(VOCABULARY - 1)}))
     with pytest.raises(UserError, match="logits.0 is F32 .999., the manifest makes it F32 .1000."):
         segments.read_logits(directory, session.load(directory))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_choose_no_token_are_refused(tmp_path, value):
+    directory = tmp_path / "s"
+    save_turn(directory, [4], [0], 1, 1, None)
+    rewritten(directory, lambda t: t["logits.0"].__setitem__(7, value))
+    manifest = session.load(directory)
+    (told,) = session_care.problems(directory, manifest)
+    assert "logits.0 has no finite largest value; restore it" in told
+    with pytest.raises(UserError, match="logits.0 has no finite largest value"):
+        segments.read_logits(directory, manifest)
 
 
 @settings(deadline=None, max_examples=200, derandomize=True)

@@ -44,8 +44,8 @@ def began(directory, previous: Manifest | None, held: ExitStack, lengths=(3, 3))
         cp=1,
         tp=1,
         revision=segment.revision,
-        turns=(*(previous.turns if previous else ()), tuple(total)),
-        sequences=tuple(Sequence(tuple(range(n)), n) for n in total),
+        turns=(*(previous.turns if previous else ()), tuple(n + 1 for n in total)),
+        sequences=tuple(Sequence(tuple(range(n + 1)), n) for n in total),  # the last one is pending
         segments=(*(previous.segments if previous else ()), segment),
     )
 
