@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cptool.cost import attention_flops, kv_bytes, linear_flops, weight_bytes
+from cptool.errors import RunError
 from cptool.profile import Phases, Section, collect
 from cptool.sampling import Sampling
 from cptool.trace import Recorder
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class Setup:
     """What the ranks load: a model, and the state of a session at revision `resume` if one is
     named. `variant` and `partials` are those of `Engine`. `fingerprint` is the checkpoint's, where
-    the process that starts the ranks has taken it.
+    the process that starts the ranks has taken it, and `state` that of its files then, which the
+    ranks must find as well.
     """
 
     model: str
@@ -34,6 +36,7 @@ class Setup:
     session: str | None = None
     resume: int | None = None
     fingerprint: str | None = None
+    state: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +194,8 @@ def open_engine(world, asked: Setup, batch: int = 1) -> "tuple[Checkpoint, Engin
     world.report("load the weights")
     checkpoint = open_checkpoint(asked.model)
     model = load_model(checkpoint, getattr(torch, asked.dtype), world.device, world)
+    if asked.state is not None and checkpoint.state != asked.state:
+        raise RunError(f"{checkpoint.path} was changed while it was loaded; give the command again")
     engine = Engine(
         model,
         world,

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from test_checkpoint_huggingface import tiny
 
+from cptool import distributed
 from cptool.checkpoint import fingerprint as fingerprints
 from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.base import byte_ranges
 from cptool.errors import RunError
+from cptool.turn import Setup, open_engine
 
 
 @pytest.fixture
@@ -123,6 +125,33 @@ def test_a_file_that_changes_while_it_is_read(saved, monkeypatch):
     monkeypatch.setattr(fingerprints, "_read", cut)
     with pytest.raises(RunError, match="changed while it was read"):
         checkpoint.fingerprint
+
+
+def test_a_file_that_another_one_replaces(saved):
+    """What is in memory by then and what the name leads to are two models, whatever the size and
+    the time of the last write.
+    """
+    file, checkpoint = saved / "model.safetensors", open_checkpoint(str(saved))
+    before, status = checkpoint.state, file.stat()
+    other = saved / "other"
+    other.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.replace(file)
+    assert file.stat().st_size == status.st_size
+    with pytest.raises(RunError, match="was changed since it was opened"):
+        checkpoint.fingerprint
+    setup = Setup(model=str(saved), dtype="float32", state=before)
+    with pytest.raises(RunError, match="was changed while it was loaded"):
+        distributed.run(open_engine, setup, cp=1, tp=1, device="cpu", threads=1)
+    assert open_checkpoint(str(saved)).state != before
+
+
+def test_what_is_left_to_read(saved):
+    checkpoint = open_checkpoint(str(saved))
+    size = sum(tensor.nbytes for tensor in checkpoint.stored.values())
+    assert fingerprints.bytes_to_read(checkpoint) == size > 0
+    assert checkpoint.fingerprint
+    assert fingerprints.bytes_to_read(checkpoint) == 0
 
 
 def test_ranks_of_a_launcher_read_it_once(saved):

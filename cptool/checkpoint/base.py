@@ -198,6 +198,15 @@ class Checkpoint:
         return values.view(tensor.shape)
 
     @cached_property
+    def state(self) -> str:
+        """The state of the files when this was first asked for, by their identity and times:
+        whoever finds another one has opened other weights.
+        """
+        from cptool.checkpoint.fingerprint import state
+
+        return state(self)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 that tells models apart, whatever their path or their split into files.
 

@@ -40,11 +40,13 @@ def fingerprint(checkpoint: "Checkpoint") -> str:
     shape, the encoding and all stored bytes, whatever the path or the split into files.
 
     The context limit is no part of it: KV does not depend on it. Raises RunError if a file changes
-    while it is read.
+    while it is read, or has changed since `checkpoint.state` was taken.
     """
-    paths = sorted({part.file for tensor in checkpoint.stored.values() for part in _parts(tensor)})
+    paths = _paths(checkpoint)
     before, began = _identities(paths), time.time_ns()
     key = _key(checkpoint, paths, before)
+    if key != checkpoint.state:
+        raise RunError(f"{checkpoint.path} was changed since it was opened; give the command again")
     with _entry(key) as entry:
         if entry is not None and (known := _remembered(entry, key)):
             return known
@@ -54,6 +56,29 @@ def fingerprint(checkpoint: "Checkpoint") -> str:
         if entry is not None and _settled(before, began):
             _remember(entry, key, found)
     return found
+
+
+def state(checkpoint: "Checkpoint") -> str:
+    """A digest of where the tensors lie and of what tells that their files are the same and
+    unchanged, on this machine; nothing of the tensors is read.
+    """
+    paths = _paths(checkpoint)
+    return _key(checkpoint, paths, _identities(paths))
+
+
+def bytes_to_read(checkpoint: "Checkpoint") -> int:
+    """How many bytes `fingerprint` would read now: none where it is remembered."""
+    try:
+        entry = cache_dir() / "fingerprints" / checkpoint.state
+        if _remembered(entry, checkpoint.state):
+            return 0
+    except (OSError, UserError):
+        pass
+    return sum(tensor.nbytes for tensor in checkpoint.stored.values())
+
+
+def _paths(checkpoint: "Checkpoint") -> list[Path]:
+    return sorted({part.file for tensor in checkpoint.stored.values() for part in _parts(tensor)})
 
 
 def _digest(checkpoint: "Checkpoint") -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from cptool.cli import draw
-from cptool.cli.models import context_option, open_model
+from cptool.cli.models import context_option, open_model, say_reading
 from cptool.cli.options import (
     dtype_option,
     moved_option,
@@ -104,6 +104,7 @@ def chat(
     # A template that refuses the system message, or is not there, does so now.
     conversation.ask("Hello")
     if manifest is not None:
+        say_reading(checkpoint)
         sessions.check_model(manifest, sessions.identity(checkpoint))
         conversation = Conversation.read(directory, manifest, tokenizer)
         if cp is None:
@@ -123,6 +124,7 @@ def chat(
         session=str(directory) if manifest else None,
         resume=manifest.revision if manifest else None,
         fingerprint=checkpoint.fingerprint if manifest else None,
+        state=checkpoint.state,
     )
     if sys.stdin.isatty():
         draw.say(

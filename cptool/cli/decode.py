@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cptool.cli import draw
-from cptool.cli.models import context_option, open_model
+from cptool.cli.models import context_option, open_model, say_reading
 from cptool.cli.options import (
     check_profile,
     check_room,
@@ -84,6 +84,7 @@ def decode(
     sessions.check_writable(session)
     source = model or sessions.model_path(manifest)
     checkpoint = open_model(source, context_length)
+    say_reading(checkpoint)
     sessions.check_model(manifest, sessions.identity(checkpoint))
 
     batch = len(manifest.sequences)
@@ -127,6 +128,7 @@ def decode(
         session=str(session),
         resume=manifest.revision,
         fingerprint=checkpoint.fingerprint,
+        state=checkpoint.state,
         max_new_tokens=count,
         stop_ids=stop_ids,
         sampling=sampling,

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # Positions are 32-bit integers.
 _MOST_POSITIONS = 2**31 - 1
 
+_LARGE = 1 << 30
+"""Bytes whose reading the user is told of."""
+
 context_option = click.option(
     "--context-length",
     type=TokenCount(),
@@ -44,3 +47,16 @@ def open_model(model: str, context_length: int | None = None) -> "Checkpoint":
         return checkpoint
     config = replace(checkpoint.config, max_position_embeddings=context_length)
     return replace(checkpoint, config=config)
+
+
+def say_reading(checkpoint: "Checkpoint") -> None:
+    """Says that the fingerprint is about to be taken, where that takes a while."""
+    from cptool.checkpoint.fingerprint import bytes_to_read
+    from cptool.launcher import launched
+
+    seat = launched()
+    if seat is not None and seat.rank:
+        return
+    size = bytes_to_read(checkpoint)
+    if size >= _LARGE:
+        draw.say(f"reading all {draw.size(size)} of {checkpoint.name} once, to know it again")

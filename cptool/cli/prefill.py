@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from cptool.cli import draw
-from cptool.cli.models import context_option, open_model
+from cptool.cli.models import context_option, open_model, say_reading
 from cptool.cli.options import (
     check_profile,
     check_room,
@@ -96,6 +96,8 @@ def prefill(
     lengths = [len(tokens) for tokens in sequences]
     check_context(lengths, [0] * len(lengths), 0, checkpoint.config)
     keep = None
+    if session is not None:
+        say_reading(checkpoint)
     if manifest is not None:
         sessions.check_model(manifest, sessions.identity(checkpoint))
         if dtype not in ("auto", manifest.dtype):
@@ -125,6 +127,7 @@ def prefill(
         session=None if session is None else str(session),
         resume=manifest.revision if manifest else None,
         fingerprint=None if session is None else checkpoint.fingerprint,
+        state=None if session is None else checkpoint.state,
         keep=None if keep is None else tuple(keep),
         profile=profile,
     )

@@ -14,10 +14,11 @@ import click
 
 from cptool.checkpoint.library import LimitError
 from cptool.cli import draw
+from cptool.cli.models import say_reading
 from cptool.cli.options import check_room
 from cptool.conversation import Conversation
 from cptool.duration import duration
-from cptool.errors import UserError
+from cptool.errors import RunError, UserError
 from cptool.paths import expanded
 
 if TYPE_CHECKING:
@@ -155,11 +156,19 @@ class Terminal:
             raise UserError(
                 f"/save: {directory} cannot be written ({error.strerror}); name another place"
             ) from None
+        say_reading(self.checkpoint)
+        try:
+            fingerprint = self.checkpoint.fingerprint
+        except RunError:
+            raise UserError(
+                f"/save: {self.checkpoint.path} was changed since this chat began, so its KV would "
+                "be taken for that of another model; the conversation goes on, unsaved"
+            ) from None
         request = Save(
             tuple(self.conversation.tokens),
             str(directory),
             self.conversation.state(),
-            self.checkpoint.fingerprint,
+            fingerprint,
         )
         manifest = self.resident.save(request)
         self.saved = (directory, manifest.revision)
