@@ -317,19 +317,20 @@ class Engine:
         Collective. Raises UserError on all ranks, before anything changes, if a segment is damaged.
         """
         self._check(directory, manifest)
-        held = segments.restore(
-            directory,
-            manifest,
-            self.cache,
-            rank=self.world.cp_rank,
-            ranks=self.world.cp,
-            kv_heads=self._kv_heads,
-            reserve=-(-reserve // self.world.cp) + 1,
-        )
-        logits = {}
-        if self.world.cp_rank == 0:
-            rows = segments.read_logits(directory, manifest)
-            logits = {b: row.to(self.world.device) for b, row in rows.items()}
+        rows = {}
+        with session.while_read(directory, manifest):
+            held = segments.restore(
+                directory,
+                manifest,
+                self.cache,
+                rank=self.world.cp_rank,
+                ranks=self.world.cp,
+                kv_heads=self._kv_heads,
+                reserve=-(-reserve // self.world.cp) + 1,
+            )
+            if self.world.cp_rank == 0:
+                rows = segments.read_logits(directory, manifest)
+        logits = {b: row.to(self.world.device) for b, row in rows.items()}
         self.tokens = [list(sequence.tokens) for sequence in manifest.sequences]
         self.computed = [sequence.cached for sequence in manifest.sequences]
         self.ended = [sequence.ended for sequence in manifest.sequences]
@@ -438,9 +439,8 @@ class Engine:
             damage = str(error)
         for found in self.world.gather(damage):
             if found is not None:
-                if session.has_changed(directory, manifest):
-                    raise RunError(f"{directory} was changed by another run while it was read")
-                raise Damaged(found)
+                with session.while_read(directory, manifest):
+                    raise Damaged(found)
 
     def _any_rank(self, value: bool) -> bool:
         """Whether `value` holds on any rank."""

@@ -259,6 +259,8 @@ def opened(
             try:
                 file = stack.enter_context(safe_open(directory / segment.file, framework="pt"))
                 _check_tensors(manifest, segment, file)
+            except FileNotFoundError:
+                raise Damaged(f"{directory / segment.file} is missing; {REMEDY}") from None
             except (SafetensorError, ValueError) as error:
                 raise Damaged(f"{directory / segment.file}: {error}; {REMEDY}") from None
             found[segment.file] = file
@@ -418,5 +420,9 @@ def check(directory: Path, segments: Iterable[Segment]) -> None:
     for segment in segments:
         check_size(directory, segment)
         file = directory / segment.file
-        if sha256(file) != segment.sha256:
+        try:
+            found = sha256(file)
+        except FileNotFoundError:
+            raise Damaged(f"{file} is missing; {REMEDY}") from None
+        if found != segment.sha256:
             raise Damaged(f"{file} does not match its checksum; {REMEDY}")

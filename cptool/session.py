@@ -103,6 +103,21 @@ def has_changed(directory: Path, manifest: Manifest) -> bool:
     return (found.session, found.revision) != (manifest.session, manifest.revision)
 
 
+@contextlib.contextmanager
+def while_read(directory: Path, manifest: Manifest) -> abc.Iterator[None]:
+    """The body reads the segments of `manifest`. Where it finds them damaged or gone because
+    another run has committed in the meantime, that is what is raised, a RunError.
+    """
+    try:
+        yield
+    except Damaged:
+        if has_changed(directory, manifest):
+            raise RunError(
+                f"{directory} was changed by another run while it was read; give the command again"
+            ) from None
+        raise
+
+
 def check_size(directory: Path, segment: Segment) -> None:
     """Damaged unless the segment's file is there in full length."""
     file = directory / segment.file

@@ -57,9 +57,10 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
 
     model, batch, revision = manifest.model, len(manifest.sequences), manifest.revision + 1
     heads, rewritten = (0, model.kv_heads), []
-    segments.check(directory, manifest.segments)
-    logits = segments.read_logits(directory, manifest)
     cached = [sequence.cached for sequence in manifest.sequences]
+    with session.while_read(directory, manifest):
+        segments.check(directory, manifest.segments)
+        logits = segments.read_logits(directory, manifest)
     with ExitStack() as held:  # the lock of a living run, until it is committed
         for rank in range(manifest.cp):
             cache = KVCache(
@@ -70,9 +71,10 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
                 dtype=getattr(torch, manifest.dtype),
                 device="cpu",
             )
-            segments.restore(
-                directory, manifest, cache, rank=rank, ranks=manifest.cp, kv_heads=heads
-            )
+            with session.while_read(directory, manifest):
+                segments.restore(
+                    directory, manifest, cache, rank=rank, ranks=manifest.cp, kv_heads=heads
+                )
             rewritten.append(
                 segments.write_segment(
                     directory,

@@ -167,6 +167,29 @@ def test_maintenance_that_lost_changes_nothing(saved, loser, monkeypatch):
     assert session_care.problems(directory, winner[1]) == []
 
 
+@pytest.mark.parametrize("step", ["check", "read_logits", "restore"])
+def test_a_session_that_changes_while_it_is_read(saved, step, monkeypatch):
+    """Segments that another run has removed are not called damaged; those that nobody replaced
+    are.
+    """
+    directory, manifest = saved
+    read = getattr(segments, step)
+
+    def after_another(*arguments, **named):
+        monkeypatch.undo()
+        session_care.compact(directory, manifest)
+        return read(*arguments, **named)
+
+    monkeypatch.setattr(segments, step, after_another)
+    with pytest.raises(RunError, match="was changed by another run while it was read; give the"):
+        session_care.compact(directory, manifest)
+    found = session.load(directory)
+    assert found.revision == 2 and session_care.problems(directory, found) == []
+    (directory / found.segments[0].file).unlink()
+    with pytest.raises(session.Damaged, match="is missing"):
+        session_care.compact(directory, found)
+
+
 def test_what_a_living_run_has_written_stays(saved):
     """Another run commits, and later another; the segment of the first is there until it ends."""
     directory, manifest = saved
