@@ -36,7 +36,7 @@ def sweep(base: str) -> None:
     for path in found:
         with contextlib.suppress(OSError):
             if _is_left(path):
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
 
 
 def lock(folder: str) -> int:
@@ -49,6 +49,22 @@ def lock(folder: str) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     os.rename(new, os.path.join(folder, _LOCK))
     return descriptor
+
+
+def remove(folder: str) -> None:
+    """Remove a run's folder, as far as that can be done. Its lock goes last: by it the next run
+    knows what is left if this process is killed meanwhile.
+    """
+    with contextlib.suppress(OSError):
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if entry.name != _LOCK]
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_left(path: str) -> bool:

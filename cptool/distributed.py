@@ -197,7 +197,8 @@ def run(
 
     threads: intra-op threads per rank; default: this machine's cores dealt to its ranks, each of
         which is bound to its own (`cptool.binding`).
-    timeout: seconds that a rank waits for the others in one transfer before it gives up.
+    timeout: seconds that a rank waits for the others in one transfer before it gives up; in those
+        between running ranks at least 5.
     watch: called with the status board about ten times a second while ranks work (on rank 0).
     own: a last argument for each rank, which no other rank gets, such as its end of a connection;
         for ranks that are started here.
@@ -296,7 +297,8 @@ def connect(
         torch.cuda.set_device(where)  # before any group exists, or all ranks open device 0
     if staged and device == "cuda" and seat.rank == 0:
         print("cptool: messages between ranks go through host memory", file=sys.stderr, flush=True)
-    patience = datetime.timedelta(seconds=timeout)
+    # Less would end a sound run on a busy machine, where a rank may get no core for so long.
+    patience = datetime.timedelta(seconds=max(timeout, START_S))
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" and not staged else "gloo"
     # Transfers must start beside an attention kernel that fills the device, not behind it.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")

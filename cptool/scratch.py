@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import weakref
 
@@ -39,7 +38,7 @@ class Folder:
 
     def cleanup(self) -> None:
         """Remove the folder; once is enough."""
-        shutil.rmtree(self.name, ignore_errors=True)
+        abandoned.remove(self.name)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -54,7 +54,8 @@ class _Held:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """While the body runs, signals that Python handles wait; the first takes effect after it.
+    """While the body runs, signals that Python handles wait; the first takes effect after it,
+    in place of an exception of the body's.
 
     For imports of torch, which takes whatever is raised while it imports NumPy for a sign that
     there is none: a Ctrl-C would be forgotten.
@@ -71,8 +72,8 @@ def held_back() -> Iterator[None]:
     finally:
         for number, handler in handled.items():
             signal.signal(number, handler)
-    for number in held.numbers[:1]:
-        signal.raise_signal(number)
+        for number in held.numbers[:1]:  # even after an exception, which it may have brought about
+            signal.raise_signal(number)
 
 
 def end_with_parent() -> None:

@@ -449,6 +449,12 @@ def test_a_signal_is_held_back_while_an_import_would_swallow_it():
     assert reached == [1] and signal.getsignal(signal.SIGINT) == before
 
 
+def test_a_signal_that_is_held_back_comes_in_place_of_an_exception_of_the_body():
+    with pytest.raises(KeyboardInterrupt), held_back():
+        signal.raise_signal(signal.SIGINT)
+        raise EOFError
+
+
 def test_ctrl_c_while_the_server_of_ranks_starts_is_not_lost():
     with pytest.raises(KeyboardInterrupt):
         with local_launch._deaf():

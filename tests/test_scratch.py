@@ -4,10 +4,12 @@ import errno
 import os
 import resource
 import tempfile
+import weakref
 from types import SimpleNamespace
 
 import pytest
 
+from cptool import scratch
 from cptool.errors import RunError
 from cptool.scratch import make_folder, remove_folders
 from cptool.status import Board
@@ -15,6 +17,7 @@ from cptool.status import Board
 
 def test_a_folder_is_its_users_own_and_can_be_removed_without_unwinding(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(scratch, "_folders", weakref.WeakSet())  # not those of other tests
     with make_folder() as folder:
         assert os.stat(folder).st_mode & 0o777 == 0o700
     assert list(tmp_path.iterdir()) == []

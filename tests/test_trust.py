@@ -225,6 +225,29 @@ def test_folders_of_dead_processes_are_swept_and_no_other(tmp_path):
     assert not young.exists()
 
 
+def test_a_folder_whose_removal_was_cut_short_is_swept(tmp_path, monkeypatch):
+    folder = Folder(str(tmp_path))
+    for name in ("a", "status", "zz"):
+        Path(folder.name, name).touch()
+    removed = []
+
+    def killed(path, **_):
+        removed.append(path)
+        if len(removed) == 2:
+            raise KeyboardInterrupt
+        Path(path).unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.cleanup()
+    os.close(folder._lock)  # as a process's end does
+    folder._lock = None
+    assert Path(folder.name, "lock").exists()
+    abandoned.sweep(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
 # Ranks that are stopped.
 
 
