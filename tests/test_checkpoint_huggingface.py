@@ -736,3 +736,10 @@ def test_a_token_id_of_minus_one_is_none(saved):
 def test_the_first_spelling_of_the_architecture_is_known(saved):
     edit_json(saved / "config.json", architectures=["LLaMAForCausalLM"], pad_token_id=-1)
     assert open_checkpoint(str(saved)).notes == ()
+
+
+def test_a_window_that_is_not_used_is_no_window(saved):
+    edit_json(saved / "config.json", sliding_window=16)
+    assert "sliding_window is 16" in refusal(saved)
+    edit_json(saved / "config.json", use_sliding_window=False)
+    assert open_checkpoint(str(saved)).notes == ()

@@ -5,7 +5,6 @@ Tensors go by their Hugging Face names, and query and key rows are in half-split
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
@@ -375,8 +374,12 @@ def _why_missing(name: str, found: Iterable[str], count: int) -> str:
     in the same order and others between them is that of another library or of a training run.
     """
     parts = name.removeprefix("model.").split(".")
-    between = re.compile(r"(?:^|\.)" + r"\.(?:\w+\.)*".join(map(re.escape, parts)) + "$")
-    if other := next(filter(between.search, sorted(found)), None):
+
+    def has_them(other: str) -> bool:
+        remaining = iter(other.split("."))
+        return all(part in remaining for part in parts) and next(remaining, None) is None
+
+    if (other := next(filter(has_them, sorted(found)), None)) is not None:
         return (
             f"the files have it as {other!r:.100}, as another library or a training run wrote it; "
             f"{CONVERT}"

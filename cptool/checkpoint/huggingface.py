@@ -123,6 +123,7 @@ def read_config(source: Path, fields: dict[str, Any], notes: list[str]) -> Llama
     """
     _check_architecture(source, fields)
     _check_layers(source, fields)
+    _check_window(source, fields)
     heads = integer(source, fields, "num_attention_heads")
     hidden = integer(source, fields, "hidden_size")
     if heads < 1 or hidden < 1 or fields.get("head_dim") is None and hidden % heads:
@@ -178,6 +179,16 @@ def _check_layers(source: Path, fields: dict[str, Any]) -> None:
         raise UserError(
             f"{source}: layer_types is {shown(kinds)}, cptool computes layers of full attention "
             f"alone; use another checkpoint"
+        )
+
+
+def _check_window(source: Path, fields: dict[str, Any]) -> None:
+    """Refuses a window of attention, unless the file says that it is not used, as Qwen's do."""
+    window = fields.get("sliding_window")
+    if window not in (None, 0) and fields.get("use_sliding_window") is not False:
+        raise UserError(
+            f"{source}: sliding_window is {shown(window)}, and cptool computes attention to the "
+            f"whole context; use a checkpoint without it"
         )
 
 

@@ -151,7 +151,7 @@ HUGGING_FACE = FieldList(
         num_attention_heads num_key_value_heads head_dim rms_norm_eps max_position_embeddings
         original_max_position_embeddings tie_word_embeddings rope_theta rope_scaling
         rope_parameters bos_token_id eos_token_id quantization_config compression_config
-        layer_types attention_multiplier query_pre_attn_scalar
+        layer_types attention_multiplier query_pre_attn_scalar sliding_window
         """.split()
     ),
     harmless=_RUN_TIME | _GENERATION | {"top_k"},
@@ -167,7 +167,6 @@ HUGGING_FACE = FieldList(
         "attention_in_bias": (None, False),
         "lm_head_bias": (None, False),
         "hidden_act": (None, "swish", "silu"),
-        "sliding_window": _OFF,
         "use_sliding_window": (None, False),
         "attention_window_size": _OFF,
         "attention_chunk_size": _OFF,
