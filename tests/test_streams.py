@@ -2,6 +2,8 @@
 inconvenient moments.
 """
 
+import codecs
+import io
 import os
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import pytest
 
 from cptool import session
+from cptool.cli import terminal
 
 CPTOOL = [sys.executable, "-m", "cptool"]
 
@@ -149,3 +152,9 @@ entry.main()
         command, capture_output=True, text=True, env=os.environ | {"CPTOOL_TRACEBACK": "1"}
     )
     assert "Traceback" in traced.stderr
+
+
+def test_a_byte_order_mark_before_the_first_line_is_none_of_it(monkeypatch):
+    given = io.TextIOWrapper(io.BytesIO(codecs.BOM_UTF8 + b"hi\r\n" + codecs.BOM_UTF8 + b"you"))
+    monkeypatch.setattr(sys, "stdin", given)
+    assert list(terminal.lines()) == ["hi", "\ufeffyou"]

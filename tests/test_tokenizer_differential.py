@@ -84,6 +84,7 @@ def directories(draw):
         "tokenizer_class": draw(
             st.sampled_from(
                 ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", None, "Own"]
+                + ["CodeLlamaTokenizer", "GPTNeoXTokenizerFast"]
             )
         )
     }

@@ -268,7 +268,8 @@ TOKENIZER = FieldList(
         """
         add_bos_token add_eos_token add_prefix_space add_dummy_prefix_space added_tokens_decoder
         additional_special_tokens extra_special_tokens bos_token eos_token pad_token unk_token
-        cls_token sep_token mask_token chat_template legacy tokenizer_class
+        cls_token sep_token mask_token prefix_token middle_token suffix_token eot_token fill_token
+        chat_template legacy tokenizer_class
         clean_up_tokenization_spaces model_max_length
         """.split()
     ),

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from cptool.checkpoint import library
+from cptool.checkpoint import backends, library
 from cptool.checkpoint.base import first_line
 from cptool.checkpoint.chat import default_template
 from cptool.checkpoint.fields import read_json
@@ -29,9 +29,22 @@ _ROLES = (
 )  # fmt: skip
 
 # Roles that a class of transformers fills where no file does.
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
 _CLASS_ROLES = {
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+    "LlamaTokenizer": _LLAMA,
+    "CodeLlamaTokenizer": _LLAMA,
+    "GPT2Tokenizer": _GPT2,
+    "GPTNeoXTokenizer": _GPT2 | {"pad_token": "<|padding|>"},
+}
+
+# Further roles of Code Llama's, for infilling.
+_INFILLING = {
+    "prefix_token": "▁<PRE>",
+    "middle_token": "▁<MID>",
+    "suffix_token": "▁<SUF>",
+    "eot_token": "▁<EOT>",
+    "fill_token": "<FILL_ME>",
 }
 
 _MAX_BYTES = 1 << 29
@@ -117,6 +130,8 @@ def _assemble(
     }
     if isinstance(fields.get("extra_special_tokens"), dict):
         own_roles |= fields.pop("extra_special_tokens")
+    if kind == "CodeLlamaTokenizer":
+        own_roles = _INFILLING | own_roles
     listed = _listed_tokens(path, fields, own_roles, backend)
     known = {token.content: token for token in listed.values()}
     roles: dict[str, str | AddedToken] = {}
@@ -127,13 +142,18 @@ def _assemble(
     roles |= {key: _token(value) for key, value in own_roles.items()}
     more = "extra" if "extra_special_tokens" in fields else "additional"
     extra = [_token(value) for value in fields.get(f"{more}_special_tokens") or []]
-    if kind == "LlamaTokenizer":
-        backend = _as_llama(fields, backend)
+    if kind in ("LlamaTokenizer", "CodeLlamaTokenizer"):
+        backend = _as_llama(fields, backend, "always" if kind == "LlamaTokenizer" else "first")
+    elif kind == "GPTNeoXTokenizer":
+        backend = _as_gpt_neox(fields, backend)
     elif kind == "GPT2Tokenizer" and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(
             add_prefix_space=fields.get("add_prefix_space") is True
         )
     _add(backend, listed, roles, extra)
+    if kind == "CodeLlamaTokenizer":  # Whatever the file puts around a text.
+        bos = roles.get("bos_token")
+        backends.put_around(backend, bos and backend.token_to_id(_text(bos)))
     for token_id, token in listed.items():
         if (actual := backend.token_to_id(token.content)) != token_id:
             raise ValueError(
@@ -199,8 +219,11 @@ def _add(
     library.call(backend.add_tokens, new)
 
 
-def _as_llama(fields: dict[str, Any], backend: Tokenizer) -> Tokenizer:
-    """The vocabulary under the rules of transformers' LlamaTokenizer, which keeps no others."""
+def _as_llama(fields: dict[str, Any], backend: Tokenizer, if_legacy: str) -> Tokenizer:
+    """The vocabulary under the rules of transformers' LlamaTokenizer, which keeps no others.
+
+    `if_legacy` says before which parts of a text a space goes where the files are `legacy`.
+    """
     model = backend.model
     if not isinstance(model, models.BPE):
         raise TypeError(f"a LlamaTokenizer over {type(model).__name__}, it must be BPE")
@@ -209,12 +232,28 @@ def _as_llama(fields: dict[str, Any], backend: Tokenizer) -> Tokenizer:
     built = Tokenizer(model)
     prefix = fields.get("add_prefix_space")
     prefix = True if prefix is None else bool(prefix)
-    scheme = "never" if not prefix else "always" if fields.get("legacy", False) else "first"
+    scheme = "never" if not prefix else if_legacy if fields.get("legacy", False) else "first"
     built.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     built.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     if backend.post_processor is not None:
         built.post_processor = backend.post_processor
+    return built
+
+
+def _as_gpt_neox(fields: dict[str, Any], backend: Tokenizer) -> Tokenizer:
+    """The vocabulary under the rules of transformers' GPTNeoXTokenizer: nothing goes around."""
+    model = backend.model
+    if not isinstance(model, models.BPE):
+        raise TypeError(f"a GPTNeoXTokenizer over {type(model).__name__}, it must be BPE")
+    model.fuse_unk = model.byte_fallback = model.ignore_merges = False
+    model.dropout = model.unk_token = None
+    built = Tokenizer(model)
+    built.normalizer = normalizers.NFC()
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=fields.get("add_prefix_space") is True
+    )
+    built.decoder = decoders.ByteLevel()
     return built
 
 
