@@ -743,3 +743,9 @@ def test_a_window_that_is_not_used_is_no_window(saved):
     assert "sliding_window is 16" in refusal(saved)
     edit_json(saved / "config.json", use_sliding_window=False)
     assert open_checkpoint(str(saved)).notes == ()
+
+
+def test_another_architecture_is_named_before_its_fields(saved):
+    fields = {"num_local_experts": 8, "sliding_window": 16, "no_rope_layers": [1, 0]}
+    edit_json(saved / "config.json", architectures=["MixtralForCausalLM"], **fields)
+    assert "architecture ['MixtralForCausalLM']" in refusal(saved)

@@ -58,6 +58,7 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
     check_kind(path)
     config_file = path / "config.json"
     fields = read_json(config_file)
+    _check_architecture(config_file, fields)  # first: others have fields that no Llama has
     unknown = check_fields(config_file, fields, HUGGING_FACE)
     check_quantization(path, fields)
     tied = flag(config_file, fields, "tie_word_embeddings")
@@ -109,6 +110,7 @@ def read_shape(source: Path, notes: list[str]) -> LlamaConfig:
     `notes` takes a line for every choice between two answers and for fields that are ignored.
     """
     fields = read_json(source)
+    _check_architecture(source, fields)
     unknown = check_fields(source, fields, HUGGING_FACE)
     config = check_config(source, read_config(source, fields, notes))
     notes += note_of_unknown(unknown)
@@ -119,9 +121,8 @@ def read_config(source: Path, fields: dict[str, Any], notes: list[str]) -> Llama
     """The model's shape out of the fields of a `config.json`, of transformers 4 or 5.
 
     `notes` takes a line for every choice between two answers. The fields have passed
-    `check_fields`; the result has not passed `check_config`.
+    `_check_architecture` and `check_fields`; the result has not passed `check_config`.
     """
-    _check_architecture(source, fields)
     _check_layers(source, fields)
     _check_window(source, fields)
     heads = integer(source, fields, "num_attention_heads")
