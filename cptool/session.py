@@ -167,9 +167,12 @@ def shared_prefixes(
 
 def check_writable(directory: Path) -> None:
     """Refuses a place where the next turn could not be saved."""
-    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    places = (directory, *directory.absolute().parents)
+    place = next(p for p in places if os.path.lexists(p))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         fault = "is not writable" if place.is_dir() else "is a file"
+        if place.is_symlink() and not place.exists():
+            fault = "is a link that leads nowhere"
         raise UserError(
             f"{directory}: {place} {fault}, so no turn can be saved; name another place"
         )

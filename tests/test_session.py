@@ -320,6 +320,16 @@ def test_places_that_are_not_for_a_new_session(tmp_path):
     session.check_new(tmp_path / "new")
 
 
+def test_a_place_behind_a_link_that_leads_nowhere_is_refused_before_the_run(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to("missing")
+    for place in (link, link / "s"):
+        with pytest.raises(UserError, match="link is a link that leads nowhere"):
+            session.check_writable(place)
+    (tmp_path / "missing").mkdir()
+    session.check_writable(link)
+
+
 def test_another_model_is_refused(saved):
     directory, manifest = saved
     session.check_model(manifest, MODEL)
