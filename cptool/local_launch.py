@@ -98,6 +98,8 @@ def launch(
                 ranks.append(process)
             answer.close()
         return _Supervision(ranks, receiver, board, timeout=options[4]).result()
+    except FileNotFoundError:  # of the server's socket
+        raise RankFailed(f"{_socket_folder.name} was removed while the run used it") from None
     except EOFError:
         raise RankFailed(f"{_server()} was stopped or has ended; {_ENDED}") from None
     finally:
@@ -143,13 +145,9 @@ def _choose_socket_folder() -> None:
             f"one of at most {_LONGEST_BASE} characters"
         )
     _socket_folder = make_folder(base)
-    # After multiprocessing has put its own folder in it away, which it does at priority -100.
-    util.Finalize(None, _socket_folder.cleanup, exitpriority=-101)
-    before, tempfile.tempdir = tempfile.tempdir, _socket_folder.name
-    try:
-        util.get_temp_dir()  # multiprocessing keeps to the first that it gets
-    finally:
-        tempfile.tempdir = before
+    util.Finalize(None, _socket_folder.cleanup, exitpriority=-100)  # after all of its users
+    # Else multiprocessing makes a folder of its own, with a traceback if that is gone at exit.
+    multiprocessing.current_process()._config["tempdir"] = _socket_folder.name
 
 
 def _rank_main(

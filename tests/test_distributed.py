@@ -420,6 +420,15 @@ def test_no_folder_is_left_by_a_run_that_ends_while_ranks_start(tmp_path, number
     assert list(folder.iterdir()) == []
 
 
+def test_a_folder_that_is_removed_under_a_run_is_named_and_no_traceback_is_shown(tmp_path):
+    begin = "    import shutil; from cptool import local_launch; local_launch.start_server(run)\n"
+    begin += "    shutil.rmtree(local_launch._socket_folder.name)\n    try:"
+    script = driver("mistake", cp=2).replace("    try:", begin)
+    output, errors = start(tmp_path, script=script).communicate(timeout=GENEROUS_S)
+    assert output == "" and errors.startswith("RankFailed: /") and errors.count("\n") == 1
+    assert errors.endswith(" was removed while the run used it\n")
+
+
 def test_termination_is_an_exception_but_not_to_a_rank_of_a_launcher(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
     try:
