@@ -265,6 +265,15 @@ def test_no_template_no_chat(saved):
         from_tokenizer_json(saved / "tokenizer.json", {}).chat([{"role": "user", "content": "hi"}])
 
 
+def test_templates_that_leave_a_message_out(saved, tokenizer):
+    assert not tokenizer.leaves_out("user") and not tokenizer.leaves_out("system")
+    users = CHAT.replace("in messages", "in messages if message.role == 'user'")
+    parts = CHAT.replace("message.content | trim", "message.content[0].text")
+    for template, role in ((users, "system"), (parts, "user")):
+        loaded = from_tokenizer_json(saved / "tokenizer.json", {}, template)
+        assert loaded.leaves_out(role) and loaded.chat([{"role": "user", "content": "hi"}])
+
+
 def test_templates_in_the_configuration(saved):
     named = [{"name": "tools", "template": "t"}, {"name": "default", "template": CHAT}]
     for value in (CHAT, named):

@@ -28,7 +28,7 @@ _REPLACEMENT = "\ufffd"
 _CHARACTERS = 8
 _PIECE = 1 << 18
 
-# Stands for an answer where a template is tried out.
+# Stands for what a message says where a template is tried out.
 _ANSWER = "\ue000answer\ue001"
 
 
@@ -146,6 +146,18 @@ class Tokenizer:
             return []
         found = self._control.guard.placeholders
         return sorted((token for token in found if token in text), key=text.index)
+
+    def leaves_out(self, role: str) -> bool:
+        """Whether the chat template writes nothing of what a message of `role` says, as those do
+        that expect a list of parts, or no system message.
+        """
+        messages = [{"role": role, "content": _ANSWER}]
+        if role == "system":
+            messages.append({"role": "user", "content": "a"})
+        try:
+            return _ANSWER[0] not in self._rendered(messages, add_generation_prompt=True)
+        except UserError:
+            return False
 
     @cached_property
     def turn_ends(self) -> tuple[int, ...]:

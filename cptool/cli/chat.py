@@ -103,6 +103,9 @@ def chat(
     conversation = Conversation(tokenizer, system)
     # A template that refuses the system message, or is not there, does so now.
     conversation.ask("Hello")
+    for role, name in (("system", "--system"), ("user", "questions")):
+        if (role == "user" or system is not None) and tokenizer.leaves_out(role):
+            draw.say(f"{name}: the model's chat template leaves the text out")
     if manifest is not None:
         say_reading(checkpoint)
         sessions.check_model(manifest, sessions.identity(checkpoint))

@@ -134,7 +134,10 @@ class Prompts:
         """Token ids of one text; says so where it spells control tokens, which are letters."""
         with _named(name):
             if self.chat:
-                return tokenizer.chat([{"role": "user", "content": text}])
+                tokens = tokenizer.chat([{"role": "user", "content": text}])
+                if tokenizer.leaves_out("user"):
+                    draw.say(f"{name}: the model's chat template leaves the text out")
+                return tokens
             tokens = tokenizer.encode(text, bos=begin, parse=self.parse)
         if not self.parse and (spelled := tokenizer.spelled(text)):
             more = f" and {len(spelled) - 1} more" if len(spelled) > 1 else ""
