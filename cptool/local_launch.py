@@ -39,7 +39,7 @@ from cptool.distributed import (
 from cptool.errors import UserError, show_traceback, text_of
 from cptool.launcher import Seat
 from cptool.rendezvous import check_loopback, file_store, listen_on_loopback, start_deadline
-from cptool.scratch import Folder, make_folder
+from cptool.scratch import Folder, make_folder, others_can_replace
 from cptool.status import Board
 from cptool.stopped import is_stopped
 from cptool.termination import end_with_parent, held_back
@@ -138,7 +138,9 @@ def _choose_socket_folder() -> None:
         return
     bases = [tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/dev/shm"]
     fitting = [b for b in bases if b and len(os.fsencode(b)) <= _LONGEST_BASE]
-    base = next((b for b in fitting if os.access(b, os.W_OK | os.X_OK)), None)
+    usable = [b for b in fitting if os.access(b, os.W_OK | os.X_OK)]
+    safe = [b for b in usable if not others_can_replace(b)]
+    base = next(iter(safe or usable), None)
     if base is None:
         raise UserError(
             f"the temporary directory {bases[0]} has too long a name for a socket; set TMPDIR to "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 import weakref
 
@@ -44,6 +45,21 @@ class Folder:
             self._lock = None
 
 
+def others_can_replace(place: str) -> bool:
+    """Whether any user may rename what is in the directory, and put something else there."""
+    try:
+        mode = os.stat(place).st_mode
+    except OSError:  # told where it is used
+        return False
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
+
+
+def _place() -> str:
+    """The temporary directory, or where other users could replace a folder in it, /tmp."""
+    place = tempfile.gettempdir()
+    return "/tmp" if others_can_replace(place) else place
+
+
 def make_folder(place: str | None = None) -> Folder:
     """A folder of this run's own in `place`, by default the temporary directory. What killed runs
     of this user left there is removed first.
@@ -52,11 +68,16 @@ def make_folder(place: str | None = None) -> Folder:
     """
     remedy = "set TMPDIR to a directory that has room and can be written to"
     try:
-        place = place or tempfile.gettempdir()
+        place = place or _place()
     except FileNotFoundError as error:
         raise RunError(f"{error.strerror}; {remedy}") from None
     abandoned.sweep(place)
     try:
+        if others_can_replace(place):
+            raise RunError(
+                f"{place}: any user can replace what is in the temporary directory (it is writable "
+                "for all and has no sticky bit); chmod +t it, or set TMPDIR to another"
+            )
         found = os.statvfs(place)
         free = found.f_bavail * found.f_frsize
         if free < _ROOM or (found.f_files and found.f_favail < 16):

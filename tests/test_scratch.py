@@ -26,6 +26,18 @@ def test_a_folder_is_its_users_own_and_can_be_removed_without_unwinding(tmp_path
     assert list(tmp_path.iterdir()) == [] and folder.name
 
 
+def test_no_folder_is_made_where_any_user_could_replace_it(tmp_path, monkeypatch):
+    tmp_path.chmod(0o777)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with make_folder() as folder:
+        assert os.path.dirname(folder) == "/tmp"
+    with pytest.raises(RunError, match="any user can replace what is in .*; chmod [+]t it, or set"):
+        make_folder(str(tmp_path))
+    tmp_path.chmod(0o1777)
+    with make_folder() as folder:
+        assert os.path.dirname(folder) == str(tmp_path)
+
+
 def space(free, files=0):
     return lambda _: SimpleNamespace(f_bavail=free, f_frsize=1, f_files=files, f_favail=3)
 
