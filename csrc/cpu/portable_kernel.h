@@ -24,15 +24,23 @@ constexpr int kVectors = 1;
 constexpr int kLanes = 8;
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 
+// Most terms of a sum that is one chain: longer sums are sums of chains, which round less.
+constexpr int64_t kChain = 128;
+
+// How a block of C begins: anew, as the beginning of the chains, or as what is added to their ends.
+enum class Start { kZero, kChained, kAdded };
+
 // C[kR][kV * kLanes] (+)= A[kR][depth] B[depth][kV * kLanes].
 template <int kR, int kV>
 inline void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                           int64_t ldc, int64_t depth, bool accumulate) {
+                           int64_t ldc, int64_t depth, Start start) {
   Vector sums[kR][kV];
   for (int r = 0; r < kR; ++r) {
     for (int i = 0; i < kV; ++i) {
       sums[r][i] = Vector{};
-      if (accumulate) std::memcpy(&sums[r][i], c + r * ldc + i * kLanes, sizeof(Vector));
+      if (start == Start::kChained) {
+        std::memcpy(&sums[r][i], c + r * ldc + i * kLanes, sizeof(Vector));
+      }
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -40,6 +48,15 @@ inline void multiply_block(const float* a, int64_t lda, const float* b, int64_t 
     for (int i = 0; i < kV; ++i) std::memcpy(&row[i], b + k * ldb + i * kLanes, sizeof(Vector));
     for (int r = 0; r < kR; ++r) {
       for (int i = 0; i < kV; ++i) sums[r][i] += a[r * lda + k] * row[i];
+    }
+  }
+  if (start == Start::kAdded) {
+    for (int r = 0; r < kR; ++r) {
+      for (int i = 0; i < kV; ++i) {
+        Vector before;
+        std::memcpy(&before, c + r * ldc + i * kLanes, sizeof(Vector));
+        sums[r][i] += before;
+      }
     }
   }
   for (int r = 0; r < kR; ++r) {
@@ -51,12 +68,19 @@ inline void multiply_block(const float* a, int64_t lda, const float* b, int64_t 
 template <int kR>
 inline void multiply_rows(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                           int64_t ldc, int64_t depth, int64_t columns, bool accumulate) {
-  int64_t n = 0;
-  for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) {
-    multiply_block<kR, kVectors>(a, lda, b + n, ldb, c + n, ldc, depth, accumulate);
+  Start start = accumulate ? Start::kChained : Start::kZero;
+  for (int64_t k = 0; k < depth; k += kChain) {
+    const int64_t terms = depth - k < kChain ? depth - k : kChain;
+    const float* left = a + k;
+    const float* right = b + k * ldb;
+    int64_t n = 0;
+    for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) {
+      multiply_block<kR, kVectors>(left, lda, right + n, ldb, c + n, ldc, terms, start);
+    }
+    for (; n < columns; n += kLanes)
+      multiply_block<kR, 1>(left, lda, right + n, ldb, c + n, ldc, terms, start);
+    start = Start::kAdded;
   }
-  for (; n < columns; n += kLanes)
-    multiply_block<kR, 1>(a, lda, b + n, ldb, c + n, ldc, depth, accumulate);
 }
 
 // exp2 for arguments up to 0 and -inf, to 2 units in the last place; below 2^-126 it is 0, and NaN
