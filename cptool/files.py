@@ -100,7 +100,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """What a JSON file of ours says: integers, texts, lists, each key once.
+    """What a JSON text says that holds integers, texts, lists and objects, each key once.
 
     ValueError for anything else, whatever the bytes.
     """

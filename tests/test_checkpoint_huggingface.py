@@ -350,14 +350,14 @@ def entry(name, begin, end, shape=None, **changes):
         ([entry("a", 0, 32), entry("b", 36, 64)], "'b' leaves a hole before it"),
         ([entry("a", 4, 64)], "'a' leaves a hole before it"),
         ([entry("a", 0, 32)], "its header accounts for"),
-        ([entry("a", 0, 32), entry("a", 32, 64)], "'a' twice"),
+        ([entry("a", 0, 32), entry("a", 32, 64)], "'a' is given twice"),
         ([entry("a", 0, 64, [1] * 8 + [16])], "a shape of 9 dimensions"),
         ([entry("a", 0, 64, [0] + [2**62] * 6)], "elements|header accounts|overlaps|shape"),
         ([entry("a", 0, 64, [2**63])], "a shape with an extent that no tensor has"),
-        ([entry("a", 0, 64, [16.0])], "the number 16.0"),
+        ([entry("a", 0, 64, [16.0])], "16.0 is not an integer"),
         ([entry("a", 0, 64, [True, 16])], "a shape with an extent"),
         (['"a": {"dtype": "F32", "data_offsets": [0, 64], "shape": [' + "9" * 4000 + "]}"],
-         "a number of 4000 digits"),
+         "a number has 4000 digits"),
         ([entry("a", 0, 64), '"__metadata__": {"format": 1}'], "__metadata__ is not"),
         ([entry("a", 0, 64), '"b": []'], "does not have the three fields"),
     ],
@@ -373,7 +373,7 @@ def test_many_long_numbers_cost_no_more_than_reading_them(saved):
     header = f'{{"x": {{"dtype": "F32", "data_offsets": [0, 4], "shape": [{numbers}]}}}}'.encode()
     (saved / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     began = time.process_time()
-    assert "a number of 4000 digits" in refusal(saved)
+    assert "a number has 4000 digits" in refusal(saved)
     assert time.process_time() - began < 5
 
 

@@ -6,7 +6,6 @@ cover the data from its first to its last byte, each byte once. What a header ma
 before anything is computed from it.
 """
 
-import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ from typing import Any
 from cptool.checkpoint.base import ITEM_SIZES, StoredTensor, bounded_product, first_line
 from cptool.checkpoint.lookalikes import describe
 from cptool.errors import UserError
+from cptool.files import parse_json
 
 # The format's own limit.
 _MAX_HEADER_BYTES = 100_000_000
-
-# No file has 2^63 bytes, and every number of a header counts bytes or elements of one.
-_MAX_DIGITS = 19
 
 _KEYS = {"dtype", "shape", "data_offsets"}
 
@@ -41,16 +38,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         file.seek(8)
         text = file.read(length)
     try:
-        entries = json.loads(
-            text, parse_int=_count, parse_float=_no_fraction, parse_constant=_no_fraction,
-            object_pairs_hook=_distinct,
-        )  # fmt: skip
+        entries = parse_json(text)
         if not isinstance(entries, dict):
             raise ValueError(f"it is a {type(entries).__name__}, not an object")
         _check_metadata(entries.pop("__metadata__", None))
         tensors = {name: _tensor(path, 8 + length, name, e) for name, e in entries.items()}
         data = _check_cover(tensors, 8 + length)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
@@ -63,25 +57,6 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             f"{path}: {size} bytes, its header accounts for {data}; fetch the file again"
         )
     return tensors
-
-
-def _count(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits")
-    return int(digits)
-
-
-def _no_fraction(text: str) -> float:
-    raise ValueError(f"the number {text[:20]}")
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        seen: set[str] = set()
-        name = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"it has {name[:100]!r} twice")
-    return fields
 
 
 def _check_metadata(metadata: Any) -> None:
