@@ -9,7 +9,7 @@ the cached ones; positions are the mask.
 import secrets
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from cptool import files, segments, session
 from cptool.attention import KEYS_TRAVEL, Step, attend
 from cptool.cache import KVCache, nothing_held, truncated
 from cptool.distributed import World
-from cptool.errors import RunError
+from cptool.errors import RunError, explain
 from cptool.hardware import HardwareProfile, default_profile
 from cptool.manifest import Damaged, Manifest, ModelIdentity, Segment, Sequence
 from cptool.model.llama import Llama
@@ -351,7 +351,8 @@ class Engine:
         rank writes its segment; the first then replaces the manifest, and nothing before that
         changes the session. `chat` is the state of the conversation that the turn belongs to.
 
-        Raises RunError where that cannot be; the line says what became of the turn.
+        Raises RunError or OSError, on every rank, where that cannot be; the line says what became
+        of the turn. The engine is then as it was, and can save elsewhere.
         """
         world, revision = self.world, 1 if previous is None else previous.revision + 1
         self._progress("save the session", 0, 0)
@@ -361,21 +362,31 @@ class Engine:
         turns, said = previous.turns if previous else (), tuple(map(len, self.tokens))
         older = previous.segments if previous else ()
         with ExitStack() as held:  # the lock of a living run, until the turn is committed
-            segment = None
+            segment = fault = None
             if not self._replica:
-                files.make_private(directory)
-                segment = segments.write_segment(
-                    directory,
-                    self.cache,
-                    since,
-                    revision=revision,
-                    rank=world.cp_rank,
-                    kv_heads=self._kv_heads,
-                    start=start,
-                    until=self.computed,
-                    logits=self.logits if world.tp_rank == 0 else {},
-                    held=held,
-                )
+                try:
+                    files.make_private(directory)
+                    segment = segments.write_segment(
+                        directory,
+                        self.cache,
+                        since,
+                        revision=revision,
+                        rank=world.cp_rank,
+                        kv_heads=self._kv_heads,
+                        start=start,
+                        until=self.computed,
+                        logits=self.logits if world.tp_rank == 0 else {},
+                        held=held,
+                    )
+                except (RunError, OSError) as error:
+                    fault = error
+            try:
+                self._agree(fault)
+            except (RunError, OSError):
+                if segment is not None:
+                    with suppress(OSError):
+                        (directory / segment.file).unlink()
+                raise
             told = world.gather([segment and asdict(segment), sorted(self.logits)])
             written = [(fields and Segment.of(fields), owned) for fields, owned in told]
             logits_of = {
@@ -404,10 +415,22 @@ class Engine:
                 chat=previous.chat if previous else (),
             )
             if world.rank == 0:
-                manifest = session.commit_or_keep(directory, manifest, chat)
-            world.barrier()  # no rank leaves before the turn is on disk
+                try:
+                    manifest = session.commit_or_keep(directory, manifest, chat)
+                except (RunError, OSError) as error:
+                    fault = error
+            self._agree(fault)  # and no rank leaves before the turn is on disk
         self.saved, self._on_disk = self.cache.lengths, list(self.computed)
         return manifest
+
+    def _agree(self, fault: RunError | OSError | None) -> None:
+        """Raises on every rank where one has a fault, so that none waits for it. Collective."""
+        told = self.world.gather(None if fault is None else explain(fault))
+        if fault is not None:
+            raise fault
+        for text in told:
+            if text is not None:
+                raise RunError(text)
 
     def _since(
         self, directory: Path, previous: Manifest | None, start: list[int]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cptool import distributed
 from cptool.encoding import decode, encode
+from cptool.errors import RunError, explain
 from cptool.sampling import Sampling
 from cptool.turn import Setup, open_engine
 
@@ -62,6 +63,13 @@ class Answer:
 
     token_ids: list[int]
     reused: int
+
+
+@dataclass(frozen=True)
+class NotSaved:
+    """Why the session was not committed; the ranks go on."""
+
+    reason: str
 
 
 class Connection:
@@ -117,7 +125,7 @@ class Connection:
 def _messages() -> tuple[type, ...]:
     from cptool.manifest import Manifest, ModelIdentity, Segment, Sequence
 
-    return Continue, Save, Sampling, Answer, Manifest, ModelIdentity, Segment, Sequence
+    return Continue, Save, Sampling, Answer, NotSaved, Manifest, ModelIdentity, Segment, Sequence
 
 
 class Resident:
@@ -191,9 +199,14 @@ class Resident:
             self._connections[0].send(_STOP)
 
     def save(self, request: Save) -> "Manifest":
-        """Commits and returns the session's manifest."""
+        """Commits and returns the session's manifest. RunError where that cannot be; the ranks go
+        on.
+        """
         self._send(request)
-        return self._receive()
+        reply = self._receive()
+        if isinstance(reply, NotSaved):
+            raise RunError(reply.reason)
+        return reply
 
     def _send(self, request: Any) -> None:
         self._sending = True
@@ -288,9 +301,17 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
             reply(Answer(ids, reused))
             continue
         engine.tokens[0].extend(tokens[shared:])  # their KV is pending, as a last token's is
-        if request.directory != where:
-            where, manifest = request.directory, None
+        elsewhere, saved = request.directory != where, engine.saved
+        if elsewhere:
             engine.saved = [0]
         model = session.identity(checkpoint, request.fingerprint)
-        manifest = engine.save(Path(where), manifest, model, request.chat)
+        try:
+            manifest = engine.save(
+                Path(request.directory), None if elsewhere else manifest, model, request.chat
+            )
+        except (RunError, OSError) as error:
+            engine.saved = saved
+            reply(NotSaved(explain(error)))
+            continue
+        where = request.directory
         reply(replace(manifest, segments=()))

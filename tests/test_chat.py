@@ -1,5 +1,6 @@
 """Chat: the context is always the template's rendering, whatever was undone, cut or saved."""
 
+import errno
 import json
 import os
 import pty
@@ -18,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import greedy
 
-from cptool import chat_file, session, session_care
+from cptool import chat_file, files, session, session_care
 from cptool.chat_file import FILE
 from cptool.checkpoint import open_checkpoint
 from cptool.cli.main import main
@@ -214,6 +215,28 @@ def test_undo_forgets_and_a_mistake_changes_nothing(
     manifest = session.load(where)
     assert manifest.revision == 3 and list(manifest.sequences[0].tokens) == ids
     assert CliRunner().invoke(main, ["session", "verify", str(where)]).exit_code == 0
+
+
+def test_a_save_that_fails_ends_nothing(
+    smollm2_path, smollm2_reference, tokenizer, tmp_path, monkeypatch
+):
+    original, failed = files.write_all, []
+
+    def fail_once(file, data):
+        if not failed and "segment" in os.readlink(f"/proc/self/fd/{file.fileno()}"):
+            failed.append(True)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(file, data)
+
+    monkeypatch.setattr(files, "write_all", fail_once)
+    first, second = tmp_path / "s", tmp_path / "t"
+    lines = [QUESTIONS[0], f"/save {first}", QUESTIONS[1], f"/save {second}"]
+    result = chat(smollm2_path, "-n", 4, say=lines)
+    assert "No space left on device" in result.stderr
+    text, ids = said(tokenizer, smollm2_reference, QUESTIONS[:2], 4)
+    assert result.stdout == text
+    assert list(session.load(second).sequences[0].tokens) == ids
+    assert not list(first.iterdir())
 
 
 def test_a_saved_chat_is_a_session(smollm2_path, smollm2_reference, tokenizer, tmp_path):

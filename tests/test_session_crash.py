@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_session import HEADS, LAYERS, save_turn
 
-from cptool import files, session, session_care
+from cptool import distributed, files, segments, session, session_care
 from cptool.errors import RunError
 from cptool.manifest import ModelIdentity
 
@@ -247,6 +247,41 @@ def test_what_the_disk_refuses_is_one_line_and_changes_nothing(tmp_path, monkeyp
     after = save_turn(directory, [5, 3], [30, 7], 2, 1, before)
     assert {p.name for p in directory.iterdir()} == {"manifest.json"} | {
         s.file for s in after.segments
+    }
+
+
+def save_where_one_rank_cannot(world, directory: str, failing: str) -> list[list]:
+    """What each rank is told where rank 1 cannot write, or rank 0 not commit; then all save."""
+    from cptool.engine import Engine
+
+    engine = Engine(tiny_llama(), world, batch=1)
+    engine.extend([[3, 4, 5, 6, 7]])
+    owner, name = (segments, "write_segment") if failing == "write" else (session, "commit")
+    original = getattr(owner, name)
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there")
+
+    if world.rank == (1 if failing == "write" else 0):
+        setattr(owner, name, fail)
+    try:
+        with pytest.raises((RunError, OSError)) as told:
+            engine.save(Path(directory), None, IDENTITY)
+    finally:
+        setattr(owner, name, original)
+    saved = engine.save(Path(directory), None, IDENTITY)
+    return world.gather([str(told.value), list(saved.sequences[0].tokens)])
+
+
+@pytest.mark.parametrize("failing", ["write", "commit"])
+def test_where_one_rank_cannot_save_none_does_and_all_go_on(tmp_path, failing):
+    place = str(tmp_path / "s")
+    found = distributed.run(save_where_one_rank_cannot, place, failing, cp=2, device="cpu")
+    assert all(os.strerror(errno.ENOSPC) in told for told, _ in found)
+    assert [tokens for _, tokens in found] == [[3, 4, 5, 6, 7]] * 2
+    manifest = session.load(tmp_path / "s")
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {"manifest.json"} | {
+        s.file for s in manifest.segments
     }
 
 

@@ -17,6 +17,7 @@ from cptool.cli import draw
 from cptool.cli.models import say_reading
 from cptool.cli.options import check_room
 from cptool.conversation import Conversation
+from cptool.distributed import RankFailed
 from cptool.duration import duration
 from cptool.errors import RunError, UserError
 from cptool.paths import expanded
@@ -170,7 +171,12 @@ class Terminal:
             self.conversation.state(),
             fingerprint,
         )
-        manifest = self.resident.save(request)
+        try:
+            manifest = self.resident.save(request)
+        except RankFailed:
+            raise
+        except RunError as error:
+            raise UserError(f"/save: {error}") from None
         self.saved = (directory, manifest.revision)
         draw.say(
             f"saved {len(self.conversation.tokens):,} tokens; "
