@@ -155,8 +155,10 @@ def of_another_length(where):
     """Sealed, but of tokens that have no KV."""
     manifest = session_files.load(where)
     sequence = manifest.sequences[0]
-    longer = replace(sequence, cached=sequence.cached + 1)
-    (where / session_files.MANIFEST).write_text(replace(manifest, sequences=(longer,)).dump())
+    longer = replace(sequence, tokens=(*sequence.tokens, 0), cached=sequence.cached + 1)
+    turns = (*manifest.turns[:-1], (len(longer.tokens),))
+    changed = replace(manifest, sequences=(longer,), turns=turns)
+    (where / session_files.MANIFEST).write_text(changed.dump())
 
 
 @pytest.mark.parametrize(
