@@ -39,9 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def model_config(layers: int):
-    return llama_config(
-        512, layers, 8, 2, 1536, vocab=1024, head_dim=64, context=16384, tied=True
-    )
+    return llama_config(512, layers, 8, 2, 1536, vocab=1024, head_dim=64, context=16384, tied=True)
 
 
 def measure(world, dtype: str, repeats: int, seconds: float, grid) -> list[dict]:
@@ -63,9 +61,14 @@ def measure(world, dtype: str, repeats: int, seconds: float, grid) -> list[dict]
         model = models[FEW_LAYERS if new <= FEW else MANY_LAYERS]
         config = model.config
         auto = choose(
-            "auto", new=new, cached=cached, ranks=world.cp, config=config, dtype=dtype,
+            "auto",
+            new=new,
+            cached=cached,
+            ranks=world.cp,
+            config=config,
+            dtype=dtype,
             profile=profile,
-        )  # fmt: skip
+        )
         active = {world.cp, auto.active} | {n for n in _halves(world.cp) if n < new <= 4096}
         choices = [Choice(v, n, "", 0.0) for n in sorted(active) for v in VARIANTS]
         engine = Engine(model, world, profile=profile)
@@ -160,9 +163,14 @@ def main() -> None:
         cells |= {(c["ranks"], c["new"], c["cached"]): c for c in earlier["cells"]}
     for ranks in arguments.cp or ([] if arguments.merge else [2, 4]):
         for c in run(
-            measure, arguments.dtype, arguments.repeats, arguments.seconds, grid, cp=ranks,
+            measure,
+            arguments.dtype,
+            arguments.repeats,
+            arguments.seconds,
+            grid,
+            cp=ranks,
             device="cpu",
-        ):  # fmt: skip
+        ):
             cells[c["ranks"], c["new"], c["cached"]] = c
             print(
                 f"N={ranks} T={c['new']:5} P={c['cached']:5}  picked {c['picked'][0]} on "

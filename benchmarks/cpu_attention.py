@@ -200,44 +200,84 @@ POSITIVE = click.IntRange(min=1)
 @click.command(help=__doc__.partition("\n\n")[0], context_settings={"show_default": True})
 @click.option("--tokens", "-t", type=POSITIVE, multiple=True, default=(8192,), help="New tokens.")
 @click.option("--cached", type=click.IntRange(min=0), multiple=True, default=(0,))
-@click.option("--head-dim", "-d", type=click.IntRange(min=8, max=256), multiple=True,
-              default=(64, 80, 128))
-@click.option("--heads", type=Heads(), multiple=True, default=("8/8", "8/2", "8/1"),
-              metavar="Q/KV")
-@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True,
-              default=tuple(DTYPES))
-@click.option("--isa", "isas", type=click.Choice([*ops.cpu_isas(), "all"]), multiple=True,
-              help="Instruction sets; without any, the one that the op chooses.")
+@click.option(
+    "--head-dim", "-d", type=click.IntRange(min=8, max=256), multiple=True, default=(64, 80, 128)
+)
+@click.option("--heads", type=Heads(), multiple=True, default=("8/8", "8/2", "8/1"), metavar="Q/KV")
+@click.option(
+    "--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, default=tuple(DTYPES)
+)
+@click.option(
+    "--isa",
+    "isas",
+    type=click.Choice([*ops.cpu_isas(), "all"]),
+    multiple=True,
+    help="Instruction sets; without any, the one that the op chooses.",
+)
 @click.option("--threads", type=POSITIVE, multiple=True, default=(1,))
 @click.option("--partial/--no-partial", default=True, help="Partial prefills too.")
-@click.option("--quick", is_flag=True,
-              help="2K tokens, 8 heads on 2 of 64 and 128, 8K keys to decode: under a minute.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="2K tokens, 8 heads on 2 of 64 and 128, 8K keys to decode: under a minute.",
+)
 @click.option("--repeats", type=POSITIVE, default=5)
-@click.option("--decode-keys", type=click.IntRange(min=0), default=32768,
-              help="Keys of the decode shape; 0 leaves it out.")
-@click.option("--merge-tokens", type=click.IntRange(min=0), default=8192,
-              help="Tokens of the merged partials; 0 leaves them out.")
+@click.option(
+    "--decode-keys",
+    type=click.IntRange(min=0),
+    default=32768,
+    help="Keys of the decode shape; 0 leaves it out.",
+)
+@click.option(
+    "--merge-tokens",
+    type=click.IntRange(min=0),
+    default=8192,
+    help="Tokens of the merged partials; 0 leaves them out.",
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
-def main(tokens, cached, head_dim, heads, dtypes, isas, threads, partial, quick, repeats,
-         decode_keys, merge_tokens, json_file) -> None:  # fmt: skip
+def main(
+    tokens,
+    cached,
+    head_dim,
+    heads,
+    dtypes,
+    isas,
+    threads,
+    partial,
+    quick,
+    repeats,
+    decode_keys,
+    merge_tokens,
+    json_file,
+) -> None:
     if quick:
         tokens, head_dim, heads = (2048,), (64, 128), [(8, 2)]
         decode_keys, merge_tokens = 8192, 2048
     log = Console(stderr=True, highlight=False)
     shapes = [
         ("prefill", Shape(t, p, *h, d, DTYPES[dtype]))
-        for d in head_dim for h in heads for dtype in dtypes for t in tokens for p in cached
-    ]  # fmt: skip
+        for d in head_dim
+        for h in heads
+        for dtype in dtypes
+        for t in tokens
+        for p in cached
+    ]
     if partial:
         shapes += [
             ("prefill", Shape(t // 16, t - t // 16, *h, d, DTYPES[dtype]))
-            for d in head_dim for h in heads for dtype in dtypes for t in tokens if t >= 16
-        ]  # fmt: skip
+            for d in head_dim
+            for h in heads
+            for dtype in dtypes
+            for t in tokens
+            if t >= 16
+        ]
     if decode_keys:
         shapes += [
             ("decode", Shape(1, decode_keys - 1, *h, d, DTYPES[dtype]))
-            for d in head_dim for h in heads for dtype in dtypes
-        ]  # fmt: skip
+            for d in head_dim
+            for h in heads
+            for dtype in dtypes
+        ]
     head = circumstances()
     results: list[dict[str, object]] = []
     for count in threads:
@@ -260,9 +300,15 @@ def main(tokens, cached, head_dim, heads, dtypes, isas, threads, partial, quick,
                     for partials in (2, 4):
                         status.update(f"merge of {partials}, {dtype}")
                         results.append(
-                            merge(partials, merge_tokens, max(h for h, _ in heads), max(head_dim),
-                                  DTYPES[dtype], 4 * repeats)
-                        )  # fmt: skip
+                            merge(
+                                partials,
+                                merge_tokens,
+                                max(h for h, _ in heads),
+                                max(head_dim),
+                                DTYPES[dtype],
+                                4 * repeats,
+                            )
+                        )
     draw(results, Console(width=None if log.is_terminal else 170, highlight=False))
     for count in threads:
         rates = [r["ceilings"] for r in results if r["case"] == "prefill" and r["threads"] == count]

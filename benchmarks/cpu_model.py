@@ -84,9 +84,14 @@ def by_llama_cpp(path: Path, context: int) -> Callable[[list[int], int], Times]:
 
     threads = torch.get_num_threads()
     model = Llama(
-        model_path=str(path / "model.gguf"), n_ctx=context, n_batch=2048, n_threads=threads,
-        n_threads_batch=threads, flash_attn=True, verbose=False,
-    )  # fmt: skip
+        model_path=str(path / "model.gguf"),
+        n_ctx=context,
+        n_batch=2048,
+        n_threads=threads,
+        n_threads_batch=threads,
+        flash_attn=True,
+        verbose=False,
+    )
 
     def measure(tokens: list[int], further: int) -> Times:
         model.reset()

@@ -108,13 +108,14 @@ POSITIVE = click.IntRange(min=1)
 @click.command(help=__doc__.partition("\n\n")[0], context_settings={"show_default": True})
 @click.option("--rows", type=POSITIVE, multiple=True, default=(1, 2, 4, 6, 8, 12, 16, 24, 32))
 @click.option("--hidden", type=POSITIVE, multiple=True, default=(512, 1024, 2048, 4096))
-@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True,
-              default=tuple(DTYPES))
+@click.option(
+    "--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, default=tuple(DTYPES)
+)
 @click.option("--isa", type=click.Choice(ops.cpu_isas()), help="Instead of the fastest.")
 @click.option("--threads", type=POSITIVE, default=1)
 @click.option("--repeats", type=POSITIVE, default=7)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
-def main(rows, hidden, dtypes, isa, threads, repeats, json_file) -> None:  # fmt: skip
+def main(rows, hidden, dtypes, isa, threads, repeats, json_file) -> None:
     torch.set_num_threads(threads)
     ceilings = Ceilings(threads)
     results: list[dict[str, object]] = []

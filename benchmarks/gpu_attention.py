@@ -50,9 +50,16 @@ class Inputs:
     """`batch` sequences of `tokens` queries over `cached` keys and over themselves."""
 
     def __init__(
-        self, tokens: int, cached: int, batch: int, heads: int, kv_heads: int, head_dim: int,
-        dtype: torch.dtype, device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        tokens: int,
+        cached: int,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.tokens, self.cached, self.batch, self.device = tokens, cached, batch, device
         self.heads, self.kv_heads, self.head_dim, self.dtype = heads, kv_heads, head_dim, dtype
         keys, self.scale = tokens + cached, head_dim**-0.5
@@ -111,9 +118,7 @@ class Inputs:
 def sdpa(inputs: Inputs, backend: SDPBackend) -> Callable[[], torch.Tensor]:
     """torch's attention over contiguous [batch, heads, tokens, D]."""
     q = inputs.by_sequence(inputs.q).transpose(1, 2).contiguous()
-    k, v = (
-        inputs.by_sequence(x).transpose(1, 2).contiguous() for x in inputs.kv.unbind(1)
-    )
+    k, v = (inputs.by_sequence(x).transpose(1, 2).contiguous() for x in inputs.kv.unbind(1))
     options = {"scale": inputs.scale, "enable_gqa": inputs.heads != inputs.kv_heads}
     if inputs.tokens > 1 and inputs.cached:
         from torch.nn.attention.bias import causal_lower_right
@@ -145,9 +150,13 @@ def rate(work: float, candidate: Candidate) -> float | None:
 
 
 def told(
-    case: str, facts: dict, candidates: dict[str, Candidate], work: dict[str, float], ceiling: str,
+    case: str,
+    facts: dict,
+    candidates: dict[str, Candidate],
+    work: dict[str, float],
+    ceiling: str,
     **more: object,
-) -> dict[str, object]:  # fmt: skip
+) -> dict[str, object]:
     """One result; prints a line for each candidate with its rate and its part of the ceiling.
 
     work: operations or bytes of one piece of each candidate's work; "" those of all not named.
@@ -180,12 +189,16 @@ def attention(given) -> list[dict[str, object]]:
     device, dtype = given.device, torch.bfloat16
     if cuda(device):
         total = 16384
-        sizes = [(t, 0, max(1, total // t), 16, 16, 128)
-                 for t in (1024, 2048, 4096, 8192, 16384, 32768)]  # fmt: skip
+        sizes = [
+            (t, 0, max(1, total // t), 16, 16, 128) for t in (1024, 2048, 4096, 8192, 16384, 32768)
+        ]
         sizes += [(t, 0, max(1, total // t), 32, 32, 64) for t in (2048, 8192, 16384)]
         sizes += [(8192, 0, 1, 64, 8, 128), (16384, 0, 1, 16, 1, 128)]
-        sizes += [(1024, 16384, 1, 16, 1, 128), (4096, 16384, 1, 16, 1, 128),
-                  (2048, 124 * 1024, 1, 16, 1, 128)]  # fmt: skip
+        sizes += [
+            (1024, 16384, 1, 16, 1, 128),
+            (4096, 16384, 1, 16, 1, 128),
+            (2048, 124 * 1024, 1, 16, 1, 128),
+        ]
     else:
         sizes = [(64, 0, 2, 4, 4, 128), (48, 33, 1, 4, 1, 64)]
     run, flops = product(device, dtype)
@@ -215,10 +228,18 @@ def attention(given) -> list[dict[str, object]]:
 def decode(given) -> list[dict[str, object]]:
     device, dtype = given.device, torch.bfloat16
     if cuda(device):
-        sizes = [(keys, batch, heads, kv_heads)
-                 for heads, kv_heads in ((32, 8), (16, 1))
-                 for keys, batch in ((4096, 1), (16384, 1), (65536, 1), (131072, 1), (4096, 8),
-                                     (32768, 4))]  # fmt: skip
+        sizes = [
+            (keys, batch, heads, kv_heads)
+            for heads, kv_heads in ((32, 8), (16, 1))
+            for keys, batch in (
+                (4096, 1),
+                (16384, 1),
+                (65536, 1),
+                (131072, 1),
+                (4096, 8),
+                (32768, 4),
+            )
+        ]
     else:
         sizes = [(96, 1, 8, 2), (40, 3, 4, 1)]
     run, moved = copy(device)
@@ -227,8 +248,10 @@ def decode(given) -> list[dict[str, object]]:
         first = Inputs(1, keys - 1, batch, heads, kv_heads, 128, dtype, device)
         # Together several times the L2 cache, so that each call reads memory.
         count = max(2, min(32, -(-(2**28) // first.kv.nbytes))) if cuda(device) else 2
-        others = [Inputs(1, keys - 1, batch, heads, kv_heads, 128, dtype, device)
-                  for _ in range(count - 1)]  # fmt: skip
+        others = [
+            Inputs(1, keys - 1, batch, heads, kv_heads, 128, dtype, device)
+            for _ in range(count - 1)
+        ]
         sets = [first, *others]
 
         def each(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
@@ -260,8 +283,13 @@ def decode(given) -> list[dict[str, object]]:
             candidates[name] = Candidate(call, device, window, per_run=count)
         candidates["copy"] = Candidate(run, device, window)
         interleave(candidates, given.rounds)
-        facts = {"keys": keys, "batch": batch, "heads": heads, "kv_heads": kv_heads,
-                 "head_dim": 128}  # fmt: skip
+        facts = {
+            "keys": keys,
+            "batch": batch,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": 128,
+        }
         work = {"": float(first.kv.nbytes), "copy": moved}
         results.append(told("decode", facts, candidates, work, "copy", error=first.error()))
     return results
@@ -279,8 +307,12 @@ def merge(given) -> list[dict[str, object]]:
     tokens, heads = (8192, 32) if cuda(device) else (16, 2)
     run, moved = copy(device)
     results = []
-    for partials, dtype in ((2, torch.float32), (4, torch.float32), (4, torch.bfloat16),
-                            (16, torch.float32)):  # fmt: skip
+    for partials, dtype in (
+        (2, torch.float32),
+        (4, torch.float32),
+        (4, torch.bfloat16),
+        (16, torch.float32),
+    ):
         outs = [torch.randn(tokens, heads, 128, device=device).to(dtype) for _ in range(partials)]
         lses = [torch.randn(tokens, heads, device=device) for _ in range(partials)]
         written = tokens * heads * (128 * 2 + 4)
@@ -292,8 +324,13 @@ def merge(given) -> list[dict[str, object]]:
         window = 0.01 if cuda(device) else 0.0
         candidates = {name: Candidate(call, device, window) for name, call in calls.items()}
         interleave(candidates, given.rounds)
-        facts = {"partials": partials, "tokens": tokens, "heads": heads, "head_dim": 128,
-                 "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+        facts = {
+            "partials": partials,
+            "tokens": tokens,
+            "heads": heads,
+            "head_dim": 128,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
         results.append(told("merge", facts, candidates, {"": count, "copy": moved}, "copy"))
     return results
 
@@ -344,8 +381,9 @@ def ring(given) -> list[dict[str, object]]:
         placements = tuple(p.to(device) for p in balanced([tokens * ranks], ranks).placements())
         step = Step(0, placements, placements)
         q = torch.randn(tokens, heads, 128, device=device, dtype=dtype)
-        cache = KVCache(layers=1, kv_heads=kv_heads, head_dim=128, batch=1, dtype=dtype,
-                        device=device)  # fmt: skip
+        cache = KVCache(
+            layers=1, kv_heads=kv_heads, head_dim=128, batch=1, dtype=dtype, device=device
+        )
         cache.extend(placements[0])
         cache.store(0, *(torch.randn(2, tokens, kv_heads, 128, device=device, dtype=dtype)))
         kv, scale = cache.layer(0), 128**-0.5
@@ -370,8 +408,13 @@ def ring(given) -> list[dict[str, object]]:
             for keys in placements
         )
         work = {"": 4.0 * 128 * heads * pairs, "gemm": flops}
-        facts = {"tokens_per_rank": tokens, "ranks": ranks, "heads": heads, "kv_heads": kv_heads,
-                 "block_bytes": kv.packed().nbytes}  # fmt: skip
+        facts = {
+            "tokens_per_rank": tokens,
+            "ranks": ranks,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "block_bytes": kv.packed().nbytes,
+        }
         alone, beside = (candidates[name].seconds for name in ("kernels alone", "pass-kv"))
         hidden = alone["median"] / beside["median"] if alone and beside else float("nan")
         copied = timed(lambda: kv.packed().clone(), device)

@@ -26,9 +26,15 @@ from cptool.model.shapes import SHAPES, find_shape
 from cptool.sampling import Sampling
 
 TINY = dataclasses.replace(
-    SHAPES["llama3-8b"], vocab_size=128, hidden_size=128, intermediate_size=256,
-    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-)  # fmt: skip
+    SHAPES["llama3-8b"],
+    vocab_size=128,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+)
 
 
 def random_model(config, dtype: torch.dtype, device: torch.device) -> Llama:

@@ -1,7 +1,7 @@
 """Puts the device, driver, commit and command at the head of what another program has written.
 
-    python benchmarks/gpu_tests_report.py JUNIT_XML RESULT_JSON
-    python benchmarks/gpu_tests_report.py --wrap JSON RESULT_JSON
+python benchmarks/gpu_tests_report.py JUNIT_XML RESULT_JSON
+python benchmarks/gpu_tests_report.py --wrap JSON RESULT_JSON
 """
 
 from __future__ import annotations

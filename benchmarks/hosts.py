@@ -46,9 +46,16 @@ def on_rank(world, plan: dict) -> dict[str, object]:
     heads, kv_heads, head_dim = plan["heads"]
     width, dtype = heads * head_dim, plan["dtype"]
     shape = llama_config(
-        width, 1, heads, kv_heads, 3 * width, vocab=1024, head_dim=head_dim, context=1 << 20,
+        width,
+        1,
+        heads,
+        kv_heads,
+        3 * width,
+        vocab=1024,
+        head_dim=head_dim,
+        context=1 << 20,
         tied=True,
-    )  # fmt: skip
+    )
     model = random_model(shape, getattr(torch, dtype), world)
     rates = {rate: None if rate == "none" else rate for rate in plan["rates"]}
     profiles, links = {}, {}
@@ -76,9 +83,14 @@ def on_rank(world, plan: dict) -> dict[str, object]:
         for name in rates:
             profile = profiles[name]
             auto = choose(
-                "auto", new=new, cached=cached, ranks=world.cp, config=shape, dtype=dtype,
+                "auto",
+                new=new,
+                cached=cached,
+                ranks=world.cp,
+                config=shape,
+                dtype=dtype,
                 profile=profile,
-            )  # fmt: skip
+            )
             medians = {v: summary(seconds[name, v])["median"] for v in plan["variants"]}
             best = min(medians, key=medians.get)
             forward = Forward(shape, dtype, new, cached, world.cp, world.cp)
@@ -111,8 +123,10 @@ def on_rank(world, plan: dict) -> dict[str, object]:
     namespaces.limit(None)
     base = {
         (c["new"], v): r["ttft_seconds"]["median"]
-        for c in cells if c["rate"] == "none" for v, r in c["variants"].items()
-    }  # fmt: skip
+        for c in cells
+        if c["rate"] == "none"
+        for v, r in c["variants"].items()
+    }
     for cell in cells:
         for variant, result in cell["variants"].items():
             if (cell["new"], variant) in base:
@@ -163,8 +177,18 @@ def draw(result: dict[str, object]) -> None:
             f"{steals:.0%} of a transfer's time"
         )
     table = Table(box=None, header_style="bold", padding=(0, 1))
-    for column in ("rate", "new", "cached", "variant", "ms (least to most)", "predicted",
-                   "exposed", "pred. exposed", "of unlimited", ""):  # fmt: skip
+    for column in (
+        "rate",
+        "new",
+        "cached",
+        "variant",
+        "ms (least to most)",
+        "predicted",
+        "exposed",
+        "pred. exposed",
+        "of unlimited",
+        "",
+    ):
         table.add_column(column, justify="right")
     for cell in result["cells"]:
         for variant, r in cell["variants"].items():
@@ -190,15 +214,31 @@ def draw(result: dict[str, object]) -> None:
 
 
 @click.command(help=__doc__.partition("\n\n")[0], context_settings={"show_default": True})
-@click.option("--rate", "rates", multiple=True, default=("none", "1gbit"),
-              help="Of each direction, as tc writes it; none leaves the link unlimited.")
+@click.option(
+    "--rate",
+    "rates",
+    multiple=True,
+    default=("none", "1gbit"),
+    help="Of each direction, as tc writes it; none leaves the link unlimited.",
+)
 @click.option("--context", type=click.IntRange(min=2), default=32768, help="Tokens, T + P.")
-@click.option("--miss-rate", "miss_rates", type=click.FloatRange(0, 1, min_open=True),
-              multiple=True, default=(1.0,), help="T / (T + P).")
-@click.option("--variant", "variants", type=click.Choice(VARIANTS), multiple=True,
-              default=VARIANTS)
-@click.option("--heads", nargs=3, type=click.IntRange(min=1), default=(8, 2, 64),
-              metavar="Q KV D", help="Query heads, KV heads, their size.")
+@click.option(
+    "--miss-rate",
+    "miss_rates",
+    type=click.FloatRange(0, 1, min_open=True),
+    multiple=True,
+    default=(1.0,),
+    help="T / (T + P).",
+)
+@click.option("--variant", "variants", type=click.Choice(VARIANTS), multiple=True, default=VARIANTS)
+@click.option(
+    "--heads",
+    nargs=3,
+    type=click.IntRange(min=1),
+    default=(8, 2, 64),
+    metavar="Q KV D",
+    help="Query heads, KV heads, their size.",
+)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16")
 @click.option("--repeats", type=click.IntRange(min=1), default=3)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
@@ -220,9 +260,14 @@ def main(rates, context, miss_rates, variants, heads, dtype, repeats, json_file,
 
     head = circumstances()
     plan = {
-        "rates": rates, "context": context, "miss_rates": miss_rates, "variants": variants,
-        "heads": heads, "dtype": dtype, "repeats": repeats,
-    }  # fmt: skip
+        "rates": rates,
+        "context": context,
+        "miss_rates": miss_rates,
+        "variants": variants,
+        "heads": heads,
+        "dtype": dtype,
+        "repeats": repeats,
+    }
     command = [sys.executable, str(Path(__file__).resolve()), "--on-rank", json.dumps(plan)]
     with namespaces.Hosts(2) as hosts:
         told = hosts.run(command, timeout=600)

@@ -53,9 +53,20 @@ def limit(rate: str | None) -> None:
         return
     burst = max(32 << 10, bits(rate) // 8 // 1000)
     _do(
-        "tc", "qdisc", "replace", "dev", INTERFACE, "root", "tbf",
-        "rate", rate, "burst", str(burst), "latency", "20ms",
-    )  # fmt: skip
+        "tc",
+        "qdisc",
+        "replace",
+        "dev",
+        INTERFACE,
+        "root",
+        "tbf",
+        "rate",
+        rate,
+        "burst",
+        str(burst),
+        "latency",
+        "20ms",
+    )
 
 
 def bits(rate: str) -> int:
@@ -146,16 +157,42 @@ class Hosts:
             _do("ip", "-n", name, "link", "set", "lo", "up")
         if self.count == 2:
             first, second = self.names
-            _do("ip", "link", "add", INTERFACE, "netns", first, "type", "veth",
-                "peer", "name", INTERFACE, "netns", second)  # fmt: skip
+            _do(
+                "ip",
+                "link",
+                "add",
+                INTERFACE,
+                "netns",
+                first,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                INTERFACE,
+                "netns",
+                second,
+            )
         else:
             _do("ip", "netns", "add", self._switch)
             _do("ip", "-n", self._switch, "link", "add", "bridge", "type", "bridge")
             _do("ip", "-n", self._switch, "link", "set", "bridge", "up")
             for host, name in enumerate(self.names):
                 port = f"port{host}"
-                _do("ip", "link", "add", INTERFACE, "netns", name, "type", "veth",
-                    "peer", "name", port, "netns", self._switch)  # fmt: skip
+                _do(
+                    "ip",
+                    "link",
+                    "add",
+                    INTERFACE,
+                    "netns",
+                    name,
+                    "type",
+                    "veth",
+                    "peer",
+                    "name",
+                    port,
+                    "netns",
+                    self._switch,
+                )
                 _do("ip", "-n", self._switch, "link", "set", port, "master", "bridge", "up")
         for host, name in enumerate(self.names):
             _do("ip", "-n", name, "address", "add", f"{self.address(host)}/24", "dev", INTERFACE)

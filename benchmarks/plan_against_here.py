@@ -72,9 +72,7 @@ def main() -> None:
     summary = {}
     for name in ("all", *sorted({r["ranks"] for r in results})):
         sizes = [
-            abs(r["predicted_over_measured"] - 1)
-            for r in results
-            if name in ("all", r["ranks"])
+            abs(r["predicted_over_measured"] - 1) for r in results if name in ("all", r["ranks"])
         ]
         key = name if name == "all" else f"N={name}"
         summary[key] = {

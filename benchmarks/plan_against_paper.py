@@ -28,32 +28,58 @@ PASS_Q = "pass-q-all2all"
 
 # Tokens, hosts, TTFT in seconds (section 7; the headline is the last one).
 PREFILL = [
-    (8192, 1, 1.740), (32768, 1, 7.658), (128_000, 1, 42.010), (8192, 2, 0.999), (32768, 2, 4.015),
-    (128_000, 2, 21.042), (128_000, 8, 5.850), (128_000, 16, 3.800), (1_000_000, 16, 77.0),
-]  # fmt: skip
+    (8192, 1, 1.740),
+    (32768, 1, 7.658),
+    (128_000, 1, 42.010),
+    (8192, 2, 0.999),
+    (32768, 2, 4.015),
+    (128_000, 2, 21.042),
+    (128_000, 8, 5.850),
+    (128_000, 16, 3.800),
+    (1_000_000, 16, 77.0),
+]
 # Context, hosts, TTIT in milliseconds (table 6).
 DECODE = [
-    (8192, 1, 44.51), (32768, 1, 44.64), (128_000, 1, 46.26), (8192, 2, 65.61), (32768, 2, 65.66),
+    (8192, 1, 44.51),
+    (32768, 1, 44.64),
+    (128_000, 1, 46.26),
+    (8192, 2, 65.61),
+    (32768, 2, 65.66),
     (128_000, 2, 66.63),
-]  # fmt: skip
+]
 # Context, batch, hosts, microseconds of one attention and of the whole pass-Q (table 8).
 DECODE_ATTENTION = [
-    (128_000, 1, 1, 38.9, 38.9), (128_000, 1, 2, 22.0, 157.7), (128_000, 1, 4, 14.7, 238.6),
-    (32_000, 4, 1, 60.1, 60.1), (32_000, 4, 2, 13.9, 136.6), (32_000, 4, 4, 9.6, 180.6),
-]  # fmt: skip
+    (128_000, 1, 1, 38.9, 38.9),
+    (128_000, 1, 2, 22.0, 157.7),
+    (128_000, 1, 4, 14.7, 238.6),
+    (32_000, 4, 1, 60.1, 60.1),
+    (32_000, 4, 2, 13.9, 136.6),
+    (32_000, 4, 4, 9.6, 180.6),
+]
 # New tokens of 128,000 on 4 hosts, variant, microseconds of SendRecv and attention in a step, and
 # of the All2All (section 7).
 RING_STEPS = [
-    (3200, "pass-kv", 627, 414, None), (3200, PASS_Q, 166, 414, 424),
-    (12800, "pass-kv", 631, 1608, None), (12800, PASS_Q, 544, 1608, 1023),
-]  # fmt: skip
+    (3200, "pass-kv", 627, 414, None),
+    (3200, PASS_Q, 166, 414, 424),
+    (12800, "pass-kv", 631, 1608, None),
+    (12800, PASS_Q, 544, 1608, 1023),
+]
 
 
 def on(new: int, cached: int, hosts: int, batch: int = 1, graph: bool = False) -> Forward:
     return Forward(
-        MODEL, "bfloat16", new, cached, hosts, hosts, batch, tp=8,
-        feed_forward=PROFILE.feed_forward, partial_bytes=2, graph=graph,
-    )  # fmt: skip
+        MODEL,
+        "bfloat16",
+        new,
+        cached,
+        hosts,
+        hosts,
+        batch,
+        tp=8,
+        feed_forward=PROFILE.feed_forward,
+        partial_bytes=2,
+        graph=graph,
+    )
 
 
 def decoding(context: int, batch: int, hosts: int) -> Forward:

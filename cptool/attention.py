@@ -106,9 +106,7 @@ def find_variant(name: str) -> Variant:
     return known[name]
 
 
-def pass_kv(
-    q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
-) -> torch.Tensor:
+def pass_kv(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -> torch.Tensor:
     """Ring of KV blocks.
 
     Rank k sees sources k..N-1 and then 0..k-1. Each run ascends, so each has one running result,
@@ -132,9 +130,7 @@ def pass_kv(
     return merge_partials(outs, lses, q.dtype)[0]
 
 
-def gather_kv(
-    q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
-) -> torch.Tensor:
+def gather_kv(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -> torch.Tensor:
     """All KV, brought into sequence order, then one attention.
 
     The op needs ascending positions, and the ranks' chunks interleave. So received blocks are put
@@ -156,9 +152,7 @@ def gather_kv(
     return _over_block(q, step.queries[step.rank], ordered, keys, scale, out_dtype=q.dtype)[0]
 
 
-def pass_q(
-    q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
-) -> torch.Tensor:
+def pass_q(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -> torch.Tensor:
     """Ring of queries; each partial leaves for its owner as soon as it is computed.
 
     At step j rank k computes for the queries of k + j while rank k - j computes for those of k.
@@ -193,9 +187,7 @@ def pass_q_all2all(
     return merge_messages(_exchange(outgoing, step, ring), q)
 
 
-def gather_q(
-    q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
-) -> torch.Tensor:
+def gather_q(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -> torch.Tensor:
     """All queries, one attention on the local KV, one exchange of partials.
 
     Two exposed transfers a layer, of few bytes where queries are few: the choice for decode.
@@ -235,9 +227,17 @@ def _over_local(q, queries: Placement, kv: LayerKV, scale, out_dtype=None):
 def _over_block(q, queries: Placement, block, keys: Placement, scale, into=None, out_dtype=None):
     """block: [Tk, 2, Hkv, D], K at index 0 and V at index 1."""
     return attention_partial(
-        q, block[:, 0], block[:, 1], queries.positions, keys.positions,
-        queries.cu_seqlens, keys.cu_seqlens, scale, into=into, out_dtype=out_dtype,
-    )  # fmt: skip
+        q,
+        block[:, 0],
+        block[:, 1],
+        queries.positions,
+        keys.positions,
+        queries.cu_seqlens,
+        keys.cu_seqlens,
+        scale,
+        into=into,
+        out_dtype=out_dtype,
+    )
 
 
 def _answer(block, kv: LayerKV, step: Step, source: int, scale) -> torch.Tensor:

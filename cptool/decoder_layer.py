@@ -58,11 +58,24 @@ def before_attention(
     scratch = torch.empty((rows, width), dtype=dtype)
     out = torch.empty((rows, columns // head_dim, head_dim), dtype=dtype)
     _C.layer_input_cpu(
-        hidden.data_ptr(), hidden.stride(0), rows, width, SCALAR_TYPES[dtype],
-        norm.data_ptr(), eps, qkv.data_ptr(), qkv.stride(0), columns, rotated, head_dim,
-        cos.data_ptr(), sin.data_ptr(), scratch.data_ptr(), out.data_ptr(),
+        hidden.data_ptr(),
+        hidden.stride(0),
+        rows,
+        width,
+        SCALAR_TYPES[dtype],
+        norm.data_ptr(),
+        eps,
+        qkv.data_ptr(),
+        qkv.stride(0),
+        columns,
+        rotated,
+        head_dim,
+        cos.data_ptr(),
+        sin.data_ptr(),
+        scratch.data_ptr(),
+        out.data_ptr(),
         torch.get_num_threads(),
-    )  # fmt: skip
+    )
     return out
 
 
@@ -92,8 +105,22 @@ def after_attention_(
     check_matrix("down", down, (width, ffn), dtype)
     scratch = torch.empty((rows, 2 * (width + ffn)), dtype=dtype)
     _C.layer_output_cpu(
-        hidden.data_ptr(), hidden.stride(0), rows, width, SCALAR_TYPES[dtype],
-        attended.data_ptr(), depth, o.data_ptr(), o.stride(0), norm.data_ptr(), eps,
-        gate_up.data_ptr(), gate_up.stride(0), down.data_ptr(), down.stride(0), ffn,
-        scratch.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        hidden.data_ptr(),
+        hidden.stride(0),
+        rows,
+        width,
+        SCALAR_TYPES[dtype],
+        attended.data_ptr(),
+        depth,
+        o.data_ptr(),
+        o.stride(0),
+        norm.data_ptr(),
+        eps,
+        gate_up.data_ptr(),
+        gate_up.stride(0),
+        down.data_ptr(),
+        down.stride(0),
+        ffn,
+        scratch.data_ptr(),
+        torch.get_num_threads(),
+    )

@@ -114,9 +114,13 @@ def run_once(
     step = Step(rank, held.queries, held.keys if variant in KEYS_TRAVEL else ())
     mine = held.queries[rank]
     cache = KVCache(
-        layers=1, kv_heads=scenario.kv_heads, head_dim=config.head_dim, batch=1, dtype=dtype,
+        layers=1,
+        kv_heads=scenario.kv_heads,
+        head_dim=config.head_dim,
+        batch=1,
+        dtype=dtype,
         device=device,
-    )  # fmt: skip
+    )
     cache.reserve([held.keys[rank].tokens])
     cache.extend(held.cached[rank])
     cache.tokens_from(0, 0, 0).normal_()

@@ -108,10 +108,15 @@ def emulate(
     """
     config, device = scenario.config, scenario.device
     choice = choose(
-        scenario.variant, new=scenario.new, cached=scenario.cached, ranks=scenario.cp,
-        config=config, dtype=str(scenario.dtype).removeprefix("torch."), profile=profile,
+        scenario.variant,
+        new=scenario.new,
+        cached=scenario.cached,
+        ranks=scenario.cp,
+        config=config,
+        dtype=str(scenario.dtype).removeprefix("torch."),
+        profile=profile,
         tp=scenario.tp,
-    )  # fmt: skip
+    )
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
         held = shards(scenario, choice.active).to(device)
@@ -166,10 +171,15 @@ def emulate(
 def _planned(scenario: Scenario, choice: Choice, profile: HardwareProfile) -> float:
     """TTFT by `cptool.cost`."""
     forward = Forward(
-        scenario.config, str(scenario.dtype).removeprefix("torch."), scenario.new, scenario.cached,
-        scenario.cp, choice.active, tp=scenario.tp,
+        scenario.config,
+        str(scenario.dtype).removeprefix("torch."),
+        scenario.new,
+        scenario.cached,
+        scenario.cp,
+        choice.active,
+        tp=scenario.tp,
         feed_forward="float8" if scenario.fp8 else None,
-    )  # fmt: skip
+    )
     return prefill(choice.variant, forward, profile).seconds
 
 
@@ -191,9 +201,7 @@ def _median(traces: list[Trace]) -> Trace:
     ]
 
 
-def _parts(
-    scenario: Scenario, traces: list[Trace], tokens: int, pairs: int
-) -> tuple[Part, ...]:
+def _parts(scenario: Scenario, traces: list[Trace], tokens: int, pairs: int) -> tuple[Part, ...]:
     config = scenario.config
     rows, width = 2 * config.hidden_size * tokens, scenario.heads * config.head_dim
     flops = {

@@ -23,8 +23,17 @@ if TYPE_CHECKING:
 
 _LENGTH = struct.Struct("<Q")
 _DTYPES = (
-    "bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64",
-)  # fmt: skip
+    "bool",
+    "uint8",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+)
 
 
 def encode(value: Any, types: Iterable[type] = ()) -> bytes:

@@ -259,10 +259,16 @@ class Engine:
         if self._steps is None or not self._steps.reopen(sequences, self._held, steps):
             self._steps = None  # its memory first
             self._steps = StaticDecode(
-                self.model, self.ring, self.cache, sequences, self._held, steps, self.partial_dtype,
+                self.model,
+                self.ring,
+                self.cache,
+                sequences,
+                self._held,
+                steps,
+                self.partial_dtype,
                 no_graph="messages go through host memory" if self.world.staged else None,
                 observe=self.observe,
-            )  # fmt: skip
+            )
         how = self._steps.reason
         reason = "in a CUDA graph" if how is None else f"kernel by kernel: {how}"
         self.choice = Choice(ALL_Q, self.world.cp, f"all new tokens on every rank, {reason}", 0.0)

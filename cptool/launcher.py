@@ -81,8 +81,10 @@ def set_rendezvous_address() -> None:
     try:
         shown = subprocess.run(
             ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         env["MASTER_ADDR"] = shown.stdout.split()[0]
     except (OSError, KeyError, IndexError, subprocess.CalledProcessError):
         raise UserError(

@@ -166,9 +166,11 @@ def _rank_main(
     """
     _die_with_launcher()
     for name, value in (
-        ("RANK", seat.rank), ("WORLD_SIZE", seat.size),
-        ("LOCAL_RANK", seat.local_rank), ("LOCAL_WORLD_SIZE", seat.local_size),
-    ):  # fmt: skip
+        ("RANK", seat.rank),
+        ("WORLD_SIZE", seat.size),
+        ("LOCAL_RANK", seat.local_rank),
+        ("LOCAL_WORLD_SIZE", seat.local_size),
+    ):
         os.environ[name] = str(value)
     try:
         board = Board(seat.size, path, make=False)

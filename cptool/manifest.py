@@ -243,9 +243,7 @@ class Manifest:
             f"{where}: all of its {length} tokens have KV, but the logits that follow are missing",
         )
         if sequence.logits is not None:
-            _require(
-                type(sequence.logits) is str, f"{where}: logits is {_quoted(sequence.logits)}"
-            )
+            _require(type(sequence.logits) is str, f"{where}: logits is {_quoted(sequence.logits)}")
             _require(
                 sequence.cached == length,
                 f"{where}: logits follow its {length} tokens, but only {sequence.cached} have KV",

@@ -174,9 +174,24 @@ def cuda_kernel(dtype: torch.dtype, head_dim: int = 128, tokens: int = 4096) -> 
     """
     stride = 8 * head_dim, head_dim
     return _C.cuda_kernel(
-        *(0, *stride) * 3, 0, 0, 0, 0, 1, tokens, tokens, 8, 8, head_dim, 1.0,
-        SCALAR_TYPES[dtype], SCALAR_TYPES[torch.float32], 0, 0, False,
-    )  # fmt: skip
+        *(0, *stride) * 3,
+        0,
+        0,
+        0,
+        0,
+        1,
+        tokens,
+        tokens,
+        8,
+        8,
+        head_dim,
+        1.0,
+        SCALAR_TYPES[dtype],
+        SCALAR_TYPES[torch.float32],
+        0,
+        0,
+        False,
+    )
 
 
 @contextmanager
@@ -239,11 +254,29 @@ def _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulat
     q_tokens, q_heads, head_dim = q.shape
     k_tokens, kv_heads, _ = k.shape
     arguments = (
-        q.data_ptr(), *q.stride()[:2], k.data_ptr(), *k.stride()[:2], v.data_ptr(), *v.stride()[:2],
-        q_pos.data_ptr(), k_pos.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr(),
-        cu_q.shape[0] - 1, q_tokens, k_tokens, q_heads, kv_heads, head_dim, scale,
-        SCALAR_TYPES[q.dtype], SCALAR_TYPES[out.dtype], out.data_ptr(), lse.data_ptr(), accumulate,
-    )  # fmt: skip
+        q.data_ptr(),
+        *q.stride()[:2],
+        k.data_ptr(),
+        *k.stride()[:2],
+        v.data_ptr(),
+        *v.stride()[:2],
+        q_pos.data_ptr(),
+        k_pos.data_ptr(),
+        cu_q.data_ptr(),
+        cu_k.data_ptr(),
+        cu_q.shape[0] - 1,
+        q_tokens,
+        k_tokens,
+        q_heads,
+        kv_heads,
+        head_dim,
+        scale,
+        SCALAR_TYPES[q.dtype],
+        SCALAR_TYPES[out.dtype],
+        out.data_ptr(),
+        lse.data_ptr(),
+        accumulate,
+    )
     if q.is_cuda:
         with torch.cuda.device(q.device):
             # From torch's allocator: a graph that is being captured keeps it for its replays.
@@ -289,9 +322,15 @@ def _merge_partials(outs, lses, out_dtype=None):
     out = torch.empty((tokens, heads, head_dim), dtype=dtype, device=outs[0].device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=outs[0].device)
     arguments = (
-        [o.data_ptr() for o in outs], [x.data_ptr() for x in lses], tokens * heads, head_dim,
-        SCALAR_TYPES[outs[0].dtype], SCALAR_TYPES[dtype], out.data_ptr(), lse.data_ptr(),
-    )  # fmt: skip
+        [o.data_ptr() for o in outs],
+        [x.data_ptr() for x in lses],
+        tokens * heads,
+        head_dim,
+        SCALAR_TYPES[outs[0].dtype],
+        SCALAR_TYPES[dtype],
+        out.data_ptr(),
+        lse.data_ptr(),
+    )
     if out.is_cuda:
         with torch.cuda.device(out.device):
             _C.merge_partials_cuda(*arguments, torch.cuda.current_stream().cuda_stream)

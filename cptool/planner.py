@@ -109,9 +109,7 @@ def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfil
     else:
         decoding = replace(_choose(AUTO, step, held, work, cp, tp, profile), active=cp)
     names = dict.fromkeys((decoding.variant, "pass-q", "gather-q", *[ALL_Q] * static))
-    steps = {
-        name: decode_step(name, one, profile) for name in (names if cp > 1 else [*names][:1])
-    }
+    steps = {name: decode_step(name, one, profile) for name in (names if cp > 1 else [*names][:1])}
     filled = replace(forward, cached=forward.cached + work.batch * work.answer)
     return Plan(
         cp=cp,
@@ -207,9 +205,18 @@ def _remedy(p: Plan, fixed: Collection[str], fp8: bool) -> str:
 
 def _forward(work, new, cached, cp, tp, active, graph=False) -> Forward:
     return Forward(
-        work.config, work.dtype, new, cached, cp, active, work.batch, tp,
-        feed_forward=work.feed_forward, partial_bytes=2 if work.published else 4, graph=graph,
-    )  # fmt: skip
+        work.config,
+        work.dtype,
+        new,
+        cached,
+        cp,
+        active,
+        work.batch,
+        tp,
+        feed_forward=work.feed_forward,
+        partial_bytes=2 if work.published else 4,
+        graph=graph,
+    )
 
 
 def _choose(variant, new, cached, work, cp, tp, profile) -> Choice:
@@ -220,9 +227,16 @@ def _choose(variant, new, cached, work, cp, tp, profile) -> Choice:
         reason = f"{variant} {duration(times[variant])}, {other} {duration(times[other])}"
         return Choice(variant, cp, reason, 0.0)
     return choose(
-        variant, new=new, cached=cached, ranks=cp, config=work.config, dtype=work.dtype,
-        profile=profile, batch=work.batch, tp=tp,
-    )  # fmt: skip
+        variant,
+        new=new,
+        cached=cached,
+        ranks=cp,
+        config=work.config,
+        dtype=work.dtype,
+        profile=profile,
+        batch=work.batch,
+        tp=tp,
+    )
 
 
 def _for_ranks(profile: HardwareProfile, cp: int, tp: int) -> HardwareProfile:

@@ -9,9 +9,15 @@ _BFLOAT16 = "avx512bf16"
 _BELOW_BFLOAT16 = {
     "ATEN_CPU_CAPABILITY": ("default", "avx2"),
     "ONEDNN_MAX_CPU_ISA": (
-        "sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni",
+        "sse41",
+        "avx",
+        "avx2",
+        "avx2_vnni",
+        "avx2_vnni_2",
+        "avx512_core",
+        "avx512_core_vnni",
     ),
-}  # fmt: skip
+}
 
 
 def has_bfloat16_products() -> bool:

@@ -120,20 +120,23 @@ def write_trace(
     events: list[dict[str, object]] = []
 
     def name(kind: str, rank: int, track: int, value: str) -> None:
-        events.append(
-            {"ph": "M", "name": kind, "pid": rank, "tid": track, "args": {"name": value}}
-        )
+        events.append({"ph": "M", "name": kind, "pid": rank, "tid": track, "args": {"name": value}})
 
     def event(
         what: Span | Kernel | Transfer, name: str, kind: str, rank: int, track: int, **more: object
     ) -> None:
         events.append(
             {
-                "ph": "X", "name": name, "cat": kind, "pid": rank, "tid": track,
+                "ph": "X",
+                "name": name,
+                "cat": kind,
+                "pid": rank,
+                "tid": track,
                 "ts": round(1e6 * (what.begin + shifts[rank] - origin), 3),
-                "dur": round(1e6 * (what.end - what.begin), 3), **more,
+                "dur": round(1e6 * (what.end - what.begin), 3),
+                **more,
             }
-        )  # fmt: skip
+        )
 
     starts = [s.begin + shift for (spans, *_), shift in zip(ranks, shifts) for s in spans]
     origin = min(starts, default=0.0)
@@ -156,7 +159,11 @@ def write_trace(
                 name("thread_name", rank, 1 + lane, kind)
             lanes[lane] = (kind, move.end)
             event(
-                move, f"{kind}, rank {move.peer}", "transfer", rank, 1 + lane,
+                move,
+                f"{kind}, rank {move.peer}",
+                "transfer",
+                rank,
+                1 + lane,
                 args={"bytes": move.bytes},
-            )  # fmt: skip
+            )
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")

@@ -86,9 +86,14 @@ def launchers_store(seat: Seat, timeout: float) -> dist.Store:
     def connect() -> dist.Store:
         own = {} if listener is None else {"master_listen_fd": listener.detach()}
         return dist.TCPStore(
-            address[1][0], port, seat.size, listener is not None,
-            timeout=datetime.timedelta(seconds=timeout + START_S), wait_for_workers=False, **own,
-        )  # fmt: skip
+            address[1][0],
+            port,
+            seat.size,
+            listener is not None,
+            timeout=datetime.timedelta(seconds=timeout + START_S),
+            wait_for_workers=False,
+            **own,
+        )
 
     # A service that accepts and does not answer would keep the call for ever.
     store = _within(max(1.0, deadline - time.monotonic()), connect)
@@ -179,9 +184,10 @@ def _listener(seat: Seat, host: str, address: tuple[int, tuple]) -> socket.socke
     except OSError as error:
         listener.close()
         remedy = (
-            "choose a port that no other service uses" if error.errno == errno.EADDRINUSE
+            "choose a port that no other service uses"
+            if error.errno == errno.EADDRINUSE
             else "MASTER_ADDR must be an address of rank 0's host"
-        )  # fmt: skip
+        )
         raise UserError(
             f"MASTER_ADDR {host}, MASTER_PORT {where[1]}: rank 0 cannot listen there "
             f"({error.strerror}); {remedy}"

@@ -295,9 +295,12 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
             reused = engine.computed[0]
             engine.extend([tokens[shared:]], reserve=request.limit)
             ids = engine.decode(
-                request.limit, request.sampling, request.stop_ids,
-                emit=lambda sequence, token: reply(token), interrupted=stopped,
-            )[0]  # fmt: skip
+                request.limit,
+                request.sampling,
+                request.stop_ids,
+                emit=lambda sequence, token: reply(token),
+                interrupted=stopped,
+            )[0]
             reply(Answer(ids, reused))
             continue
         engine.tokens[0].extend(tokens[shared:])  # their KV is pending, as a last token's is

@@ -109,9 +109,7 @@ class Ring:
         rank. The own entry is returned as it is.
         """
         like = outgoing[self.rank]
-        return self._all_to_all(
-            outgoing, [like.new_empty(size, *like.shape[1:]) for size in sizes]
-        )
+        return self._all_to_all(outgoing, [like.new_empty(size, *like.shape[1:]) for size in sizes])
 
     def all_gather(self, local: torch.Tensor) -> list[torch.Tensor]:
         """`local` [n, ...] of every rank, all of one size, in rank order: one collective."""

@@ -86,17 +86,17 @@ class RowRates:
 
 
 def fitted(
-    ranks: float, rows: Sequence[int], small: tuple[float, Sequence[float]],
+    ranks: float,
+    rows: Sequence[int],
+    small: tuple[float, Sequence[float]],
     large: tuple[float, Sequence[float]],
-) -> RowRates:  # fmt: skip
+) -> RowRates:
     """From (parameters of a layer, its seconds by row) of a small one and of a large one."""
     each = [
         max(more - less, 0.05 * more) / (large[0] - small[0])
         for less, more in zip(small[1], large[1])
     ]
-    whatever = [
-        max(0.0, spent - small[0] * parameter) for spent, parameter in zip(small[1], each)
-    ]
+    whatever = [max(0.0, spent - small[0] * parameter) for spent, parameter in zip(small[1], each)]
     flops = tuple(2 * count / parameter for count, parameter in zip(rows, each))
     return RowRates(ranks, tuple(rows), tuple(whatever), flops)
 

@@ -315,9 +315,7 @@ def _faults(manifest: Manifest, pieces: "list[_Piece]") -> Iterator[str]:
                 yield f"{segment.file} and {where} hold different positions"
                 return
         rows = piece.positions.split(list(piece.segments[0].tokens))
-        for b, (row, start, live) in enumerate(
-            zip(rows, piece.segments[0].start, piece.live), 1
-        ):
+        for b, (row, start, live) in enumerate(zip(rows, piece.segments[0].start, piece.live), 1):
             if (row.diff() <= 0).any():
                 yield f"{where}: the positions of sequence {b} do not ascend"
                 return

@@ -107,9 +107,7 @@ def _taken(device: str, dtype: torch.dtype, head_dim: int, shape: Shape) -> str:
     return ops.cuda_kernel(dtype, head_dim, sum(map(len, shape.queries)))
 
 
-def _attention(
-    device: str, kernel: str, dtype: torch.dtype, head_dim: int, shape: Shape
-) -> Check:
+def _attention(device: str, kernel: str, dtype: torch.dtype, head_dim: int, shape: Shape) -> Check:
     """Two sequences with GQA 9 to 3 in a cache with slack."""
     generator = torch.Generator().manual_seed(head_dim)
     q_pos, k_pos, slack = shape.queries, shape.keys, 13
@@ -226,9 +224,7 @@ def run_apart(device: str, kernel: str, patience_s: float = 120.0) -> list[Check
     except subprocess.TimeoutExpired:
         raise RunError(f"no answer within {patience_s:.0f} s") from None
     if ended.returncode not in (0, FAILED):
-        raise RunError(
-            (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
-        )
+        raise RunError((ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1])
     return [Check(**fields) for fields in map(json.loads, ended.stdout.splitlines())]
 
 

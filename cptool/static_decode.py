@@ -94,9 +94,7 @@ class StaticDecode:
         self._cu_q = asking.cumsum(0, dtype=torch.int32).to(device)
         # Token, position, slot and what its position becomes, of each row: one copy a step.
         self._inputs = torch.zeros(4, rows, dtype=torch.int64, device=device)
-        self._staged = torch.zeros(
-            4, rows, dtype=torch.int64, pin_memory=device.type == "cuda"
-        )
+        self._staged = torch.zeros(4, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
         self._begin(held, slots.offsets)
         self._stage({}, {})
@@ -192,9 +190,16 @@ class StaticDecode:
             keys.index_copy_(0, slots, k)
             values.index_copy_(0, slots, v)
             out, lse = attention_partial(
-                q, keys, values, q_pos, self._k_pos, self._cu_q, self._cu_k, scale,
+                q,
+                keys,
+                values,
+                q_pos,
+                self._k_pos,
+                self._cu_q,
+                self._cu_k,
+                scale,
                 out_dtype=q.dtype if alone else self.partial_dtype,
-            )  # fmt: skip
+            )
             if not alone:
                 out = merge_messages(self.ring.all_gather(pack(out, lse)), q)
             if self.observe is not None:

@@ -9,9 +9,13 @@ from pathlib import Path
 
 # What ranks of one world have in common in the environment that a launcher gave them.
 _WORLD = (
-    "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "SLURM_JOB_ID",
     "SLURM_STEP_ID",
-)  # fmt: skip
+)
 _PLACE = ("RANK", "SLURM_PROCID")
 
 

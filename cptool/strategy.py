@@ -108,9 +108,15 @@ def _choose(
     else:
         algorithm = algorithm1 if rule == "algorithm1" else algorithm5
         keys_travel = algorithm(
-            new, cached, ranks, heads, kv_heads, ELEMENT_BYTES[dtype],
-            profile.attention_flops[dtype], profile.link(ranks * tp).bandwidth,
-        )  # fmt: skip
+            new,
+            cached,
+            ranks,
+            heads,
+            kv_heads,
+            ELEMENT_BYTES[dtype],
+            profile.attention_flops[dtype],
+            profile.link(ranks * tp).bandwidth,
+        )
         reason = f"algorithm {rule[-1]}"
     variant = "pass-kv" if keys_travel else "pass-q"
     reason += f", miss rate {miss_rate(new, cached):.3g}"
@@ -123,9 +129,15 @@ def miss_rate(new: int, cached: int) -> float:
 
 
 def algorithm1(
-    new: int, cached: int, ranks: int, heads: int, kv_heads: int, element_bytes: int,
-    flops: float, bandwidth: float,
-) -> bool:  # fmt: skip
+    new: int,
+    cached: int,
+    ranks: int,
+    heads: int,
+    kv_heads: int,
+    element_bytes: int,
+    flops: float,
+    bandwidth: float,
+) -> bool:
     """Whether keys and values travel: the paper's algorithm 1 (section 3.4).
 
     They do where attention hides them, `T >= N C N_KV e / (2 N_H BW)` (equation 2), or where they
@@ -137,9 +149,15 @@ def algorithm1(
 
 
 def algorithm5(
-    new: int, cached: int, ranks: int, heads: int, kv_heads: int, element_bytes: int,
-    flops: float, bandwidth: float,
-) -> bool:  # fmt: skip
+    new: int,
+    cached: int,
+    ranks: int,
+    heads: int,
+    kv_heads: int,
+    element_bytes: int,
+    flops: float,
+    bandwidth: float,
+) -> bool:
     """Whether keys and values travel: the paper's algorithm 5 (appendix C); see `algorithm1`.
 
     The exposed return of the partials lowers the miss rate at which queries stop paying by

@@ -42,11 +42,7 @@ there is avx512_bf16 (benchmarks/few_rows.py), chosen low where there is AMX.
 
 # torch gives float32 products to MKL, which is 10 to 20% behind oneDNN on processors of AMD and
 # level with it on Intel's. oneDNN takes the weights as they are, so they stay shared.
-_onednn = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if torch.backends.mkldnn
-    else None
-)
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn else None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -164,9 +160,17 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     _check("weight", weight, (columns, depth), x.dtype, x.device)
     out = torch.empty((rows, columns), dtype=x.dtype)
     _C.linear_cpu(
-        x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), out.data_ptr(),
-        rows, columns, depth, SCALAR_TYPES[x.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        weight.stride(0),
+        out.data_ptr(),
+        rows,
+        columns,
+        depth,
+        SCALAR_TYPES[x.dtype],
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -182,10 +186,18 @@ def _norm(hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> T
         added = added.contiguous()
     out = torch.empty((rows, width), dtype=dtype, device=hidden.device)
     _run(
-        "rms_norm", hidden.device, hidden.data_ptr(), hidden.stride(0),
-        0 if added is None else added.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width,
-        eps, SCALAR_TYPES[dtype],
-    )  # fmt: skip
+        "rms_norm",
+        hidden.device,
+        hidden.data_ptr(),
+        hidden.stride(0),
+        0 if added is None else added.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        rows,
+        width,
+        eps,
+        SCALAR_TYPES[dtype],
+    )
     return out
 
 
@@ -200,18 +212,34 @@ def _rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
         _check(name, table, (tokens, 1, head_dim // 2), torch.float32, heads.device)
     cos, sin = cos.contiguous(), sin.contiguous()
     _run(
-        "rotate", heads.device, heads.data_ptr(), heads.stride(0), heads.stride(1), cos.data_ptr(),
-        sin.data_ptr(), tokens, count, head_dim, SCALAR_TYPES[heads.dtype],
-    )  # fmt: skip
+        "rotate",
+        heads.device,
+        heads.data_ptr(),
+        heads.stride(0),
+        heads.stride(1),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        tokens,
+        count,
+        head_dim,
+        SCALAR_TYPES[heads.dtype],
+    )
 
 
 def _swiglu_(gate: Tensor, up: Tensor) -> None:
     rows, width = _rows_of(gate, "gate")
     _check("up", up, (rows, width), gate.dtype, gate.device)
     _run(
-        "swiglu", gate.device, gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), rows,
-        width, SCALAR_TYPES[gate.dtype],
-    )  # fmt: skip
+        "swiglu",
+        gate.device,
+        gate.data_ptr(),
+        gate.stride(0),
+        up.data_ptr(),
+        up.stride(0),
+        rows,
+        width,
+        SCALAR_TYPES[gate.dtype],
+    )
 
 
 _library = torch.library.Library("cptool", "FRAGMENT")

@@ -88,20 +88,28 @@ def _sources(config: LlamaConfig, share: tensor_parallel.Share) -> Iterator[tupl
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
             yield f"{ours}.{norm}", (Block(f"{theirs}.{norm}"),)
-        yield f"{ours}.self_attn.qkv_proj.weight", (
-            Block(f"{theirs}.self_attn.q_proj.weight", 0, share.q),
-            Block(f"{theirs}.self_attn.k_proj.weight", 0, share.kv),
-            Block(f"{theirs}.self_attn.v_proj.weight", 0, share.kv),
+        yield (
+            f"{ours}.self_attn.qkv_proj.weight",
+            (
+                Block(f"{theirs}.self_attn.q_proj.weight", 0, share.q),
+                Block(f"{theirs}.self_attn.k_proj.weight", 0, share.kv),
+                Block(f"{theirs}.self_attn.v_proj.weight", 0, share.kv),
+            ),
         )
-        yield f"{ours}.self_attn.o_proj.weight", (
-            Block(f"{theirs}.self_attn.o_proj.weight", 1, share.q),
+        yield (
+            f"{ours}.self_attn.o_proj.weight",
+            (Block(f"{theirs}.self_attn.o_proj.weight", 1, share.q),),
         )
-        yield f"{ours}.mlp.gate_up_proj.weight", (
-            Block(f"{theirs}.mlp.gate_proj.weight", 0, share.ffn),
-            Block(f"{theirs}.mlp.up_proj.weight", 0, share.ffn),
+        yield (
+            f"{ours}.mlp.gate_up_proj.weight",
+            (
+                Block(f"{theirs}.mlp.gate_proj.weight", 0, share.ffn),
+                Block(f"{theirs}.mlp.up_proj.weight", 0, share.ffn),
+            ),
         )
-        yield f"{ours}.mlp.down_proj.weight", (
-            Block(f"{theirs}.mlp.down_proj.weight", 1, share.ffn),
+        yield (
+            f"{ours}.mlp.down_proj.weight",
+            (Block(f"{theirs}.mlp.down_proj.weight", 1, share.ffn),),
         )
     yield "norm.weight", (Block("model.norm.weight"),)
     if not config.tie_word_embeddings:

@@ -18,8 +18,9 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 # A process hands down what it ignores, as one in the background of a shell does; handlers it keeps.
 for number, handler in (
-    (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None),
-):  # fmt: skip
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, lambda *_: None),
+):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
@@ -90,11 +91,19 @@ def mqa_reference(mqa_path):
 def tiny_model(tmp_path_factory) -> Path:
     """4 query heads on 2 KV heads, which two tensor-parallel ranks divide."""
     return save_llama(
-        tmp_path_factory.mktemp("models") / "tiny", seed=1,
-        vocab_size=301, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
-        tie_word_embeddings=False, initializer_range=0.3,
-    )  # fmt: skip
+        tmp_path_factory.mktemp("models") / "tiny",
+        seed=1,
+        vocab_size=301,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+    )
 
 
 @pytest.fixture

@@ -48,12 +48,29 @@ class _AttentionArgs(ctypes.Structure):
 
 def _arguments(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulate) -> _AttentionArgs:
     return _AttentionArgs(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(),
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        q_pos.data_ptr(), k_pos.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr(),
-        len(cu_q) - 1, len(q), len(k), q.shape[1], k.shape[1], q.shape[2], scale,
-        SCALAR_TYPES[q.dtype], SCALAR_TYPES[out.dtype], out.data_ptr(), lse.data_ptr(), accumulate,
-    )  # fmt: skip
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        q_pos.data_ptr(),
+        k_pos.data_ptr(),
+        cu_q.data_ptr(),
+        cu_k.data_ptr(),
+        len(cu_q) - 1,
+        len(q),
+        len(k),
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        scale,
+        SCALAR_TYPES[q.dtype],
+        SCALAR_TYPES[out.dtype],
+        out.data_ptr(),
+        lse.data_ptr(),
+        accumulate,
+    )
 
 
 class _MergeArgs(ctypes.Structure):
@@ -145,9 +162,15 @@ class Emulator:
             for tensors in (outs, lses)
         ]
         arguments = _MergeArgs(
-            *pointers, len(outs), lse.numel(), out.shape[-1],
-            SCALAR_TYPES[outs[0].dtype], SCALAR_TYPES[out_dtype], out.data_ptr(), lse.data_ptr(),
-        )  # fmt: skip
+            *pointers,
+            len(outs),
+            lse.numel(),
+            out.shape[-1],
+            SCALAR_TYPES[outs[0].dtype],
+            SCALAR_TYPES[out_dtype],
+            out.data_ptr(),
+            lse.data_ptr(),
+        )
         self._run("emulated_merge", arguments, seed)
         return out, lse
 

@@ -96,10 +96,20 @@ def _serve(rank, store, pipe):
         except EOFError:
             return
         world = World(
-            rank=rank, size=n, local_rank=rank, local_size=n, cp_rank=rank, cp=n, tp_rank=0, tp=1,
-            device=torch.device("cpu"), mesh=None, cp_group=groups.get(n), tp_group=None,
+            rank=rank,
+            size=n,
+            local_rank=rank,
+            local_size=n,
+            cp_rank=rank,
+            cp=n,
+            tp_rank=0,
+            tp=1,
+            device=torch.device("cpu"),
+            mesh=None,
+            cp_group=groups.get(n),
+            tp_group=None,
             board=Board(n),
-        )  # fmt: skip
+        )
         try:
             pipe.send((None, fn(world, *args, **options)))
         except Exception:

@@ -37,9 +37,11 @@ def build(kind: str) -> Path:
     subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     # Away from csrc, so that it is not compared with the sources.
     shutil.copytree(
-        ROOT / "cptool", folder / "cptool", dirs_exist_ok=True,
+        ROOT / "cptool",
+        folder / "cptool",
+        dirs_exist_ok=True,
         ignore=shutil.ignore_patterns("*.so", "__pycache__"),
-    )  # fmt: skip
+    )
     return folder
 
 
@@ -54,12 +56,16 @@ def run(kind: str, short: bool) -> int:
     folder = build(kind)
     preloaded = [library({"address": "libasan.so", "thread": "libtsan.so"}[kind])]
     preloaded.append(library("libstdc++.so"))
-    environment = os.environ | OPTIONS | {
-        "CPTOOL_SANITIZE": SANITIZERS[kind],
-        "LD_PRELOAD": " ".join(preloaded),
-        "PYTHONPATH": str(folder),
-        "OMP_NUM_THREADS": "2",
-    }
+    environment = (
+        os.environ
+        | OPTIONS
+        | {
+            "CPTOOL_SANITIZE": SANITIZERS[kind],
+            "LD_PRELOAD": " ".join(preloaded),
+            "PYTHONPATH": str(folder),
+            "OMP_NUM_THREADS": "2",
+        }
+    )
     if kind == "thread":
         # Its shadow memory has fixed places, which random addresses may take.
         command = ["setarch", "-R", sys.executable, str(ROOT / "tests" / "threads_check.py")]

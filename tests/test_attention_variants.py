@@ -89,9 +89,13 @@ def stored(case, cached, new):
     _, k, v = case.tensors()
     starts = [sum(case.new[:b]) + sum(case.cached[:b]) for b in range(len(case.new))]
     cache = KVCache(
-        layers=1, kv_heads=case.heads[1], head_dim=case.head_dim, batch=len(starts),
-        dtype=case.dtype, device="cpu",
-    )  # fmt: skip
+        layers=1,
+        kv_heads=case.heads[1],
+        head_dim=case.head_dim,
+        batch=len(starts),
+        dtype=case.dtype,
+        device="cpu",
+    )
     cache.reserve([len(c) + len(n) + 3 for c, n in zip(cached.sequences(), new.sequences())])
     for added in (cached, new):
         cache.extend(added)
@@ -301,9 +305,7 @@ def local_only(world):
     layer = stored(case, cached, layout.placement(ring.rank))
     mine = case.tensors()[0][layout.indices(ring.rank)]
     scale = case.head_dim**-0.5
-    return [
-        attend(variant, mine, layer, step, ring, scale).numpy() for variant in QUERIES_TRAVEL
-    ]
+    return [attend(variant, mine, layer, step, ring, scale).numpy() for variant in QUERIES_TRAVEL]
 
 
 def test_variants_that_move_queries_need_no_other_ranks_keys():

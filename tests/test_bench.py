@@ -54,9 +54,28 @@ def in_order(summary):
 def test_attention(tmp_path):
     plot = tmp_path / "a.png"
     fields = measured(
-        "attention", "-t", 1, "-t", 65, "--cached", 0, "--cached", 40, "--heads", "4/2",
-        "-d", 16, "--dtype", "float32", "--threads", 1, "--device", "cpu", "--plot", plot,
-    )  # fmt: skip
+        "attention",
+        "-t",
+        1,
+        "-t",
+        65,
+        "--cached",
+        0,
+        "--cached",
+        40,
+        "--heads",
+        "4/2",
+        "-d",
+        16,
+        "--dtype",
+        "float32",
+        "--threads",
+        1,
+        "--device",
+        "cpu",
+        "--plot",
+        plot,
+    )
     assert plot.read_bytes().startswith(b"\x89PNG")
     rows = fields["results"]
     assert [(r["tokens"], r["cached"]) for r in rows] == [(1, 0), (1, 40), (65, 0), (65, 40)]
@@ -68,12 +87,28 @@ def test_attention(tmp_path):
 
 def test_merge():
     fields = measured(
-        "merge", "-n", 1, "-n", 3, "-t", 5, "--heads", 2, "-d", 16, "--device", "cpu",
-        "--threads", 1,
-    )  # fmt: skip
+        "merge",
+        "-n",
+        1,
+        "-n",
+        3,
+        "-t",
+        5,
+        "--heads",
+        2,
+        "-d",
+        16,
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+    )
     assert [(r["partials"], r["dtype"]) for r in fields["results"]] == [
-        (1, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16"),
-    ]  # fmt: skip
+        (1, "float32"),
+        (3, "float32"),
+        (1, "bfloat16"),
+        (3, "bfloat16"),
+    ]
     assert all(in_order(r["seconds"]) and in_order(r["torch_seconds"]) for r in fields["results"])
     assert bench("merge", "-n", 2, "-t", 5, "--repeats", 1, "--threads", 1).stdout.count("\n") >= 4
 
@@ -103,10 +138,33 @@ def test_link_between_ranks_of_torchrun(tmp_path):
 def test_prefill_measures_beside_the_prediction(shape, tmp_path):
     plot = tmp_path / "p.png"
     fields = measured(
-        "prefill", shape, "--cp", 1, "--cp", 3, "--context", 90, "--miss-rate", 1,
-        "--miss-rate", 0.1, "--variant", "pass-kv", "--variant", "auto", "--layers", 3,
-        "--dtype", "float32", "--device", "cpu", "--threads", 1, "--plot", plot,
-    )  # fmt: skip
+        "prefill",
+        shape,
+        "--cp",
+        1,
+        "--cp",
+        3,
+        "--context",
+        90,
+        "--miss-rate",
+        1,
+        "--miss-rate",
+        0.1,
+        "--variant",
+        "pass-kv",
+        "--variant",
+        "auto",
+        "--layers",
+        3,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+        "--plot",
+        plot,
+    )
     assert (fields["layers"], fields["model_layers"], fields["vocabulary"]) == (3, 5, 1024)
     assert [(r["tokens"], r["cached"], r["ranks"], r["asked"]) for r in fields["results"]] == [
         (new, 90 - new, ranks, asked)
@@ -126,10 +184,30 @@ def test_prefill_measures_beside_the_prediction(shape, tmp_path):
 @pytest.mark.slow
 def test_decode_calibrates_first_if_asked(shape):
     fields = measured(
-        "decode", shape, "--cp", 2, "--cached", 0, "--cached", 33, "--batch", 2, "--steps", 2,
-        "--variant", "gather-q", "--variant", "auto", "--calibrate", "--dtype", "float32",
-        "--device", "cpu", "--threads", 1,
-    )  # fmt: skip
+        "decode",
+        shape,
+        "--cp",
+        2,
+        "--cached",
+        0,
+        "--cached",
+        33,
+        "--batch",
+        2,
+        "--steps",
+        2,
+        "--variant",
+        "gather-q",
+        "--variant",
+        "auto",
+        "--calibrate",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+    )
     assert fields["profile"]["name"].startswith("measured on 2 cpu ranks")
     assert [(r["cached"], r["asked"], r["ranks"]) for r in fields["results"]] == [
         (cached, asked, 2) for cached in (0, 33) for asked in ("gather-q", "auto")

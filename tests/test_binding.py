@@ -47,8 +47,11 @@ def test_what_a_launcher_has_bound_is_not_divided_again():
     # Two containers, two ranks in each.
     left, right = frozenset({0, 4, 1, 5}), frozenset({2, 6, 3, 7})
     assert [share.cpus for share in shares([left, right, left, right])] == [
-        {0, 4}, {2, 6}, {1, 5}, {3, 7},
-    ]  # fmt: skip
+        {0, 4},
+        {2, 6},
+        {1, 5},
+        {3, 7},
+    ]
 
 
 def test_ranks_that_overlap_in_part_share_but_are_not_bound():

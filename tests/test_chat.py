@@ -90,10 +90,16 @@ def test_a_context_is_the_rendering_of_all_messages(tokenizer, system):
 def manifest_of(revision: int, tokens: list[int], chat: tuple[str, ...] = ()) -> Manifest:
     """A session that says `tokens` and has no KV of them yet."""
     return Manifest(
-        session="5" * 16, model=ModelIdentity("model", "f" * 64, 1, 1, 8, 50_000), dtype="float32",
-        cp=1, tp=1, revision=revision, turns=((len(tokens),),),
-        sequences=(Sequence(tuple(tokens), 0),), chat=chat,
-    )  # fmt: skip
+        session="5" * 16,
+        model=ModelIdentity("model", "f" * 64, 1, 1, 8, 50_000),
+        dtype="float32",
+        cp=1,
+        tp=1,
+        revision=revision,
+        turns=((len(tokens),),),
+        sequences=(Sequence(tuple(tokens), 0),),
+        chat=chat,
+    )
 
 
 def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_path, monkeypatch):
@@ -117,8 +123,12 @@ def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_pat
         assert session_care.problems(tmp_path, before) == []
     assert {path.name for path in tmp_path.iterdir()} == {FILE, session.MANIFEST}
     assert [stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()] == [0o600] * 2
-    decoded = replace(before, revision=4, turns=(*before.turns, (len(told[0]) + 1,)),
-                      sequences=(Sequence((*told[0], 5), 0),))  # fmt: skip
+    decoded = replace(
+        before,
+        revision=4,
+        turns=(*before.turns, (len(told[0]) + 1,)),
+        sequences=(Sequence((*told[0], 5), 0),),
+    )
     session.commit(tmp_path, decoded)
     with pytest.raises(UserError, match="does not tell what"):
         Conversation.read(tmp_path, decoded, tokenizer)
@@ -129,9 +139,7 @@ def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_pat
 def test_every_byte_of_a_conversation_is_sealed(tokenizer, tmp_path):
     conversation = Conversation(tokenizer, "Keep secrets.")
     conversation.answered("The number is 4711.", conversation.ask("The number is 4711."), [2])
-    manifest = session.commit(
-        tmp_path, manifest_of(1, conversation.tokens), conversation.state()
-    )
+    manifest = session.commit(tmp_path, manifest_of(1, conversation.tokens), conversation.state())
     path = tmp_path / FILE
     whole = path.read_bytes()
     for at in range(len(whole)):
@@ -330,9 +338,13 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(smollm2_path, tokeni
 
 def test_ranks_end_with_the_terminal(smollm2_path):
     process = subprocess.Popen(
-        command(smollm2_path, "--cp", 2, "-n", 4), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        command(smollm2_path, "--cp", 2, "-n", 4),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     process.stdin.write("Hi\n")
     process.stdin.flush()
     process.stderr.readline()  # the line after the first answer: all ranks are up, and idle

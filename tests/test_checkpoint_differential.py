@@ -87,10 +87,15 @@ def written(tmp_path_factory):
     """A checkpoint of one layer, and the fields of its configuration."""
     path = tmp_path_factory.mktemp("differential")
     shape = dict(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     random_llama(shape, path)
     return path, json.loads((path / "config.json").read_text())
 

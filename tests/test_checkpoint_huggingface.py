@@ -356,12 +356,14 @@ def entry(name, begin, end, shape=None, **changes):
         ([entry("a", 0, 64, [2**63])], "a shape with an extent that no tensor has"),
         ([entry("a", 0, 64, [16.0])], "16.0 is not an integer"),
         ([entry("a", 0, 64, [True, 16])], "a shape with an extent"),
-        (['"a": {"dtype": "F32", "data_offsets": [0, 64], "shape": [' + "9" * 4000 + "]}"],
-         "a number has 4000 digits"),
+        (
+            ['"a": {"dtype": "F32", "data_offsets": [0, 64], "shape": [' + "9" * 4000 + "]}"],
+            "a number has 4000 digits",
+        ),
         ([entry("a", 0, 64), '"__metadata__": {"format": 1}'], "__metadata__ is not"),
         ([entry("a", 0, 64), '"b": []'], "does not have the three fields"),
     ],
-)  # fmt: skip
+)
 def test_headers_that_the_format_forbids_are_refused(saved, entries, message):
     header = ("{" + ", ".join(entries) + "}").encode()
     (saved / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
@@ -471,8 +473,9 @@ def test_the_original_context_outside_goes_before_the_one_inside(saved):
     edit_json(saved / "config.json", **changes, original_max_position_embeddings=32)
     checkpoint = open_checkpoint(str(saved))
     assert checkpoint.config.rope_scaling.original_context == 32
-    assert "original_max_position_embeddings is 32, and 64 inside rope_scaling" in (
-        checkpoint.notes[0]
+    assert (
+        "original_max_position_embeddings is 32, and 64 inside rope_scaling"
+        in (checkpoint.notes[0])
     )
     edit_json(saved / "config.json", original_max_position_embeddings=64)
     assert open_checkpoint(str(saved)).notes == ()

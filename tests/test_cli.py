@@ -306,9 +306,12 @@ def test_ctrl_c_while_ranks_start_is_one_line(mqa_path, smollm2_path, command):
     asked = [mqa_path, "--synthetic", 9] if command == "prefill" else [smollm2_path]
     with subprocess.Popen(
         [sys.executable, "-m", "cptool", command, *map(str, asked), "--cp", "2"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    ) as process:  # fmt: skip
+    ) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while process.poll() is None and not children.read_text():
             time.sleep(0.01)
@@ -329,9 +332,11 @@ cli.main(["plan"])
 """)
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-m", "interrupted"], env=os.environ | {"PYTHONPATH": path},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "interrupted"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stderr) == (130, "cptool: interrupted\n")
 
 

@@ -18,12 +18,20 @@ IDS = [(7 * i * i + 3 * i) % 96 for i in range(90)]
 def stretched(tmp_path):
     """Made for 32 tokens, and stretched to 128."""
     return save_llama(
-        tmp_path / "stretched", seed=2,
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-        tie_word_embeddings=False, initializer_range=0.3, eos_token_id=96,
+        tmp_path / "stretched",
+        seed=2,
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+        eos_token_id=96,
         rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
-    )  # fmt: skip
+    )
 
 
 def run(*arguments):

@@ -28,9 +28,12 @@ def system(tmp_path, monkeypatch):
 
 def test_the_tightest_limit_along_the_path_counts(system):
     system(
-        V2, "0::/batch/job\n", all__cpu_max="max 100000\n", all__batch__cpu_max="150000 100000\n",
+        V2,
+        "0::/batch/job\n",
+        all__cpu_max="max 100000\n",
+        all__batch__cpu_max="150000 100000\n",
         all__batch__job__cpu_max="400000 100000\n",
-    )  # fmt: skip
+    )
     assert cpu_quota().cpus == 1.5 and cpu_quota().threads() == 1
 
 
@@ -45,18 +48,22 @@ def test_without_a_limit_without_groups_and_with_files_that_make_no_sense(system
 
 def test_the_first_version_names_its_controllers_together(system):
     system(
-        V1, "5:cpuset:/other\n4:cpu,cpuacct:/docker/a\n0::/\n",
+        V1,
+        "5:cpuset:/other\n4:cpu,cpuacct:/docker/a\n0::/\n",
         **{
-            "cpu,cpuacct__cpu_cfs_quota_us": "-1\n", "cpu,cpuacct__cpu_cfs_period_us": "100000\n",
+            "cpu,cpuacct__cpu_cfs_quota_us": "-1\n",
+            "cpu,cpuacct__cpu_cfs_period_us": "100000\n",
             "cpu,cpuacct__docker__a__cpu_cfs_quota_us": "250000\n",
             "cpu,cpuacct__docker__a__cpu_cfs_period_us": "100000\n",
         },
-    )  # fmt: skip
+    )
     assert cpu_quota().cpus == 2.5
 
 
-@pytest.mark.parametrize("shown, own", [("/docker/a", "/docker/a"), ("/", "/docker/a"),
-                                        ("/", "/"), ("/docker/a", "/../b")])  # fmt: skip
+@pytest.mark.parametrize(
+    "shown, own",
+    [("/docker/a", "/docker/a"), ("/", "/docker/a"), ("/", "/"), ("/docker/a", "/../b")],
+)
 def test_a_container_sees_its_own_group_at_the_mount_point(system, shown, own):
     """Whatever its path is called: that outside, that of its own name space, or none."""
     system(V2.replace(" / ", f" {shown} "), f"0::{own}\n", all__cpu_max="50000 100000\n")
@@ -64,8 +71,11 @@ def test_a_container_sees_its_own_group_at_the_mount_point(system, shown, own):
 
 
 def test_a_mount_point_with_a_space(system):
-    system(V2.replace("all", "all\\040groups"), "0::/a\n",
-           **{"all groups__a__cpu_max": "300000 100000\n"})  # fmt: skip
+    system(
+        V2.replace("all", "all\\040groups"),
+        "0::/a\n",
+        **{"all groups__a__cpu_max": "300000 100000\n"},
+    )
     assert cpu_quota().cpus == 3
 
 

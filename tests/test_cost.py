@@ -115,9 +115,7 @@ def test_keys_are_gathered_by_ranks_with_queries_alone():
 
 def test_a_lone_query_waits_for_the_last_rank_that_answers_it():
     bare = dataclasses.replace(PROFILES["cpu"], ranks_at_once=None)
-    one, four = (
-        predict("pass-q", on(4, new, 65536), bare).attention_s for new in (1, 4)
-    )
+    one, four = (predict("pass-q", on(4, new, 65536), bare).attention_s for new in (1, 4))
     alone = Rates(on(4, 1, 65536), bare).attention(16384, 16385, 1)
     assert one == pytest.approx(2 * alone, rel=1e-3)  # on its own rank, then on the last one
     assert four == pytest.approx(4 * alone, rel=1e-3)
@@ -170,10 +168,7 @@ def test_steps_of_all_queries_send_partials_alone():
 def test_float8_products_are_faster_and_read_half():
     profile = PROFILES["cuda"]
     plain, fast = (
-        [
-            predict("pass-kv", on(1, new, feed_forward=dtype), profile).linear_s
-            for new in (1, 65536)
-        ]
+        [predict("pass-kv", on(1, new, feed_forward=dtype), profile).linear_s for new in (1, 65536)]
         for dtype in (None, "float8")
     )
     assert fast[0] < plain[0] and fast[1] < plain[1]
@@ -193,10 +188,15 @@ def test_a_block_of_queries_pays_for_packing_the_keys_and_one_query_does_not():
 
 def test_few_rows_read_while_they_compute_and_many_pack_first():
     profile = dataclasses.replace(
-        default_profile("cpu"), few_query_rows=32, few_query_rate=0.5, cache_bandwidth=1e10,
-        block_bandwidth=1e9, attention_flops={"bfloat16": 1e11}, attention_ramp=0.0,
+        default_profile("cpu"),
+        few_query_rows=32,
+        few_query_rate=0.5,
+        cache_bandwidth=1e10,
+        block_bandwidth=1e9,
+        attention_flops={"bfloat16": 1e11},
+        attention_ramp=0.0,
         call_overhead_s=0.0,
-    )  # fmt: skip
+    )
     forward = Forward(llama_config(1024, 8, 8, 2, 3072), "bfloat16", 1, 8192, 1, 1)
     rates = Rates(forward, profile)
     flops, read = 4 * 1024 * 8192, 8192 * 2 * 2 * 128 * 2

@@ -17,9 +17,26 @@ pytestmark = pytest.mark.skipif(
 def attention(q_tokens=4, kv_heads=2, head_dim=64, batch=1):
     """The exported function with null pointers, for calls that must not reach a kernel."""
     _C.attention_partial_cuda(
-        *(0, head_dim * kv_heads, head_dim) * 3, 0, 0, 0, 0,
-        batch, q_tokens, 0, kv_heads, kv_heads, head_dim, 1.0, 0, 0, 0, 0, False, 0, 0,
-    )  # fmt: skip
+        *(0, head_dim * kv_heads, head_dim) * 3,
+        0,
+        0,
+        0,
+        0,
+        batch,
+        q_tokens,
+        0,
+        kv_heads,
+        kv_heads,
+        head_dim,
+        1.0,
+        0,
+        0,
+        0,
+        0,
+        False,
+        0,
+        0,
+    )
 
 
 def merge(rows=4):

@@ -62,23 +62,39 @@ class Emulated:
     def add_rms_norm_(self, hidden, added, weight, eps):
         out = torch.full(hidden.shape, torch.nan, dtype=hidden.dtype)
         self._run(
-            "rms_norm", hidden.data_ptr(), None if added is None else added.data_ptr(),
-            weight.data_ptr(), out.data_ptr(), hidden.stride(0), *hidden.shape, eps,
+            "rms_norm",
+            hidden.data_ptr(),
+            None if added is None else added.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            hidden.stride(0),
+            *hidden.shape,
+            eps,
             SCALAR_TYPES[hidden.dtype],
-        )  # fmt: skip
+        )
         return out
 
     def rotate_(self, heads, cos, sin):
         self._run(
-            "rotate", heads.data_ptr(), *heads.stride()[:2], cos.data_ptr(), sin.data_ptr(),
-            *heads.shape, SCALAR_TYPES[heads.dtype],
-        )  # fmt: skip
+            "rotate",
+            heads.data_ptr(),
+            *heads.stride()[:2],
+            cos.data_ptr(),
+            sin.data_ptr(),
+            *heads.shape,
+            SCALAR_TYPES[heads.dtype],
+        )
 
     def swiglu_(self, gate, up):
         self._run(
-            "swiglu", gate.data_ptr(), up.data_ptr(), gate.stride(0), up.stride(0), *gate.shape,
+            "swiglu",
+            gate.data_ptr(),
+            up.data_ptr(),
+            gate.stride(0),
+            up.stride(0),
+            *gate.shape,
             SCALAR_TYPES[gate.dtype],
-        )  # fmt: skip
+        )
         return gate
 
 

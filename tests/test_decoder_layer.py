@@ -9,10 +9,18 @@ from cptool.model.config import LlamaConfig
 from cptool.model.rope import rotary_tables
 
 CONFIG = LlamaConfig(
-    vocab_size=32, hidden_size=72, intermediate_size=104, num_hidden_layers=1,
-    num_attention_heads=6, num_key_value_heads=2, head_dim=24, rms_norm_eps=1e-5, rope_theta=1e4,
-    max_position_embeddings=512, tie_word_embeddings=False,
-)  # fmt: skip
+    vocab_size=32,
+    hidden_size=72,
+    intermediate_size=104,
+    num_hidden_layers=1,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=24,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+)
 
 
 def layer(dtype):
@@ -45,8 +53,11 @@ def test_the_same_bits(dtype, rows, isa, monkeypatch):
     most = min(64, decoder_layer.FEW_ROWS[dtype])
     rows = most if rows == "most" else min(rows, most)
     for module in (
-        made.self_attn.qkv_proj, made.self_attn.o_proj, made.mlp.gate_up_proj, made.mlp.down_proj,
-    ):  # fmt: skip
+        made.self_attn.qkv_proj,
+        made.self_attn.o_proj,
+        made.mlp.gate_up_proj,
+        made.mlp.down_proj,
+    ):
         wide = torch.nn.functional.pad(module.weight, (3, 5), value=7)
         module.weight = torch.nn.Parameter(wide[:, 3:-5], requires_grad=False)
     hidden = torch.randn(rows, CONFIG.hidden_size + 8).to(dtype)[:, 8:]
@@ -88,9 +99,14 @@ def test_heads_that_are_not_there_are_refused(rotated):
     weight = made.self_attn.qkv_proj.weight
     with pytest.raises(ValueError, match="it must be whole heads"):
         decoder_layer.before_attention(
-            torch.randn(1, CONFIG.hidden_size), made.input_layernorm.weight, 1e-5, weight, tables,
-            tables, rotated,
-        )  # fmt: skip
+            torch.randn(1, CONFIG.hidden_size),
+            made.input_layernorm.weight,
+            1e-5,
+            weight,
+            tables,
+            tables,
+            rotated,
+        )
 
 
 @pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down", "norm"])
@@ -98,9 +114,12 @@ def test_tensors_that_do_not_fit_are_refused(name):
     made = layer(torch.float32)
     attention, mlp = made.self_attn, made.mlp
     modules = {
-        "qkv": attention.qkv_proj, "o": attention.o_proj, "gate_up": mlp.gate_up_proj,
-        "down": mlp.down_proj, "norm": made.input_layernorm,
-    }  # fmt: skip
+        "qkv": attention.qkv_proj,
+        "o": attention.o_proj,
+        "gate_up": mlp.gate_up_proj,
+        "down": mlp.down_proj,
+        "norm": made.input_layernorm,
+    }
     module = modules[name]
     module.weight = torch.nn.Parameter(module.weight[..., 1:], requires_grad=False)
     with pytest.raises(ValueError, match="it must be"):

@@ -511,15 +511,25 @@ def test_sizes_below_one():
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 # What Slurm sets for a batch script of 7 tasks on 3 nodes, which is a process on its own ...
 BATCH = {
-    "SLURM_JOB_ID": "200505", "SLURM_NTASKS": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "2(x2),3", "SLURM_JOB_NODELIST": "n[1-3]",
-}  # fmt: skip
+    "SLURM_JOB_ID": "200505",
+    "SLURM_NTASKS": "7",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_TASKS_PER_NODE": "2(x2),3",
+    "SLURM_JOB_NODELIST": "n[1-3]",
+}
 # ... and add for the tasks of `srun` in it.
 STEP = {
-    **BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "6",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x2),3", "SLURM_LOCALID": "2", "SLURM_NODEID": "2",
+    **BATCH,
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_PROCID": "6",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),3",
+    "SLURM_LOCALID": "2",
+    "SLURM_NODEID": "2",
     "SLURM_STEP_NODELIST": "n[1-3]",
-}  # fmt: skip
+}
 
 SECOND_NODE = {"SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1"}
 
@@ -590,8 +600,10 @@ def test_the_board_shows_what_ranks_write(tmp_path):
     other.write(1, "decode, token", 4, 9)
     assert board.read(1) == Status("decode, token", 4, 9)
     assert [str(s) for s in (board.read(1), Status("load", 0, 0), Status("ring", 3, 3))] == [
-        "decode, token, step 5 of 9", "load", "ring, step 3 of 3",
-    ]  # fmt: skip
+        "decode, token, step 5 of 9",
+        "load",
+        "ring, step 3 of 3",
+    ]
     other.fail(1, "error", "first")
     other.fail(0, "communication", "é" * 5000)
     failures = board.failures()
@@ -603,11 +615,15 @@ def test_a_rank_that_comes_too_late_leaves_nothing_and_says_nothing(tmp_path):
     """The launching process has ended, and removed its folder, before the rank looked there."""
     (tmp_path / "gone").mkdir()
     missing = str(tmp_path / "gone" / "status")
-    process = start(tmp_path, script=f"""
+    process = start(
+        tmp_path,
+        script=f"""
 import os
 from cptool import local_launch
 local_launch._die_with_launcher = lambda: None
 local_launch._rank_main(local_launch.Seat(0, 2, 0, 2), print, (), (), {missing!r}, "", None)
-""", env={**os.environ, "PYTHONPATH": str(Path(distributed.__file__).parents[1])})  # fmt: skip
+""",
+        env={**os.environ, "PYTHONPATH": str(Path(distributed.__file__).parents[1])},
+    )
     assert process.communicate(timeout=GENEROUS_S) == ("", "") and process.returncode == 1
     assert list((tmp_path / "gone").iterdir()) == []

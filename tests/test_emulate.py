@@ -22,9 +22,15 @@ from cptool.model.fp8 import RowwiseFp8
 from cptool.model.shapes import SHAPES
 
 TINY = dataclasses.replace(
-    SHAPES["llama3-8b"], vocab_size=64, hidden_size=96, intermediate_size=160,
-    num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=16,
-)  # fmt: skip
+    SHAPES["llama3-8b"],
+    vocab_size=64,
+    hidden_size=96,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=16,
+)
 LINK = Link(1e9, 2e9, latency_s=1e-3, message_overhead_s=1e-4, collective_latency_s=2e-3)
 PROFILE = dataclasses.replace(
     default_profile("cpu"), host_link=LINK, network=LINK, transfer_steals=0.0, wait_s=1e-5
@@ -33,9 +39,15 @@ PROFILE = dataclasses.replace(
 
 def scenario(**changes) -> Scenario:
     base = Scenario(
-        TINY, cp=1, tp=1, new=301, cached=0, variant="pass-kv", dtype=torch.float32,
+        TINY,
+        cp=1,
+        tp=1,
+        new=301,
+        cached=0,
+        variant="pass-kv",
+        dtype=torch.float32,
         device=torch.device("cpu"),
-    )  # fmt: skip
+    )
     return dataclasses.replace(base, **changes)
 
 
@@ -78,8 +90,13 @@ def test_one_rank_counts_the_whole_layer(cached):
     whole = linear_flops(TINY, 301) + attention_flops(TINY, 301, cached)
     assert sum(part.flops for part in result.parts) * TINY.num_hidden_layers == whole
     assert [part.name for part in result.parts if part.seconds > 0] == [
-        "qkv_proj", "attention", "o_proj", "gate_up_proj", "down_proj", OTHER,
-    ]  # fmt: skip
+        "qkv_proj",
+        "attention",
+        "o_proj",
+        "gate_up_proj",
+        "down_proj",
+        OTHER,
+    ]
     assert set(LINEAR) < {part.name for part in result.parts}
     assert (result.exposed_s, result.waiting_s, result.sent_bytes, result.allreduce_s) == (0,) * 4
     assert result.ttft_s == pytest.approx(
@@ -165,17 +182,36 @@ def run(*options):
 @pytest.fixture
 def tiny_file(tmp_path):
     names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-        "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta",
-    )  # fmt: skip
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "head_dim",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_theta",
+    )
     path = tmp_path / "config.json"
     path.write_text(json.dumps({name: getattr(TINY, name) for name in names}))
     return str(path)
 
 
 def test_the_command(tiny_file):
-    options = ("--shape", tiny_file, "--cp", "2", "--tp", "2", "--context", "0.4K", "--repeats",
-               "1", "--dtype", "float32")  # fmt: skip
+    options = (
+        "--shape",
+        tiny_file,
+        "--cp",
+        "2",
+        "--tp",
+        "2",
+        "--context",
+        "0.4K",
+        "--repeats",
+        "1",
+        "--dtype",
+        "float32",
+    )
     result = run(*options, "--json", "--cached", "100")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)

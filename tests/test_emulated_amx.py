@@ -66,9 +66,18 @@ def attention(library):
             *[x.data_ptr() for x in keep[:3]],
             *[stride for x in keep[:3] for stride in x.stride()[:2]],
             *[x.data_ptr() for x in keep[3:]],
-            len(case.cu_q) - 1, len(case.q), len(case.k), case.q.shape[1], *case.k.shape[1:],
-            case.scale, BFLOAT16, FLOAT32, out.data_ptr(), lse.data_ptr(), into is not None,
-        )  # fmt: skip
+            len(case.cu_q) - 1,
+            len(case.q),
+            len(case.k),
+            case.q.shape[1],
+            *case.k.shape[1:],
+            case.scale,
+            BFLOAT16,
+            FLOAT32,
+            out.data_ptr(),
+            lse.data_ptr(),
+            into is not None,
+        )
         library.attention_partial(ctypes.byref(args), threads)
         return out, lse
 

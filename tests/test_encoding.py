@@ -14,18 +14,23 @@ from cptool.encoding import decode, encode
 from cptool.gathering import gather_values
 
 SCALARS = (
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False)
-    | st.text(max_size=5) | st.binary(max_size=5)
-)  # fmt: skip
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5)
+    | st.binary(max_size=5)
+)
 KEYS = st.integers() | st.text(max_size=3) | st.tuples(st.integers(), st.text(max_size=3))
 VALUES = st.recursive(
     SCALARS,
     lambda inner: (
-        st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple)
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
         | st.dictionaries(KEYS, inner, max_size=3)
     ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +88,29 @@ def framed(plain, rest=b""):
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"\0" * 7, struct.pack("<Q", 2**63) + b"null", framed(None, b"rest"),
-        framed({"Point": [1]}), framed({"Point": [1, [], 3]}), framed({"os.system": ["id"]}),
-        framed({}), framed({"tuple": [], "list": []}), framed({"tuple": 3}), framed({"dict": [1]}),
-        framed({"dict": [[[], 1]]}), framed({"bytes": "xy"}), framed({"bytes": 3}),
-        framed({"tensor": ["object", [1]]}), framed({"tensor": ["int8", [2**62, 2**62]]}),
-        framed({"tensor": ["int8", [-1]]}), framed({"tensor": ["float32", [2]]}, b"1234567"),
-        framed({"tensor": 3}), framed({"set": [[]]}),
+        b"",
+        b"\0" * 7,
+        struct.pack("<Q", 2**63) + b"null",
+        framed(None, b"rest"),
+        framed({"Point": [1]}),
+        framed({"Point": [1, [], 3]}),
+        framed({"os.system": ["id"]}),
+        framed({}),
+        framed({"tuple": [], "list": []}),
+        framed({"tuple": 3}),
+        framed({"dict": [1]}),
+        framed({"dict": [[[], 1]]}),
+        framed({"bytes": "xy"}),
+        framed({"bytes": 3}),
+        framed({"tensor": ["object", [1]]}),
+        framed({"tensor": ["int8", [2**62, 2**62]]}),
+        framed({"tensor": ["int8", [-1]]}),
+        framed({"tensor": ["float32", [2]]}, b"1234567"),
+        framed({"tensor": 3}),
+        framed({"set": [[]]}),
         struct.pack("<Q", 200_000) + b"[" * 100_000 + b"]" * 100_000,
     ],
-)  # fmt: skip
+)
 def test_other_bytes_are_refused(data):
     with pytest.raises(ValueError):
         decode(data, [Point])

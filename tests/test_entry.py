@@ -27,9 +27,13 @@ def directory(path, template=TURNS, **fields):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     for text, special in (
-        ("<s>", True), ("</s>", True), ("<|turn|>", False), ("<|done|>", True), ("<call>", False),
+        ("<s>", True),
+        ("</s>", True),
+        ("<|turn|>", False),
+        ("<|done|>", True),
+        ("<call>", False),
         ("<word>", False),
-    ):  # fmt: skip
+    ):
         backend.add_tokens([AddedToken(text, special=special, normalized=False)])
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", BOS)]
@@ -152,12 +156,18 @@ def test_a_template_without_end_is_ended(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "part",
     [
-        {"post_processor": {"type": "TemplateProcessing", "pair": [], "special_tokens": {},
-                            "single": [{"SpecialToken": {"id": "x", "type_id": 0}}]}},
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "pair": [],
+                "special_tokens": {},
+                "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+            }
+        },
         {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}},
         {"model": None},
     ],
-)  # fmt: skip
+)
 def test_files_at_which_the_library_fails_are_one_line(tmp_path, capfd, part):
     with pytest.raises(UserError, match="not a tokenizer") as error:
         directory(tmp_path, **part)

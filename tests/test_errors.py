@@ -55,10 +55,12 @@ def test_the_place_is_the_innermost_that_is_ours():
         (MemoryError("std::bad_alloc"), ""),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), ""),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"), "2.00 GiB"),
-        (RuntimeError("unable to mmap 4096 bytes from file <x>: Cannot allocate memory (12)"),
-         "4096 bytes"),
+        (
+            RuntimeError("unable to mmap 4096 bytes from file <x>: Cannot allocate memory (12)"),
+            "4096 bytes",
+        ),
     ],
-)  # fmt: skip
+)
 def test_memory_that_is_not_there(error, wanted):
     told = explain(raised(error), during="load the weights")
     more = f" ({wanted} more were wanted)" if wanted else ""

@@ -197,8 +197,14 @@ def test_exposure_of_a_stream():
 def test_emulation(tiny_model, variant):
     config = find_shape(str(tiny_model))
     scenario = Scenario(
-        config, cp=4, tp=2, new=999, cached=100, variant=variant, dtype=torch.bfloat16,
+        config,
+        cp=4,
+        tp=2,
+        new=999,
+        cached=100,
+        variant=variant,
+        dtype=torch.bfloat16,
         device=torch.device(DEVICE),
-    )  # fmt: skip
+    )
     result = emulate(scenario, default_profile(DEVICE), repeats=2)
     assert all(part.seconds > 0 for part in result.parts) and result.ttft_s > 0

@@ -38,24 +38,28 @@ def test_without_groups(system):
 
 @pytest.mark.parametrize("own", [f"{5 * MB}\n", "max\n"])
 def test_the_tightest_group_of_the_tree_counts(own, system):
-    system({
-        "proc/self/cgroup": "0::/user/job\n",
-        "cgroup/user/job/memory.max": own,
-        "cgroup/user/job/memory.current": f"{2 * MB}\n",
-        "cgroup/user/job/memory.stat": f"anon 7\ninactive_file {MB}\n",
-        "cgroup/user/memory.max": f"{7 * MB}\n",
-        "cgroup/user/memory.current": f"{MB}\n",
-        "cgroup/user/memory.stat": "inactive_file 0\n",
-    })  # fmt: skip
+    system(
+        {
+            "proc/self/cgroup": "0::/user/job\n",
+            "cgroup/user/job/memory.max": own,
+            "cgroup/user/job/memory.current": f"{2 * MB}\n",
+            "cgroup/user/job/memory.stat": f"anon 7\ninactive_file {MB}\n",
+            "cgroup/user/memory.max": f"{7 * MB}\n",
+            "cgroup/user/memory.current": f"{MB}\n",
+            "cgroup/user/memory.stat": "inactive_file 0\n",
+        }
+    )
     assert host_memory.available() == (6 if own == "max\n" else 4) * MB
 
 
 def test_first_version_as_a_container_sees_it(system):
     """Its path is that outside; its root is its own group."""
-    system({
-        "proc/self/cgroup": "3:cpu:/docker/a\n4:memory:/docker/a\n0::/\n",
-        "cgroup/memory/memory.limit_in_bytes": f"{3 * MB}\n",
-        "cgroup/memory/memory.usage_in_bytes": f"{2 * MB}\n",
-        "cgroup/memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {MB}\n",
-    })  # fmt: skip
+    system(
+        {
+            "proc/self/cgroup": "3:cpu:/docker/a\n4:memory:/docker/a\n0::/\n",
+            "cgroup/memory/memory.limit_in_bytes": f"{3 * MB}\n",
+            "cgroup/memory/memory.usage_in_bytes": f"{2 * MB}\n",
+            "cgroup/memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {MB}\n",
+        }
+    )
     assert host_memory.available() == 2 * MB

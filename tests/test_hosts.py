@@ -55,15 +55,22 @@ def test_tokens_are_those_of_one_rank_over_a_link_that_holds_its_limit(
     expected = as_json("decode", alone, "-n", "6")
     session = str(tmp_path / "two")
     told = two_hosts.run(
-        [*CPTOOL, "prefill", str(mqa_path), *prompt, "--session", session, "--variant", "pass-kv",
-         "--json"],
+        [
+            *CPTOOL,
+            "prefill",
+            str(mqa_path),
+            *prompt,
+            "--session",
+            session,
+            "--variant",
+            "pass-kv",
+            "--json",
+        ],
         timeout=600,
-    )  # fmt: skip
+    )
     first = json.loads(told)
     assert (first["cp"], first["first_token"]) == (2, one["first_token"])
-    told = two_hosts.run(
-        [*CPTOOL, "decode", session, "-n", "6", "--json"], timeout=600
-    )
+    told = two_hosts.run([*CPTOOL, "decode", session, "-n", "6", "--json"], timeout=600)
     assert json.loads(told)["token_ids"] == expected["token_ids"]
 
 

@@ -293,10 +293,14 @@ def test_into_nothing_by_keys_in_pieces(isa):
 def test_into_that_overlaps_an_input_is_refused(name, part):
     memory = torch.zeros(4096)
     tensors = dict(
-        q=torch.zeros(4, 4, 64), k=torch.zeros(4, 2, 64), v=torch.zeros(4, 2, 64),
-        q_pos=torch.arange(4).int(), k_pos=torch.arange(4).int(),
-        cu_q=torch.tensor([0, 4]).int(), cu_k=torch.tensor([0, 4]).int(),
-    )  # fmt: skip
+        q=torch.zeros(4, 4, 64),
+        k=torch.zeros(4, 2, 64),
+        v=torch.zeros(4, 2, 64),
+        q_pos=torch.arange(4).int(),
+        k_pos=torch.arange(4).int(),
+        cu_q=torch.tensor([0, 4]).int(),
+        cu_k=torch.tensor([0, 4]).int(),
+    )
     running = {"out": torch.zeros(4, 4, 64), "lse": torch.zeros(4, 4)}
     size = running[part].numel()
     running[part] = memory[:size].view(running[part].shape)

@@ -75,9 +75,7 @@ def test_the_self_test():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_float64(kernel, dtype, head_dim, heads):
     case = ragged_batch(dtype, head_dim, heads)
-    allowed = ragged_tolerance(
-        dtype, head_dim, heads, arithmetic(dtype, head_dim), torch.float32
-    )
+    allowed = ragged_tolerance(dtype, head_dim, heads, arithmetic(dtype, head_dim), torch.float32)
     check(case, attention(case), allowed)
 
 
@@ -362,9 +360,7 @@ def test_a_captured_decode_step_replays_for_any_length(kernel, dtype, batch, hea
         q.copy_(torch.randn(q.shape, generator=generator, device=DEVICE))
         running[0].normal_(generator=generator)
         running[1].normal_(generator=generator)
-        expected_running = ops.attention_partial(
-            *arguments, into=tuple(x.clone() for x in running)
-        )
+        expected_running = ops.attention_partial(*arguments, into=tuple(x.clone() for x in running))
         expected = ops.attention_partial(*arguments)
         graph.replay()
         assert_same((out, lse), expected)

@@ -89,8 +89,9 @@ def test_slow_links_still_hide_pass_kv_at_long_contexts():
 
 
 def test_json_says_what_the_design_promises():
-    said = ask(*PAPER, "--context", 128000, "--cached", 121600, "--cp", 4, "--tp", 8,
-               "--variant", "pass-q")  # fmt: skip
+    said = ask(
+        *PAPER, "--context", 128000, "--cached", 121600, "--cp", 4, "--tp", 8, "--variant", "pass-q"
+    )
     assert said["variant"] == "pass-q" and said["reason"] == "as asked"
     assert 0.9 < said["ttft_s"] < 1.4 and 40 < said["ttit_ms"] < 90
     assert 60e9 < said["memory_bytes_per_rank"] < 96e9
@@ -193,8 +194,9 @@ def test_sweeps_give_tables(sweep):
 def test_a_sweep_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "sweep.png"
-    run(*PAPER, "--context", "128K", "--tp", 8, "--max-gpus", 32, "--sweep", "ranks",
-        "--plot", path)  # fmt: skip
+    run(
+        *PAPER, "--context", "128K", "--tp", 8, "--max-gpus", 32, "--sweep", "ranks", "--plot", path
+    )
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -236,10 +238,13 @@ def test_padding_queries_costs_a_step():
     plain, padded = (
         plan(
             Workload(LLAMA, 128_000, feed_forward="float8", published=published),
-            4, 8, "pass-q-all2all", GTT,
+            4,
+            8,
+            "pass-q-all2all",
+            GTT,
         ).ttit.seconds
         for published in (False, True)
-    )  # fmt: skip
+    )
     assert padded > plain
 
 
@@ -255,8 +260,9 @@ def test_decode_takes_the_steps_that_the_engine_takes():
 
 
 def test_the_published_system_has_two_variants():
-    said = ask(*PAPER, "--context", "128K", "--cached", "127K", "--cp", 4, "--tp", 8,
-               "--as-published")  # fmt: skip
+    said = ask(
+        *PAPER, "--context", "128K", "--cached", "127K", "--cp", 4, "--tp", 8, "--as-published"
+    )
     assert {row["variant"] for row in said["variants"]} == {"pass-kv", "pass-q-all2all"}
     assert said["variant"] == said["decode_variant"] == "pass-q-all2all"
     assert 55 < said["ttit_ms"] < 80

@@ -91,7 +91,9 @@ def test_torch_is_not_imported():
         "print(has_bfloat16_products(), 'torch' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"CPTOOL_ISA": "portable"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env=os.environ | {"CPTOOL_ISA": "portable"},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.split() == ["False", "False"], done.stderr

@@ -45,9 +45,11 @@ def test_spans_nest_and_sums_over_ranks_are_communication():
     with recorder.span("model", "small ops"):
         model["gate"](layer(torch.ones(1, 4)))
     assert [(s.name, s.phase) for s in recorder.spans] == [
-        ("o_proj", "linear"), ("all-reduce", "exposed"), ("gate", "linear"),
+        ("o_proj", "linear"),
+        ("all-reduce", "exposed"),
+        ("gate", "linear"),
         ("model", "small ops"),
-    ]  # fmt: skip
+    ]
     inner, outer = recorder.spans[:3], recorder.spans[3]
     total = outer.own_s + sum(span.own_s for span in inner)
     assert total == pytest.approx(outer.end - outer.begin)
@@ -77,14 +79,21 @@ def test_moments_without_a_kernel_are_idle():
     wall, phases, hidden = phases_of(recorder, Section("x", 1.0, 11.0, steps=1))
     assert wall == 10 and tuple(phases) == DEVICE_ROWS and sum(phases.values()) == wall
     assert phases == {
-        "linear": 1.0, "attention": 2.0, "exposed": 1.0, "sampling": 0.5, "small ops": 0.5,
+        "linear": 1.0,
+        "attention": 2.0,
+        "exposed": 1.0,
+        "sampling": 0.5,
+        "small ops": 0.5,
         "idle": 5.0,
-    }  # fmt: skip
+    }
     assert hidden == 1.0
     assert phase_of("Memcpy HtoD (Pinned -> Device)") == "small ops"
     assert subtract([(0, 4), (6, 9)], [(1, 2), (3, 7), (8, 8.5)]) == [
-        (0, 1), (2, 3), (7, 8), (8.5, 9),
-    ]  # fmt: skip
+        (0, 1),
+        (2, 3),
+        (7, 8),
+        (8.5, 9),
+    ]
 
 
 def test_the_profilers_clock_is_ours():
@@ -121,10 +130,17 @@ def test_profile_of_prefill_and_decode(mqa_path, token_file, tmp_path):
     plain = json.loads(cptool("prefill", mqa_path, "--token-ids", token_file(ids), *common).stdout)
     first = json.loads(
         cptool(
-            "prefill", mqa_path, "--token-ids", token_file(ids), "--session", session, *common,
-            "--profile", traces[0],
+            "prefill",
+            mqa_path,
+            "--token-ids",
+            token_file(ids),
+            "--session",
+            session,
+            *common,
+            "--profile",
+            traces[0],
         ).stdout
-    )  # fmt: skip
+    )
     assert "profile" not in plain and plain["first_token"] == first["first_token"]
     adds_up(first["profile"]["prefill"], 2)
     answer = cptool("decode", session, "-n", 5, *common, "--profile", traces[1])
@@ -134,13 +150,19 @@ def test_profile_of_prefill_and_decode(mqa_path, token_file, tmp_path):
 
     events = json.loads(traces[0].read_text())["traceEvents"]
     assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {
-        "rank 0", "rank 1",
-    }  # fmt: skip
+        "rank 0",
+        "rank 1",
+    }
     for rank in (0, 1):
         mine = [e for e in events if e["pid"] == rank and e["ph"] == "X"]
         assert {e["cat"] for e in mine} == {
-            "linear", "attention", "exposed", "sampling", "small ops", "transfer",
-        }  # fmt: skip
+            "linear",
+            "attention",
+            "exposed",
+            "sampling",
+            "small ops",
+            "transfer",
+        }
         blocks = [e for e in mine if e["name"].startswith("block of rank")]
         received = [e for e in mine if e["name"] == f"receive, rank {1 - rank}"]
         assert len(blocks) == 2 * 3 and len(received) == 3  # three layers

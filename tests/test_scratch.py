@@ -45,8 +45,9 @@ def space(free, files=0):
 def test_a_place_that_does_not_do_is_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for found, told in (
-        (space(8192), "is full \\(8 KiB free"), (space(1 << 30, files=100), "is full"),
-    ):  # fmt: skip
+        (space(8192), "is full \\(8 KiB free"),
+        (space(1 << 30, files=100), "is full"),
+    ):
         monkeypatch.setattr(os, "statvfs", found)
         with pytest.raises(RunError, match=f"^{tmp_path}: .*{told}.*set TMPDIR"):
             make_folder()

@@ -110,10 +110,20 @@ def world_of(rank: int, size: int):
 
     group = None if size == 1 else torch.distributed.group.WORLD
     return World(
-        rank=rank, size=size, local_rank=rank, local_size=size, cp_rank=rank, cp=size, tp_rank=0,
-        tp=1, device=torch.device("cpu"), mesh=None, cp_group=group, tp_group=None,
+        rank=rank,
+        size=size,
+        local_rank=rank,
+        local_size=size,
+        cp_rank=rank,
+        cp=size,
+        tp_rank=0,
+        tp=1,
+        device=torch.device("cpu"),
+        mesh=None,
+        cp_group=group,
+        tp_group=None,
         board=Board(size),
-    )  # fmt: skip
+    )
 
 
 def tiny_llama():
@@ -123,12 +133,20 @@ def tiny_llama():
     torch.manual_seed(0)
     model = Llama(
         LlamaConfig(
-            vocab_size=31, hidden_size=32, intermediate_size=32, num_hidden_layers=LAYERS,
-            num_attention_heads=4, num_key_value_heads=HEADS, head_dim=8, rms_norm_eps=1e-5,
-            rope_theta=1e4, max_position_embeddings=64, tie_word_embeddings=True,
+            vocab_size=31,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=HEADS,
+            head_dim=8,
+            rms_norm_eps=1e-5,
+            rope_theta=1e4,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
         ),
         device="cpu",
-    )  # fmt: skip
+    )
     for parameter in model.parameters():
         parameter.normal_()
     return model
@@ -142,9 +160,12 @@ def tree_turn(model, rank: int, store: Path, directory: Path) -> None:
     from cptool.engine import Engine
 
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2,
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
         timeout=datetime.timedelta(seconds=30),
-    )  # fmt: skip
+    )
     manifest = session.load(directory)
     engine = Engine(model, world_of(rank, 2), batch=2)
     engine.restore(directory, manifest)

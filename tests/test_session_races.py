@@ -34,9 +34,17 @@ def began(directory, previous: Manifest | None, held: ExitStack, lengths=(3, 3))
     total = [a + n for a, n in zip(starts, lengths)]
     directory.mkdir(exist_ok=True)
     segment = segments.write_segment(
-        directory, cache, [0, 0], revision=previous.revision + 1 if previous else 1, rank=0,
-        kv_heads=(0, 4), start=starts, until=total, logits={}, held=held,
-    )  # fmt: skip
+        directory,
+        cache,
+        [0, 0],
+        revision=previous.revision + 1 if previous else 1,
+        rank=0,
+        kv_heads=(0, 4),
+        start=starts,
+        until=total,
+        logits={},
+        held=held,
+    )
     return Manifest(
         session=previous.session if previous else "7" * 16,
         model=previous.model if previous else MODEL,
@@ -230,10 +238,24 @@ def test_a_session_is_for_its_user_alone(tmp_path, umask, mqa_path):
     )
     where = tmp_path / "some" / "where"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(umask), "prefill", mqa_path, "--synthetic", "9",
-         "--session", where, "--cp", "1"],
-        env={**os.environ, "CPTOOL_CACHE": str(tmp_path / "cache")}, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            code,
+            str(umask),
+            "prefill",
+            mqa_path,
+            "--synthetic",
+            "9",
+            "--session",
+            where,
+            "--cp",
+            "1",
+        ],
+        env={**os.environ, "CPTOOL_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     for place in (where, where.parent):
         assert stat.S_IMODE(place.stat().st_mode) == 0o700

@@ -88,9 +88,7 @@ def test_causal_work_is_balanced(ranks, length):
 
 def test_causal_work_is_the_same_for_divisible_lengths():
     layout = balanced([4096], 4)
-    work = {
-        sum((b - a) * (a + b + 1) // 2 for a, b in layout.ranges(rank, 0)) for rank in range(4)
-    }
+    work = {sum((b - a) * (a + b + 1) // 2 for a, b in layout.ranges(rank, 0)) for rank in range(4)}
     assert len(work) == 1
 
 

@@ -97,9 +97,7 @@ sizes = dict(
 
 @settings(deadline=None)
 @given(**sizes)
-def test_algorithm_1_follows_equations_1_2(
-    new, cached, ranks, kv_heads, group, flops, bandwidth
-):
+def test_algorithm_1_follows_equations_1_2(new, cached, ranks, kv_heads, group, flops, bandwidth):
     heads, width, e = kv_heads * group, kv_heads * group * 128, 2
     compute = 4 * new * width * (new + cached) / (ranks * flops)
     kv_transfer = 2 * (new + cached) * width * e * kv_heads / heads / bandwidth

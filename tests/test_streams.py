@@ -21,8 +21,10 @@ def shell(command: str, *arguments, **options) -> subprocess.CompletedProcess:
     """`command` in bash, where $@ is the cptool command with `arguments`."""
     return subprocess.run(
         ["bash", "-c", command, "bash", *CPTOOL, *map(str, arguments)],
-        capture_output=True, text=True, **options,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        **options,
+    )
 
 
 def test_closed_streams_do_not_give_their_numbers_to_files(tiny_model, tmp_path):
@@ -38,8 +40,9 @@ def test_closed_streams_do_not_give_their_numbers_to_files(tiny_model, tmp_path)
 def test_output_that_cannot_be_written_is_one_line_and_a_reader_that_has_gone_none(arguments):
     done = shell('"$@" > /dev/full', *arguments)
     assert (done.returncode, done.stderr) == (
-        1, "cptool: standard output: No space left on device\n",
-    )  # fmt: skip
+        1,
+        "cptool: standard output: No space left on device\n",
+    )
     done = shell('"$@" | true; exit ${PIPESTATUS[0]}', *arguments)
     assert done.returncode in (0, 1) and done.stderr == ""
     done = shell('"$@" 2> /dev/full', *arguments)
@@ -52,9 +55,15 @@ def test_characters_that_the_output_lacks_are_replaced(tiny_model, tmp_path):
     os.symlink(tiny_model, name)
     made = os.fsdecode(os.fsencode(tmp_path) + b"/s\xfe")
     done = shell(
-        '"$@"', "prefill", name, "--synthetic", 9, "--session", made,
+        '"$@"',
+        "prefill",
+        name,
+        "--synthetic",
+        9,
+        "--session",
+        made,
         env=os.environ | {"PYTHONIOENCODING": "latin-1:strict"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0 and done.stderr == "" and "/s?; continue" in done.stdout
     missing = shell('"$@"', "session", "show", made + "x", env=os.environ | {"LC_ALL": "C"})
     assert missing.returncode == 2 and len(missing.stderr.splitlines()) == 1
@@ -72,9 +81,12 @@ def test_a_directory_that_is_gone_is_one_line(tmp_path):
 def interrupted(script: str, number: int, **options) -> subprocess.CompletedProcess:
     """What becomes of a Python `script` that gets a signal once it has printed a line."""
     with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         **options,
-    ) as process:  # fmt: skip
+    ) as process:
         assert process.stdout.readline() == "now\n"
         process.send_signal(number)
         output, errors = process.communicate(timeout=60)
@@ -110,9 +122,14 @@ entry.main()
 """
 
 
-@pytest.mark.parametrize("number, line", [
-    (signal.SIGINT, "cptool: interrupted\n"), (signal.SIGTERM, ""), (signal.SIGHUP, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "number, line",
+    [
+        (signal.SIGINT, "cptool: interrupted\n"),
+        (signal.SIGTERM, ""),
+        (signal.SIGHUP, ""),
+    ],
+)
 def test_a_long_operation_is_ended_in_time_and_leaves_no_folder(tmp_path, number, line):
     """Python runs no handler while one call computes, as a layer of a long prompt does."""
     busy = "hashlib.pbkdf2_hmac('sha256', b'x', b'y', 1 << 30)"
@@ -122,8 +139,14 @@ def test_a_long_operation_is_ended_in_time_and_leaves_no_folder(tmp_path, number
 
 
 def test_an_interrupt_that_a_library_swallows_is_not_lost(tmp_path):
-    busy = "\n".join(["import time", "    while True:", "        try: time.sleep(60)",
-                      "        except BaseException: pass"])  # fmt: skip
+    busy = "\n".join(
+        [
+            "import time",
+            "    while True:",
+            "        try: time.sleep(60)",
+            "        except BaseException: pass",
+        ]
+    )
     done = interrupted(BUSY.format(place=str(tmp_path), busy=busy), signal.SIGINT)
     assert (done.returncode, done.stderr) == (130, "cptool: interrupted\n")
 

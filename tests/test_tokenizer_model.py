@@ -27,10 +27,16 @@ from cptool.errors import UserError
 
 CORPUS = Path(json.__file__).read_text().splitlines() + ["naïve 你好 🙂 1234"] * 9
 LLAMA2 = dict(
-    model_type="bpe", vocab_size=600, byte_fallback=True, split_digits=True, pad_id=-1,
-    normalization_rule_name="identity", remove_extra_whitespaces=False,
-    allow_whitespace_only_pieces=True, character_coverage=0.99,
-)  # fmt: skip
+    model_type="bpe",
+    vocab_size=600,
+    byte_fallback=True,
+    split_digits=True,
+    pad_id=-1,
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True,
+    character_coverage=0.99,
+)
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

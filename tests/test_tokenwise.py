@@ -29,9 +29,7 @@ def random(*shape, dtype, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 13, 16])
-@pytest.mark.parametrize(
-    ("depth", "columns"), [(1, 1), (7, 5), (64, 3), (576, 163), (1030, 17)]
-)
+@pytest.mark.parametrize(("depth", "columns"), [(1, 1), (7, 5), (64, 3), (576, 163), (1030, 17)])
 def test_linear(isa, rows, depth, columns, dtype):
     x = random(rows, depth + 3, dtype=dtype)[:, 1 : depth + 1]
     weight = random(columns, depth + 5, dtype=dtype, seed=1)[:, 2 : depth + 2]
@@ -39,11 +37,7 @@ def test_linear(isa, rows, depth, columns, dtype):
     exact = x.double() @ weight.double().T
     # Products and sums in float32, lane by lane: fewer additions in a row than `depth`.
     magnitude = x.double().abs() @ weight.double().abs().T
-    bound = (
-        (depth + 1) * UNIT * magnitude
-        + unit(dtype) * exact.abs()
-        + torch.finfo(dtype).tiny
-    )
+    bound = (depth + 1) * UNIT * magnitude + unit(dtype) * exact.abs() + torch.finfo(dtype).tiny
     assert out.dtype == dtype and ((out.double() - exact).abs() <= bound).all()
 
 
@@ -75,10 +69,7 @@ def test_linear_of_any_number_of_rows_is_the_same_product(rows, dtype):
     x, weight = random(rows, 96, dtype=dtype), random(40, 96, dtype=dtype, seed=1)
     exact = x.double() @ weight.double().T
     out = tokenwise.linear(x, weight)
-    bound = (
-        97 * UNIT * (x.double().abs() @ weight.double().abs().T)
-        + unit(dtype) * exact.abs()
-    )
+    bound = 97 * UNIT * (x.double().abs() @ weight.double().abs().T) + unit(dtype) * exact.abs()
     assert out.shape == (rows, 40) and ((out.double() - exact).abs() <= bound).all()
 
 
@@ -134,9 +125,7 @@ def test_add_rms_norm(isa, dtype):
 @pytest.mark.parametrize("head_dim", [16, 80, 128])
 def test_rotation_rounds_once(isa, head_dim, dtype):
     wide = random(17, 5, 3 * head_dim, dtype=dtype)
-    heads = wide[
-        :, :3, head_dim : 2 * head_dim
-    ]  # a strided view, as in a fused projection
+    heads = wide[:, :3, head_dim : 2 * head_dim]  # a strided view, as in a fused projection
     angles = 1000 * torch.rand(17, 1, head_dim // 2, generator=torch.manual_seed(1))
     a, b = heads.double().chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
@@ -154,9 +143,7 @@ def test_rotation_rounds_once(isa, head_dim, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_swiglu(isa, dtype):
     gate_up = 8 * random(6, 2 * 333, dtype=dtype)
-    gate_up[0, :9] = torch.tensor([0, -0.0, -87, -89, -200, 88, 200, -20, 1e-4]).to(
-        dtype
-    )
+    gate_up[0, :9] = torch.tensor([0, -0.0, -87, -89, -200, 88, 200, -20, 1e-4]).to(dtype)
     gate, up = gate_up.chunk(2, dim=-1)
     exact = torch.nn.functional.silu(gate.double()) * up.double()
     up_before = up.clone()
@@ -217,6 +204,4 @@ def test_tensors_that_do_not_fit_are_refused(function, arguments, named):
 )
 def test_ops_are_as_their_schemas_and_fakes_say(name, arguments):
     op = getattr(torch.ops.cptool, name).default
-    torch.library.opcheck(
-        op, arguments(), test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(op, arguments(), test_utils=("test_schema", "test_faketensor"))

@@ -48,10 +48,24 @@ def names_in(tree):
 
 def test_the_package_unpickles_nothing_but_tensors_of_pth_files():
     forbidden = {
-        "torch.load", "pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib",
-        "Listener", "Client", "SyncManager", "BaseManager", "Unpickler", "numpy.load", "np.load",
-        "rpc", "TCPStore.set",
-    }  # fmt: skip
+        "torch.load",
+        "pickle",
+        "cPickle",
+        "dill",
+        "cloudpickle",
+        "marshal",
+        "shelve",
+        "joblib",
+        "Listener",
+        "Client",
+        "SyncManager",
+        "BaseManager",
+        "Unpickler",
+        "numpy.load",
+        "np.load",
+        "rpc",
+        "TCPStore.set",
+    }
     for path in PACKAGE.rglob("*.py"):
         found = set(names_in(ast.parse(path.read_text())))
         objects = {n for n in found if n.endswith(("_object", "_object_list", "_objects"))}
@@ -189,13 +203,16 @@ def test_no_process_of_a_run_listens_beyond_loopback(kind, tmp_path, mqa_path):
 def test_folders_of_dead_processes_are_swept_and_no_other(tmp_path):
     holder = subprocess.Popen(
         [
-            sys.executable, "-c",
+            sys.executable,
+            "-c",
             "import sys, time\nfrom cptool.scratch import Folder\n"
             "folder = Folder(sys.argv[1])\nprint(folder.name, flush=True)\ntime.sleep(600)",
             str(tmp_path),
         ],
-        stdout=subprocess.PIPE, text=True, cwd=PACKAGE.parent,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=PACKAGE.parent,
+    )
     left = Path(holder.stdout.readline().strip())
     (left / "pymp-x").mkdir()
     (left / "pymp-x" / "listener").touch()

@@ -53,9 +53,13 @@ def run(*arguments):
 def test_the_default_prompt_fits_the_context(tmp_path):
     """A story model of the smallest kind, and one that has no room for a prompt at all."""
     shape = dict(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     short = save_llama(tmp_path / "short", seed=0, max_position_embeddings=40, **shape)
     result = run(short, "--max-cp", 2, "--json", "--device", "cpu")
     assert result.exit_code == 0 and json.loads(result.stdout)["tokens"] == [21, 11, 8]

@@ -83,9 +83,20 @@ def test_loading_draws_no_random_numbers(tmp_path):
 def without_the_others(tp_rank, tp):
     """The world of a rank that loads its share without the others and never computes."""
     return World(
-        rank=0, size=1, local_rank=0, local_size=1, cp_rank=0, cp=1, tp_rank=tp_rank, tp=tp,
-        device=torch.device("cpu"), mesh=None, cp_group=None, tp_group=None, board=Board(1),
-    )  # fmt: skip
+        rank=0,
+        size=1,
+        local_rank=0,
+        local_size=1,
+        cp_rank=0,
+        cp=1,
+        tp_rank=tp_rank,
+        tp=tp,
+        device=torch.device("cpu"),
+        mesh=None,
+        cp_group=None,
+        tp_group=None,
+        board=Board(1),
+    )
 
 
 @pytest.mark.parametrize(("shape", "tp"), [("mha", 2), ("mha", 4), ("mqa-5-1", 5), ("gqa-9-3", 3)])

@@ -38,16 +38,45 @@ def attention(queries: int, keys: int, heads: int, kv_heads: int, dtype: int, th
     lse = np.full(q.shape[:2], -np.inf, np.float32)
     for accumulate in (False, True):  # the second time into the first result
         _C.attention_partial_cpu(
-            q.ctypes.data, heads * dim, dim, k.ctypes.data, kv_heads * dim, dim, v.ctypes.data,
-            kv_heads * dim, dim, q_pos.ctypes.data, k_pos.ctypes.data, cu_q.ctypes.data,
-            cu_k.ctypes.data, 2, queries + 1, keys + 1, heads, kv_heads, dim, dim**-0.5, dtype,
-            FLOAT32, out.ctypes.data, lse.ctypes.data, accumulate, threads,
-        )  # fmt: skip
+            q.ctypes.data,
+            heads * dim,
+            dim,
+            k.ctypes.data,
+            kv_heads * dim,
+            dim,
+            v.ctypes.data,
+            kv_heads * dim,
+            dim,
+            q_pos.ctypes.data,
+            k_pos.ctypes.data,
+            cu_q.ctypes.data,
+            cu_k.ctypes.data,
+            2,
+            queries + 1,
+            keys + 1,
+            heads,
+            kv_heads,
+            dim,
+            dim**-0.5,
+            dtype,
+            FLOAT32,
+            out.ctypes.data,
+            lse.ctypes.data,
+            accumulate,
+            threads,
+        )
     merged, total = np.empty_like(out), np.empty_like(lse)
     _C.merge_partials_cpu(
-        [out.ctypes.data] * 3, [lse.ctypes.data] * 3, lse.size, dim, FLOAT32, FLOAT32,
-        merged.ctypes.data, total.ctypes.data, threads,
-    )  # fmt: skip
+        [out.ctypes.data] * 3,
+        [lse.ctypes.data] * 3,
+        lse.size,
+        dim,
+        FLOAT32,
+        FLOAT32,
+        merged.ctypes.data,
+        total.ctypes.data,
+        threads,
+    )
     return out, lse, merged, total
 
 
@@ -56,9 +85,17 @@ def product(rows: int, dtype: int, threads: int):
     x, w = values((rows, depth), dtype, 3), values((columns, depth), dtype, 4)
     out = np.zeros((rows, columns), x.dtype)
     _C.linear_cpu(
-        x.ctypes.data, depth, w.ctypes.data, depth, out.ctypes.data, rows, columns, depth, dtype,
+        x.ctypes.data,
+        depth,
+        w.ctypes.data,
+        depth,
+        out.ctypes.data,
+        rows,
+        columns,
+        depth,
+        dtype,
         threads,
-    )  # fmt: skip
+    )
     return (out,)
 
 
@@ -67,9 +104,17 @@ def norm(rows: int, dtype: int, threads: int):
     hidden, weight = values((rows, width), dtype, 5), values((width,), dtype, 6)
     out = np.zeros_like(hidden)
     _C.rms_norm_cpu(
-        hidden.ctypes.data, width, 0, weight.ctypes.data, out.ctypes.data, rows, width, 1e-5, dtype,
+        hidden.ctypes.data,
+        width,
+        0,
+        weight.ctypes.data,
+        out.ctypes.data,
+        rows,
+        width,
+        1e-5,
+        dtype,
         threads,
-    )  # fmt: skip
+    )
     return (out,)
 
 

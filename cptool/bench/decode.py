@@ -67,8 +67,16 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
             _Runs(
                 ranks,
                 *prepare(
-                    model, worlds[ranks], ranks, sweep.variants, sweep.dtype, 1, cached, profile,
-                    sweep.batch, world.tp,
+                    model,
+                    worlds[ranks],
+                    ranks,
+                    sweep.variants,
+                    sweep.dtype,
+                    1,
+                    cached,
+                    profile,
+                    sweep.batch,
+                    world.tp,
                 )[:2],
             )
             for ranks in sweep.ranks
@@ -126,9 +134,16 @@ def _results(run, sweep, profile, cached, tp) -> list[dict[str, object]]:
     results = []
     for asked, choice in run.choices.items():
         predicted = predicted_s(
-            choice, config, sweep.dtype, sweep.batch, sweep.batch * cached, run.ranks, profile,
-            batch=sweep.batch, tp=tp,
-        )  # fmt: skip
+            choice,
+            config,
+            sweep.dtype,
+            sweep.batch,
+            sweep.batch * cached,
+            run.ranks,
+            profile,
+            batch=sweep.batch,
+            tp=tp,
+        )
         result = {
             "ranks": run.ranks,
             "cached": cached,

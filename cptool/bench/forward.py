@@ -105,20 +105,35 @@ def hold(engine: Engine, cached: int) -> tuple[Placement, ...]:
 
 
 def prepare(
-    model: Llama, part: World | None, ranks: int, variants: tuple[str, ...], dtype: str, new: int,
-    cached: int, profile: HardwareProfile, batch: int = 1, tp: int = 1,
-) -> tuple[dict[str, Choice], Engine | None, tuple[Placement, ...]]:  # fmt: skip
+    model: Llama,
+    part: World | None,
+    ranks: int,
+    variants: tuple[str, ...],
+    dtype: str,
+    new: int,
+    cached: int,
+    profile: HardwareProfile,
+    batch: int = 1,
+    tp: int = 1,
+) -> tuple[dict[str, Choice], Engine | None, tuple[Placement, ...]]:
     """For runs of `new` tokens over `cached` ones of each sequence on `part`, a world of `ranks`:
     the choice by the variant asked for (one rank has none but auto's), an engine that holds what is
     cached, and where. Without a part in it, the choices alone.
     """
     choices = {
         variant: choose(
-            variant, new=batch * new, cached=batch * cached, ranks=ranks, config=model.config,
-            dtype=dtype, profile=profile, batch=batch, tp=tp,
+            variant,
+            new=batch * new,
+            cached=batch * cached,
+            ranks=ranks,
+            config=model.config,
+            dtype=dtype,
+            profile=profile,
+            batch=batch,
+            tp=tp,
         )
         for variant in (variants if ranks > 1 else (AUTO,))
-    }  # fmt: skip
+    }
     if part is None:
         return choices, None, ()
     engine = Engine(model, part, batch=batch, profile=profile)
@@ -135,9 +150,16 @@ def rewind(engine: Engine, cached: int, placements: tuple[Placement, ...]) -> No
 
 
 def predicted_s(
-    choice: Choice, config: LlamaConfig, dtype: str, new: int, cached: int, ranks: int,
-    profile: HardwareProfile, batch: int = 1, tp: int = 1,
-) -> float:  # fmt: skip
+    choice: Choice,
+    config: LlamaConfig,
+    dtype: str,
+    new: int,
+    cached: int,
+    ranks: int,
+    profile: HardwareProfile,
+    batch: int = 1,
+    tp: int = 1,
+) -> float:
     """Seconds of a forward of the cut model under `choice`, as the cost model sees it."""
     forward = Forward(config, dtype, new, cached, ranks, choice.active, batch, tp)
     estimate = decode_step if forward.decoding else prefill

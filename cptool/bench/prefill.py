@@ -75,8 +75,15 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
             _Runs(
                 ranks,
                 *prepare(
-                    model, worlds[ranks], ranks, sweep.variants, sweep.dtype, new, context - new,
-                    profile, tp=world.tp,
+                    model,
+                    worlds[ranks],
+                    ranks,
+                    sweep.variants,
+                    sweep.dtype,
+                    new,
+                    context - new,
+                    profile,
+                    tp=world.tp,
                 ),
             )
             for ranks in sweep.ranks
@@ -142,9 +149,7 @@ def _results(run, sweep, profile, new, cached, tp) -> list[dict[str, object]]:
     results = []
     for asked, choice in run.choices.items():
         key = (choice.variant, choice.active)
-        predicted = predicted_s(
-            choice, config, sweep.dtype, new, cached, run.ranks, profile, tp=tp
-        )
+        predicted = predicted_s(choice, config, sweep.dtype, new, cached, run.ranks, profile, tp=tp)
         result = {
             "ranks": run.ranks,
             "context": new + cached,

@@ -108,9 +108,12 @@ def _counts(world: World, at_once: int | None) -> list[int]:
 
 
 def _compute(
-    clocks: dict[int, Clock], profile: HardwareProfile, default: HardwareProfile, name: str,
+    clocks: dict[int, Clock],
+    profile: HardwareProfile,
+    default: HardwareProfile,
+    name: str,
     first: bool,
-) -> HardwareProfile:  # fmt: skip
+) -> HardwareProfile:
     """`profile` with what linear layers and attention reach in a dtype.
 
     clocks: by the number of ranks that compute, ascending; the rates are those of the most. The
@@ -136,6 +139,8 @@ def _compute(
         attention = {other: scales[1] * value for other, value in attention.items()}
     linear[name], attention[name] = rate, pairs
     return dataclasses.replace(
-        profile, linear_flops=linear, attention_flops=attention,
+        profile,
+        linear_flops=linear,
+        attention_flops=attention,
         row_rates={**profile.row_rates, name: by_rows},
-    )  # fmt: skip
+    )

@@ -25,8 +25,10 @@ def attention_rates(clock: Clock, dtype: torch.dtype) -> tuple[float, dict[str, 
     """
     few_rows = cpu_stream_rows(dtype, EXAMPLE.head_dim) if clock.device.type == "cpu" else 0
     heads, kv_heads, dim = (
-        EXAMPLE.num_attention_heads, EXAMPLE.num_key_value_heads, EXAMPLE.head_dim,
-    )  # fmt: skip
+        EXAMPLE.num_attention_heads,
+        EXAMPLE.num_key_value_heads,
+        EXAMPLE.head_dim,
+    )
 
     def call(queries: int, keys: int, first: int) -> Callable[[], object]:
         q = torch.randn(queries, heads, dim, device=clock.device).to(dtype)
@@ -52,9 +54,7 @@ def attention_rates(clock: Clock, dtype: torch.dtype) -> tuple[float, dict[str, 
 
     few_queries = max(1, few_rows * kv_heads // heads)
     empty = clock(call(1, 1, 1), calls=32)
-    few = clock.all(
-        {"one": call(1, 8192, 8192), "several": call(few_queries, 8192, 8192)}, calls=4
-    )
+    few = clock.all({"one": call(1, 8192, 8192), "several": call(few_queries, 8192, 8192)}, calls=4)
     times = clock.all(
         {
             "dense": call(ROWS, 2048, 2048),

@@ -37,9 +37,7 @@ class Clock:
                     torch.cuda.synchronize()
                 if repeat:  # the first one warms up
                     spent[name].append((time.perf_counter() - began) / calls)
-        middle = {
-            name: statistics.median(times) if times else 0.0 for name, times in spent.items()
-        }
+        middle = {name: statistics.median(times) if times else 0.0 for name, times in spent.items()}
         return {name: max(found[name] for found in self.world.gather(middle)) for name in works}
 
 

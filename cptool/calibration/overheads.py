@@ -28,9 +28,12 @@ VARIANTS = ("pass-kv", "gather-kv", "pass-q", "pass-q-all2all", "gather-q")
 
 
 def with_overheads(
-    world: World, worlds: dict[int, World | None], profile: HardwareProfile, dtype: str,
+    world: World,
+    worlds: dict[int, World | None],
+    profile: HardwareProfile,
+    dtype: str,
     repeats: int,
-) -> HardwareProfile:  # fmt: skip
+) -> HardwareProfile:
     """`profile` with what a forward costs once, and what it and the layers of each variant cost
     beyond what the rest of the profile says, where they have next to nothing to compute.
 
@@ -58,9 +61,7 @@ def with_overheads(
                 placements = hold(engine, HELD)
             for variant in VARIANTS if count > 1 else VARIANTS[:1]:
                 for new in (1, 2 * count):
-                    works[f"{variant} {new} {layers}"] = _forward(
-                        engine, placements, variant, new
-                    )
+                    works[f"{variant} {new} {layers}"] = _forward(engine, placements, variant, new)
         times = clock.all(works)
         found, started = {}, {}
         for variant in VARIANTS if count > 1 else VARIANTS[:1]:

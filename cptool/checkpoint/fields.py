@@ -69,9 +69,7 @@ def number(source: Path, fields: dict[str, Any], key: str, default: float | None
     """The finite number under `key`; `default` where there is none, if that is allowed."""
     value = default if fields.get(key) is None else fields[key]
     if type(value) not in (int, float):
-        raise UserError(
-            f"{source}: {key} is {shown(value)}, it must be a number; correct the file"
-        )
+        raise UserError(f"{source}: {key} is {shown(value)}, it must be a number; correct the file")
     try:
         value = float(value)
     except OverflowError:  # An integer beyond every float.

@@ -59,6 +59,7 @@ _ROPE_DIVISORS = "rope_freqs.weight"
 # llama.cpp's defaults of a SentencePiece vocabulary.
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}
 
+
 def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
     """Opens and validates the file `path`; UserError if it is damaged or not a plain Llama."""
     header = read_header(path)
@@ -118,17 +119,17 @@ def _check_kind(path: Path, metadata: dict[str, Any]) -> None:
         )
     if kind != "model":
         what = {
-            "imatrix": "an importance matrix", "mmproj": "a projector of images or sound",
-            "vocab": "a vocabulary", "clip-vision": "an encoder of images",
-        }.get(kind if isinstance(kind, str) else "", f"a file of type {shown(kind)}")  # fmt: skip
+            "imatrix": "an importance matrix",
+            "mmproj": "a projector of images or sound",
+            "vocab": "a vocabulary",
+            "clip-vision": "an encoder of images",
+        }.get(kind if isinstance(kind, str) else "", f"a file of type {shown(kind)}")
         raise UserError(f"{path}: {what}, not a model; give the GGUF of the model itself")
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         missing = architecture is None
         named = "not named in it" if missing else f"{shown(architecture)}, which is not supported"
-        raise UserError(
-            f"{path}: its architecture is {named}; use a GGUF of a llama model"
-        )
+        raise UserError(f"{path}: its architecture is {named}; use a GGUF of a llama model")
     if metadata.get("llama.pooling_type", 0) not in (0, None):
         raise UserError(
             f"{path}: llama.pooling_type is {shown(metadata['llama.pooling_type'])}, as embedding "
@@ -199,9 +200,7 @@ def _read_config(path: Path, header: Header, notes: list[str]) -> LlamaConfig:
     )
 
 
-def _linear_scaling(
-    path: Path, metadata: dict[str, Any], notes: list[str]
-) -> RopeScaling | None:
+def _linear_scaling(path: Path, metadata: dict[str, Any], notes: list[str]) -> RopeScaling | None:
     """As llama.cpp reads it: a factor without a type is linear, the older key counts where there is
     no newer one, 0 is no factor, and type none leaves a factor out.
     """

@@ -29,12 +29,23 @@ _MAX_NAME_BYTES, _MAX_STRING_BYTES, _MAX_METADATA_BYTES = 2**16, 2**26, 2**30
 
 # Types that are no more or never were in llama.cpp's own files.
 _OTHER_TYPES = {
-    4: "Q4_2, removed", 5: "Q4_3, removed", 31: "Q4_0_4_4, removed", 32: "Q4_0_4_8, removed",
-    33: "Q4_0_8_8, removed", 36: "IQ4_NL_4_4, removed", 37: "IQ4_NL_4_8, removed",
-    38: "IQ4_NL_8_8, removed", 97: "of ik_llama.cpp", 133: "of ik_llama.cpp",
-    134: "of ik_llama.cpp", 137: "of ik_llama.cpp", 138: "of ik_llama.cpp",
-    139: "of ik_llama.cpp", 140: "of ik_llama.cpp", 141: "of ik_llama.cpp",
-}  # fmt: skip
+    4: "Q4_2, removed",
+    5: "Q4_3, removed",
+    31: "Q4_0_4_4, removed",
+    32: "Q4_0_4_8, removed",
+    33: "Q4_0_8_8, removed",
+    36: "IQ4_NL_4_4, removed",
+    37: "IQ4_NL_4_8, removed",
+    38: "IQ4_NL_8_8, removed",
+    97: "of ik_llama.cpp",
+    133: "of ik_llama.cpp",
+    134: "of ik_llama.cpp",
+    137: "of ik_llama.cpp",
+    138: "of ik_llama.cpp",
+    139: "of ik_llama.cpp",
+    140: "of ik_llama.cpp",
+    141: "of ik_llama.cpp",
+}
 
 
 _KNOWN_TYPES = frozenset(map(int, GGMLQuantizationType))

@@ -68,7 +68,7 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
     if not tied and HEAD not in found and EMBEDDING in found:
         raise UserError(
             f"{path}: {HEAD} is missing, as in embedding models, and {config_file.name} does not "
-            f"say that the embedding serves in its place; set \"tie_word_embeddings\" to true "
+            f'say that the embedding serves in its place; set "tie_word_embeddings" to true '
             f"there if it does, or use a LlamaForCausalLM checkpoint"
         )
     config = read_config(config_file, fields, notes)

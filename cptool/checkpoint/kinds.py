@@ -131,11 +131,18 @@ def why_no_weights(path: Path) -> str:
         if (why := dangling(file)) is not None:
             return f"{file.name} is {why}"
     for pattern, kind in (
-        ("*.bin", "pickled weights"), ("*.pth", "pickled weights"), ("*.pt", "pickled weights"),
-        ("*.ckpt", "pickled weights"), ("*.h5", "TensorFlow weights"),
-        ("*.msgpack", "Flax weights"), ("*.onnx", "an ONNX graph"), ("onnx/*.onnx", "ONNX graphs"),
-        ("*.npz", "NumPy weights"), ("*.nemo", "a NeMo archive"), ("*.engine", "TensorRT engines"),
-    ):  # fmt: skip
+        ("*.bin", "pickled weights"),
+        ("*.pth", "pickled weights"),
+        ("*.pt", "pickled weights"),
+        ("*.ckpt", "pickled weights"),
+        ("*.h5", "TensorFlow weights"),
+        ("*.msgpack", "Flax weights"),
+        ("*.onnx", "an ONNX graph"),
+        ("onnx/*.onnx", "ONNX graphs"),
+        ("*.npz", "NumPy weights"),
+        ("*.nemo", "a NeMo archive"),
+        ("*.engine", "TensorRT engines"),
+    ):
         if file := next(iter(sorted(path.glob(pattern))), None):
             if any(path.glob("*.safetensors")):
                 break
@@ -168,9 +175,12 @@ def _why_no_config(path: Path) -> str:
     if (path / "snapshots").is_dir():
         return "the cache folder of a hub repository; give one of the directories in snapshots/"
     for pattern, kind in (
-        ("*.onnx", "an ONNX graph"), ("*.h5", "TensorFlow weights"),
-        ("*.msgpack", "Flax weights"), ("*.nemo", "a NeMo archive"), ("*.npz", "MLX weights"),
-    ):  # fmt: skip
+        ("*.onnx", "an ONNX graph"),
+        ("*.h5", "TensorFlow weights"),
+        ("*.msgpack", "Flax weights"),
+        ("*.nemo", "a NeMo archive"),
+        ("*.npz", "MLX weights"),
+    ):
         if file := next(iter(sorted(path.glob(pattern))), None):
             return f"no config.json in it but {kind} ({file.name}), not supported; {CONVERT}"
     if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):

@@ -94,8 +94,11 @@ def _is_unset(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    return _is_unset(value) or isinstance(value, bool | int | float) and value in (0, 1) and (
-        value is not True
+    return (
+        _is_unset(value)
+        or isinstance(value, bool | int | float)
+        and value in (0, 1)
+        and (value is not True)
     )
 
 
@@ -384,7 +387,14 @@ GGUF = FieldList(
         "llama.nextn_predict_layers": _OFF,
     },
     harmless_prefixes=(
-        "general.base_model.", "general.dataset.", "general.source.", "general.base_models.",
-        "tokenizer.chat_template.", "quantize.", "imatrix.", "training.", "mradermacher.",
+        "general.base_model.",
+        "general.dataset.",
+        "general.source.",
+        "general.base_models.",
+        "tokenizer.chat_template.",
+        "quantize.",
+        "imatrix.",
+        "training.",
+        "mradermacher.",
     ),
-)  # fmt: skip
+)

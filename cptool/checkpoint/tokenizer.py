@@ -404,9 +404,19 @@ _CUTS = {
 # Tokens that end a turn or a message, by the names that models give them. Many files name only the
 # end of the text in their metadata.
 _ENDS = (
-    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>",
-    "<|end_of_text|>", "<|endoftext|>", "<|end_of_turn|>", "<|eot|>", "<EOT>",
-)  # fmt: skip
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<|end_of_turn|>",
+    "<|eot|>",
+    "<EOT>",
+)
 
 
 def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:

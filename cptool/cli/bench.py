@@ -60,9 +60,7 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     dtypes = ("bfloat16", "float32") if dtype == "auto" else (dtype,)
     options = {"device": device, "threads": threads}
     with draw.progress() as watch:
-        profile, path, rank = distributed.run(
-            _on_rank, dtypes, None, cp=cp, watch=watch, **options
-        )
+        profile, path, rank = distributed.run(_on_rank, dtypes, None, cp=cp, watch=watch, **options)
         if more:
             profile, path, rank = distributed.run(
                 _on_rank, dtypes, profile, cp=2 * cp, watch=watch, **options

@@ -9,15 +9,28 @@ from cptool.cli.counts import Heads, TokenCount
 
 @click.command(short_help="Attention of new tokens over cached ones, on one device.")
 @click.option(
-    "--tokens", "-t", type=TokenCount(), multiple=True, default=(1, 1024, 4096), show_default=True,
+    "--tokens",
+    "-t",
+    type=TokenCount(),
+    multiple=True,
+    default=(1, 1024, 4096),
+    show_default=True,
     help="New tokens; 1 is a decode step.",
-)  # fmt: skip
+)
 @click.option(
-    "--cached", type=TokenCount(0), multiple=True, help="Tokens before them.  [default: 0, and "
-    "32767 before a single token]",
-)  # fmt: skip
-@click.option("--heads", type=Heads(), multiple=True, default=((8, 8), (8, 2)), metavar="Q/KV",
-              help="Query and KV heads.  [default: 8/8 and 8/2]")  # fmt: skip
+    "--cached",
+    type=TokenCount(0),
+    multiple=True,
+    help="Tokens before them.  [default: 0, and 32767 before a single token]",
+)
+@click.option(
+    "--heads",
+    type=Heads(),
+    multiple=True,
+    default=((8, 8), (8, 2)),
+    metavar="Q/KV",
+    help="Query and KV heads.  [default: 8/8 and 8/2]",
+)
 @kernel_options
 @measure_options
 def attention(tokens, cached, heads, head_dim, dtypes, device, threads, repeats, plot, as_json):
@@ -52,12 +65,23 @@ def attention(tokens, cached, heads, head_dim, dtypes, device, threads, repeats,
     emit(
         fields,
         as_json=as_json,
-        columns=("dtype", "heads", "D", "tokens", "ms (least to most)", "TFLOP/s", "GB/s of KV",
-                 "of ceiling", "times torch", "error", "torch's"),
+        columns=(
+            "dtype",
+            "heads",
+            "D",
+            "tokens",
+            "ms (least to most)",
+            "TFLOP/s",
+            "GB/s of KV",
+            "of ceiling",
+            "times torch",
+            "error",
+            "torch's",
+        ),
         row=_row,
         caption="Of ceiling: of the matrix product's rate, or of memory's (m). Errors: the largest "
         "against float64.",
-    )  # fmt: skip
+    )
     if plot:
         _draw(plots, plot, fields["results"])
 
@@ -96,6 +120,11 @@ def _draw(plots, path, results) -> None:
         if len(peer) == len(rows):
             lines.append(plots.Line("torch, the same", at, peer, dashed=True))
     plots.draw(
-        path, lines, title="One call of attention", x="new tokens", y="TFLOP/s", logarithmic="x",
+        path,
+        lines,
+        title="One call of attention",
+        x="new tokens",
+        y="TFLOP/s",
+        logarithmic="x",
         ticks=sorted({r["tokens"] for r in results}),
-    )  # fmt: skip
+    )

@@ -19,19 +19,43 @@ from cptool.cli.counts import TokenCount
 
 @click.command(short_help="Decode steps over cached lengths, ranks and variants.")
 @click.argument("model", metavar="MODEL|SHAPE")
-@click.option("--cached", type=TokenCount(0), multiple=True, default=(1024, 8192),
-              show_default=True,
-              help="Tokens before the first step; repeat to compare.")  # fmt: skip
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Sequences, each with as many cached tokens.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True,
-              help="Tokens of a sample.")  # fmt: skip
+@click.option(
+    "--cached",
+    type=TokenCount(0),
+    multiple=True,
+    default=(1024, 8192),
+    show_default=True,
+    help="Tokens before the first step; repeat to compare.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Sequences, each with as many cached tokens.",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens of a sample."
+)
 @model_options
 @measure_options
 def decode(
-    model, cached, batch, steps, ranks, tp, variants, layers, dtype, calibrate, device, threads,
-    repeats, plot, as_json,
-):  # fmt: skip
+    model,
+    cached,
+    batch,
+    steps,
+    ranks,
+    tp,
+    variants,
+    layers,
+    dtype,
+    calibrate,
+    device,
+    threads,
+    repeats,
+    plot,
+    as_json,
+):
     """Sweep cached lengths, ranks and variants; predicted stands beside measured.
 
     MODEL and its random weights are as in `cptool bench prefill`. The ceiling is reading a weight
@@ -46,9 +70,16 @@ def decode(
     from cptool.bench.forward import cut
 
     sweep = Sweep(
-        cut(config, layers), dtype, ranks, tuple(sorted(set(cached))),
-        variants or DEFAULT_VARIANTS, batch, steps, repeats, calibrate,
-    )  # fmt: skip
+        cut(config, layers),
+        dtype,
+        ranks,
+        tuple(sorted(set(cached))),
+        variants or DEFAULT_VARIANTS,
+        batch,
+        steps,
+        repeats,
+        calibrate,
+    )
     fields = measured(measure, sweep, tp, device=device, threads=threads)
     if fields is None:
         return
@@ -56,13 +87,24 @@ def decode(
     emit(
         {**head(model, config, sweep, tp), "steps": steps, **fields},
         as_json=as_json,
-        columns=("N", "batch", "cached", "variant", "ms a token (least to most)", "predicted",
-                 "pred./meas.", "exposed ms", "GB/s a rank", "of ceiling", "regret"),
+        columns=(
+            "N",
+            "batch",
+            "cached",
+            "variant",
+            "ms a token (least to most)",
+            "predicted",
+            "pred./meas.",
+            "exposed ms",
+            "GB/s a rank",
+            "of ceiling",
+            "regret",
+        ),
         row=_row,
         caption=f"{shown}, random weights, vocabulary of {sweep.config.vocab_size:,}, "
         f"{dtype}. GB/s: weights and KV read. Of ceiling: of reading a weight matrix. Regret: what "
         f"auto lost against the fastest. Predicted from: {fields['profile']['name']}.",
-    )  # fmt: skip
+    )
     if plot:
         _draw(plots, plot, fields["results"], f"{shown}, batch {batch}")
 
@@ -86,6 +128,11 @@ def _row(r) -> list[str]:
 def _draw(plots, path, results, title) -> None:
     lines = curves(grouped(results, kind), "cached", "ttit_seconds", scale=1e3)
     plots.draw(
-        path, lines, title=title, x="cached tokens", y="time per token, ms", logarithmic="xy",
+        path,
+        lines,
+        title=title,
+        x="cached tokens",
+        y="time per token, ms",
+        logarithmic="xy",
         ticks=sorted({r["cached"] for r in results}),
-    )  # fmt: skip
+    )

@@ -10,20 +10,43 @@ PATTERNS = ("send-receive", "all-gather", "all-to-all")
 
 
 @click.command(short_help="Send-receive, all-gather, all-to-all between ranks.")
-@click.option("--cp", type=click.IntRange(min=2), metavar="N", help="Ranks.  [default: 2, or what "
-              "the launcher started]")  # fmt: skip
-@click.option("--size", "sizes", type=Bytes(), multiple=True, default=("1K", "32K", "1M", "16M"),
-              show_default=True, help="Bytes that a rank gives to one other.")  # fmt: skip
-@click.option("--pattern", "patterns", type=click.Choice(PATTERNS), multiple=True,
-              default=PATTERNS, show_default=True)  # fmt: skip
-@click.option("--overlap/--no-overlap", default=True, help="Whether to measure compute beside a "
-              "transfer.  [default: it is]")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(min=1), default=300.0, metavar="S",
-              help="Seconds to wait for another rank.  [default: 300]")  # fmt: skip
+@click.option(
+    "--cp",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Ranks.  [default: 2, or what the launcher started]",
+)
+@click.option(
+    "--size",
+    "sizes",
+    type=Bytes(),
+    multiple=True,
+    default=("1K", "32K", "1M", "16M"),
+    show_default=True,
+    help="Bytes that a rank gives to one other.",
+)
+@click.option(
+    "--pattern",
+    "patterns",
+    type=click.Choice(PATTERNS),
+    multiple=True,
+    default=PATTERNS,
+    show_default=True,
+)
+@click.option(
+    "--overlap/--no-overlap",
+    default=True,
+    help="Whether to measure compute beside a transfer.  [default: it is]",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=300.0,
+    metavar="S",
+    help="Seconds to wait for another rank.  [default: 300]",
+)
 @measure_options
-def link(
-    cp, sizes, patterns, overlap, timeout, device, threads, repeats, plot, as_json
-):
+def link(cp, sizes, patterns, overlap, timeout, device, threads, repeats, plot, as_json):
     """Send-receive along the ring, all-gather and all-to-all between ranks, over message sizes.
 
     Ranks are started here, or, under torchrun or srun, are those of the launcher, over its
@@ -39,9 +62,17 @@ def link(
     distributed.check_size(cp, 1)
     with draw.progress() as watch:
         results, facts, rank = distributed.run(
-            _on_rank, list(sizes), list(patterns), repeats, overlap,
-            cp=cp, device=device, threads=threads, timeout=timeout, watch=watch,
-        )  # fmt: skip
+            _on_rank,
+            list(sizes),
+            list(patterns),
+            repeats,
+            overlap,
+            cp=cp,
+            device=device,
+            threads=threads,
+            timeout=timeout,
+            watch=watch,
+        )
     if rank:
         return
     emit(
@@ -89,11 +120,18 @@ def _draw(plots, path, results) -> None:
         plots.Line(name, [r["size"] for r in rows], [r["rate"] / 1e9 for r in rows])
         for name, rows in kinds.items()
     ]
-    tcp = [(r["size"], r["size"] / r["tcp_seconds"]["median"] / 1e9)
-           for r in next(iter(kinds.values())) if r["tcp_seconds"]]  # fmt: skip
+    tcp = [
+        (r["size"], r["size"] / r["tcp_seconds"]["median"] / 1e9)
+        for r in next(iter(kinds.values()))
+        if r["tcp_seconds"]
+    ]
     if tcp:
         lines.append(plots.Line("plain TCP", *zip(*tcp), dashed=True))
     plots.draw(
-        path, lines, title="Transfers between ranks", x="bytes to one other rank",
-        y="GB/s that leave a rank", logarithmic="xy",
-    )  # fmt: skip
+        path,
+        lines,
+        title="Transfers between ranks",
+        x="bytes to one other rank",
+        y="GB/s that leave a rank",
+        logarithmic="xy",
+    )

@@ -8,12 +8,25 @@ from cptool.cli.counts import TokenCount
 
 
 @click.command()
-@click.option("--partials", "-n", type=click.IntRange(min=1), multiple=True, default=(2, 4, 8),
-              show_default=True)  # fmt: skip
-@click.option("--tokens", "-t", type=TokenCount(), multiple=True, default=(16, 1024, 8192),
-              show_default=True)  # fmt: skip
-@click.option("--heads", type=click.IntRange(min=1), multiple=True, default=(8,), metavar="N",
-              show_default=True)  # fmt: skip
+@click.option(
+    "--partials",
+    "-n",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(2, 4, 8),
+    show_default=True,
+)
+@click.option(
+    "--tokens", "-t", type=TokenCount(), multiple=True, default=(16, 1024, 8192), show_default=True
+)
+@click.option(
+    "--heads",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(8,),
+    metavar="N",
+    show_default=True,
+)
 @kernel_options
 @measure_options
 def merge(partials, tokens, heads, head_dim, dtypes, device, threads, repeats, plot, as_json):
@@ -43,12 +56,22 @@ def merge(partials, tokens, heads, head_dim, dtypes, device, threads, repeats, p
     emit(
         fields,
         as_json=as_json,
-        columns=("dtype", "heads", "D", "partials", "tokens", "ms (least to most)", "GB/s",
-                 "of ceiling", "times torch", "error"),
+        columns=(
+            "dtype",
+            "heads",
+            "D",
+            "partials",
+            "tokens",
+            "ms (least to most)",
+            "GB/s",
+            "of ceiling",
+            "times torch",
+            "error",
+        ),
         row=_row,
         caption="Of ceiling: of a copy of as many bytes, read and written. Errors: the largest "
         "against float64.",
-    )  # fmt: skip
+    )
     if plot:
         _draw(plots, plot, fields["results"])
 
@@ -77,6 +100,11 @@ def _draw(plots, path, results) -> None:
         for name, rows in kinds.items()
     ]
     plots.draw(
-        path, lines, title="Merging partials", x="tokens", y="GB/s read and written",
-        logarithmic="x", ticks=sorted({r["tokens"] for r in results}),
-    )  # fmt: skip
+        path,
+        lines,
+        title="Merging partials",
+        x="tokens",
+        y="GB/s read and written",
+        logarithmic="x",
+        ticks=sorted({r["tokens"] for r in results}),
+    )

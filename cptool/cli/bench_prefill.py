@@ -20,17 +20,42 @@ from cptool.cli.counts import TokenCount
 
 @click.command(short_help="Prefill over contexts, miss rates, ranks and variants.")
 @click.argument("model", metavar="MODEL|SHAPE")
-@click.option("--context", "contexts", type=TokenCount(), multiple=True, default=(1024, 4096),
-              show_default=True, help="Tokens in all; repeat to compare.")  # fmt: skip
-@click.option("--miss-rate", "miss_rates", type=click.FloatRange(0, 1, min_open=True),
-              multiple=True, default=(1.0,), show_default=True,
-              help="Of the context, what is new: T / (T + P).")  # fmt: skip
+@click.option(
+    "--context",
+    "contexts",
+    type=TokenCount(),
+    multiple=True,
+    default=(1024, 4096),
+    show_default=True,
+    help="Tokens in all; repeat to compare.",
+)
+@click.option(
+    "--miss-rate",
+    "miss_rates",
+    type=click.FloatRange(0, 1, min_open=True),
+    multiple=True,
+    default=(1.0,),
+    show_default=True,
+    help="Of the context, what is new: T / (T + P).",
+)
 @model_options
 @measure_options
 def prefill(
-    model, contexts, miss_rates, ranks, tp, variants, layers, dtype, calibrate, device, threads,
-    repeats, plot, as_json,
-):  # fmt: skip
+    model,
+    contexts,
+    miss_rates,
+    ranks,
+    tp,
+    variants,
+    layers,
+    dtype,
+    calibrate,
+    device,
+    threads,
+    repeats,
+    plot,
+    as_json,
+):
     """Sweep contexts, miss rates, ranks and variants; predicted stands beside measured.
 
     MODEL is a directory, a .gguf file, a name such as llama3-8b or a config.json. Only its shape
@@ -47,9 +72,15 @@ def prefill(
     from cptool.bench.prefill import Sweep, measure
 
     sweep = Sweep(
-        cut(config, layers), dtype, ranks, tuple(sorted(set(contexts))),
-        tuple(sorted(set(miss_rates))), variants or DEFAULT_VARIANTS, repeats, calibrate,
-    )  # fmt: skip
+        cut(config, layers),
+        dtype,
+        ranks,
+        tuple(sorted(set(contexts))),
+        tuple(sorted(set(miss_rates))),
+        variants or DEFAULT_VARIANTS,
+        repeats,
+        calibrate,
+    )
     fields = measured(measure, sweep, tp, device=device, threads=threads)
     if fields is None:
         return
@@ -57,13 +88,25 @@ def prefill(
     emit(
         {**head(model, config, sweep, tp), **fields},
         as_json=as_json,
-        columns=("N", "context", "new", "variant", "ms (least to most)", "predicted",
-                 "pred./meas.", "exposed ms", "sent", "TFLOP/s", "of ceiling", "regret"),
+        columns=(
+            "N",
+            "context",
+            "new",
+            "variant",
+            "ms (least to most)",
+            "predicted",
+            "pred./meas.",
+            "exposed ms",
+            "sent",
+            "TFLOP/s",
+            "of ceiling",
+            "regret",
+        ),
         row=_row,
         caption=f"{shown}, random weights, vocabulary of {sweep.config.vocab_size:,}, "
         f"{dtype}. Of ceiling: of a large matrix product's rate on each rank. Regret: what auto "
         f"lost against the fastest. Predicted from: {fields['profile']['name']}.",
-    )  # fmt: skip
+    )
     if plot:
         _draw(plots, plot, fields["results"], shown)
 
@@ -97,6 +140,11 @@ def _draw(plots, path, results, title) -> None:
 
     lines = curves(grouped(results, name), x, "ttft_seconds")
     plots.draw(
-        path, lines, title=title, x="miss rate T / (T + P)" if over_miss else "context, tokens",
-        y="time to the first token, s", logarithmic="xy", ticks=sorted({r[x] for r in results}),
-    )  # fmt: skip
+        path,
+        lines,
+        title=title,
+        x="miss rate T / (T + P)" if over_miss else "context, tokens",
+        y="time to the first token, s",
+        logarithmic="xy",
+        ticks=sorted({r[x] for r in results}),
+    )

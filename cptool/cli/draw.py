@@ -109,9 +109,12 @@ def phases(report: "Report", path: str | None, *, to_stderr: bool = False) -> No
     for part in report.phases:
         ranks = len(part.wall_s)
         table = Table(
-            box=None, padding=(0, 1), header_style="bold", title=f"{part.name}: ms",
+            box=None,
+            padding=(0, 1),
+            header_style="bold",
+            title=f"{part.name}: ms",
             title_justify="left",
-        )  # fmt: skip
+        )
         shown = range(ranks) if ranks <= 8 else ()
         for column in ("phase", "mean", "of wall", *(f"rank {r}" for r in shown)):
             table.add_column(column, justify="left" if column == "phase" else "right")

@@ -71,9 +71,16 @@ def emulate(
     if threads:
         torch.set_num_threads(threads)
     scenario = Scenario(
-        config, cp, tp, context - cached, cached, variant, getattr(torch, dtype),
-        torch.device(device, 0) if device == "cuda" else torch.device(device), fp8,
-    )  # fmt: skip
+        config,
+        cp,
+        tp,
+        context - cached,
+        cached,
+        variant,
+        getattr(torch, dtype),
+        torch.device(device, 0) if device == "cuda" else torch.device(device),
+        fp8,
+    )
     if fp8:
         check_fp8(scenario.device, scenario.dtype)
     profile = find_profile(hardware) if hardware else load_profile(device)

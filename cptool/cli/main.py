@@ -22,8 +22,17 @@ from cptool.termination import orderly
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 COMMANDS = (
-    "prefill", "decode", "chat", "session", "verify", "plan", "bench", "pull", "demo", "doctor",
-)  # fmt: skip
+    "prefill",
+    "decode",
+    "chat",
+    "session",
+    "verify",
+    "plan",
+    "bench",
+    "pull",
+    "demo",
+    "doctor",
+)
 
 # From click 8.2 on; before, click shows the help by itself.
 _NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())

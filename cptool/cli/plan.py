@@ -33,53 +33,81 @@ class Duration(click.ParamType):
 @click.command(short_help="Predict times, memory and communication; nothing is run.")
 @click.argument("model", metavar="MODEL|SHAPE")
 @click.option(
-    "--context", type=TokenCount(), required=True, metavar="N",
+    "--context",
+    type=TokenCount(),
+    required=True,
+    metavar="N",
     help="Tokens of a sequence, cached and new, such as 128000, 128K or 1M.",
-)  # fmt: skip
+)
 @click.option(
     "--cached", type=TokenCount(0), default=0, metavar="P", help="Of them, with KV already."
 )
 @click.option("--batch", type=click.IntRange(min=1), default=1, metavar="B", help="Sequences.")
 @click.option(
-    "--decode", "answer", type=TokenCount(0), default=0, metavar="N",
+    "--decode",
+    "answer",
+    type=TokenCount(0),
+    default=0,
+    metavar="N",
     help="Tokens to answer, for the memory and the time of the whole.",
-)  # fmt: skip
+)
 @click.option(
-    "--hardware", metavar="NAME|FILE",
+    "--hardware",
+    metavar="NAME|FILE",
     help="A profile such as gtt-h100, h200 or measured.  [default: what `bench calibrate` "
     "measured here, else h100-sxm]",
-)  # fmt: skip
+)
 @click.option("--cp", type=click.IntRange(min=1), metavar="N", help="Fix the CP ranks.")
 @click.option("--tp", type=click.IntRange(min=1), metavar="M", help="Fix the TP ranks of each.")
 @click.option("--variant", type=click.Choice(VARIANTS), default="auto", show_default=True)
 @click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16",
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
     show_default=True,
-)  # fmt: skip
+)
 @click.option(
-    "--fp8/--no-fp8", default=None,
+    "--fp8/--no-fp8",
+    default=None,
     help="Feed-forward layers in row-wise scaled FP8.  [default: as the hardware's owner does]",
-)  # fmt: skip
+)
 @click.option("--ttft-below", type=Duration(), metavar="S", help="Target, such as 10s or 800ms.")
 @click.option(
-    "--max-gpus", type=click.IntRange(min=1), metavar="N",
+    "--max-gpus",
+    type=click.IntRange(min=1),
+    metavar="N",
     help="Ranks to use at most.  [default: one host's]",
-)  # fmt: skip
+)
 @click.option("--eager", is_flag=True, help="Decode without CUDA graphs.")
 @click.option(
-    "--as-published", is_flag=True,
+    "--as-published",
+    is_flag=True,
     help="As the paper's system works: pass-KV, or pass-Q with 16-bit partials exchanged at its "
     "end; decode by pass-Q with its queries padded to a multiple of N.",
-)  # fmt: skip
-@click.option("--sweep", type=click.Choice(SWEEPS), help="A table over these instead.")
-@click.option(
-    "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the sweep."
 )
+@click.option("--sweep", type=click.Choice(SWEEPS), help="A table over these instead.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the sweep.")
 @json_option
 def plan(
-    model, context, cached, batch, answer, hardware, cp, tp, variant, dtype, fp8, ttft_below,
-    max_gpus, eager, as_published, sweep, plot, as_json,
-) -> None:  # fmt: skip
+    model,
+    context,
+    cached,
+    batch,
+    answer,
+    hardware,
+    cp,
+    tp,
+    variant,
+    dtype,
+    fp8,
+    ttft_below,
+    max_gpus,
+    eager,
+    as_published,
+    sweep,
+    plot,
+    as_json,
+) -> None:
     """Predict the time to the first token and between tokens, memory and communication.
 
     MODEL is a checkpoint, a config.json, or the shape of a published model by name (llama2-70b,
@@ -93,8 +121,10 @@ def plan(
     if plot is not None and sweep is None:
         raise UserError(f"--plot {plot}: there is nothing to draw without --sweep")
     for other, given, value in (
-        (sweep, "ttft-below", ttft_below), ("ranks", "cp", cp), ("miss-rates", "cached", cached),
-    ):  # fmt: skip
+        (sweep, "ttft-below", ttft_below),
+        ("ranks", "cp", cp),
+        ("miss-rates", "cached", cached),
+    ):
         if sweep is not None and sweep == other and value:
             raise UserError(f"--{given}: --sweep {sweep} has no use for it; leave it out")
     notes: list[str] = []
@@ -113,9 +143,16 @@ def plan(
     if as_published and variant == "pass-q":
         variant = "pass-q-all2all"
     work = planner.Workload(
-        config, context, cached, batch, answer, dtype, feed_forward,
-        published=as_published, graphs=not eager,
-    )  # fmt: skip
+        config,
+        context,
+        cached,
+        batch,
+        answer,
+        dtype,
+        feed_forward,
+        published=as_published,
+        graphs=not eager,
+    )
     ranks = max_gpus or max((cp or 1) * (tp or 1), profile.ranks_per_host or _here(profile))
     if sweep is not None:
         from cptool import plot as plots
@@ -271,7 +308,8 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
             "layout",
             f"{best.cp} cp x {best.tp} tp, {draw.some(best.ranks, 'rank')} on "
             f"{draw.some(best.hosts, 'host')}, {work.dtype}"
-            + ", feed-forward in FP8" * (work.feed_forward == "float8"),
+            + ", feed-forward in FP8"
+            * (work.feed_forward == "float8"),
         ),
         ("variant", f"{best.choice.variant} ({best.choice.reason})"),
         ("first token", duration(best.ttft.seconds) + _missed(answer, ttft_below)),
@@ -310,9 +348,7 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
         draw.table([(f"  {n} {duration(e.seconds)}", why) for n, e, why in _variants(best)])
     if answer.rejected:
         # What would run comes first, the fastest of it.
-        others = sorted(
-            answer.rejected, key=lambda r: (bool(r[0].excess_bytes), r[0].ttft.seconds)
-        )
+        others = sorted(answer.rejected, key=lambda r: (bool(r[0].excess_bytes), r[0].ttft.seconds))
         more = f" ({SHOWN} of {len(others)}, --json has all)" if len(others) > SHOWN else ""
         click.echo(f"\nother layouts{more}")
         draw.table(

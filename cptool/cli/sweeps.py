@@ -91,8 +91,11 @@ def miss_rates(work, cp, tp, variant, profile: HardwareProfile, ranks: int) -> T
         name: [
             _seconds(
                 dataclasses.replace(work, cached=work.context - round(m * work.context)),
-                cp, tp, name, profile,
-            )  # fmt: skip
+                cp,
+                tp,
+                name,
+                profile,
+            )
             for m in rates
         ]
         for name in names

@@ -63,9 +63,7 @@ def decode_step(variant: str, forward: Forward, profile: HardwareProfile) -> Est
     return _estimate(variant, forward, profile, once)
 
 
-def _estimate(
-    variant: str, forward: Forward, profile: HardwareProfile, once: float
-) -> Estimate:
+def _estimate(variant: str, forward: Forward, profile: HardwareProfile, once: float) -> Estimate:
     rates, config = Rates(forward, profile), forward.config
     # The rank that owns most of the last tokens; the head is replicated over TP ranks.
     rows = -(-forward.batch // forward.sources)

@@ -55,4 +55,3 @@ def _messages(variant: str, forward: Forward) -> float:
     if variant == "gather-q":
         return 2 * forward.sources * (queries + partial) + forward.ranks * partial
     return 2 * queries + 2 * forward.ranks * partial
-

@@ -153,6 +153,11 @@ class Prediction:
 
 
 PARTS = (
-    "linear_s", "elementwise_s", "attention_s", "merge_s", "tensor_parallel_s", "exposed_s",
+    "linear_s",
+    "elementwise_s",
+    "attention_s",
+    "merge_s",
+    "tensor_parallel_s",
+    "exposed_s",
     "overhead_s",
-)  # fmt: skip
+)

@@ -31,9 +31,13 @@ class RowwiseFp8(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, scale = _scaled(x)
         return torch._scaled_mm(
-            rows, self.weight.t(), scale, self.scale.t(), out_dtype=torch.bfloat16,
+            rows,
+            self.weight.t(),
+            scale,
+            self.scale.t(),
+            out_dtype=torch.bfloat16,
             use_fast_accum=True,
-        )  # fmt: skip
+        )
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:

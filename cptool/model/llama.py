@@ -94,9 +94,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(
-        self, config: LlamaConfig, tp: int, device: torch.device | str
-    ) -> None:
+    def __init__(self, config: LlamaConfig, tp: int, device: torch.device | str) -> None:
         super().__init__()
         width = config.intermediate_size // tp
         self.gate_up_proj = Linear(config.hidden_size, 2 * width, device)
@@ -116,9 +114,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
         self.self_attn = Attention(config, layer, tp, device)
-        self.post_attention_layernorm = RMSNorm(
-            config.hidden_size, config.rms_norm_eps, device
-        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
         self.mlp = MLP(config, tp, device)
 
     def forward(
@@ -145,9 +141,14 @@ class DecoderLayer(nn.Module):
         )
         attended = attend(attention.layer, *qkv.split((q, kv, kv), dim=1))
         decoder_layer.after_attention_(
-            hidden, attended, attention.o_proj.weight, after.weight, after.eps,
-            mlp.gate_up_proj.weight, mlp.down_proj.weight,
-        )  # fmt: skip
+            hidden,
+            attended,
+            attention.o_proj.weight,
+            after.weight,
+            after.eps,
+            mlp.gate_up_proj.weight,
+            mlp.down_proj.weight,
+        )
 
     def _unobserved(self) -> bool:
         """Whether all products are this file's, and no hook waits for a module within, as those of
@@ -183,8 +184,7 @@ class Llama(nn.Module):
             torch.empty(config.vocab_size, config.hidden_size, device=device)
         )
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, tp, device)
-            for layer in range(config.num_hidden_layers)
+            DecoderLayer(config, layer, tp, device) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
         self.lm_head = (
@@ -192,9 +192,7 @@ class Llama(nn.Module):
             if config.tie_word_embeddings
             else Linear(config.hidden_size, config.vocab_size, device)
         )
-        self.register_buffer(
-            "inverse_frequencies", inverse_frequencies(config), persistent=False
-        )
+        self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
         self.requires_grad_(False)
 
     @property

@@ -57,7 +57,9 @@ _text = _prefill("--prompt", SAID)
 _json = mutations.of_format(mutations.edit_json)
 FORMATS = {
     "safetensors": Format(
-        folder="hf", file="model.safetensors", command=_chat,
+        folder="hf",
+        file="model.safetensors",
+        command=_chat,
         mutate=mutations.of_format(mutations.edit_safetensors),
     ),
     "config.json": Format(folder="hf", file="config.json", command=_chat, mutate=_json),
@@ -69,27 +71,36 @@ FORMATS = {
         folder="hf", file="tokenizer_config.json", command=_chat, mutate=_json
     ),
     "pth": Format(
-        folder="meta", file="consolidated.00.pth", command=_text,
+        folder="meta",
+        file="consolidated.00.pth",
+        command=_text,
         mutate=mutations.of_format(mutations.edit_zip),
     ),
     "params.json": Format(folder="meta", file="params.json", command=_text, mutate=_json),
     "tokenizer.model": Format(folder="meta", file="tokenizer.model", command=_text),
     "gguf": Format(
-        folder="gguf", file="m.gguf",
+        folder="gguf",
+        file="m.gguf",
         command=lambda folder: _prefill("--prompt", "the cab")(folder / "m.gguf"),
     ),
     "manifest.json": Format(
         folder="session", file="manifest.json", command=_decode, mutate=_json, exact=True
     ),
     "segment": Format(
-        folder="session", file="segment-*", command=_decode,
-        mutate=mutations.of_format(mutations.edit_safetensors), exact=True,
+        folder="session",
+        file="segment-*",
+        command=_decode,
+        mutate=mutations.of_format(mutations.edit_safetensors),
+        exact=True,
     ),
     "chat.json": Format(
-        folder="session", file="chat.json", mutate=_json, exact=True,
+        folder="session",
+        file="chat.json",
+        mutate=_json,
+        exact=True,
         command=lambda folder: ["session", "verify", folder],
     ),
-}  # fmt: skip
+}
 
 
 def make(root: Path) -> None:

@@ -64,9 +64,14 @@ def _one(model, base, session, places, phase, victim, rng) -> str | None:
             arguments = ["session", "compact", session]
     before = _state(session)
     run = subprocess.Popen(
-        command(*arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True, env=os.environ | {"TMPDIR": str(places)},
-    )  # fmt: skip
+        command(*arguments),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"TMPDIR": str(places)},
+    )
     if said:
         run.stdin.write(said)
     run.stdin.close()
@@ -109,9 +114,13 @@ def _sound(arguments, said, session, before, phase, places) -> str | None:
     if phase == "prefill" and after is not None:
         arguments = ["decode", session, "-n", 2, "--cp", 2]
     done = subprocess.run(
-        command(*arguments), input=said or "", capture_output=True, text=True, env=environment,
+        command(*arguments),
+        input=said or "",
+        capture_output=True,
+        text=True,
+        env=environment,
         timeout=300,
-    )  # fmt: skip
+    )
     if done.returncode:
         return f"the same command again: {done.returncode} {done.stderr[-300:]}"
     left = [p.name for p in places.iterdir()]
@@ -182,6 +191,9 @@ def _state(session: Path) -> list | None:
 
 def _must(arguments: list, places: Path) -> None:
     subprocess.run(
-        command(*arguments), check=True, capture_output=True, stdin=subprocess.DEVNULL,
+        command(*arguments),
+        check=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
         env=os.environ | {"TMPDIR": str(places)},
-    )  # fmt: skip
+    )

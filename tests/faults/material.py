@@ -10,10 +10,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SAID = "the lighthouse keeper wrote"
 WIDTHS = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=65536, initializer_range=0.3,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=65536,
+    initializer_range=0.3,
     tie_word_embeddings=False,
-)  # fmt: skip
+)
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -95,7 +101,14 @@ def make_session(model: Path, directory: Path) -> Path:
     for said in ("what did the keeper write", "and the ships"):
         source = directory if directory.exists() else model
         cptool(
-            "chat", source, "-n", 6, "--threads", 1, "--device", "cpu",
+            "chat",
+            source,
+            "-n",
+            6,
+            "--threads",
+            1,
+            "--device",
+            "cpu",
             input=f"{said}\n/save {directory}\n",
-        )  # fmt: skip
+        )
     return directory

@@ -67,19 +67,25 @@ def main() -> int:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cptool-faults-") as root:
         found = run(
-            Path(root), formats=asked.formats, files=asked.files, kill=asked.kills,
-            turn=asked.turns, seed=asked.seed,
-        )  # fmt: skip
+            Path(root),
+            formats=asked.formats,
+            files=asked.files,
+            kill=asked.kills,
+            turn=asked.turns,
+            seed=asked.seed,
+        )
     found = {
         "machine": _processor(),
         "date": datetime.date.today().isoformat(),
         "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
             cwd=Path(__file__).parent,
         ).stdout.strip(),
         "command": " ".join(["python", "tests/faults/run.py", *sys.argv[1:]]),
         **found,
-    }  # fmt: skip
+    }
     text = json.dumps(found, indent=1)
     if asked.report:
         asked.report.write_text(text + "\n")

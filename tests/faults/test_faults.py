@@ -11,9 +11,11 @@ RUN = Path(__file__).with_name("run.py")
 
 def run(*arguments) -> None:
     done = subprocess.run(
-        [sys.executable, str(RUN), *map(str, arguments)], stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, str(RUN), *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-5000:]
 
 
