@@ -28,9 +28,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
-import checkout  # noqa: E402, F401
+import checkout  # noqa: F401
 
-from cptool.model.shapes import llama_config  # noqa: E402
+from cptool.model.shapes import llama_config
 
 NEW = (1, 16, 128, 1024, 4096)
 FEW, FEW_LAYERS, MANY_LAYERS = 128, 12, 4

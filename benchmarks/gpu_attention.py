@@ -352,7 +352,7 @@ class CopyRing(Ring):
             return []
         pairs = [
             (incoming, outgoing[: len(incoming)])
-            for (_, outgoing), (_, incoming) in zip(sends, receives)
+            for (_, outgoing), (_, incoming) in zip(sends, receives, strict=True)
         ]
         if self.side is None:
             for incoming, outgoing in pairs:

@@ -22,12 +22,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
-import checkout  # noqa: E402, F401
-import click  # noqa: E402
-import namespaces  # noqa: E402
+import checkout  # noqa: F401
+import click
+import namespaces
 
-from cptool.cost import VARIANTS  # noqa: E402
-from cptool.model.shapes import llama_config  # noqa: E402
+from cptool.cost import VARIANTS
+from cptool.model.shapes import llama_config
 
 SIZES = (1 << 10, 1 << 20, 8 << 20)
 
@@ -159,7 +159,7 @@ def _once(world, engine, variant: str, new: int, cached: int) -> tuple[float, fl
     took = time.perf_counter() - began
     exposed = engine.ring.exposed_s - exposed
     engine.truncate([cached + 1])
-    return tuple(max(values) for values in zip(*world.gather((took, exposed))))
+    return tuple(max(values) for values in zip(*world.gather((took, exposed)), strict=True))
 
 
 def draw(result: dict[str, object]) -> None:

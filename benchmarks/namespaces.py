@@ -146,7 +146,7 @@ class Hosts:
             for host in range(self.count)
         ]
         outputs = [rank.communicate(timeout=timeout) for rank in ranks]
-        for host, (rank, (_, errors)) in enumerate(zip(ranks, outputs)):
+        for host, (rank, (_, errors)) in enumerate(zip(ranks, outputs, strict=True)):
             if rank.returncode:
                 raise RuntimeError(f"host {host} exited with {rank.returncode}: {errors}")
         return outputs[0][0]

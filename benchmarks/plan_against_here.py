@@ -18,9 +18,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
-import checkout  # noqa: E402, F401
+import checkout  # noqa: F401
 
-from cptool.model.shapes import llama_config  # noqa: E402
+from cptool.model.shapes import llama_config
 
 CONTEXTS, MISS_RATES = (512, 2048, 6144), (1.0, 0.25, 0.03)
 RESULTS = Path(__file__).parent / "results"

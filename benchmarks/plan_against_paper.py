@@ -112,7 +112,7 @@ def compare() -> list[dict]:
     for new, variant, *published in RING_STEPS:
         rates = Rates(on(new, 128_000 - new, 4), PROFILE)
         for part, value, microseconds in zip(
-            ("SendRecv", "attention", "All2All"), published, _ring_step(rates, variant)
+            ("SendRecv", "attention", "All2All"), published, _ring_step(rates, variant), strict=True
         ):
             if value is not None:
                 miss = f"{new / 128_000:.1%} miss rate, {variant}, {part}"

@@ -150,7 +150,7 @@ def _extent(tensor: Tensor) -> int:
     """Bytes from the first element of a strided tensor to the end of its last."""
     if not tensor.numel():
         return 0
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     return (1 + last) * tensor.element_size()
 
 
@@ -169,7 +169,7 @@ def check_merge(
     _check_float("outs[0]", first)
     _check_head_dim("outs[0]", first.shape[2])
     device = first.device
-    for i, (out, lse) in enumerate(zip(outs, lses)):
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         _check_shape(f"outs[{i}]", out, first.shape, "the shape of outs[0]")
         _check_shape(f"lses[{i}]", lse, first.shape[:2], "tokens and heads of outs[0]")
         _check_dtype(f"outs[{i}]", out, first.dtype, " like outs[0]")

@@ -126,7 +126,7 @@ def pass_kv(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) 
     partials = [partial for partial in (low, high) if partial is not None]
     if not partials:
         return torch.empty_like(q)
-    outs, lses = zip(*partials)
+    outs, lses = zip(*partials, strict=True)
     return merge_partials(outs, lses, q.dtype)[0]
 
 

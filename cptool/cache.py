@@ -7,6 +7,7 @@ slots; the tokens it holds come first, then slack for growth, whose position is 
 can see it, and kernels skip it by its position alone.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,10 @@ def truncated(held: Placement, limits: Sequence[int]) -> Placement:
     a suffix.
     """
     return Placement.of(
-        [row[: int((row < limit).sum())] for row, limit in zip(held.sequences(), limits)]
+        [
+            row[: int((row < limit).sum())]
+            for row, limit in zip(held.sequences(), limits, strict=True)
+        ]
     ).to(held.positions.device)
 
 
@@ -119,10 +123,10 @@ class KVCache:
         """Makes sure that sequence b has room for `lengths[b]` tokens in all; what is held
         stays.
         """
-        have = [stop - start for start, stop in zip(self._offsets, self._offsets[1:])]
-        if all(want <= room for want, room in zip(lengths, have)):
+        have = [stop - start for start, stop in itertools.pairwise(self._offsets)]
+        if all(want <= room for want, room in zip(lengths, have, strict=True)):
             return
-        room = [max(want, kept) for want, kept in zip(lengths, have)]
+        room = [max(want, kept) for want, kept in zip(lengths, have, strict=True)]
         offsets = [0]
         for slots in room:
             offsets.append(offsets[-1] + slots)
@@ -139,13 +143,18 @@ class KVCache:
         layer.
         """
         held, added = self.lengths, new.cu_seqlens.diff().tolist()
-        total = [h + a for h, a in zip(held, added)]
-        room = [stop - start for start, stop in zip(self._offsets, self._offsets[1:])]
+        total = [h + a for h, a in zip(held, added, strict=True)]
+        room = [stop - start for start, stop in itertools.pairwise(self._offsets)]
         # Growing by a quarter keeps the copies of a long decode at a constant share of the work.
-        self.reserve([t if t <= r or h == 0 else t + t // 4 for t, r, h in zip(total, room, held)])
-        firsts = [offset + h for offset, h in zip(self._offsets, held)]
+        self.reserve(
+            [
+                t if t <= r or h == 0 else t + t // 4
+                for t, r, h in zip(total, room, held, strict=True)
+            ]
+        )
+        firsts = [offset + h for offset, h in zip(self._offsets, held, strict=False)]
         self.held = concat(self.held, new)
-        runs = [slice(first, first + a) for first, a in zip(firsts, added) if a]
+        runs = [slice(first, first + a) for first, a in zip(firsts, added, strict=True) if a]
         if len(runs) <= 1:
             self._new = runs[0] if runs else slice(0, 0)
         else:
@@ -182,7 +191,7 @@ class KVCache:
         positions = torch.full(
             (self._offsets[-1],), NEVER, dtype=torch.int32, device=self._slab.device
         )
-        for start, row in zip(self._offsets, self.held.sequences()):
+        for start, row in zip(self._offsets, self.held.sequences(), strict=False):
             positions[start : start + len(row)] = row
         return Slots(self._slab, tuple(self._offsets), positions)
 

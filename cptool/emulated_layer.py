@@ -87,7 +87,9 @@ def shards(scenario: Scenario, active: int) -> Shards:
     held = [[placement.tokens] for placement in cached]
     layout = balanced([scenario.new], scenario.cp, [scenario.cached], held, active)
     queries = layout.placements()
-    return Shards(cached, queries, tuple(concat(*pair) for pair in zip(cached, queries)))
+    return Shards(
+        cached, queries, tuple(concat(*pair) for pair in zip(cached, queries, strict=True))
+    )
 
 
 def build(scenario: Scenario) -> DecoderLayer:

@@ -101,7 +101,7 @@ class Engine:
         for b, (said, added) in enumerate(zip(self.tokens, new, strict=True)):
             said.extend(added)
             self.ended[b] = self.ended[b] and not added
-        todo = [said[done:] for said, done in zip(self.tokens, self.computed)]
+        todo = [said[done:] for said, done in zip(self.tokens, self.computed, strict=True)]
         lengths = [len(tokens) for tokens in todo]
         if not any(lengths):
             return
@@ -124,7 +124,8 @@ class Engine:
         for rank, added in enumerate(queries):
             self._keys[rank].append(added)
             self._held[rank] = [
-                h + a for h, a in zip(self._held[rank], added.cu_seqlens.diff().tolist())
+                h + a
+                for h, a in zip(self._held[rank], added.cu_seqlens.diff().tolist(), strict=True)
             ]
         queries = tuple(placement.to(world.device) for placement in queries)
         mine = queries[world.cp_rank]
@@ -169,7 +170,7 @@ class Engine:
         kept = {b: row for b, row in self.logits.items() if not lengths[b]}
         with self.trace.span("logits", "linear"):
             rows = self.model.logits(hidden[[ends[b] - 1 for b in owned]])
-        self.logits = {**kept, **dict(zip(owned, rows))}
+        self.logits = {**kept, **dict(zip(owned, rows, strict=True))}
         self.computed = [len(said) for said in self.tokens]
 
     def next_tokens(self, sampling: Sampling) -> list[int]:
@@ -223,7 +224,7 @@ class Engine:
                     self.ended[b] = picks[b] in stop
             self.advance({b: picks[b] for b in sorted(talking)}, limit - max(map(len, answers)))
         self.settle()
-        for said, answer in zip(self.tokens, answers):
+        for said, answer in zip(self.tokens, answers, strict=True):
             # Said, but left without KV until somebody needs what follows it.
             said.extend(answer[-1:])
         return answers
@@ -280,7 +281,7 @@ class Engine:
             return
         self._stepping = False
         given = self._steps.taken()
-        for keys, placement in zip(self._keys, given):
+        for keys, placement in zip(self._keys, given, strict=True):
             keys.append(placement)
         self._held = self._steps.held
         self.cache.extend(given[self.world.cp_rank].to(self.world.device))
@@ -413,7 +414,7 @@ class Engine:
                 sequences=tuple(
                     Sequence(tuple(tokens), computed, logits_of.get(b), ended)
                     for b, (tokens, computed, ended) in enumerate(
-                        zip(self.tokens, self.computed, self.ended)
+                        zip(self.tokens, self.computed, self.ended, strict=True)
                     )
                 ),
                 segments=tuple(s for s in older if s.live)
@@ -448,7 +449,7 @@ class Engine:
         first = start if previous is None else previous.rewrite_from(start, self.computed)
         if first == start:
             return self.saved, start
-        rows = [int((p < f).sum()) for p, f in zip(self.cache.held.sequences(), first)]
+        rows = [int((p < f).sum()) for p, f in zip(self.cache.held.sequences(), first, strict=True)]
         anew = sum(self.computed) - sum(first)
         needed = anew * previous.row_bytes((0, previous.model.kv_heads))
         if all(self.world.gather(shutil.disk_usage(directory).free > 2 * needed)):

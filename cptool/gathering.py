@@ -28,12 +28,16 @@ def gather_values(
     header = len(data).to_bytes(_LENGTH_BYTES, "little") + first
     frames = _all_gather(header, _FRAME, group, torch, dist)
     sizes = [int.from_bytes(frame[:_LENGTH_BYTES], "little") for frame in frames]
-    parts = [frame[_LENGTH_BYTES : _LENGTH_BYTES + size] for frame, size in zip(frames, sizes)]
+    parts = [
+        frame[_LENGTH_BYTES : _LENGTH_BYTES + size]
+        for frame, size in zip(frames, sizes, strict=True)
+    ]
     longest = max(sizes) - (_FRAME - _LENGTH_BYTES)
     if longest > 0:
         rests = _all_gather(data[len(first) :], longest, group, torch, dist)
         parts = [
-            part + rest[: max(0, size - len(part))] for part, rest, size in zip(parts, rests, sizes)
+            part + rest[: max(0, size - len(part))]
+            for part, rest, size in zip(parts, rests, sizes, strict=True)
         ]
     return [decode(part, types) for part in parts]
 

@@ -75,7 +75,7 @@ class Segment:
     @property
     def live(self) -> bool:
         """Whether any token of it can still count."""
-        return any(n and a < z for n, a, z in zip(self.tokens, self.start, self.until))
+        return any(n and a < z for n, a, z in zip(self.tokens, self.start, self.until, strict=True))
 
     @staticmethod
     def of(fields: dict) -> "Segment":
@@ -285,7 +285,7 @@ class Manifest:
         _digest(segment.sha256, f"{where}: sha256")
         for field in ("tokens", "start", "until"):
             self._check_counts(getattr(segment, field), f"{where}: {field}", _MOST_POSITIONS)
-        for b, (until, sequence) in enumerate(zip(segment.until, self.sequences), 1):
+        for b, (until, sequence) in enumerate(zip(segment.until, self.sequences, strict=True), 1):
             _within(until, 0, sequence.cached, f"{where}: until of sequence {b}")
         rows = sum(segment.tokens)
         least = rows * (4 + self.row_bytes(heads))
@@ -319,7 +319,7 @@ class Manifest:
             where = f"revision {revision}, rank {rank}"
             bounds = [0, *(bound for s in group for bound in s.kv_heads), self.model.kv_heads]
             _require(
-                all(a == b for a, b in zip(bounds[::2], bounds[1::2])),
+                all(a == b for a, b in zip(bounds[::2], bounds[1::2], strict=False)),
                 f"{where}: its segments must hold each of {self.model.kv_heads} KV heads once",
             )
             _require(
@@ -334,7 +334,7 @@ class Manifest:
                 len({(s.start, s.until) for s in pieces}) == 1,
                 f"revision {revision}: its ranks hold different ranges",
             )
-            for b, (start, until) in enumerate(zip(pieces[0].start, pieces[0].until)):
+            for b, (start, until) in enumerate(zip(pieces[0].start, pieces[0].until, strict=True)):
                 rows = sum(s.tokens[b] for s in pieces)
                 if until <= start:
                     continue
@@ -349,7 +349,7 @@ class Manifest:
                     f"{start} to {until - 1}",
                 )
                 reached[b] = until
-        for b, (end, sequence) in enumerate(zip(reached, self.sequences), 1):
+        for b, (end, sequence) in enumerate(zip(reached, self.sequences, strict=True), 1):
             _require(
                 end == sequence.cached,
                 f"sequence {b}: the segments hold {end} positions, they must hold "
@@ -390,7 +390,7 @@ class Manifest:
         and so does the number of revisions that have segments.
         """
         spans = {
-            s.revision: [(a, min(z, n)) for a, z, n in zip(s.start, s.until, start)]
+            s.revision: [(a, min(z, n)) for a, z, n in zip(s.start, s.until, start, strict=True)]
             for s in self.segments
         }
         sizes = {r: sum(max(0, z - a) for a, z in span) for r, span in spans.items()}
@@ -400,7 +400,10 @@ class Manifest:
             return first
         while live and sizes[live[-1]] <= size:
             size += sizes[live[-1]]
-            first = [min(f, a) if a < z else f for f, (a, z) in zip(first, spans[live.pop()])]
+            first = [
+                min(f, a) if a < z else f
+                for f, (a, z) in zip(first, spans[live.pop()], strict=True)
+            ]
         return first
 
     def without_kv(self) -> "Manifest":

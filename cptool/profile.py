@@ -103,7 +103,7 @@ def collect(
         write_trace(path, [rank[1:4] for rank in ranks], shifts)
     tables = []
     for index, section in enumerate(sections):
-        walls, phases, hidden = zip(*(rank[0][index] for rank in ranks))
+        walls, phases, hidden = zip(*(rank[0][index] for rank in ranks), strict=True)
         by_phase = {name: tuple(of[name] for of in phases) for name in phases[0]}
         tables.append(Phases(section.name, section.steps, walls, by_phase, hidden))
     return tuple(tables)
@@ -138,7 +138,9 @@ def write_trace(
             }
         )
 
-    starts = [s.begin + shift for (spans, *_), shift in zip(ranks, shifts) for s in spans]
+    starts = [
+        s.begin + shift for (spans, *_), shift in zip(ranks, shifts, strict=True) for s in spans
+    ]
     origin = min(starts, default=0.0)
     for rank, (spans, transfers, kernels) in enumerate(ranks):
         name("process_name", rank, 0, f"rank {rank}")

@@ -209,14 +209,15 @@ class Resident:
         return reply
 
     def _send(self, request: Any) -> None:
-        self._sending = True
+        self._sending, taken = True, 0
         try:
-            for rank, connection in enumerate(self._connections):
+            for connection in self._connections:
                 connection.send(request)
+                taken += 1
         except BlockingIOError:
             for process in set(multiprocessing.active_children()) - self._others:
                 process.kill()  # whoever is stopped hears nothing else
-            told = f"no answer from rank {rank}, which took no request for {self._timeout:g} s"
+            told = f"no answer from rank {taken}, which took no request for {self._timeout:g} s"
             raise distributed.RankFailed(f"{told}; all ranks were ended") from None
         except OSError:
             self._raise()

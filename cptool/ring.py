@@ -191,6 +191,6 @@ class Ring:
                 self.trace.watch(
                     work, "receive" if o.op is dist.irecv else "send", o.group_peer, o.tensor.nbytes
                 )
-                for work, o in zip(works, operations)
+                for work, o in zip(works, operations, strict=True)
             ]
         return works

@@ -7,6 +7,7 @@ weights first, and only hundreds of rows bring it near its peak.
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class RowRates:
         lengths = {len(self.rows), len(self.layer_s), len(self.flops)}
         if len(lengths) > 1 or len(self.rows) <= BEYOND:
             raise ValueError("row_rates have columns of different lengths, or fewer than 3 rows")
-        if self.rows[0] != 1 or any(a >= b for a, b in zip(self.rows, self.rows[1:])):
+        if self.rows[0] != 1 or any(a >= b for a, b in itertools.pairwise(self.rows)):
             raise ValueError(f"row_rates.rows are {self.rows}; they must ascend from 1")
         if not all(0 < value < math.inf for value in (self.ranks, *self.flops)):
             raise ValueError(f"row_rates.flops are {self.flops}; they must be positive")
@@ -67,7 +68,7 @@ class RowRates:
     @property
     def _seconds(self) -> tuple[float, ...]:
         """Of a parameter."""
-        return tuple(2 * rows / rate for rows, rate in zip(self.rows, self.flops))
+        return tuple(2 * rows / rate for rows, rate in zip(self.rows, self.flops, strict=True))
 
     def _at(self, rows: float, seconds: Sequence[float]) -> float:
         """On the line between the measured numbers of rows around `rows`.
@@ -94,10 +95,13 @@ def fitted(
     """From (parameters of a layer, its seconds by row) of a small one and of a large one."""
     each = [
         max(more - less, 0.05 * more) / (large[0] - small[0])
-        for less, more in zip(small[1], large[1])
+        for less, more in zip(small[1], large[1], strict=True)
     ]
-    whatever = [max(0.0, spent - small[0] * parameter) for spent, parameter in zip(small[1], each)]
-    flops = tuple(2 * count / parameter for count, parameter in zip(rows, each))
+    whatever = [
+        max(0.0, spent - small[0] * parameter)
+        for spent, parameter in zip(small[1], each, strict=True)
+    ]
+    flops = tuple(2 * count / parameter for count, parameter in zip(rows, each, strict=True))
     return RowRates(ranks, tuple(rows), tuple(whatever), flops)
 
 

@@ -41,7 +41,9 @@ class Sampling:
 
         if self.temperature == 0 and len(logits) > 1:
             tokens = _likeliest(torch.stack(list(logits.values()))).tolist()
-            return {b: _finite(token, b, positions[b]) for b, token in zip(logits, tokens)}
+            return {
+                b: _finite(token, b, positions[b]) for b, token in zip(logits, tokens, strict=True)
+            }
         return {b: self.pick(row, sequence=b, position=positions[b]) for b, row in logits.items()}
 
     def pick(self, logits: "torch.Tensor", *, sequence: int, position: int) -> int:

@@ -65,11 +65,11 @@ def write_segment(
     from cptool.pinned import to_host
 
     lengths = cache.lengths
-    tokens = [length - first for length, first in zip(lengths, since)]
+    tokens = [length - first for length, first in zip(lengths, since, strict=True)]
     if not any(tokens) and not logits:
         return None
     small = {f"logits.{b}": row.cpu().contiguous() for b, row in sorted(logits.items())}
-    rows = zip(cache.held.sequences(), since)
+    rows = zip(cache.held.sequences(), since, strict=True)
     small["positions"] = torch.cat([p[first:] for p, first in rows]).cpu()
     kv = (sum(tokens), *cache.shape)
     header = _header(
@@ -198,7 +198,9 @@ def restore(
                 for share in shares[r]
             ]
             sorts = [row.argsort() for row in rows]
-            placements.append(Placement.of([row[sort] for row, sort in zip(rows, sorts)]))
+            placements.append(
+                Placement.of([row[sort] for row, sort in zip(rows, sorts, strict=True)])
+            )
             if r == rank:
                 order = sorts
 
@@ -315,7 +317,9 @@ def _faults(manifest: Manifest, pieces: "list[_Piece]") -> Iterator[str]:
                 yield f"{segment.file} and {where} hold different positions"
                 return
         rows = piece.positions.split(list(piece.segments[0].tokens))
-        for b, (row, start, live) in enumerate(zip(rows, piece.segments[0].start, piece.live), 1):
+        for b, (row, start, live) in enumerate(
+            zip(rows, piece.segments[0].start, piece.live, strict=True), 1
+        ):
             if (row.diff() <= 0).any():
                 yield f"{where}: the positions of sequence {b} do not ascend"
                 return
@@ -323,7 +327,7 @@ def _faults(manifest: Manifest, pieces: "list[_Piece]") -> Iterator[str]:
                 yield f"{where}: position {int(row[0])} of sequence {b} lies before {start}"
                 return
             held[b - 1].append(row[:live])
-    for b, (rows, sequence) in enumerate(zip(held, manifest.sequences), 1):
+    for b, (rows, sequence) in enumerate(zip(held, manifest.sequences, strict=True), 1):
         found = torch.cat([*rows, torch.empty(0, dtype=torch.int32)]).sort().values
         if not torch.equal(found, torch.arange(sequence.cached, dtype=torch.int32)):
             yield (
@@ -354,7 +358,7 @@ class _Piece:
         # count, even of a sequence that was given up and said anew.
         live = tuple(
             int((row < until).sum()) if start < until else 0
-            for row, start, until in zip(rows, first.start, first.until)
+            for row, start, until in zip(rows, first.start, first.until, strict=True)
         )
         return _Piece(segments, positions, tuple(accumulate(first.tokens, initial=0))[:-1], live)
 

@@ -206,7 +206,7 @@ def _tokenwise(device: str, dtype: torch.dtype) -> Check:
     eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
     pairs = [
         ((ours.cpu() - exactly).abs().max(), (1.1 * eps + 64 * eps32) * exactly.abs().max())
-        for ours, exactly in zip(got, exact)
+        for ours, exactly in zip(got, exact, strict=True)
     ]
     error, allowed = max(pairs, key=lambda pair: float((pair[0] / pair[1]).nan_to_num(torch.inf)))
     return Check(f"token-wise steps, {str(dtype)[6:]}", float(error), float(allowed))

@@ -134,7 +134,7 @@ def exists(directory: Path) -> bool:
 
 def common_prefix(first: abc.Sequence[int], second: abc.Sequence[int]) -> int:
     """The number of tokens that two sequences begin with alike."""
-    pairs = zip(first, second)
+    pairs = zip(first, second, strict=True)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
@@ -152,7 +152,7 @@ def shared_prefixes(
             "or name a new directory"
         )
     lengths = []
-    for b, (prompt, sequence) in enumerate(zip(prompts, manifest.sequences), 1):
+    for b, (prompt, sequence) in enumerate(zip(prompts, manifest.sequences, strict=True), 1):
         shared = common_prefix(prompt, sequence.tokens)
         if shared < len(sequence.tokens) and not rewind:
             ends = "ends" if shared == len(prompt) else "differs"

@@ -67,7 +67,7 @@ def concat(first: Placement, *later: Placement) -> Placement:
     parts = [part for part in (first, *later) if part.tokens]
     if len(parts) < 2:
         return parts[0] if parts else first
-    pieces = zip(*(part.sequences() for part in parts))
+    pieces = zip(*(part.sequences() for part in parts), strict=True)
     return Placement(
         torch.cat([piece for sequence in pieces for piece in sequence]),
         torch.stack([part.cu_seqlens for part in parts]).sum(0, dtype=torch.int32),
@@ -204,7 +204,7 @@ def balanced(
     # Which of the tokens that do not divide is each chunk's, if there are as many.
     turns = [*range(active), *range(chunks - 1, active - 1, -1)]
     bounds, rotation, cursor = [], [], 0
-    for b, (length, start) in enumerate(zip(lengths, starts)):
+    for b, (length, start) in enumerate(zip(lengths, starts, strict=True)):
         size, extra = divmod(length, chunks)
         sizes = (size + (turn < extra) for turn in turns)
         bounds.append(tuple(accumulate(sizes, initial=start)))

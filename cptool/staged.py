@@ -129,7 +129,7 @@ class StagedRing(Ring):
         for work in dist.batch_isend_irecv(operations):
             work.wait()
         with _on(self._in):
-            for target, (_, tensor) in zip(transfer.targets, transfer.receives):
+            for target, (_, tensor) in zip(transfer.targets, transfer.receives, strict=True):
                 target.copy_(tensor, non_blocking=True)
             if self._in is not None and transfer.targets:
                 transfer.arrived = self._in.record_event()

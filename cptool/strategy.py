@@ -207,7 +207,7 @@ def _solved(rows: list[list[float]]) -> tuple[float, float, float]:
         for j in range(3):
             if j != i:
                 factor = rows[j][i]
-                rows[j] = [a - factor * b for a, b in zip(rows[j], rows[i])]
+                rows[j] = [a - factor * b for a, b in zip(rows[j], rows[i], strict=True)]
     return rows[0][3], rows[1][3], rows[2][3]
 
 

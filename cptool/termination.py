@@ -109,7 +109,7 @@ def guard(early: Callable) -> None:
 
 
 def _has_seat() -> bool:
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ or "SLURM_PROCID" in os.environ
+    return ("RANK" in os.environ and "WORLD_SIZE" in os.environ) or "SLURM_PROCID" in os.environ
 
 
 class Interrupt:

@@ -130,10 +130,10 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     first = tuple(engine.next_tokens(turn.sampling))
     answered = time.perf_counter()
     choice, exposed, sent = engine.choice, engine.ring.exposed_s, engine.ring.sent_bytes
-    new = [computed - before for computed, before in zip(engine.computed, held)]
+    new = [computed - before for computed, before in zip(engine.computed, held, strict=True)]
     config, size = checkpoint.config, engine.dtype.itemsize
     flops = linear_flops(config, sum(new), sum(map(bool, new))) + sum(
-        attention_flops(config, added, before) for added, before in zip(new, held)
+        attention_flops(config, added, before) for added, before in zip(new, held, strict=True)
     )
 
     emit = emit if world.rank == 0 else None

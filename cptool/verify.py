@@ -111,7 +111,7 @@ def compare(measurement: Measurement, reference: Measurement) -> str:
     such a tie has no meaning for the comparison, for the two runs read different texts from there
     on.
     """
-    for i, (ours, theirs) in enumerate(zip(measurement.tokens, reference.tokens)):
+    for i, (ours, theirs) in enumerate(zip(measurement.tokens, reference.tokens, strict=True)):
         if ours != theirs:
             difference = (measurement.logits - reference.logits).abs().max().item()
             tie = reference.margins[i] <= 2 * difference
@@ -197,7 +197,7 @@ class _Sample:
 
     def of(self, layer: int) -> tuple[torch.Tensor, ...]:
         """Positions, queries and outputs seen in the layer."""
-        return tuple(map(torch.cat, zip(*self.rows[layer])))
+        return tuple(map(torch.cat, zip(*self.rows[layer], strict=True)))
 
 
 def _errors(
@@ -208,7 +208,7 @@ def _errors(
     """
     kv = engine.cache.tokens_from(layer, 0, 0).cpu()
     gathered = world.gather((*sample.of(layer), engine.cache.held.positions.cpu(), kv))
-    q_pos, q, out, k_pos, kv = map(torch.cat, zip(*gathered))
+    q_pos, q, out, k_pos, kv = map(torch.cat, zip(*gathered, strict=True))
     (q_pos, q_order), (k_pos, k_order) = q_pos.sort(), k_pos.sort()
     q, out, (k, v) = q[q_order], out[q_order], kv[k_order].unbind(1)
     scale = engine.model.config.head_dim**-0.5

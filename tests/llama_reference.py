@@ -118,7 +118,9 @@ class ToyAttention:
         def attend(layer, q, k, v):
             new = [k, v, positions]
             held = self.layers.get(layer)
-            kept = new if held is None else [torch.cat(pair) for pair in zip(held, new)]
+            kept = (
+                new if held is None else [torch.cat(pair) for pair in zip(held, new, strict=True)]
+            )
             self.layers[layer] = [tensor.clone() for tensor in kept]
             keys, values, k_pos = self.layers[layer]
             visible = k_pos[None, :] <= positions[:, None]

@@ -48,7 +48,9 @@ def main(kernels: list[str]) -> None:
     for kernel in kernels or ops.cuda_kernels():
         with ops.force_cuda_kernel(kernel):
             for name in SEQUENCES:
-                for head_dim, heads in zip((64, 80, 96, 128), [(2, 2), (9, 3), (5, 1), (16, 2)]):
+                for head_dim, heads in zip(
+                    (64, 80, 96, 128), [(2, 2), (9, 3), (5, 1), (16, 2)], strict=True
+                ):
                     for dtype in (torch.float32, torch.bfloat16, torch.float16):
                         run(kernel, name, dtype, head_dim, heads)
 

@@ -96,10 +96,12 @@ def stored(case, cached, new):
         dtype=case.dtype,
         device="cpu",
     )
-    cache.reserve([len(c) + len(n) + 3 for c, n in zip(cached.sequences(), new.sequences())])
+    cache.reserve(
+        [len(c) + len(n) + 3 for c, n in zip(cached.sequences(), new.sequences(), strict=True)]
+    )
     for added in (cached, new):
         cache.extend(added)
-        rows = [start + held.long() for start, held in zip(starts, added.sequences())]
+        rows = [start + held.long() for start, held in zip(starts, added.sequences(), strict=True)]
         cache.store(0, k[torch.cat(rows)], v[torch.cat(rows)])
     layer = cache.layer(0)
     layer.slab[layer.k_pos == NEVER] = torch.nan
@@ -111,7 +113,7 @@ def reference(case):
     q, k, v = (t.double() for t in case.tensors())
     group = case.heads[0] // case.heads[1]
     outs, new_from, all_from = [], 0, 0
-    for new, cached in zip(case.new, case.cached):
+    for new, cached in zip(case.new, case.cached, strict=True):
         keys = slice(all_from, all_from + cached + new)
         k_all = k[keys].repeat_interleave(group, 1)
         v_all = v[keys].repeat_interleave(group, 1)
@@ -131,7 +133,7 @@ def attend_all_cases(world, cases, variants, jitter=False, narrow=False):
         q = case.tensors()[0]
         layout = case.layout(ring.size)
         queries, cached = layout.placements(), case.cached_placements(ring.size)
-        keys = tuple(concat(held, new) for held, new in zip(cached, queries))
+        keys = tuple(concat(held, new) for held, new in zip(cached, queries, strict=True))
         partial_dtype = case.dtype if narrow else torch.float32
         step = Step(ring.rank, queries, keys, partial_dtype)
         layer = stored(case, cached[ring.rank], queries[ring.rank])
@@ -202,7 +204,7 @@ SEQUENCES = st.tuples(st.sampled_from([0, 1, 2, 3, 5, 13, 31]), st.sampled_from(
     st.integers(2, 8),
 )
 def test_splitting_any_batch_adds_no_error(sequences, heads, dtype, n):
-    new, cached = zip(*sequences)
+    new, cached = zip(*sequences, strict=True)
     cases = [Case(new, cached, heads, dtype=dtype, scatter=True)]
     single = whole_outputs(1, cases, ["pass-kv"])[0, "pass-kv"]
     splitting_adds_no_error(n, cases, [(reference(cases[0]), single)])
@@ -211,14 +213,14 @@ def test_splitting_any_batch_adds_no_error(sequences, heads, dtype, n):
 def bound(case, expected):
     """Largest error of attention with float32 sums over `keys` keys, and weights and output rounded
     to the case's dtype."""
-    keys = max(new + cached for new, cached in zip(case.new, case.cached))
+    keys = max(new + cached for new, cached in zip(case.new, case.cached, strict=True))
     largest = case.tensors()[2].abs().max().double()
     rounded = torch.finfo(case.dtype).eps * (largest + expected.abs().max())
     return torch.finfo(torch.float32).eps * keys * largest + rounded
 
 
 def test_one_rank_agrees_with_the_definition(one_rank):
-    for case, (expected, single) in zip(CASES, one_rank):
+    for case, (expected, single) in zip(CASES, one_rank, strict=True):
         if expected.numel():
             assert (single.double() - expected).abs().max() <= bound(case, expected), case
 
@@ -264,7 +266,7 @@ def bytes_sent(world, case, variant, narrow):
     ring = Ring(world.cp_group)
     layout, cached = case.layout(ring.size), case.cached_placements(ring.size)
     queries = layout.placements()
-    keys = tuple(concat(held, new) for held, new in zip(cached, queries))
+    keys = tuple(concat(held, new) for held, new in zip(cached, queries, strict=True))
     step = Step(ring.rank, queries, keys, case.dtype if narrow else torch.float32)
     layer = stored(case, cached[ring.rank], queries[ring.rank])
     mine = case.tensors()[0][layout.indices(ring.rank)]
@@ -290,8 +292,8 @@ def test_nothing_but_tokens_travels(variant, narrow):
 def test_ranks_that_ask_nothing_are_given_no_keys(case):
     n = 4
     queries, cached = case.layout(n).placements(), case.cached_placements(n)
-    held = [old.tokens + new.tokens for old, new in zip(cached, queries)]
-    expected = sum(sum(held) - own for own, new in zip(held, queries) if new.tokens)
+    held = [old.tokens + new.tokens for old, new in zip(cached, queries, strict=True)]
+    expected = sum(sum(held) - own for own, new in zip(held, queries, strict=True) if new.tokens)
     sent = sum(run_ranks(n, bytes_sent, case, "gather-kv", False))
     assert sent == expected * 2 * case.heads[1] * case.head_dim * case.dtype.itemsize
 

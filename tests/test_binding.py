@@ -78,7 +78,7 @@ def test_local_ranks_are_bound(monkeypatch):
 
 def test_another_value_is_refused(monkeypatch):
     monkeypatch.setenv("CPTOOL_BIND", "socket")
-    with pytest.raises(UserError, match="^CPTOOL_BIND is 'socket'"):
+    with pytest.raises(UserError, match=r"^CPTOOL_BIND is 'socket'"):
         binding.bind(lambda value: [value], 0, None)
     monkeypatch.setenv("CPTOOL_BIND", "none")
     before = binding.usable_cpus()

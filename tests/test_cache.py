@@ -1,5 +1,7 @@
 """The cache against lists: whatever is appended to it, every view shows just that."""
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ steps = st.integers(1, 4).flatmap(
 
 def placement(lengths: list[int], starts: list[int]) -> Placement:
     return Placement.of(
-        [torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lengths)]
+        [torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, lengths, strict=True)]
     )
 
 
@@ -35,14 +37,14 @@ def test_views_show_what_was_stored(steps, reserved):
         for layer in range(2):
             kv = torch.cat([x[layer] for x in new])
             cache.store(layer, kv[:, 0], kv[:, 1])
-        expected = [torch.cat([old, x], dim=1) for old, x in zip(expected, new)]
+        expected = [torch.cat([old, x], dim=1) for old, x in zip(expected, new, strict=True)]
     assert cache.lengths == [x.shape[1] for x in expected]
     for layer in range(2):
         view = cache.layer(layer)
         assert torch.equal(view.packed(), torch.cat([x[layer] for x in expected]))
         assert view.packed().is_contiguous()
         k, v, k_pos, cu_k = view.local
-        for b, (start, stop) in enumerate(zip(cu_k.tolist(), cu_k.tolist()[1:])):
+        for b, (start, stop) in enumerate(itertools.pairwise(cu_k.tolist())):
             held = expected[b].shape[1]
             assert torch.equal(k[start : start + held], expected[b][layer, :, 0])
             assert torch.equal(v[start : start + held], expected[b][layer, :, 1])
@@ -74,18 +76,19 @@ def test_truncate_drops_positions_and_what_follows_takes_their_place(steps, limi
         # A rank among several holds only some of the positions.
         starts = [int(row[-1]) + 1 if len(row) else 1 for row in kept]
         new = [
-            torch.arange(n, dtype=torch.int32) * stride + start for n, start in zip(lengths, starts)
+            torch.arange(n, dtype=torch.int32) * stride + start
+            for n, start in zip(lengths, starts, strict=True)
         ]
         cache.extend(Placement.of(new))
         for layer in range(2):
             kv = torch.cat(new)[:, None, None].expand(-1, 1, 2) + 100.0 * layer
             cache.store(layer, kv, -kv)
-        kept[:] = map(torch.cat, zip(kept, new))
+        kept[:] = map(torch.cat, zip(kept, new, strict=True))
 
     for lengths in steps:
         append(lengths)
     cache.truncate(limits[:batch])
-    kept = [row[row < limit] for row, limit in zip(kept, limits)]
+    kept = [row[row < limit] for row, limit in zip(kept, limits, strict=True)]
     for _ in range(2):
         assert cache.lengths == list(map(len, kept))
         assert [row.tolist() for row in cache.held.sequences()] == [row.tolist() for row in kept]

@@ -69,8 +69,8 @@ def test_a_context_is_the_rendering_of_all_messages(tokenizer, system):
     conversation = Conversation(tokenizer, system)
     messages = [] if system is None else [{"role": "system", "content": system}]
     # A whole answer, one cut in a word, an empty one, one that tokenises otherwise when read again.
-    answers = [tokenizer.encode("Paris.") + [2], tokenizer.encode("Mad"), [2], [66, 67, 2]]
-    for question, answer in zip([*QUESTIONS, "x"], answers):
+    answers = [[*tokenizer.encode("Paris."), 2], tokenizer.encode("Mad"), [2], [66, 67, 2]]
+    for question, answer in zip([*QUESTIONS, "x"], answers, strict=True):
         messages.append({"role": "user", "content": question})
         context = conversation.ask(question)
         assert context == tokenizer.chat(messages)
@@ -183,7 +183,7 @@ def test_answers_are_those_of_transformers(
     assert list(session.load(where).sequences[0].tokens) == ids
     (none, _), *later = reused(result)
     assert none == 0
-    for (kept, _), (_, before) in zip(later, reused(result)):
+    for (kept, _), (_, before) in zip(later, reused(result), strict=True):
         assert kept >= before  # all of the turn before, but for an end that was cut
 
 

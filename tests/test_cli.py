@@ -89,7 +89,7 @@ def test_a_session_resumes_on_other_ranks_and_takes_a_next_turn(
         "prefill", mqa_path, "--token-ids", token_file(turns[0]), "--session", session, "--cp", 4
     )
     for turn, (cp, variant) in zip(
-        [[], *turns[1:]], [(2, "pass-kv"), (3, "gather-q"), (1, "auto")]
+        [[], *turns[1:]], [(2, "pass-kv"), (3, "gather-q"), (1, "auto")], strict=True
     ):
         said += turn
         prompt = ("--token-ids", token_file(turn)) if turn else ()

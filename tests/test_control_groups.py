@@ -86,9 +86,9 @@ def test_ranks_of_one_group_share_its_threads(monkeypatch):
     for quota, ranks, expected in ((8.9, 1, 8), (8.9, 2, 4), (3.0, 2, 1), (1.0, 4, 1)):
         limit = CpuQuota(quota, 7)
         monkeypatch.setattr(binding, "usable_cpus", lambda: frozenset(cpus))
-        monkeypatch.setattr(binding, "cpu_quota", lambda: limit)
-        assert binding.bind(lambda value: [value] * ranks, 0, None) == expected
-        assert binding.bind(lambda value: [value] * ranks, 0, 16) == 16  # as asked for
+        monkeypatch.setattr(binding, "cpu_quota", lambda limit=limit: limit)
+        assert binding.bind(lambda value, ranks=ranks: [value] * ranks, 0, None) == expected
+        assert binding.bind(lambda value, ranks=ranks: [value] * ranks, 0, 16) == 16  # as asked for
     # Ranks of another container have a limit of their own.
     others = ("here", list(cpus), (8.0, 9))
     monkeypatch.setattr(binding, "machine", lambda: "here")

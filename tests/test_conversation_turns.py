@@ -30,7 +30,7 @@ def test_three_turns_on_4_then_2_then_3_ranks(
     smollm2_path, smollm2_reference, token_file, tmp_path, variant
 ):
     session, said = tmp_path / "s", []
-    for turn, cp in zip(TURNS, (4, 2, 3)):
+    for turn, cp in zip(TURNS, (4, 2, 3), strict=True):
         said += turn
         on = ("--cp", cp, "--variant", variant)
         if not session.exists():
@@ -120,9 +120,9 @@ def long_decode(world, path, steps: int, stop: tuple[int, ...]):
 @pytest.mark.parametrize("steps, stop", [(1000, ()), (200, (3,))])
 def test_kv_grows_evenly_over_a_long_decode(tiny_path, steps, stop):
     lengths, said = run(long_decode, tiny_path, steps, stop, cp=4, threads=1)
-    assert all(max(counts) - min(counts) <= 1 for counts in zip(*lengths))
-    assert [sum(counts) for counts in zip(*lengths)] == [
-        p + n - 1 for p, n in zip((3, 10, 1, 22), said)
+    assert all(max(counts) - min(counts) <= 1 for counts in zip(*lengths, strict=True))
+    assert [sum(counts) for counts in zip(*lengths, strict=True)] == [
+        p + n - 1 for p, n in zip((3, 10, 1, 22), said, strict=True)
     ]
     if stop:
         assert len(set(said)) > 1  # some left the batch before others

@@ -12,7 +12,7 @@ from test_ops import exact_merge, merge_bound
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="no C++ compiler")
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
-EVERY_HEAD_DIM = list(zip((64, 80, 96, 128), [(2, 2), (9, 3), (5, 1), (4, 2)]))
+EVERY_HEAD_DIM = list(zip((64, 80, 96, 128), [(2, 2), (9, 3), (5, 1), (4, 2)], strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_merge_of_nothing(cuda, partials):
     out, lse = cuda.merge(*([part] * partials for part in nothing))
     assert torch.all(out == 0) and torch.all(lse == -torch.inf)
     some = torch.randn(2, 1, 8), torch.randn(2, 1)
-    tensors = ([*[none] * (partials - 1), part] for none, part in zip(nothing, some))
+    tensors = ([*[none] * (partials - 1), part] for none, part in zip(nothing, some, strict=True))
     assert_same(cuda.merge(*tensors), some)
 
 

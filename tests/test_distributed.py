@@ -171,7 +171,7 @@ def wait_until(condition):
 
 def pids_in(folder, *kinds, of=None):
     """What ring_for_ever wrote, as soon as it is there; `of`, a process, must live until then."""
-    wait_until(lambda: all(Path(folder, kind).exists() for kind in kinds) or of and of.poll())
+    wait_until(lambda: all(Path(folder, kind).exists() for kind in kinds) or (of and of.poll()))
     return [int(Path(folder, kind).read_text()) for kind in kinds]
 
 
@@ -244,7 +244,7 @@ def test_transports(monkeypatch):
 
 def test_a_wrong_transport_is_told_before_ranks_start(monkeypatch):
     monkeypatch.setenv("CPTOOL_TRANSPORT", "pigeon")
-    with pytest.raises(UserError, match="^CPTOOL_TRANSPORT is 'pigeon'"):
+    with pytest.raises(UserError, match=r"^CPTOOL_TRANSPORT is 'pigeon'"):
         run(mistake_of_one, cp=2, device="cpu")
 
 
@@ -252,7 +252,7 @@ def test_a_wrong_transport_is_told_before_ranks_start(monkeypatch):
 
 
 def test_a_users_mistake_on_one_rank():
-    with pytest.raises(UserError, match="^--prompt: it is empty; give one$"):
+    with pytest.raises(UserError, match=r"^--prompt: it is empty; give one$"):
         run(mistake_of_one, cp=3, device="cpu")
 
 
@@ -292,12 +292,12 @@ def test_an_answer_that_is_lost_is_an_error_that_names_the_rank(kind, told):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
 def test_a_mistake_comes_before_the_death_of_another_rank(number):
-    with pytest.raises(UserError, match="^--prompt: it is empty; give one$"):
+    with pytest.raises(UserError, match=r"^--prompt: it is empty; give one$"):
         run(mistake_beside_a_death, number, cp=2, device="cpu", threads=1)
 
 
 def test_an_exception_comes_before_an_abort():
-    with pytest.raises(RankFailed, match="^rank 1 failed during start: .*KeyError: 'cause'"):
+    with pytest.raises(RankFailed, match=r"^rank 1 failed during start: .*KeyError: 'cause'"):
         run(defect_beside_an_abort, cp=2, device="cpu", threads=1)
 
 
@@ -310,7 +310,7 @@ def test_the_end_of_the_server_of_ranks_is_told_and_the_next_run_has_a_new_one(n
 
 
 def test_a_rank_that_hangs_is_named_after_the_timeout():
-    with pytest.raises(RankFailed, match="^no answer from rank 1 during hang .*during wait: "):
+    with pytest.raises(RankFailed, match=r"^no answer from rank 1 during hang .*during wait: "):
         run(hangs, cp=3, device="cpu", timeout=1)
 
 
@@ -574,7 +574,7 @@ def test_slurm_ranks_meet_on_the_first_node(monkeypatch, tmp_path):
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="^MASTER_ADDR is not set and scontrol does not tell"):
+    with pytest.raises(UserError, match=r"^MASTER_ADDR is not set and scontrol does not tell"):
         set_rendezvous_address()
     tool = tmp_path / "scontrol"
     tool.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-3]" ] && printf "n1\\nn2\\nn3\\n"\n')

@@ -19,7 +19,7 @@ def test_a_kernel_in_a_process_of_its_own():
 
 
 def test_a_process_that_does_not_end_well_is_told_in_a_line():
-    with pytest.raises(RuntimeError, match="must be one of.*portable") as error:
+    with pytest.raises(RuntimeError, match=r"must be one of.*portable") as error:
         selftest.run_apart("cpu", "nonsense")
     assert "\n" not in str(error.value)
 

@@ -118,7 +118,8 @@ def test_a_rank_of_four(variant, cached):
     ours = (queries[rank], keys) if result.variant.endswith("kv") else (queries, keys[rank])
     asking, holding = ([x] * 4 if not isinstance(x, tuple) else x for x in ours)
     expected = [
-        sum(int((k.positions <= p).sum()) for p in q.positions) for q, k in zip(asking, holding)
+        sum(int((k.positions <= p).sum()) for p in q.positions)
+        for q, k in zip(asking, holding, strict=True)
     ]
     assert sum(segment.pairs for segment in result.segments) == sum(expected)
     for segment in result.segments:

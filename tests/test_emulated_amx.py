@@ -154,7 +154,7 @@ def test_into(attention):
 def test_bit_identical_for_any_number_of_threads(attention):
     case = ragged(head_dim=80, heads=(16, 2))
     expected = attention(case)
-    for a, b in zip(expected, attention(case, threads=3)):
+    for a, b in zip(expected, attention(case, threads=3), strict=True):
         assert torch.equal(a, b)
 
 

@@ -73,7 +73,7 @@ def test_dataclasses_are_those_that_the_receiver_lists():
     assert decode(data, [Point]) == {point: [point]}
     with pytest.raises(ValueError, match="Point"):
         decode(data)
-    with pytest.raises(TypeError, match="^a Point cannot be sent to another process$"):
+    with pytest.raises(TypeError, match=r"^a Point cannot be sent to another process$"):
         encode(point)
     for value in (Other(), ValueError("x"), print, 1j):
         with pytest.raises(TypeError, match="cannot be sent to another process"):

@@ -124,7 +124,7 @@ def test_a_file_that_changes_while_it_is_read(saved, monkeypatch):
 
     monkeypatch.setattr(fingerprints, "_read", cut)
     with pytest.raises(RunError, match="changed while it was read"):
-        checkpoint.fingerprint
+        _ = checkpoint.fingerprint
 
 
 def test_a_file_that_another_one_replaces(saved):
@@ -139,7 +139,7 @@ def test_a_file_that_another_one_replaces(saved):
     other.replace(file)
     assert file.stat().st_size == status.st_size
     with pytest.raises(RunError, match="was changed since it was opened"):
-        checkpoint.fingerprint
+        _ = checkpoint.fingerprint
     setup = Setup(model=str(saved), dtype="float32", state=before)
     with pytest.raises(RunError, match="was changed while it was loaded"):
         distributed.run(open_engine, setup, cp=1, tp=1, device="cpu", threads=1)

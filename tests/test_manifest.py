@@ -321,7 +321,7 @@ def test_kv_of_another_dtype_is_refused(made):
     fields = fields_of(made)
     manifest = Manifest.parse(text_of({**fields, "dtype": "float16"}))
     assert "kv.0 is F32" in session_care.problems(made, manifest)[0]
-    with pytest.raises(UserError, match="kv.0 is F32"):
+    with pytest.raises(UserError, match=r"kv.0 is F32"):
         segments.restore(made, manifest, new_cache(2), rank=0, ranks=1, kv_heads=(0, HEADS))
 
 
@@ -329,7 +329,7 @@ def test_logits_of_another_vocabulary_are_refused(tmp_path):
     directory = tmp_path / "s"
     save_turn(directory, [4], [0], 1, 1, None)
     rewritten(directory, lambda t: t.update({"logits.0": torch.zeros(VOCABULARY - 1)}))
-    with pytest.raises(UserError, match="logits.0 is F32 .999., the manifest makes it F32 .1000."):
+    with pytest.raises(UserError, match=r"logits.0 is F32 .999., the manifest makes it F32 .1000."):
         segments.read_logits(directory, session.load(directory))
 
 
@@ -341,7 +341,7 @@ def test_logits_that_choose_no_token_are_refused(tmp_path, value):
     manifest = session.load(directory)
     (told,) = session_care.problems(directory, manifest)
     assert "logits.0 has no finite largest value; restore it" in told
-    with pytest.raises(UserError, match="logits.0 has no finite largest value"):
+    with pytest.raises(UserError, match=r"logits.0 has no finite largest value"):
         segments.read_logits(directory, manifest)
 
 

@@ -34,7 +34,7 @@ def run(model, tokens, splits=()):
     attention, positions = ToyAttention(), torch.arange(len(tokens), dtype=torch.int32)
     hidden = [
         model(tokens[start:stop], positions[start:stop], attention.at(positions[start:stop]))
-        for start, stop in zip((0, *splits), (*splits, len(tokens)))
+        for start, stop in zip((0, *splits), (*splits, len(tokens)), strict=True)
     ]
     return model.logits(torch.cat(hidden))
 

@@ -1,9 +1,10 @@
+import itertools
 import os
 import subprocess
 import sys
 import threading
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def arithmetic(dtype, head_dim):
     return dtype if ops.cpu_isa(dtype, head_dim) in BFLOAT16_ISAS else torch.float32
 
 
-@lru_cache(maxsize=None)
+@cache
 def ragged_batch(dtype, head_dim, heads):
     """Every kind of sequence in one batch, no length a multiple of a tile."""
     return make_case(
@@ -52,7 +53,7 @@ def ragged_batch(dtype, head_dim, heads):
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def ragged_tolerance(dtype, head_dim, heads, arithmetic, out_dtype):
     return tolerance(ragged_batch(dtype, head_dim, heads), arithmetic, out_dtype)
 
@@ -175,7 +176,7 @@ def test_contiguous_and_strided_inputs_agree(isa):
     by_head = case.q.transpose(0, 1).contiguous().transpose(0, 1)  # [heads, tokens] in memory
     expected = ops.attention_partial(*case.arguments)
     for other in (packed, replace(packed, q=by_head)):
-        for a, b in zip(expected, ops.attention_partial(*other.arguments)):
+        for a, b in zip(expected, ops.attention_partial(*other.arguments), strict=True):
             assert torch.equal(a, b)
 
 
@@ -186,7 +187,9 @@ def test_slots_that_no_query_sees_are_never_read(isa, dtype):
     poisoned.k[77:200], poisoned.v[77:200] = torch.nan, torch.nan
     poisoned.k[204:], poisoned.v[204:] = torch.inf, torch.nan
     for a, b in zip(
-        ops.attention_partial(*case.arguments), ops.attention_partial(*poisoned.arguments)
+        ops.attention_partial(*case.arguments),
+        ops.attention_partial(*poisoned.arguments),
+        strict=True,
     ):
         assert torch.equal(a, b)
 
@@ -200,7 +203,9 @@ def test_keys_outside_the_offsets_are_ignored(isa):
         cu_q=torch.tensor([0, 5]).int(),
         cu_k=case.cu_k[1:],
     )
-    for a, b in zip(ops.attention_partial(*case.arguments), ops.attention_partial(*last.arguments)):
+    for a, b in zip(
+        ops.attention_partial(*case.arguments), ops.attention_partial(*last.arguments), strict=True
+    ):
         assert torch.equal(a[9:], b)
 
 
@@ -654,7 +659,7 @@ def test_calls_from_many_threads():
         thread.start()
     for thread in threads:
         thread.join()
-    for out, lse in sum(results, []):
+    for out, lse in itertools.chain(*results):
         assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
 
 

@@ -79,7 +79,7 @@ def test_a_cap_in_the_environment_counts(monkeypatch, name, value, fast):
 def test_auto(monkeypatch, stored, with_products, without, cuda):
     checkpoint = SimpleNamespace(matrix_dtype=stored)
     for fast, expected in ((True, with_products), (False, without)):
-        monkeypatch.setattr(options, "has_bfloat16_products", lambda: fast)
+        monkeypatch.setattr(options, "has_bfloat16_products", lambda fast=fast: fast)
         assert resolve_dtype("auto", checkpoint, "cpu") == expected
         assert resolve_dtype("auto", checkpoint, "cuda") == cuda
         assert resolve_dtype("bfloat16", checkpoint, "cpu") == "bfloat16"

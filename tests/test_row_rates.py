@@ -86,7 +86,7 @@ def test_they_are_kept_with_the_profile_and_refused_when_damaged(tmp_path, monke
         damaged = json.loads(json.dumps(kept))
         damaged["devices"]["cpu"]["row_rates"]["bfloat16"][0][field] = value
         path.write_text(json.dumps(damaged))
-        with pytest.raises(UserError, match="row_rates.*cptool bench calibrate"):
+        with pytest.raises(UserError, match=r"row_rates.*cptool bench calibrate"):
             load_profile("cpu")
 
 

@@ -31,7 +31,9 @@ def test_no_folder_is_made_where_any_user_could_replace_it(tmp_path, monkeypatch
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with make_folder() as folder:
         assert os.path.dirname(folder) == "/tmp"
-    with pytest.raises(RunError, match="any user can replace what is in .*; chmod [+]t it, or set"):
+    with pytest.raises(
+        RunError, match=r"any user can replace what is in .*; chmod [+]t it, or set"
+    ):
         make_folder(str(tmp_path))
     tmp_path.chmod(0o1777)
     with make_folder() as folder:
@@ -60,7 +62,7 @@ def test_a_place_that_does_not_do_is_named_with_the_remedy(tmp_path, monkeypatch
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
 
     monkeypatch.setattr(tempfile, "gettempdir", none)
-    with pytest.raises(RunError, match="^No usable temporary directory found .*; set TMPDIR"):
+    with pytest.raises(RunError, match=r"^No usable temporary directory found .*; set TMPDIR"):
         make_folder()
 
 

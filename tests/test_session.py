@@ -57,7 +57,7 @@ def save_turn(directory, lengths, starts, ranks, tp, previous):
 def _save_turn(directory, lengths, starts, ranks, tp, previous, held):
     directory.mkdir(exist_ok=True)
     revision, written, logits_of = (previous.revision if previous else 0) + 1, [], {}
-    total = [s + n for s, n in zip(starts, lengths)]
+    total = [s + n for s, n in zip(starts, lengths, strict=True)]
     layout = balanced(lengths, ranks, starts=starts)
     for rank in range(ranks):
         for part in range(tp):
@@ -129,7 +129,7 @@ def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
             manifest = manifest.truncated([s // 2 for s in starts])
             starts = [sequence.cached for sequence in manifest.sequences]
         manifest = save_turn(directory, lengths, starts, cp, parts, manifest)
-        starts = [s + n for s, n in zip(starts, lengths)]
+        starts = [s + n for s, n in zip(starts, lengths, strict=True)]
     assert session_care.problems(directory, session.load(directory)) == []
     if len(manifest.turns) > 1:
         session_care.roll_back(directory, manifest, 1)
@@ -154,7 +154,7 @@ def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
                         cache.tokens_from(layer, b, 0), kv_of(layer, b, positions, slice(*heads))
                     )
         lengths = cache.lengths
-        assert all(abs(n - s / ranks) < 1 for n, s in zip(lengths, starts))
+        assert all(abs(n - s / ranks) < 1 for n, s in zip(lengths, starts, strict=True))
         on_rank.append(sum(lengths))
         for b, positions in enumerate(placements[rank].sequences()):
             held[b] += positions.tolist()
@@ -284,7 +284,7 @@ def test_a_manifest_that_changed_on_disk_is_refused(saved):
     assert text.count(f'"tokens":{tokens}') == 1
     changed = (manifest.sequences[0].tokens[0] + 1, *manifest.sequences[0].tokens[1:])
     path.write_text(text.replace(tokens, json.dumps(changed, separators=(",", ":"))))
-    with pytest.raises(UserError, match="not a readable session manifest .its checksum is that"):
+    with pytest.raises(UserError, match=r"not a readable session manifest .its checksum is that"):
         session.load(directory)
     path.write_text(json.dumps(unsealed(manifest)))
     with pytest.raises(UserError, match="it has no checksum"):
@@ -315,7 +315,7 @@ def test_places_that_are_not_for_a_new_session(tmp_path):
         session.check_new(tmp_path / "file")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="thesis.tex"):
+    with pytest.raises(UserError, match=r"thesis.tex"):
         session.check_new(tmp_path / "mine")
     session.check_new(tmp_path / "new")
 
@@ -331,7 +331,7 @@ def test_a_place_behind_a_link_that_leads_nowhere_is_refused_before_the_run(tmp_
 
 
 def test_another_model_is_refused(saved):
-    directory, manifest = saved
+    _directory, manifest = saved
     session.check_model(manifest, MODEL)
     with pytest.raises(UserError, match="is not the model of this session"):
         session.check_model(manifest, replace(MODEL, path="other", fingerprint="e" * 64))

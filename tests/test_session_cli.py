@@ -56,7 +56,7 @@ def test_the_same_prompt_again_computes_nothing(mqa_path, token_file, tmp_path):
 
 @pytest.mark.parametrize(
     "prompt, place",
-    [(MQA_IDS[:20] + [7, 8, 9], "differs at token 20"), (MQA_IDS[:30], "ends at token 30")],
+    [([*MQA_IDS[:20], 7, 8, 9], "differs at token 20"), (MQA_IDS[:30], "ends at token 30")],
 )
 def test_another_prompt_is_refused_or_rewinds(
     session, mqa_path, mqa_reference, token_file, prompt, place

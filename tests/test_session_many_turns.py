@@ -45,7 +45,7 @@ def test_many_turns_have_few_segments(model, tmp_path, monkeypatch, anew):
     engine = engine_of(model)
     engine.restore(tmp_path, session.load(tmp_path))
     assert engine.tokens == whole.tokens
-    assert all(torch.equal(a, b) for a, b in zip(kv_of(engine), kv_of(whole)))
+    assert all(torch.equal(a, b) for a, b in zip(kv_of(engine), kv_of(whole), strict=True))
     back = session_care.roll_back(tmp_path, saved, 25)
     assert session_care.problems(tmp_path, session.load(tmp_path)) == []
     assert len(back.turns) == 5

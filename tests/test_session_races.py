@@ -31,7 +31,7 @@ def began(directory, previous: Manifest | None, held: ExitStack, lengths=(3, 3))
     starts = [s.cached for s in sequences]
     cache = new_cache(2)
     store(cache, balanced(list(lengths), 1, starts=starts).placement(0))
-    total = [a + n for a, n in zip(starts, lengths)]
+    total = [a + n for a, n in zip(starts, lengths, strict=True)]
     directory.mkdir(exist_ok=True)
     segment = segments.write_segment(
         directory,
@@ -66,7 +66,7 @@ def kept(directory):
 def lose(directory, manifest: Manifest) -> Manifest:
     """What is kept of a turn that another run was faster than."""
     before = {p.name: p.read_bytes() for p in directory.iterdir()} if directory.exists() else {}
-    with pytest.raises(RunError, match="this run's turn is kept in .* continue it with") as told:
+    with pytest.raises(RunError, match=r"this run's turn is kept in .* continue it with") as told:
         session.commit_or_keep(directory, manifest)
     (place,) = kept(directory)
     assert str(place) in str(told.value) and "\n" not in str(told.value)
@@ -169,7 +169,7 @@ def test_maintenance_that_lost_changes_nothing(saved, loser, monkeypatch):
         return commit(directory, manifest)
 
     monkeypatch.setattr(session, "commit", after_another)
-    with pytest.raises(RunError, match="changed by another run .* nothing was changed"):
+    with pytest.raises(RunError, match=r"changed by another run .* nothing was changed"):
         loser(directory, before)
     assert session.load(directory) == winner[1] and kept(directory) == []
     assert session_care.problems(directory, winner[1]) == []

@@ -48,7 +48,7 @@ def test_a_config_file_or_its_directory(mqa_path, tmp_path):
 
 
 def test_an_unknown_name_is_told_the_known_ones():
-    with pytest.raises(UserError, match="no such model.*or one of the shapes llama2-7b") as error:
+    with pytest.raises(UserError, match=r"no such model.*or one of the shapes llama2-7b") as error:
         find_shape("llama9-1t")
     assert "\n" not in str(error.value)
 

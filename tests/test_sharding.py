@@ -1,5 +1,7 @@
 """Sharding: every new token on exactly one rank, ascending, balanced in tokens and causal work."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ def reference(lengths, ranks, starts, active):
     """[rank][seq] -> positions, straight from the rule, one token at a time."""
     dealt = [[[] for _ in lengths] for _ in range(ranks)]
     running = 0
-    for seq, (length, start) in enumerate(zip(lengths, starts)):
+    for seq, (length, start) in enumerate(zip(lengths, starts, strict=True)):
         sizes = [length // (2 * active)] * (2 * active)
         order = list(range(active)) + list(range(2 * active - 1, active - 1, -1))
         for chunk in order[: length % (2 * active)]:
@@ -54,7 +56,7 @@ def test_layout_follows_the_rule(batch, ranks, active):
             ranges = layout.ranges(rank, seq)
             assert [p for a, b in ranges for p in range(a, b)] == expected[rank][seq]
             assert all(a < b for a, b in ranges)
-            assert all(left[1] < right[0] for left, right in zip(ranges, ranges[1:]))
+            assert all(left[1] < right[0] for left, right in itertools.pairwise(ranges))
         seen += held
     assert sorted(seen) == new_tokens
     if active == ranks:
@@ -118,7 +120,7 @@ def test_no_sequence_grows_unevenly_whoever_leaves(ranks, steps, batch):
         for seq in (seq for seq in range(4) if step[seq]):
             held[layout.owner(seq, starts[seq])][seq] += 1
             starts[seq] += 1
-        for counts in zip(*held):
+        for counts in zip(*held, strict=True):
             assert max(counts) - min(counts) <= 1
 
 
@@ -191,7 +193,7 @@ def test_bad_arguments(arguments, words):
 
 
 def test_owner_of_a_token_that_is_not_new():
-    with pytest.raises(ValueError, match="position is 8; .* 3 to 7"):
+    with pytest.raises(ValueError, match=r"position is 8; .* 3 to 7"):
         balanced([5], 2, starts=[3]).owner(0, 8)
 
 

@@ -78,7 +78,9 @@ def many_under_way(world):
     for turn in range(3):
         incoming = [torch.empty(5, dtype=torch.int64) for _ in range(SLOTS)]
         outgoing = [torch.full((5,), 1000 * turn + 10 * i + world.rank) for i in range(SLOTS)]
-        pending = [ring.send_receive(peer, o, peer, i) for o, i in zip(outgoing, incoming)]
+        pending = [
+            ring.send_receive(peer, o, peer, i) for o, i in zip(outgoing, incoming, strict=True)
+        ]
         for receipt, _ in reversed(pending):
             receipt.wait()
             receipt.wait()  # the second does nothing

@@ -1,5 +1,7 @@
 """Decode over static memory says what `extend` says token for token, and leaves the same state."""
 
+import itertools
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -45,7 +47,7 @@ def assert_same(results, expected):
         assert set(ways) == {"all-q"} and "all-q" not in expected[1]
     for b, computed in enumerate(results[0][3]):
         rows = [held[b] for _, _, held, _ in results]
-        assert sorted(sum(rows, [])) == list(range(computed))
+        assert sorted(itertools.chain(*rows)) == list(range(computed))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -66,7 +68,7 @@ def test_sequences_that_stop_leave(mqa_path, n):
 
 def test_kv_grows_evenly(mqa_path):
     results = run_ranks(3, say, mqa_path, True, [[prompt(1), prompt(2), prompt(4)]], 40)
-    for rows in zip(*(held for _, _, held, _ in results)):
+    for rows in zip(*(held for _, _, held, _ in results), strict=True):
         assert max(map(len, rows)) - min(map(len, rows)) <= 1
 
 
@@ -121,7 +123,7 @@ def test_room_is_made_for_what_comes(counts):
     held = [[count] for count in counts]
     for steps in range(40):
         highest = level(counts, steps)
-        assert all(now[0] <= max(before, highest) for now, before in zip(held, counts))
+        assert all(now[0] <= max(before, highest) for now, before in zip(held, counts, strict=True))
         assert steps == 0 or any(now[0] == highest for now in held)  # and for no more
         held[owner(held, 0, steps)][0] += 1
 

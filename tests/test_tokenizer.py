@@ -1,5 +1,6 @@
 """Tokenizers and chat templates, against transformers and a plain SentencePiece reference."""
 
+import itertools
 import json
 import random
 import shutil
@@ -354,7 +355,7 @@ def test_files_without_a_usable_tokenizer(mqa_path, tmp_path):
     assert open_checkpoint(str(mqa_path)).tokenizer() is None
     path = shutil.copytree(mqa_path, tmp_path / "copy")
     (path / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(UserError, match="tokenizer.model alone"):
+    with pytest.raises(UserError, match=r"tokenizer.model alone"):
         open_checkpoint(str(path)).tokenizer()
     (path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a tokenizer"):
@@ -462,7 +463,7 @@ def sentencepiece_encode(metadata, text):
     while True:
         pairs = [
             (-scores[ids[a + b]], i)
-            for i, (a, b) in enumerate(zip(symbols, symbols[1:], strict=False))
+            for i, (a, b) in enumerate(itertools.pairwise(symbols))
             if a + b in ids
         ]
         if not pairs:

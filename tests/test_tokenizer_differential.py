@@ -83,8 +83,15 @@ def directories(draw):
     config = {
         "tokenizer_class": draw(
             st.sampled_from(
-                ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", None, "Own"]
-                + ["CodeLlamaTokenizer", "GPTNeoXTokenizerFast"]
+                [
+                    "PreTrainedTokenizerFast",
+                    "LlamaTokenizer",
+                    "LlamaTokenizerFast",
+                    None,
+                    "Own",
+                    "CodeLlamaTokenizer",
+                    "GPTNeoXTokenizerFast",
+                ]
             )
         )
     }

@@ -87,7 +87,7 @@ def test_results_do_not_depend_on_threads(dtype):
             results.append((tokenwise.linear(x, weight), gate, norm))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(one, other) for one, other in zip(*results))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def rms_norm_bound(x, weight, eps, dtype):

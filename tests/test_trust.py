@@ -384,7 +384,9 @@ def test_rank_0_listens_at_the_named_address_alone_and_names_who_does_not_come(m
     network, _ = addresses(sockets([os.getpid()]) - before)
     assert set(network) == {"127.0.0.1"}
     assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo"
-    with pytest.raises(torch.distributed.DistStoreError, match="^rank 1, rank 2 did not come here"):
+    with pytest.raises(
+        torch.distributed.DistStoreError, match=r"^rank 1, rank 2 did not come here"
+    ):
         meet(store, Seat(0, 3, 0, 3), 0.1, " here")
     with pytest.raises(UserError, match="on rank 0's host, where other hosts cannot reach"):
         launchers_store(Seat(0, 3, 0, 2), 5)

@@ -118,9 +118,11 @@ def test_tensor_parallel_shares_make_up_the_whole(shape, tp, tmp_path):
         assert torch.equal(whole, state[f"model.{layer}.mlp.{part}_proj.weight"])
     kv_rows = max(1, kv_heads // tp) * head_dim
     qkv = [s[f"{layer}.self_attn.qkv_proj.weight"] for s in shares]
-    parts = list(zip(*(p.split([len(p) - 2 * kv_rows, kv_rows, kv_rows]) for p in qkv)))
+    parts = list(
+        zip(*(p.split([len(p) - 2 * kv_rows, kv_rows, kv_rows]) for p in qkv), strict=True)
+    )
     assert torch.equal(torch.cat(parts[0]), state[f"model.{layer}.self_attn.q_proj.weight"])
-    for name, rows in zip("kv", parts[1:]):
+    for name, rows in zip("kv", parts[1:], strict=True):
         whole = state[f"model.{layer}.self_attn.{name}_proj.weight"]
         if kv_heads < tp:
             assert all(torch.equal(own, whole) for own in rows)

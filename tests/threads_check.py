@@ -131,7 +131,7 @@ def check(caller: int) -> None:
         for dtype in (FLOAT32, BFLOAT16, FLOAT16):
             one = function(*shape, dtype, 1)
             for threads in (2, 5):
-                for a, b in zip(one, function(*shape, dtype, threads)):
+                for a, b in zip(one, function(*shape, dtype, threads), strict=True):
                     assert np.array_equal(a.view(np.uint8), b.view(np.uint8)), (shape, dtype)
 
 

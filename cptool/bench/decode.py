@@ -107,7 +107,7 @@ def _round(world: World, run: _Runs, sweep: Sweep, cached: int, keep: bool) -> N
             run.ways[variant] = run.engine.choice.variant
         ranks = world.gather((took, exposed))
         if keep:
-            took, exposed = (max(values) for values in zip(*ranks))
+            took, exposed = (max(values) for values in zip(*ranks, strict=True))
             run.seconds.setdefault(variant, []).append(took)
             run.exposed.setdefault(variant, []).append(exposed)
 

@@ -6,8 +6,9 @@ read and written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -34,7 +35,7 @@ def by_torch(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> torch.Tensor
     """The same result by torch's operations, each of which passes over memory."""
     weights = torch.stack(lses).softmax(0)
     merged = weights[0, :, :, None] * outs[0]
-    for weight, out in zip(weights[1:], outs[1:]):
+    for weight, out in zip(weights[1:], outs[1:], strict=True):
         merged.addcmul_(weight[:, :, None], out.to(torch.float32))
     return merged.to(outs[0].dtype)
 
@@ -46,18 +47,18 @@ def measure(shapes: list[Shape], device: str, repeats: int) -> Iterator[dict[str
         outs = [torch.randn(size, device=device).to(shape.dtype) for _ in range(shape.partials)]
         lses = [torch.randn(size[:2], device=device) for _ in range(shape.partials)]
         moved = sum(t.nbytes for t in (*outs, *lses)) + outs[0].nbytes + lses[0].nbytes
-        once = stopwatch(lambda: ops.merge_partials(outs, lses, shape.dtype), device)
+        ours = partial(ops.merge_partials, outs, lses, shape.dtype)
+        once = stopwatch(ours, device)
         calls = max(1, min(1000, round(0.02 / max(1e-6, once))))
 
-        def repeated(call, outs=outs, lses=lses, calls=calls):
-            run = lambda: [call(outs, lses) for _ in range(calls)]  # noqa: E731
-            return lambda: stopwatch(run, device) / calls
+        def repeated(call: Callable[[], object], calls: int = calls) -> Callable[[], float]:
+            return lambda: stopwatch(lambda: [call() for _ in range(calls)], device) / calls
 
         measured = interleave(
             {
-                "ours": repeated(lambda o, s, dtype=shape.dtype: ops.merge_partials(o, s, dtype)),
-                "torch": repeated(by_torch),
-                "memory": lambda source=torch.cat(outs): memory_rate(source),
+                "ours": repeated(ours),
+                "torch": repeated(partial(by_torch, outs, lses)),
+                "memory": partial(memory_rate, torch.cat(outs)),
             },
             repeats,
         )

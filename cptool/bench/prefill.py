@@ -121,7 +121,7 @@ def _round(world: World, run: _Runs, new: int, cached: int, keep: bool) -> None:
             took, exposed, sent = _once(run, choice, new, cached)
         ranks = world.gather((took, exposed, sent))
         if keep:
-            took, exposed, sent = (max(values) for values in zip(*ranks))
+            took, exposed, sent = (max(values) for values in zip(*ranks, strict=True))
             run.seconds.setdefault(key, []).append(took)
             run.exposed.setdefault(key, []).append(exposed)
             run.sent[key] = sent

@@ -51,10 +51,13 @@ def row_rates(clock: Clock, ranks: int, name: str) -> tuple[RowRates, float]:
     read = max(spent[1][0] - spent[0][0], 0.05 * spent[1][0])
     weights = (sizes[1] - sizes[0]) * ELEMENT_BYTES[name] / read
     products = [
-        [took - count * elementwise_bytes(forward) / weights for count, took in zip(rows, taken)]
-        for forward, taken in zip(forwards, spent)
+        [
+            took - count * elementwise_bytes(forward) / weights
+            for count, took in zip(rows, taken, strict=True)
+        ]
+        for forward, taken in zip(forwards, spent, strict=True)
     ]
-    return fitted(ranks, rows, *zip(sizes, products)), weights
+    return fitted(ranks, rows, *zip(sizes, products, strict=True)), weights
 
 
 def device_rates(clock: Clock, name: str, overhead: float) -> tuple[float, float]:

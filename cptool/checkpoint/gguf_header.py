@@ -66,7 +66,7 @@ def read_header(path: Path) -> Header:
         if not beginning.startswith(b"GGUF"):
             what = describe(beginning)
             raise UserError(
-                f"{path}: not a GGUF file{what and f' but {what}' or ''}; give a GGUF file, or a "
+                f"{path}: not a GGUF file{(what and f' but {what}') or ''}; give a GGUF file, or a "
                 f"model directory"
             )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

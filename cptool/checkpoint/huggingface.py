@@ -127,7 +127,7 @@ def read_config(source: Path, fields: dict[str, Any], notes: list[str]) -> Llama
     _check_window(source, fields)
     heads = integer(source, fields, "num_attention_heads")
     hidden = integer(source, fields, "hidden_size")
-    if heads < 1 or hidden < 1 or fields.get("head_dim") is None and hidden % heads:
+    if heads < 1 or hidden < 1 or (fields.get("head_dim") is None and hidden % heads):
         raise UserError(
             f"{source}: hidden_size {hidden} does not divide into {heads} heads; it must, or "
             f"head_dim must be given"

@@ -90,15 +90,12 @@ def _same(value: Any, allowed: Any) -> bool:
 
 def _is_unset(value: Any) -> bool:
     """Nothing is asked for. False and 0 are not among these: `is_causal` is a field."""
-    return value is None or isinstance(value, str | list | dict) and not value
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def _is_plain(value: Any) -> bool:
-    return (
-        _is_unset(value)
-        or isinstance(value, bool | int | float)
-        and value in (0, 1)
-        and (value is not True)
+    return _is_unset(value) or (
+        isinstance(value, bool | int | float) and value in (0, 1) and (value is not True)
     )
 
 

@@ -77,7 +77,7 @@ def _tensor(path: Path, data: int, name: str, entry: Any) -> StoredTensor:
     begin, end = offsets
     elements = bounded_product(shape)
     item_size = ITEM_SIZES.get(encoding)
-    if begin > end or item_size is not None and elements * item_size != end - begin:
+    if begin > end or (item_size is not None and elements * item_size != end - begin):
         raise ValueError(f"{end - begin} bytes for shape {shape} of {encoding}")
     return StoredTensor(path, data + begin, end - begin, tuple(shape), encoding[:40])
 

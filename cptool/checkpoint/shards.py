@@ -68,7 +68,7 @@ def _read_indexed(path: Path, index: Path, tied: bool) -> dict[str, StoredTensor
                 )
         found |= tensors
     for name, shard in weights.items():
-        if name not in found and (tied and name == HEAD or _is_table(name)):
+        if name not in found and ((tied and name == HEAD) or _is_table(name)):
             continue  # Indexes list the head of tied models too, which is not stored.
         if name not in found:
             raise UserError(

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, ClassVar, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -111,7 +111,7 @@ def _render(
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` blocks, which mark answers for training: here just their body."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)

@@ -70,7 +70,7 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     if as_json:
         click.echo(json.dumps({"path": path, **dataclasses.asdict(profile)}))
         return
-    draw.table(_rows(profile, dtypes, cp) + [("kept in", path)])
+    draw.table([*_rows(profile, dtypes, cp), ("kept in", path)])
 
 
 def _on_rank(world, dtypes: tuple[str, ...], profile):

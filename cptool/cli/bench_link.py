@@ -126,7 +126,7 @@ def _draw(plots, path, results) -> None:
         if r["tcp_seconds"]
     ]
     if tcp:
-        lines.append(plots.Line("plain TCP", *zip(*tcp), dashed=True))
+        lines.append(plots.Line("plain TCP", *zip(*tcp, strict=True), dashed=True))
     plots.draw(
         path,
         lines,

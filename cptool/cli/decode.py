@@ -100,7 +100,9 @@ def decode(
     sequences = sequences or [[]] * batch
     held = [len(sequence.tokens) for sequence in manifest.sequences]
     lengths = [len(tokens) for tokens in sequences]
-    room = checkpoint.config.max_position_embeddings - max(h + n for h, n in zip(held, lengths))
+    room = checkpoint.config.max_position_embeddings - max(
+        h + n for h, n in zip(held, lengths, strict=True)
+    )
     if count is None:
         count = max(1, min(DEFAULT_TOKENS, room))
     check_context(lengths, held, count, checkpoint.config)
@@ -161,7 +163,7 @@ def decode(
         click.echo(json.dumps(fields))
         return
     if not stream:
-        for b, (ids, text) in enumerate(zip(report.token_ids, texts), 1):
+        for b, (ids, text) in enumerate(zip(report.token_ids, texts, strict=True), 1):
             click.echo(f"[{b}] {text if text is not None else ' '.join(map(str, ids))}")
     for b, ids in enumerate(report.token_ids, 1):
         if count and not ids:

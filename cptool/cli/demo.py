@@ -82,10 +82,10 @@ def demo(question, cp, tp, device, variant, partials, threads, timeout):
                     "",
                     f"{ranks.cp * ranks.tp} rank(s), {duration(time.perf_counter() - began)} "
                     "with start and loading",
-                )
+                ),
+                *draw.prefill_rows(report),
+                *draw.decode_rows(report),
             ]
-            + draw.prefill_rows(report)
-            + draw.decode_rows(report)
         )
     answers = [list(report.token_ids[0]) for report in reports]
     if answers[0] != answers[1]:

@@ -106,7 +106,7 @@ def prefill(
                 "name a new directory"
             )
         keep = sessions.shared_prefixes(session, manifest, sequences, rewind)
-        sequences = [tokens[n:] for tokens, n in zip(sequences, keep)]
+        sequences = [tokens[n:] for tokens, n in zip(sequences, keep, strict=True)]
     ranks = resolve_ranks(
         cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
     )
@@ -152,7 +152,7 @@ def prefill(
         return
     tokenizer = checkpoint.tokenizer()
     named = [repr(tokenizer.decode([t])) if tokenizer else f"id {t}" for t in report.first_token]
-    rows = draw.prefill_rows(report) + [("continues", ", ".join(named))]
+    rows = [*draw.prefill_rows(report), ("continues", ", ".join(named))]
     if session is not None:
         command = f"cptool decode {shlex.quote(str(session))}"
         rows.append(("session", f"{session}; continue with: {command}"))

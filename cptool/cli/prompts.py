@@ -159,7 +159,7 @@ def _named(name: str) -> Iterator[None]:
 
 def check_context(new: list[int], cached: list[int], more: int, config: "LlamaConfig") -> None:
     """Refuses sequences that would outgrow the positions the model was made for."""
-    for b, (added, held) in enumerate(zip(new, cached), 1):
+    for b, (added, held) in enumerate(zip(new, cached, strict=True), 1):
         if added + held + more > config.max_position_embeddings:
             parts = (
                 [f"{held} cached"] * bool(held)
@@ -228,7 +228,7 @@ def _read_token_ids(path: Path, context: int) -> list[tuple[str, list[int]]]:
         if len(rows) == 1
         else [f"{path}, sequence {b}" for b in range(1, len(rows) + 1)]
     )
-    return list(zip(names, rows))
+    return list(zip(names, rows, strict=True))
 
 
 def _synthetic(count: int, vocab_size: int) -> list[int]:

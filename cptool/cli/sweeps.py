@@ -61,7 +61,7 @@ def ranks(work, cp, tp, variant, profile: HardwareProfile, ranks: int) -> Table:
     tp = _tensor_parallel(work, cp, tp, variant, profile, ranks)
     counts = [c for c, _ in planner.layouts(work.config, None, tp, ranks)]
     times = [_seconds(work, count, tp, variant, profile) for count in counts]
-    known = [(c, t) for c, t in zip(counts, times) if t is not None]
+    known = [(c, t) for c, t in zip(counts, times, strict=True) if t is not None]
     if not known:
         planner.best(planner.plan(work, c, tp, variant, profile) for c in counts)
     first, seconds = known[0]
@@ -108,8 +108,8 @@ def miss_rates(work, cp, tp, variant, profile: HardwareProfile, ranks: int) -> T
 def _fastest(rates: list[float], series: dict[str, list[float | None]]) -> list[str]:
     """The fastest variant of each stretch of miss rates."""
     stretches: list[tuple[str, list[float]]] = []
-    for rate, *times in zip(rates, *series.values()):
-        fitting = [(t, name) for t, name in zip(times, series) if t is not None]
+    for rate, *times in zip(rates, *series.values(), strict=True):
+        fitting = [(t, name) for t, name in zip(times, series, strict=True) if t is not None]
         if not fitting:
             continue
         name = min(fitting)[1]
@@ -143,7 +143,7 @@ def tell(table: Table, model: str, hardware: str, plot: Path | None, as_json: bo
     for name in table.ideal:
         grid.add_column(f"{name}, perfect", justify="right")
     columns = [*table.series.values(), *table.ideal.values()]
-    for x, *times in zip(table.x, *columns):
+    for x, *times in zip(table.x, *columns, strict=True):
         at = f"{x:.1%}" if table.kind == "miss-rates" else f"{x:,}"
         grid.add_row(at, *("no room" if t is None else duration(t) for t in times))
     Console(highlight=False).print(grid)
@@ -160,9 +160,9 @@ def draw_plot(table: Table, model: str, hardware: str, path: Path) -> None:
     scale = 100 if table.kind == "miss-rates" else 1
     lines = []
     for name, times in table.series.items():
-        points = [(scale * x, t) for x, t in zip(table.x, times) if t is not None]
+        points = [(scale * x, t) for x, t in zip(table.x, times, strict=True) if t is not None]
         if points:
-            lines.append(plots.Line(name, *zip(*points)))
+            lines.append(plots.Line(name, *zip(*points, strict=True)))
         if name in table.ideal:
             lines.append(plots.Line("perfect scaling", table.x, table.ideal[name], dashed=True))
     shown = TICKS if table.kind == "miss-rates" else table.x

@@ -27,8 +27,8 @@ def _row_slices(*tensors: torch.Tensor) -> zip:
     rows = tensors[0].shape[0]
     at_once = ROWS_AT_ONCE_CPU if tensors[0].is_cpu else ROWS_AT_ONCE
     if rows <= at_once:
-        return zip(*((tensor,) for tensor in tensors))
-    return zip(*(tensor.tensor_split(-(-rows // at_once)) for tensor in tensors))
+        return zip(*((tensor,) for tensor in tensors), strict=True)
+    return zip(*(tensor.tensor_split(-(-rows // at_once)) for tensor in tensors), strict=True)
 
 
 class Linear(nn.Linear):

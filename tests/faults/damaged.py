@@ -220,7 +220,7 @@ def _child(arguments: list[str], pipe: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         result = _run(arguments)
-    except BaseException:  # noqa: BLE001  what a user would see
+    except BaseException:
         result = "traceback", traceback.format_exc()
     with os.fdopen(pipe, "w") as writer:
         writer.write(json.dumps(result))

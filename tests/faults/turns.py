@@ -63,7 +63,7 @@ def _fork(arguments: list[str]) -> tuple[int, int, str]:
                 main(arguments)
             except SystemExit as stop:
                 code = stop.code or 0
-            except BaseException as error:  # noqa: BLE001
+            except BaseException as error:
                 err.write(repr(error))
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         os.write(theirs, json.dumps([code, kilobytes, err.getvalue()[-500:]]).encode())
