@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-source_hash = runpy.run_path(str(ROOT / "cptool" / "_extension.py"))["source_hash"]
+source_hash = runpy.run_path(str(ROOT / "cptool" / "ops" / "extension.py"))["source_hash"]
 
 
 class CMakeBuild(build_ext):

@@ -35,10 +35,11 @@ from ceilings import STEPS, Ceilings
 from rich.console import Console
 from rich.table import Table
 
-from cptool import ops
 from cptool.bench.attention import Inputs, Shape
 from cptool.bench.measure import circumstances, clock_name, interleave, stopwatch
 from cptool.cli.counts import Heads
+from cptool.ops.attention import merge_partials
+from cptool.ops.kernels import cpu_isa, cpu_isas, force_cpu_isa
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLD_BYTES = 256 << 20  # of caches, so that each is cold when its turn comes
@@ -47,7 +48,7 @@ CEILINGS = {"avx512bf16": "bf16_dot", "amx": "amx"}  # of a kernel's units; the 
 
 
 def _timed_on(isa: str, run: Callable[[], object]) -> float:
-    with ops.force_cpu_isa(isa):
+    with force_cpu_isa(isa):
         return stopwatch(run)
 
 
@@ -64,11 +65,11 @@ def _in_a_run(measure: Callable[[], float]) -> Callable[[], float]:
 def _kernels(isas: tuple[str, ...], shape: Shape) -> list[str]:
     """Of `isas` ("all": every one) those that take the shape; without any, the op's own choice."""
     if not isas:
-        return [ops.cpu_isa(shape.dtype, shape.head_dim)]
+        return [cpu_isa(shape.dtype, shape.head_dim)]
     taking = []
-    for isa in ops.cpu_isas() if "all" in isas else isas:
-        with ops.force_cpu_isa(isa):
-            taking += [isa] if ops.cpu_isa(shape.dtype, shape.head_dim) == isa else []
+    for isa in cpu_isas() if "all" in isas else isas:
+        with force_cpu_isa(isa):
+            taking += [isa] if cpu_isa(shape.dtype, shape.head_dim) == isa else []
     return taking
 
 
@@ -103,7 +104,7 @@ def attention(
         else:
             ceiling, rate = CEILINGS.get(isa, "fma"), shape.flops / time
         limit = measured.get(ceiling)
-        with ops.force_cpu_isa(isa):
+        with force_cpu_isa(isa):
             errors = inputs.errors()
         results.append(
             {
@@ -134,7 +135,7 @@ def merge(
     moved = (partials + 1) * (outs[0].nbytes + lses[0].nbytes)
     measured = interleave(
         {
-            "merge": lambda: stopwatch(lambda: ops.merge_partials(outs, lses, dtype)),
+            "merge": lambda: stopwatch(lambda: merge_partials(outs, lses, dtype)),
             "copy": lambda: 2 * outs[0].nbytes / stopwatch(outs[0].clone),
         },
         repeats,
@@ -157,7 +158,7 @@ def merge(
         "ceiling": "copy",
         "of_ceiling": rate / measured["copy"]["median"],
         "ceilings": {"copy": measured["copy"]},
-        "error": float((ops.merge_partials(outs, lses, dtype)[0].double() - exact).abs().max()),
+        "error": float((merge_partials(outs, lses, dtype)[0].double() - exact).abs().max()),
     }
 
 
@@ -210,7 +211,7 @@ POSITIVE = click.IntRange(min=1)
 @click.option(
     "--isa",
     "isas",
-    type=click.Choice([*ops.cpu_isas(), "all"]),
+    type=click.Choice([*cpu_isas(), "all"]),
     multiple=True,
     help="Instruction sets; without any, the one that the op chooses.",
 )

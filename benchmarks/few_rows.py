@@ -5,7 +5,7 @@
 
 The matrices are [2 hidden, hidden]; every call takes the next of more than 200 MB of them. The rate
 is bytes of weights per second; the ceiling is a plain read of as many bytes in the same run, the
-peer what `cptool.tokenwise.linear` does with more than FEW_ROWS rows.
+peer what `cptool.ops.linear.linear` does with more than FEW_ROWS rows.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from ceilings import Ceilings
 from rich.console import Console
 from rich.table import Table
 
-from cptool import large_pages, ops, tokenwise
+from cptool import large_pages
 from cptool.bench.measure import circumstances, clock_name, interleave, stopwatch
+from cptool.ops.kernels import cpu_isas, cpu_linear_isa, force_cpu_isa
+from cptool.ops.linear import FEW_ROWS, linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLD, TURN = 200 << 20, 16 << 20
@@ -45,14 +47,14 @@ def measure(
 
         def run() -> None:
             for _ in range(calls):
-                tokenwise.linear(x, next(following))
+                linear(x, next(following))
 
-        before = tokenwise.FEW_ROWS[dtype]
-        tokenwise.FEW_ROWS[dtype] = few_rows
+        before = FEW_ROWS[dtype]
+        FEW_ROWS[dtype] = few_rows
         try:
             return calls * each / stopwatch(run)
         finally:
-            tokenwise.FEW_ROWS[dtype] = before
+            FEW_ROWS[dtype] = before
 
     parts = itertools.cycle(weights.flatten().split(calls * each // dtype.itemsize)[:-1])
     measures: dict[str, Callable[[], float]] = {"read": lambda: ceilings.read(next(parts))}
@@ -66,7 +68,7 @@ def measure(
             "hidden": hidden,
             "dtype": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "isa": ops.cpu_linear_isa(dtype),
+            "isa": cpu_linear_isa(dtype),
             "rows": rows,
             "unit": "bytes/s",
             "rate": measured[f"ours {rows}"],
@@ -111,7 +113,7 @@ POSITIVE = click.IntRange(min=1)
 @click.option(
     "--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, default=tuple(DTYPES)
 )
-@click.option("--isa", type=click.Choice(ops.cpu_isas()), help="Instead of the fastest.")
+@click.option("--isa", type=click.Choice(cpu_isas()), help="Instead of the fastest.")
 @click.option("--threads", type=POSITIVE, default=1)
 @click.option("--repeats", type=POSITIVE, default=7)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
@@ -119,7 +121,7 @@ def main(rows, hidden, dtypes, isa, threads, repeats, json_file) -> None:
     torch.set_num_threads(threads)
     ceilings = Ceilings(threads)
     results: list[dict[str, object]] = []
-    with ops.force_cpu_isa(isa or ops.cpu_isas()[-1]):
+    with force_cpu_isa(isa or cpu_isas()[-1]):
         for dtype, width in itertools.product(dtypes, hidden):
             results += measure(width, DTYPES[dtype], rows, ceilings, repeats)
     log = Console(stderr=True, highlight=False)

@@ -36,9 +36,10 @@ from gpu_timing import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from cptool import ops
 from cptool.attention import Step, attend
 from cptool.cache import KVCache
+from cptool.ops.attention import attention_partial, merge_partials
+from cptool.ops.kernels import force_cuda_kernel
 from cptool.ring import Ring
 from cptool.sharding import balanced
 
@@ -91,9 +92,9 @@ class Inputs:
         call = (self.q, k, v, *self.positions, self.scale)
         out_dtype = out_dtype or self.dtype
         if kernel is None:
-            return ops.attention_partial(*call, out_dtype=out_dtype)[0]
-        with ops.force_cuda_kernel(kernel):
-            return ops.attention_partial(*call, out_dtype=out_dtype)[0]
+            return attention_partial(*call, out_dtype=out_dtype)[0]
+        with force_cuda_kernel(kernel):
+            return attention_partial(*call, out_dtype=out_dtype)[0]
 
     def by_sequence(self, x: torch.Tensor) -> torch.Tensor:
         """[batch * tokens, heads, D] as [batch, tokens, heads, D]."""
@@ -318,7 +319,7 @@ def merge(given) -> list[dict[str, object]]:
         written = tokens * heads * (128 * 2 + 4)
         count = sum(x.nbytes for x in (*outs, *lses)) + written
         calls = {
-            "ours": lambda outs=outs, lses=lses: ops.merge_partials(outs, lses, torch.bfloat16),
+            "ours": lambda outs=outs, lses=lses: merge_partials(outs, lses, torch.bfloat16),
             "copy": run,
         }
         window = 0.01 if cuda(device) else 0.0

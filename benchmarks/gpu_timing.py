@@ -16,9 +16,9 @@ from pathlib import Path
 import checkout  # noqa: F401
 import torch
 
-from cptool import ops
 from cptool.bench.measure import circumstances, summary
 from cptool.graphs import Recorded
+from cptool.ops.kernels import cuda_kernels
 
 
 def cuda(device: torch.device) -> bool:
@@ -100,7 +100,7 @@ def graph(run: Callable[[], object], device: torch.device) -> Callable[[], objec
 
 def kernels(device: torch.device) -> list[str]:
     """Our attention kernels that can be told apart on this device, slowest first."""
-    return ops.cuda_kernels() if cuda(device) else []
+    return cuda_kernels() if cuda(device) else []
 
 
 def driver() -> str | None:

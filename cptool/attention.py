@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cptool.errors import UserError
-from cptool.ops import attention_partial, merge_partials
+from cptool.ops.attention import attention_partial, merge_partials
 from cptool.ring import Ring
 from cptool.sharding import Placement, union
 

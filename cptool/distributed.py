@@ -245,9 +245,9 @@ def _gpus() -> int:
 
 
 def _cuda_kernels() -> bool:
-    from cptool import ops
+    from cptool.ops.kernels import build_info
 
-    return bool(ops.build_info()["cuda_archs"])
+    return bool(build_info()["cuda_archs"])
 
 
 def cores() -> int:

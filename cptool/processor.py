@@ -2,7 +2,7 @@
 
 import os
 
-from cptool import _extension
+from cptool.ops import extension
 
 _BFLOAT16 = "avx512bf16"
 # Values of the variables that cap what torch and oneDNN use, and lie below bfloat16 products.
@@ -27,7 +27,7 @@ def has_bfloat16_products() -> bool:
     of the environment caps the instructions in use below that: CPTOOL_ISA, ATEN_CPU_CAPABILITY or
     ONEDNN_MAX_CPU_ISA.
     """
-    isas = _extension.load().cpu_isas()
+    isas = extension.load().cpu_isas()
     cap = os.environ.get("CPTOOL_ISA")
     if cap in isas:
         isas = isas[: isas.index(cap) + 1]

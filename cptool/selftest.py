@@ -12,9 +12,18 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from cptool import ops, tokenwise
 from cptool.cache import NEVER
 from cptool.errors import RunError
+from cptool.ops.attention import attention_partial, merge_partials
+from cptool.ops.elementwise import add_rms_norm_, rotate_, swiglu_
+from cptool.ops.kernels import (
+    cpu_isa,
+    cpu_isas,
+    cuda_kernel,
+    cuda_kernels,
+    force_cpu_isa,
+    force_cuda_kernel,
+)
 
 FAILED = 4
 """Exit code for a wrong kernel, unlike Python's own for a traceback."""
@@ -56,16 +65,16 @@ def attention(
 
 def kernels(device: str) -> list[str]:
     """Attention kernels that this machine runs on `device`, slowest first."""
-    return ops.cpu_isas() if device == "cpu" else ops.cuda_kernels()
+    return cpu_isas() if device == "cpu" else cuda_kernels()
 
 
 def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
     """Every kernel that this machine can run, or `only` one: attention in every dtype, prefill and
     decode shapes; then the merge and the token-wise steps.
     """
-    force, head_dims = ops.force_cpu_isa, (64, 128)
+    force, head_dims = force_cpu_isa, (64, 128)
     if device == "cuda":
-        force, head_dims = ops.force_cuda_kernel, (64, 80, 96, 128)
+        force, head_dims = force_cuda_kernel, (64, 80, 96, 128)
     for kernel in kernels(device) if only is None else [only]:
         with force(kernel):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -103,8 +112,8 @@ DECODE = Shape(
 def _taken(device: str, dtype: torch.dtype, head_dim: int, shape: Shape) -> str:
     """The kernel that takes such a call as things are."""
     if device == "cpu":
-        return ops.cpu_isa(dtype, head_dim)
-    return ops.cuda_kernel(dtype, head_dim, sum(map(len, shape.queries)))
+        return cpu_isa(dtype, head_dim)
+    return cuda_kernel(dtype, head_dim, sum(map(len, shape.queries)))
 
 
 def _attention(device: str, kernel: str, dtype: torch.dtype, head_dim: int, shape: Shape) -> Check:
@@ -134,7 +143,7 @@ def _attention(device: str, kernel: str, dtype: torch.dtype, head_dim: int, shap
     plain = whole(dtype)[0]
     # Twice the error of a plain implementation in the same type, and one rounding of the result.
     allowed = 2 * (plain - out).abs().max() + torch.finfo(dtype).eps * out.abs().max()
-    got, got_lse = ops.attention_partial(
+    got, got_lse = attention_partial(
         q.to(device),
         *kv.to(device).unbind(1),
         *(torch.cat(p).int().to(device) for p in (q_pos, slots)),
@@ -168,7 +177,7 @@ def _merge(device: str) -> Check:
     lses[2, ::2] = -torch.inf
     total = lses.double().logsumexp(0)
     expected = ((lses.double() - total).exp()[..., None] * outs.double()).sum(0)
-    got, lse = ops.merge_partials(list(outs.to(device)), list(lses.to(device)))
+    got, lse = merge_partials(list(outs.to(device)), list(lses.to(device)))
     error = torch.maximum(
         (got.cpu() - expected).abs().max(),
         ((lse.cpu() - total) / total.abs().clamp(min=1)).abs().max(),
@@ -196,11 +205,11 @@ def _tokenwise(device: str, dtype: torch.dtype) -> Check:
         torch.nn.functional.silu(gate.double()) * up.double(),
     )
     turned = heads.to(device)
-    tokenwise.rotate_(turned, cos.to(device), sin.to(device))
+    rotate_(turned, cos.to(device), sin.to(device))
     got = (
-        tokenwise.add_rms_norm_(hidden.to(device), added.to(device), weight.to(device), 1e-5),
+        add_rms_norm_(hidden.to(device), added.to(device), weight.to(device), 1e-5),
         turned,
-        tokenwise.swiglu_(gate.to(device), up.to(device)),
+        swiglu_(gate.to(device), up.to(device)),
     )
     # Two roundings in the dtype, one in float32 and its sums.
     eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cptool import _extension
 from cptool.gathering import gather_values
+from cptool.ops import extension
 from cptool.ring import Ring
 from cptool.shared_memory import is_here
 
-_C = _extension.load()
+_C = extension.load()
 
 Message = tuple[int, torch.Tensor]
 

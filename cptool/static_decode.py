@@ -19,7 +19,7 @@ from cptool.attention import merge_messages, pack
 from cptool.cache import NEVER, KVCache
 from cptool.graphs import Recorded
 from cptool.model.llama import Llama
-from cptool.ops import attention_partial
+from cptool.ops.attention import attention_partial
 from cptool.ring import Ring
 from cptool.sharding import Placement
 

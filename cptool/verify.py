@@ -18,7 +18,7 @@ from cptool.attention import VARIANTS
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import World, run
 from cptool.engine import Engine
-from cptool.ops import attention_partial
+from cptool.ops.attention import attention_partial
 from cptool.sampling import Sampling
 from cptool.sharding import Placement
 from cptool.strategy import ALL_Q, AUTO

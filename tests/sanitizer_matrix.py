@@ -12,7 +12,8 @@ import sys
 import torch
 from reference import check, make_case, tolerance
 
-from cptool import ops
+from cptool.ops.attention import attention_partial, merge_partials
+from cptool.ops.kernels import cuda_kernel, cuda_kernels, force_cuda_kernel
 
 # Tiles with a rest, shards, empty sequences, queries that see nothing, and decoding in pieces.
 SEQUENCES = {
@@ -32,21 +33,21 @@ def run(kernel: str, name: str, dtype: torch.dtype, head_dim: int, heads: tuple[
     slab = torch.stack([case.k, case.v], 1).cuda()
     others = [x.cuda() for x in (case.q_pos, case.k_pos, case.cu_q, case.cu_k)]
     arguments = (case.q.cuda(), slab[:, 0], slab[:, 1], *others, case.scale)
-    taken = ops.cuda_kernel(dtype, head_dim)
+    taken = cuda_kernel(dtype, head_dim)
     allowed = tolerance(case, torch.float32 if taken == "simt" else dtype, merged=True)
-    out, lse = ops.attention_partial(*arguments)
+    out, lse = attention_partial(*arguments)
     check(case, (out.cpu(), lse.cpu()), allowed)
     running = out.clone(), torch.full_like(lse, -torch.inf)
-    ops.attention_partial(*arguments, into=running)
+    attention_partial(*arguments, into=running)
     check(case, (running[0].cpu(), running[1].cpu()), allowed)
-    merged = ops.merge_partials([out, out], [lse, torch.full_like(lse, -torch.inf)])
+    merged = merge_partials([out, out], [lse, torch.full_like(lse, -torch.inf)])
     assert torch.equal(merged[0], out) and torch.equal(merged[1], lse)
     print(f"{kernel} {name} {dtype} D {head_dim} heads {heads}: ok", flush=True)
 
 
 def main(kernels: list[str]) -> None:
-    for kernel in kernels or ops.cuda_kernels():
-        with ops.force_cuda_kernel(kernel):
+    for kernel in kernels or cuda_kernels():
+        with force_cuda_kernel(kernel):
             for name in SEQUENCES:
                 for head_dim, heads in zip(
                     (64, 80, 96, 128), [(2, 2), (9, 3), (5, 1), (16, 2)], strict=True

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 
 import cptool
-from cptool import _extension, ops
+from cptool.ops import extension
+from cptool.ops.attention import _C
+from cptool.ops.kernels import build_info, cpu_isas
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTENSION = Path(ops._C.__file__)
+EXTENSION = Path(_C.__file__)
 
 
 def test_the_extension_says_what_it_is():
-    assert ops._C.version == cptool.__version__
-    info = ops.build_info()
+    assert _C.version == cptool.__version__
+    info = build_info()
     assert info["compiler"]
-    assert set(ops.cpu_isas()) <= set(info["isas"])
+    assert set(cpu_isas()) <= set(info["isas"])
     assert isinstance(info["cuda_archs"], list)
 
 
@@ -40,8 +42,8 @@ def test_the_extension_needs_neither_torch_nor_a_driver():
         re.match(r"(lib(stdc\+\+|m|gcc_s|c|dl|rt|pthread)|ld-linux.*)\.so", name) for name in needed
     ), needed
     code = (
-        "import sys; from cptool import _extension\n"
-        "_extension.load(); sys.exit('torch' in sys.modules)"
+        "import sys; from cptool.ops import extension\n"
+        "extension.load(); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -67,15 +69,15 @@ def test_source_hash(tmp_path):
     (tmp_path / "cpu").mkdir()
     (tmp_path / "a.h").write_text("one")
     (tmp_path / "cpu" / "b.cpp").write_text("two")
-    hashes = [_extension.source_hash(tmp_path)]
+    hashes = [extension.source_hash(tmp_path)]
     (tmp_path / "notes.txt").write_text("not a source")
-    assert _extension.source_hash(tmp_path) == hashes[0]
+    assert extension.source_hash(tmp_path) == hashes[0]
     (tmp_path / "cpu" / "b.cpp").write_text("three")
-    hashes.append(_extension.source_hash(tmp_path))
+    hashes.append(extension.source_hash(tmp_path))
     (tmp_path / "cpu" / "b.cpp").rename(tmp_path / "b.cpp")
-    hashes.append(_extension.source_hash(tmp_path))
+    hashes.append(extension.source_hash(tmp_path))
     (tmp_path / "c.cu").write_text("")
-    hashes.append(_extension.source_hash(tmp_path))
+    hashes.append(extension.source_hash(tmp_path))
     assert len(set(hashes)) == 4
 
 
@@ -83,9 +85,9 @@ def test_source_hash(tmp_path):
 def checkout(tmp_path):
     """A checkout with the package's bare bones and the sources, nothing built."""
     root = tmp_path / "checkout"
-    (root / "cptool").mkdir(parents=True)
-    for name in ("__init__.py", "_extension.py"):
-        shutil.copy(Path(_extension.__file__).with_name(name), root / "cptool")
+    (root / "cptool" / "ops").mkdir(parents=True)
+    for name in ("__init__.py", "ops/__init__.py", "ops/extension.py"):
+        shutil.copy(ROOT / "cptool" / name, root / "cptool" / name)
     shutil.copytree(ROOT / "csrc", root / "csrc")
     return root
 
@@ -96,7 +98,7 @@ def load_in(checkout, *search):
     `search`: further import roots."""
     code = (
         f"import sys; sys.path[:0] = {[str(checkout), *map(str, search)]}\n"
-        "from cptool import _extension; print(_extension.load().__file__)"
+        "from cptool.ops import extension; print(extension.load().__file__)"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     return (done.stdout or done.stderr).strip().splitlines()[-1]
@@ -131,8 +133,8 @@ def test_a_stale_extension_in_place_yields_to_a_fresh_installed_one(checkout, tm
     shutil.copy(EXTENSION, checkout / "cptool")
     stale = checkout / "cptool" / EXTENSION.name
     built = stale.read_bytes()
-    assert ops._C.source_hash.encode() in built
-    stale.write_bytes(built.replace(ops._C.source_hash.encode(), b"0" * 64))
+    assert _C.source_hash.encode() in built
+    stale.write_bytes(built.replace(_C.source_hash.encode(), b"0" * 64))
     install(tmp_path / "site")
     assert load_in(checkout, tmp_path / "site") == str(
         tmp_path / "site" / "cptool" / EXTENSION.name
@@ -140,12 +142,12 @@ def test_a_stale_extension_in_place_yields_to_a_fresh_installed_one(checkout, tm
 
 
 def test_a_missing_extension_is_named(monkeypatch):
-    monkeypatch.setattr(_extension, "_candidates", lambda package: [package / "_C.so"])
+    monkeypatch.setattr(extension, "_candidates", lambda package: [package / "_C.so"])
     with pytest.raises(
         ImportError,
         match=r"^cptool's compiled extension is missing beside .*; build it with `pip install \.`",
     ):
-        _extension.load()
+        extension.load()
 
 
 @pytest.mark.parametrize("where", ["beside", "installed"])

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cptool import ops
-from cptool._op_checks import check_kernels
+from cptool.ops.attention import _C
+from cptool.ops.checks import check_kernels
+from cptool.ops.kernels import build_info, force_cuda_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTENSION = Path(ops._C.__file__)
-ARCHS = ops.build_info()["cuda_archs"]
+EXTENSION = Path(_C.__file__)
+ARCHS = build_info()["cuda_archs"]
 
 
 def test_every_architecture_is_in_the_extension():
@@ -98,10 +99,10 @@ def test_tensors_without_kernels_are_refused():
 
 def test_forcing_a_kernel_that_is_not_there():
     with pytest.raises(ValueError, match=r"^CUDA kernel is 'tensor'; it must be one of "):
-        with ops.force_cuda_kernel("tensor"):
+        with force_cuda_kernel("tensor"):
             pass
     done = subprocess.run(
-        [sys.executable, "-c", "import cptool.ops"],
+        [sys.executable, "-c", "import cptool.ops.attention"],
         env=os.environ | {"CPTOOL_CUDA_KERNEL": "tensor"},
         capture_output=True,
         text=True,

@@ -5,13 +5,12 @@ import re
 import pytest
 import torch
 
-from cptool import ops
+from cptool.ops import extension
+from cptool.ops.kernels import build_info
 
-_C = ops._C
+_C = extension.load()
 
-pytestmark = pytest.mark.skipif(
-    not ops.build_info()["cuda_archs"], reason="built without CUDA kernels"
-)
+pytestmark = pytest.mark.skipif(not build_info()["cuda_archs"], reason="built without CUDA kernels")
 
 
 def attention(q_tokens=4, kv_heads=2, head_dim=64, batch=1):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from test_tokenwise import DTYPES, UNIT, random, rms_norm_bound, unit
 
-from cptool import ops, tokenwise
-from cptool._op_checks import SCALAR_TYPES
+from cptool.ops import elementwise
+from cptool.ops.checks import SCALAR_TYPES
+from cptool.ops.kernels import build_info
 
 # The structures of csrc/tokenwise.h.
 FIELDS = {
@@ -38,7 +39,7 @@ FIELDS = {
 
 
 class Emulated:
-    """The functions of `cptool.tokenwise` on tensors of the CPU."""
+    """The functions of `cptool.ops.elementwise` on tensors of the CPU."""
 
     device = "cpu"
 
@@ -104,7 +105,7 @@ class OnDevice:
     device = "cuda"
 
     def __getattr__(self, name):
-        return getattr(tokenwise, name)
+        return getattr(elementwise, name)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def library(tmp_path_factory):
 def cuda(request):
     if request.param == "emulated":
         return Emulated(request.getfixturevalue("library"))
-    if not torch.cuda.is_available() or not ops.build_info()["cuda_archs"]:
+    if not torch.cuda.is_available() or not build_info()["cuda_archs"]:
         pytest.skip("no CUDA device, or built without CUDA kernels")
     return OnDevice()
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from cptool import decoder_layer, ops
 from cptool.model import llama
 from cptool.model.config import LlamaConfig
 from cptool.model.rope import rotary_tables
+from cptool.ops import fused_layer
+from cptool.ops.kernels import cpu_isas, force_cpu_isa
 
 CONFIG = LlamaConfig(
     vocab_size=32,
@@ -46,11 +47,11 @@ def run(made, hidden, positions):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, "most"])
-@pytest.mark.parametrize("isa", ops.cpu_isas())
+@pytest.mark.parametrize("isa", cpu_isas())
 def test_the_same_bits(dtype, rows, isa, monkeypatch):
     """With weights, tables and hidden rows that are parts of larger ones, on two threads."""
     made = layer(dtype)
-    most = min(64, decoder_layer.FEW_ROWS[dtype])
+    most = min(64, fused_layer.FEW_ROWS[dtype])
     rows = most if rows == "most" else min(rows, most)
     for module in (
         made.self_attn.qkv_proj,
@@ -63,20 +64,20 @@ def test_the_same_bits(dtype, rows, isa, monkeypatch):
     hidden = torch.randn(rows, CONFIG.hidden_size + 8).to(dtype)[:, 8:]
     positions = torch.arange(100, 100 + rows, dtype=torch.int32)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with ops.force_cpu_isa(isa):
-        assert decoder_layer.takes(hidden)
+    with force_cpu_isa(isa):
+        assert fused_layer.takes(hidden)
         check_bits(made, hidden, positions, monkeypatch)
 
 
 def test_more_than_few_rows_go_step_by_step():
-    most = max(64, decoder_layer.FEW_ROWS[torch.float32])
-    assert not decoder_layer.takes(torch.zeros(most + 1, 8))
-    assert not decoder_layer.takes(torch.zeros(1, 8, dtype=torch.float64))
+    most = max(64, fused_layer.FEW_ROWS[torch.float32])
+    assert not fused_layer.takes(torch.zeros(most + 1, 8))
+    assert not fused_layer.takes(torch.zeros(1, 8, dtype=torch.float64))
 
 
 def check_bits(made, hidden, positions, monkeypatch):
     together = run(made, hidden, positions)
-    monkeypatch.setattr(decoder_layer, "takes", lambda hidden: False)
+    monkeypatch.setattr(fused_layer, "takes", lambda hidden: False)
     assert torch.equal(together, run(made, hidden, positions))
     assert not torch.equal(together, hidden)
 
@@ -98,7 +99,7 @@ def test_heads_that_are_not_there_are_refused(rotated):
     made, tables = layer(torch.float32), torch.ones(1, 1, 12)
     weight = made.self_attn.qkv_proj.weight
     with pytest.raises(ValueError, match="it must be whole heads"):
-        decoder_layer.before_attention(
+        fused_layer.before_attention(
             torch.randn(1, CONFIG.hidden_size),
             made.input_layernorm.weight,
             1e-5,

@@ -4,8 +4,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cptool import ops, selftest
+from cptool import selftest
 from cptool.cli.main import main
+from cptool.ops import kernels
+from cptool.ops.kernels import build_info
 
 KERNELS = ["simt", "sm80", "sm90"]
 RIGHT = selftest.Check("attention", error=1e-6, allowed=1e-5)
@@ -42,9 +44,9 @@ def test_the_kernel_to_keep_to(monkeypatch, wrong, told, how):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(ops, "cuda_kernels", lambda: KERNELS)
-    info = {**ops.build_info(), "cuda_archs": ["80", "90a"]}
-    monkeypatch.setattr(ops, "build_info", lambda: info)
+    monkeypatch.setattr(kernels, "cuda_kernels", lambda: KERNELS)
+    info = {**build_info(), "cuda_archs": ["80", "90a"]}
+    monkeypatch.setattr(kernels, "build_info", lambda: info)
     monkeypatch.setattr(selftest, "run", lambda device: iter([RIGHT]))
     monkeypatch.setattr(selftest, "run_apart", run_apart)
     result = CliRunner().invoke(main, ["doctor"])

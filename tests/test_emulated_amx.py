@@ -10,7 +10,7 @@ import pytest
 import torch
 from reference import check, make_case, tolerance
 
-from cptool import ops
+from cptool.ops.kernels import cpu_isas
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mavx512bf16"]
@@ -19,7 +19,7 @@ BFLOAT16 = 1  # ScalarType::kBFloat16
 FLOAT32 = 0
 
 pytestmark = [
-    pytest.mark.skipif("avx512" not in ops.cpu_isas(), reason="this machine has no AVX-512"),
+    pytest.mark.skipif("avx512" not in cpu_isas(), reason="this machine has no AVX-512"),
     pytest.mark.skipif(not COMPILER, reason="no C++ compiler"),
 ]
 

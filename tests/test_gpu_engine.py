@@ -10,7 +10,6 @@ import pytest
 import torch
 from test_static_decode import TURNS, prompt, say
 
-from cptool import ops
 from cptool.attention import VARIANTS
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
@@ -21,6 +20,7 @@ from cptool.exposure import Exposure
 from cptool.graphs import Recorded
 from cptool.hardware import default_profile
 from cptool.model.shapes import find_shape
+from cptool.ops.kernels import build_info
 from cptool.pinned import to_device, to_host
 from cptool.sampling import Sampling
 from cptool.session import identity
@@ -34,7 +34,7 @@ pytestmark = [
     # Ranks are forked from a process that imports this: it must ask without starting CUDA.
     pytest.mark.skipif(ON_GPU and not torch.cuda.device_count(), reason="no CUDA device"),
     pytest.mark.skipif(
-        ON_GPU and not ops.build_info()["cuda_archs"], reason="built without CUDA kernels"
+        ON_GPU and not build_info()["cuda_archs"], reason="built without CUDA kernels"
     ),
 ]
 

@@ -10,21 +10,22 @@ import pytest
 import torch
 from reference import BFLOAT16_ISAS, check, make_case, tolerance, unit_roundoff
 
-from cptool import ops
+from cptool.ops.attention import attention_partial, merge_partials
+from cptool.ops.kernels import cpu_isa, cpu_isas, cpu_stream_rows, force_cpu_isa
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(3, 3), (4, 2), (9, 3), (5, 1), (16, 2), (16, 1)]
 
 
-@pytest.fixture(params=ops.cpu_isas())
+@pytest.fixture(params=cpu_isas())
 def isa(request):
-    with ops.force_cpu_isa(request.param):
+    with force_cpu_isa(request.param):
         yield request.param
 
 
 def arithmetic(dtype, head_dim):
     """What the kernel in use computes in: those that multiply bfloat16 round weights to it."""
-    return dtype if ops.cpu_isa(dtype, head_dim) in BFLOAT16_ISAS else torch.float32
+    return dtype if cpu_isa(dtype, head_dim) in BFLOAT16_ISAS else torch.float32
 
 
 @cache
@@ -63,7 +64,7 @@ def ragged_tolerance(dtype, head_dim, heads, arithmetic, out_dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_float64(isa, dtype, head_dim, heads):
     case = ragged_batch(dtype, head_dim, heads)
-    result = ops.attention_partial(*case.arguments)
+    result = attention_partial(*case.arguments)
     assert result[0].dtype == torch.float32
     check(
         case,
@@ -78,15 +79,13 @@ def test_other_head_dimensions(isa, dtype, head_dim):
     case = make_case(
         [(range(60, 79), range(79)), ([100], range(90))], head_dim=head_dim, dtype=dtype
     )
-    check(
-        case, ops.attention_partial(*case.arguments), tolerance(case, arithmetic(dtype, head_dim))
-    )
+    check(case, attention_partial(*case.arguments), tolerance(case, arithmetic(dtype, head_dim)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_output_in_the_input_dtype(isa, dtype):
     case = ragged_batch(dtype, 64, (9, 3))
-    result = ops.attention_partial(*case.arguments, out_dtype=dtype)
+    result = attention_partial(*case.arguments, out_dtype=dtype)
     assert result[0].dtype == dtype
     check(case, result, ragged_tolerance(dtype, 64, (9, 3), arithmetic(dtype, 64), dtype))
 
@@ -100,7 +99,7 @@ def test_few_queries_over_many_keys(isa, dtype, queries):
     case = make_case([(queries, range(0, 5001)), ([7], range(9))], dtype=dtype, slack=1)
     check(
         case,
-        ops.attention_partial(*case.arguments),
+        attention_partial(*case.arguments),
         tolerance(case, arithmetic(dtype, 64), merged=True),
     )
 
@@ -124,9 +123,7 @@ def test_few_rows_of_any_heads(isa, dtype, head_dim, heads):
         dtype=dtype,
         slack=2,
     )
-    check(
-        case, ops.attention_partial(*case.arguments), tolerance(case, arithmetic(dtype, head_dim))
-    )
+    check(case, attention_partial(*case.arguments), tolerance(case, arithmetic(dtype, head_dim)))
 
 
 @pytest.mark.parametrize("rows", [4, 9, 31, 32, 33])
@@ -135,14 +132,14 @@ def test_rows_around_the_bound_of_few(isa, dtype, rows):
     case = make_case(
         [(range(90, 90 + rows), range(2, 122)), ([50], range(60))], heads=(3, 3), dtype=dtype
     )
-    check(case, ops.attention_partial(*case.arguments), tolerance(case, arithmetic(dtype, 64)))
+    check(case, attention_partial(*case.arguments), tolerance(case, arithmetic(dtype, 64)))
 
 
 @pytest.mark.parametrize("spread", [30.0, 1000.0])
 def test_large_scores(isa, spread):
     """Weights that underflow, maxima that jump from tile to tile."""
     case = make_case([(range(150), range(150))], spread=spread)
-    check(case, ops.attention_partial(*case.arguments), tolerance(case))
+    check(case, attention_partial(*case.arguments), tolerance(case))
 
 
 def test_large_scores_err_like_plain_float32(isa):
@@ -154,7 +151,7 @@ def test_large_scores_err_like_plain_float32(isa):
     ours = plain = 0.0
     for seed in range(12):
         case = make_case([(range(150), range(150))], spread=30.0, seed=seed)
-        out, _ = ops.attention_partial(*case.arguments)
+        out, _ = attention_partial(*case.arguments)
         ours += float((out - case.exact[0]).square().sum())
         plain += float((case.plain(torch.float32)[0] - case.exact[0]).square().sum())
     assert ours <= 1.5 * plain
@@ -163,20 +160,20 @@ def test_large_scores_err_like_plain_float32(isa):
 def test_tensors_without_data_have_results_without_data():
     arguments = ragged_batch(torch.float32, 64, (4, 2)).arguments
     *tensors, scale = arguments
-    out, lse = ops.attention_partial(*(tensor.to("meta") for tensor in tensors), scale)
+    out, lse = attention_partial(*(tensor.to("meta") for tensor in tensors), scale)
     assert out.is_meta and out.shape == tensors[0].shape and lse.shape == out.shape[:2]
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(tensor) for tensor in tensors]
-        assert ops.attention_partial(*fakes, scale)[0].shape == out.shape
+        assert attention_partial(*fakes, scale)[0].shape == out.shape
 
 
 def test_contiguous_and_strided_inputs_agree(isa):
     case = ragged_batch(torch.float32, 64, (4, 2))
     packed = replace(case, k=case.k.contiguous(), v=case.v.contiguous())
     by_head = case.q.transpose(0, 1).contiguous().transpose(0, 1)  # [heads, tokens] in memory
-    expected = ops.attention_partial(*case.arguments)
+    expected = attention_partial(*case.arguments)
     for other in (packed, replace(packed, q=by_head)):
-        for a, b in zip(expected, ops.attention_partial(*other.arguments), strict=True):
+        for a, b in zip(expected, attention_partial(*other.arguments), strict=True):
             assert torch.equal(a, b)
 
 
@@ -187,8 +184,8 @@ def test_slots_that_no_query_sees_are_never_read(isa, dtype):
     poisoned.k[77:200], poisoned.v[77:200] = torch.nan, torch.nan
     poisoned.k[204:], poisoned.v[204:] = torch.inf, torch.nan
     for a, b in zip(
-        ops.attention_partial(*case.arguments),
-        ops.attention_partial(*poisoned.arguments),
+        attention_partial(*case.arguments),
+        attention_partial(*poisoned.arguments),
         strict=True,
     ):
         assert torch.equal(a, b)
@@ -204,7 +201,7 @@ def test_keys_outside_the_offsets_are_ignored(isa):
         cu_k=case.cu_k[1:],
     )
     for a, b in zip(
-        ops.attention_partial(*case.arguments), ops.attention_partial(*last.arguments), strict=True
+        attention_partial(*case.arguments), attention_partial(*last.arguments), strict=True
     ):
         assert torch.equal(a[9:], b)
 
@@ -212,7 +209,7 @@ def test_keys_outside_the_offsets_are_ignored(isa):
 @pytest.mark.parametrize("sequences", [[], [([], [])], [([], range(3))], [(range(3), [])]], ids=str)
 def test_empty(isa, sequences):
     case = make_case(sequences)
-    out, lse = ops.attention_partial(*case.arguments)
+    out, lse = attention_partial(*case.arguments)
     assert out.shape == case.q.shape and torch.all(out == 0) and torch.all(lse == -torch.inf)
 
 
@@ -227,16 +224,14 @@ def test_bit_identical_for_any_number_of_threads(isa, threads):
     try:
         for case in cases:
             torch.set_num_threads(1)
-            out, lse = ops.attention_partial(*case.arguments)
+            out, lse = attention_partial(*case.arguments)
             torch.set_num_threads(threads)
             for _ in range(3):
-                again, lse_again = ops.attention_partial(*case.arguments)
+                again, lse_again = attention_partial(*case.arguments)
                 assert torch.equal(out, again) and torch.equal(lse, lse_again)
-                merged = ops.merge_partials([out, again], [lse, lse_again])
+                merged = merge_partials([out, again], [lse, lse_again])
                 torch.set_num_threads(1)
-                assert all(
-                    map(torch.equal, merged, ops.merge_partials([out, again], [lse, lse_again]))
-                )
+                assert all(map(torch.equal, merged, merge_partials([out, again], [lse, lse_again])))
                 torch.set_num_threads(threads)
     finally:
         torch.set_num_threads(before)
@@ -250,12 +245,10 @@ def test_into_equals_merge(isa, dtype):
     case = ragged_batch(dtype, 64, (4, 2))
     keep = torch.arange(len(case.k_pos)) % 3 == 0
     parts = [case.only_keys(keep), case.only_keys(~keep)]
-    running = ops.attention_partial(*parts[0].arguments)
-    separate = ops.attention_partial(*parts[1].arguments)
-    merged = ops.merge_partials(
-        [running[0].clone(), separate[0]], [running[1].clone(), separate[1]]
-    )
-    result = ops.attention_partial(*parts[1].arguments, into=running)
+    running = attention_partial(*parts[0].arguments)
+    separate = attention_partial(*parts[1].arguments)
+    merged = merge_partials([running[0].clone(), separate[0]], [running[1].clone(), separate[1]])
+    result = attention_partial(*parts[1].arguments, into=running)
     assert result[0] is running[0] and result[1] is running[1]
 
     allowed = tolerance(case, arithmetic(dtype, 64), merged=True)
@@ -277,10 +270,10 @@ def test_into_nothing_yet(isa, dtype):
     no key has 0.
     """
     case = ragged_batch(dtype, 64, (4, 2))
-    out, lse = ops.attention_partial(*case.arguments)
+    out, lse = attention_partial(*case.arguments)
     assert (lse == -torch.inf).any()
     running = torch.full_like(out, torch.nan), torch.full_like(lse, -torch.inf)
-    ops.attention_partial(*case.arguments, into=running)
+    attention_partial(*case.arguments, into=running)
     assert torch.equal(running[0], out) and torch.equal(running[1], lse)
 
 
@@ -288,9 +281,9 @@ def test_into_nothing_by_keys_in_pieces(isa):
     """One item whose keys are cut into pieces, in some of which its first query sees no key."""
     case = make_case([([-1, 5000], range(5001))], heads=(1, 1))
     running = torch.full((2, 1, 64), torch.nan), torch.full((2, 1), -torch.inf)
-    out, lse = ops.attention_partial(*case.arguments, into=running)
+    out, lse = attention_partial(*case.arguments, into=running)
     assert lse[0] == -torch.inf and not out[0].any()
-    assert torch.equal(out, ops.attention_partial(*case.arguments)[0])
+    assert torch.equal(out, attention_partial(*case.arguments)[0])
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "q_pos", "k_pos", "cu_q", "cu_k"])
@@ -315,26 +308,26 @@ def test_into_that_overlaps_an_input_is_refused(name, part):
     tensors[name] = view.copy_(shared)
     kept = memory.clone()
     with pytest.raises(ValueError, match=f"into's {part} overlaps {name} in memory"):
-        ops.attention_partial(**tensors, scale=1.0, into=(running["out"], running["lse"]))
+        attention_partial(**tensors, scale=1.0, into=(running["out"], running["lse"]))
     assert torch.equal(memory, kept)
     # The element after it is free.
     view = memory.view(shared.dtype)[size : size + shared.numel()].view(shared.shape)
     tensors[name] = view.copy_(shared)
-    ops.attention_partial(**tensors, scale=1.0, into=(running["out"], running["lse"]))
+    attention_partial(**tensors, scale=1.0, into=(running["out"], running["lse"]))
 
 
 def test_into_of_one_memory_is_refused():
     case = make_case([(range(4), range(4))], heads=(4, 2))
     out = torch.zeros(4, 4, 64)
     with pytest.raises(ValueError, match="into's out overlaps into's lse"):
-        ops.attention_partial(*case.arguments, into=(out, out[0, 0, :16].view(4, 4)))
+        attention_partial(*case.arguments, into=(out, out[0, 0, :16].view(4, 4)))
 
 
 def test_into_with_no_keys_changes_nothing(isa):
     case = make_case([(range(5), []), (range(3), range(3, 6))])
     running = torch.randn(8, 4, 64), torch.randn(8, 4)
     before = running[0].clone(), running[1].clone()
-    ops.attention_partial(*case.arguments, into=running)
+    attention_partial(*case.arguments, into=running)
     assert torch.equal(running[0], before[0]) and torch.equal(running[1], before[1])
 
 
@@ -362,7 +355,7 @@ def test_merge_matches_float64(isa, partials, head_dim, dtype, out_dtype):
     generator = torch.Generator().manual_seed(partials)
     outs = [torch.randn(67, 3, head_dim, generator=generator).to(dtype) for _ in range(partials)]
     lses = [torch.randn(67, 3, generator=generator) * 5 for _ in range(partials)]
-    out, lse = ops.merge_partials(outs, lses, out_dtype=out_dtype)
+    out, lse = merge_partials(outs, lses, out_dtype=out_dtype)
     exact_out, exact_lse = exact_merge(outs, lses)
     assert out.dtype == out_dtype and lse.dtype == torch.float32
     assert (out.double() - exact_out).abs().max() <= merge_bound(outs, out_dtype)
@@ -376,7 +369,7 @@ def test_merge_of_distant_lses(isa):
     a, b = torch.randn(5, 2, 64), torch.randn(5, 2, 64)
     high, low = torch.full((5, 2), 5e3), torch.full((5, 2), -5e3)
     for outs, lses in (([a, b], [high, low]), ([b, a], [low, high])):
-        out, lse = ops.merge_partials(outs, lses)
+        out, lse = merge_partials(outs, lses)
         assert torch.equal(out, a) and torch.equal(lse, high)
 
 
@@ -389,9 +382,9 @@ def test_merge_identity(isa):
         ([none[0], out], [none[1], lse]),
         ([out, none[0]], [lse, none[1]]),
     ):
-        merged = ops.merge_partials(outs, lses)
+        merged = merge_partials(outs, lses)
         assert torch.equal(merged[0], out) and torch.equal(merged[1], lse)
-    merged = ops.merge_partials([none[0], none[0]], [none[1], none[1]])
+    merged = merge_partials([none[0], none[0]], [none[1], none[1]])
     assert torch.all(merged[0] == 0) and torch.all(merged[1] == -torch.inf)
 
 
@@ -400,10 +393,10 @@ def test_merge_is_associative(isa):
     outs = [torch.randn(33, 4, 64, generator=generator) for _ in range(3)]
     lses = [torch.randn(33, 4, generator=generator) * 3 for _ in range(3)]
     lses[1][::3] = -torch.inf
-    left = ops.merge_partials(outs[:2], lses[:2])
-    left = ops.merge_partials([left[0], outs[2]], [left[1], lses[2]])
-    right = ops.merge_partials(outs[1:], lses[1:])
-    right = ops.merge_partials([outs[0], right[0]], [lses[0], right[1]])
+    left = merge_partials(outs[:2], lses[:2])
+    left = merge_partials([left[0], outs[2]], [left[1], lses[2]])
+    right = merge_partials(outs[1:], lses[1:])
+    right = merge_partials([outs[0], right[0]], [lses[0], right[1]])
     u = unit_roundoff(torch.float32)
     lse_gap = 2 * 6 * u * float(left[1].abs().max())  # each side: two merges of three roundings
     assert (left[1] - right[1]).abs().max() <= lse_gap
@@ -518,7 +511,7 @@ def test_bad_arguments(change, message):
         scale=0.125,
     )
     with pytest.raises(ValueError, match=message):
-        ops.attention_partial(**{**arguments, **change})
+        attention_partial(**{**arguments, **change})
 
 
 @pytest.mark.parametrize(
@@ -584,7 +577,7 @@ def test_bad_arguments(change, message):
 )
 def test_bad_partials(outs, lses, out_dtype, message):
     with pytest.raises(ValueError, match=message):
-        ops.merge_partials(outs, lses, out_dtype=out_dtype)
+        merge_partials(outs, lses, out_dtype=out_dtype)
 
 
 # The torch ops.
@@ -607,22 +600,22 @@ def test_opcheck():
 
 
 def test_isas():
-    names = ops.cpu_isas()
+    names = cpu_isas()
     assert names[0] == "portable"
     for name in names:
-        with ops.force_cpu_isa(name):
+        with force_cpu_isa(name):
             for dtype in DTYPES:
-                assert names.index(ops.cpu_isa(dtype)) <= names.index(name)
-            with ops.force_cpu_isa("portable"):
-                assert ops.cpu_isa(torch.float32) == "portable"
-            assert ops.cpu_isa(torch.float32) != "portable" or name == "portable"
+                assert names.index(cpu_isa(dtype)) <= names.index(name)
+            with force_cpu_isa("portable"):
+                assert cpu_isa(torch.float32) == "portable"
+            assert cpu_isa(torch.float32) != "portable" or name == "portable"
             for dtype in DTYPES:
-                streams = {"amx": 8, "avx512bf16": 32, "avx512": 32}.get(ops.cpu_isa(dtype), 0)
-                assert ops.cpu_stream_rows(dtype) == streams
+                streams = {"amx": 8, "avx512bf16": 32, "avx512": 32}.get(cpu_isa(dtype), 0)
+                assert cpu_stream_rows(dtype) == streams
     with pytest.raises(
         ValueError, match="CPU instruction set is 'mmx'; it must be one of portable"
     ):
-        with ops.force_cpu_isa("mmx"):
+        with force_cpu_isa("mmx"):
             pass
 
 
@@ -642,17 +635,17 @@ def test_isa_from_the_environment():
     wrong = run_python(code, CPTOOL_ISA="mmx")
     assert wrong.returncode != 0
     assert wrong.stderr.splitlines()[-1].endswith(
-        f"must be one of {', '.join(ops.cpu_isas())} on this machine: unset it"
+        f"must be one of {', '.join(cpu_isas())} on this machine: unset it"
     )
 
 
 def test_calls_from_many_threads():
     case = ragged_batch(torch.float32, 64, (9, 3))
-    expected = ops.attention_partial(*case.arguments)
+    expected = attention_partial(*case.arguments)
     results = [None] * 4
 
     def call(index):
-        results[index] = [ops.attention_partial(*case.arguments) for _ in range(5)]
+        results[index] = [attention_partial(*case.arguments) for _ in range(5)]
 
     threads = [threading.Thread(target=call, args=(index,)) for index in range(len(results))]
     for thread in threads:

@@ -15,29 +15,31 @@ from test_ops import (
     unit_roundoff,
 )
 
-from cptool import ops, selftest
+from cptool import selftest
+from cptool.ops.attention import attention_partial, merge_partials
+from cptool.ops.kernels import build_info, cuda_kernel, cuda_kernels, force_cuda_kernel
 
 DEVICE = "cuda"
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif(not ops.build_info()["cuda_archs"], reason="built without CUDA kernels"),
+    pytest.mark.skipif(not build_info()["cuda_archs"], reason="built without CUDA kernels"),
 ]
 
 
-@pytest.fixture(params=ops.build_info()["cuda_kernels"] or ["none"])
+@pytest.fixture(params=build_info()["cuda_kernels"] or ["none"])
 def kernel(request):
     """The fastest kernel that may take a call; what it does not take goes to the next slower."""
-    if request.param not in ops.cuda_kernels():
+    if request.param not in cuda_kernels():
         pytest.skip(f"this device does not run {request.param}")
-    with ops.force_cuda_kernel(request.param):
+    with force_cuda_kernel(request.param):
         yield request.param
 
 
 def arithmetic(dtype, head_dim):
     """What the kernel computes in: tensor cores take weights rounded to the input's dtype."""
-    return torch.float32 if ops.cuda_kernel(dtype, head_dim) == "simt" else dtype
+    return torch.float32 if cuda_kernel(dtype, head_dim) == "simt" else dtype
 
 
 def on_device(case: Case, device=DEVICE) -> Case:
@@ -50,13 +52,13 @@ def on_device(case: Case, device=DEVICE) -> Case:
 
 def attention(case: Case, **options) -> tuple:
     """attention_partial on the device, its result on the host."""
-    out, lse = ops.attention_partial(*on_device(case).arguments, **options)
+    out, lse = attention_partial(*on_device(case).arguments, **options)
     return out.cpu(), lse.cpu()
 
 
 def merge(outs, lses, out_dtype=None) -> tuple:
     moved = ([x.to(DEVICE) for x in tensors] for tensors in (outs, lses))
-    out, lse = ops.merge_partials(*moved, out_dtype=out_dtype)
+    out, lse = merge_partials(*moved, out_dtype=out_dtype)
     return out.cpu(), lse.cpu()
 
 
@@ -124,9 +126,9 @@ def test_contiguous_and_strided_inputs_agree(kernel, dtype):
     case = on_device(ragged_batch(dtype, 64, (4, 2)))
     packed = replace(case, k=case.k.contiguous(), v=case.v.contiguous())
     by_head = case.q.transpose(0, 1).contiguous().transpose(0, 1)  # [heads, tokens] in memory
-    expected = ops.attention_partial(*case.arguments)
+    expected = attention_partial(*case.arguments)
     for other in (packed, replace(packed, q=by_head)):
-        assert_same(expected, ops.attention_partial(*other.arguments))
+        assert_same(expected, attention_partial(*other.arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,14 +150,14 @@ def test_empty(kernel, sequences):
 def test_bit_identical_from_run_to_run(kernel):
     case = on_device(ragged_batch(torch.bfloat16, 80, (5, 1)))
     few = on_device(make_case([([5000], range(5001))], heads=(5, 1), dtype=torch.bfloat16))
-    expected = ops.attention_partial(*few.arguments)
-    out, lse = ops.attention_partial(*case.arguments)
-    merged = ops.merge_partials([out, out], [lse, lse])
+    expected = attention_partial(*few.arguments)
+    out, lse = attention_partial(*case.arguments)
+    merged = merge_partials([out, out], [lse, lse])
     for _ in range(3):
-        again = ops.attention_partial(*case.arguments)
+        again = attention_partial(*case.arguments)
         assert_same((out, lse), again)
-        assert_same(expected, ops.attention_partial(*few.arguments))
-        assert_same(merged, ops.merge_partials([again[0], out], [again[1], lse]))
+        assert_same(expected, attention_partial(*few.arguments))
+        assert_same(merged, merge_partials([again[0], out], [again[1], lse]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -169,7 +171,7 @@ def test_offsets_without_sense_read_nothing_outside(kernel, dtype):
             torch.randint(-(2**31), 2**31 - 1, shape, generator=generator).int().to(DEVICE)
             for _ in range(2)
         )
-        ops.attention_partial(*replace(case, cu_q=cu_q, cu_k=cu_k).arguments)
+        attention_partial(*replace(case, cu_q=cu_q, cu_k=cu_k).arguments)
     torch.cuda.synchronize()
 
 
@@ -181,8 +183,8 @@ def test_into(kernel, dtype):
     case = ragged_batch(dtype, 64, (4, 2))
     keep = torch.arange(len(case.k_pos)) % 3 == 0
     first, second = (on_device(case.only_keys(kept)) for kept in (keep, ~keep))
-    running = ops.attention_partial(*first.arguments)
-    result = ops.attention_partial(*second.arguments, into=running)
+    running = attention_partial(*first.arguments)
+    result = attention_partial(*second.arguments, into=running)
     assert result[0] is running[0] and result[1] is running[1]
     check(
         case,
@@ -197,9 +199,7 @@ def test_into_of_few_queries(kernel, dtype):
     case = make_case([([5000], range(5001)), ([7], range(3, 9))], dtype=dtype, slack=1)
     keep = torch.arange(len(case.k_pos)) % 3 == 0
     first, second = (on_device(case.only_keys(kept)) for kept in (keep, ~keep))
-    out, lse = ops.attention_partial(
-        *second.arguments, into=ops.attention_partial(*first.arguments)
-    )
+    out, lse = attention_partial(*second.arguments, into=attention_partial(*first.arguments))
     check(case, (out.cpu(), lse.cpu()), tolerance(case, arithmetic(dtype, 64), merged=True))
 
 
@@ -209,9 +209,9 @@ def test_into_nothing_yet(kernel, dtype):
     no key has 0.
     """
     case = on_device(ragged_batch(dtype, 64, (4, 2)))
-    out, lse = ops.attention_partial(*case.arguments)
+    out, lse = attention_partial(*case.arguments)
     running = torch.full_like(out, torch.nan), torch.full_like(lse, -torch.inf)
-    ops.attention_partial(*case.arguments, into=running)
+    attention_partial(*case.arguments, into=running)
     assert_same(running, (out, lse))
 
 
@@ -220,7 +220,7 @@ def test_into_with_no_keys_changes_nothing(kernel, dtype):
     case = on_device(make_case([(range(5), []), (range(3), range(3, 6))], dtype=dtype))
     running = torch.randn(8, 4, 64, device=DEVICE), torch.randn(8, 4, device=DEVICE)
     before = running[0].clone(), running[1].clone()
-    ops.attention_partial(*case.arguments, into=running)
+    attention_partial(*case.arguments, into=running)
     assert_same(running, before)
 
 
@@ -283,7 +283,7 @@ def test_merge_of_unaligned_rows():
     moved = []
     for out in outs:
         moved.append(torch.empty(out.numel() + 1, device=DEVICE)[1:].view(out.shape).copy_(out))
-    out, lse = ops.merge_partials(moved, [x.to(DEVICE) for x in lses])
+    out, lse = merge_partials(moved, [x.to(DEVICE) for x in lses])
     assert_same((out.cpu(), lse.cpu()), expected)
 
 
@@ -308,9 +308,9 @@ def test_kernels_agree(kernel, dtype, head_dim, queries, keys):
     k_pos = torch.arange(keys, device=DEVICE).int()
     offsets = (torch.tensor([0, n], device=DEVICE).int() for n in (queries, keys))
     arguments = (q, k, v, k_pos[keys - queries :], k_pos, *offsets, head_dim**-0.5)
-    out, lse = ops.attention_partial(*arguments)
-    with ops.force_cuda_kernel("simt"):
-        expected, expected_lse = ops.attention_partial(*arguments)
+    out, lse = attention_partial(*arguments)
+    with force_cuda_kernel("simt"):
+        expected, expected_lse = attention_partial(*arguments)
     assert (out - expected).abs().max() <= 2 * unit_roundoff(dtype) * v.abs().max()
     assert (lse - expected_lse).abs().max() <= 1e-5 * expected_lse.abs().max()
 
@@ -338,12 +338,12 @@ def test_a_captured_decode_step_replays_for_any_length(kernel, dtype, batch, hea
         torch.zeros(batch, heads[0], device=DEVICE),
     )
 
-    ops.attention_partial(*arguments)
+    attention_partial(*arguments)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = ops.attention_partial(*arguments)
-        ops.attention_partial(*arguments, into=running)
+        out, lse = attention_partial(*arguments)
+        attention_partial(*arguments, into=running)
 
     filled = [0] * batch
     for length in (1, 2, 63, 64, 65, 500, 501, 1777, 3000):
@@ -360,8 +360,8 @@ def test_a_captured_decode_step_replays_for_any_length(kernel, dtype, batch, hea
         q.copy_(torch.randn(q.shape, generator=generator, device=DEVICE))
         running[0].normal_(generator=generator)
         running[1].normal_(generator=generator)
-        expected_running = ops.attention_partial(*arguments, into=tuple(x.clone() for x in running))
-        expected = ops.attention_partial(*arguments)
+        expected_running = attention_partial(*arguments, into=tuple(x.clone() for x in running))
+        expected = attention_partial(*arguments)
         graph.replay()
         assert_same((out, lse), expected)
         assert_same(running, expected_running)
@@ -372,7 +372,7 @@ def test_a_captured_decode_step_replays_for_any_length(kernel, dtype, batch, hea
 
 def test_runs_on_the_current_stream_and_waits_for_nothing():
     case = on_device(ragged_batch(torch.bfloat16, 128, (16, 2)))
-    expected = ops.attention_partial(*case.arguments)
+    expected = attention_partial(*case.arguments)
     busy = torch.randn(2048, 2048, device=DEVICE)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -383,8 +383,8 @@ def test_runs_on_the_current_stream_and_waits_for_nothing():
             for _ in range(20):
                 busy = busy @ busy * 1e-3
             late += case.q  # queued behind the products: a kernel on another stream reads zeros
-            out, lse = ops.attention_partial(*replace(case, q=late).arguments)
-            merged = ops.merge_partials([out], [lse])
+            out, lse = attention_partial(*replace(case, q=late).arguments)
+            merged = merge_partials([out], [lse])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     stream.synchronize()
@@ -395,7 +395,7 @@ def test_runs_on_the_current_stream_and_waits_for_nothing():
 def test_every_device():
     case = ragged_batch(torch.float32, 64, (4, 2))
     for index in range(torch.cuda.device_count()):
-        out, lse = ops.attention_partial(*on_device(case, f"cuda:{index}").arguments)
+        out, lse = attention_partial(*on_device(case, f"cuda:{index}").arguments)
         assert out.device.index == index
         check(case, (out.cpu(), lse.cpu()), tolerance(case))
 
@@ -403,7 +403,7 @@ def test_every_device():
 def test_tensors_on_other_devices_are_refused():
     case = on_device(make_case([(range(3), range(3))]))
     with pytest.raises(ValueError, match="cu_q is on cpu; it must be on cuda:0 like q"):
-        ops.attention_partial(*replace(case, cu_q=case.cu_q.cpu()).arguments)
+        attention_partial(*replace(case, cu_q=case.cu_q.cpu()).arguments)
 
 
 def test_opcheck():

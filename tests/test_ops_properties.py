@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import BFLOAT16_ISAS, check, make_case, tolerance
 
-from cptool import ops
+from cptool.ops.attention import attention_partial, merge_partials
+from cptool.ops.kernels import cpu_isa
 
 positions = st.lists(st.integers(0, 400), max_size=90).map(sorted)
 
@@ -33,7 +34,7 @@ def split_cases(draw):
 
 
 def allowed(case):
-    narrow = ops.cpu_isa(case.q.dtype, case.q.shape[2]) in BFLOAT16_ISAS
+    narrow = cpu_isa(case.q.dtype, case.q.shape[2]) in BFLOAT16_ISAS
     return tolerance(case, case.q.dtype if narrow else torch.float32, merged=True)
 
 
@@ -41,10 +42,10 @@ def allowed(case):
 @given(split_cases())
 def test_merged_shards_are_the_whole(split):
     case, shards = split
-    partials = [ops.attention_partial(*shard.arguments) for shard in shards]
+    partials = [attention_partial(*shard.arguments) for shard in shards]
     check(
         case,
-        ops.merge_partials([out for out, _ in partials], [lse for _, lse in partials]),
+        merge_partials([out for out, _ in partials], [lse for _, lse in partials]),
         allowed(case),
     )
 
@@ -55,7 +56,7 @@ def test_running_merge_of_shards_is_the_whole(split):
     case, shards = split
     running = torch.zeros(case.q.shape), torch.full(case.q.shape[:2], -torch.inf)
     for shard in shards:
-        ops.attention_partial(*shard.arguments, into=running)
+        attention_partial(*shard.arguments, into=running)
     check(case, running, allowed(case))
 
 
@@ -67,7 +68,7 @@ def test_queries_are_independent(split, data):
     start = data.draw(st.integers(0, len(case.q_pos)))
     stop = data.draw(st.integers(start, len(case.q_pos)))
     cu_q = case.cu_q.clamp(start, stop) - start
-    out, lse = ops.attention_partial(
+    out, lse = attention_partial(
         case.q[start:stop],
         case.k,
         case.v,
@@ -77,7 +78,7 @@ def test_queries_are_independent(split, data):
         case.cu_k,
         case.scale,
     )
-    whole_out, whole_lse = ops.attention_partial(*case.arguments)
+    whole_out, whole_lse = attention_partial(*case.arguments)
     limit = allowed(case)
     assert torch.equal(lse.isfinite(), whole_lse[start:stop].isfinite())
     assert torch.all((out - whole_out[start:stop]).abs() <= 2 * limit.out)

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cptool import ops, processor
+from cptool import processor
 from cptool.checkpoint import open_checkpoint
 from cptool.cli import options
 from cptool.cli.options import resolve_dtype
+from cptool.ops.kernels import cpu_isas, cpu_linear_isa, force_cpu_isa
 
 CAPS = ("CPTOOL_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 ISAS = ["portable", "avx2", "avx512", "avx512bf16", "amx"]
@@ -25,12 +26,12 @@ def uncapped(monkeypatch):
 
 def isas_of_machine(monkeypatch, names):
     extension = SimpleNamespace(cpu_isas=lambda: list(names))
-    monkeypatch.setattr(processor._extension, "load", lambda: extension)
+    monkeypatch.setattr(processor.extension, "load", lambda: extension)
 
 
 def test_agrees_with_the_kernel_in_use():
-    with ops.force_cpu_isa(ops.cpu_isas()[-1]):
-        kernel = ops.cpu_linear_isa(torch.bfloat16)
+    with force_cpu_isa(cpu_isas()[-1]):
+        kernel = cpu_linear_isa(torch.bfloat16)
     assert processor.has_bfloat16_products() == (kernel == "avx512bf16")
 
 

@@ -7,15 +7,17 @@ import math
 import pytest
 import torch
 
-from cptool import ops, tokenwise
+from cptool.ops.elementwise import add_rms_norm_, rms_norm, rotate_, swiglu_
+from cptool.ops.kernels import cpu_isas, force_cpu_isa
+from cptool.ops.linear import FEW_ROWS, linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = torch.finfo(torch.float32).eps / 2
 
 
-@pytest.fixture(params=ops.cpu_isas())
+@pytest.fixture(params=cpu_isas())
 def isa(request):
-    with ops.force_cpu_isa(request.param):
+    with force_cpu_isa(request.param):
         yield request.param
 
 
@@ -33,7 +35,7 @@ def random(*shape, dtype, seed=0):
 def test_linear(isa, rows, depth, columns, dtype):
     x = random(rows, depth + 3, dtype=dtype)[:, 1 : depth + 1]
     weight = random(columns, depth + 5, dtype=dtype, seed=1)[:, 2 : depth + 2]
-    out = tokenwise.linear(x, weight)
+    out = linear(x, weight)
     exact = x.double() @ weight.double().T
     # Products and sums in float32, lane by lane: fewer additions in a row than `depth`.
     magnitude = x.double().abs() @ weight.double().abs().T
@@ -44,21 +46,21 @@ def test_linear(isa, rows, depth, columns, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("depth", [96, 1030])
 def test_a_row_of_few_does_not_depend_on_the_others(isa, depth, dtype):
-    most = tokenwise.FEW_ROWS[dtype]
+    most = FEW_ROWS[dtype]
     x = random(min(most, 300), depth, dtype=dtype)
     weight = random(219, depth, dtype=dtype, seed=1)
-    alone = torch.cat([tokenwise.linear(row, weight) for row in x.split(1)])
+    alone = torch.cat([linear(row, weight) for row in x.split(1)])
     for rows in {*range(1, min(most, 14)), len(x)}:
-        assert torch.equal(tokenwise.linear(x[:rows], weight), alone[:rows])
+        assert torch.equal(linear(x[:rows], weight), alone[:rows])
     # Nor a column on the others.
-    assert torch.equal(tokenwise.linear(x, weight[7:30]), alone[:, 7:30])
+    assert torch.equal(linear(x, weight[7:30]), alone[:, 7:30])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_keeps_what_is_not_finite(isa, dtype):
     x, weight = torch.ones(3, 70, dtype=dtype), torch.ones(9, 70, dtype=dtype)
     x[1, 69], weight[4, 3], weight[5, 68] = float("inf"), float("nan"), -float("inf")
-    out = tokenwise.linear(x, weight)
+    out = linear(x, weight)
     exact = torch.nn.functional.linear(x.double(), weight.double())
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=0, equal_nan=True)
 
@@ -68,7 +70,7 @@ def test_linear_keeps_what_is_not_finite(isa, dtype):
 def test_linear_of_any_number_of_rows_is_the_same_product(rows, dtype):
     x, weight = random(rows, 96, dtype=dtype), random(40, 96, dtype=dtype, seed=1)
     exact = x.double() @ weight.double().T
-    out = tokenwise.linear(x, weight)
+    out = linear(x, weight)
     bound = 97 * UNIT * (x.double().abs() @ weight.double().abs().T) + unit(dtype) * exact.abs()
     assert out.shape == (rows, 40) and ((out.double() - exact).abs() <= bound).all()
 
@@ -82,9 +84,9 @@ def test_results_do_not_depend_on_threads(dtype):
         for count in (1, 3):
             torch.set_num_threads(count)
             gate = rows.clone()
-            tokenwise.swiglu_(gate, rows)
-            norm = tokenwise.rms_norm(rows, weight[0], 1e-5)
-            results.append((tokenwise.linear(x, weight), gate, norm))
+            swiglu_(gate, rows)
+            norm = rms_norm(rows, weight[0], 1e-5)
+            results.append((linear(x, weight), gate, norm))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
@@ -104,7 +106,7 @@ def test_rms_norm(isa, width, dtype):
     x = random(7, width + 2, dtype=dtype)[:, :width]
     weight = random(width, dtype=dtype, seed=1)
     exact, bound = rms_norm_bound(x, weight, 1e-5, dtype)
-    out = tokenwise.rms_norm(x, weight, 1e-5)
+    out = rms_norm(x, weight, 1e-5)
     assert out.dtype == dtype and ((out.double() - exact).abs() <= bound).all()
 
 
@@ -114,9 +116,9 @@ def test_add_rms_norm(isa, dtype):
     hidden, weight = wide[:, 3:80], random(77, dtype=dtype, seed=2)
     expected = hidden + added
     untouched = wide.clone()
-    out = tokenwise.add_rms_norm_(hidden, added, weight, 1e-6)
+    out = add_rms_norm_(hidden, added, weight, 1e-6)
     assert torch.equal(hidden, expected)
-    assert torch.equal(out, tokenwise.rms_norm(expected, weight, 1e-6))
+    assert torch.equal(out, rms_norm(expected, weight, 1e-6))
     untouched[:, 3:80] = expected
     assert torch.equal(wide, untouched)
 
@@ -131,7 +133,7 @@ def test_rotation_rounds_once(isa, head_dim, dtype):
     cos, sin = angles.cos(), angles.sin()
     exact = torch.cat((a * cos.double() - b * sin, b * cos.double() + a * sin), dim=-1)
     untouched = wide.clone()
-    tokenwise.rotate_(heads, cos, sin)
+    rotate_(heads, cos, sin)
     # Three float32 operations of at most half a unit each, then one rounding to the dtype.
     magnitude = torch.cat((a.abs() + b.abs(),) * 2, dim=-1)
     bound = 3 * UNIT * magnitude + unit(dtype) * exact.abs() + torch.finfo(dtype).tiny
@@ -147,7 +149,7 @@ def test_swiglu(isa, dtype):
     gate, up = gate_up.chunk(2, dim=-1)
     exact = torch.nn.functional.silu(gate.double()) * up.double()
     up_before = up.clone()
-    out = tokenwise.swiglu_(gate, up)
+    out = swiglu_(gate, up)
     # The exponential is good to two units, sum and quotient to half a unit each.
     bound = (8 * UNIT + 2.02 * unit(dtype)) * exact.abs()
     # Where e^-gate is infinite in float32, at gate < -88.7, the result is 0 as it is in torch.
@@ -159,7 +161,7 @@ def test_swiglu(isa, dtype):
 
 def test_swiglu_keeps_what_is_not_finite(isa):
     gate = torch.tensor([[float("nan"), float("inf"), float("-inf")] * 11])
-    tokenwise.swiglu_(gate, torch.ones_like(gate))
+    swiglu_(gate, torch.ones_like(gate))
     # silu(-inf) is -inf / inf, as in torch
     assert torch.equal(gate.isnan(), torch.tensor([[True, False, True] * 11]))
     assert (gate[0, 1::3] == float("inf")).all()
@@ -171,14 +173,14 @@ ONES = torch.ones
 @pytest.mark.parametrize(
     ("function", "arguments", "named"),
     [
-        (tokenwise.linear, (ONES(1, 4), ONES(3, 5)), "weight"),
-        (tokenwise.linear, (ONES(1, 4), ONES(3, 4).bfloat16()), "weight"),
-        (tokenwise.linear, (ONES(8, 4).T[:2], ONES(3, 8)), "x"),
-        (tokenwise.rms_norm, (ONES(2, 4), ONES(3), 1e-5), "weight"),
-        (tokenwise.add_rms_norm_, (ONES(2, 4), ONES(3, 4), ONES(4), 0), "added"),
-        (tokenwise.rotate_, (ONES(2, 1, 4), ONES(2, 1, 4), ONES(2, 1, 2)), "cos"),
-        (tokenwise.rotate_, (ONES(2, 4), ONES(2, 1, 2), ONES(2, 1, 2)), "heads"),
-        (tokenwise.swiglu_, (ONES(2, 4), ONES(2, 3)), "up"),
+        (linear, (ONES(1, 4), ONES(3, 5)), "weight"),
+        (linear, (ONES(1, 4), ONES(3, 4).bfloat16()), "weight"),
+        (linear, (ONES(8, 4).T[:2], ONES(3, 8)), "x"),
+        (rms_norm, (ONES(2, 4), ONES(3), 1e-5), "weight"),
+        (add_rms_norm_, (ONES(2, 4), ONES(3, 4), ONES(4), 0), "added"),
+        (rotate_, (ONES(2, 1, 4), ONES(2, 1, 4), ONES(2, 1, 2)), "cos"),
+        (rotate_, (ONES(2, 4), ONES(2, 1, 2), ONES(2, 1, 2)), "heads"),
+        (swiglu_, (ONES(2, 4), ONES(2, 3)), "up"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(function, arguments, named):

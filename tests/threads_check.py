@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from cptool import _extension
+from cptool.ops import extension
 
-_C = _extension.load()
+_C = extension.load()
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 CALLERS = 3
 

@@ -17,9 +17,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from cptool import large_pages, ops
+from cptool import large_pages
 from cptool.bench.ceilings import matmul_rate, memory_rate
 from cptool.bench.measure import interleave, stopwatch
+from cptool.ops.attention import attention_partial
+from cptool.ops.kernels import cpu_isa
 
 SAMPLED_ROWS = 16
 
@@ -77,9 +79,9 @@ class Inputs:
     def ours(self) -> torch.Tensor:
         k, v = self.slab.unbind(1)
         positions = (self.q_pos, self.k_pos, self.cu_q, self.cu_k)
-        return ops.attention_partial(
-            self.q, k, v, *positions, self.scale, out_dtype=self.shape.dtype
-        )[0]
+        return attention_partial(self.q, k, v, *positions, self.scale, out_dtype=self.shape.dtype)[
+            0
+        ]
 
     @property
     def torch_can(self) -> bool:
@@ -142,7 +144,7 @@ def measure(shapes: list[Shape], device: str, repeats: int) -> Iterator[dict[str
         memory_s = inputs.slab.nbytes / measured["memory"]["median"]
         yield {
             **shape.facts(),
-            "kernel": ops.cpu_isa(shape.dtype, shape.head_dim) if device == "cpu" else "cuda",
+            "kernel": cpu_isa(shape.dtype, shape.head_dim) if device == "cpu" else "cuda",
             "seconds": ours,
             "flops": shape.flops / time,
             "kv_bytes": inputs.slab.nbytes / time,

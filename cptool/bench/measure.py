@@ -106,9 +106,9 @@ def circumstances(kernels: bool = True) -> dict[str, object]:
     """
     isas, compiler = {}, {}
     if kernels:
-        from cptool import ops
+        from cptool.ops.kernels import build_info, cpu_isas
 
-        isas, compiler = {"isas": ops.cpu_isas()}, {"compiler": ops.build_info()["compiler"]}
+        isas, compiler = {"isas": cpu_isas()}, {"compiler": build_info()["compiler"]}
     return {
         "cptool": cptool.__version__,
         "machine": {

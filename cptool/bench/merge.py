@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 
-from cptool import ops
 from cptool.bench.ceilings import memory_rate
 from cptool.bench.measure import interleave, stopwatch
+from cptool.ops.attention import merge_partials
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def measure(shapes: list[Shape], device: str, repeats: int) -> Iterator[dict[str
         outs = [torch.randn(size, device=device).to(shape.dtype) for _ in range(shape.partials)]
         lses = [torch.randn(size[:2], device=device) for _ in range(shape.partials)]
         moved = sum(t.nbytes for t in (*outs, *lses)) + outs[0].nbytes + lses[0].nbytes
-        ours = partial(ops.merge_partials, outs, lses, shape.dtype)
+        ours = partial(merge_partials, outs, lses, shape.dtype)
         once = stopwatch(ours, device)
         calls = max(1, min(1000, round(0.02 / max(1e-6, once))))
 
@@ -68,7 +68,7 @@ def measure(shapes: list[Shape], device: str, repeats: int) -> Iterator[dict[str
             torch.stack(lses).double().softmax(0),
             torch.stack(outs).double(),
         )
-        merged = ops.merge_partials(outs, lses, shape.dtype)[0]
+        merged = merge_partials(outs, lses, shape.dtype)[0]
         yield {
             **shape.facts(),
             "seconds": measured["ours"],

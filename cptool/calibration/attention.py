@@ -12,7 +12,8 @@ from cptool import large_pages
 from cptool.calibration.clock import Clock, slope
 from cptool.calibration.examples import COLD_BYTES, EXAMPLE, ROWS
 from cptool.cost import ELEMENT_BYTES
-from cptool.ops import attention_partial, cpu_stream_rows
+from cptool.ops.attention import attention_partial
+from cptool.ops.kernels import cpu_stream_rows
 
 BLOCK = 16
 """Queries of a block for which a CPU packs keys and values, as for many: of EXAMPLE 64 rows of a KV

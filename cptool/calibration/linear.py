@@ -7,7 +7,6 @@ from itertools import cycle
 
 import torch
 
-from cptool import tokenwise
 from cptool.calibration.clock import Clock
 from cptool.calibration.examples import COLD_BYTES, EXAMPLE, HALF, ROWS, TINY
 from cptool.cost import ELEMENT_BYTES, Forward
@@ -15,6 +14,7 @@ from cptool.cost.layer import elementwise_bytes
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import DecoderLayer
 from cptool.model.rows import ROWS_AT_ONCE_CPU
+from cptool.ops.linear import FEW_ROWS
 from cptool.row_rates import RowRates, fitted
 
 MOST_ROWS = ROWS_AT_ONCE_CPU
@@ -32,7 +32,7 @@ def row_rates(clock: Clock, ranks: int, name: str) -> tuple[RowRates, float]:
     From two layers of different widths: what both take alike is no width's.
     """
     dtype = getattr(torch, name)
-    edge = min(tokenwise.FEW_ROWS[dtype], ROWS // 16)  # beyond it another kernel computes
+    edge = min(FEW_ROWS[dtype], ROWS // 16)  # beyond it another kernel computes
     rows = sorted({1 << n for n in range(MOST_ROWS.bit_length())} | {edge, edge + 1})
     # Some calls in a row, as in a model: the first one wakes the core up.
     calls = {count: max(1, min(16, 128 // count)) for count in rows}

@@ -404,7 +404,7 @@ def mark_interleaved(
     }
 
 
-# What attention takes, as `cptool.ops` checks it: a multiple of the step up to the maximum.
+# What attention takes (`cptool.ops.checks`): a multiple of the step up to the maximum.
 _HEAD_DIM_STEP, _MAX_HEAD_DIM = 8, 256
 
 # Far beyond any model, and small enough that no product of them overflows 64 bits.

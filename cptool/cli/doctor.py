@@ -21,30 +21,32 @@ def doctor() -> None:
     import torch
 
     import cptool
-    from cptool import ops, selftest, tokenwise
+    from cptool import selftest
+    from cptool.ops.kernels import build_info, cpu_isa, cpu_linear_isa, cuda_kernels
+    from cptool.ops.linear import FEW_ROWS
 
     draw.table(
         [
             ("cptool", f"{cptool.__version__} in {Path(cptool.__file__).parent}"),
             (
                 "kernels",
-                f"{', '.join(ops.build_info()['isas'])}; {_cuda()}; built with "
-                f"{ops.build_info()['compiler']}",
+                f"{', '.join(build_info()['isas'])}; {_cuda()}; built with "
+                f"{build_info()['compiler']}",
             ),
             (
                 "in use",
                 ", ".join(
-                    f"{name}: {ops.cpu_isa(getattr(torch, name))}"
+                    f"{name}: {cpu_isa(getattr(torch, name))}"
                     for name in ("float32", "bfloat16", "float16")
                 )
-                + (f"; GPU: {', '.join(ops.cuda_kernels())}" if ops.cuda_kernels() else ""),
+                + (f"; GPU: {', '.join(cuda_kernels())}" if cuda_kernels() else ""),
             ),
             (
                 "few rows",
                 ", ".join(
-                    f"{str(dtype).removeprefix('torch.')}: {ops.cpu_linear_isa(dtype)}"
+                    f"{str(dtype).removeprefix('torch.')}: {cpu_linear_isa(dtype)}"
                     + (f" up to {most}" if most < sys.maxsize else "")
-                    for dtype, most in tokenwise.FEW_ROWS.items()
+                    for dtype, most in FEW_ROWS.items()
                 ),
             ),
             ("python", f"{platform.python_version()}, torch {torch.__version__}"),
@@ -61,13 +63,13 @@ def doctor() -> None:
         failed += not check.passed
         rows.append(_row(check, "cpu"))
     remedy = ""
-    if torch.cuda.is_available() and ops.build_info()["cuda_archs"]:
+    if torch.cuda.is_available() and build_info()["cuda_archs"]:
         found, best = _gpu_rows()
         rows += found
         failed += sum(verdict == "WRONG" for verdict, _ in found)
         if best is None:
             remedy = "; no kernel is right on the GPU: use --device cpu"
-        elif best != ops.cuda_kernels()[-1]:
+        elif best != cuda_kernels()[-1]:
             remedy = (
                 f"; the fastest right one on the GPU is {best}: set CPTOOL_CUDA_KERNEL={best} to "
                 "keep to it"
@@ -94,11 +96,12 @@ def _gpu_rows() -> tuple[list[tuple[str, str]], str | None]:
 
     Each runs in a process of its own: one that breaks the device leaves the others theirs.
     """
-    from cptool import ops, selftest
+    from cptool import selftest
+    from cptool.ops.kernels import cuda_kernels
 
     rows: list[tuple[str, str]] = []
     best, sound = None, True
-    for kernel in ops.cuda_kernels():
+    for kernel in cuda_kernels():
         try:
             checks = selftest.run_apart("cuda", kernel)
             rows += [_row(check, "cuda") for check in checks]
@@ -112,9 +115,9 @@ def _gpu_rows() -> tuple[list[tuple[str, str]], str | None]:
 
 
 def _cuda() -> str:
-    from cptool import ops
+    from cptool.ops.kernels import build_info
 
-    archs = ops.build_info()["cuda_archs"]
+    archs = build_info()["cuda_archs"]
     return f"CUDA for sm_{', sm_'.join(archs)}" if archs else "no CUDA"
 
 

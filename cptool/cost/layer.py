@@ -58,8 +58,8 @@ def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Predict
 def elementwise_bytes(forward: Forward) -> float:
     """Bytes that a token's norms, rotation, activation and residual sums read and write.
 
-    One pass each (`cptool.tokenwise`). What has the width of the residual stream is not divided
-    over tensor-parallel ranks.
+    One pass each (`cptool.ops.elementwise`). What has the width of the residual stream is not
+    divided over tensor-parallel ranks.
     """
     config, e = forward.config, forward.element
     feed_forward = config.intermediate_size / forward.tp

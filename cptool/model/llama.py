@@ -9,11 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from cptool import decoder_layer
 from cptool.model.config import LlamaConfig
 from cptool.model.rope import inverse_frequencies, rotary_tables
 from cptool.model.rows import ROWS_AT_ONCE, ROWS_AT_ONCE_CPU
-from cptool.tokenwise import add_rms_norm_, linear, rms_norm, rotate_, swiglu_
+from cptool.ops import fused_layer
+from cptool.ops.elementwise import add_rms_norm_, rms_norm, rotate_, swiglu_
+from cptool.ops.linear import linear
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """attend(layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, Hq, D] in the type of q.
@@ -42,7 +43,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """`cptool.tokenwise.rms_norm`, the order of operations of `transformers`."""
+    """`cptool.ops.elementwise.rms_norm`, the order of operations of `transformers`."""
 
     def __init__(self, size: int, eps: float, device: torch.device | str) -> None:
         super().__init__()
@@ -123,7 +124,7 @@ class DecoderLayer(nn.Module):
         if not hidden.shape[0]:
             self.self_attn.without_tokens(hidden, attend)
             return
-        if decoder_layer.takes(hidden) and self._unobserved():
+        if fused_layer.takes(hidden) and self._unobserved():
             self._in_two_calls(hidden, cos, sin, attend)
             return
         attended = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
@@ -136,11 +137,11 @@ class DecoderLayer(nn.Module):
         attention, mlp = self.self_attn, self.mlp
         before, after = self.input_layernorm, self.post_attention_layernorm
         q, kv = attention.num_heads, attention.num_kv_heads
-        qkv = decoder_layer.before_attention(
+        qkv = fused_layer.before_attention(
             hidden, before.weight, before.eps, attention.qkv_proj.weight, cos, sin, rotated=q + kv
         )
         attended = attend(attention.layer, *qkv.split((q, kv, kv), dim=1))
-        decoder_layer.after_attention_(
+        fused_layer.after_attention_(
             hidden,
             attended,
             attention.o_proj.weight,

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cptool import _extension
-from cptool._op_checks import SCALAR_TYPES
-from cptool.tokenwise import FEW_ROWS, check_matrix
+from cptool.ops import extension
+from cptool.ops.checks import SCALAR_TYPES, check_matrix
+from cptool.ops.linear import FEW_ROWS
 
-_C = _extension.load()
+_C = extension.load()
 
 _MOST_ROWS = 64
 """Beyond them the calls between the steps cost nothing, and the intermediates are large."""

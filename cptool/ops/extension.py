@@ -70,7 +70,7 @@ def load() -> ModuleType:
     Raises ImportError, one line, if there is none, or if each was built for another version than
     the package's or from other sources than the checkout's.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     mismatches = []
     for path in _candidates(package):
         if not path.is_file():

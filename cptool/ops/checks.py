@@ -6,7 +6,8 @@ Every failure is a ValueError that names the argument, what it is and what it mu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,3 +184,38 @@ def check_merge(
     if out_dtype not in SCALAR_TYPES:
         raise ValueError(f"out_dtype is {out_dtype}; it must be float32, bfloat16 or float16")
     return out_dtype
+
+
+def dispatch(function: Callable[..., Any], op: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `op` under torch's compiler and `function`, which costs less, everywhere else."""
+    return (op if torch.compiler.is_compiling() else function)(*arguments)
+
+
+def rows_of(x: Tensor, name: str = "x") -> torch.Size:
+    """Return the shape [rows, width] of `x`; raise ValueError for any other."""
+    if x.dim() != 2 or x.stride(1) != 1:
+        raise ValueError(
+            f"{name} has shape {list(x.shape)} and strides {x.stride()}; "
+            "it must be [rows, width] with a contiguous innermost dimension"
+        )
+    return x.shape
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise ValueError unless shape, dtype and device are these and the innermost stride is 1."""
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
+            f"it must be {dtype} {list(shape)} on {device}"
+        )
+    if tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}; its innermost dimension must be contiguous"
+        )
+
+
+def check_matrix(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """`check_tensor` for a matrix on the CPU."""
+    check_tensor(name, tensor, shape, dtype, torch.device("cpu"))

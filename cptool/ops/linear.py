@@ -1,0 +1,81 @@
+"""Products of few rows with a weight matrix, where the extension is faster than oneDNN."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cptool.ops import extension
+from cptool.ops.checks import SCALAR_TYPES, check_tensor, dispatch, rows_of
+from cptool.ops.kernels import cpu_isas, cpu_linear_isa
+
+_C = extension.load()
+
+
+def _few_rows(dtype: torch.dtype) -> int:
+    isa, matrix_units = cpu_linear_isa(dtype), "amx" in cpu_isas()
+    if dtype == torch.float16 and isa == "avx512" and not matrix_units:
+        # Without units for float16 (processors with AMX have them) oneDNN takes four times as long.
+        return sys.maxsize
+    if dtype == torch.float32:
+        return {"avx512": 24, "avx2": 16}.get(isa, 4)
+    if isa == "avx512bf16" and not matrix_units:
+        return 16
+    return 4 if isa == "portable" else 8
+
+
+FEW_ROWS = {dtype: _few_rows(dtype) for dtype in SCALAR_TYPES}
+"""Rows up to which the extension's product is the faster one; beyond it, oneDNN's. Measured where
+there is avx512_bf16 (benchmarks/few_rows.py), chosen low where there is AMX.
+"""
+
+# torch gives float32 products to MKL, which is 10 to 20% behind oneDNN on processors of AMD and
+# level with it on Intel's. oneDNN takes the weights as they are, so they stay shared.
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn else None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, [rows, columns], of x [rows, depth] and W [columns, depth]; summed in float32, rounded
+    once.
+
+    On a CPU a row's result for up to FEW_ROWS rows does not depend on the other rows, their number
+    or the number of threads. There a product of bfloat16 takes subnormal values for 0 on processors
+    that multiply pairs of them (avx512_bf16).
+    """
+    if x.is_cpu and x.shape[0] and x.dtype in SCALAR_TYPES:
+        if x.shape[0] <= FEW_ROWS[x.dtype] and x.dim() == 2:
+            return dispatch(_linear, _linear_op, x, weight)
+        if x.dtype == torch.float32 and _onednn is not None:
+            return _onednn(x, weight, None, "none", [], "")
+    return functional.linear(x, weight)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    (rows, depth), columns = rows_of(x), weight.shape[0]
+    check_tensor("weight", weight, (columns, depth), x.dtype, x.device)
+    out = torch.empty((rows, columns), dtype=x.dtype)
+    _C.linear_cpu(
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        weight.stride(0),
+        out.data_ptr(),
+        rows,
+        columns,
+        depth,
+        SCALAR_TYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+_library = torch.library.Library("cptool", "FRAGMENT")
+_library.define("linear(Tensor x, Tensor weight) -> Tensor")
+_library.impl("linear", _linear, "CPU")
+torch.library.register_fake(
+    "cptool::linear", lambda x, weight: x.new_empty((x.shape[0], weight.shape[0])), lib=_library
+)
+_linear_op = torch.ops.cptool.linear.default
