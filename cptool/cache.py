@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cptool import large_pages
+from cptool.host import large_pages
 from cptool.sharding import Placement, concat
 
 NEVER = 2**31 - 1

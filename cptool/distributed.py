@@ -196,7 +196,7 @@ def run(
     the ranks are this process's own.
 
     threads: intra-op threads per rank; default: this machine's cores dealt to its ranks, each of
-        which is bound to its own (`cptool.binding`).
+        which is bound to its own (`cptool.host.affinity`).
     timeout: seconds that a rank waits for the others in one transfer before it gives up; in those
         between running ranks at least 5.
     watch: called with the status board about ten times a second while ranks work (on rank 0).
@@ -251,10 +251,10 @@ def _cuda_kernels() -> bool:
 
 
 def cores() -> int:
-    """Threads that this process can keep busy: see `cptool.binding`."""
-    from cptool import binding
+    """Threads that this process can keep busy: see `cptool.host.affinity`."""
+    from cptool.host import affinity
 
-    return binding.cores()
+    return affinity.cores()
 
 
 def _alone(device: str, threads: int | None, board: Board) -> World:
@@ -285,8 +285,8 @@ def connect(
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
-    from cptool.binding import bind
     from cptool.gathering import gather_values
+    from cptool.host.affinity import bind
     from cptool.rendezvous import START_S, meet
 
     device = resolve_device(device, seat.local_size)

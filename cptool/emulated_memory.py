@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cptool import host_memory
 from cptool.cost import matrix_parameters
 from cptool.errors import UserError
+from cptool.host import memory
 from cptool.model.rows import ROWS_AT_ONCE
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def available(device: torch.device) -> int:
     """Bytes that can be allocated on `device` now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return host_memory.available()
+    return memory.available()
 
 
 def needs(scenario: Scenario, variant: str, held: Shards) -> int:

@@ -271,9 +271,9 @@ def usable_processors(world: World) -> int:
 
     Collective.
     """
-    from cptool import binding
+    from cptool.host import affinity
 
-    return binding.processors(binding.places(world.gather))
+    return affinity.processors(affinity.places(world.gather))
 
 
 def profile_path() -> Path:

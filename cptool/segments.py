@@ -62,7 +62,7 @@ def write_segment(
     """
     import torch
 
-    from cptool.pinned import to_host
+    from cptool.host.pinned_copies import to_host
 
     lengths = cache.lengths
     tokens = [length - first for length, first in zip(lengths, since, strict=True)]
@@ -176,7 +176,7 @@ def restore(
     """
     import torch
 
-    from cptool.pinned import to_device
+    from cptool.host.pinned_copies import to_device
     from cptool.sharding import Placement
 
     batch = len(manifest.sequences)

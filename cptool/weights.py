@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cptool import large_pages, tensor_parallel
+from cptool import tensor_parallel
 from cptool.checkpoint import Checkpoint
+from cptool.host import large_pages
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
 from cptool.shared_memory import shared_tensors

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from cptool import binding
-from cptool.binding import Share, divide
 from cptool.distributed import run
 from cptool.errors import UserError
+from cptool.host import affinity
+from cptool.host.affinity import Share, divide
 
 
 def two_sockets(cpu):
@@ -64,8 +64,8 @@ def where(world):
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
 def test_local_ranks_are_bound(monkeypatch):
-    usable = binding.usable_cpus()
-    if len({binding.core_of(cpu) for cpu in usable}) < 2:
+    usable = affinity.usable_cpus()
+    if len({affinity.core_of(cpu) for cpu in usable}) < 2:
         pytest.skip("one core")
     (first, threads), (second, _) = run(where, cp=2, device="cpu")
     assert not set(first) & set(second) and set(first) | set(second) == usable
@@ -79,8 +79,8 @@ def test_local_ranks_are_bound(monkeypatch):
 def test_another_value_is_refused(monkeypatch):
     monkeypatch.setenv("CPTOOL_BIND", "socket")
     with pytest.raises(UserError, match=r"^CPTOOL_BIND is 'socket'"):
-        binding.bind(lambda value: [value], 0, None)
+        affinity.bind(lambda value: [value], 0, None)
     monkeypatch.setenv("CPTOOL_BIND", "none")
-    before = binding.usable_cpus()
-    assert binding.bind(lambda value: [value, value], 1, None) >= 1
-    assert binding.usable_cpus() == before
+    before = affinity.usable_cpus()
+    assert affinity.bind(lambda value: [value, value], 1, None) >= 1
+    assert affinity.usable_cpus() == before

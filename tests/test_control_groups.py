@@ -2,9 +2,9 @@
 
 import pytest
 
-from cptool import binding, control_groups
-from cptool.binding import Place, processors
-from cptool.control_groups import CpuQuota, cpu_quota
+from cptool.host import affinity, control_groups
+from cptool.host.affinity import Place, processors
+from cptool.host.control_groups import CpuQuota, cpu_quota
 
 V2 = "31 23 0:28 / {}/all rw - cgroup2 cgroup2 rw\n"
 V1 = "32 23 0:29 / {}/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n"
@@ -80,20 +80,22 @@ def test_a_mount_point_with_a_space(system):
 
 
 def test_ranks_of_one_group_share_its_threads(monkeypatch):
-    monkeypatch.setattr(binding, "core_of", lambda cpu: (0, cpu))
+    monkeypatch.setattr(affinity, "core_of", lambda cpu: (0, cpu))
     monkeypatch.setenv("CPTOOL_BIND", "none")
     cpus = range(16)
     for quota, ranks, expected in ((8.9, 1, 8), (8.9, 2, 4), (3.0, 2, 1), (1.0, 4, 1)):
         limit = CpuQuota(quota, 7)
-        monkeypatch.setattr(binding, "usable_cpus", lambda: frozenset(cpus))
-        monkeypatch.setattr(binding, "cpu_quota", lambda limit=limit: limit)
-        assert binding.bind(lambda value, ranks=ranks: [value] * ranks, 0, None) == expected
-        assert binding.bind(lambda value, ranks=ranks: [value] * ranks, 0, 16) == 16  # as asked for
+        monkeypatch.setattr(affinity, "usable_cpus", lambda: frozenset(cpus))
+        monkeypatch.setattr(affinity, "cpu_quota", lambda limit=limit: limit)
+        assert affinity.bind(lambda value, ranks=ranks: [value] * ranks, 0, None) == expected
+        assert (
+            affinity.bind(lambda value, ranks=ranks: [value] * ranks, 0, 16) == 16
+        )  # as asked for
     # Ranks of another container have a limit of their own.
     others = ("here", list(cpus), (8.0, 9))
-    monkeypatch.setattr(binding, "machine", lambda: "here")
+    monkeypatch.setattr(affinity, "machine", lambda: "here")
     limit = CpuQuota(4.0, 7)
-    assert binding.bind(lambda value: [value, others], 0, None) == 4
+    assert affinity.bind(lambda value: [value, others], 0, None) == 4
 
 
 def test_processors_that_ranks_keep_busy():

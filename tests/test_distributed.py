@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cptool import binding, distributed, local_launch
+from cptool import distributed, local_launch
 from cptool.distributed import (
     RankFailed,
     check_size,
@@ -21,6 +21,7 @@ from cptool.distributed import (
     transport,
 )
 from cptool.errors import UserError
+from cptool.host import affinity
 from cptool.launcher import Seat, launched, set_rendezvous_address
 from cptool.ring import Ring
 from cptool.status import Board, Status
@@ -208,7 +209,7 @@ def test_cores_are_shared_out_and_groups_of_one_are_none():
 
 def test_cores_are_physical_ones(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    monkeypatch.setattr(binding, "cpu_quota", lambda: None)
+    monkeypatch.setattr(affinity, "cpu_quota", lambda: None)
     siblings = {"cpu0": "0,2", "cpu1": "1,3", "cpu2": "0,2"}
     monkeypatch.setattr(Path, "read_text", lambda path: siblings[path.parent.parent.name])
     assert distributed.cores() == 2

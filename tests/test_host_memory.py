@@ -1,6 +1,6 @@
 import pytest
 
-from cptool import control_groups, host_memory
+from cptool.host import control_groups, memory
 
 MB = 1 << 20
 
@@ -8,7 +8,7 @@ MB = 1 << 20
 @pytest.fixture
 def system(tmp_path, monkeypatch):
     """Writes files of a system that has 8 MB available."""
-    monkeypatch.setattr(host_memory, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
     monkeypatch.setattr(control_groups, "_SELF", tmp_path / "proc/self")
     always = {
         "proc/meminfo": "MemTotal:  9999 kB\nMemAvailable:    8192 kB\nPages: 0\n",
@@ -28,12 +28,12 @@ def system(tmp_path, monkeypatch):
 
 
 def test_here():
-    assert 0 < host_memory.available() < 1 << 60
+    assert 0 < memory.available() < 1 << 60
 
 
 def test_without_groups(system):
     system({})
-    assert host_memory.available() == 8 * MB
+    assert memory.available() == 8 * MB
 
 
 @pytest.mark.parametrize("own", [f"{5 * MB}\n", "max\n"])
@@ -49,7 +49,7 @@ def test_the_tightest_group_of_the_tree_counts(own, system):
             "cgroup/user/memory.stat": "inactive_file 0\n",
         }
     )
-    assert host_memory.available() == (6 if own == "max\n" else 4) * MB
+    assert memory.available() == (6 if own == "max\n" else 4) * MB
 
 
 def test_first_version_as_a_container_sees_it(system):
@@ -62,4 +62,4 @@ def test_first_version_as_a_container_sees_it(system):
             "cgroup/memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {MB}\n",
         }
     )
-    assert host_memory.available() == 2 * MB
+    assert memory.available() == 2 * MB

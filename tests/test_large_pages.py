@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cptool import large_pages
+from cptool.host import large_pages
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (5,), (3, 700_001), (2, 0, 4), (1 << 21, 2)])

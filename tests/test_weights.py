@@ -7,9 +7,10 @@ import pytest
 import torch
 from llama_reference import SHAPES, random_llama
 
-from cptool import large_pages, shared_memory
+from cptool import shared_memory
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import World, run
+from cptool.host import large_pages
 from cptool.status import Board
 from cptool.weights import load_model
 

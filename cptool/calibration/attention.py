@@ -8,10 +8,10 @@ from itertools import cycle
 
 import torch
 
-from cptool import large_pages
 from cptool.calibration.clock import Clock, slope
 from cptool.calibration.examples import COLD_BYTES, EXAMPLE, ROWS
 from cptool.cost import ELEMENT_BYTES
+from cptool.host import large_pages
 from cptool.ops.attention import attention_partial
 from cptool.ops.kernels import cpu_stream_rows
 

@@ -126,7 +126,7 @@ def _read(descriptor: int, piece: memoryview, at: int, path: Path) -> None:
 
 
 def _threads() -> int:
-    from cptool.binding import usable_cpus
+    from cptool.host.affinity import usable_cpus
 
     return max(1, min(16, len(usable_cpus())))
 

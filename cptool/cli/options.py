@@ -11,7 +11,7 @@ import click
 
 from cptool.cli import draw
 from cptool.errors import UserError
-from cptool.processor import has_bfloat16_products
+from cptool.host.processor import has_bfloat16_products
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint

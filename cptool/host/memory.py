@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from cptool import control_groups
+from cptool.host import control_groups
 
 _PROC = Path("/proc")
 # Of control groups: version, then the files of the limit and of what is used, and in `memory.stat`

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cptool.control_groups import CpuQuota, cpu_quota
 from cptool.errors import UserError
+from cptool.host.control_groups import CpuQuota, cpu_quota
 
 _CPUS = Path("/sys/devices/system/cpu")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from cptool import host_memory
+from cptool.host import memory as host_memory
 
 _PAGE_BYTES = 2 << 20
 _WORTHWHILE_BYTES = 2 * _PAGE_BYTES
