@@ -24,12 +24,12 @@ from cptool.errors import RunError, explain
 from cptool.hardware import HardwareProfile, default_profile
 from cptool.manifest import Damaged, Manifest, ModelIdentity, Segment, Sequence
 from cptool.model.llama import Llama
+from cptool.profiling.trace import SILENT, Recorder, Silent
 from cptool.sampling import Sampling
 from cptool.sharding import Placement, balanced, concat
 from cptool.staged import ring_of
 from cptool.static_decode import StaticDecode
 from cptool.strategy import ALL_Q, AUTO, STATIC_ROWS, Choice, choose
-from cptool.trace import SILENT, Recorder, Silent
 
 Progress = Callable[[str, int, int], None]
 

@@ -22,8 +22,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from cptool.exposure import Exposure
-from cptool.trace import SILENT, Recorder, Silent
+from cptool.profiling.exposed_time import Exposure
+from cptool.profiling.trace import SILENT, Recorder, Silent
 
 # torch 2.13's name; before, it is the other one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from cptool.cost import attention_flops, kv_bytes, linear_flops, weight_bytes
 from cptool.errors import RunError
-from cptool.profile import Phases, Section, collect
+from cptool.profiling.report import Phases, Section, collect
+from cptool.profiling.trace import Recorder
 from cptool.sampling import Sampling
-from cptool.trace import Recorder
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -119,7 +119,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     if recorder:
         engine.record(recorder)
         if world.device.type == "cuda":
-            from cptool.device_trace import DeviceProfiler
+            from cptool.profiling.device_trace import DeviceProfiler
 
             device = DeviceProfiler()
             device.start()

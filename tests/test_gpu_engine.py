@@ -16,12 +16,12 @@ from cptool.distributed import run
 from cptool.emulated_layer import Scenario
 from cptool.emulation import emulate
 from cptool.engine import Engine
-from cptool.exposure import Exposure
 from cptool.graphs import Recorded
 from cptool.hardware import default_profile
 from cptool.host.pinned_copies import to_device, to_host
 from cptool.model.shapes import find_shape
 from cptool.ops.kernels import build_info
+from cptool.profiling.exposed_time import Exposure
 from cptool.sampling import Sampling
 from cptool.session import identity
 from cptool.weights import load_model

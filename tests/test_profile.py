@@ -8,9 +8,10 @@ import torch
 from click.testing import CliRunner
 
 from cptool.cli.main import main
-from cptool.device_trace import DEVICE_ROWS, DeviceProfiler, Kernel, phase_of
-from cptool.profile import ROWS, Section, phases_of, write_trace
-from cptool.trace import SILENT, Recorder, Span, Transfer, overlap_s, subtract, union
+from cptool.profiling.device_trace import DEVICE_ROWS, DeviceProfiler, phase_of
+from cptool.profiling.intervals import overlap_s, subtract, union
+from cptool.profiling.report import ROWS, Section, phases_of, write_trace
+from cptool.profiling.trace import SILENT, Kernel, Recorder, Span, Transfer
 
 
 def test_intervals():

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cptool.trace import PHASES, Recorder, Span, Transfer, length_s, subtract
+from cptool.profiling.intervals import length_s, subtract
+from cptool.profiling.trace import PHASES, Recorder, Span, Transfer
 
 if TYPE_CHECKING:
-    from cptool.device_trace import Kernel
     from cptool.distributed import World
+    from cptool.profiling.trace import Kernel
 
 HOST = "host"
 ROWS = (*PHASES, HOST)
-"""Of a rank on a CPU; on CUDA there is `cptool.device_trace.DEVICE_ROWS`, with idle for host."""
+"""Rows of a rank on a CPU; a CUDA rank has `device_trace.DEVICE_ROWS`, with idle for host."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def phases_of(recorder: Recorder, section: Section) -> tuple[float, dict[str, fl
     spans, transfers = recorder.between(section.begin, section.end)
     wall, steps = section.end - section.begin, section.steps
     if recorder.kernels is not None:
-        from cptool.device_trace import device_phases
+        from cptool.profiling.device_trace import device_phases
 
         sampling = [(s.begin, s.end) for s in spans if s.phase == "sampling"]
         phases, hidden = device_phases(recorder.kernels, sampling, section.begin, section.end)
@@ -84,7 +85,7 @@ def collect(
 
     Collective. Clocks of different hosts are brought together at a barrier, to within its skew.
     """
-    from cptool.device_trace import Kernel
+    from cptool.profiling.trace import Kernel
 
     world.barrier()
     now = time.perf_counter()

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cptool.profiling.trace import PHASES
+
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from cptool.device_trace import Kernel
     from cptool.model.llama import Llama
+    from cptool.profiling.trace import Kernel
 
 PHASES = ("linear", "attention", "exposed", "sampling", "small ops")
 """What a span is: products with weights; attention over keys and merging; waiting for a transfer;
@@ -145,43 +147,11 @@ class Watched:
         self._future.result()
 
 
-Interval = tuple[float, float]
+@dataclass(frozen=True)
+class Kernel:
+    """What ran on a stream of the device, a copy too; seconds of `time.perf_counter`."""
 
-
-def union(intervals: Sequence[Interval]) -> list[Interval]:
-    """The same moments in disjoint intervals, ascending."""
-    merged: list[Interval] = []
-    for begin, end in sorted(intervals):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((begin, end))
-    return merged
-
-
-def subtract(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
-    """The moments of `first` that are not in `second`."""
-    rest, second = [], union(second)
-    at = 0
-    for begin, end in union(first):
-        while at < len(second) and second[at][1] <= begin:
-            at += 1
-        following = at
-        while following < len(second) and second[following][0] < end:
-            if begin < second[following][0]:
-                rest.append((begin, second[following][0]))
-            begin = second[following][1]
-            following += 1
-        if begin < end:
-            rest.append((begin, end))
-    return rest
-
-
-def length_s(intervals: Sequence[Interval]) -> float:
-    """Seconds of disjoint intervals."""
-    return sum(end - begin for begin, end in intervals)
-
-
-def overlap_s(first: Sequence[Interval], second: Sequence[Interval]) -> float:
-    """Seconds that lie in both."""
-    return length_s(union(first)) - length_s(subtract(first, second))
+    name: str
+    stream: int
+    begin: float
+    end: float

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from cptool.trace import PHASES, Interval, length_s, overlap_s, subtract, union
+from cptool.profiling.intervals import Interval, length_s, overlap_s, subtract, union
+from cptool.profiling.trace import PHASES, Kernel
 
 IDLE = "idle"
 DEVICE_ROWS = (*PHASES, IDLE)
@@ -24,16 +24,6 @@ _WORDS = {
     "attention": ("attention", "merge", "flash"),
     "linear": ("gemm", "gemv", "cutlass", "cublas", "nvjet", "xmma", "splitk"),
 }
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What ran on a stream of the device, a copy too; seconds of `time.perf_counter`."""
-
-    name: str
-    stream: int
-    begin: float
-    end: float
 
 
 def phase_of(name: str) -> str:
