@@ -27,8 +27,8 @@ def compare(world, lengths, variant, dtype, rounds):
 
     from cptool.bench.forward import random_model
     from cptool.calibration import measure
-    from cptool.emulated_layer import Scenario
-    from cptool.emulation import emulate
+    from cptool.emulation.layer import Scenario
+    from cptool.emulation.projection import emulate
     from cptool.engine import Engine
     from cptool.sampling import Sampling
 

@@ -528,7 +528,7 @@ def test_help_and_mistakes_do_not_wait_for_torch():
 
 
 def test_doctor_tells_a_wrong_kernel(monkeypatch):
-    from cptool import selftest
+    from cptool.exactness import selftest
 
     assert "ok" in cptool("doctor").stdout
     good = list(selftest.run())

@@ -4,8 +4,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cptool import selftest
 from cptool.cli.main import main
+from cptool.exactness import selftest
 from cptool.ops import kernels
 from cptool.ops.kernels import build_info
 

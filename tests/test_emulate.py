@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from cptool.cli.counts import TokenCount
 from cptool.cli.main import main
 from cptool.cost import all_reduce, attention_flops, kv_bytes, linear_flops
-from cptool.emulated_layer import LINEAR, OTHER, Scenario, shards
-from cptool.emulated_ring import Compute, EmulatedRing, Start, Timeline, Wait, replay
-from cptool.emulation import _segments, emulate
+from cptool.emulation.layer import LINEAR, OTHER, Scenario, shards
+from cptool.emulation.projection import _segments, emulate
+from cptool.emulation.ring import Compute, EmulatedRing, Start, Timeline, Wait, replay
 from cptool.hardware import Link, default_profile
 from cptool.model.fp8 import RowwiseFp8
 from cptool.model.shapes import SHAPES

@@ -13,8 +13,8 @@ from test_static_decode import TURNS, prompt, say
 from cptool.attention import VARIANTS
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
-from cptool.emulated_layer import Scenario
-from cptool.emulation import emulate
+from cptool.emulation.layer import Scenario
+from cptool.emulation.projection import emulate
 from cptool.engine import Engine
 from cptool.graphs import Recorded
 from cptool.hardware import default_profile

@@ -15,7 +15,7 @@ from test_ops import (
     unit_roundoff,
 )
 
-from cptool import selftest
+from cptool.exactness import selftest
 from cptool.ops.attention import attention_partial, merge_partials
 from cptool.ops.kernels import build_info, cuda_kernel, cuda_kernels, force_cuda_kernel
 

@@ -21,7 +21,7 @@ def doctor() -> None:
     import torch
 
     import cptool
-    from cptool import selftest
+    from cptool.exactness import selftest
     from cptool.ops.kernels import build_info, cpu_isa, cpu_linear_isa, cuda_kernels
     from cptool.ops.linear import FEW_ROWS
 
@@ -96,7 +96,7 @@ def _gpu_rows() -> tuple[list[tuple[str, str]], str | None]:
 
     Each runs in a process of its own: one that breaks the device leaves the others theirs.
     """
-    from cptool import selftest
+    from cptool.exactness import selftest
     from cptool.ops.kernels import cuda_kernels
 
     rows: list[tuple[str, str]] = []

@@ -63,8 +63,8 @@ def emulate(
 
     import torch
 
-    from cptool.emulated_layer import Scenario
-    from cptool.emulation import emulate
+    from cptool.emulation.layer import Scenario
+    from cptool.emulation.projection import emulate
     from cptool.hardware import find_profile, load_profile
     from cptool.model.fp8 import check_fp8
 

@@ -89,7 +89,7 @@ def verify(
                 "--device cuda: one GPU leaves nothing to compare; add --device cpu to verify here"
             )
 
-    from cptool import verify as verifier
+    from cptool.exactness import verify as verifier
 
     half = max(1, len(tokens) * 2 // 3)
     plan = verifier.Plan(

@@ -16,13 +16,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cptool.profiling.trace import PHASES
-
 if TYPE_CHECKING:
     import torch.distributed as dist
 
     from cptool.model.llama import Llama
-    from cptool.profiling.trace import Kernel
 
 PHASES = ("linear", "attention", "exposed", "sampling", "small ops")
 """What a span is: products with weights; attention over keys and merging; waiting for a transfer;

@@ -1,7 +1,7 @@
 """Are the kernels right on this machine? All of them against float64, in seconds.
 
-`cptool doctor` runs it, `python -m cptool.selftest [cpu|cuda] [KERNEL]` without any of the command
-line's needs; the test suite goes through many more shapes.
+`cptool doctor` runs it; `python -m cptool.exactness.selftest [cpu|cuda] [KERNEL]` does so without
+the packages that the command line needs. The test suite covers many more shapes.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 
 from cptool.cache import NEVER
 from cptool.errors import RunError
+from cptool.exactness.reference import attention
 from cptool.ops.attention import attention_partial, merge_partials
 from cptool.ops.elementwise import add_rms_norm_, rotate_, swiglu_
 from cptool.ops.kernels import (
@@ -40,27 +41,6 @@ class Check:
     @property
     def passed(self) -> bool:
         return self.error <= self.allowed
-
-
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_pos: torch.Tensor,
-    k_pos: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one sequence, all scores in memory, computed in the type of q: `(out [Tq, Hq,
-    D], lse [Tq, Hq])`.
-    """
-    group = q.shape[1] // k.shape[1]
-    keys, values = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
-    scores = (q.transpose(0, 1) @ keys.transpose(1, 2) * scale).masked_fill(
-        k_pos > q_pos[:, None], -torch.inf
-    )
-    lse = scores.logsumexp(-1)
-    weights = torch.where(lse.isinf()[..., None], 0, (scores - lse[..., None]).exp())
-    return (weights @ values).transpose(0, 1), lse.transpose(0, 1)
 
 
 def kernels(device: str) -> list[str]:
@@ -227,7 +207,7 @@ def run_apart(device: str, kernel: str, patience_s: float = 120.0) -> list[Check
 
     Raises RuntimeError, one line, if that process does not end well.
     """
-    command = [sys.executable, "-m", "cptool.selftest", device, kernel]
+    command = [sys.executable, "-m", "cptool.exactness.selftest", device, kernel]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=patience_s)
     except subprocess.TimeoutExpired:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from cptool.attention import KEYS_TRAVEL, Step, attend
 from cptool.cache import KVCache
-from cptool.emulated_ring import EmulatedRing, Timeline, Trace
+from cptool.emulation.ring import EmulatedRing, Timeline, Trace
 from cptool.model.config import LlamaConfig
 from cptool.model.fp8 import RowwiseFp8
 from cptool.model.llama import DecoderLayer

@@ -1,7 +1,7 @@
 """One rank of one layer of a prefill, run alone on one device: the projection of a whole run.
 
-The layer (`cptool.emulated_layer`) is measured; what other ranks would send takes its time from a
-hardware profile (`cptool.emulated_ring`). So one device tells what N x M of them would take, and
+The layer (`cptool.emulation.layer`) is measured; what other ranks would send takes its time from a
+hardware profile (`cptool.emulation.ring`). So one device tells what N x M of them would take, and
 which part of that was measured.
 """
 
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from cptool import emulated_memory
 from cptool.attention import KEYS_TRAVEL
 from cptool.cost import Forward, all_reduce, attention_flops, linear_flops, prefill
-from cptool.emulated_layer import OTHER, Scenario, build, run_once, shards, time_once
-from cptool.emulated_ring import Compute, Trace, Wait, replay
+from cptool.emulation import memory
+from cptool.emulation.layer import OTHER, Scenario, build, run_once, shards, time_once
+from cptool.emulation.ring import Compute, Trace, Wait, replay
 from cptool.hardware import HardwareProfile
 from cptool.strategy import Choice, choose
 
@@ -123,7 +123,7 @@ def emulate(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         dealt = time.perf_counter() - began
-    needed = emulated_memory.check(scenario, choice.variant, held)
+    needed = memory.check(scenario, choice.variant, held)
 
     rank = held.busiest
     layer, passes = build(scenario), []

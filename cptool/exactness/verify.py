@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from cptool import selftest
 from cptool.attention import VARIANTS
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import World, run
 from cptool.engine import Engine
+from cptool.exactness.reference import attention
 from cptool.ops.attention import attention_partial
 from cptool.sampling import Sampling
 from cptool.sharding import Placement
@@ -212,7 +212,7 @@ def _errors(
     (q_pos, q_order), (k_pos, k_order) = q_pos.sort(), k_pos.sort()
     q, out, (k, v) = q[q_order], out[q_order], kv[k_order].unbind(1)
     scale = engine.model.config.head_dim**-0.5
-    truth, _ = selftest.attention(q.double(), k.double(), v.double(), q_pos, k_pos, scale)
+    truth, _ = attention(q.double(), k.double(), v.double(), q_pos, k_pos, scale)
     device = world.device
     offsets = (torch.tensor([0, len(x)], dtype=torch.int32, device=device) for x in (q_pos, k_pos))
     tensors = (x.to(device) for x in (q, k, v, q_pos, k_pos))

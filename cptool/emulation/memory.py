@@ -12,7 +12,7 @@ from cptool.host import memory
 from cptool.model.rows import ROWS_AT_ONCE
 
 if TYPE_CHECKING:
-    from cptool.emulated_layer import Scenario, Shards
+    from cptool.emulation.layer import Scenario, Shards
 
 _FLOAT32 = 4
 

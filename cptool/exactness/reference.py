@@ -1,0 +1,24 @@
+"""Attention with all scores in memory, which exact answers are compared with."""
+
+import torch
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_pos: torch.Tensor,
+    k_pos: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one sequence, all scores in memory, computed in the type of q: `(out [Tq, Hq,
+    D], lse [Tq, Hq])`.
+    """
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
+    scores = (q.transpose(0, 1) @ keys.transpose(1, 2) * scale).masked_fill(
+        k_pos > q_pos[:, None], -torch.inf
+    )
+    lse = scores.logsumexp(-1)
+    weights = torch.where(lse.isinf()[..., None], 0, (scores - lse[..., None]).exp())
+    return (weights @ values).transpose(0, 1), lse.transpose(0, 1)
