@@ -48,8 +48,8 @@ def measure(world, dtype: str, repeats: int, seconds: float, grid) -> list[dict]
 
     from cptool.bench.forward import hold, predicted_s, random_model
     from cptool.engine import Engine
-    from cptool.hardware import world_profile
-    from cptool.strategy import VARIANTS, Choice, choose
+    from cptool.engine_tmp import world_profile
+    from cptool.planning.strategy import VARIANTS, Choice, choose
 
     profile = world_profile(world)
     models = {
@@ -142,7 +142,7 @@ def _deviation(times: list[float]) -> float:
 def main() -> None:
     from cptool.bench.measure import circumstances
     from cptool.distributed import run
-    from cptool.hardware import load_profile
+    from cptool.planning.profiles import load_profile
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cp", type=int, action="append")

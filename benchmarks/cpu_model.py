@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM
 
 from cptool.bench.measure import circumstances, summary
 from cptool.checkpoint import open_checkpoint
-from cptool.cost import attention_flops, kv_bytes, linear_flops, weight_bytes
 from cptool.distributed import run
 from cptool.engine import Engine
 from cptool.ops.attention import attention_partial
+from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops, weight_bytes
 from cptool.sampling import Sampling
 from cptool.weights import load_model
 

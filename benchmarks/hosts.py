@@ -26,8 +26,8 @@ import checkout  # noqa: F401
 import click
 import namespaces
 
-from cptool.cost import VARIANTS
 from cptool.model.shapes import llama_config
+from cptool.planning.cost.exchange import VARIANTS
 
 SIZES = (1 << 10, 1 << 20, 8 << 20)
 
@@ -39,9 +39,10 @@ def on_rank(world, plan: dict) -> dict[str, object]:
     from cptool.bench.forward import hold, predicted_s, random_model
     from cptool.bench.measure import summary
     from cptool.calibration import measure as calibrate
-    from cptool.cost import Forward, predict
     from cptool.engine import Engine
-    from cptool.strategy import choose
+    from cptool.planning.cost.layer import predict
+    from cptool.planning.cost.shape import Forward
+    from cptool.planning.strategy import choose
 
     heads, kv_heads, head_dim = plan["heads"]
     width, dtype = heads * head_dim, plan["dtype"]

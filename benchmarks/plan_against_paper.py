@@ -16,11 +16,12 @@ from pathlib import Path
 
 import checkout  # noqa: F401
 
-from cptool.cost import Forward, decode_step, prefill
-from cptool.cost.exchange import exchange
-from cptool.cost.rates import Rates
-from cptool.hardware import find_profile
 from cptool.model.shapes import SHAPES
+from cptool.planning.cost.estimate import decode_step, prefill
+from cptool.planning.cost.exchange import exchange
+from cptool.planning.cost.rates import Rates
+from cptool.planning.cost.shape import Forward
+from cptool.planning.profiles import find_profile
 
 MODEL, PROFILE = SHAPES["llama3-405b"], find_profile("gtt-h100")
 RESULTS = Path(__file__).parent / "results"

@@ -21,15 +21,16 @@ from cptool.attention import KEYS_TRAVEL, Step, attend
 from cptool.cache import KVCache, nothing_held, truncated
 from cptool.distributed import World
 from cptool.errors import RunError, explain
-from cptool.hardware import HardwareProfile, default_profile
 from cptool.manifest import Damaged, Manifest, ModelIdentity, Segment, Sequence
 from cptool.model.llama import Llama
+from cptool.planning.hardware import HardwareProfile
+from cptool.planning.profiles import default_profile
+from cptool.planning.strategy import ALL_Q, AUTO, STATIC_ROWS, Choice, choose
 from cptool.profiling.trace import SILENT, Recorder, Silent
 from cptool.sampling import Sampling
 from cptool.sharding import Placement, balanced, concat
 from cptool.staged import ring_of
 from cptool.static_decode import StaticDecode
-from cptool.strategy import ALL_Q, AUTO, STATIC_ROWS, Choice, choose
 
 Progress = Callable[[str, int, int], None]
 

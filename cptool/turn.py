@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cptool.cost import attention_flops, kv_bytes, linear_flops, weight_bytes
 from cptool.errors import RunError
+from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops, weight_bytes
 from cptool.profiling.report import Phases, Section, collect
 from cptool.profiling.trace import Recorder
 from cptool.sampling import Sampling
@@ -188,7 +188,7 @@ def open_engine(world, asked: Setup, batch: int = 1) -> "tuple[Checkpoint, Engin
 
     from cptool.checkpoint import open_checkpoint
     from cptool.engine import Engine
-    from cptool.hardware import world_profile
+    from cptool.engine_tmp import world_profile
     from cptool.weights import load_model
 
     world.report("load the weights")

@@ -12,7 +12,7 @@ from cptool import calibration
 from cptool.calibration import clock, overheads
 from cptool.distributed import run
 from cptool.errors import UserError
-from cptool.hardware import (
+from cptool.planning.profiles import (
     FORMAT,
     default_profile,
     find_profile,

@@ -18,12 +18,13 @@ import safetensors.torch
 from click.testing import CliRunner
 from conftest import greedy
 
-from cptool import distributed, hardware, session
+from cptool import distributed, session
 from cptool.checkpoint import open_checkpoint
 from cptool.cli import draw
 from cptool.cli.launch import Output
 from cptool.cli.main import main
-from cptool.hardware import default_profile
+from cptool.planning import hardware
+from cptool.planning.profiles import default_profile
 
 STORY = [504, 2365, 282, 4649, 314] * 9 + [7042, 30, 378, 2365, 282, 6219, 314]
 MQA_IDS = [(7 * i * i + 3 * i) % 299 for i in range(83)]

@@ -6,12 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cptool import cost
-from cptool.cost import VARIANTS, Forward, predict
-from cptool.cost.rates import Rates
-from cptool.hardware import Link, default_profile
 from cptool.model.shapes import llama_config
-from cptool.strategy import choose
+from cptool.planning.cost import counts, estimate
+from cptool.planning.cost.exchange import VARIANTS
+from cptool.planning.cost.layer import predict
+from cptool.planning.cost.rates import Rates
+from cptool.planning.cost.shape import Forward
+from cptool.planning.hardware import Link
+from cptool.planning.profiles import default_profile
+from cptool.planning.strategy import choose
 
 CONFIG = llama_config(1024, 4, 8, 2, 4096, vocab=1000, context=131072, tied=True)
 
@@ -37,8 +40,8 @@ def on(ranks: int, new: int, cached: int = 0, active: int | None = None, **more)
 
 def test_attention_flops_count_visible_pairs():
     width = 8 * 128
-    assert cost.attention_flops(CONFIG, 3) == 4 * 4 * width * (1 + 2 + 3)
-    assert cost.attention_flops(CONFIG, 2, 10) == 4 * 4 * width * (11 + 12)
+    assert counts.attention_flops(CONFIG, 3) == 4 * 4 * width * (1 + 2 + 3)
+    assert counts.attention_flops(CONFIG, 2, 10) == 4 * 4 * width * (11 + 12)
 
 
 @free
@@ -147,8 +150,8 @@ def test_what_a_layer_costs_beyond_is_that_of_the_nearest_ranks_measured():
 def test_what_a_forward_costs_once_is_shared_by_its_layers():
     slow = {"4": {variant: (0.4, 0.4) for variant in VARIANTS if variant != "pass-q"}}
     profile, forward = dataclasses.replace(PROFILES["cpu"], start_s=slow), on(4, 8, 65536)
-    bare = cost.prefill("pass-kv", forward, PROFILES["cpu"]).seconds
-    assert cost.prefill("pass-kv", forward, profile).seconds == pytest.approx(bare + 0.4)
+    bare = estimate.prefill("pass-kv", forward, PROFILES["cpu"]).seconds
+    assert estimate.prefill("pass-kv", forward, profile).seconds == pytest.approx(bare + 0.4)
     arguments = {"new": 8, "cached": 65536, "ranks": 4, "config": CONFIG, "dtype": "bfloat16"}
     choice = choose("auto", **arguments, profile=profile)
     assert choice.variant == "pass-q"  # the rest costs 0.1 s more in each of four layers

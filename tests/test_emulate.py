@@ -13,13 +13,15 @@ from click.testing import CliRunner
 
 from cptool.cli.counts import TokenCount
 from cptool.cli.main import main
-from cptool.cost import all_reduce, attention_flops, kv_bytes, linear_flops
 from cptool.emulation.layer import LINEAR, OTHER, Scenario, shards
 from cptool.emulation.projection import _segments, emulate
 from cptool.emulation.ring import Compute, EmulatedRing, Start, Timeline, Wait, replay
-from cptool.hardware import Link, default_profile
 from cptool.model.fp8 import RowwiseFp8
 from cptool.model.shapes import SHAPES
+from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops
+from cptool.planning.cost.rates import all_reduce
+from cptool.planning.hardware import Link
+from cptool.planning.profiles import default_profile
 
 TINY = dataclasses.replace(
     SHAPES["llama3-8b"],

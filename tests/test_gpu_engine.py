@@ -17,10 +17,10 @@ from cptool.emulation.layer import Scenario
 from cptool.emulation.projection import emulate
 from cptool.engine import Engine
 from cptool.graphs import Recorded
-from cptool.hardware import default_profile
 from cptool.host.pinned_copies import to_device, to_host
 from cptool.model.shapes import find_shape
 from cptool.ops.kernels import build_info
+from cptool.planning.profiles import default_profile
 from cptool.profiling.exposed_time import Exposure
 from cptool.sampling import Sampling
 from cptool.session import identity

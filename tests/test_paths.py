@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cptool import hardware
 from cptool.checkpoint import open_checkpoint
 from cptool.errors import UserError
 from cptool.paths import cache_dir, expanded
+from cptool.planning import profiles
+from cptool.planning.profiles import check_place, is_measured
 
 
 @pytest.fixture
@@ -25,11 +26,11 @@ def homeless(monkeypatch):
 
 
 def test_without_a_home_what_needs_none_works_and_what_does_names_the_variable(homeless):
-    assert hardware.load_profile("cpu") == hardware.default_profile("cpu")
-    assert not hardware.is_measured()
+    assert profiles.load_profile("cpu") == profiles.default_profile("cpu")
+    assert not is_measured()
     for needs_one, variable in (
         (cache_dir, "CPTOOL_CACHE"),
-        (hardware.check_place, "CPTOOL_CACHE"),
+        (check_place, "CPTOOL_CACHE"),
         (lambda: open_checkpoint("smollm2-135m-instruct"), "CPTOOL_CACHE"),
         (lambda: open_checkpoint("organisation/model"), "HF_HOME"),
     ):
@@ -52,9 +53,9 @@ def test_a_home_that_is_no_directory(monkeypatch):
     monkeypatch.delenv("CPTOOL_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/dev/null")
-    assert not hardware.is_measured()
+    assert not is_measured()
     with pytest.raises(UserError, match="/dev/null cannot be written to; set CPTOOL_CACHE"):
-        hardware.check_place()
+        check_place()
 
 
 def test_a_home_that_nobody_has():

@@ -11,11 +11,13 @@ import pytest
 from click.testing import CliRunner
 
 from cptool.cli.main import main
-from cptool.cost import Forward, memory_per_rank, predict
 from cptool.errors import UserError
-from cptool.hardware import find_profile, known_profiles
 from cptool.model.shapes import SHAPES
-from cptool.planner import Workload, best, layouts, plan
+from cptool.planning.cost.layer import predict
+from cptool.planning.cost.memory import memory_per_rank
+from cptool.planning.cost.shape import Forward
+from cptool.planning.planner import Workload, best, layouts, plan
+from cptool.planning.profiles import find_profile, known_profiles
 
 LLAMA, GTT = SHAPES["llama3-405b"], find_profile("gtt-h100")
 

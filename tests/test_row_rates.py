@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from cptool.cost import Forward, predict
 from cptool.errors import UserError
-from cptool.hardware import default_profile, find_profile, load_profile, save_profile
 from cptool.model.shapes import llama_config
-from cptool.row_rates import RowRates, fitted, nearest
+from cptool.planning.cost.layer import predict
+from cptool.planning.cost.shape import Forward
+from cptool.planning.linear_rates import RowRates, fitted, nearest
+from cptool.planning.profiles import default_profile, find_profile, load_profile, save_profile
 
 ROWS = 1, 16, 17, 128, 512
 PACKING = {1: 70e-12, 16: 240e-12, 17: 330e-12, 128: 1320e-12, 512: 4900e-12}

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from cptool.cost import matrix_parameters
 from cptool.errors import UserError
 from cptool.model.shapes import SHAPES, find_shape
+from cptool.planning.cost.counts import matrix_parameters
 
 
 @pytest.mark.parametrize(

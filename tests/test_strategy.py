@@ -6,11 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cptool import strategy
-from cptool.cost import VARIANTS, Forward, predict
-from cptool.hardware import default_profile, find_profile
 from cptool.model.shapes import SHAPES
-from cptool.strategy import choose
+from cptool.planning import strategy
+from cptool.planning.cost.exchange import VARIANTS
+from cptool.planning.cost.layer import predict
+from cptool.planning.cost.shape import Forward
+from cptool.planning.profiles import default_profile, find_profile
+from cptool.planning.strategy import choose
 
 LLAMA3_8B, LLAMA3_405B = SHAPES["llama3-8b"], SHAPES["llama3-405b"]
 GRAND_TETON = find_profile("gtt-h100")

@@ -16,13 +16,13 @@ from cptool.bench.ceilings import memory_rate
 from cptool.bench.forward import predicted_s, prepare, random_model, smaller_worlds
 from cptool.bench.measure import summary
 from cptool.calibration import measure as calibrate
-from cptool.cost import kv_bytes, weight_bytes
 from cptool.distributed import World
 from cptool.engine import Engine
-from cptool.hardware import world_profile
+from cptool.engine_tmp import world_profile
 from cptool.model.config import LlamaConfig
+from cptool.planning.cost.counts import kv_bytes, weight_bytes
+from cptool.planning.strategy import AUTO, Choice
 from cptool.sampling import Sampling
-from cptool.strategy import AUTO, Choice
 
 
 @dataclass(frozen=True)

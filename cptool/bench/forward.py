@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 
 from cptool import tensor_parallel
-from cptool.cost import Forward, decode_step, prefill
 from cptool.distributed import World
 from cptool.engine import Engine
-from cptool.hardware import HardwareProfile
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
+from cptool.planning.cost.estimate import decode_step, prefill
+from cptool.planning.cost.shape import Forward
+from cptool.planning.hardware import HardwareProfile
+from cptool.planning.strategy import AUTO, Choice, choose
 from cptool.sharding import Placement, balanced
-from cptool.strategy import AUTO, Choice, choose
 
 VOCABULARY = 1024
 

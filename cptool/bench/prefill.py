@@ -17,14 +17,14 @@ from cptool.bench.ceilings import matmul_rate
 from cptool.bench.forward import predicted_s, prepare, random_model, rewind, smaller_worlds
 from cptool.bench.measure import summary
 from cptool.calibration import measure as calibrate
-from cptool.cost import attention_flops, linear_flops
 from cptool.distributed import World
 from cptool.engine import Engine
-from cptool.hardware import world_profile
+from cptool.engine_tmp import world_profile
 from cptool.model.config import LlamaConfig
+from cptool.planning.cost.counts import attention_flops, linear_flops
+from cptool.planning.strategy import AUTO, Choice
 from cptool.sampling import Sampling
 from cptool.sharding import Placement
-from cptool.strategy import AUTO, Choice
 
 
 @dataclass(frozen=True)

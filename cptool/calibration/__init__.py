@@ -22,14 +22,10 @@ from cptool.calibration.linear import device_rates, row_rates, tiny_layer
 from cptool.calibration.link import link_rates
 from cptool.calibration.overheads import with_overheads
 from cptool.distributed import World
-from cptool.hardware import (
-    MEASURED,
-    PARTS,
-    HardwareProfile,
-    default_profile,
-    usable_processors,
-)
-from cptool.strategy import fit_rule
+from cptool.engine_tmp import usable_processors
+from cptool.planning.hardware import MEASURED, PARTS, HardwareProfile
+from cptool.planning.profiles import default_profile
+from cptool.planning.strategy import fit_rule
 
 OVERHEAD_REPEATS = 10
 """Small costs want more repetitions than the rest, that many times as many."""

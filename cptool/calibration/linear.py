@@ -9,13 +9,13 @@ import torch
 
 from cptool.calibration.clock import Clock
 from cptool.calibration.examples import COLD_BYTES, EXAMPLE, HALF, ROWS, TINY
-from cptool.cost import ELEMENT_BYTES, Forward
-from cptool.cost.layer import elementwise_bytes
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import DecoderLayer
 from cptool.model.rows import ROWS_AT_ONCE_CPU
 from cptool.ops.linear import FEW_ROWS
-from cptool.row_rates import RowRates, fitted
+from cptool.planning.cost.layer import elementwise_bytes
+from cptool.planning.cost.shape import ELEMENT_BYTES, Forward
+from cptool.planning.linear_rates import RowRates, fitted
 
 MOST_ROWS = ROWS_AT_ONCE_CPU
 """Of the layers that a CPU is timed at: more go through the feed-forward network in pieces."""

@@ -6,7 +6,7 @@ import torch
 
 from cptool.calibration.clock import Clock, slope
 from cptool.distributed import World
-from cptool.hardware import Link
+from cptool.planning.hardware import Link
 from cptool.ring import Ring
 from cptool.staged import ring_of
 

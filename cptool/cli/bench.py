@@ -48,8 +48,8 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     (hardware.json); `--variant auto` reads it from there.
     """
     from cptool import distributed
-    from cptool.hardware import check_place
     from cptool.launcher import launched_size
+    from cptool.planning.profiles import check_place
 
     launched = launched_size()
     # What ranks lose that take turns is measured apart: those that need not are bound to cores.
@@ -76,7 +76,7 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
 def _on_rank(world, dtypes: tuple[str, ...], profile):
     """Measures all, or on more ranks what `profile` lacks."""
     from cptool.calibration import measure, measure_more_ranks
-    from cptool.hardware import profile_path, save_profile
+    from cptool.planning.profiles import profile_path, save_profile
 
     if profile is None:
         profile = measure(world, dtypes)

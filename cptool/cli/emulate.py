@@ -65,8 +65,8 @@ def emulate(
 
     from cptool.emulation.layer import Scenario
     from cptool.emulation.projection import emulate
-    from cptool.hardware import find_profile, load_profile
     from cptool.model.fp8 import check_fp8
+    from cptool.planning.profiles import find_profile, load_profile
 
     if threads:
         torch.set_num_threads(threads)
@@ -128,7 +128,7 @@ def _assumptions(scenario, profile, result) -> list[str]:
 
 def _memory(scenario, result) -> dict[str, int]:
     """Bytes that the weights and the KV of a real rank take."""
-    from cptool.cost import kv_bytes, matrix_parameters
+    from cptool.planning.cost.counts import kv_bytes, matrix_parameters
 
     config, size = scenario.config, scenario.dtype.itemsize
     ffn = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers

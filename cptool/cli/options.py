@@ -134,7 +134,8 @@ class Ranks:
 
 def check_room(directory: Path, config: "LlamaConfig", tokens: int, batch: int, dtype: str) -> None:
     """Refuses a disk without room for the KV of `tokens` more tokens and the logits after them."""
-    from cptool.cost import ELEMENT_BYTES, kv_bytes
+    from cptool.planning.cost.counts import kv_bytes
+    from cptool.planning.cost.shape import ELEMENT_BYTES
 
     needed = kv_bytes(config, tokens, ELEMENT_BYTES[dtype]) + 4 * config.vocab_size * batch
     place = next(p for p in (directory, *directory.absolute().parents) if p.is_dir())

@@ -113,8 +113,9 @@ def plan(
     MODEL is a checkpoint, a config.json, or the shape of a published model by name (llama2-70b,
     llama3-405b, codellama-34b, ...). Without --cp and --tp the best layout is looked for.
     """
-    from cptool import planner, tensor_parallel
-    from cptool.hardware import find_profile
+    from cptool import tensor_parallel
+    from cptool.planning import planner
+    from cptool.planning.profiles import find_profile
 
     if cached >= context:
         raise UserError(f"--cached {cached}: it must be less than --context {context}")
@@ -186,7 +187,7 @@ def plan(
 def _profile(hardware: str | None, find_profile):
     if hardware is not None:
         return find_profile(hardware)
-    from cptool.hardware import is_measured
+    from cptool.planning.profiles import is_measured
 
     return find_profile("measured" if is_measured() else "h100-sxm")
 
@@ -293,7 +294,7 @@ def _command(best, work, model, profile) -> str:
 
 
 def _draw(answer, work, model, profile, ttft_below) -> None:
-    from cptool.hardware import MEASURED
+    from cptool.planning.hardware import MEASURED
 
     best = answer.best
     hardware = profile.name.removeprefix(MEASURED)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import click
 
-from cptool import planner
 from cptool.duration import duration
 from cptool.errors import UserError
-from cptool.hardware import HardwareProfile
+from cptool.planning import planner
+from cptool.planning.hardware import HardwareProfile
 
 MISS_RATES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.125, 0.2, 0.35, 0.5, 0.75, 1.0)
 TICKS = (0.01, 0.02, 0.03, 0.05, 0.08, 0.125, 0.2, 0.35, 0.5, 1.0)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cptool.cost import matrix_parameters
 from cptool.errors import UserError
 from cptool.host import memory
 from cptool.model.rows import ROWS_AT_ONCE
+from cptool.planning.cost.counts import matrix_parameters
 
 if TYPE_CHECKING:
     from cptool.emulation.layer import Scenario, Shards

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 import torch
 
 from cptool.attention import KEYS_TRAVEL
-from cptool.cost import Forward, all_reduce, attention_flops, linear_flops, prefill
 from cptool.emulation import memory
 from cptool.emulation.layer import OTHER, Scenario, build, run_once, shards, time_once
 from cptool.emulation.ring import Compute, Trace, Wait, replay
-from cptool.hardware import HardwareProfile
-from cptool.strategy import Choice, choose
+from cptool.planning.cost.counts import attention_flops, linear_flops
+from cptool.planning.cost.estimate import prefill
+from cptool.planning.cost.rates import all_reduce
+from cptool.planning.cost.shape import Forward
+from cptool.planning.hardware import HardwareProfile
+from cptool.planning.strategy import Choice, choose
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def emulate(
 
 
 def _planned(scenario: Scenario, choice: Choice, profile: HardwareProfile) -> float:
-    """TTFT by `cptool.cost`."""
+    """TTFT by `cptool.planning.cost`."""
     forward = Forward(
         scenario.config,
         str(scenario.dtype).removeprefix("torch."),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cptool.hardware import Link
+from cptool.planning.hardware import Link
 from cptool.ring import Ring
 
 PAUSE = "pause"
@@ -122,7 +122,7 @@ def replay(trace: Trace, link: Link, steals: float = 0.0) -> float:
 
     A transfer's latency is never hidden; its bytes follow those before it on the link, both ways at
     once, and cost what is left of them where they are waited for, or `steals` of their time if that
-    is more: the part that compute lost meanwhile, as in `cptool.cost`.
+    is more: the part that compute lost meanwhile, as in `cptool.planning.cost`.
     """
     clock = busy = exposed = 0.0
     flowing: dict[int, tuple[float, float]] = {}

@@ -19,9 +19,9 @@ from cptool.distributed import World, run
 from cptool.engine import Engine
 from cptool.exactness.reference import attention
 from cptool.ops.attention import attention_partial
+from cptool.planning.strategy import ALL_Q, AUTO
 from cptool.sampling import Sampling
 from cptool.sharding import Placement
-from cptool.strategy import ALL_Q, AUTO
 from cptool.weights import load_model
 
 ROWS = 64

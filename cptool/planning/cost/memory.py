@@ -1,7 +1,7 @@
 """What a rank must hold, so that what does not fit is refused before anything starts."""
 
-from cptool.cost.sizes import ELEMENT_BYTES, Forward
 from cptool.model.rows import ROWS_AT_ONCE
+from cptool.planning.cost.shape import ELEMENT_BYTES, Forward
 
 RESERVED = 0.04
 """Of a device's memory: its context, the allocator's fragments, the links' own buffers."""

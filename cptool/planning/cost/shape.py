@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from cptool.cost import counts
 from cptool.model.config import LlamaConfig
+from cptool.planning.cost import counts
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 

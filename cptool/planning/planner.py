@@ -9,13 +9,15 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from cptool import tensor_parallel
-from cptool.cost import VARIANTS, Estimate, Forward, decode_step, memory_per_rank, prefill
-from cptool.cost.memory import RESERVED
 from cptool.duration import duration
 from cptool.errors import UserError
-from cptool.hardware import HardwareProfile
 from cptool.model.config import LlamaConfig
-from cptool.strategy import ALL_Q, AUTO, STATIC_ROWS, Choice, choose
+from cptool.planning.cost.estimate import Estimate, decode_step, prefill
+from cptool.planning.cost.exchange import VARIANTS
+from cptool.planning.cost.memory import RESERVED, memory_per_rank
+from cptool.planning.cost.shape import Forward
+from cptool.planning.hardware import HardwareProfile
+from cptool.planning.strategy import ALL_Q, AUTO, STATIC_ROWS, Choice, choose
 
 QUERY_VARIANTS = ("pass-q", "gather-q", "pass-q-all2all")
 PUBLISHED = ("pass-kv", "pass-q-all2all")
@@ -29,7 +31,7 @@ class Workload:
     published: as the paper's system works, which pads the queries of a decode step to a multiple of
     N, sends partials in 16 bits, and knows pass-KV and, with one exchange at its end, pass-Q.
     graphs: replay a decode step as one CUDA graph where the device has them. The rest as in
-    `cptool.cost.Forward`.
+    `cptool.planning.cost.shape.Forward`.
     """
 
     config: LlamaConfig

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cptool.cost.sizes import ELEMENT_BYTES, Forward
-from cptool.hardware import HardwareProfile, Link
-from cptool.row_rates import RowRates, nearest
+from cptool.planning.cost.shape import ELEMENT_BYTES, Forward
+from cptool.planning.hardware import HardwareProfile, Link
+from cptool.planning.linear_rates import RowRates, nearest
 
 
 @dataclass(frozen=True)

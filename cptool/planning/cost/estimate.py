@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cptool.cost.layer import predict
-from cptool.cost.rates import Rates
-from cptool.cost.sizes import Forward, Prediction
-from cptool.hardware import HardwareProfile
+from cptool.planning.cost.layer import predict
+from cptool.planning.cost.rates import Rates
+from cptool.planning.cost.shape import Forward, Prediction
+from cptool.planning.hardware import HardwareProfile
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cptool.cost import ELEMENT_BYTES, VARIANTS, Forward, predict
 from cptool.duration import duration
-from cptool.hardware import HardwareProfile
 from cptool.model.config import LlamaConfig
+from cptool.planning.cost.exchange import VARIANTS
+from cptool.planning.cost.layer import predict
+from cptool.planning.cost.shape import ELEMENT_BYTES, Forward
+from cptool.planning.hardware import HardwareProfile
 
 AUTO = "auto"
 ALL_Q = "all-q"
@@ -55,8 +57,8 @@ def choose(
 
     asked: a variant, which is then taken, or "auto". batch: sequences that the tokens belong to.
     partial_bytes: of an element of the partial outputs that return to their queries' rank.
-    rule: "predicted" takes the variant and the number of active ranks that `cptool.cost` predicts
-    to be fastest; the others choose between pass-kv and pass-q alone, on all ranks, by the paper's
+    rule: "predicted" takes the variant and the number of active ranks that `cptool.planning.cost`
+    predicts to be fastest; the others choose between pass-kv and pass-q alone, on all ranks, by the paper's
     `algorithm1`, `algorithm5` (sections 3.4 and appendix C) or `fitted` rule (appendix D).
 
     Raises ValueError for another rule, or for "fitted" with a profile that has no coefficients.

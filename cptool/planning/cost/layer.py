@@ -1,9 +1,9 @@
 """One decoder layer on the busiest rank."""
 
-from cptool.cost.exchange import exchange
-from cptool.cost.rates import Rates
-from cptool.cost.sizes import Forward, Prediction
-from cptool.hardware import HardwareProfile
+from cptool.planning.cost.exchange import exchange
+from cptool.planning.cost.rates import Rates
+from cptool.planning.cost.shape import Forward, Prediction
+from cptool.planning.hardware import HardwareProfile
 
 SMALL_OPS, QUANTISING_OPS = 8, 2
 """Kernels of a layer beside products and attention: two norms, rotation, storing K and V,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cptool.cost.rates import Rates
-from cptool.cost.sizes import Forward
+from cptool.planning.cost.rates import Rates
+from cptool.planning.cost.shape import Forward
 
 VARIANTS = ("pass-kv", "gather-kv", "pass-q", "gather-q")
 """In the order that decides between equal predictions."""
@@ -13,7 +13,7 @@ VARIANTS = ("pass-kv", "gather-kv", "pass-q", "gather-q")
 
 @dataclass
 class Exchange:
-    """Seconds and bytes so far; see `cptool.cost.Prediction`."""
+    """Seconds and bytes so far; see `cptool.planning.cost.shape.Prediction`."""
 
     attention_s: float = 0.0
     merge_s: float = 0.0

@@ -1,0 +1,35 @@
+"""The hardware profile that all ranks of a world go by."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cptool.planning.profiles import load_profile
+
+if TYPE_CHECKING:
+    from cptool.distributed import World
+from cptool.planning.hardware import PARTS, HardwareProfile
+
+
+def world_profile(world: World) -> HardwareProfile:
+    """The profile that all ranks of `world` go by: rank 0's, for the threads that ranks have.
+
+    Collective. Raises UserError if the file is damaged.
+    """
+    import torch
+
+    profile = load_profile(world.device.type).for_ranks(
+        torch.get_num_threads(), usable_processors(world) // world.tp
+    )
+    # The threads too are those of rank 0: ranks whose profiles differ would choose differently.
+    return world.gather(profile, *PARTS)[0]
+
+
+def usable_processors(world: World) -> int:
+    """Processors that the ranks of `world` may run on, all together; each may be bound to some.
+
+    Collective.
+    """
+    from cptool.host import affinity
+
+    return affinity.processors(affinity.places(world.gather))

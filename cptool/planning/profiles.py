@@ -1,0 +1,183 @@
+"""Hardware profiles by name and by file, and the one that was measured on this machine.
+
+`cptool bench calibrate` measures a profile and keeps it in the user's cache; without one there are
+defaults of the right order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cptool.errors import UserError
+from cptool.paths import cache_dir, expanded
+from cptool.planning.hardware import HardwareProfile, Link
+from cptool.planning.linear_rates import RowRates
+
+FORMAT = 3
+REMEDY = "measure it again with `cptool bench calibrate`, or remove the file"
+PROFILES = Path(__file__).parents[1] / "data" / "hardware"
+_DEFAULTS = {"cpu": "cpu-core", "cuda": "h100-sxm"}
+
+
+@lru_cache
+def default_profile(device: str) -> HardwareProfile:
+    """A plausible machine: ranks of one CPU core each, or of one H100 each over NVLink."""
+    profile = find_profile(_DEFAULTS["cpu" if device == "cpu" else "cuda"])
+    if device != "cpu":
+        return profile
+    return dataclasses.replace(profile, ranks_at_once=os.cpu_count() or 1)
+
+
+def known_profiles() -> list[str]:
+    """Names that `find_profile` knows."""
+    return sorted(path.stem for path in PROFILES.glob("*.json"))
+
+
+def find_profile(name: str) -> HardwareProfile:
+    """The profile of a name, or of a JSON file with the fields of `HardwareProfile`.
+
+    "measured" is what `cptool bench calibrate` measured on this machine. Raises UserError, one
+    line, where there is none, or it is damaged.
+    """
+    if name == "measured":
+        devices = _saved()
+        if not devices:
+            raise UserError(
+                "--hardware measured: nothing was measured yet; run `cptool bench calibrate`, or "
+                f"name one of {', '.join(known_profiles())}"
+            )
+        return devices["cuda" if "cuda" in devices else "cpu"]
+    path = PROFILES / f"{name}.json"
+    if name not in known_profiles():
+        path = expanded(name)
+        if not path.is_file():
+            raise UserError(
+                f"--hardware {name}: no such profile; name one of {', '.join(known_profiles())}, "
+                "measured, or a JSON file"
+            )
+    try:
+        return _parse(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} is no hardware profile ({type(error).__name__}: {error}); "
+            f"compare it with those in {PROFILES}"
+        ) from None
+
+
+def profile_path() -> Path:
+    """Where the measured profile of this machine lies."""
+    return cache_dir() / "hardware.json"
+
+
+def load_profile(device: str) -> HardwareProfile:
+    """The measured profile if there is one of this device ("cpu" or "cuda"), else the default.
+
+    Raises UserError if the file is damaged.
+    """
+    return _saved().get(device) or default_profile(device)
+
+
+def _saved() -> dict[str, HardwareProfile]:
+    """Measured profiles by device. Raises UserError if the file is damaged."""
+    try:
+        path = profile_path()
+    except UserError:  # a user without a home has no cache
+        return {}
+    try:
+        text = path.read_text()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # or one in another's home
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {REMEDY}") from None
+    try:
+        profiles = json.loads(text)
+        if profiles["format"] != FORMAT:
+            raise UserError(f"{path} has format {profiles['format']}, not {FORMAT}; {REMEDY}")
+        return {device: _parse(fields) for device, fields in profiles["devices"].items()}
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from None
+
+
+def save_profile(profile: HardwareProfile) -> Path:
+    """Keeps a measured profile, beside those of other devices, and returns the path."""
+    path = profile_path()
+    try:
+        devices = _saved()
+    except UserError:
+        devices = {}  # what could not be read is what this replaces
+    devices[profile.device] = profile
+    fields = {device: dataclasses.asdict(kept) for device, kept in devices.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps({"format": FORMAT, "devices": fields}, indent=2) + "\n")
+    draft.replace(path)
+    return path
+
+
+def _parse(fields: dict[str, Any]) -> HardwareProfile:
+    """Raises TypeError, ValueError or KeyError for what no measurement gives."""
+    links = {name: Link(**fields[name]) for name in ("host_link", "network")}
+    row_rates = {
+        dtype: tuple(
+            RowRates(**{name: tuple(v) if isinstance(v, list) else v for name, v in m.items()})
+            for m in measured
+        )
+        for dtype, measured in fields.get("row_rates", {}).items()
+    }
+    profile = HardwareProfile(**{**fields, **links, "row_rates": row_rates})
+    rates = {
+        "memory_bytes": profile.memory_bytes,
+        "few_query_rate": profile.few_query_rate,
+        "memory_bandwidth": profile.memory_bandwidth,
+        "cache_bandwidth": profile.cache_bandwidth,
+        **{f"linear_flops.{dtype}": rate for dtype, rate in profile.linear_flops.items()},
+        **{f"attention_flops.{dtype}": rate for dtype, rate in profile.attention_flops.items()},
+    }
+    for name in ("block_bandwidth", "touch_bandwidth"):
+        if getattr(profile, name) is not None:
+            rates[name] = getattr(profile, name)
+    names = [f.name for f in dataclasses.fields(profile) if f.name.endswith("_s")]
+    tables = ("residual_s", "start_s")  # may be negative
+    names = [name for name in names if name not in tables]
+    costs = {name: getattr(profile, name) for name in (*names, "attention_ramp", "transfer_steals")}
+    for name, link in links.items():
+        for key, value in dataclasses.asdict(link).items():
+            (costs if key.endswith("_s") else rates)[f"{name}.{key}"] = value
+    for name, rate in rates.items():
+        if not 0 < rate < float("inf"):
+            raise ValueError(f"{name} is {rate}; it must be positive")
+    for name, cost in costs.items():
+        if not 0 <= cost < float("inf"):
+            raise ValueError(f"{name} is {cost}; it must not be negative")
+    if not profile.linear_flops or not profile.attention_flops:
+        raise ValueError("no dtype has a rate")
+    for name in tables:
+        seconds = {
+            str(int(ranks)): {v: (float(one), float(each)) for v, (one, each) in found.items()}
+            for ranks, found in getattr(profile, name).items()
+        }
+        profile = dataclasses.replace(profile, **{name: seconds})
+    if profile.rule is None:
+        return profile
+    alpha, beta, gamma = map(float, profile.rule)
+    return dataclasses.replace(profile, rule=(alpha, beta, gamma))
+
+
+def check_place() -> None:
+    """UserError where a profile could not be kept, which is known before minutes of measuring."""
+    path = profile_path()
+    place = next(p for p in path.parents if os.path.exists(p))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: {place} cannot be written to; set CPTOOL_CACHE to a directory")
+
+
+def is_measured() -> bool:
+    """Whether `cptool bench calibrate` measured this machine. UserError if the file is damaged."""
+    return bool(_saved())
