@@ -47,8 +47,8 @@ def measure(world, dtype: str, repeats: int, seconds: float, grid) -> list[dict]
     import torch
 
     from cptool.bench.forward import hold, predicted_s, random_model
-    from cptool.engine import Engine
-    from cptool.engine_tmp import world_profile
+    from cptool.engine.engine import Engine
+    from cptool.engine.world_profile import world_profile
     from cptool.planning.strategy import VARIANTS, Choice, choose
 
     profile = world_profile(world)
@@ -105,10 +105,10 @@ def _once(engine, world, choice, new: int, cached: int, placements) -> float:
     from unittest import mock
 
     from cptool.bench.forward import rewind
-    from cptool.sampling import Sampling
+    from cptool.engine.sampling import Sampling
 
     rewind(engine, cached, placements)
-    with mock.patch("cptool.engine.choose", return_value=choice):
+    with mock.patch("cptool.engine.engine.choose", return_value=choice):
         world.barrier()
         began = time.perf_counter()
         engine.extend([[1] * (new - 1)])

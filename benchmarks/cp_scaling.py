@@ -24,9 +24,9 @@ from random_llama import SHAPE, write
 from cptool.bench.measure import circumstances, summary
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import cores, run
-from cptool.engine import Engine
-from cptool.sampling import Sampling
-from cptool.weights import load_model
+from cptool.engine.engine import Engine
+from cptool.engine.sampling import Sampling
+from cptool.engine.weights import load_model
 
 
 def prefill(world, path: str, tokens: list[int], variant: str) -> dict[str, float]:

@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM
 from cptool.bench.measure import circumstances, summary
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
-from cptool.engine import Engine
+from cptool.engine.engine import Engine
+from cptool.engine.sampling import Sampling
+from cptool.engine.weights import load_model
 from cptool.ops.attention import attention_partial
 from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops, weight_bytes
-from cptool.sampling import Sampling
-from cptool.weights import load_model
 
 Times = tuple[float, float]
 """Seconds to the first token, and of each further one."""

@@ -29,8 +29,8 @@ def compare(world, lengths, variant, dtype, rounds):
     from cptool.calibration import measure
     from cptool.emulation.layer import Scenario
     from cptool.emulation.projection import emulate
-    from cptool.engine import Engine
-    from cptool.sampling import Sampling
+    from cptool.engine.engine import Engine
+    from cptool.engine.sampling import Sampling
 
     profile = measure(world, (dtype,), repeats=3)
     model = random_model(MODEL, getattr(torch, dtype), world)

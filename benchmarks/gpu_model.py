@@ -18,12 +18,12 @@ import torch
 from gpu_timing import arguments, copy, cuda, parser, product, timed, write
 
 from cptool import distributed
-from cptool.engine import Engine
+from cptool.engine.engine import Engine
+from cptool.engine.sampling import Sampling
 from cptool.model.llama import Llama
 from cptool.model.rope import inverse_frequencies
 from cptool.model.shapes import SHAPES, find_shape
 from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops, weight_bytes
-from cptool.sampling import Sampling
 
 TINY = dataclasses.replace(
     SHAPES["llama3-8b"],

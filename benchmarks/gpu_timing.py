@@ -17,7 +17,7 @@ import checkout  # noqa: F401
 import torch
 
 from cptool.bench.measure import circumstances, summary
-from cptool.graphs import Recorded
+from cptool.engine.graphs import Recorded
 from cptool.ops.kernels import cuda_kernels
 
 

@@ -39,7 +39,7 @@ def on_rank(world, plan: dict) -> dict[str, object]:
     from cptool.bench.forward import hold, predicted_s, random_model
     from cptool.bench.measure import summary
     from cptool.calibration import measure as calibrate
-    from cptool.engine import Engine
+    from cptool.engine.engine import Engine
     from cptool.planning.cost.layer import predict
     from cptool.planning.cost.shape import Forward
     from cptool.planning.strategy import choose
@@ -150,7 +150,7 @@ def _as(choice, variant: str, ranks: int):
 def _once(world, engine, variant: str, new: int, cached: int) -> tuple[float, float]:
     """Seconds to the first token on the slowest rank, and the most that one waited; the engine is
     as it was."""
-    from cptool.sampling import Sampling
+    from cptool.engine.sampling import Sampling
 
     engine.variant = variant
     world.barrier()

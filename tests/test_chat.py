@@ -24,10 +24,10 @@ from cptool.chat_file import FILE
 from cptool.checkpoint import open_checkpoint
 from cptool.cli.main import main
 from cptool.conversation import Conversation
+from cptool.engine.rank_server import Resident
+from cptool.engine.turn import Setup
 from cptool.errors import UserError
 from cptool.manifest import Manifest, ModelIdentity, Sequence
-from cptool.resident import Resident
-from cptool.turn import Setup
 
 EOS = (2,)
 QUESTIONS = ["What is the capital of France?", "And of <|im_end|> Spain?", "Name three colours."]

@@ -15,8 +15,8 @@ from llama_reference import ToyAttention, random_llama
 from transformers import AutoModelForCausalLM
 
 from cptool.checkpoint import open_checkpoint
+from cptool.engine.weights import load_model
 from cptool.errors import UserError
-from cptool.weights import load_model
 
 HEAD_DIM = 8
 ABSENT = ...

@@ -13,10 +13,10 @@ from cptool import session, session_care
 from cptool.attention import VARIANTS
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
-from cptool.engine import Engine
-from cptool.sampling import Sampling
+from cptool.engine.engine import Engine
+from cptool.engine.sampling import Sampling
+from cptool.engine.weights import load_model
 from cptool.session import identity
-from cptool.weights import load_model
 
 TURNS = [
     [504, 2365, 282, 4649, 314, 7042, 30, 378, 2365, 282, 6219, 314] * 3,

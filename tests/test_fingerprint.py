@@ -12,8 +12,8 @@ from cptool import distributed
 from cptool.checkpoint import fingerprint as fingerprints
 from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.base import byte_ranges
+from cptool.engine.turn import Setup, open_engine
 from cptool.errors import RunError
-from cptool.turn import Setup, open_engine
 
 
 @pytest.fixture

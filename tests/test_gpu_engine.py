@@ -15,16 +15,16 @@ from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
 from cptool.emulation.layer import Scenario
 from cptool.emulation.projection import emulate
-from cptool.engine import Engine
-from cptool.graphs import Recorded
+from cptool.engine.engine import Engine
+from cptool.engine.graphs import Recorded
+from cptool.engine.sampling import Sampling
+from cptool.engine.weights import load_model
 from cptool.host.pinned_copies import to_device, to_host
 from cptool.model.shapes import find_shape
 from cptool.ops.kernels import build_info
 from cptool.planning.profiles import default_profile
 from cptool.profiling.exposed_time import Exposure
-from cptool.sampling import Sampling
 from cptool.session import identity
-from cptool.weights import load_model
 
 DEVICE = os.environ.get("CPTOOL_GPU_TESTS_ON", "cuda")
 ON_GPU = DEVICE == "cuda"

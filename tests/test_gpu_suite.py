@@ -40,7 +40,7 @@ class Missing:
                                       "huggingface_hub", "jinja2", "transformers"}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Missing())
-import cptool.engine, cptool.emulation.projection, cptool.exactness.selftest
-import cptool.calibration, cptool.weights
+import cptool.engine.engine, cptool.emulation.projection, cptool.exactness.selftest
+import cptool.calibration, cptool.engine.weights
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

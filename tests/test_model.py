@@ -11,9 +11,9 @@ from llama_reference import SHAPES, ToyAttention, logits, random_llama, rms
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from cptool.checkpoint import open_checkpoint
+from cptool.engine.weights import load_model
 from cptool.model import llama
 from cptool.model.rope import inverse_frequencies, rotary_tables
-from cptool.weights import load_model
 
 ROUNDING = 1.25
 TOKENS = 96

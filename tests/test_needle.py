@@ -4,9 +4,9 @@ one rank says.
 
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
-from cptool.engine import Engine
-from cptool.sampling import Sampling
-from cptool.weights import load_model
+from cptool.engine.engine import Engine
+from cptool.engine.sampling import Sampling
+from cptool.engine.weights import load_model
 
 HAY = (
     "The tide turned before noon and the boats came in one after another. Nobody spoke of the "

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from cptool.engine.sampling import Sampling
 from cptool.errors import RunError, UserError
-from cptool.sampling import Sampling
 
 
 def test_greedy_takes_the_largest():

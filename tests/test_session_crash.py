@@ -157,7 +157,7 @@ IDENTITY = ModelIdentity("model", "f" * 64, LAYERS, HEADS, 8, 31)
 
 def tree_turn(model, rank: int, store: Path, directory: Path) -> None:
     """One of two ranks that continue a session and save it, as the commands have them."""
-    from cptool.engine import Engine
+    from cptool.engine.engine import Engine
 
     torch.distributed.init_process_group(
         "gloo",
@@ -175,7 +175,7 @@ def tree_turn(model, rank: int, store: Path, directory: Path) -> None:
 
 def kill_the_tree_at_every_point(places: Path) -> None:
     """Two ranks and the process that started them end at once, wherever either rank is."""
-    from cptool.engine import Engine
+    from cptool.engine.engine import Engine
 
     model, base = tiny_llama(), places / "base"
     engine = Engine(model, world_of(0, 1), batch=2)
@@ -273,7 +273,7 @@ def test_what_the_disk_refuses_is_one_line_and_changes_nothing(tmp_path, monkeyp
 
 def save_where_one_rank_cannot(world, directory: str, failing: str) -> list[list]:
     """What each rank is told where rank 1 cannot write, or rank 0 not commit; then all save."""
-    from cptool.engine import Engine
+    from cptool.engine.engine import Engine
 
     engine = Engine(tiny_llama(), world, batch=1)
     engine.extend([[3, 4, 5, 6, 7]])

@@ -7,7 +7,7 @@ import torch
 from test_session_crash import IDENTITY, tiny_llama, world_of
 
 from cptool import manifest, session, session_care
-from cptool.engine import Engine
+from cptool.engine.engine import Engine
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from ranks import run_ranks
 
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
-from cptool.engine import Engine
-from cptool.graphs import Recorded
-from cptool.sampling import Sampling
+from cptool.engine.engine import Engine
+from cptool.engine.graphs import Recorded
+from cptool.engine.sampling import Sampling
+from cptool.engine.static_decode import level, owner
+from cptool.engine.weights import load_model
 from cptool.session import identity
-from cptool.static_decode import level, owner
-from cptool.weights import load_model
 
 
 def prompt(length: int, salt: int = 0) -> list[int]:
@@ -74,7 +74,7 @@ def test_kv_grows_evenly(mqa_path):
 
 def test_more_steps_than_room_is_made_for(mqa_path, monkeypatch):
     expected = run_ranks(1, say, mqa_path, False, TURNS, 30)[0]
-    monkeypatch.setattr("cptool.engine.STATIC_STEPS", 7)
+    monkeypatch.setattr("cptool.engine.engine.STATIC_STEPS", 7)
     assert run(say, mqa_path, True, TURNS, 30)[0] == expected[0]
 
 

@@ -8,10 +8,10 @@ from llama_reference import ToyAttention, logits, random_llama, rms
 
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
+from cptool.engine.weights import load_model
 from cptool.errors import UserError
 from cptool.model.shapes import llama_config
 from cptool.tensor_parallel import check, share
-from cptool.weights import load_model
 
 ROUNDING = 1.25  # as in test_model
 

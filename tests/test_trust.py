@@ -114,9 +114,9 @@ if __name__ == "__main__":
 RESIDENT = """
 from pathlib import Path
 import time
-from cptool.resident import Continue, Resident
-from cptool.sampling import Sampling
-from cptool.turn import Setup
+from cptool.engine.rank_server import Continue, Resident
+from cptool.engine.sampling import Sampling
+from cptool.engine.turn import Setup
 if __name__ == "__main__":
     setup = Setup(model={model!r}, dtype="float32")
     with Resident(setup, cp=2, tp=1, device="cpu", threads=1, timeout=60) as resident:

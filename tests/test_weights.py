@@ -10,9 +10,9 @@ from llama_reference import SHAPES, random_llama
 from cptool import shared_memory
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import World, run
+from cptool.engine.weights import load_model
 from cptool.host import large_pages
 from cptool.status import Board
-from cptool.weights import load_model
 
 
 def fused(state, layer):

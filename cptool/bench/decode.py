@@ -17,12 +17,12 @@ from cptool.bench.forward import predicted_s, prepare, random_model, smaller_wor
 from cptool.bench.measure import summary
 from cptool.calibration import measure as calibrate
 from cptool.distributed import World
-from cptool.engine import Engine
-from cptool.engine_tmp import world_profile
+from cptool.engine.engine import Engine
+from cptool.engine.sampling import Sampling
+from cptool.engine.world_profile import world_profile
 from cptool.model.config import LlamaConfig
 from cptool.planning.cost.counts import kv_bytes, weight_bytes
 from cptool.planning.strategy import AUTO, Choice
-from cptool.sampling import Sampling
 
 
 @dataclass(frozen=True)

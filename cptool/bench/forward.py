@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from cptool import tensor_parallel
 from cptool.distributed import World
-from cptool.engine import Engine
+from cptool.engine.engine import Engine
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
 from cptool.planning.cost.estimate import decode_step, prefill

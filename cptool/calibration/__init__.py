@@ -22,7 +22,7 @@ from cptool.calibration.linear import device_rates, row_rates, tiny_layer
 from cptool.calibration.link import link_rates
 from cptool.calibration.overheads import with_overheads
 from cptool.distributed import World
-from cptool.engine_tmp import usable_processors
+from cptool.engine.world_profile import usable_processors
 from cptool.planning.hardware import MEASURED, PARTS, HardwareProfile
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import fit_rule

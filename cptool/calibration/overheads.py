@@ -13,12 +13,12 @@ from cptool.bench.forward import hold, random_model, rewind
 from cptool.calibration.clock import Clock
 from cptool.calibration.examples import TINY
 from cptool.distributed import World
-from cptool.engine import Engine
+from cptool.engine.engine import Engine
+from cptool.engine.sampling import Sampling
 from cptool.model.llama import DecoderLayer
 from cptool.planning.cost.layer import predict
 from cptool.planning.cost.shape import Forward
 from cptool.planning.hardware import HardwareProfile
-from cptool.sampling import Sampling
 from cptool.sharding import Placement
 
 FEW_LAYERS, MORE_LAYERS, HELD = 2, 8, 64

@@ -66,8 +66,8 @@ def chat(
     """
     from cptool import session as sessions
     from cptool.checkpoint.entry import check_text
+    from cptool.engine.sampling import Sampling
     from cptool.launcher import launched_size
-    from cptool.sampling import Sampling
 
     if launched_size() is not None:
         raise UserError(
@@ -116,8 +116,8 @@ def chat(
         cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
     )
 
-    from cptool.resident import Resident
-    from cptool.turn import Setup
+    from cptool.engine.rank_server import Resident
+    from cptool.engine.turn import Setup
 
     setup = Setup(
         model=str(checkpoint.path),

@@ -75,8 +75,8 @@ def decode(
     as many ranks as last time.
     """
     from cptool import session as sessions
+    from cptool.engine.sampling import Sampling
     from cptool.launcher import launched_size
-    from cptool.sampling import Sampling
 
     check_profile(profile)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
@@ -119,7 +119,7 @@ def decode(
     )
 
     from cptool.cli.launch import run_turn
-    from cptool.turn import Turn
+    from cptool.engine.turn import Turn
 
     turn = Turn(
         model=str(checkpoint.path),

@@ -51,7 +51,7 @@ def demo(question, cp, tp, device, variant, partials, threads, timeout):
     )
 
     from cptool.cli.launch import run_turn
-    from cptool.turn import Turn
+    from cptool.engine.turn import Turn
 
     turn = Turn(
         model=str(path),

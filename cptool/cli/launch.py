@@ -8,8 +8,8 @@ from cptool import distributed
 from cptool.cli import draw
 from cptool.cli.options import Ranks
 from cptool.cli.streams import replace_what_cannot_be_encoded
+from cptool.engine.turn import Report, Turn, run
 from cptool.errors import RunError
-from cptool.turn import Report, Turn, run
 
 if TYPE_CHECKING:
     from cptool.distributed import World

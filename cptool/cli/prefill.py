@@ -116,7 +116,7 @@ def prefill(
         check_room(session, checkpoint.config, new, len(sequences), dtype)
 
     from cptool.cli.launch import run_turn
-    from cptool.turn import Turn
+    from cptool.engine.turn import Turn
 
     turn = Turn(
         model=str(checkpoint.path),

@@ -24,8 +24,8 @@ from cptool.paths import expanded
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
-    from cptool.resident import Resident
-    from cptool.sampling import Sampling
+    from cptool.engine.rank_server import Resident
+    from cptool.engine.sampling import Sampling
 
 _LINE_BYTES = 1 << 28
 
@@ -88,7 +88,7 @@ class Terminal:
 
     def ask(self, question: str) -> None:
         """Answers on standard output, as it comes."""
-        from cptool.resident import Continue
+        from cptool.engine.rank_server import Continue
 
         context = self.conversation.ask(question)
         limit = self.checkpoint.config.max_position_embeddings
@@ -132,7 +132,7 @@ class Terminal:
 
     def save(self, argument: str) -> None:
         from cptool import files, session
-        from cptool.resident import Save
+        from cptool.engine.rank_server import Save
 
         if not argument and self.saved is None:
             raise UserError("/save: name a directory to keep the conversation in: /save DIR")

@@ -16,13 +16,13 @@ import torch
 from cptool.attention import VARIANTS
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import World, run
-from cptool.engine import Engine
+from cptool.engine.engine import Engine
+from cptool.engine.sampling import Sampling
+from cptool.engine.weights import load_model
 from cptool.exactness.reference import attention
 from cptool.ops.attention import attention_partial
 from cptool.planning.strategy import ALL_Q, AUTO
-from cptool.sampling import Sampling
 from cptool.sharding import Placement
-from cptool.weights import load_model
 
 ROWS = 64
 """Query rows of the second turn that are checked, in each checked layer; rows of decode steps are

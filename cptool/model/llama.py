@@ -168,7 +168,7 @@ class Llama(nn.Module):
 
     With `tp` > 1 the attention heads and the feed-forward width are divided by it, and what the
     row-parallel `o_proj` and `down_proj` return is a partial sum (`cptool.tensor_parallel`).
-    Parameters hold nothing yet: `cptool.weights` puts a checkpoint's tensors in their place.
+    Parameters hold nothing yet: `cptool.engine.weights` puts a checkpoint's tensors in their place.
     The caller runs the model under `torch.inference_mode()`.
     """
 

@@ -16,7 +16,7 @@ from cptool.planning.hardware import HardwareProfile
 
 AUTO = "auto"
 ALL_Q = "all-q"
-"""What the steps of `cptool.static_decode` are called beside the variants of `cptool.attention`."""
+"""Name of the steps of `cptool.engine.static_decode`, beside those of the attention variants."""
 STATIC_ROWS = 128
 """Sequences up to which these are taken: a step's linear layers take the time of reading their
 weights, so that every rank may compute all new tokens."""
@@ -58,8 +58,9 @@ def choose(
     asked: a variant, which is then taken, or "auto". batch: sequences that the tokens belong to.
     partial_bytes: of an element of the partial outputs that return to their queries' rank.
     rule: "predicted" takes the variant and the number of active ranks that `cptool.planning.cost`
-    predicts to be fastest; the others choose between pass-kv and pass-q alone, on all ranks, by the paper's
-    `algorithm1`, `algorithm5` (sections 3.4 and appendix C) or `fitted` rule (appendix D).
+    predicts to be fastest; the others choose between pass-kv and pass-q alone, on all ranks, by
+    the paper's `algorithm1`, `algorithm5` (section 3.4 and appendix C) or `fitted` rule
+    (appendix D).
 
     Raises ValueError for another rule, or for "fitted" with a profile that has no coefficients.
     """

@@ -162,9 +162,9 @@ def _warm_up() -> None:
     import cptool.cli.launch
     import cptool.cli.prefill
     import cptool.cli.session
-    import cptool.engine
-    import cptool.resident
-    import cptool.turn  # noqa: F401
+    import cptool.engine.engine
+    import cptool.engine.rank_server
+    import cptool.engine.turn  # noqa: F401
 
 
 def _outcome(folder: Path, kind: Format, name: str | None, data: bytes) -> tuple[str, str]:

@@ -158,7 +158,7 @@ def _gather_q(rates: Rates) -> Exchange:
 
 
 def _all_q(rates: Rates) -> Exchange:
-    """A step of `cptool.static_decode`: every rank has all queries, one all-gather of partials."""
+    """A static decode step: every rank has all queries; one all-gather of partials."""
     forward, ranks = rates.forward, rates.forward.ranks
     partial = forward.partial(forward.new)
     pairs = forward.new * forward.cached_keys / forward.batch + forward.new

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cptool.engine.sampling import Sampling
 from cptool.errors import RunError
 from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops, weight_bytes
 from cptool.profiling.report import Phases, Section, collect
 from cptool.profiling.trace import Recorder
-from cptool.sampling import Sampling
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
-    from cptool.engine import Engine
+    from cptool.engine.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +187,9 @@ def open_engine(world, asked: Setup, batch: int = 1) -> "tuple[Checkpoint, Engin
     import torch
 
     from cptool.checkpoint import open_checkpoint
-    from cptool.engine import Engine
-    from cptool.engine_tmp import world_profile
-    from cptool.weights import load_model
+    from cptool.engine.engine import Engine
+    from cptool.engine.weights import load_model
+    from cptool.engine.world_profile import world_profile
 
     world.report("load the weights")
     checkpoint = open_checkpoint(asked.model)

@@ -6,7 +6,7 @@ share of them, for the time of a linear layer is that of reading its weights. So
 each rank attends to the KV it holds, one all-gather of partials follows, and every rank merges them
 in rank order. The KV of a new token is kept by one rank, the others write it to a slot that no
 query sees. Tokens, positions and slots lie on the device, so a CUDA graph of the step replays at
-any length of the context (`cptool.graphs`).
+any length of the context (`cptool.engine.graphs`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from cptool.attention import merge_messages, pack
 from cptool.cache import NEVER, KVCache
-from cptool.graphs import Recorded
+from cptool.engine.graphs import Recorded
 from cptool.model.llama import Llama
 from cptool.ops.attention import attention_partial
 from cptool.ring import Ring

@@ -20,6 +20,8 @@ from cptool import files, segments, session
 from cptool.attention import KEYS_TRAVEL, Step, attend
 from cptool.cache import KVCache, nothing_held, truncated
 from cptool.distributed import World
+from cptool.engine.sampling import Sampling
+from cptool.engine.static_decode import StaticDecode
 from cptool.errors import RunError, explain
 from cptool.manifest import Damaged, Manifest, ModelIdentity, Segment, Sequence
 from cptool.model.llama import Llama
@@ -27,10 +29,8 @@ from cptool.planning.hardware import HardwareProfile
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import ALL_Q, AUTO, STATIC_ROWS, Choice, choose
 from cptool.profiling.trace import SILENT, Recorder, Silent
-from cptool.sampling import Sampling
 from cptool.sharding import Placement, balanced, concat
 from cptool.staged import ring_of
-from cptool.static_decode import StaticDecode
 
 Progress = Callable[[str, int, int], None]
 
@@ -47,7 +47,7 @@ class Engine:
 
     partials: "float32", or "working" to let partial outputs travel in the model's dtype
     (`cptool.attention.Step` tells what that costs in error). static: whether `decode` under the
-    variant "auto" takes the steps of `cptool.static_decode`; by default on CUDA.
+    variant "auto" takes the steps of `cptool.engine.static_decode`; by default on CUDA.
     """
 
     def __init__(

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from cptool import distributed
 from cptool.encoding import decode, encode
+from cptool.engine.sampling import Sampling
+from cptool.engine.turn import Setup, open_engine
 from cptool.errors import RunError, explain
-from cptool.sampling import Sampling
-from cptool.turn import Setup, open_engine
 
 if TYPE_CHECKING:
     from cptool.distributed import World
