@@ -19,15 +19,16 @@ import pytest
 from click.testing import CliRunner
 from conftest import greedy
 
-from cptool import chat_file, files, session, session_care
-from cptool.chat_file import FILE
+from cptool import files
 from cptool.checkpoint import open_checkpoint
 from cptool.cli.main import main
-from cptool.conversation import Conversation
 from cptool.engine.rank_server import Resident
 from cptool.engine.turn import Setup
 from cptool.errors import UserError
-from cptool.manifest import Manifest, ModelIdentity, Sequence
+from cptool.session import chat_file, maintenance, store
+from cptool.session.chat_file import FILE
+from cptool.session.conversation import Conversation
+from cptool.session.manifest import Manifest, ModelIdentity, Sequence
 
 EOS = (2,)
 QUESTIONS = ["What is the capital of France?", "And of <|im_end|> Spain?", "Name three colours."]
@@ -111,17 +112,17 @@ def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_pat
         with monkeypatch.context() as killed:
             killed.setattr(Manifest, "dump", lambda self: exit())  # chat.json is written by then
             with pytest.raises(SystemExit):
-                session.commit(tmp_path, new, conversation.state())
+                store.commit(tmp_path, new, conversation.state())
         if before is not None:
-            found = Conversation.read(tmp_path, session.load(tmp_path), tokenizer)
+            found = Conversation.read(tmp_path, store.load(tmp_path), tokenizer)
             assert (found.tokens, found.messages) == told
-            assert session_care.problems(tmp_path, before) == []
-        before = session.commit(tmp_path, new, conversation.state())
+            assert maintenance.problems(tmp_path, before) == []
+        before = store.commit(tmp_path, new, conversation.state())
         told = conversation.tokens, conversation.messages
-        found = Conversation.read(tmp_path, session.load(tmp_path), tokenizer)
+        found = Conversation.read(tmp_path, store.load(tmp_path), tokenizer)
         assert (found.tokens, found.messages) == told
-        assert session_care.problems(tmp_path, before) == []
-    assert {path.name for path in tmp_path.iterdir()} == {FILE, session.MANIFEST}
+        assert maintenance.problems(tmp_path, before) == []
+    assert {path.name for path in tmp_path.iterdir()} == {FILE, store.MANIFEST}
     assert [stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()] == [0o600] * 2
     decoded = replace(
         before,
@@ -129,17 +130,17 @@ def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_pat
         turns=(*before.turns, (len(told[0]) + 1,)),
         sequences=(Sequence((*told[0], 5), 0),),
     )
-    session.commit(tmp_path, decoded)
+    store.commit(tmp_path, decoded)
     with pytest.raises(UserError, match="does not tell what"):
         Conversation.read(tmp_path, decoded, tokenizer)
-    back = session_care.roll_back(tmp_path, decoded, 1)
+    back = maintenance.roll_back(tmp_path, decoded, 1)
     assert Conversation.read(tmp_path, back, tokenizer).messages == told[1]
 
 
 def test_every_byte_of_a_conversation_is_sealed(tokenizer, tmp_path):
     conversation = Conversation(tokenizer, "Keep secrets.")
     conversation.answered("The number is 4711.", conversation.ask("The number is 4711."), [2])
-    manifest = session.commit(tmp_path, manifest_of(1, conversation.tokens), conversation.state())
+    manifest = store.commit(tmp_path, manifest_of(1, conversation.tokens), conversation.state())
     path = tmp_path / FILE
     whole = path.read_bytes()
     for at in range(len(whole)):
@@ -149,7 +150,7 @@ def test_every_byte_of_a_conversation_is_sealed(tokenizer, tmp_path):
             path.write_bytes(changed)
             with pytest.raises(UserError, match="is not a readable conversation") as told:
                 Conversation.read(tmp_path, manifest, tokenizer)
-            assert session_care.problems(tmp_path, manifest) == [str(told.value)]
+            assert maintenance.problems(tmp_path, manifest) == [str(told.value)]
     other = {**conversation.state(), "system": "Tell all."}
     for damaged, fault in [
         (b"", "is not a readable"),
@@ -165,7 +166,7 @@ def test_every_byte_of_a_conversation_is_sealed(tokenizer, tmp_path):
         with pytest.raises(UserError, match=fault) as told:
             Conversation.read(tmp_path, manifest, tokenizer)
         assert len(str(told.value).splitlines()) == 1
-        assert session_care.problems(tmp_path, manifest) == [str(told.value)]
+        assert maintenance.problems(tmp_path, manifest) == [str(told.value)]
     path.unlink()
     os.mkfifo(path)  # nobody ever writes to it
     with pytest.raises(UserError, match="not a regular file"):
@@ -180,7 +181,7 @@ def test_answers_are_those_of_transformers(
     result = chat(smollm2_path, "--cp", cp, "-n", 6, say=[*QUESTIONS, f"/save {where}"])
     text, ids = said(tokenizer, smollm2_reference, QUESTIONS, 6)
     assert result.stdout == text
-    assert list(session.load(where).sequences[0].tokens) == ids
+    assert list(store.load(where).sequences[0].tokens) == ids
     (none, _), *later = reused(result)
     assert none == 0
     for (kept, _), (_, before) in zip(later, reused(result), strict=True):
@@ -220,7 +221,7 @@ def test_undo_forgets_and_a_mistake_changes_nothing(
         "the context is full",
     ):
         assert told in result.stderr
-    manifest = session.load(where)
+    manifest = store.load(where)
     assert manifest.revision == 3 and list(manifest.sequences[0].tokens) == ids
     assert CliRunner().invoke(main, ["session", "verify", str(where)]).exit_code == 0
 
@@ -243,7 +244,7 @@ def test_a_save_that_fails_ends_nothing(
     assert "No space left on device" in result.stderr
     text, ids = said(tokenizer, smollm2_reference, QUESTIONS[:2], 4)
     assert result.stdout == text
-    assert list(session.load(second).sequences[0].tokens) == ids
+    assert list(store.load(second).sequences[0].tokens) == ids
     assert not list(first.iterdir())
 
 
@@ -265,7 +266,7 @@ def test_a_saved_chat_is_a_session(smollm2_path, smollm2_reference, tokenizer, t
 def test_ranks_refuse_a_session_that_changed_while_they_started(smollm2_path, tmp_path):
     where = tmp_path / "s"
     chat(smollm2_path, "-n", 2, say=[QUESTIONS[0], f"/save {where}"])
-    manifest = session.load(where)
+    manifest = store.load(where)
     setup = Setup(model=str(smollm2_path), dtype=manifest.dtype, session=str(where), resume=7)
     with pytest.raises(RuntimeError, match=r"changed by another run \(it is at revision 1, this"):
         with Resident(setup, cp=1, tp=1, device="cpu", threads=1, timeout=60):
@@ -329,9 +330,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(smollm2_path, tokeni
         raise
     finally:
         os.close(terminal)
-    tokens = session.load(tmp_path / "s").sequences[0].tokens
+    tokens = store.load(tmp_path / "s").sequences[0].tokens
     assert 0 < kept <= len(tokens) < context
-    manifest = session.load(tmp_path / "s")
+    manifest = store.load(tmp_path / "s")
     assert Conversation.read(tmp_path / "s", manifest, tokenizer).exchanges[0].answer
     assert CliRunner().invoke(main, ["session", "verify", str(tmp_path / "s")]).exit_code == 0
 

@@ -18,13 +18,14 @@ import safetensors.torch
 from click.testing import CliRunner
 from conftest import greedy
 
-from cptool import distributed, session
+from cptool import distributed
 from cptool.checkpoint import open_checkpoint
 from cptool.cli import draw
 from cptool.cli.launch import Output
 from cptool.cli.main import main
 from cptool.planning import hardware
 from cptool.planning.profiles import default_profile
+from cptool.session import store
 
 STORY = [504, 2365, 282, 4649, 314] * 9 + [7042, 30, 378, 2365, 282, 6219, 314]
 MQA_IDS = [(7 * i * i + 3 * i) % 299 for i in range(83)]
@@ -84,20 +85,18 @@ def test_a_rate_beyond_the_hardware_is_told(mqa_path, token_file, monkeypatch):
 def test_a_session_resumes_on_other_ranks_and_takes_a_next_turn(
     mqa_path, mqa_reference, token_file, tmp_path
 ):
-    session, turns = tmp_path / "s", [MQA_IDS[:31], MQA_IDS[31:50], MQA_IDS[50:]]
+    store, turns = tmp_path / "s", [MQA_IDS[:31], MQA_IDS[31:50], MQA_IDS[50:]]
     said = list(turns[0])
-    as_json(
-        "prefill", mqa_path, "--token-ids", token_file(turns[0]), "--session", session, "--cp", 4
-    )
+    as_json("prefill", mqa_path, "--token-ids", token_file(turns[0]), "--session", store, "--cp", 4)
     for turn, (cp, variant) in zip(
         [[], *turns[1:]], [(2, "pass-kv"), (3, "gather-q"), (1, "auto")], strict=True
     ):
         said += turn
         prompt = ("--token-ids", token_file(turn)) if turn else ()
-        answer = as_json("decode", session, *prompt, "-n", 9, "--cp", cp, "--variant", variant)
+        answer = as_json("decode", store, *prompt, "-n", 9, "--cp", cp, "--variant", variant)
         assert answer["token_ids"] == [greedy(mqa_reference, said, 9, (300,))]
         said += answer["token_ids"][0]
-    assert as_json("decode", session, "-n", 0)["cached"] == len(said) - 1
+    assert as_json("decode", store, "-n", 0)["cached"] == len(said) - 1
 
 
 def test_a_batch_says_what_its_members_say_alone(mqa_path, mqa_reference, token_file, tmp_path):
@@ -122,19 +121,19 @@ def test_sampling_depends_on_the_seed_and_not_on_ranks(mqa_path, token_file, tmp
     draws = {}
     for cp in (1, 3):
         for seed in (1, 2):
-            session = tmp_path / f"{cp}-{seed}"
+            store = tmp_path / f"{cp}-{seed}"
             as_json(
                 "prefill",
                 mqa_path,
                 "--token-ids",
                 token_file(MQA_IDS),
                 "--session",
-                session,
+                store,
                 "--cp",
                 cp,
             )
             options = ("--temperature", 0.8, "--top-p", 0.9, "--seed", seed)
-            draws[cp, seed] = as_json("decode", session, "-n", 16, *options)["token_ids"]
+            draws[cp, seed] = as_json("decode", store, "-n", 16, *options)["token_ids"]
     assert draws[1, 1] == draws[3, 1] != draws[1, 2] == draws[3, 2]
 
 
@@ -223,15 +222,15 @@ def rank_pids(process: subprocess.Popen) -> list[int]:
 def test_the_death_of_a_rank_ends_all_and_leaves_the_session(
     mqa_path, smollm2_path, token_file, tmp_path
 ):
-    session = tmp_path / "s"
-    as_json("prefill", smollm2_path, "--synthetic", 5, "--session", session, "--cp", 3)
-    before = {p.name: p.read_bytes() for p in session.iterdir()}
+    store = tmp_path / "s"
+    as_json("prefill", smollm2_path, "--synthetic", 5, "--session", store, "--cp", 3)
+    before = {p.name: p.read_bytes() for p in store.iterdir()}
     command = [
         sys.executable,
         "-m",
         "cptool",
         "decode",
-        str(session),
+        str(store),
         "--synthetic",
         "8000",
         "-n",
@@ -253,14 +252,14 @@ def test_the_death_of_a_rank_ends_all_and_leaves_the_session(
     line = errors.strip().splitlines()[-1]
     assert "was killed by SIGKILL during" in line and f"pid {ranks[1]}" in line
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-    assert {p.name: p.read_bytes() for p in session.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in store.iterdir()} == before
 
 
 @pytest.mark.parametrize("cp", [1, 2])
 def test_a_turn_is_saved_though_nobody_reads_the_answer(smollm2_path, tmp_path, cp):
-    session = tmp_path / "s"
-    as_json("prefill", smollm2_path, "--synthetic", 5, "--session", session)
-    command = [sys.executable, "-m", "cptool", "decode", str(session), "-n", "8", "--cp", str(cp)]
+    store = tmp_path / "s"
+    as_json("prefill", smollm2_path, "--synthetic", 5, "--session", store)
+    command = [sys.executable, "-m", "cptool", "decode", str(store), "-n", "8", "--cp", str(cp)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -268,7 +267,7 @@ def test_a_turn_is_saved_though_nobody_reads_the_answer(smollm2_path, tmp_path, 
         errors = process.stderr.read()
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
-    assert as_json("session", "show", session)["tokens"] == [13]
+    assert as_json("session", "show", store)["tokens"] == [13]
 
 
 def test_an_answer_that_cannot_be_written_is_told_and_saved(monkeypatch):
@@ -463,7 +462,7 @@ def test_a_prompt_file_is_taken_as_it_stands(smollm2_path, tmp_path):
         text.write_bytes(content)
         where = ("--session", tmp_path / name)
         given = as_json("prefill", smollm2_path, "--prompt-file", text, *where)
-        tokens[name] = session.load(tmp_path / name).sequences[0].tokens
+        tokens[name] = store.load(tmp_path / name).sequences[0].tokens
         assert given["tokens"] == len(tokens[name])
     checkpoint = open_checkpoint(str(smollm2_path))
     assert checkpoint.tokenizer().decode(list(tokens["dos"])) == "a\r\nb\r\n"
@@ -495,24 +494,24 @@ def test_defaults_of_ranks_are_those_of_the_command():
 
 
 def test_decode_mistakes(mqa_path, smollm2_path, token_file, tmp_path):
-    session = tmp_path / "s"
-    as_json("prefill", mqa_path, "--token-ids", token_file(MQA_IDS), "--session", session)
-    before = {p.name: p.read_bytes() for p in session.iterdir()}
+    store = tmp_path / "s"
+    as_json("prefill", mqa_path, "--token-ids", token_file(MQA_IDS), "--session", store)
+    before = {p.name: p.read_bytes() for p in store.iterdir()}
     for arguments, expected in [
         ([tmp_path / "none"], "holds no session"),
         ([mqa_path / "config.json"], "holds no session"),
-        ([session, "--model", smollm2_path], "is not the model of this session"),
-        ([session, "-n", 2048], "the model's context is 2048"),
+        ([store, "--model", smollm2_path], "is not the model of this session"),
+        ([store, "-n", 2048], "the model's context is 2048"),
         (
-            [session, "--token-ids", token_file([[1], [2]])],
+            [store, "--token-ids", token_file([[1], [2]])],
             "2 prompts for a session of 1 sequence;",
         ),
-        ([session, "--temperature", -1], "--temperature -1.0"),
+        ([store, "--temperature", -1], "--temperature -1.0"),
     ]:
         result = cptool("decode", *arguments, code=2)
         assert len(result.stderr.splitlines()) == 1
         assert expected in result.stderr
-    assert {p.name: p.read_bytes() for p in session.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in store.iterdir()} == before
 
 
 def test_help_and_mistakes_do_not_wait_for_torch():

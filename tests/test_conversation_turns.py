@@ -9,14 +9,14 @@ from llama_reference import save_llama
 from ranks import run_ranks
 from test_cli import as_json
 
-from cptool import session, session_care
 from cptool.attention import VARIANTS
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
-from cptool.session import identity
+from cptool.session import maintenance, store
+from cptool.session.store import identity
 
 TURNS = [
     [504, 2365, 282, 4649, 314, 7042, 30, 378, 2365, 282, 6219, 314] * 3,
@@ -29,17 +29,17 @@ TURNS = [
 def test_three_turns_on_4_then_2_then_3_ranks(
     smollm2_path, smollm2_reference, token_file, tmp_path, variant
 ):
-    session, said = tmp_path / "s", []
+    store, said = tmp_path / "s", []
     for turn, cp in zip(TURNS, (4, 2, 3), strict=True):
         said += turn
         on = ("--cp", cp, "--variant", variant)
-        if not session.exists():
+        if not store.exists():
             as_json(
-                "prefill", smollm2_path, "--token-ids", token_file(turn), "--session", session, *on
+                "prefill", smollm2_path, "--token-ids", token_file(turn), "--session", store, *on
             )
-            answer = as_json("decode", session, "-n", 5, *on)
+            answer = as_json("decode", store, "-n", 5, *on)
         else:
-            answer = as_json("decode", session, "--token-ids", token_file(turn), "-n", 5, *on)
+            answer = as_json("decode", store, "--token-ids", token_file(turn), "-n", 5, *on)
         assert answer["cp"] == cp
         assert answer["token_ids"] == [greedy(smollm2_reference, said, 5, (2,))]
         said += answer["token_ids"][0]
@@ -144,7 +144,7 @@ def undone_turn(world, path, directory) -> None:
 def test_a_turn_taken_back_to_the_end_of_a_session(tiny_path, token_file, tmp_path, cp):
     directory = tmp_path / "s"
     run(undone_turn, tiny_path, directory, cp=cp, threads=1)
-    assert session_care.problems(directory, session.load(directory)) == []
+    assert maintenance.problems(directory, store.load(directory)) == []
     whole = tmp_path / "whole"
     ids = prompt(9) + prompt(4)
     as_json("prefill", tiny_path, "--token-ids", token_file(ids), "--session", whole)
@@ -182,7 +182,7 @@ def ended_and_asked_again(world, path, directory) -> dict[str, list[list[int]]]:
     said = {"free": free, "first": first.decode(6 + free[0].index(stop), Sampling(), (stop,))}
     manifest = first.save(directory, None, identity(checkpoint))
     second = engine()
-    second.restore(directory, session.load(directory))
+    second.restore(directory, store.load(directory))
     said["second"] = second.decode(2, Sampling(), (stop,))
     said["third"] = (second.extend([[7], []]), second.decode(1, Sampling()))[1]
     assert manifest.sequences[0].ended and not manifest.sequences[1].ended

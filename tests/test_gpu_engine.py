@@ -24,7 +24,7 @@ from cptool.model.shapes import find_shape
 from cptool.ops.kernels import build_info
 from cptool.planning.profiles import default_profile
 from cptool.profiling.exposed_time import Exposure
-from cptool.session import identity
+from cptool.session.store import identity
 
 DEVICE = os.environ.get("CPTOOL_GPU_TESTS_ON", "cuda")
 ON_GPU = DEVICE == "cuda"
@@ -147,7 +147,7 @@ def save(world, path, directory):
 
 
 def resume(world, path, directory):
-    from cptool import session
+    from cptool.session import store as session
 
     engine = engine_of(world, path, batch=2)
     engine.restore(directory, session.load(directory))

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_session import DIM, HEADS, LAYERS, VOCABULARY, new_cache, save_turn
 
-from cptool import segments, session, session_care
 from cptool.cli.main import main
 from cptool.errors import UserError
-from cptool.manifest import Manifest, sealed
+from cptool.session import maintenance, segments, store
+from cptool.session.manifest import Manifest, sealed
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def made(tmp_path_factory):
 
 
 def fields_of(directory) -> dict:
-    fields = json.loads((directory / session.MANIFEST).read_text())
+    fields = json.loads((directory / store.MANIFEST).read_text())
     del fields["sha256"]
     return fields
 
@@ -150,8 +150,8 @@ def equal(first, second, path) -> bool:
 def told_by_the_files(directory, manifest) -> bool:
     try:
         for segment in manifest.segments:
-            session.check_size(directory, segment)
-        return bool(session_care.problems(directory, manifest))
+            store.check_size(directory, segment)
+        return bool(maintenance.problems(directory, manifest))
     except UserError:
         return True
 
@@ -183,30 +183,30 @@ RAW = {
 
 @pytest.mark.parametrize("name", RAW)
 def test_bytes_that_are_no_manifest(tmp_path, name):
-    (tmp_path / session.MANIFEST).write_bytes(RAW[name])
+    (tmp_path / store.MANIFEST).write_bytes(RAW[name])
     with pytest.raises(UserError, match="not a readable session manifest") as told:
-        session.load(tmp_path)
+        store.load(tmp_path)
     assert "\n" not in str(told.value) and len(str(told.value)) < 500
 
 
 def test_a_manifest_that_is_no_file_or_too_long(tmp_path, monkeypatch):
-    path = tmp_path / session.MANIFEST
+    path = tmp_path / store.MANIFEST
     os.mkfifo(path)  # nobody ever writes to it
     with pytest.raises(UserError, match="not a regular file"):
-        session.load(tmp_path)
+        store.load(tmp_path)
     path.unlink()
     with path.open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(UserError, match="at most 268435456 are read"):
-        session.load(tmp_path)
+        store.load(tmp_path)
     path.unlink()
     path.mkdir()
     with pytest.raises(UserError, match="it is not a regular file"):
-        session.load(tmp_path)
+        store.load(tmp_path)
     path.rmdir()
     path.symlink_to(path)
     with pytest.raises(UserError, match="it is a link that leads to itself"):
-        session.load(tmp_path)
+        store.load(tmp_path)
 
 
 CRAFTED = {
@@ -244,7 +244,7 @@ def test_every_reader_refuses_in_one_line(made, tmp_path, name):
     directory.mkdir()
     for file in made.glob("segment-*"):
         (directory / file.name).hardlink_to(file)
-    (directory / session.MANIFEST).write_bytes(text_of(fields))
+    (directory / store.MANIFEST).write_bytes(text_of(fields))
     where = str(directory)
     for code, *command in [
         (1, "session", "verify", where),
@@ -275,7 +275,7 @@ def rewritten(directory, change):
     path.unlink()  # shared with other tests
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     segment["bytes"], segment["sha256"] = path.stat().st_size, segments.sha256(path)
-    (directory / session.MANIFEST).write_bytes(text_of(fields))
+    (directory / store.MANIFEST).write_bytes(text_of(fields))
 
 
 CONTENTS = {
@@ -302,14 +302,14 @@ def test_what_a_segment_holds_is_checked_before_anything_is_taken_over(made, tmp
     directory.mkdir()
     for file in made.iterdir():
         (directory / file.name).hardlink_to(file)
-    (directory / session.MANIFEST).unlink()
-    (directory / session.MANIFEST).write_bytes((made / session.MANIFEST).read_bytes())
+    (directory / store.MANIFEST).unlink()
+    (directory / store.MANIFEST).write_bytes((made / store.MANIFEST).read_bytes())
     rewritten(directory, CONTENTS[name])
     try:
-        manifest = session.load(directory)
+        manifest = store.load(directory)
     except UserError:  # too few bytes for what it must hold
         return
-    assert session_care.problems(directory, manifest)
+    assert maintenance.problems(directory, manifest)
     cache = new_cache(2)
     with pytest.raises(UserError) as told:
         segments.restore(directory, manifest, cache, rank=0, ranks=1, kv_heads=(0, HEADS))
@@ -320,7 +320,7 @@ def test_what_a_segment_holds_is_checked_before_anything_is_taken_over(made, tmp
 def test_kv_of_another_dtype_is_refused(made):
     fields = fields_of(made)
     manifest = Manifest.parse(text_of({**fields, "dtype": "float16"}))
-    assert "kv.0 is F32" in session_care.problems(made, manifest)[0]
+    assert "kv.0 is F32" in maintenance.problems(made, manifest)[0]
     with pytest.raises(UserError, match=r"kv.0 is F32"):
         segments.restore(made, manifest, new_cache(2), rank=0, ranks=1, kv_heads=(0, HEADS))
 
@@ -330,7 +330,7 @@ def test_logits_of_another_vocabulary_are_refused(tmp_path):
     save_turn(directory, [4], [0], 1, 1, None)
     rewritten(directory, lambda t: t.update({"logits.0": torch.zeros(VOCABULARY - 1)}))
     with pytest.raises(UserError, match=r"logits.0 is F32 .999., the manifest makes it F32 .1000."):
-        segments.read_logits(directory, session.load(directory))
+        segments.read_logits(directory, store.load(directory))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -338,8 +338,8 @@ def test_logits_that_choose_no_token_are_refused(tmp_path, value):
     directory = tmp_path / "s"
     save_turn(directory, [4], [0], 1, 1, None)
     rewritten(directory, lambda t: t["logits.0"].__setitem__(7, value))
-    manifest = session.load(directory)
-    (told,) = session_care.problems(directory, manifest)
+    manifest = store.load(directory)
+    (told,) = maintenance.problems(directory, manifest)
     assert "logits.0 has no finite largest value; restore it" in told
     with pytest.raises(UserError, match=r"logits.0 has no finite largest value"):
         segments.read_logits(directory, manifest)
@@ -348,7 +348,7 @@ def test_logits_that_choose_no_token_are_refused(tmp_path, value):
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(data=st.data())
 def test_a_flipped_byte_of_a_manifest_is_refused(made, data):
-    whole = bytearray((made / session.MANIFEST).read_bytes())
+    whole = bytearray((made / store.MANIFEST).read_bytes())
     whole[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises(ValueError):
         Manifest.parse(bytes(whole))
@@ -358,8 +358,8 @@ def test_the_shape_of_the_example(made):
     """The cases above rest on it: two revisions, two ranks, two halves of the heads, and a range
     of the first that no longer counts.
     """
-    manifest = session.load(made)
-    assert session_care.problems(made, manifest) == []
+    manifest = store.load(made)
+    assert maintenance.problems(made, manifest) == []
     assert [s.revision for s in manifest.segments] == [1, 1, 1, 1, 2, 2, 2, 2]
     assert (LAYERS, DIM) == (2, 2)
     assert manifest.segments[0].until[0] == 30 < 40

@@ -13,10 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cptool import files, segments, session, session_care
+from cptool import files
 from cptool.cache import KVCache
 from cptool.errors import UserError
-from cptool.manifest import Manifest, ModelIdentity, Sequence, sealed
+from cptool.session import maintenance, segments
+from cptool.session import store as session
+from cptool.session.manifest import Manifest, ModelIdentity, Sequence, sealed
 from cptool.sharding import balanced
 
 LAYERS, HEADS, DIM = 2, 4, 2
@@ -130,13 +132,13 @@ def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
             starts = [sequence.cached for sequence in manifest.sequences]
         manifest = save_turn(directory, lengths, starts, cp, parts, manifest)
         starts = [s + n for s, n in zip(starts, lengths, strict=True)]
-    assert session_care.problems(directory, session.load(directory)) == []
+    assert maintenance.problems(directory, session.load(directory)) == []
     if len(manifest.turns) > 1:
-        session_care.roll_back(directory, manifest, 1)
+        maintenance.roll_back(directory, manifest, 1)
     else:
-        session_care.compact(directory, manifest)
+        maintenance.compact(directory, manifest)
     manifest = session.load(directory)
-    assert session_care.problems(directory, manifest) == []
+    assert maintenance.problems(directory, manifest) == []
     starts = [sequence.cached for sequence in manifest.sequences]
     held, on_rank = [[] for _ in range(batch)], []
     for rank in range(ranks):

@@ -6,7 +6,7 @@ import pytest
 from conftest import greedy
 from test_cli import MQA_IDS, as_json, cptool
 
-from cptool import session as session_files
+from cptool.session import store as session_files
 
 EOS = (300,)
 

@@ -16,9 +16,11 @@ import pytest
 import torch
 from test_session import HEADS, LAYERS, save_turn
 
-from cptool import distributed, files, segments, session, session_care
+from cptool import distributed, files
 from cptool.errors import RunError
-from cptool.manifest import ModelIdentity
+from cptool.session import maintenance, segments
+from cptool.session import store as session
+from cptool.session.manifest import ModelIdentity
 
 
 def kill_this_process() -> None:
@@ -66,11 +68,11 @@ def turn(directory, manifest):
 
 
 def rollback(directory, manifest):
-    session_care.roll_back(directory, manifest, 1)
+    maintenance.roll_back(directory, manifest, 1)
 
 
 def compact(directory, manifest):
-    session_care.compact(directory, manifest)
+    maintenance.compact(directory, manifest)
 
 
 CHANGES = {"turn": turn, "rollback": rollback, "compact": compact}
@@ -89,7 +91,7 @@ def kill_at_every_point(change, places: Path) -> None:
             os._exit(0)
         exitcode = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         found = session.load(directory)
-        assert session_care.problems(directory, found) == []
+        assert maintenance.problems(directory, found) == []
         assert found == before or found.revision == before.revision + 1
         survived.add(found.revision)
         if exitcode == 0:
@@ -202,7 +204,7 @@ def kill_the_tree_at_every_point(places: Path) -> None:
                 os._exit(max(os.waitstatus_to_exitcode(os.waitpid(r, 0)[1]) for r in ranks))
             exitcode = os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1])
             found = session.load(directory)
-            assert session_care.problems(directory, found) == []
+            assert maintenance.problems(directory, found) == []
             assert found == before or [s.tokens for s in found.sequences] == after
             survived[victim].add(found.revision)
             # What is left carries on, with the logits that one rank has.
@@ -264,7 +266,7 @@ def test_what_the_disk_refuses_is_one_line_and_changes_nothing(tmp_path, monkeyp
     monkeypatch.undo()
     assert os.strerror(error) in str(told.value) and "\n" not in str(told.value)
     assert session.load(directory) == before
-    assert session_care.problems(directory, before) == []
+    assert maintenance.problems(directory, before) == []
     after = save_turn(directory, [5, 3], [30, 7], 2, 1, before)
     assert {p.name for p in directory.iterdir()} == {"manifest.json"} | {
         s.file for s in after.segments

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_session_crash import IDENTITY, tiny_llama, world_of
 
-from cptool import manifest, session, session_care
 from cptool.engine.engine import Engine
+from cptool.session import maintenance, manifest, store
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +34,20 @@ def test_many_turns_have_few_segments(model, tmp_path, monkeypatch, anew):
         whole.extend(new)
         if anew and saved is not None:
             engine = engine_of(model)
-            engine.restore(tmp_path, session.load(tmp_path))
+            engine.restore(tmp_path, store.load(tmp_path))
         engine.extend(new)
         saved = engine.save(tmp_path, saved, IDENTITY)
         written += sum(sum(s.tokens) for s in saved.segments if s.revision == saved.revision)
         assert len({s.revision for s in saved.segments}) <= 4 + 8
         assert len(list(tmp_path.iterdir())) == len(saved.segments) + 1
-    assert session_care.problems(tmp_path, session.load(tmp_path)) == []
+    assert maintenance.problems(tmp_path, store.load(tmp_path)) == []
     assert written <= 6 * sum(whole.computed)
     engine = engine_of(model)
-    engine.restore(tmp_path, session.load(tmp_path))
+    engine.restore(tmp_path, store.load(tmp_path))
     assert engine.tokens == whole.tokens
     assert all(torch.equal(a, b) for a, b in zip(kv_of(engine), kv_of(whole), strict=True))
-    back = session_care.roll_back(tmp_path, saved, 25)
-    assert session_care.problems(tmp_path, session.load(tmp_path)) == []
+    back = maintenance.roll_back(tmp_path, saved, 25)
+    assert maintenance.problems(tmp_path, store.load(tmp_path)) == []
     assert len(back.turns) == 5
 
 
@@ -60,7 +60,7 @@ def test_without_room_segments_stay_many(model, tmp_path, monkeypatch):
         engine.extend([[turn], [turn]])
         saved = engine.save(tmp_path, saved, IDENTITY)
     assert len(saved.segments) == 6
-    assert session_care.problems(tmp_path, session.load(tmp_path)) == []
+    assert maintenance.problems(tmp_path, store.load(tmp_path)) == []
 
 
 def test_what_a_turn_rewrites(tmp_path, model):

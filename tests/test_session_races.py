@@ -13,9 +13,10 @@ import pytest
 from test_cli import MQA_IDS, as_json, cptool
 from test_session import MODEL, new_cache, save_turn, store
 
-from cptool import segments, session, session_care
 from cptool.errors import RunError
-from cptool.manifest import Manifest, Sequence
+from cptool.session import maintenance, segments
+from cptool.session import store as session
+from cptool.session.manifest import Manifest, Sequence
 from cptool.sharding import balanced
 
 
@@ -71,7 +72,7 @@ def lose(directory, manifest: Manifest) -> Manifest:
     (place,) = kept(directory)
     assert str(place) in str(told.value) and "\n" not in str(told.value)
     found = session.load(place)
-    assert session_care.problems(place, found) == []
+    assert maintenance.problems(place, found) == []
     assert [s.tokens for s in found.sequences] == [s.tokens for s in manifest.sequences]
     assert found.session != manifest.session
     # The session is as the other run left it, and nothing of the lost turn stays there.
@@ -86,11 +87,11 @@ def turn(directory, manifest):
 
 
 def rewritten(directory, manifest):
-    session_care.compact(directory, manifest)
+    maintenance.compact(directory, manifest)
 
 
 def gone_back(directory, manifest):
-    session_care.roll_back(directory, manifest, 1)
+    maintenance.roll_back(directory, manifest, 1)
 
 
 @pytest.mark.parametrize("faster", [turn, rewritten])
@@ -100,7 +101,7 @@ def test_the_turn_of_the_slower_run_is_kept(saved, faster):
         slower = began(directory, manifest, held)
         faster(directory, manifest)
         winner = session.load(directory)
-        assert session_care.problems(directory, winner) == []
+        assert maintenance.problems(directory, winner) == []
         found = lose(directory, slower)
     assert session.load(directory) == winner
     # A compaction removes the segments that the slower run needs: it computes their KV again.
@@ -172,7 +173,7 @@ def test_maintenance_that_lost_changes_nothing(saved, loser, monkeypatch):
     with pytest.raises(RunError, match=r"changed by another run .* nothing was changed"):
         loser(directory, before)
     assert session.load(directory) == winner[1] and kept(directory) == []
-    assert session_care.problems(directory, winner[1]) == []
+    assert maintenance.problems(directory, winner[1]) == []
 
 
 @pytest.mark.parametrize("step", ["check", "read_logits", "restore"])
@@ -185,17 +186,17 @@ def test_a_session_that_changes_while_it_is_read(saved, step, monkeypatch):
 
     def after_another(*arguments, **named):
         monkeypatch.undo()
-        session_care.compact(directory, manifest)
+        maintenance.compact(directory, manifest)
         return read(*arguments, **named)
 
     monkeypatch.setattr(segments, step, after_another)
     with pytest.raises(RunError, match="was changed by another run while it was read; give the"):
-        session_care.compact(directory, manifest)
+        maintenance.compact(directory, manifest)
     found = session.load(directory)
-    assert found.revision == 2 and session_care.problems(directory, found) == []
+    assert found.revision == 2 and maintenance.problems(directory, found) == []
     (directory / found.segments[0].file).unlink()
     with pytest.raises(session.Damaged, match="is missing"):
-        session_care.compact(directory, found)
+        maintenance.compact(directory, found)
 
 
 def test_what_a_living_run_has_written_stays(saved):
@@ -227,7 +228,7 @@ def test_the_next_revision_of_a_run_that_waits_stays(saved):
         save_turn(directory, [1, 1], [40, 7], 2, 1, manifest)
     waiting.close()  # as on a file system without locks
     session.commit(directory, committed[0])
-    assert session_care.problems(directory, session.load(directory)) == []
+    assert maintenance.problems(directory, session.load(directory)) == []
 
 
 @pytest.mark.parametrize("umask", [0, 0o777])

@@ -13,7 +13,7 @@ from cptool.engine.graphs import Recorded
 from cptool.engine.sampling import Sampling
 from cptool.engine.static_decode import level, owner
 from cptool.engine.weights import load_model
-from cptool.session import identity
+from cptool.session.store import identity
 
 
 def prompt(length: int, salt: int = 0) -> list[int]:

@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from cptool import session
 from cptool.cli import terminal
+from cptool.session import store
 
 CPTOOL = [sys.executable, "-m", "cptool"]
 
@@ -32,7 +32,7 @@ def test_closed_streams_do_not_give_their_numbers_to_files(tiny_model, tmp_path)
     made = tmp_path / "s"
     done = shell('"$@" <&- >&- 2>&-', "prefill", tiny_model, "--synthetic", 9, "--session", made)
     assert done.returncode == 0
-    assert session.load(made).turns == ((9,),)
+    assert store.load(made).turns == ((9,),)
     assert all(b"first token" not in file.read_bytes() for file in made.iterdir())
 
 

@@ -17,8 +17,8 @@ from cptool.cli.options import (
     sampling_options,
 )
 from cptool.cli.terminal import Terminal, lines
-from cptool.conversation import Conversation
 from cptool.errors import UserError
+from cptool.session.conversation import Conversation
 
 DEFAULT_TOKENS = 512
 
@@ -64,10 +64,10 @@ def chat(
     Only what a turn adds is computed. Where standard input is not a terminal, each line of it is a
     question. /help tells the commands.
     """
-    from cptool import session as sessions
     from cptool.checkpoint.entry import check_text
     from cptool.engine.sampling import Sampling
     from cptool.launcher import launched_size
+    from cptool.session import store as sessions
 
     if launched_size() is not None:
         raise UserError(

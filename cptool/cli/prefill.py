@@ -75,7 +75,7 @@ def prefill(
     MODEL is a directory in Hugging Face's layout or in Meta's, a .gguf file, a name known to
     `cptool pull`, or a hub id. Several prompts, by any of the prompt options, are a batch.
     """
-    from cptool import session as sessions
+    from cptool.session import store as sessions
 
     asked = Prompts(prompts, prompt_files, token_files, synthetic, chat, parse_control_tokens)
     if not asked:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from cptool import session as sessions
 from cptool.cli import draw
 from cptool.cli.options import json_option
+from cptool.session import store as sessions
 
 directory_argument = click.argument("directory", metavar="SESSION", type=click.Path(path_type=Path))
 
@@ -65,7 +65,7 @@ def show(directory: Path, as_json: bool) -> None:
 @directory_argument
 def verify(directory: Path) -> None:
     """Read every byte of a SESSION and check it; exits with 1 if something is wrong."""
-    from cptool.session_care import problems
+    from cptool.session.maintenance import problems
 
     try:
         manifest = sessions.read(directory)
@@ -89,7 +89,7 @@ def verify(directory: Path) -> None:
 @directory_argument
 def compact(directory: Path) -> None:
     """Rewrite a SESSION in few segments without what does not count any more."""
-    from cptool.session_care import compact as rewrite
+    from cptool.session.maintenance import compact as rewrite
 
     before = sessions.load(directory)
     sessions.check_writable(directory)
@@ -112,7 +112,7 @@ def compact(directory: Path) -> None:
 )
 def rollback(directory: Path, turns: int) -> None:
     """Take back the last turns of a SESSION."""
-    from cptool.session_care import roll_back
+    from cptool.session.maintenance import roll_back
 
     before = sessions.load(directory)
     sessions.check_writable(directory)

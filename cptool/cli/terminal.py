@@ -16,11 +16,11 @@ from cptool.checkpoint.library import LimitError
 from cptool.cli import draw
 from cptool.cli.models import say_reading
 from cptool.cli.options import check_room
-from cptool.conversation import Conversation
 from cptool.distributed import RankFailed
 from cptool.duration import duration
 from cptool.errors import RunError, UserError
 from cptool.paths import expanded
+from cptool.session.conversation import Conversation
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -131,8 +131,9 @@ class Terminal:
         )
 
     def save(self, argument: str) -> None:
-        from cptool import files, session
+        from cptool import files
         from cptool.engine.rank_server import Save
+        from cptool.session import store
 
         if not argument and self.saved is None:
             raise UserError("/save: name a directory to keep the conversation in: /save DIR")
@@ -141,14 +142,14 @@ class Terminal:
         directory = expanded(argument) if argument else self.saved[0]
         if self.saved is not None and directory.resolve() == self.saved[0].resolve():
             directory, revision = self.saved
-            if session.load(directory).revision != revision:
+            if store.load(directory).revision != revision:
                 raise UserError(
                     f"/save: {directory} was changed by another run; name a new directory"
                 )
-        elif session.exists(directory):
+        elif store.exists(directory):
             raise UserError(f"/save: {directory} holds another session; name a new directory")
         else:
-            session.check_new(directory)
+            store.check_new(directory)
         try:
             files.make_private(directory)
             tokens = len(self.conversation.tokens)

@@ -16,19 +16,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cptool import files, segments, session
+from cptool import files
 from cptool.attention import KEYS_TRAVEL, Step, attend
 from cptool.cache import KVCache, nothing_held, truncated
 from cptool.distributed import World
 from cptool.engine.sampling import Sampling
 from cptool.engine.static_decode import StaticDecode
 from cptool.errors import RunError, explain
-from cptool.manifest import Damaged, Manifest, ModelIdentity, Segment, Sequence
 from cptool.model.llama import Llama
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import ALL_Q, AUTO, STATIC_ROWS, Choice, choose
 from cptool.profiling.trace import SILENT, Recorder, Silent
+from cptool.session import segments, store
+from cptool.session.manifest import Damaged, Manifest, ModelIdentity, Segment, Sequence
 from cptool.sharding import Placement, balanced, concat
 from cptool.staged import ring_of
 
@@ -326,7 +327,7 @@ class Engine:
         """
         self._check(directory, manifest)
         rows = {}
-        with session.while_read(directory, manifest):
+        with store.while_read(directory, manifest):
             held = segments.restore(
                 directory,
                 manifest,
@@ -424,7 +425,7 @@ class Engine:
             )
             if world.rank == 0:
                 try:
-                    manifest = session.commit_or_keep(directory, manifest, chat)
+                    manifest = store.commit_or_keep(directory, manifest, chat)
                 except (RunError, OSError) as error:
                     fault = error
             self._agree(fault)  # and no rank leaves before the turn is on disk
@@ -463,14 +464,14 @@ class Engine:
         """
         damage, here = None, self.world.gather(manifest.revision)
         if here != here[:1] * len(here):
-            raise RunError(session.changed(directory, max(here), min(here)))
+            raise RunError(store.changed(directory, max(here), min(here)))
         try:
             segments.check(directory, manifest.segments[self.world.rank :: self.world.size])
         except Damaged as error:
             damage = str(error)
         for found in self.world.gather(damage):
             if found is not None:
-                with session.while_read(directory, manifest):
+                with store.while_read(directory, manifest):
                     raise Damaged(found)
 
     def _any_rank(self, value: bool) -> bool:

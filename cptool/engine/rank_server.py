@@ -25,7 +25,7 @@ from cptool.errors import RunError, explain
 
 if TYPE_CHECKING:
     from cptool.distributed import World
-    from cptool.session import Manifest
+    from cptool.session.store import Manifest
 
 _STOP, _END = "stop", "end"
 _PATIENCE_S = 5.0
@@ -123,7 +123,7 @@ class Connection:
 
 
 def _messages() -> tuple[type, ...]:
-    from cptool.manifest import Manifest, ModelIdentity, Segment, Sequence
+    from cptool.session.manifest import Manifest, ModelIdentity, Segment, Sequence
 
     return Continue, Save, Sampling, Answer, NotSaved, Manifest, ModelIdentity, Segment, Sequence
 
@@ -262,12 +262,12 @@ def serve(world: "World", setup: Setup, end: socket.socket) -> None:
 
 
 def _serve(world: "World", setup: Setup, connection: Connection) -> None:
-    from cptool import session
+    from cptool.session import store
 
     checkpoint, engine = open_engine(world, setup)
     where, manifest = setup.session, None
     if where is not None:
-        manifest = session.load(Path(where), setup.resume)
+        manifest = store.load(Path(where), setup.resume)
         engine.restore(Path(where), manifest)
     world.barrier()
 
@@ -287,7 +287,7 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
         if request == _STOP:  # came after the last token of its answer
             continue
         tokens = list(request.tokens)
-        shared = session.common_prefix(engine.tokens[0], tokens)
+        shared = store.common_prefix(engine.tokens[0], tokens)
         engine.truncate([shared])
         if manifest is not None:
             # What is on disk beyond the common beginning no longer counts, once this is saved.
@@ -308,7 +308,7 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
         elsewhere, saved = request.directory != where, engine.saved
         if elsewhere:
             engine.saved = [0]
-        model = session.identity(checkpoint, request.fingerprint)
+        model = store.identity(checkpoint, request.fingerprint)
         try:
             manifest = engine.save(
                 Path(request.directory), None if elsewhere else manifest, model, request.chat

@@ -33,7 +33,7 @@ class Setup:
     dtype: str
     variant: str = "auto"
     partials: str = "float32"
-    session: str | None = None
+    store: str | None = None
     resume: int | None = None
     fingerprint: str | None = None
     state: str | None = None
@@ -101,15 +101,15 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
 
     `emit(sequence, token)` is called on rank 0 for each token as it is known.
     """
-    from cptool import session
+    from cptool.session import store
 
     began = time.perf_counter()
     checkpoint, engine = open_engine(world, turn, batch=len(turn.prompts))
     directory, manifest = Path(turn.session) if turn.session else None, None
     room = turn.max_new_tokens + max(map(len, turn.prompts), default=0)
     if turn.resume is not None:
-        manifest = session.load(directory, turn.resume)
-        session.check_model(manifest, session.identity(checkpoint, turn.fingerprint))
+        manifest = store.load(directory, turn.resume)
+        store.check_model(manifest, store.identity(checkpoint, turn.fingerprint))
         if turn.keep is not None:
             manifest = manifest.truncated(list(turn.keep))
         engine.restore(directory, manifest, reserve=room)
@@ -143,7 +143,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     if device:
         recorder.kernels = device.stop()
     if directory is not None and (any(new) or any(answers)):
-        engine.save(directory, manifest, session.identity(checkpoint, turn.fingerprint))
+        engine.save(directory, manifest, store.identity(checkpoint, turn.fingerprint))
     phases = ()
     if recorder:
         sections = [Section("prefill", loaded, answered, 1)] if any(new) else []

@@ -4,9 +4,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from cptool import chat_file, segments, session
 from cptool.errors import RunError, UserError
-from cptool.manifest import REMEDY, Damaged, Manifest
+from cptool.session import chat_file, segments, store
+from cptool.session.manifest import REMEDY, Damaged, Manifest
 
 
 def problems(directory: Path, manifest: Manifest) -> list[str]:
@@ -58,7 +58,7 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
     model, batch, revision = manifest.model, len(manifest.sequences), manifest.revision + 1
     heads, rewritten = (0, model.kv_heads), []
     cached = [sequence.cached for sequence in manifest.sequences]
-    with session.while_read(directory, manifest):
+    with store.while_read(directory, manifest):
         segments.check(directory, manifest.segments)
         logits = segments.read_logits(directory, manifest)
     with ExitStack() as held:  # the lock of a living run, until it is committed
@@ -71,7 +71,7 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
                 dtype=getattr(torch, manifest.dtype),
                 device="cpu",
             )
-            with session.while_read(directory, manifest):
+            with store.while_read(directory, manifest):
                 segments.restore(
                     directory, manifest, cache, rank=rank, ranks=manifest.cp, kv_heads=heads
                 )
@@ -101,6 +101,6 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
 def _committed(directory: Path, manifest: Manifest) -> Manifest:
     """Commits what can be made again from the session, so that nothing need be kept of it."""
     try:
-        return session.commit(directory, manifest)
-    except session.Refused as error:
+        return store.commit(directory, manifest)
+    except store.Refused as error:
         raise RunError(f"{error}; nothing was changed, give the command again") from None

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from cptool import files
 from cptool.errors import RunError
-from cptool.manifest import REMEDY, Damaged, Manifest, Segment
 from cptool.paths import sha256
-from cptool.session import check_size
+from cptool.session.manifest import REMEDY, Damaged, Manifest, Segment
+from cptool.session.store import check_size
 
 if TYPE_CHECKING:
     import torch

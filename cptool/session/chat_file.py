@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cptool.files import parse_json, read_bounded
-from cptool.manifest import Damaged
+from cptool.session.manifest import Damaged
 
 FORMAT = 2
 FILE = "chat.json"

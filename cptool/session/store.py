@@ -30,9 +30,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cptool import chat_file, files
+from cptool import files
 from cptool.errors import RunError, UserError
-from cptool.manifest import (
+from cptool.session import chat_file
+from cptool.session.manifest import (
     REMEDY,
     SEGMENT_NAME,
     Damaged,

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cptool import chat_file
 from cptool.errors import UserError
-from cptool.manifest import Damaged, Manifest
+from cptool.session import chat_file
+from cptool.session.manifest import Damaged, Manifest
 
 if TYPE_CHECKING:
     from cptool.checkpoint.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ class Conversation:
         self.exchanges, self.tokens = [], []
 
     def state(self) -> dict:
-        """What `cptool.chat_file` keeps of it, together with a session that says `tokens`."""
+        """What `cptool.session.chat_file` keeps of it beside a session of these tokens."""
         return {
             "tokens": chat_file.digest(self.tokens),
             "system": self.system,
