@@ -36,11 +36,12 @@ from gpu_timing import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from cptool.attention import Step, attend
 from cptool.cache import KVCache
 from cptool.ops.attention import attention_partial, merge_partials
 from cptool.ops.kernels import force_cuda_kernel
-from cptool.ring import Ring
+from cptool.parallel.attention import attend
+from cptool.parallel.ring import Ring
+from cptool.parallel.step import Step
 from cptool.sharding import balanced
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}

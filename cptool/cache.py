@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from cptool.host import large_pages
+from cptool.parallel.step import LayerKV
 from cptool.sharding import Placement, concat
 
 NEVER = 2**31 - 1
@@ -35,30 +36,6 @@ def truncated(held: Placement, limits: Sequence[int]) -> Placement:
             for row, limit in zip(held.sequences(), limits, strict=True)
         ]
     ).to(held.positions.device)
-
-
-@dataclass(frozen=True)
-class LayerKV:
-    """One layer of a cache, as attention reads it.
-
-    `local` is `(k, v, k_pos, cu_k)`: k and v `[slots, kv_heads, head_dim]` strided views of the
-    slab, k_pos int32 `[slots]` with `NEVER` in slack slots, cu_k int32 `[batch + 1]`.
-    """
-
-    slab: torch.Tensor
-    k_pos: torch.Tensor
-    cu_k: torch.Tensor
-    held_slots: torch.Tensor | None
-
-    @property
-    def local(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.slab[:, 0], self.slab[:, 1], self.k_pos, self.cu_k
-
-    def packed(self) -> torch.Tensor:
-        """The tokens held, without slack: `[tokens, 2, kv_heads, head_dim]`, contiguous; a view if
-        there is no slack.
-        """
-        return self.slab if self.held_slots is None else self.slab.index_select(0, self.held_slots)
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ class World:
 
     Groups are None where they hold this rank alone. `mesh` has dimensions "cp" and "tp"; it is None
     for one rank. `local_rank` of `local_size` counts the ranks of this machine. `staged`: messages
-    between devices go through host memory (`cptool.staged`), and groups carry tensors of the CPU
-    alone. `direct`: by the group's library and nothing else, as CPTOOL_TRANSPORT asked.
+    between devices go through host memory (`cptool.parallel.staged_ring`), and groups carry tensors
+    of the CPU alone. `direct`: by the group's library and nothing else, as CPTOOL_TRANSPORT asked.
     """
 
     rank: int
@@ -158,8 +158,8 @@ def resolve_device(device: str, local_size: int = 1) -> str:
 
 def transport(device: str, local_size: int, asked: str | None = None) -> str:
     """How messages travel: "direct", by NCCL from GPU to GPU, from memory to memory between the CPU
-    ranks of a machine (`cptool.shared_ring`; by gloo where "direct" is asked for) and by gloo from
-    machine to machine; "staged" through host memory where ranks share a GPU, which NCCL does not
+    ranks of a machine (`cptool.parallel.shared_ring`; by gloo where "direct" is asked for) and by
+    gloo from machine to machine; "staged" through host memory where ranks share a GPU, which NCCL does not
     take, or where that is asked for.
 
     asked: the value of CPTOOL_TRANSPORT in this process or that of the launcher. Raises UserError

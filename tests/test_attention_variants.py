@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 
-from cptool.attention import BASELINES, KEYS_TRAVEL, VARIANTS, Step, attend
 from cptool.cache import NEVER, KVCache
 from cptool.errors import UserError
-from cptool.ring import Ring
+from cptool.parallel.attention import BASELINES, KEYS_TRAVEL, VARIANTS, attend
+from cptool.parallel.ring import Ring
+from cptool.parallel.step import Step
 from cptool.sharding import Placement, balanced, concat
 
 ALL = [*VARIANTS, *BASELINES]

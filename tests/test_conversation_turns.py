@@ -9,12 +9,12 @@ from llama_reference import save_llama
 from ranks import run_ranks
 from test_cli import as_json
 
-from cptool.attention import VARIANTS
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
+from cptool.parallel.attention import VARIANTS
 from cptool.session import maintenance, store
 from cptool.session.store import identity
 

@@ -23,7 +23,7 @@ from cptool.distributed import (
 from cptool.errors import UserError
 from cptool.host import affinity
 from cptool.launcher import Seat, launched, set_rendezvous_address
-from cptool.ring import Ring
+from cptool.parallel.ring import Ring
 from cptool.status import Board, Status
 from cptool.termination import held_back, orderly
 

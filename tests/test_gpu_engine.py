@@ -10,7 +10,6 @@ import pytest
 import torch
 from test_static_decode import TURNS, prompt, say
 
-from cptool.attention import VARIANTS
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import run
 from cptool.emulation.layer import Scenario
@@ -22,6 +21,7 @@ from cptool.engine.weights import load_model
 from cptool.host.pinned_copies import to_device, to_host
 from cptool.model.shapes import find_shape
 from cptool.ops.kernels import build_info
+from cptool.parallel.attention import VARIANTS
 from cptool.planning.profiles import default_profile
 from cptool.profiling.exposed_time import Exposure
 from cptool.session.store import identity
@@ -122,7 +122,7 @@ def test_a_graph_reads_new_values():
 def test_an_all_gather_of_nccl_in_a_graph():
     import torch.distributed as dist
 
-    from cptool.ring import Ring
+    from cptool.parallel.ring import Ring
 
     store = dist.HashStore()
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from cptool.ring import Ring
+from cptool.parallel.ring import Ring
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

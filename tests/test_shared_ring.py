@@ -9,9 +9,9 @@ import test_ring
 import torch
 from ranks import run_ranks
 
-from cptool import shared_ring
 from cptool.distributed import RankFailed, run
-from cptool.shared_ring import SLOTS, SharedRing
+from cptool.parallel import shared_ring
+from cptool.parallel.shared_ring import SLOTS, SharedRing
 
 GENEROUS_S = 60  # as in test_distributed
 

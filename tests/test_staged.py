@@ -11,7 +11,7 @@ from ranks import run_ranks
 from test_static_decode import TURNS, say
 
 from cptool.distributed import run
-from cptool.staged import StagedRing
+from cptool.parallel.staged_ring import StagedRing
 
 
 def with_staged_ring(world, module, function, *args):

@@ -11,7 +11,7 @@ from cptool.distributed import run
 from cptool.engine.weights import load_model
 from cptool.errors import UserError
 from cptool.model.shapes import llama_config
-from cptool.tensor_parallel import check, share
+from cptool.model.shares import check, share
 
 ROUNDING = 1.25  # as in test_model
 

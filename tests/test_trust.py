@@ -80,8 +80,8 @@ def unpickled_while_at_work(world):
     world.gather({"a": (1, torch.ones(2))})
     world.gather("x" * 5000)
     world.barrier()
+    from cptool.parallel.transport import ring_of
     from cptool.shared_memory import shared_tensors
-    from cptool.staged import ring_of
 
     with shared_tensors(world, {"w": (2, 3)}, torch.float32):
         pass

@@ -8,9 +8,9 @@ import torch
 from click.testing import CliRunner
 from llama_reference import save_llama
 
-from cptool import attention
 from cptool.cli.main import main
 from cptool.exactness import verify
+from cptool.parallel import attention
 
 REFERENCE = verify.Measurement(
     variant="pass-kv",

@@ -9,11 +9,11 @@ import dataclasses
 import torch
 import torch.distributed as dist
 
-from cptool import tensor_parallel
 from cptool.distributed import World
 from cptool.engine.engine import Engine
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
+from cptool.parallel import tensor_parallel
 from cptool.planning.cost.estimate import decode_step, prefill
 from cptool.planning.cost.shape import Forward
 from cptool.planning.hardware import HardwareProfile

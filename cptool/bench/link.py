@@ -21,8 +21,8 @@ import torch
 
 from cptool.bench.measure import summary
 from cptool.distributed import World
-from cptool.ring import Ring
-from cptool.staged import ring_of
+from cptool.parallel.ring import Ring
+from cptool.parallel.transport import ring_of
 
 PATTERNS = ("send-receive", "all-gather", "all-to-all")
 _SAMPLE_S = 0.02

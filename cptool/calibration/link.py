@@ -6,9 +6,9 @@ import torch
 
 from cptool.calibration.clock import Clock, slope
 from cptool.distributed import World
+from cptool.parallel.ring import Ring
+from cptool.parallel.transport import ring_of
 from cptool.planning.hardware import Link
-from cptool.ring import Ring
-from cptool.staged import ring_of
 
 SMALL_MESSAGE, LARGE_MESSAGE = 1 << 10, 4 << 20
 

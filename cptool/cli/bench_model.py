@@ -56,12 +56,13 @@ model_options = stack(
 
 def check(model: str, ranks: tuple[int, ...], tp: int) -> tuple[LlamaConfig, tuple[int, ...]]:
     """The shape of MODEL, and the N asked for, ascending; the largest fills the world."""
-    from cptool import distributed, tensor_parallel
+    from cptool import distributed
     from cptool.launcher import launched_size
+    from cptool.model import shares
     from cptool.model.shapes import find_shape
 
     config = find_shape(model)
-    tensor_parallel.check(config, tp)
+    shares.check(config, tp)
     launched = launched_size()
     if not ranks:
         ranks = (launched // tp,) if launched else (1, 2)

@@ -51,13 +51,14 @@ def emulate(
     Of the CP ranks the one with the most work; its links come from a hardware profile. Attention
     runs over a block of every source's size and positions, linear layers at their width under TP.
     """
-    from cptool import distributed, tensor_parallel
+    from cptool import distributed
+    from cptool.model import shares
     from cptool.model.shapes import find_shape
 
     if cached >= context:
         raise UserError(f"--cached {cached}: it must be less than --context {context}")
     config = find_shape(shape)
-    tensor_parallel.check(config, tp)
+    shares.check(config, tp)
     distributed.check_threads(threads)
     device = distributed.resolve_device(device)
 

@@ -113,7 +113,7 @@ def plan(
     MODEL is a checkpoint, a config.json, or the shape of a published model by name (llama2-70b,
     llama3-405b, codellama-34b, ...). Without --cp and --tp the best layout is looked for.
     """
-    from cptool import tensor_parallel
+    from cptool.model import shares
     from cptool.planning import planner
     from cptool.planning.profiles import find_profile
 
@@ -132,7 +132,7 @@ def plan(
     config, profile = find_shape(model, notes), _profile(hardware, find_profile)
     for note in notes:
         draw.say(note)
-    tensor_parallel.check(config, tp or 1)
+    shares.check(config, tp or 1)
     if dtype not in profile.linear_flops or dtype not in profile.attention_flops:
         raise UserError(
             f"--dtype {dtype}: {profile.name} has no rate for it; use one of "

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from cptool.attention import KEYS_TRAVEL, Step, attend
 from cptool.cache import KVCache
 from cptool.emulation.ring import EmulatedRing, Timeline, Trace
 from cptool.model.config import LlamaConfig
 from cptool.model.fp8 import RowwiseFp8
 from cptool.model.llama import DecoderLayer
 from cptool.model.rope import inverse_frequencies, rotary_tables
+from cptool.parallel.attention import KEYS_TRAVEL, attend
+from cptool.parallel.step import Step
 from cptool.sharding import Placement, balanced, concat
 
 LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from cptool.attention import KEYS_TRAVEL
 from cptool.emulation import memory
 from cptool.emulation.layer import OTHER, Scenario, build, run_once, shards, time_once
 from cptool.emulation.ring import Compute, Trace, Wait, replay
+from cptool.parallel.attention import KEYS_TRAVEL
 from cptool.planning.cost.counts import attention_flops, linear_flops
 from cptool.planning.cost.estimate import prefill
 from cptool.planning.cost.rates import all_reduce

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cptool.parallel.ring import Ring
 from cptool.planning.hardware import Link
-from cptool.ring import Ring
 
 PAUSE = "pause"
 """Label of time that a run on real ranks would not spend."""

@@ -17,13 +17,15 @@ import torch
 import torch.distributed as dist
 
 from cptool import files
-from cptool.attention import KEYS_TRAVEL, Step, attend
 from cptool.cache import KVCache, nothing_held, truncated
 from cptool.distributed import World
 from cptool.engine.sampling import Sampling
 from cptool.engine.static_decode import StaticDecode
 from cptool.errors import RunError, explain
 from cptool.model.llama import Llama
+from cptool.parallel.attention import KEYS_TRAVEL, attend
+from cptool.parallel.step import Step
+from cptool.parallel.transport import ring_of
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import ALL_Q, AUTO, STATIC_ROWS, Choice, choose
@@ -31,7 +33,6 @@ from cptool.profiling.trace import SILENT, Recorder, Silent
 from cptool.session import segments, store
 from cptool.session.manifest import Damaged, Manifest, ModelIdentity, Segment, Sequence
 from cptool.sharding import Placement, balanced, concat
-from cptool.staged import ring_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -47,7 +48,7 @@ class Engine:
     the sequence's last token, `ended[b]` whether an answer ended with that token.
 
     partials: "float32", or "working" to let partial outputs travel in the model's dtype
-    (`cptool.attention.Step` tells what that costs in error). static: whether `decode` under the
+    (`cptool.parallel.step.Step` tells what that costs in error). static: whether `decode` under the
     variant "auto" takes the steps of `cptool.engine.static_decode`; by default on CUDA.
     """
 

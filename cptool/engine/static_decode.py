@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cptool.attention import merge_messages, pack
 from cptool.cache import NEVER, KVCache
 from cptool.engine.graphs import Recorded
 from cptool.model.llama import Llama
 from cptool.ops.attention import attention_partial
-from cptool.ring import Ring
+from cptool.parallel.attention import merge_messages, pack
+from cptool.parallel.ring import Ring
 from cptool.sharding import Placement
 
 NOWHERE = -1

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cptool import tensor_parallel
 from cptool.checkpoint import Checkpoint
 from cptool.host import large_pages
+from cptool.model import shares
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
+from cptool.parallel import tensor_parallel
 from cptool.shared_memory import shared_tensors
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def load_model(
     device = torch.device(device)
     tp_rank, tp = (world.tp_rank, world.tp) if world else (0, 1)
     model = Llama(checkpoint.config, device="meta", tp=tp)
-    share = tensor_parallel.share(checkpoint.config, tp_rank, tp)
+    share = shares.share(checkpoint.config, tp_rank, tp)
     sources = dict(_sources(checkpoint.config, share))
     shared = world is not None and world.size > 1
     size = sum(model.get_parameter(name).numel() for name in sources) * dtype.itemsize
@@ -82,7 +83,7 @@ def load_model(
     return model.eval()
 
 
-def _sources(config: LlamaConfig, share: tensor_parallel.Share) -> Iterator[tuple[str, Source]]:
+def _sources(config: LlamaConfig, share: shares.Share) -> Iterator[tuple[str, Source]]:
     """Every parameter of a Llama with the blocks it is made of."""
     yield "embed_tokens.weight", (Block("model.embed_tokens.weight"),)
     for i in range(config.num_hidden_layers):

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from cptool.attention import VARIANTS
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import World, run
 from cptool.engine.engine import Engine
@@ -21,6 +20,7 @@ from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.exactness.reference import attention
 from cptool.ops.attention import attention_partial
+from cptool.parallel.attention import VARIANTS
 from cptool.planning.strategy import ALL_Q, AUTO
 from cptool.sharding import Placement
 

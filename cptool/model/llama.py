@@ -166,8 +166,8 @@ class DecoderLayer(nn.Module):
 class Llama(nn.Module):
     """A Llama decoder, or the share of one that a rank of a tensor-parallel group holds.
 
-    With `tp` > 1 the attention heads and the feed-forward width are divided by it, and what the
-    row-parallel `o_proj` and `down_proj` return is a partial sum (`cptool.tensor_parallel`).
+    With `tp` > 1 the attention heads and the feed-forward width are divided by it, and the
+    row-parallel `o_proj` and `down_proj` return a partial sum (`cptool.parallel.tensor_parallel`).
     Parameters hold nothing yet: `cptool.engine.weights` puts a checkpoint's tensors in their place.
     The caller runs the model under `torch.inference_mode()`.
     """

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
-from cptool import tensor_parallel
 from cptool.duration import duration
 from cptool.errors import UserError
+from cptool.model import shares
 from cptool.model.config import LlamaConfig
 from cptool.planning.cost.estimate import Estimate, decode_step, prefill
 from cptool.planning.cost.exchange import VARIANTS
@@ -85,11 +85,11 @@ class Plan:
 
 
 def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfile) -> Plan:
-    """The plan of one layout; `variant` is one of `cptool.attention` or "auto".
+    """The plan of one layout; `variant` is one of `cptool.parallel.attention` or "auto".
 
     Raises UserError if the model does not divide into `tp` parts.
     """
-    tensor_parallel.check(work.config, tp)
+    shares.check(work.config, tp)
     room = profile.memory_bytes * _share(profile, cp * tp)
     profile = _for_ranks(profile, cp, tp)
     cached = work.batch * work.cached
@@ -262,7 +262,7 @@ def _share(profile: HardwareProfile, ranks: int) -> float:
 
 def _divides(config: LlamaConfig, tp: int) -> bool:
     try:
-        tensor_parallel.check(config, tp)
+        shares.check(config, tp)
     except UserError:
         return False
     return True

@@ -117,7 +117,7 @@ class Recorder:
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
-            reduced = bool(module._forward_hooks)  # by `cptool.tensor_parallel`
+            reduced = bool(module._forward_hooks)  # by `cptool.parallel.tensor_parallel`
             label = name.rpartition(".")[2]
 
             def begin(module, inputs, label=label) -> None:

@@ -1,4 +1,4 @@
-"""Attention of one layer on the busiest rank, by what `cptool.attention` computes and sends."""
+"""Attention of one layer on the busiest rank, by what each variant computes and sends."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ activation, a residual sum, a copy of attention's result; and what FP8 products 
 
 
 def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Prediction:
-    """Time of one layer under a variant of `cptool.attention`, on the busiest rank.
+    """Time of one layer under a variant of `cptool.parallel.attention`, on the busiest rank.
 
     Linear layers and attention are counted as `linear_flops` and `attention_flops` do, each plus
     its bytes at the memory's rate. Transfers are those of the variant's code, and hide where it

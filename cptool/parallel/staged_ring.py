@@ -17,24 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from cptool.ring import Ring
-from cptool.shared_ring import SUPPORTED, SharedRing
+from cptool.parallel.ring import Ring
 
 if TYPE_CHECKING:
-    from cptool.distributed import World
+    pass
 
 Message = tuple[int, torch.Tensor]
-
-
-def ring_of(world: World) -> Ring:
-    """The transfers of this rank's context-parallel group."""
-    if world.cp == 1:
-        return Ring(None)
-    if world.staged:
-        return StagedRing(world.cp_group)
-    if world.device.type == "cpu" and SUPPORTED and not world.direct:
-        return SharedRing(world.cp_group)
-    return Ring(world.cp_group)
 
 
 @dataclass

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from cptool.gathering import gather_values
 from cptool.ops import extension
-from cptool.ring import Ring
+from cptool.parallel.ring import Ring
 from cptool.shared_memory import is_here
 
 _C = extension.load()

@@ -17,68 +17,20 @@ ranks and variant give the same bits in every run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
 from cptool.errors import UserError
 from cptool.ops.attention import attention_partial, merge_partials
-from cptool.ring import Ring
-from cptool.sharding import Placement, union
+from cptool.parallel.ring import Ring
+from cptool.parallel.step import Step
+from cptool.sharding import Placement
 
 if TYPE_CHECKING:
-    from cptool.cache import LayerKV
+    from cptool.parallel.step import LayerKV
 
 Variant = Callable[[torch.Tensor, "LayerKV", "Step", Ring, float], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What all layers of one forward share; tensors on the device of the queries.
-
-    rank: this CP rank. queries[r]: the new tokens of rank r. keys[r]: all tokens whose KV rank r
-    holds, the new ones included; it may be empty for the variants outside of KEYS_TRAVEL.
-
-    partial_dtype: dtype in which outputs of partials travel, float32 or q's; their log-sum-exps are
-    float32 always. With u the unit roundoff of q's dtype, the result rounds once: it errs by
-    u |out| beside the float32 sums' own error. Partials in q's dtype halve what 16-bit queries send
-    back, and are rounded before the merge, whose weights sum to 1: that adds at most u max|v|, one
-    more rounding of values as large as the largest partial. No such error is in pass-kv and
-    gather-kv, whose partials do not travel.
-    """
-
-    rank: int
-    queries: tuple[Placement, ...]
-    keys: tuple[Placement, ...]
-    partial_dtype: torch.dtype = torch.float32
-
-    @cached_property
-    def query_sizes(self) -> list[int]:
-        return [placement.tokens for placement in self.queries]
-
-    @cached_property
-    def asking(self) -> list[bool]:
-        """Whether rank r has queries."""
-        return [size > 0 for size in self.query_sizes]
-
-    @cached_property
-    def key_sizes(self) -> list[int]:
-        return [placement.tokens for placement in self.keys]
-
-    @cached_property
-    def all_queries(self) -> tuple[Placement, torch.Tensor]:
-        return union(self.queries)
-
-    @cached_property
-    def all_keys(self) -> tuple[Placement, torch.Tensor]:
-        return union(self.keys)
-
-    @cached_property
-    def rows(self) -> list[torch.Tensor]:
-        """Where each rank's queries lie in `all_queries`."""
-        return list(torch.split(self.all_queries[1].argsort(), self.query_sizes))
 
 
 def attend(
