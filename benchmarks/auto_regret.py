@@ -141,7 +141,7 @@ def _deviation(times: list[float]) -> float:
 
 def main() -> None:
     from cptool.bench.measure import circumstances
-    from cptool.distributed import run
+    from cptool.distributed.launch import run
     from cptool.planning.profiles import load_profile
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

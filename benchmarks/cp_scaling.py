@@ -23,7 +23,8 @@ from random_llama import SHAPE, write
 
 from cptool.bench.measure import circumstances, summary
 from cptool.checkpoint import open_checkpoint
-from cptool.distributed import cores, run
+from cptool.distributed.devices import cores
+from cptool.distributed.launch import run
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model

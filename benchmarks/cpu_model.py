@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from cptool.bench.measure import circumstances, summary
 from cptool.checkpoint import open_checkpoint
-from cptool.distributed import run
+from cptool.distributed.launch import run
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model

@@ -84,12 +84,12 @@ def compare(world, lengths, variant, dtype, rounds):
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
 def main(cp, tokens, variant, dtype, rounds, json_file) -> None:
-    from cptool import distributed
+    from cptool.distributed import launch
 
     results = []
     for ranks in cp:
         arguments = (tokens, variant, dtype, rounds)
-        results += distributed.run(compare, *arguments, cp=ranks, device="cpu", threads=1)
+        results += launch.run(compare, *arguments, cp=ranks, device="cpu", threads=1)
     if json_file:
         from cptool.bench.measure import circumstances
 

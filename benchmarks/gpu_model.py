@@ -17,7 +17,7 @@ import time
 import torch
 from gpu_timing import arguments, copy, cuda, parser, product, timed, write
 
-from cptool import distributed
+from cptool.distributed import launch
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.model.llama import Llama
@@ -131,7 +131,7 @@ def main() -> None:
     shape = given.shape or ("llama3-8b" if on_gpu else None)
     config = find_shape(shape) if shape else TINY
     contexts = given.context or ([1024, 8192, 32768] if on_gpu else [96])
-    results = distributed.run(measure, given, config, contexts, device=given.device.type)
+    results = launch.run(measure, given, config, contexts, device=given.device.type)
     write(given, {"shape": shape or "tiny", "contexts": results})
 
 

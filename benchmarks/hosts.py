@@ -245,7 +245,7 @@ def draw(result: dict[str, object]) -> None:
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--on-rank", "plan", hidden=True)
 def main(rates, context, miss_rates, variants, heads, dtype, repeats, json_file, plan) -> None:
-    from cptool.distributed import run
+    from cptool.distributed.launch import run
 
     if plan is not None:  # in a host
         result = run(on_rank, json.loads(plan), cp=2, device="cpu", threads=1)

@@ -79,8 +79,8 @@ def _serve(rank, store, pipe):
     import torch
     import torch.distributed as dist
 
-    from cptool.distributed import World
-    from cptool.status import Board
+    from cptool.distributed.status_board import Board
+    from cptool.distributed.world import World
 
     if os.path.exists("/sys/class/net/lo"):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -238,9 +238,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_and_code_2(name, monkeypatch):
-    from cptool import distributed
+    from cptool.distributed import launch
 
-    monkeypatch.setattr(distributed, "run", lambda *a, **k: pytest.fail("a rank was started"))
+    monkeypatch.setattr(launch, "run", lambda *a, **k: pytest.fail("a rank was started"))
     given, told = MISTAKES[name]
     result = bench(*given, code=2)
     assert result.stdout == "" and len(result.stderr.splitlines()) == 1

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from cptool.distributed import run
+from cptool.distributed.launch import run
 from cptool.errors import UserError
 from cptool.host import affinity
 from cptool.host.affinity import Share, divide

@@ -10,7 +10,7 @@ import pytest
 
 from cptool import calibration
 from cptool.calibration import clock, overheads
-from cptool.distributed import run
+from cptool.distributed.launch import run
 from cptool.errors import UserError
 from cptool.planning.profiles import (
     FORMAT,

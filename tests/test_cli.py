@@ -18,11 +18,11 @@ import safetensors.torch
 from click.testing import CliRunner
 from conftest import greedy
 
-from cptool import distributed
 from cptool.checkpoint import open_checkpoint
 from cptool.cli import draw
 from cptool.cli.launch import Output
 from cptool.cli.main import main
+from cptool.distributed import launch
 from cptool.planning import hardware
 from cptool.planning.profiles import default_profile
 from cptool.session import store
@@ -434,9 +434,9 @@ def test_a_mistake_is_one_line_and_code_2(
     name, mqa_path, smollm2_path, broken, tmp_path, monkeypatch
 ):
     if name == "no GPU":
-        monkeypatch.setattr(distributed, "_gpus", lambda: 0)
+        monkeypatch.setattr(launch, "_gpus", lambda: 0)
     # Every mistake here can be known before a rank is started.
-    monkeypatch.setattr(distributed, "run", lambda *a, **k: pytest.fail("a rank was started"))
+    monkeypatch.setattr(launch, "run", lambda *a, **k: pytest.fail("a rank was started"))
     given, expected = MISTAKES[name]
     places = {"{mqa}": str(mqa_path), "{smollm2}": str(smollm2_path), **broken}
     arguments = []
@@ -472,7 +472,7 @@ def test_a_prompt_file_is_taken_as_it_stands(smollm2_path, tmp_path):
 def test_a_full_disk_is_told_before_the_work(mqa_path, token_file, tmp_path, monkeypatch):
     given = ("prefill", mqa_path, "--token-ids", token_file(MQA_IDS), "--session", tmp_path / "s")
     as_json(*given)
-    monkeypatch.setattr(distributed, "run", lambda *a, **k: pytest.fail("a rank was started"))
+    monkeypatch.setattr(launch, "run", lambda *a, **k: pytest.fail("a rank was started"))
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=100_000))
     kept = {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
     error = cptool("decode", tmp_path / "s", "-n", 100, code=2).stderr

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from test_cli import as_json
 
 from cptool.checkpoint import open_checkpoint
-from cptool.distributed import run
+from cptool.distributed.launch import run
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model

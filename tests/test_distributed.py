@@ -12,20 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cptool import distributed, local_launch
-from cptool.distributed import (
-    RankFailed,
-    check_size,
-    resolve_device,
-    run,
-    transport,
-)
+from cptool.distributed import devices, launch, server_process
+from cptool.distributed.devices import resolve_device, transport
+from cptool.distributed.environment import Seat, launched, set_rendezvous_address
+from cptool.distributed.failure import RankFailed
+from cptool.distributed.launch import run
+from cptool.distributed.options import check_size
+from cptool.distributed.signals import held_back, orderly
+from cptool.distributed.status_board import Board, Status
 from cptool.errors import UserError
 from cptool.host import affinity
-from cptool.launcher import Seat, launched, set_rendezvous_address
 from cptool.parallel.ring import Ring
-from cptool.status import Board, Status
-from cptool.termination import held_back, orderly
 
 GENEROUS_S = 60
 """Upper bound of anything that takes a few seconds, on a machine that does much else."""
@@ -203,7 +200,7 @@ def test_ranks_form_a_mesh_and_rank_0_answers():
 
 def test_cores_are_shared_out_and_groups_of_one_are_none():
     _, facts = run(describe, "word", tp=2, device="cpu")
-    share = max(1, distributed.cores() // 2)
+    share = max(1, devices.cores() // 2)
     assert [(cp, tp, threads) for _, _, cp, tp, threads, *_ in facts] == [(None, 11, share)] * 2
 
 
@@ -212,28 +209,28 @@ def test_cores_are_physical_ones(monkeypatch):
     monkeypatch.setattr(affinity, "cpu_quota", lambda: None)
     siblings = {"cpu0": "0,2", "cpu1": "1,3", "cpu2": "0,2"}
     monkeypatch.setattr(Path, "read_text", lambda path: siblings[path.parent.parent.name])
-    assert distributed.cores() == 2
+    assert devices.cores() == 2
 
 
 def test_devices(monkeypatch):
-    monkeypatch.setattr(distributed, "_gpus", lambda: 2)
-    monkeypatch.setattr(distributed, "_cuda_kernels", lambda: True)
+    monkeypatch.setattr(devices, "_gpus", lambda: 2)
+    monkeypatch.setattr(devices, "_cuda_kernels", lambda: True)
     assert [resolve_device("auto", n) for n in (1, 2, 3)] == ["cuda", "cuda", "cpu"]
     assert resolve_device("cpu") == "cpu"
     assert resolve_device("cuda", 3) == "cuda"  # two of them share one
     with pytest.raises(UserError, match="--device tpu: it must be auto, cpu or cuda"):
         resolve_device("tpu")
-    monkeypatch.setattr(distributed, "_cuda_kernels", lambda: False)
+    monkeypatch.setattr(devices, "_cuda_kernels", lambda: False)
     assert resolve_device("auto") == "cpu"
     with pytest.raises(UserError, match="--device cuda: cptool was built without CUDA kernels; re"):
         resolve_device("cuda")
-    monkeypatch.setattr(distributed, "_gpus", lambda: 0)
+    monkeypatch.setattr(devices, "_gpus", lambda: 0)
     with pytest.raises(UserError, match="--device cuda: torch sees no GPU here; use --device cpu"):
         resolve_device("cuda")
 
 
 def test_transports(monkeypatch):
-    monkeypatch.setattr(distributed, "_gpus", lambda: 2)
+    monkeypatch.setattr(devices, "_gpus", lambda: 2)
     assert [transport("cuda", n) for n in (2, 3)] == ["direct", "staged"]
     assert transport("cpu", 3) == "direct"
     assert transport("cuda", 2, "staged") == transport("cpu", 2, "staged") == "staged"
@@ -335,9 +332,9 @@ def driver(entry, *arguments, **options):
     in one write: those of a launcher share a pipe, and `print` may write the line's end apart."""
     return f"""
 import sys
-sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(distributed.__file__).parents[1])!r}]
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(launch.__file__).parents[1])!r}]
 import test_distributed as tests
-from cptool.distributed import RankFailed, run
+from cptool.distributed.launch import RankFailed, run
 if __name__ == "__main__":
     try:
         got = run(tests.{entry}, *{arguments!r}, device="cpu", **{options!r})
@@ -422,8 +419,9 @@ def test_no_folder_is_left_by_a_run_that_ends_while_ranks_start(tmp_path, number
 
 
 def test_a_folder_that_is_removed_under_a_run_is_named_and_no_traceback_is_shown(tmp_path):
-    begin = "    import shutil; from cptool import local_launch; local_launch.start_server(run)\n"
-    begin += "    shutil.rmtree(local_launch._socket_folder.name)\n    try:"
+    begin = "    import shutil; from cptool.distributed import server_process\n"
+    begin += "    server_process.start(run)\n"
+    begin += "    shutil.rmtree(server_process.folder())\n    try:"
     script = driver("mistake", cp=2).replace("    try:", begin)
     output, errors = start(tmp_path, script=script).communicate(timeout=GENEROUS_S)
     assert output == "" and errors.startswith("RankFailed: /") and errors.count("\n") == 1
@@ -467,7 +465,7 @@ def test_a_signal_that_is_held_back_comes_in_place_of_an_exception_of_the_body()
 
 def test_ctrl_c_while_the_server_of_ranks_starts_is_not_lost():
     with pytest.raises(KeyboardInterrupt):
-        with local_launch._deaf():
+        with server_process._deaf():
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)  # until another thread of this process has told of it
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -620,11 +618,11 @@ def test_a_rank_that_comes_too_late_leaves_nothing_and_says_nothing(tmp_path):
         tmp_path,
         script=f"""
 import os
-from cptool import local_launch
-local_launch._die_with_launcher = lambda: None
-local_launch._rank_main(local_launch.Seat(0, 2, 0, 2), print, (), (), {missing!r}, "", None)
+from cptool.distributed import local
+local._die_with_launcher = lambda: None
+local._rank_main(local.Seat(0, 2, 0, 2), print, (), (), {missing!r}, "", None)
 """,
-        env={**os.environ, "PYTHONPATH": str(Path(distributed.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[1])},
     )
     assert process.communicate(timeout=GENEROUS_S) == ("", "") and process.returncode == 1
     assert list((tmp_path / "gone").iterdir()) == []

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 
-from cptool.encoding import decode, encode
-from cptool.gathering import gather_values
+from cptool.distributed.encoding import decode, encode
+from cptool.distributed.gathering import gather_values
 
 SCALARS = (
     st.none()

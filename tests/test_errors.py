@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cptool import errors
-from cptool.distributed import run
+from cptool.distributed.launch import run
 from cptool.errors import RunError, UserError, explain
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from test_checkpoint_huggingface import tiny
 
-from cptool import distributed
 from cptool.checkpoint import fingerprint as fingerprints
 from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.base import byte_ranges
+from cptool.distributed import launch
 from cptool.engine.turn import Setup, open_engine
 from cptool.errors import RunError
 
@@ -142,7 +142,7 @@ def test_a_file_that_another_one_replaces(saved):
         _ = checkpoint.fingerprint
     setup = Setup(model=str(saved), dtype="float32", state=before)
     with pytest.raises(RunError, match="was changed while it was loaded"):
-        distributed.run(open_engine, setup, cp=1, tp=1, device="cpu", threads=1)
+        launch.run(open_engine, setup, cp=1, tp=1, device="cpu", threads=1)
     assert open_checkpoint(str(saved)).state != before
 
 

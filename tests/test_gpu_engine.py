@@ -11,7 +11,7 @@ import torch
 from test_static_decode import TURNS, prompt, say
 
 from cptool.checkpoint import open_checkpoint
-from cptool.distributed import run
+from cptool.distributed.launch import run
 from cptool.emulation.layer import Scenario
 from cptool.emulation.projection import emulate
 from cptool.engine.engine import Engine

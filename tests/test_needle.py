@@ -3,7 +3,7 @@ one rank says.
 """
 
 from cptool.checkpoint import open_checkpoint
-from cptool.distributed import run
+from cptool.distributed.launch import run
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from cptool import scratch
+from cptool.distributed.status_board import Board
 from cptool.errors import RunError
-from cptool.scratch import make_folder, remove_folders
-from cptool.status import Board
+from cptool.host import scratch
+from cptool.host.scratch import make_folder, remove_folders
 
 
 def test_a_folder_is_its_users_own_and_can_be_removed_without_unwinding(tmp_path, monkeypatch):

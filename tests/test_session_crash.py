@@ -16,7 +16,8 @@ import pytest
 import torch
 from test_session import HEADS, LAYERS, save_turn
 
-from cptool import distributed, files
+from cptool import files
+from cptool.distributed import launch
 from cptool.errors import RunError
 from cptool.session import maintenance, segments
 from cptool.session import store as session
@@ -107,8 +108,8 @@ def kill_at_every_point(change, places: Path) -> None:
 
 
 def world_of(rank: int, size: int):
-    from cptool.distributed import World
-    from cptool.status import Board
+    from cptool.distributed.status_board import Board
+    from cptool.distributed.world import World
 
     group = None if size == 1 else torch.distributed.group.WORLD
     return World(
@@ -299,7 +300,7 @@ def save_where_one_rank_cannot(world, directory: str, failing: str) -> list[list
 @pytest.mark.parametrize("failing", ["write", "commit"])
 def test_where_one_rank_cannot_save_none_does_and_all_go_on(tmp_path, failing):
     place = str(tmp_path / "s")
-    found = distributed.run(save_where_one_rank_cannot, place, failing, cp=2, device="cpu")
+    found = launch.run(save_where_one_rank_cannot, place, failing, cp=2, device="cpu")
     assert all(os.strerror(errno.ENOSPC) in told for told, _ in found)
     assert [tokens for _, tokens in found] == [[3, 4, 5, 6, 7]] * 2
     manifest = session.load(tmp_path / "s")

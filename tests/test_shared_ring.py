@@ -9,7 +9,8 @@ import test_ring
 import torch
 from ranks import run_ranks
 
-from cptool.distributed import RankFailed, run
+from cptool.distributed.failure import RankFailed
+from cptool.distributed.launch import run
 from cptool.parallel import shared_ring
 from cptool.parallel.shared_ring import SLOTS, SharedRing
 

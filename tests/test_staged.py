@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 from test_static_decode import TURNS, say
 
-from cptool.distributed import run
+from cptool.distributed.launch import run
 from cptool.parallel.staged_ring import StagedRing
 
 

@@ -7,7 +7,7 @@ import torch
 from ranks import run_ranks
 
 from cptool.checkpoint import open_checkpoint
-from cptool.distributed import run
+from cptool.distributed.launch import run
 from cptool.engine.engine import Engine
 from cptool.engine.graphs import Recorded
 from cptool.engine.sampling import Sampling

@@ -108,10 +108,10 @@ def test_ctrl_c_while_the_command_line_is_imported_is_one_line(tmp_path):
 
 BUSY = """
 import hashlib, sys
-from cptool import termination
+from cptool.distributed import signals
 from cptool.cli import entry, main, streams
-from cptool.scratch import make_folder
-termination.PATIENCE_S = 0.1
+from cptool.host.scratch import make_folder
+signals.PATIENCE_S = 0.1
 def name(self, ctx, asked):
     with make_folder({place!r}):
         print("now", flush=True)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from llama_reference import ToyAttention, logits, random_llama, rms
 
 from cptool.checkpoint import open_checkpoint
-from cptool.distributed import run
+from cptool.distributed.launch import run
 from cptool.engine.weights import load_model
 from cptool.errors import UserError
 from cptool.model.shapes import llama_config

@@ -7,12 +7,13 @@ import pytest
 import torch
 from llama_reference import SHAPES, random_llama
 
-from cptool import shared_memory
 from cptool.checkpoint import open_checkpoint
-from cptool.distributed import World, run
+from cptool.distributed import shared_memory
+from cptool.distributed.launch import run
+from cptool.distributed.status_board import Board
+from cptool.distributed.world import World
 from cptool.engine.weights import load_model
 from cptool.host import large_pages
-from cptool.status import Board
 
 
 def fused(state, layer):

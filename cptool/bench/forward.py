@@ -9,7 +9,7 @@ import dataclasses
 import torch
 import torch.distributed as dist
 
-from cptool.distributed import World
+from cptool.distributed.world import World
 from cptool.engine.engine import Engine
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama

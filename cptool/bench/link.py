@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 from cptool.bench.measure import summary
-from cptool.distributed import World
+from cptool.distributed.world import World
 from cptool.parallel.ring import Ring
 from cptool.parallel.transport import ring_of
 

@@ -17,7 +17,7 @@ from cptool.bench.ceilings import matmul_rate
 from cptool.bench.forward import predicted_s, prepare, random_model, rewind, smaller_worlds
 from cptool.bench.measure import summary
 from cptool.calibration import measure as calibrate
-from cptool.distributed import World
+from cptool.distributed.world import World
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.world_profile import world_profile

@@ -21,7 +21,7 @@ from cptool.calibration.handling import positions, small_op, touch
 from cptool.calibration.linear import device_rates, row_rates, tiny_layer
 from cptool.calibration.link import link_rates
 from cptool.calibration.overheads import with_overheads
-from cptool.distributed import World
+from cptool.distributed.world import World
 from cptool.engine.world_profile import usable_processors
 from cptool.planning.hardware import MEASURED, PARTS, HardwareProfile
 from cptool.planning.profiles import default_profile

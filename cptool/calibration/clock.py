@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from cptool.distributed import World
+from cptool.distributed.world import World
 
 
 class Clock:

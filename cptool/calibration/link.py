@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cptool.calibration.clock import Clock, slope
-from cptool.distributed import World
+from cptool.distributed.world import World
 from cptool.parallel.ring import Ring
 from cptool.parallel.transport import ring_of
 from cptool.planning.hardware import Link

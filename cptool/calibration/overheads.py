@@ -12,7 +12,7 @@ import torch
 from cptool.bench.forward import hold, random_model, rewind
 from cptool.calibration.clock import Clock
 from cptool.calibration.examples import TINY
-from cptool.distributed import World
+from cptool.distributed.world import World
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.model.llama import DecoderLayer

@@ -47,22 +47,23 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     Under a launcher, as many ranks as it started. The profile stays in the user's cache
     (hardware.json); `--variant auto` reads it from there.
     """
-    from cptool import distributed
-    from cptool.launcher import launched_size
+    from cptool.distributed import devices, launch
+    from cptool.distributed.environment import launched_size
+    from cptool.distributed.options import check_size
     from cptool.planning.profiles import check_place
 
     launched = launched_size()
     # What ranks lose that take turns is measured apart: those that need not are bound to cores.
-    more = cp is None and launched is None and distributed.resolve_device(device, 2) == "cpu"
+    more = cp is None and launched is None and devices.resolve_device(device, 2) == "cpu"
     cp = cp or launched or 2
-    distributed.check_size(cp, 1)
+    check_size(cp, 1)
     check_place()
     dtypes = ("bfloat16", "float32") if dtype == "auto" else (dtype,)
     options = {"device": device, "threads": threads}
     with draw.progress() as watch:
-        profile, path, rank = distributed.run(_on_rank, dtypes, None, cp=cp, watch=watch, **options)
+        profile, path, rank = launch.run(_on_rank, dtypes, None, cp=cp, watch=watch, **options)
         if more:
-            profile, path, rank = distributed.run(
+            profile, path, rank = launch.run(
                 _on_rank, dtypes, profile, cp=2 * cp, watch=watch, **options
             )
     if rank:

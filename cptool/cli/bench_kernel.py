@@ -30,13 +30,13 @@ kernel_options = stack(
 
 def one_device(device: str, threads: int | None) -> str:
     """The device, resolved, with the threads of this process set."""
-    from cptool import distributed
+    from cptool.distributed import devices, options
 
-    distributed.check_threads(threads)
-    device = distributed.resolve_device(device)
+    options.check_threads(threads)
+    device = devices.resolve_device(device)
     import torch
 
-    torch.set_num_threads(threads or distributed.cores())
+    torch.set_num_threads(threads or devices.cores())
     return device
 
 

@@ -53,15 +53,15 @@ def link(cp, sizes, patterns, overlap, timeout, device, threads, repeats, plot, 
     network. On CPUs the ceiling is a plain TCP stream between the same neighbours, in the same
     rounds.
     """
-    from cptool import distributed
     from cptool import plot as plots
-    from cptool.launcher import launched_size
+    from cptool.distributed import launch, options
+    from cptool.distributed.environment import launched_size
 
     plots.check(plot)
     cp = cp or launched_size() or 2
-    distributed.check_size(cp, 1)
+    options.check_size(cp, 1)
     with draw.progress() as watch:
-        results, facts, rank = distributed.run(
+        results, facts, rank = launch.run(
             _on_rank,
             list(sizes),
             list(patterns),

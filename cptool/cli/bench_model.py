@@ -56,8 +56,8 @@ model_options = stack(
 
 def check(model: str, ranks: tuple[int, ...], tp: int) -> tuple[LlamaConfig, tuple[int, ...]]:
     """The shape of MODEL, and the N asked for, ascending; the largest fills the world."""
-    from cptool import distributed
-    from cptool.launcher import launched_size
+    from cptool.distributed.environment import launched_size
+    from cptool.distributed.options import check_size
     from cptool.model import shares
     from cptool.model.shapes import find_shape
 
@@ -67,16 +67,16 @@ def check(model: str, ranks: tuple[int, ...], tp: int) -> tuple[LlamaConfig, tup
     if not ranks:
         ranks = (launched // tp,) if launched else (1, 2)
     ranks = tuple(sorted(set(ranks)))
-    distributed.check_size(ranks[-1], tp)
+    check_size(ranks[-1], tp)
     return config, ranks
 
 
 def measured(measure: Callable, sweep, tp: int, **options) -> dict[str, object] | None:
     """What `measure` tells of `sweep` on a world of its most ranks; None but on the first."""
-    from cptool import distributed
+    from cptool.distributed import launch
 
     with draw.progress() as watch:
-        fields, rank = distributed.run(
+        fields, rank = launch.run(
             _on_rank, measure, sweep, cp=sweep.ranks[-1], tp=tp, watch=watch, **options
         )
     return None if rank else fields

@@ -65,8 +65,8 @@ def chat(
     question. /help tells the commands.
     """
     from cptool.checkpoint.entry import check_text
+    from cptool.distributed.environment import launched_size
     from cptool.engine.sampling import Sampling
-    from cptool.launcher import launched_size
     from cptool.session import store as sessions
 
     if launched_size() is not None:

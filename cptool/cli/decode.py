@@ -74,8 +74,8 @@ def decode(
     A sequence whose answer has ended says nothing until it is given more. Without --cp and --tp,
     as many ranks as last time.
     """
+    from cptool.distributed.environment import launched_size
     from cptool.engine.sampling import Sampling
-    from cptool.launcher import launched_size
     from cptool.session import store as sessions
 
     check_profile(profile)

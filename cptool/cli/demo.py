@@ -34,7 +34,7 @@ def demo(question, cp, tp, device, variant, partials, threads, timeout):
     differ.
     """
     from cptool.checkpoint import catalogue
-    from cptool.launcher import launched_size
+    from cptool.distributed.environment import launched_size
 
     if launched_size() is not None:
         raise UserError("cptool demo starts its own ranks; run it without a launcher")

@@ -10,8 +10,8 @@ import click
 from cptool.duration import duration
 
 if TYPE_CHECKING:
+    from cptool.distributed.status_board import Board
     from cptool.engine.turn import Report
-    from cptool.status import Board
 
 # Narrower terminals wrap a table themselves: in its own columns nothing would be left to read.
 NARROWEST = 40

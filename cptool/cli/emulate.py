@@ -51,7 +51,7 @@ def emulate(
     Of the CP ranks the one with the most work; its links come from a hardware profile. Attention
     runs over a block of every source's size and positions, linear layers at their width under TP.
     """
-    from cptool import distributed
+    from cptool.distributed import devices, options
     from cptool.model import shares
     from cptool.model.shapes import find_shape
 
@@ -59,8 +59,8 @@ def emulate(
         raise UserError(f"--cached {cached}: it must be less than --context {context}")
     config = find_shape(shape)
     shares.check(config, tp)
-    distributed.check_threads(threads)
-    device = distributed.resolve_device(device)
+    options.check_threads(threads)
+    device = devices.resolve_device(device)
 
     import torch
 

@@ -16,7 +16,7 @@ def main() -> None:
 
     streams.prepare()
     from cptool.cli.main import main
-    from cptool.termination import guard
+    from cptool.distributed.signals import guard
 
     try:
         guard(_leave)

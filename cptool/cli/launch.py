@@ -4,15 +4,15 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from cptool import distributed
 from cptool.cli import draw
 from cptool.cli.options import Ranks
 from cptool.cli.streams import replace_what_cannot_be_encoded
+from cptool.distributed import launch
 from cptool.engine.turn import Report, Turn, run
 from cptool.errors import RunError
 
 if TYPE_CHECKING:
-    from cptool.distributed import World
+    from cptool.distributed.world import World
 
 
 def run_turn(turn: Turn, ranks: Ranks, *, stream: bool = False) -> Report | None:
@@ -22,7 +22,7 @@ def run_turn(turn: Turn, ranks: Ranks, *, stream: bool = False) -> Report | None
     with a tokenizer.
     """
     with draw.progress(quiet=stream) as watch:
-        report, rank = distributed.run(
+        report, rank = launch.run(
             _on_rank,
             turn,
             stream,

@@ -11,10 +11,10 @@ import threading
 import click
 
 import cptool
-from cptool import termination
 from cptool.cli import streams
+from cptool.distributed import signals
+from cptool.distributed.signals import orderly
 from cptool.errors import UserError, explain, show_traceback
-from cptool.termination import orderly
 
 # Threads that spin while they wait take the cores from ranks and from our kernels' threads: on two
 # busy cores a decode step took 20 times as long. Read by OpenMP when torch is imported, so it is
@@ -75,7 +75,7 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             code, line = 130, "cptool: interrupted"
         # It is decided: a Ctrl-C from here on would only break into Python's own end.
-        if isinstance(signal.getsignal(signal.SIGINT), termination.Interrupt):
+        if isinstance(signal.getsignal(signal.SIGINT), signals.Interrupt):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         fault = streams.finish()
         if fault is not None and code in (0, 1):

@@ -32,7 +32,7 @@ def open_model(model: str, context_length: int | None = None) -> "Checkpoint":
     Says the checkpoint's notes on standard error, once for all ranks of a launcher.
     """
     from cptool.checkpoint import open_checkpoint
-    from cptool.launcher import launched
+    from cptool.distributed.environment import launched
 
     if context_length is not None and context_length > _MOST_POSITIONS:
         raise UserError(
@@ -52,7 +52,7 @@ def open_model(model: str, context_length: int | None = None) -> "Checkpoint":
 def say_reading(checkpoint: "Checkpoint") -> None:
     """Says that the fingerprint is about to be taken, where that takes a while."""
     from cptool.checkpoint.fingerprint import bytes_to_read
-    from cptool.launcher import launched
+    from cptool.distributed.environment import launched
 
     seat = launched()
     if seat is not None and seat.rank:

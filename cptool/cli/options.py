@@ -170,17 +170,17 @@ def resolve_ranks(
     config: "LlamaConfig",
 ) -> Ranks:
     """Checks the ranks asked for against the launcher, the model and the machine."""
-    from cptool import distributed
-    from cptool.launcher import launched
+    from cptool.distributed import devices, options
+    from cptool.distributed.environment import launched
     from cptool.model import shares
 
     seat, tp = launched(), tp or 1
     if cp is None:
         cp = 1 if seat is None else max(1, seat.size // tp)
     shares.check(config, tp)
-    distributed.check_size(cp, tp)
-    distributed.check_limits(threads, timeout)
-    device = distributed.resolve_device(device, seat.local_size if seat else cp * tp)
+    options.check_size(cp, tp)
+    options.check_limits(threads, timeout)
+    device = devices.resolve_device(device, seat.local_size if seat else cp * tp)
     return Ranks(cp=cp, tp=tp, device=device, threads=threads, timeout=timeout)
 
 

@@ -16,7 +16,7 @@ from cptool.checkpoint.library import LimitError
 from cptool.cli import draw
 from cptool.cli.models import say_reading
 from cptool.cli.options import check_room
-from cptool.distributed import RankFailed
+from cptool.distributed.failure import RankFailed
 from cptool.duration import duration
 from cptool.errors import RunError, UserError
 from cptool.paths import expanded

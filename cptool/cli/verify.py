@@ -65,8 +65,8 @@ def verify(
     fits a shorter context), in two turns and some decode steps. Exits with 1 if an error exceeds
     its bound, a token differs from one rank's, or a repeated run gives other bits.
     """
-    from cptool import distributed
-    from cptool.launcher import launched_size
+    from cptool.distributed import devices
+    from cptool.distributed.environment import launched_size
 
     if launched_size() is not None:
         raise UserError("cptool verify starts its own ranks; run it without a launcher")
@@ -79,7 +79,7 @@ def verify(
         raise UserError("cptool verify takes one prompt of at least 2 tokens")
     tokens = sequences[0]
     check_context([len(tokens)], [0], STEPS, checkpoint.config)
-    device = distributed.resolve_device(device)
+    device = devices.resolve_device(device)
     if max_cp is None:
         import torch
 

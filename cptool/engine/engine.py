@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from cptool import files
 from cptool.cache import KVCache, nothing_held, truncated
-from cptool.distributed import World
+from cptool.distributed.world import World
 from cptool.engine.sampling import Sampling
 from cptool.engine.static_decode import StaticDecode
 from cptool.errors import RunError, explain

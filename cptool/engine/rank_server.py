@@ -4,7 +4,7 @@
 own to wait on, not a collective: idle ranks burn no CPU and meet no timeout, however long the user
 thinks. All ranks get the same requests and so make the same calls; the first one answers. The
 connections are pairs of sockets without a name, of which the ranks inherit one end: nobody else can
-connect, and what they carry is typed data (`cptool.encoding`).
+connect, and what they carry is typed data (`cptool.distributed.encoding`).
 """
 
 import multiprocessing
@@ -17,14 +17,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cptool import distributed
-from cptool.encoding import decode, encode
+from cptool.distributed import launch
+from cptool.distributed.encoding import decode, encode
+from cptool.distributed.failure import RankFailed
+from cptool.distributed.options import DEFAULT_TIMEOUT_S
 from cptool.engine.sampling import Sampling
 from cptool.engine.turn import Setup, open_engine
 from cptool.errors import RunError, explain
 
 if TYPE_CHECKING:
-    from cptool.distributed import World
+    from cptool.distributed.world import World
     from cptool.session.store import Manifest
 
 _STOP, _END = "stop", "end"
@@ -141,7 +143,7 @@ class Resident:
         self._theirs = [theirs for _, theirs in pairs]
         self._failure: BaseException | None = None
         self._sending = self._stop_is_due = False
-        self._timeout = ranks.get("timeout", distributed.DEFAULT_TIMEOUT_S)
+        self._timeout = ranks.get("timeout", DEFAULT_TIMEOUT_S)
         for connection in self._connections:
             connection.limit_sending(self._timeout)
         self._setup, self._ranks = setup, ranks
@@ -151,9 +153,9 @@ class Resident:
     def __enter__(self) -> "Resident":
         try:
             if len(self._connections) > 1:
-                from cptool.local_launch import start_server
+                from cptool.distributed import server_process
 
-                start_server(serve)  # here, for its signals are the main thread's
+                server_process.start(serve)  # here, for its signals are the main thread's
             self._thread.start()
             self._receive()  # that all are ready
         except BaseException:
@@ -218,7 +220,7 @@ class Resident:
             for process in set(multiprocessing.active_children()) - self._others:
                 process.kill()  # whoever is stopped hears nothing else
             told = f"no answer from rank {taken}, which took no request for {self._timeout:g} s"
-            raise distributed.RankFailed(f"{told}; all ranks were ended") from None
+            raise RankFailed(f"{told}; all ranks were ended") from None
         except OSError:
             self._raise()
         finally:
@@ -239,7 +241,7 @@ class Resident:
 
     def _run(self) -> None:
         try:
-            distributed.run(serve, self._setup, own=self._theirs, **self._ranks)
+            launch.run(serve, self._setup, own=self._theirs, **self._ranks)
         except BaseException as failure:
             self._failure = failure
         finally:

@@ -97,7 +97,7 @@ class Report:
 
 
 def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Report:
-    """Runs the turn on this rank of `world` (a `cptool.distributed.World`).
+    """Runs the turn on this rank of `world` (a `cptool.distributed.world.World`).
 
     `emit(sequence, token)` is called on rank 0 for each token as it is known.
     """

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from cptool.checkpoint import Checkpoint
+from cptool.distributed.shared_memory import shared_tensors
 from cptool.host import large_pages
 from cptool.model import shares
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
 from cptool.parallel import tensor_parallel
-from cptool.shared_memory import shared_tensors
 
 if TYPE_CHECKING:
-    from cptool.distributed import World
+    from cptool.distributed.world import World
 
 
 @dataclass(frozen=True)

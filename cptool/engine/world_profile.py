@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cptool.planning.profiles import load_profile
 
 if TYPE_CHECKING:
-    from cptool.distributed import World
+    from cptool.distributed.world import World
 from cptool.planning.hardware import PARTS, HardwareProfile
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from cptool.checkpoint import open_checkpoint
-from cptool.distributed import World, run
+from cptool.distributed.launch import run
+from cptool.distributed.world import World
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
@@ -94,7 +95,7 @@ class Verdict:
 
 def verify(plan: Plan, ranks: list[int], **launch) -> Iterator[Verdict]:
     """Runs `plan` on one rank and then on each of `ranks`, every variant; `launch` goes to
-    `cptool.distributed.run`.
+    `cptool.distributed.launch.run`.
     """
     reference, steps = run(measure, plan, ("pass-kv", ALL_Q), cp=1, **launch)
     yield Verdict(reference, "same")

@@ -10,8 +10,8 @@ writes to a buffer that nothing reads any more; kernels that follow on the curre
 it, until `wait` makes the stream wait for the transfer's end. Tensors of a transfer are referred to
 until then, and the memory of one that is dropped later goes to work of the current stream, which
 comes after: the caching allocator needs no `record_stream`. The group's streams have high priority
-(`cptool.distributed`), or an attention kernel that fills the device would keep transfers from
-starting before it ends.
+(`cptool.distributed.connect`), or an attention kernel that fills the device would keep transfers
+from starting before it ends.
 """
 
 from __future__ import annotations

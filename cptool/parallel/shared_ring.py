@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cptool.gathering import gather_values
+from cptool.distributed.gathering import gather_values
+from cptool.distributed.shared_memory import is_here
 from cptool.ops import extension
 from cptool.parallel.ring import Ring
-from cptool.shared_memory import is_here
 
 _C = extension.load()
 

@@ -8,7 +8,7 @@ from cptool.parallel.ring import Ring
 from cptool.parallel.shared_ring import SUPPORTED, SharedRing
 
 if TYPE_CHECKING:
-    from cptool.distributed import World
+    from cptool.distributed.world import World
 from cptool.parallel.staged_ring import StagedRing
 
 

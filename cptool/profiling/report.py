@@ -17,7 +17,7 @@ from cptool.profiling.intervals import length_s, subtract
 from cptool.profiling.trace import PHASES, Recorder, Span, Transfer
 
 if TYPE_CHECKING:
-    from cptool.distributed import World
+    from cptool.distributed.world import World
     from cptool.profiling.trace import Kernel
 
 HOST = "host"

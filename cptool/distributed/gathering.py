@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cptool.encoding import decode, encode
+from cptool.distributed.encoding import decode, encode
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -18,7 +18,7 @@ def gather_values(
     value: Any, types: Sequence[type] = (), group: dist.ProcessGroup | None = None
 ) -> list[Any]:
     """`value` of every rank of the group, in rank order; collective. It is one that
-    `cptool.encoding` takes, with dataclasses of `types`; tensors arrive on the CPU.
+    `cptool.distributed.encoding` takes, with dataclasses of `types`; tensors arrive on the CPU.
     """
     import torch
     import torch.distributed as dist

@@ -7,8 +7,8 @@ import stat
 import tempfile
 import weakref
 
-from cptool import abandoned
 from cptool.errors import RunError
+from cptool.host import abandoned
 
 # What the processes of a run write there: where they meet, what they do, addresses of sockets.
 _ROOM = 1 << 20

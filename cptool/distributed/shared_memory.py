@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from cptool.distributed import World
+    from cptool.distributed.world import World
 
 _ALIGNMENT = 64  # a cache line, and the widest vector load
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from cptool.launcher import launched
+from cptool.distributed.environment import launched
 
 PATIENCE_S = 4.0
 """How long a command that was interrupted or terminated may take to end in order."""
@@ -143,7 +143,7 @@ def _watch(reading: int) -> None:
 
 def leave(number: int) -> None:
     """End this process as signal `number` asks for, without unwinding; temporary folders go."""
-    from cptool.scratch import remove_folders
+    from cptool.host.scratch import remove_folders
 
     if sys.stderr.isatty():
         os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides

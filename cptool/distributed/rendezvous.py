@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from cptool.distributed.environment import Seat, set_rendezvous_address
 from cptool.errors import UserError
-from cptool.launcher import Seat, set_rendezvous_address
 
 if TYPE_CHECKING:
     import torch.distributed as dist

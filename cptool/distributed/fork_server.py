@@ -5,7 +5,7 @@ launching process, however that goes, and even where it is stopped.
 import os
 import sys
 
-from cptool.termination import end_with_parent
+from cptool.distributed.signals import end_with_parent
 
 
 def _quiet(kind: type, error: BaseException, trace) -> None:

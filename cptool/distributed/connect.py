@@ -1,0 +1,107 @@
+"""Joining the process group: the rank's device, cores, groups, and its leaving in order."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cptool.distributed.devices import cores, resolve_device, transport
+from cptool.distributed.environment import Seat
+from cptool.distributed.status_board import Board
+from cptool.distributed.world import World
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+
+def connect(
+    seat: Seat,
+    cp: int,
+    tp: int,
+    device: str,
+    threads: int | None,
+    timeout: float,
+    asked: str | None,
+    board: Board,
+    store: dist.Store,
+    place: str = "",
+) -> World:
+    """Join the process group whose ranks meet in `store`, and build the mesh. place: what the error
+    adds if some do not come.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from cptool.distributed.gathering import gather_values
+    from cptool.distributed.rendezvous import START_S, meet
+    from cptool.host.affinity import bind
+
+    device = resolve_device(device, seat.local_size)
+    staged = transport(device, seat.local_size, asked) == "staged"
+    where = torch.device("cpu")
+    if device == "cuda":
+        where = torch.device("cuda", seat.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(where)  # before any group exists, or all ranks open device 0
+    if staged and device == "cuda" and seat.rank == 0:
+        print("cptool: messages between ranks go through host memory", file=sys.stderr, flush=True)
+    # Less would end a sound run on a busy machine, where a rank may get no core for so long.
+    patience = datetime.timedelta(seconds=max(timeout, START_S))
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" and not staged else "gloo"
+    # Transfers must start beside an attention kernel that fills the device, not behind it.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    meet(store, seat, timeout + START_S, place)
+    dist.init_process_group(
+        backend, store=store, rank=seat.rank, world_size=seat.size, timeout=patience
+    )
+
+    if device == "cpu":  # threads that are started from here on inherit where this one is bound
+        torch.set_num_threads(bind(gather_values, seat.rank, threads))
+    else:
+        torch.set_num_threads(threads or max(1, cores() // seat.local_size))
+
+    ranks = torch.arange(seat.size).view(cp, tp)
+    # Built by hand because a mesh gives the groups it makes the library's timeout, half an hour.
+    cp_group, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=patience)
+    tp_group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=patience)
+    mesh = DeviceMesh.from_group(
+        [cp_group, tp_group],
+        "cpu" if staged else device,
+        mesh=ranks,
+        mesh_dim_names=("cp", "tp"),
+    )
+    wire = torch.device("cpu") if staged else where
+    for group in (cp_group, tp_group):
+        # Connections are made here and not in the first layer; NCCL also needs every rank of a
+        # group in the group's first operation, which a batch of point-to-point ones may not have.
+        dist.all_reduce(torch.ones(1, device=wire), group=group)
+    return World(
+        rank=seat.rank,
+        size=seat.size,
+        local_rank=seat.local_rank,
+        local_size=seat.local_size,
+        cp_rank=seat.rank // tp,
+        cp=cp,
+        tp_rank=seat.rank % tp,
+        tp=tp,
+        device=where,
+        mesh=mesh,
+        cp_group=cp_group if cp > 1 else None,
+        tp_group=tp_group if tp > 1 else None,
+        board=board,
+        staged=staged,
+        direct=asked == "direct",
+    )
+
+
+def call_entry(entry: Callable[..., Any], args: tuple, world: World) -> Any:
+    """Run `entry` and leave the world in order."""
+    import torch.distributed as dist
+
+    value = entry(world, *args)
+    world.barrier()  # the host of the store must not leave while others still use it
+    dist.destroy_process_group()
+    return value

@@ -1,0 +1,151 @@
+"""Running an entry on all ranks: in this process, in local ones, or in a launcher's world.
+
+Nothing here imports torch before it is needed: a local launch starts importing it in the process
+that ranks are forked from and in this one at the same time.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cptool.distributed.connect import call_entry, connect
+from cptool.distributed.devices import cores, resolve_device
+from cptool.distributed.environment import Seat, launched
+from cptool.distributed.failure import RankFailed, describe, is_communication
+from cptool.distributed.options import DEFAULT_TIMEOUT_S, check_limits, check_size
+from cptool.distributed.signals import held_back, orderly
+from cptool.distributed.status_board import Board
+from cptool.distributed.world import World
+from cptool.errors import (
+    RunError,
+    UserError,
+    explain,
+    is_out_of_memory,
+    show_traceback,
+)
+from cptool.host.scratch import make_folder
+
+if TYPE_CHECKING:
+    pass
+
+
+def run(
+    entry: Callable[..., Any],
+    *args: Any,
+    cp: int = 1,
+    tp: int = 1,
+    device: str = "auto",
+    threads: int | None = None,
+    timeout: float = DEFAULT_TIMEOUT_S,
+    watch: Callable[[Board], None] | None = None,
+    own: Sequence[Any] | None = None,
+) -> Any:
+    """Call entry(world, *args) on cp * tp ranks and return what rank 0 returned.
+
+    Under torchrun or srun this process joins that world, and returns its own rank's value. Else one
+    rank runs in this process, and more are started as local processes (`cptool.distributed.local`);
+    then `entry` must be importable by name and `args` picklable, and standard output and error of
+    the ranks are this process's own.
+
+    threads: intra-op threads per rank; default: this machine's cores dealt to its ranks, each of
+        which is bound to its own (`cptool.host.affinity`).
+    timeout: seconds that a rank waits for the others in one transfer before it gives up; in those
+        between running ranks at least 5.
+    watch: called with the status board about ten times a second while ranks work (on rank 0).
+    own: a last argument for each rank, which no other rank gets, such as its end of a connection;
+        for ranks that are started here.
+
+    Raises the UserError that a rank raised; RankFailed when a rank died or raised anything else
+    (with CPTOOL_TRACEBACK set, its traceback is on standard error); after all ranks are ended,
+    KeyboardInterrupt for SIGINT and SystemExit for SIGTERM. With one rank, exceptions pass through
+    as they are, but RunError where memory ran out.
+    """
+    check_size(cp, tp)
+    check_limits(threads, timeout)
+    options = (cp, tp, device, threads, timeout, os.environ.get("CPTOOL_TRANSPORT"))
+    seat = launched()
+    if seat is not None and seat.size > 1:
+        board = Board(seat.size)
+        with _watching(watch if seat.rank == 0 else None, board):
+            return _joined(entry, args, seat, options, board)
+    if cp * tp == 1:
+        board = Board(1)
+        with _watching(watch, board):
+            last = () if own is None else own
+            try:
+                return entry(_alone(resolve_device(device), threads, board), *args, *last)
+            except (MemoryError, RuntimeError, OSError) as error:
+                if is_out_of_memory(error):
+                    raise RunError(explain(error, during=str(board.read(0)))) from error
+                raise
+    from cptool.distributed.local import launch
+
+    with orderly(), make_folder() as folder:
+        board = Board(cp * tp, os.path.join(folder, "status"))
+        with _watching(watch, board):
+            return launch(entry, args, options, board, folder, own)
+
+
+def _alone(device: str, threads: int | None, board: Board) -> World:
+    with held_back():
+        import torch
+
+    torch.set_num_threads(threads or cores())
+    where = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    return World(0, 1, 0, 1, 0, 1, 0, 1, where, None, None, None, board)
+
+
+def _joined(entry, args, seat: Seat, options: tuple, board: Board) -> Any:
+    """One rank of a world that a launcher started, which also ends the others if this one dies."""
+    from cptool.distributed.rendezvous import launchers_address, launchers_store, start_deadline
+    from cptool.distributed.stopped import kill_stopped_peers
+
+    timeout = options[4]
+
+    def give_up() -> None:
+        told = f"rank {seat.rank} did not meet the others at {launchers_address()}"
+        print(f"cptool: {told} in {timeout:g} s", file=sys.stderr, flush=True)
+        kill_stopped_peers()
+        os._exit(1)
+
+    try:
+        store = launchers_store(seat, timeout)
+        with start_deadline(timeout, give_up):
+            world = connect(seat, *options, board, store, f" to {launchers_address()}")
+        return call_entry(entry, args, world)
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # also what is no Exception, as a panic of Rust is
+        if is_communication(error):
+            # Last of all, for the launcher ends this rank too when it sees one die.
+            atexit.register(kill_stopped_peers)
+        else:
+            show_traceback(error)
+        raise RankFailed(describe(seat.rank, board, error)) from error
+
+
+@contextlib.contextmanager
+def _watching(watch: Callable[[Board], None] | None, board: Board) -> Iterator[None]:
+    """Call watch(board) from a thread while the body runs."""
+    if watch is None:
+        yield
+        return
+    over = threading.Event()
+
+    def loop() -> None:
+        while not over.wait(0.1):
+            watch(board)
+
+    thread = threading.Thread(target=loop, name="cptool-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,189 @@
+"""Starting and ending the ranks of one machine.
+
+Ranks are forked from a server that has imported torch. Nothing of a run listens except on loopback
+(`cptool.distributed.rendezvous`), and what a rank is started with, and what it returns, goes
+through pipes that it inherits: no other process can have written it. torch's elastic agent, which
+torchrun uses, is not used here: its store listens on all interfaces without a password, it
+unpickles what it finds there, and it gives a stopped rank 30 s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from cptool.distributed import server_process
+from cptool.distributed.connect import call_entry, connect
+from cptool.distributed.devices import resolve_device, transport
+from cptool.distributed.environment import Seat
+from cptool.distributed.failure import RankFailed, describe, is_communication
+from cptool.distributed.rendezvous import (
+    check_loopback,
+    file_store,
+    listen_on_loopback,
+    start_deadline,
+)
+from cptool.distributed.signals import end_with_parent, held_back
+from cptool.distributed.status_board import Board
+from cptool.distributed.stopped import is_stopped
+from cptool.distributed.supervision import ENDED, Supervision
+from cptool.errors import UserError, show_traceback
+
+# For ranks to end in order after SIGTERM; a stopped one does not hear it.
+_ORDERLY_S = 2.0
+# A process that waits for a disk ends only when the disk answers.
+_KILLED_S = 2.0
+
+
+def launch(
+    entry: Callable[..., Any],
+    args: tuple,
+    options: tuple,
+    board: Board,
+    folder: str,
+    own: Sequence[Any] | None = None,
+) -> Any:
+    """Call entry(world, *args) on local processes; rank 0's value, or the first cause as exception.
+
+    options: (cp, tp, device, threads, timeout) of `cptool.distributed.launch.run`, whose contract
+    this fulfils, and CPTOOL_TRANSPORT of this process: the server that ranks are forked from may
+    have started with another. board: in a file of `folder`, one record per rank. folder: private,
+    where the ranks meet. own: a last argument for each rank.
+    """
+    check_loopback()
+    server_process.start(entry)
+    cp, tp, device, *others, asked = options
+    device = resolve_device(device, board.ranks)
+    transport(device, board.ranks, asked)  # what cannot be is told before any rank starts
+    options = (cp, tp, device, *others, asked)
+
+    context = multiprocessing.get_context("forkserver")
+    receiver, answer = context.Pipe(duplex=False)
+    ranks: list[BaseProcess] = []
+    try:
+        with held_back(), start_deadline(options[4], server_process.kill_if_stopped):
+            for rank in range(board.ranks):
+                seat = Seat(rank, board.ranks, rank, board.ranks)
+                given = args if own is None else (*args, own[rank])
+                to = answer if rank == 0 else None
+                process = context.Process(
+                    target=_rank_main,
+                    args=(seat, entry, given, options, str(board.path), folder, to),
+                    name=f"cptool-rank-{rank}",
+                    daemon=True,
+                )
+                process.start()
+                ranks.append(process)
+            answer.close()
+        return Supervision(ranks, receiver, board, timeout=options[4]).result()
+    except FileNotFoundError:  # of the server's socket
+        raise RankFailed(f"{server_process.folder()} was removed while the run used it") from None
+    except EOFError:
+        raise RankFailed(
+            f"{server_process.described()} was stopped or has ended; {ENDED}"
+        ) from None
+    finally:
+        _end(ranks)
+
+
+def _rank_main(
+    seat: Seat,
+    entry: Callable[..., Any],
+    args: tuple,
+    options: tuple,
+    path: str,
+    folder: str,
+    answer: Connection | None,
+) -> None:
+    """What a local rank runs: connect, call, and on an exception tell the board, which is in the
+    file `path`, and end. answer: where rank 0 sends what `entry` returned.
+    """
+    _die_with_launcher()
+    for name, value in (
+        ("RANK", seat.rank),
+        ("WORLD_SIZE", seat.size),
+        ("LOCAL_RANK", seat.local_rank),
+        ("LOCAL_WORLD_SIZE", seat.local_size),
+    ):
+        os.environ[name] = str(value)
+    try:
+        board = Board(seat.size, path, make=False)
+        store = file_store(folder, seat.size)
+    except FileNotFoundError:  # the launching process is ending, and has put its folder away
+        os._exit(1)
+    # Ctrl-C reaches every process of the terminal, and the launching one tells of it. Python's own
+    # handler would never run in a rank that is blocked in a transfer.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `server_process`
+    listen_on_loopback()
+
+    def give_up() -> None:
+        board.fail(seat.rank, "communication", f"rank {seat.rank} did not meet the others")
+        os._exit(1)
+
+    try:
+        with start_deadline(options[4], give_up):
+            world = connect(seat, *options, board, store)
+        value = call_entry(entry, args, world)
+        if answer is not None:
+            # Not by `send`: with it torch shares a tensor's memory, which ends with this process.
+            answer.send_bytes(pickle.dumps(value))
+        return
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except UserError as error:
+        board.fail(seat.rank, "user", str(error))
+    except BaseException as error:  # also what is no Exception, as a panic of Rust is
+        kind = "communication" if is_communication(error) else "error"
+        board.fail(seat.rank, kind, describe(seat.rank, board, error))
+        if kind == "error":
+            show_traceback(error)
+    with contextlib.suppress(OSError, AttributeError):  # closed from the beginning, or full
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # Not sys.exit: leaving in order would wait for groups whose other ranks are stuck.
+    os._exit(1)
+
+
+def _end(ranks: Sequence[BaseProcess]) -> None:
+    """End what still runs: in order where that takes no time, else at once."""
+    server_process.kill_if_stopped()
+    running = [process for process in ranks if process.is_alive()]
+    for process in running:
+        process.terminate()
+    until = time.monotonic() + _ORDERLY_S
+    for process in running:
+        process.join(0.0 if is_stopped(process.pid) else max(0.0, until - time.monotonic()))
+    running = [process for process in running if process.is_alive()]
+    for process in running:
+        process.kill()
+    until = time.monotonic() + _KILLED_S
+    for process in running:
+        process.join(max(0.0, until - time.monotonic()))
+
+
+def _die_with_launcher() -> None:
+    """End this process when the launching one is gone, however that went.
+
+    The kernel kills it when its parent, the fork server, ends, which does so with its own
+    (`cptool.distributed.fork_server`). That ends even a stopped rank. A thread watches too, for a
+    server that a thread started, which outlives its client for as long as ranks do.
+    """
+    end_with_parent()
+    launcher = multiprocessing.parent_process()
+
+    def watch() -> None:
+        launcher.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="cptool-launcher", daemon=True).start()
