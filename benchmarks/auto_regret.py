@@ -46,7 +46,7 @@ def measure(world, dtype: str, repeats: int, seconds: float, grid) -> list[dict]
     """One cell for each (T, P) of `grid`. Rounds go on for `seconds` a cell, at least `repeats`."""
     import torch
 
-    from cptool.bench.forward import hold, predicted_s, random_model
+    from cptool.calibration.rig import hold, predicted_s, random_model
     from cptool.engine.engine import Engine
     from cptool.engine.world_profile import world_profile
     from cptool.planning.strategy import VARIANTS, Choice, choose
@@ -104,7 +104,7 @@ def _once(engine, world, choice, new: int, cached: int, placements) -> float:
     """Seconds of the slowest rank."""
     from unittest import mock
 
-    from cptool.bench.forward import rewind
+    from cptool.calibration.rig import rewind
     from cptool.engine.sampling import Sampling
 
     rewind(engine, cached, placements)
@@ -140,7 +140,7 @@ def _deviation(times: list[float]) -> float:
 
 
 def main() -> None:
-    from cptool.bench.measure import circumstances
+    from cptool.bench.timing import circumstances
     from cptool.distributed.launch import run
     from cptool.planning.profiles import load_profile
 

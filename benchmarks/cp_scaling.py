@@ -21,7 +21,7 @@ import checkout  # noqa: F401
 import torch
 from random_llama import SHAPE, write
 
-from cptool.bench.measure import circumstances, summary
+from cptool.bench.timing import circumstances, summary
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.devices import cores
 from cptool.distributed.launch import run

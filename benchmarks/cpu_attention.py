@@ -36,8 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cptool.bench.attention import Inputs, Shape
-from cptool.bench.measure import circumstances, clock_name, interleave, stopwatch
-from cptool.cli.counts import Heads
+from cptool.bench.timing import circumstances, clock_name, interleave, stopwatch
+from cptool.cli.types import Heads
 from cptool.ops.attention import merge_partials
 from cptool.ops.kernels import cpu_isa, cpu_isas, force_cpu_isa
 

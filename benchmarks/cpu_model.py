@@ -24,7 +24,7 @@ from ceilings import Ceilings
 from random_llama import SHAPE, write
 from transformers import AutoModelForCausalLM
 
-from cptool.bench.measure import circumstances, summary
+from cptool.bench.timing import circumstances, summary
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.engine.engine import Engine

@@ -25,8 +25,8 @@ MODEL = llama_config(1024, 8, 8, 2, 2816, context=1 << 20)
 def compare(world, lengths, variant, dtype, rounds):
     import torch
 
-    from cptool.bench.forward import random_model
     from cptool.calibration import measure
+    from cptool.calibration.rig import random_model
     from cptool.emulation.layer import Scenario
     from cptool.emulation.projection import emulate
     from cptool.engine.engine import Engine
@@ -91,7 +91,7 @@ def main(cp, tokens, variant, dtype, rounds, json_file) -> None:
         arguments = (tokens, variant, dtype, rounds)
         results += launch.run(compare, *arguments, cp=ranks, device="cpu", threads=1)
     if json_file:
-        from cptool.bench.measure import circumstances
+        from cptool.bench.timing import circumstances
 
         head = {**circumstances(), "threads_per_rank": 1}
         json_file.write_text(json.dumps({**head, "results": results}, indent=1) + "\n")

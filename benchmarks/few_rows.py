@@ -22,7 +22,7 @@ from ceilings import Ceilings
 from rich.console import Console
 from rich.table import Table
 
-from cptool.bench.measure import circumstances, clock_name, interleave, stopwatch
+from cptool.bench.timing import circumstances, clock_name, interleave, stopwatch
 from cptool.host import large_pages
 from cptool.ops.kernels import cpu_isas, cpu_linear_isa, force_cpu_isa
 from cptool.ops.linear import FEW_ROWS, linear

@@ -16,7 +16,7 @@ from pathlib import Path
 import checkout  # noqa: F401
 import torch
 
-from cptool.bench.measure import circumstances, summary
+from cptool.bench.timing import circumstances, summary
 from cptool.engine.graphs import Recorded
 from cptool.ops.kernels import cuda_kernels
 

@@ -36,9 +36,9 @@ def on_rank(world, plan: dict) -> dict[str, object]:
     import torch
 
     from cptool.bench import link
-    from cptool.bench.forward import hold, predicted_s, random_model
-    from cptool.bench.measure import summary
+    from cptool.bench.timing import summary
     from cptool.calibration import measure as calibrate
+    from cptool.calibration.rig import hold, predicted_s, random_model
     from cptool.engine.engine import Engine
     from cptool.planning.cost.layer import predict
     from cptool.planning.cost.shape import Forward
@@ -257,7 +257,7 @@ def main(rates, context, miss_rates, variants, heads, dtype, repeats, json_file,
             namespaces.bits(rate)
     if reason := namespaces.missing():
         raise click.ClickException(reason)
-    from cptool.bench.measure import circumstances
+    from cptool.bench.timing import circumstances
 
     head = circumstances()
     plan = {

@@ -29,7 +29,7 @@ MODEL = llama_config(768, 3, 12, 4, 2304, vocab=1024, head_dim=64, context=16384
 
 def main() -> None:
     from cptool.bench import prefill
-    from cptool.bench.measure import circumstances
+    from cptool.bench.timing import circumstances
     from cptool.distributed.launch import run
     from cptool.planning.cost.exchange import VARIANTS
 

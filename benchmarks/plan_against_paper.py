@@ -178,7 +178,7 @@ def errors(rows: list[dict], *tables: str) -> dict[str, float]:
 
 
 def main() -> None:
-    from cptool.bench.measure import circumstances
+    from cptool.bench.timing import circumstances
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=RESULTS / "plan_against_paper.json")

@@ -11,7 +11,7 @@ from llama_reference import save_llama
 
 from cptool.checkpoint import catalogue, open_checkpoint
 from cptool.errors import UserError
-from cptool.paths import cache_dir
+from cptool.files import cache_dir
 
 # Ranks are forked from a process that imports test modules: asking for a GPU must not start CUDA.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

@@ -10,7 +10,7 @@ import pytest
 
 from cptool.checkpoint import catalogue, open_checkpoint
 from cptool.errors import UserError
-from cptool.paths import cache_dir
+from cptool.files import cache_dir
 
 NAME = "tiny"
 CONTENT = b"GGUF and the rest of a model"

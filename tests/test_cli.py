@@ -18,6 +18,7 @@ import safetensors.torch
 from click.testing import CliRunner
 from conftest import greedy
 
+from cptool import units
 from cptool.checkpoint import open_checkpoint
 from cptool.cli import draw
 from cptool.cli.launch import Output
@@ -285,7 +286,7 @@ def test_rows_are_lines_where_no_terminal_is(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     draw.table([("one", "a" * 200), ("longer", "b")])
     assert capsys.readouterr().out == f"one     {'a' * 200}\nlonger  b\n"
-    assert [draw.size(n) for n in (999, 1e12, 1.5e18)] == ["999 B", "1 TB", "1,500,000 TB"]
+    assert [units.size(n) for n in (999, 1e12, 1.5e18)] == ["999 B", "1 TB", "1,500,000 TB"]
 
 
 def test_what_ends_ranks_is_one_line(mqa_path, tmp_path):

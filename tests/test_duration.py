@@ -1,6 +1,6 @@
 import pytest
 
-from cptool.duration import duration
+from cptool.units import duration
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cptool.cli.counts import TokenCount
 from cptool.cli.main import main
+from cptool.cli.types import TokenCount
 from cptool.emulation.layer import LINEAR, OTHER, Scenario, shards
 from cptool.emulation.projection import _segments, emulate
 from cptool.emulation.ring import Compute, EmulatedRing, Start, Timeline, Wait, replay

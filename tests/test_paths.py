@@ -8,7 +8,7 @@ import pytest
 
 from cptool.checkpoint import open_checkpoint
 from cptool.errors import UserError
-from cptool.paths import cache_dir, expanded
+from cptool.files import cache_dir, expanded
 from cptool.planning import profiles
 from cptool.planning.profiles import check_place, is_measured
 

@@ -11,9 +11,9 @@ from cptool.distributed.launch import run
 from cptool.engine.engine import Engine
 from cptool.engine.graphs import Recorded
 from cptool.engine.sampling import Sampling
-from cptool.engine.static_decode import level, owner
 from cptool.engine.weights import load_model
 from cptool.session.store import identity
+from cptool.sharding import level, owner
 
 
 def prompt(length: int, salt: int = 0) -> list[int]:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from cptool.bench.ceilings import matmul_rate, memory_rate
-from cptool.bench.measure import interleave, stopwatch
+from cptool.bench.timing import interleave, stopwatch
 from cptool.host import large_pages
 from cptool.ops.attention import attention_partial
 from cptool.ops.kernels import cpu_isa

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cptool.bench.measure import stopwatch
+from cptool.bench.timing import stopwatch
 
 _ROWS = {"cpu": 1024, "cuda": 8192}
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 
 from cptool.bench.ceilings import memory_rate
-from cptool.bench.forward import predicted_s, prepare, random_model, smaller_worlds
-from cptool.bench.measure import summary
+from cptool.bench.timing import summary
 from cptool.calibration import measure as calibrate
+from cptool.calibration.rig import predicted_s, prepare, random_model, smaller_worlds
 from cptool.distributed.world import World
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling

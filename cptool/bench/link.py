@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from cptool.bench.measure import summary
+from cptool.bench.timing import summary
 from cptool.distributed.world import World
 from cptool.parallel.ring import Ring
 from cptool.parallel.transport import ring_of

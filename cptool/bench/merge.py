@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from cptool.bench.ceilings import memory_rate
-from cptool.bench.measure import interleave, stopwatch
+from cptool.bench.timing import interleave, stopwatch
 from cptool.ops.attention import merge_partials
 
 

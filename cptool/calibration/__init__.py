@@ -13,14 +13,14 @@ import os
 
 import torch
 
-from cptool.bench.forward import smaller_worlds
 from cptool.calibration.attention import attention_rates
 from cptool.calibration.clock import Clock
 from cptool.calibration.examples import EXAMPLE
-from cptool.calibration.handling import positions, small_op, touch
 from cptool.calibration.linear import device_rates, row_rates, tiny_layer
 from cptool.calibration.link import link_rates
 from cptool.calibration.overheads import with_overheads
+from cptool.calibration.rig import smaller_worlds
+from cptool.calibration.small_ops import positions, small_op, touch
 from cptool.distributed.world import World
 from cptool.engine.world_profile import usable_processors
 from cptool.planning.hardware import MEASURED, PARTS, HardwareProfile

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from cptool.bench.forward import hold, random_model, rewind
 from cptool.calibration.clock import Clock
 from cptool.calibration.examples import TINY
+from cptool.calibration.rig import hold, random_model, rewind
 from cptool.distributed.world import World
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling

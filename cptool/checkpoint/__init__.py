@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cptool.checkpoint.base import Checkpoint, Sampling, first_line
 from cptool.errors import UserError
-from cptool.paths import expanded, home
+from cptool.files import expanded, home
 
 __all__ = ["Checkpoint", "Sampling", "open_checkpoint"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cptool.errors import UserError
-from cptool.paths import cache_dir, sha256
+from cptool.files import cache_dir, sha256
 
 _CHUNK = 1 << 20
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from cptool import files
 from cptool.errors import RunError, UserError
-from cptool.paths import cache_dir
+from cptool.files import cache_dir
 
 if TYPE_CHECKING:
     from cptool.checkpoint.base import Checkpoint, JoinedTensor, StoredTensor

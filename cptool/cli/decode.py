@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from cptool import units
 from cptool.cli import draw
 from cptool.cli.models import context_option, open_model, say_reading
 from cptool.cli.options import (
@@ -94,8 +95,8 @@ def decode(
     sequences = asked.encode(checkpoint, begin=False)
     if sequences and len(sequences) != batch:
         raise UserError(
-            f"{draw.some(len(sequences), 'prompt')} for a session of "
-            f"{draw.some(batch, 'sequence')}; give one for each, or none"
+            f"{units.some(len(sequences), 'prompt')} for a session of "
+            f"{units.some(batch, 'sequence')}; give one for each, or none"
         )
     sequences = sequences or [[]] * batch
     held = [len(sequence.tokens) for sequence in manifest.sequences]

@@ -10,10 +10,11 @@ import click
 
 from cptool.cli import draw
 from cptool.cli.models import open_model
-from cptool.cli.options import Ranks, ranks_by_default, resolve_dtype, resolve_ranks, run_options
+from cptool.cli.options import ranks_by_default, resolve_dtype, resolve_ranks, run_options
 from cptool.cli.prompts import check_context
-from cptool.duration import duration
+from cptool.distributed.options import Ranks
 from cptool.errors import UserError
+from cptool.units import duration
 
 MODEL = "smollm2-135m-instruct"
 QUESTION = "What is the cat's name?"

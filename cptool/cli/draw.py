@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cptool.duration import duration
+from cptool.units import duration, size, some
 
 if TYPE_CHECKING:
     from cptool.distributed.status_board import Board
@@ -15,20 +15,6 @@ if TYPE_CHECKING:
 
 # Narrower terminals wrap a table themselves: in its own columns nothing would be left to read.
 NARROWEST = 40
-
-
-def size(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB" if count < 1000 else f"{count:,.0f} TB"
-
-
-def some(count: int, noun: str) -> str:
-    """`1 token`, `2,000 tokens`."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def prefill_rows(report: "Report") -> list[tuple[str, str]]:

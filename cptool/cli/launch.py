@@ -5,9 +5,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from cptool.cli import draw
-from cptool.cli.options import Ranks
 from cptool.cli.streams import replace_what_cannot_be_encoded
 from cptool.distributed import launch
+from cptool.distributed.options import Ranks
 from cptool.engine.turn import Report, Turn, run
 from cptool.errors import RunError
 

@@ -50,7 +50,8 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(f"cptool.cli.{name}"), name)
+        module = "bench.group" if name == "bench" else name
+        return getattr(importlib.import_module(f"cptool.cli.{module}"), name)
 
     # click takes an end of file for a Ctrl-C, and any broken pipe for one of the output.
 

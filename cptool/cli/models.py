@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cptool import units
 from cptool.cli import draw
-from cptool.cli.counts import TokenCount
+from cptool.cli.types import TokenCount
 from cptool.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,4 +60,4 @@ def say_reading(checkpoint: "Checkpoint") -> None:
         return
     size = bytes_to_read(checkpoint)
     if size >= _LARGE:
-        draw.say(f"reading all {draw.size(size)} of {checkpoint.name} once, to know it again")
+        draw.say(f"reading all {units.size(size)} of {checkpoint.name} once, to know it again")

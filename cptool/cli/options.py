@@ -3,13 +3,13 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from cptool.cli import draw
+from cptool import units
+from cptool.distributed.options import Ranks
 from cptool.errors import UserError
 from cptool.host.processor import has_bfloat16_products
 
@@ -121,17 +121,6 @@ json_option = click.option(
 )
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """How many ranks to run, where, and how."""
-
-    cp: int
-    tp: int
-    device: str
-    threads: int | None
-    timeout: float
-
-
 def check_room(directory: Path, config: "LlamaConfig", tokens: int, batch: int, dtype: str) -> None:
     """Refuses a disk without room for the KV of `tokens` more tokens and the logits after them."""
     from cptool.planning.cost.counts import kv_bytes
@@ -142,8 +131,8 @@ def check_room(directory: Path, config: "LlamaConfig", tokens: int, batch: int, 
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"{directory} has {draw.size(free)} free, the KV of {tokens:,} tokens needs "
-            f"{draw.size(needed)}; make room, or name another place"
+            f"{directory} has {units.size(free)} free, the KV of {tokens:,} tokens needs "
+            f"{units.size(needed)}; make room, or name another place"
         )
 
 

@@ -1,33 +1,21 @@
 """`cptool plan`: what a run would take, on which layout, and why; nothing is run."""
 
 import json
-import re
 import shlex
 from pathlib import Path
 
 import click
 
+from cptool import units
 from cptool.cli import draw
-from cptool.cli.counts import TokenCount
 from cptool.cli.options import VARIANTS, json_option
-from cptool.duration import duration
+from cptool.cli.types import Duration, TokenCount
 from cptool.errors import UserError
 from cptool.model.shapes import SHAPES, find_shape
+from cptool.units import duration
 
 SHOWN = 10
 SWEEPS = ("contexts", "ranks", "miss-rates")
-
-
-class Duration(click.ParamType):
-    """Seconds: `10`, `10s`, `800ms`, `2min`."""
-
-    name = "duration"
-
-    def convert(self, value, param, ctx) -> float:
-        match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(ms|s|min)?", str(value))
-        if not match or not float(match[1]):
-            self.fail(f"{value!r} is no duration; write seconds, as 10s, or 800ms", param, ctx)
-        return float(match[1]) * {"ms": 1e-3, "s": 1.0, "min": 60.0}[match[2] or "s"]
 
 
 @click.command(short_help="Predict times, memory and communication; nothing is run.")
@@ -156,7 +144,7 @@ def plan(
     )
     ranks = max_gpus or max((cp or 1) * (tp or 1), profile.ranks_per_host or _here(profile))
     if sweep is not None:
-        from cptool import plot as plots
+        from cptool.cli import plot as plots
         from cptool.cli import sweeps
 
         plots.check(plot)
@@ -263,7 +251,7 @@ def _variants(best) -> list[tuple]:
     rows = []
     for name, estimate in sorted(best.others.items(), key=lambda item: item[1].seconds):
         exposed = estimate.exposed_s
-        why = f"{draw.size(estimate.wire_bytes)} sent by a rank, "
+        why = f"{units.size(estimate.wire_bytes)} sent by a rank, "
         why += f"{duration(exposed)} exposed, {duration(estimate.hidden_s)} hidden"
         merging = estimate.parts["merge_s"]
         why += f", {duration(merging)} copying and merging"
@@ -301,14 +289,14 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
     rows = [
         (
             "plan",
-            f"{model} on {hardware}, {draw.some(work.context, 'token')}"
+            f"{model} on {hardware}, {units.some(work.context, 'token')}"
             + f" ({work.cached:,} cached)" * bool(work.cached)
             + f" in each of {work.batch} sequences" * (work.batch > 1),
         ),
         (
             "layout",
-            f"{best.cp} cp x {best.tp} tp, {draw.some(best.ranks, 'rank')} on "
-            f"{draw.some(best.hosts, 'host')}, {work.dtype}"
+            f"{best.cp} cp x {best.tp} tp, {units.some(best.ranks, 'rank')} on "
+            f"{units.some(best.hosts, 'host')}, {work.dtype}"
             + ", feed-forward in FP8"
             * (work.feed_forward == "float8"),
         ),
@@ -320,7 +308,7 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
         rows.append(
             (
                 "exchange",
-                f"{draw.size(best.ttft.wire_bytes)} sent by a rank, "
+                f"{units.size(best.ttft.wire_bytes)} sent by a rank, "
                 f"{duration(best.ttft.exposed_s)} exposed, "
                 f"{duration(best.ttft.hidden_s)} hidden under compute",
             )
@@ -335,8 +323,8 @@ def _draw(answer, work, model, profile, ttft_below) -> None:
         ("", _shares(best.ttit.parts)),
         (
             "memory",
-            f"{draw.size(best.memory_bytes)} of {draw.size(best.capacity)} a rank: "
-            + ", ".join(f"{name} {draw.size(count)}" for name, count in best.memory.items()),
+            f"{units.size(best.memory_bytes)} of {units.size(best.capacity)} a rank: "
+            + ", ".join(f"{name} {units.size(count)}" for name, count in best.memory.items()),
         ),
     ]
     own = work.config.max_position_embeddings

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool.cli import draw
-from cptool.cli.counts import TokenCount
 from cptool.cli.options import stack
+from cptool.cli.types import TokenCount
 from cptool.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from cptool import units
 from cptool.cli import draw
 from cptool.cli.options import json_option
 from cptool.session import store as sessions
@@ -54,7 +55,7 @@ def show(directory: Path, as_json: bool) -> None:
             ("after turns", turns),
             (
                 "on disk",
-                f"{draw.some(fields['segments'], 'segment')}, {draw.size(fields['bytes'])}, "
+                f"{units.some(fields['segments'], 'segment')}, {units.size(fields['bytes'])}, "
                 f"revision {manifest.revision}",
             ),
         ]
@@ -80,8 +81,8 @@ def verify(directory: Path) -> None:
     if found:
         sys.exit(1)
     click.echo(
-        f"{directory}: sound, {draw.some(len(manifest.segments), 'segment')}, "
-        f"{draw.some(sum(s.cached for s in manifest.sequences), 'token')} with KV"
+        f"{directory}: sound, {units.some(len(manifest.segments), 'segment')}, "
+        f"{units.some(sum(s.cached for s in manifest.sequences), 'token')} with KV"
     )
 
 
@@ -94,10 +95,10 @@ def compact(directory: Path) -> None:
     before = sessions.load(directory)
     sessions.check_writable(directory)
     after = rewrite(directory, before)
-    sizes = [draw.size(sum(s.bytes for s in m.segments)) for m in (before, after)]
+    sizes = [units.size(sum(s.bytes for s in m.segments)) for m in (before, after)]
     click.echo(
-        f"{directory}: {draw.some(len(before.segments), 'segment')}, {sizes[0]} -> "
-        f"{draw.some(len(after.segments), 'segment')}, {sizes[1]}"
+        f"{directory}: {units.some(len(before.segments), 'segment')}, {sizes[0]} -> "
+        f"{units.some(len(after.segments), 'segment')}, {sizes[1]}"
     )
 
 
@@ -118,6 +119,6 @@ def rollback(directory: Path, turns: int) -> None:
     sessions.check_writable(directory)
     after = roll_back(directory, before, turns)
     click.echo(
-        f"{directory}: {draw.some(len(after.turns), 'turn')}, "
+        f"{directory}: {units.some(len(after.turns), 'turn')}, "
         f"{', '.join(str(len(s.tokens)) for s in after.sequences)} tokens"
     )

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import click
 
-from cptool.duration import duration
 from cptool.errors import UserError
 from cptool.planning import planner
 from cptool.planning.hardware import HardwareProfile
+from cptool.units import duration
 
 MISS_RATES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.125, 0.2, 0.35, 0.5, 0.75, 1.0)
 TICKS = (0.01, 0.02, 0.03, 0.05, 0.08, 0.125, 0.2, 0.35, 0.5, 1.0)
@@ -155,7 +155,7 @@ def tell(table: Table, model: str, hardware: str, plot: Path | None, as_json: bo
 
 def draw_plot(table: Table, model: str, hardware: str, path: Path) -> None:
     """Seconds over x, both logarithmic; dashed is what would scale perfectly."""
-    from cptool import plot as plots
+    from cptool.cli import plot as plots
 
     scale = 100 if table.kind == "miss-rates" else 1
     lines = []

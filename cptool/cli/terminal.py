@@ -17,10 +17,10 @@ from cptool.cli import draw
 from cptool.cli.models import say_reading
 from cptool.cli.options import check_room
 from cptool.distributed.failure import RankFailed
-from cptool.duration import duration
 from cptool.errors import RunError, UserError
-from cptool.paths import expanded
+from cptool.files import expanded
 from cptool.session.conversation import Conversation
+from cptool.units import duration
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cptool.distributed.environment import launched_size
 from cptool.errors import (
     UserError,
 )
+
+if TYPE_CHECKING:
+    pass
 
 DEFAULT_TIMEOUT_S = 300.0
 # More on one machine is not what anybody means; they are processes, each with a connection to all.
@@ -50,3 +55,14 @@ def check_limits(threads: int | None, timeout: float) -> None:
     check_threads(threads)
     if not 0 < timeout < math.inf:
         raise UserError(f"--timeout {timeout}: it must be a positive number of seconds")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks to run, where, and how."""
+
+    cp: int
+    tp: int
+    device: str
+    threads: int | None
+    timeout: float

@@ -21,37 +21,12 @@ from cptool.model.llama import Llama
 from cptool.ops.attention import attention_partial
 from cptool.parallel.attention import merge_messages, pack
 from cptool.parallel.ring import Ring
-from cptool.sharding import Placement
+from cptool.sharding import Held, Placement, level, owner
 
 NOWHERE = -1
 """Position of a query that sees no key."""
 
 Observe = Callable[[int, Placement, torch.Tensor, torch.Tensor], None]
-
-Held = list[list[int]]
-"""Held[r][b]: tokens of sequence b that rank r holds."""
-
-
-def owner(held: Held, sequence: int, turn: int) -> int:
-    """The rank that keeps the next token of a sequence: of those with the fewest, the next in turn
-    (paper, algorithm 4), so that ranks stay within one token of each other.
-    """
-    ranks = range(len(held))
-    return min(ranks, key=lambda r: (held[r][sequence], (r - turn - sequence) % len(held)))
-
-
-def level(counts: Sequence[int], steps: int) -> int:
-    """What the ranks that hold `counts` tokens of a sequence, and not more, will hold at most after
-    `steps` more: tokens go to the fewest, so they rise to the least level that has room for them.
-    """
-    low, high = min(counts), min(counts) + steps
-    while low < high:
-        middle = (low + high) // 2
-        if sum(max(0, middle - count) for count in counts) < steps:
-            low = middle + 1
-        else:
-            high = middle
-    return low
 
 
 class StaticDecode:

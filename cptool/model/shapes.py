@@ -5,8 +5,8 @@ name, others by their widths.
 from __future__ import annotations
 
 from cptool.errors import UserError
+from cptool.files import expanded
 from cptool.model.config import LlamaConfig, RopeScaling
-from cptool.paths import expanded
 
 _LLAMA3_1 = RopeScaling("llama3", 8.0)
 _LLAMA3_2 = RopeScaling("llama3", 32.0)

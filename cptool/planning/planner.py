@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
-from cptool.duration import duration
 from cptool.errors import UserError
 from cptool.model import shares
 from cptool.model.config import LlamaConfig
@@ -18,6 +17,7 @@ from cptool.planning.cost.memory import RESERVED, memory_per_rank
 from cptool.planning.cost.shape import Forward
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.strategy import ALL_Q, AUTO, STATIC_ROWS, Choice, choose
+from cptool.units import duration
 
 QUERY_VARIANTS = ("pass-q", "gather-q", "pass-q-all2all")
 PUBLISHED = ("pass-kv", "pass-q-all2all")

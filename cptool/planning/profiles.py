@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cptool.errors import UserError
-from cptool.paths import cache_dir, expanded
+from cptool.files import cache_dir, expanded
 from cptool.planning.hardware import HardwareProfile, Link
 from cptool.planning.linear_rates import RowRates
 

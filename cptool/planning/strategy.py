@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cptool.duration import duration
 from cptool.model.config import LlamaConfig
 from cptool.planning.cost.exchange import VARIANTS
 from cptool.planning.cost.layer import predict
 from cptool.planning.cost.shape import ELEMENT_BYTES, Forward
 from cptool.planning.hardware import HardwareProfile
+from cptool.units import duration
 
 AUTO = "auto"
 ALL_Q = "all-q"

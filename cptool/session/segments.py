@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from cptool import files
 from cptool.errors import RunError
-from cptool.paths import sha256
+from cptool.files import sha256
 from cptool.session.manifest import REMEDY, Damaged, Manifest, Segment
 from cptool.session.store import check_size
 

@@ -63,3 +63,15 @@ class Heads(click.ParamType):
                 ctx,
             )
         return query, kv
+
+
+class Duration(click.ParamType):
+    """Seconds: `10`, `10s`, `800ms`, `2min`."""
+
+    name = "duration"
+
+    def convert(self, value, param, ctx) -> float:
+        match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(ms|s|min)?", str(value))
+        if not match or not float(match[1]):
+            self.fail(f"{value!r} is no duration; write seconds, as 10s, or 800ms", param, ctx)
+        return float(match[1]) * {"ms": 1e-3, "s": 1.0, "min": 60.0}[match[2] or "s"]

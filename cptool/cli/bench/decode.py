@@ -2,7 +2,7 @@
 
 import click
 
-from cptool.cli.bench_model import (
+from cptool.cli.bench.model import (
     DEFAULT_VARIANTS,
     asked,
     check,
@@ -13,8 +13,8 @@ from cptool.cli.bench_model import (
     model_options,
     title,
 )
-from cptool.cli.bench_options import emit, grouped, measure_options, percent, spread
-from cptool.cli.counts import TokenCount
+from cptool.cli.bench.options import emit, grouped, measure_options, percent, spread
+from cptool.cli.types import TokenCount
 
 
 @click.command(short_help="Decode steps over cached lengths, ranks and variants.")
@@ -61,13 +61,13 @@ def decode(
     MODEL and its random weights are as in `cptool bench prefill`. The ceiling is reading a weight
     matrix once, in the same rounds.
     """
-    from cptool import plot as plots
+    from cptool.cli import plot as plots
 
     plots.check(plot)
     config, ranks = check(model, ranks, tp)
 
     from cptool.bench.decode import Sweep, measure
-    from cptool.bench.forward import cut
+    from cptool.calibration.rig import cut
 
     sweep = Sweep(
         cut(config, layers),

@@ -4,11 +4,12 @@ import json
 
 import click
 
+from cptool import units
 from cptool.cli import draw
-from cptool.cli.counts import TokenCount
 from cptool.cli.options import VARIANTS, json_option
-from cptool.duration import duration
+from cptool.cli.types import TokenCount
 from cptool.errors import UserError
+from cptool.units import duration
 
 
 @click.command(short_help="One rank of one layer, projected to the whole model.")
@@ -109,13 +110,13 @@ def _assumptions(scenario, profile, result) -> list[str]:
     if scenario.cp > 1:
         link = profile.link(scenario.cp * scenario.tp)
         told.append(
-            f"links of {profile.name}: {draw.size(link.bandwidth)}/s one way, "
+            f"links of {profile.name}: {units.size(link.bandwidth)}/s one way, "
             f"{duration(link.latency_s)} a message"
         )
     if scenario.tp > 1:
         link = profile.link(scenario.tp)
         told.append(
-            f"two all-reduces a layer in ring form at {draw.size(link.bandwidth)}/s, not hidden"
+            f"two all-reduces a layer in ring form at {units.size(link.bandwidth)}/s, not hidden"
         )
     told.append(
         "feed-forward in row-wise FP8, activations scaled as they come"
@@ -256,7 +257,7 @@ def _rows(shape, scenario, profile, result) -> list[tuple[str, str]]:
         rows.append(
             (
                 "exchange",
-                f"{draw.size(result.sent_bytes)} sent, {duration(result.transfer_s)}, of which "
+                f"{units.size(result.sent_bytes)} sent, {duration(result.transfer_s)}, of which "
                 f"{duration(result.exposed_s)} exposed; ranks wait for each other "
                 f"{duration(result.waiting_s)}",
             )
@@ -265,7 +266,7 @@ def _rows(shape, scenario, profile, result) -> list[tuple[str, str]]:
         rows.append(
             (
                 "all-reduce",
-                f"{draw.size(result.allreduce_bytes)}, {duration(result.allreduce_s)}",
+                f"{units.size(result.allreduce_bytes)}, {duration(result.allreduce_s)}",
             )
         )
     memory = _memory(scenario, result)
@@ -280,8 +281,8 @@ def _rows(shape, scenario, profile, result) -> list[tuple[str, str]]:
         ),
         (
             "memory",
-            f"a rank holds {draw.size(memory['weights'])} of weights and {draw.size(memory['kv'])} "
-            "of KV",
+            f"a rank holds {units.size(memory['weights'])} of weights and "
+            f"{units.size(memory['kv'])} of KV",
         ),
         ("assumed", "; ".join(_assumptions(scenario, profile, result))),
     ]

@@ -2,8 +2,8 @@
 
 import click
 
-from cptool.cli import draw
-from cptool.cli.bench_model import (
+from cptool import units
+from cptool.cli.bench.model import (
     DEFAULT_VARIANTS,
     asked,
     check,
@@ -14,8 +14,8 @@ from cptool.cli.bench_model import (
     model_options,
     title,
 )
-from cptool.cli.bench_options import emit, grouped, measure_options, percent, spread
-from cptool.cli.counts import TokenCount
+from cptool.cli.bench.options import emit, grouped, measure_options, percent, spread
+from cptool.cli.types import TokenCount
 
 
 @click.command(short_help="Prefill over contexts, miss rates, ranks and variants.")
@@ -63,13 +63,13 @@ def prefill(
     tokens. All N take turns in one world, so that they are measured interleaved, with the same
     threads a rank.
     """
-    from cptool import plot as plots
+    from cptool.cli import plot as plots
 
     plots.check(plot)
     config, ranks = check(model, ranks, tp)
 
-    from cptool.bench.forward import cut
     from cptool.bench.prefill import Sweep, measure
+    from cptool.calibration.rig import cut
 
     sweep = Sweep(
         cut(config, layers),
@@ -121,7 +121,7 @@ def _row(r) -> list[str]:
         f"{1e3 * r['predicted_s']:.4g}",
         f"{r['predicted_over_measured']:.2f}",
         f"{1e3 * r['exposed_seconds']['median']:.3g}",
-        draw.size(r["sent_bytes"]),
+        units.size(r["sent_bytes"]),
         f"{r['flops'] / 1e12:.3f}",
         percent(r["of_ceiling"]),
         percent(r.get("regret")),

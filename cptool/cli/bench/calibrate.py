@@ -1,31 +1,17 @@
-"""`cptool bench`: measures the machine."""
+"""`cptool bench calibrate`: measures the profile that `auto` goes by."""
 
 import dataclasses
 import json
 
 import click
 
+from cptool import units
 from cptool.cli import draw
-from cptool.cli.bench_attention import attention
-from cptool.cli.bench_decode import decode
-from cptool.cli.bench_link import link
-from cptool.cli.bench_merge import merge
-from cptool.cli.bench_prefill import prefill
-from cptool.cli.emulate import emulate
 from cptool.cli.options import DTYPES, json_option
-from cptool.duration import duration
+from cptool.units import duration
 
 
-@click.group()
-def bench() -> None:
-    """Measure the machine."""
-
-
-for command in (attention, merge, link, prefill, decode, emulate):
-    bench.add_command(command)
-
-
-@bench.command(short_help="Measure compute and links of this machine, for `auto`.")
+@click.command(short_help="Measure compute and links of this machine, for `auto`.")
 @click.option(
     "--cp",
     type=click.IntRange(min=1),
@@ -100,8 +86,8 @@ def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
     rows.append(
         (
             "memory",
-            f"weights {draw.size(profile.memory_bandwidth)}/s, "
-            f"keys and values {draw.size(profile.cache_bandwidth)}/s a rank",
+            f"weights {units.size(profile.memory_bandwidth)}/s, "
+            f"keys and values {units.size(profile.cache_bandwidth)}/s a rank",
         )
     )
     if cp > 1:
@@ -109,7 +95,7 @@ def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
         rows.append(
             (
                 "link",
-                f"{draw.size(link.bandwidth)}/s one way, "
+                f"{units.size(link.bandwidth)}/s one way, "
                 f"{duration(link.latency_s)} a message, "
                 f"{duration(link.message_overhead_s)} each further one; "
                 f"compute loses {profile.transfer_steals:.0%} of a transfer's time",

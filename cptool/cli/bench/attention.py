@@ -2,9 +2,9 @@
 
 import click
 
-from cptool.cli.bench_kernel import collect, kernel_options, one_device
-from cptool.cli.bench_options import emit, grouped, measure_options, percent, spread
-from cptool.cli.counts import Heads, TokenCount
+from cptool.cli.bench.kernel import collect, kernel_options, one_device
+from cptool.cli.bench.options import emit, grouped, measure_options, percent, spread
+from cptool.cli.types import Heads, TokenCount
 
 
 @click.command(short_help="Attention of new tokens over cached ones, on one device.")
@@ -40,7 +40,7 @@ def attention(tokens, cached, heads, head_dim, dtypes, device, threads, repeats,
     reading keys and values, whichever is longer; both are measured in the same rounds. Options
     repeat for every combination.
     """
-    from cptool import plot as plots
+    from cptool.cli import plot as plots
     from cptool.errors import UserError
 
     plots.check(plot)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool.cli import draw
-from cptool.cli.bench_options import KINDS
+from cptool.cli.bench.options import KINDS
 from cptool.cli.options import VARIANTS, stack
 
 if TYPE_CHECKING:
+    from cptool.cli.plot import Line
     from cptool.model.config import LlamaConfig
-    from cptool.plot import Line
 
 DEFAULT_VARIANTS = ("auto", "pass-kv", "gather-kv", "pass-q", "gather-q")
 
@@ -122,7 +122,7 @@ def kind(result) -> str | None:
 
 def curves(kinds: dict[str, list], x: str, time: str, scale: float = 1.0) -> list[Line]:
     """For each kind, `scale` times the seconds `time` measured over `x`, and those predicted."""
-    from cptool.plot import Line
+    from cptool.cli.plot import Line
 
     lines = []
     for name, rows in kinds.items():

@@ -2,9 +2,10 @@
 
 import click
 
+from cptool import units
 from cptool.cli import draw
-from cptool.cli.bench_options import emit, grouped, measure_options, percent, spread
-from cptool.cli.counts import Bytes
+from cptool.cli.bench.options import emit, grouped, measure_options, percent, spread
+from cptool.cli.types import Bytes
 
 PATTERNS = ("send-receive", "all-gather", "all-to-all")
 
@@ -53,7 +54,7 @@ def link(cp, sizes, patterns, overlap, timeout, device, threads, repeats, plot, 
     network. On CPUs the ceiling is a plain TCP stream between the same neighbours, in the same
     rounds.
     """
-    from cptool import plot as plots
+    from cptool.cli import plot as plots
     from cptool.distributed import launch, options
     from cptool.distributed.environment import launched_size
 
@@ -106,7 +107,7 @@ def _on_rank(world, sizes, patterns, repeats, overlap):
 def _row(r) -> list[str]:
     return [
         r["pattern"],
-        draw.size(r["size"]),
+        units.size(r["size"]),
         spread(r["seconds"]),
         f"{r['rate'] / 1e9:.3g}",
         percent(r["of_ceiling"]),

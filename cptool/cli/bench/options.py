@@ -40,7 +40,7 @@ def emit(
     caption: str,
 ) -> None:
     """`fields` under the circumstances as one JSON object, or its "results" as a table."""
-    from cptool.bench.measure import circumstances
+    from cptool.bench.timing import circumstances
 
     if as_json:
         click.echo(json.dumps({**circumstances(), **fields}))

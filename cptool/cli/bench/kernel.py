@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import click
 
 from cptool.cli import draw
-from cptool.cli.bench_options import KINDS
+from cptool.cli.bench.options import KINDS
 from cptool.cli.options import stack
 
 kernel_options = stack(

@@ -2,9 +2,9 @@
 
 import click
 
-from cptool.cli.bench_kernel import collect, kernel_options, one_device
-from cptool.cli.bench_options import emit, grouped, measure_options, percent, spread
-from cptool.cli.counts import TokenCount
+from cptool.cli.bench.kernel import collect, kernel_options, one_device
+from cptool.cli.bench.options import emit, grouped, measure_options, percent, spread
+from cptool.cli.types import TokenCount
 
 
 @click.command()
@@ -35,7 +35,7 @@ def merge(partials, tokens, heads, head_dim, dtypes, device, threads, repeats, p
     The ceiling is a copy of as many bytes, measured in the same rounds. Options repeat for every
     combination.
     """
-    from cptool import plot as plots
+    from cptool.cli import plot as plots
 
     plots.check(plot)
     device = one_device(device, threads)
