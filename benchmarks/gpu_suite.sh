@@ -52,20 +52,20 @@ build() {
   [[ $device == cpu ]] && cuda=off
   CPTOOL_CUDA=$cuda CPTOOL_WERROR=${CPTOOL_WERROR:-0} "$python" setup.py -q build_ext --inplace &&
     "$python" -c "
-import cptool.engine
-from cptool import ops
-print('built:', ops.build_info())"
+import cptool.engine.engine
+from cptool.ops.kernels import build_info
+print('built:', build_info())"
 }
 
 tests() {
   local report="$out/gpu_tests-$device-$day.xml"
   if ! has pytest; then
     echo "pytest is missing: the kernels' self-test runs instead of the test suite"
-    "$python" -m cptool.selftest "$device" | tee "$out/gpu_selftest-$device-$day.jsonl"
+    "$python" -m cptool.exactness.selftest "$device" | tee "$out/gpu_selftest-$device-$day.jsonl"
     return
   fi
-  local files=(tests/test_*cuda*.py tests/test_gpu_engine.py)
-  [[ $device == cpu ]] && files=(tests/test_gpu_engine.py) # which runs there, too
+  local files=(tests/cuda)
+  [[ $device == cpu ]] && files=(tests/cuda/test_gpu_engine.py) # which runs there, too
   # Modules whose own needs are missing here are reported and do not keep the others from running.
   CPTOOL_GPU_TESTS_ON=$device "$python" -m pytest -q -m gpu -p no:cacheprovider \
     --continue-on-collection-errors --junitxml="$report" "${files[@]}"
@@ -76,17 +76,17 @@ tests() {
 
 sanitizer() {
   if [[ $device == cpu ]]; then
-    "$python" -m cptool.selftest cpu
+    "$python" -m cptool.exactness.selftest cpu
     return
   fi
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is missing"; return 1; }
   local tool kernel verdict status=0 entries=() kernels log="$out/gpu_sanitizer.log"
-  read -ra kernels <<<"$("$python" -c "from cptool import ops; print(*ops.cuda_kernels())")"
+  read -ra kernels <<<"$("$python" -c "from cptool.ops.kernels import cuda_kernels; print(*cuda_kernels())")"
   : >"$log"
   for tool in memcheck racecheck synccheck initcheck; do
     for kernel in "${kernels[@]}" token-wise; do
-      local program=(tests/sanitizer_matrix.py "$kernel")
-      [[ $kernel == token-wise ]] && program=(-m cptool.selftest cuda simt)
+      local program=(tests/cuda/sanitizer_matrix.py "$kernel")
+      [[ $kernel == token-wise ]] && program=(-m cptool.exactness.selftest cuda simt)
       # Of our kernels alone: torch's own are not ours to judge.
       PYTHONPATH=$PWD timeout $((limit / 4 / (${#kernels[@]} + 1))) compute-sanitizer --tool $tool \
         --kernel-name kernel_substring=cptool --error-exitcode 9 --print-limit 20 \

@@ -3,7 +3,7 @@
     python tests/sanitizers.py [address] [thread] [--short]
 
 address: AddressSanitizer and UndefinedBehaviorSanitizer under the tests, in every instruction set
-that the machine has. thread: ThreadSanitizer under tests/threads_check.py, which drives the
+that the machine has. thread: ThreadSanitizer under tests/ops/threads_check.py, which drives the
 extension without torch, whose own threads it would report. Both by default. --short: a choice of
 shapes, for every commit. Needs CMake, Ninja, pybind11, setuptools and GCC's sanitizer libraries.
 """
@@ -17,7 +17,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
-TESTS = ("ops", "ops_properties", "tokenwise", "decoder_layer", "static_decode", "cache")
+TESTS = (
+    "ops/test_ops",
+    "ops/test_ops_properties",
+    "ops/test_tokenwise",
+    "ops/test_fused_layer",
+    "engine/test_static_decode",
+    "test_cache",
+)
 SHORT = "few_rows_of_any_heads or rows_around or empty or into or slots or few_queries or strided"
 # torch keeps memory for as long as the process lives. A module that throws needs the C++ library
 # before the sanitizer looks for its functions, so it is loaded first too.
@@ -68,9 +75,14 @@ def run(kind: str, short: bool) -> int:
     )
     if kind == "thread":
         # Its shadow memory has fixed places, which random addresses may take.
-        command = ["setarch", "-R", sys.executable, str(ROOT / "tests" / "threads_check.py")]
+        command = [
+            "setarch",
+            "-R",
+            sys.executable,
+            str(ROOT / "tests" / "ops" / "threads_check.py"),
+        ]
     else:
-        tests = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS[: 1 if short else None]]
+        tests = [str(ROOT / "tests" / f"{name}.py") for name in TESTS[: 1 if short else None]]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
         command += ["--durations=0", "--durations-min=10"]
         command += ["-k", SHORT] if short else []

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = sorted({str(path.parent) for path in TESTS.rglob("*.py")})
 
 SAID = "the lighthouse keeper wrote"
 WIDTHS = dict(

@@ -15,7 +15,7 @@ from cptool.ops.attention import _C
 from cptool.ops.checks import check_kernels
 from cptool.ops.kernels import build_info, force_cuda_kernel
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXTENSION = Path(_C.__file__)
 ARCHS = build_info()["cuda_archs"]
 
@@ -112,12 +112,12 @@ def test_forcing_a_kernel_that_is_not_there():
 
 @pytest.mark.parametrize("program", ["query_blocks", "splits"])
 def test_index_logic(tmp_path, program):
-    """Each query row is one block's and each key one piece's; see tests/*_check.cpp."""
+    """Each query row is one block's and each key one piece's; see *_check.cpp."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     tests = Path(__file__).parent
-    include = [f"-I{tests / 'cuda_emulation'}", f"-I{ROOT / 'csrc'}"]
+    include = [f"-I{ROOT / 'tests' / 'cuda_emulation'}", f"-I{ROOT / 'csrc'}"]
     source = tests / f"{program}_check.cpp"
     subprocess.run(
         [compiler, "-std=c++17", "-O1", *include, source, "-o", tmp_path / program], check=True

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cptool.ops.checks import SCALAR_TYPES
 
-ROOT = Path(__file__).resolve().parent.parent
-EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
+ROOT = Path(__file__).resolve().parents[2]
+EMULATION = ROOT / "tests" / "cuda_emulation"
 FLAGS = "-std=c++17 -O2 -fPIC -w".split()
 _PROCESSOR = Path("/proc/cpuinfo")
 if _PROCESSOR.exists() and " fma " in _PROCESSOR.read_text():

@@ -1,5 +1,5 @@
-"""The CUDA token-wise kernels against float64, emulated on the CPU (tests/cuda_emulator.py) and on
-a device where there is one.
+"""The CUDA token-wise kernels against float64: emulated on the CPU (cuda_emulator.py), and on a
+device where there is one.
 """
 
 import ctypes

@@ -12,7 +12,7 @@ from reference import check, make_case, tolerance
 
 from cptool.ops.kernels import cpu_isas
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mavx512bf16"]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 BFLOAT16 = 1  # ScalarType::kBFloat16
@@ -43,7 +43,7 @@ class Arguments(ctypes.Structure):
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("emulated") / "emulated_amx.so"
-    sources = [ROOT / "tests" / "emulated_amx.cpp"]
+    sources = [Path(__file__).with_name("emulated_amx.cpp")]
     sources += [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("schedule", "thread_pool")]
     includes = ["-I", ROOT / "tests" / "emulated_tiles", "-I", ROOT / "csrc"]
     command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", *FLAGS, *includes]

@@ -630,7 +630,7 @@ def run_python(code, **environment):
 
 
 def test_isa_from_the_environment():
-    code = "import torch; from cptool import ops; print(ops.cpu_isa(torch.float32))"
+    code = "import torch; from cptool.ops.kernels import cpu_isa; print(cpu_isa(torch.float32))"
     assert run_python(code, CPTOOL_ISA="portable").stdout.strip() == "portable"
     wrong = run_python(code, CPTOOL_ISA="mmx")
     assert wrong.returncode != 0
@@ -659,11 +659,11 @@ def test_calls_from_many_threads():
 def test_works_in_a_forked_child():
     code = """
 import os, torch
-from cptool import ops
+from cptool.ops.attention import attention_partial
 torch.set_num_threads(2)
 p, cu = torch.arange(600).int(), torch.tensor([0, 600]).int()
 x = torch.randn(600, 4, 64)
-def call(): return ops.attention_partial(x, x, x, p, p, cu, cu, 0.1)[0].numpy()
+def call(): return attention_partial(x, x, x, p, p, cu, cu, 0.1)[0].numpy()
 expected = call()
 child = os.fork()
 if child == 0:  # torch's own threads don't survive a fork: compare without them

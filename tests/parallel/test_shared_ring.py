@@ -14,7 +14,7 @@ from cptool.distributed.launch import run
 from cptool.parallel import shared_ring
 from cptool.parallel.shared_ring import SLOTS, SharedRing
 
-GENEROUS_S = 60  # as in test_distributed
+GENEROUS_S = 60  # as in test_launch
 
 
 def over_shared_memory(world, name, *args, far=()):

@@ -333,7 +333,7 @@ def driver(entry, *arguments, **options):
     return f"""
 import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(launch.__file__).parents[1])!r}]
-import test_distributed as tests
+import test_launch as tests
 from cptool.distributed.launch import RankFailed, run
 if __name__ == "__main__":
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distributed import GENEROUS_S, start, wait_until
+from test_launch import GENEROUS_S, start, wait_until
 
 import cptool
 from cptool.distributed import rendezvous

@@ -1,15 +1,19 @@
 """Every CUDA kernel over a small matrix of shapes, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck --kernel-name kernel_substring=cptool \\
-        python tests/sanitizer_matrix.py [KERNEL...]
+        python tests/cuda/sanitizer_matrix.py [KERNEL...]
 
 Tools: memcheck, racecheck, synccheck, initcheck. The results are compared with float64 as in the
 tests, and a difference, too, ends in exit code 1. Without arguments all kernels of the device run.
 """
 
 import sys
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+
 from reference import check, make_case, tolerance
 
 from cptool.ops.attention import attention_partial, merge_partials

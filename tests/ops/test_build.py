@@ -12,7 +12,7 @@ from cptool.ops import extension
 from cptool.ops.attention import _C
 from cptool.ops.kernels import build_info, cpu_isas
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXTENSION = Path(_C.__file__)
 
 

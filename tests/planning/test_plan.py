@@ -23,7 +23,7 @@ LLAMA, GTT = SHAPES["llama3-405b"], find_profile("gtt-h100")
 
 
 def published():
-    path = Path(__file__).parents[1] / "benchmarks" / "plan_against_paper.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "plan_against_paper.py"
     spec = importlib.util.spec_from_file_location("plan_against_paper", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
