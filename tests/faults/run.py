@@ -48,8 +48,7 @@ def faults(found: dict) -> list[str]:
     ]
     lines += [f"kill: {failure}" for failure in found.get("kills", {}).get("failures", ())]
     if long := found.get("turns"):
-        # Twice the time is more than a busy machine adds to a median of many.
-        for name, most in (("seconds", 2), ("kilobytes", 1.25), ("files", 3)):
+        for name, most in (("processor_seconds", 2), ("kilobytes", 1.25), ("files", 3)):
             first, last = long[name]
             if last > most * first + (20 if name == "files" else 0):
                 lines.append(f"turns: {name} grew from {first} to {last}")

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import statistics
-import time
 from pathlib import Path
 
 TOKENS = 2
@@ -16,8 +15,9 @@ TOKENS = 2
 def run(model: Path, directory: Path, count: int, watch=lambda text: None) -> dict:
     """Takes `count` turns, each a command in a fork of this process.
 
-    Returns, of the first and of the last tenth, the median seconds and the largest memory of a
-    turn; and how many files the session came to have.
+    Returns, for the first and for the last tenth, the median processor seconds of a turn (which
+    other programs of the machine change little) and its largest memory; and how many files the
+    session came to have.
     """
     from damaged import _warm_up
 
@@ -31,27 +31,26 @@ def run(model: Path, directory: Path, count: int, watch=lambda text: None) -> di
         if turn == 0:
             arguments = ["prefill", str(model), "--token-ids", str(ids), "--session"]
             arguments += [str(directory), *rest]
-        began = time.perf_counter()
-        code, kilobytes, said = _fork(arguments)
-        seconds.append(time.perf_counter() - began)
+        code, said, usage = _fork(arguments)
         if code:
             raise RuntimeError(f"turn {turn}: {said}")
-        memory.append(kilobytes)
+        seconds.append(usage.ru_utime + usage.ru_stime)
+        memory.append(usage.ru_maxrss)
         files.append(len(list(directory.iterdir())))
         if turn % 100 == 99:
-            watch(f"{turn + 1} turns: {seconds[-1]:.2f} s, {kilobytes} kB, {files[-1]} files")
+            watch(f"{turn + 1} turns: {seconds[-1]:.2f} s, {memory[-1]} kB, {files[-1]} files")
     tenth = max(1, count // 10)
     return {
         "turns": count,
-        "seconds": [statistics.median(seconds[:tenth]), statistics.median(seconds[-tenth:])],
+        "processor_seconds": [statistics.median(seconds[:tenth]), statistics.median(seconds[-tenth:])],
         "kilobytes": [max(memory[:tenth]), max(memory[-tenth:])],
         "files": [files[tenth - 1], files[-1]],
         "most_files": max(files),
     }
 
 
-def _fork(arguments: list[str]) -> tuple[int, int, str]:
-    """Exit code, largest resident memory in kB, and what was said on standard error."""
+def _fork(arguments: list[str]) -> tuple[int, str, resource.struct_rusage]:
+    """Exit code, what was written to standard error, and the resources that the process used."""
     ours, theirs = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -65,11 +64,11 @@ def _fork(arguments: list[str]) -> tuple[int, int, str]:
                 code = stop.code or 0
             except BaseException as error:
                 err.write(repr(error))
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        os.write(theirs, json.dumps([code, kilobytes, err.getvalue()[-500:]]).encode())
+        os.write(theirs, json.dumps([code, err.getvalue()[-500:]]).encode())
         os._exit(0)
     os.close(theirs)
     with os.fdopen(ours) as reader:
         said = reader.read()
-    os.waitpid(pid, 0)
-    return tuple(json.loads(said)) if said else (1, 0, "it crashed")
+    _, _, usage = os.wait4(pid, 0)
+    code, message = json.loads(said) if said else (1, "it crashed")
+    return code, message, usage
