@@ -33,7 +33,7 @@ class Setup:
     dtype: str
     variant: str = "auto"
     partials: str = "float32"
-    store: str | None = None
+    session: str | None = None
     resume: int | None = None
     fingerprint: str | None = None
     state: str | None = None
