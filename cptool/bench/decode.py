@@ -25,7 +25,7 @@ from cptool.planning.cost.counts import kv_bytes, weight_bytes
 from cptool.planning.strategy import AUTO, Choice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sweep:
     """What to measure: a model of `config`, already cut, over every combination.
 

@@ -27,7 +27,7 @@ from cptool.planning.strategy import AUTO, Choice
 from cptool.sharding import Placement
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sweep:
     """What to measure: a model of `config`, already cut, over every combination.
 

@@ -181,6 +181,23 @@ def test_prefill_measures_beside_the_prediction(shape, tmp_path):
     assert plot.stat().st_size
 
 
+@pytest.mark.parametrize("calibrate", [False, True])
+@pytest.mark.parametrize("command", ["prefill", "decode"])
+def test_a_sweep_is_calibrated_on_request_alone(command, calibrate, shape, monkeypatch):
+    from cptool.distributed import launch
+
+    sweeps = []
+
+    def started(entry, measure, sweep, **options):
+        sweeps.append(sweep)
+        return {}, 1  # a rank that prints nothing
+
+    monkeypatch.setattr(launch, "run", started)
+    bench(command, shape, "--repeats", 2, *["--calibrate"] * calibrate)
+    assert [sweep.calibrated for sweep in sweeps] == [calibrate]
+    assert sweeps[0].repeats == 2 and getattr(sweeps[0], "seconds", 0.0) == 0.0
+
+
 @pytest.mark.slow
 def test_decode_calibrates_first_if_asked(shape):
     fields = measured(

@@ -70,15 +70,15 @@ def decode(
     from cptool.calibration.rig import cut
 
     sweep = Sweep(
-        cut(config, layers),
-        dtype,
-        ranks,
-        tuple(sorted(set(cached))),
-        variants or DEFAULT_VARIANTS,
-        batch,
-        steps,
-        repeats,
-        calibrate,
+        config=cut(config, layers),
+        dtype=dtype,
+        ranks=ranks,
+        cached=tuple(sorted(set(cached))),
+        variants=variants or DEFAULT_VARIANTS,
+        batch=batch,
+        steps=steps,
+        repeats=repeats,
+        calibrated=calibrate,
     )
     fields = measured(measure, sweep, tp, device=device, threads=threads)
     if fields is None:

@@ -72,14 +72,14 @@ def prefill(
     from cptool.calibration.rig import cut
 
     sweep = Sweep(
-        cut(config, layers),
-        dtype,
-        ranks,
-        tuple(sorted(set(contexts))),
-        tuple(sorted(set(miss_rates))),
-        variants or DEFAULT_VARIANTS,
-        repeats,
-        calibrate,
+        config=cut(config, layers),
+        dtype=dtype,
+        ranks=ranks,
+        contexts=tuple(sorted(set(contexts))),
+        miss_rates=tuple(sorted(set(miss_rates))),
+        variants=variants or DEFAULT_VARIANTS,
+        repeats=repeats,
+        calibrated=calibrate,
     )
     fields = measured(measure, sweep, tp, device=device, threads=threads)
     if fields is None:
