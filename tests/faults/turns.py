@@ -42,7 +42,10 @@ def run(model: Path, directory: Path, count: int, watch=lambda text: None) -> di
     tenth = max(1, count // 10)
     return {
         "turns": count,
-        "processor_seconds": [statistics.median(seconds[:tenth]), statistics.median(seconds[-tenth:])],
+        "processor_seconds": [
+            statistics.median(seconds[:tenth]),
+            statistics.median(seconds[-tenth:]),
+        ],
         "kilobytes": [max(memory[:tenth]), max(memory[-tenth:])],
         "files": [files[tenth - 1], files[-1]],
         "most_files": max(files),
