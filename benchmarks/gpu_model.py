@@ -17,12 +17,13 @@ import time
 import torch
 from gpu_timing import arguments, copy, cuda, parser, product, timed, write
 
+from cptool.checkpoint.shapes import find_shape
 from cptool.distributed import launch
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.model.llama import Llama
 from cptool.model.rope import inverse_frequencies
-from cptool.model.shapes import SHAPES, find_shape
+from cptool.model.shapes import SHAPES
 from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops, weight_bytes
 
 TINY = dataclasses.replace(

@@ -11,7 +11,7 @@ from cptool.calibration.clock import Clock
 from cptool.calibration.examples import COLD_BYTES, EXAMPLE, HALF, ROWS, TINY
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import DecoderLayer
-from cptool.model.rows import ROWS_AT_ONCE_CPU
+from cptool.model.row_limits import ROWS_AT_ONCE_CPU
 from cptool.ops.linear import FEW_ROWS
 from cptool.planning.cost.layer import elementwise_bytes
 from cptool.planning.cost.shape import ELEMENT_BYTES, Forward

@@ -4,11 +4,12 @@ import os
 import re
 from pathlib import Path
 
-from cptool.checkpoint.base import Checkpoint, Sampling, first_line
+from cptool.checkpoint.base import Checkpoint
+from cptool.checkpoint.fields import first_line
 from cptool.errors import UserError
 from cptool.files import expanded, home
 
-__all__ = ["Checkpoint", "Sampling", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.jinja", "*.chk", "tokenizer.model", "model*.safetensors"]
@@ -16,7 +17,7 @@ _META_WEIGHTS = ["consolidated*.pth"]
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Opens a model and checks everything that its headers tell; imports no torch.
+    """Open a model and check everything that its headers state; imports no torch.
 
     `model` is a directory in the Hugging Face layout or in Meta's, a .gguf file, a name of the
     catalogue, or a hub id `org/name`, downloaded on first use. Raises UserError, one line, for
@@ -43,17 +44,17 @@ def open_checkpoint(model: str) -> Checkpoint:
 
 
 def _open_directory(path: Path, name: str | None = None) -> Checkpoint:
-    from cptool.checkpoint.huggingface import open_huggingface
-    from cptool.checkpoint.meta import is_meta, open_meta
+    from cptool.checkpoint.huggingface.reader import open_huggingface
+    from cptool.checkpoint.meta.reader import is_meta, open_meta
 
     return open_meta(path, name) if is_meta(path) else open_huggingface(path, name)
 
 
 def _open_file(path: Path, name: str | None = None) -> Checkpoint:
-    from cptool.checkpoint.gguf import open_gguf
+    from cptool.checkpoint.gguf.reader import open_gguf
 
     if path.suffix == ".safetensors":
-        raise UserError(f"{path}: weights alone; give the directory that they lie in")
+        raise UserError(f"{path}: weights alone; give the directory that holds them")
     return open_gguf(path, name)
 
 
@@ -63,7 +64,7 @@ def _download(hub_id: str) -> Path:
         home("HF_HOME")  # without one the library would make a folder `~` here
     from huggingface_hub import snapshot_download
 
-    from cptool.checkpoint.meta import is_meta
+    from cptool.checkpoint.meta.reader import is_meta
 
     try:
         path = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
@@ -72,6 +73,6 @@ def _download(hub_id: str) -> Path:
         return path
     except Exception as error:  # Its errors have no common root that holds over its versions.
         raise UserError(
-            f"{hub_id}: no such directory, and not to be had from the hub ({first_line(error)}); "
-            f"check the name and the network, or give a local path"
+            f"{hub_id}: no such directory, and it could not be downloaded from the hub "
+            f"({first_line(error)}); check the name and the network, or give a local path"
         ) from None

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cptool.checkpoint.base import first_line
 from cptool.checkpoint.lookalikes import describe
 from cptool.errors import UserError
 
@@ -87,3 +86,25 @@ def flag(source: Path, fields: dict[str, Any], key: str) -> bool:
             f"{source}: {key} is {shown(value)}, it must be true, false or null; correct the file"
         )
     return bool(value)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, to quote it inside a one-line message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def token_ids(source: Path, key: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+    """Token ids out of an int, a list of ints or None, each once; UserError for anything else.
+
+    -1, or the same in 32 unsigned bits, is how several formats write that there is no such token.
+    """
+    ids = value if isinstance(value, list) else [value]
+    ids = [i for i in ids if i is not None and not (type(i) is int and i in (-1, 2**32 - 1))]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise UserError(
+                f"{source}: {key} is {i!r:.60}, it must be an id in the model's vocabulary, 0 to "
+                f"{vocab_size - 1}; correct the file"
+            )
+    return tuple(dict.fromkeys(ids))

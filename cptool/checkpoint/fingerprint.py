@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cptool import files
+from cptool.checkpoint.tensors import byte_ranges, parts
 from cptool.errors import RunError, UserError
 from cptool.files import cache_dir
 
 if TYPE_CHECKING:
-    from cptool.checkpoint.base import Checkpoint, JoinedTensor, StoredTensor
+    from cptool.checkpoint.base import Checkpoint
 
 _BLOCK = 1 << 25
 """Bytes of a tensor that one thread reads and digests at a time."""
@@ -78,12 +79,10 @@ def bytes_to_read(checkpoint: "Checkpoint") -> int:
 
 
 def _paths(checkpoint: "Checkpoint") -> list[Path]:
-    return sorted({part.file for tensor in checkpoint.stored.values() for part in _parts(tensor)})
+    return sorted({part.file for tensor in checkpoint.stored.values() for part in parts(tensor)})
 
 
 def _digest(checkpoint: "Checkpoint") -> str:
-    from cptool.checkpoint.base import byte_ranges
-
     tensors = sorted(checkpoint.stored.items())
     blocks = [
         (tensor, start, min(start + _BLOCK, tensor.nbytes))
@@ -93,7 +92,7 @@ def _digest(checkpoint: "Checkpoint") -> str:
     with contextlib.ExitStack() as opened:
         descriptors: dict[Path, int] = {}
         for _, tensor in tensors:
-            for part in _parts(tensor):
+            for part in parts(tensor):
                 if part.file not in descriptors:
                     file = opened.enter_context(part.file.open("rb", buffering=0))
                     descriptors[part.file] = file.fileno()
@@ -136,11 +135,9 @@ def _configuration(checkpoint: "Checkpoint") -> str:
 
     fields = asdict(checkpoint.config)
     del fields["max_position_embeddings"]
+    if fields["family"] == "llama":  # Not part of it when there was one family.
+        del fields["family"]
     return json.dumps(fields, sort_keys=True)
-
-
-def _parts(tensor: "StoredTensor | JoinedTensor") -> "tuple[StoredTensor, ...]":
-    return getattr(tensor, "parts", (tensor,))
 
 
 def _identities(paths: list[Path]) -> list[tuple[int, ...]]:
@@ -161,7 +158,7 @@ def _key(checkpoint: "Checkpoint", paths: list[Path], identities: list[tuple[int
     number = {path: i for i, path in enumerate(paths)}
     layout = [
         [name, tensor.shape, tensor.encoding, getattr(tensor, "dim", None)]
-        + [[number[part.file], part.offset, part.nbytes] for part in _parts(tensor)]
+        + [[number[part.file], part.offset, part.nbytes] for part in parts(tensor)]
         for name, tensor in sorted(checkpoint.stored.items())
     ]
     text = json.dumps([1, _configuration(checkpoint), layout, identities])

@@ -64,7 +64,7 @@ def chat(
     Only what a turn adds is computed. Where standard input is not a terminal, each line of it is a
     question. /help tells the commands.
     """
-    from cptool.checkpoint.entry import check_text
+    from cptool.checkpoint.tokenizer.input_checks import check_text
     from cptool.distributed.environment import launched_size
     from cptool.engine.sampling import Sampling
     from cptool.session import store as sessions

@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from cptool import units
+from cptool.checkpoint.shapes import find_shape
 from cptool.cli import draw
 from cptool.cli.options import VARIANTS, json_option
 from cptool.cli.types import Duration, TokenCount
 from cptool.errors import UserError
-from cptool.model.shapes import SHAPES, find_shape
+from cptool.model.shapes import SHAPES
 from cptool.units import duration
 
 SHOWN = 10

@@ -18,7 +18,7 @@ from cptool.errors import UserError
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
-    from cptool.checkpoint.tokenizer import Tokenizer
+    from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
     from cptool.model.config import LlamaConfig
 
 prompt_options = stack(
@@ -84,7 +84,7 @@ class Prompts:
         UserError in one line for a prompt that is empty, unreadable or not of the model's
         vocabulary.
         """
-        from cptool.checkpoint.entry import check_ids
+        from cptool.checkpoint.tokenizer.input_checks import check_ids
 
         context = checkpoint.config.max_position_embeddings
         texts = [(f"--prompt {number}", text) for number, text in enumerate(self.texts, 1)]

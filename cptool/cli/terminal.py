@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cptool.checkpoint.library import LimitError
+from cptool.checkpoint.tokenizer.library import LimitError
 from cptool.cli import draw
 from cptool.cli.models import say_reading
 from cptool.cli.options import check_room

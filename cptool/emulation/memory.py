@@ -8,7 +8,7 @@ import torch
 
 from cptool.errors import UserError
 from cptool.host import memory
-from cptool.model.rows import ROWS_AT_ONCE
+from cptool.model.row_limits import ROWS_AT_ONCE
 from cptool.planning.cost.counts import matrix_parameters
 
 if TYPE_CHECKING:

@@ -1,6 +1,5 @@
 """Loading a checkpoint into a Llama: which tensors make up each parameter, and where they live."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,9 +8,11 @@ import torch
 from cptool.checkpoint import Checkpoint
 from cptool.distributed.shared_memory import shared_tensors
 from cptool.host import large_pages
-from cptool.model import shares
+from cptool.model.architectures.family import Size
+from cptool.model.architectures.registry import find_family
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
+from cptool.model.shares import Bounds, divided, share
 from cptool.parallel import tensor_parallel
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ def load_model(
     device = torch.device(device)
     tp_rank, tp = (world.tp_rank, world.tp) if world else (0, 1)
     model = Llama(checkpoint.config, device="meta", tp=tp)
-    share = shares.share(checkpoint.config, tp_rank, tp)
-    sources = dict(_sources(checkpoint.config, share))
+    sources = _sources(checkpoint.config, share(checkpoint.config, tp_rank, tp))
     shared = world is not None and world.size > 1
     size = sum(model.get_parameter(name).numel() for name in sources) * dtype.itemsize
     stays = device.type == "cpu" and (shared or not large_pages.worth_copying(size))
@@ -83,39 +83,14 @@ def load_model(
     return model.eval()
 
 
-def _sources(config: LlamaConfig, share: shares.Share) -> Iterator[tuple[str, Source]]:
-    """Every parameter of a Llama with the blocks it is made of."""
-    yield "embed_tokens.weight", (Block("model.embed_tokens.weight"),)
-    for i in range(config.num_hidden_layers):
-        ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-            yield f"{ours}.{norm}", (Block(f"{theirs}.{norm}"),)
-        yield (
-            f"{ours}.self_attn.qkv_proj.weight",
-            (
-                Block(f"{theirs}.self_attn.q_proj.weight", 0, share.q),
-                Block(f"{theirs}.self_attn.k_proj.weight", 0, share.kv),
-                Block(f"{theirs}.self_attn.v_proj.weight", 0, share.kv),
-            ),
-        )
-        yield (
-            f"{ours}.self_attn.o_proj.weight",
-            (Block(f"{theirs}.self_attn.o_proj.weight", 1, share.q),),
-        )
-        yield (
-            f"{ours}.mlp.gate_up_proj.weight",
-            (
-                Block(f"{theirs}.mlp.gate_proj.weight", 0, share.ffn),
-                Block(f"{theirs}.mlp.up_proj.weight", 0, share.ffn),
-            ),
-        )
-        yield (
-            f"{ours}.mlp.down_proj.weight",
-            (Block(f"{theirs}.mlp.down_proj.weight", 1, share.ffn),),
-        )
-    yield "norm.weight", (Block("model.norm.weight"),)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (Block("lm_head.weight"),)
+def _sources(config: LlamaConfig, held: dict[Size, Bounds]) -> dict[str, Source]:
+    """Every parameter with the blocks that it is made of, on a rank that holds `held`."""
+    sources: dict[str, Source] = {}
+    for weight, layer in find_family(config.family).tensors(config):
+        parameter = weight.parameter.format(layer)
+        block = Block(weight.huggingface.format(layer), *divided(weight, held))
+        sources[parameter] = (*sources.get(parameter, ()), block)
+    return sources
 
 
 def _mapped(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> torch.Tensor | None:

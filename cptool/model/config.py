@@ -1,10 +1,10 @@
-"""What a Llama-family checkpoint says about its own shape."""
+"""The shape of a model, as its checkpoint states it."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context.
 
@@ -20,9 +20,11 @@ class RopeScaling:
     original_context: int = 8192
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """Shape of a Llama model; the names are those of a Hugging Face `config.json`."""
+    """Shape of a model with the structure of a Llama; the names are those of a Hugging Face
+    `config.json`. `family` names its table of parameters (`cptool.model.architectures`).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -36,3 +38,4 @@ class LlamaConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
     rope_scaling: RopeScaling | None = None
+    family: str = "llama"

@@ -6,15 +6,16 @@ from torch import nn
 from cptool.errors import UserError
 
 LARGEST = 448.0
-"""Of e4m3."""
+"""The largest number of e4m3."""
 
 
 def _scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x in e4m3 and the float32 scale [rows, 1] of each row.
 
-    In as few passes over memory as single operations allow. The factor is rounded to x's type and
-    the scale is its exact inverse; that the product is rounded there before e4m3 costs little: 8
-    bits before 4. Nothing overflows: e4m3 rounds what is less than 464 to 448.
+    This takes as few passes over memory as single operations allow. The factor is rounded to x's
+    type and the scale is its exact inverse. The product is rounded to x's type before it is rounded
+    to e4m3, which costs little: 8 bits before 4. Nothing overflows: e4m3 rounds what is less than
+    464 to 448.
     """
     largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=1, keepdim=True)
     factor = LARGEST / largest.clamp(min=1e-12)
@@ -22,7 +23,7 @@ def _scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class RowwiseFp8(nn.Module):
-    """x W^T, both in e4m3 with one scale for each row of x and of W; x is scaled as it comes."""
+    """x W^T, both in e4m3 with one scale per row of x and of W; x is scaled in each call."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class RowwiseFp8(nn.Module):
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    """UserError unless the device has row-wise scaled FP8 products of this type of activations."""
+    """Raise UserError unless the device has row-wise scaled FP8 products of such activations."""
     reason = None if dtype == torch.bfloat16 else f"activations are {dtype}, not torch.bfloat16"
     if reason is None:
         try:

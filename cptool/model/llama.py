@@ -1,20 +1,25 @@
-"""The Llama forward over the tokens that one rank holds.
+"""The forward of a Llama-like model over the tokens of one rank.
 
 The model sees a flat list of tokens with their absolute positions. It mixes tokens only through
-the `attend` callable that it is given, so batches, caches and other ranks are the caller's affair.
+the `attend` callable that it is given, so batches, caches and other ranks are up to the caller.
+Which parameters it has is read from the table of its family (`cptool.model.architectures`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
 from cptool.model.config import LlamaConfig
 from cptool.model.rope import inverse_frequencies, rotary_tables
-from cptool.model.rows import ROWS_AT_ONCE, ROWS_AT_ONCE_CPU
+from cptool.model.row_limits import ROWS_AT_ONCE, ROWS_AT_ONCE_CPU
+from cptool.model.shares import layer_shapes
 from cptool.ops import fused_layer
 from cptool.ops.elementwise import add_rms_norm_, rms_norm, rotate_, swiglu_
 from cptool.ops.linear import linear
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shape of every parameter of a layer, by its name within the layer."""
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """attend(layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, Hq, D] in the type of q.
@@ -24,7 +29,7 @@ until the call returns. Scores are scaled by D^-1/2.
 """
 
 
-def _row_slices(*tensors: torch.Tensor) -> zip:
+def _row_slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     rows = tensors[0].shape[0]
     at_once = ROWS_AT_ONCE_CPU if tensors[0].is_cpu else ROWS_AT_ONCE
     if rows <= at_once:
@@ -42,6 +47,24 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
+class BiasedLinear(Linear):
+    """A product with a weight matrix, plus a bias."""
+
+    def __init__(self, width: int, out: int, device: torch.device | str) -> None:
+        super().__init__(width, out, device)
+        self.bias = nn.Parameter(torch.empty(out, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight).add_(self.bias)
+
+
+def _projection(shapes: Shapes, name: str, device: torch.device | str) -> Linear:
+    """The product with the matrix `name` of a layer, plus a bias if the family has one for it."""
+    out, width = shapes[f"{name}.weight"]
+    kind = BiasedLinear if f"{name}.bias" in shapes else Linear
+    return kind(width, out, device)
+
+
 class RMSNorm(nn.Module):
     """`cptool.ops.elementwise.rms_norm`, the order of operations of `transformers`."""
 
@@ -54,7 +77,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def after_adding(self, hidden: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-        """The norm of hidden + added, which replaces `hidden`."""
+        """Return the norm of hidden + added; the sum replaces `hidden`."""
         return add_rms_norm_(hidden, added, self.weight, self.eps)
 
 
@@ -62,16 +85,15 @@ class Attention(nn.Module):
     """Grouped-query attention: query head i reads key-value head i // (Hq / Hkv)."""
 
     def __init__(
-        self, config: LlamaConfig, layer: int, tp: int, device: torch.device | str
+        self, head_dim: int, layer: int, shapes: Shapes, device: torch.device | str
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.head_dim = config.head_dim
-        self.num_heads = config.num_attention_heads // tp
-        self.num_kv_heads = max(1, config.num_key_value_heads // tp)
-        projected = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        self.qkv_proj = Linear(config.hidden_size, projected, device)
-        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, device)
+        self.head_dim = head_dim
+        self.qkv_proj = _projection(shapes, "self_attn.qkv_proj", device)
+        self.o_proj = _projection(shapes, "self_attn.o_proj", device)
+        self.num_heads = self.o_proj.in_features // head_dim
+        self.num_kv_heads = (self.qkv_proj.out_features // head_dim - self.num_heads) // 2
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
@@ -84,7 +106,7 @@ class Attention(nn.Module):
         return self.o_proj(attend(self.layer, q, k, v).flatten(1))
 
     def without_tokens(self, x: torch.Tensor, attend: Attend) -> None:
-        """The part in others' attention of a rank whose `x` [0, hidden] has no row."""
+        """Take part in the attention of other ranks although `x` [0, hidden] has no row."""
         q, k, v = (
             x.new_empty(0, heads, self.head_dim)
             for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
@@ -95,11 +117,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig, tp: int, device: torch.device | str) -> None:
+    def __init__(self, shapes: Shapes, device: torch.device | str) -> None:
         super().__init__()
-        width = config.intermediate_size // tp
-        self.gate_up_proj = Linear(config.hidden_size, 2 * width, device)
-        self.down_proj = Linear(width, config.hidden_size, device)
+        self.gate_up_proj = _projection(shapes, "mlp.gate_up_proj", device)
+        self.down_proj = _projection(shapes, "mlp.down_proj", device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -113,10 +134,11 @@ class DecoderLayer(nn.Module):
         self, config: LlamaConfig, layer: int, tp: int, device: torch.device | str
     ) -> None:
         super().__init__()
+        shapes = layer_shapes(config, tp)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
-        self.self_attn = Attention(config, layer, tp, device)
+        self.self_attn = Attention(config.head_dim, layer, shapes, device)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
-        self.mlp = MLP(config, tp, device)
+        self.mlp = MLP(shapes, device)
 
     def forward(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
@@ -152,8 +174,9 @@ class DecoderLayer(nn.Module):
         )
 
     def _unobserved(self) -> bool:
-        """Whether all products are this file's, and no hook waits for a module within, as those of
-        tensor parallelism and of `--profile` do.
+        """Whether all products are plain, and no module within has a hook.
+
+        Tensor parallelism and `--profile` register hooks.
         """
         attention, mlp = self.self_attn, self.mlp
         products = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
@@ -164,12 +187,13 @@ class DecoderLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama decoder, or the share of one that a rank of a tensor-parallel group holds.
+    """A decoder, or the share of one that a rank of a tensor-parallel group holds.
 
-    With `tp` > 1 the attention heads and the feed-forward width are divided by it, and the
-    row-parallel `o_proj` and `down_proj` return a partial sum (`cptool.parallel.tensor_parallel`).
-    Parameters hold nothing yet: `cptool.engine.weights` puts a checkpoint's tensors in their place.
-    The caller runs the model under `torch.inference_mode()`.
+    With `tp` > 1 the attention heads and the feed-forward width are divided by it, and the results
+    of the row-parallel `o_proj` and `down_proj` are partial sums, which
+    `cptool.parallel.tensor_parallel` adds up. Parameters are uninitialised: `cptool.engine.weights`
+    puts a checkpoint's tensors in their place. The caller runs the model under
+    `torch.inference_mode()`.
     """
 
     inverse_frequencies: torch.Tensor
@@ -198,13 +222,14 @@ class Llama(nn.Module):
 
     @property
     def num_kv_heads(self) -> int:
-        """Key-value heads that this model projects to, hence that its caches hold."""
-        return self.layers[0].self_attn.num_kv_heads
+        """Key-value heads that this model projects to, and that its caches hold."""
+        heads: int = self.layers[0].self_attn.num_kv_heads
+        return heads
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
-        """The residual stream after the last layer, before the final norm (`logits` applies it).
+        """Return the residual stream after the last layer, before the norm that `logits` applies.
 
         `tokens` int64 [T] and their absolute `positions` int32 [T]; T may be 0, and `attend` is
         called once for every layer all the same. Returns [T, hidden] in the type of the weights.
@@ -216,9 +241,9 @@ class Llama(nn.Module):
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores of the next token after each of the rows [R, hidden] of a forward's result.
+        """Return the scores of the next token after each row [R, hidden] of a forward's result.
 
-        Returns float32 [R, vocabulary].
+        They are float32 [R, vocabulary].
         """
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return linear(self.norm(hidden), head.weight).to(torch.float32)

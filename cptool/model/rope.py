@@ -8,11 +8,11 @@ from cptool.model.config import LlamaConfig
 
 
 def inverse_frequencies(config: LlamaConfig) -> torch.Tensor:
-    """Radians per position of each rotated pair, stretched as the checkpoint asks.
+    """Return the radians per position of each rotated pair, stretched by `config.rope_scaling`.
 
-    f[j] = theta^(-2j / D) for j in [0, D/2), then `config.rope_scaling` as `RopeScaling` states
-    it. Every operation is float32 in the order of `transformers`, so that the frequencies are
-    its own to the bit.
+    f[j] = theta^(-2j / D) for j in [0, D/2), then scaling as `RopeScaling` states it. Every
+    operation is float32 in the order of `transformers`, so the frequencies equal its own bit by
+    bit.
 
     Returns: float32 [D/2] on the CPU.
     """
@@ -41,9 +41,11 @@ def inverse_frequencies(config: LlamaConfig) -> torch.Tensor:
 def rotary_tables(
     positions: torch.Tensor, frequencies: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of `positions [T]` times `frequencies [D/2]`: two float32 [T, 1, D/2].
+    """Return cosines and sines of `positions [T]` times `frequencies [D/2]`.
 
     The angle is the float32 product of position and frequency, as the models were trained.
+
+    Returns: two float32 [T, 1, D/2].
     """
     angles = (positions.to(torch.float32)[:, None] * frequencies)[:, None]
     return angles.cos(), angles.sin()

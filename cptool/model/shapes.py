@@ -1,15 +1,11 @@
-"""Shapes of models without a checkpoint, for planning, emulating and measuring: published ones by
-name, others by their widths.
-"""
+"""Shapes of models without a checkpoint, for planning, emulating and measuring."""
 
 from __future__ import annotations
 
-from cptool.errors import UserError
-from cptool.files import expanded
 from cptool.model.config import LlamaConfig, RopeScaling
 
-_LLAMA3_1 = RopeScaling("llama3", 8.0)
-_LLAMA3_2 = RopeScaling("llama3", 32.0)
+_LLAMA3_1 = RopeScaling(kind="llama3", factor=8.0)
+_LLAMA3_2 = RopeScaling(kind="llama3", factor=32.0)
 
 
 def llama_config(
@@ -26,7 +22,7 @@ def llama_config(
     scaling: RopeScaling | None = None,
     tied: bool = False,
 ) -> LlamaConfig:
-    """A Llama 2 but for what is given; `context` is its `max_position_embeddings`."""
+    """The shape of Llama 2, except for what is given; `context` is `max_position_embeddings`."""
     return LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -61,36 +57,4 @@ SHAPES: dict[str, LlamaConfig] = {
     "codellama-34b": llama_config(8192, 48, 64, 8, 22016, **_CODE),
     "codellama-70b": llama_config(8192, 80, 64, 8, 28672, vocab=32016, **_CODE),
 }
-"""Llama 3 by its 3.1 and 3.2 releases: 131072 positions, stretched rotary frequencies."""
-
-
-def find_shape(name: str, notes: list[str] | None = None) -> LlamaConfig:
-    """The shape of a name in `SHAPES`, of a `config.json` or a directory with one, or of any model
-    that `open_checkpoint` takes.
-
-    Reads no weights and imports no torch. `notes` takes what the user should know of the files, a
-    line each. Raises UserError, one line, for anything else.
-    """
-    notes = [] if notes is None else notes
-    if name in SHAPES:
-        return SHAPES[name]
-    path = expanded(name)
-    if path.is_dir() and (path / "config.json").is_file():
-        path /= "config.json"
-    if path.suffix == ".json" and path.is_file():
-        from cptool.checkpoint.huggingface import read_shape
-
-        try:
-            return read_shape(path, notes)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error}); give a config.json") from None
-    from cptool.checkpoint import open_checkpoint
-
-    try:
-        checkpoint = open_checkpoint(name)
-    except UserError as error:
-        if path.exists() or "/" in name:
-            raise
-        raise UserError(f"{error}; or one of the shapes {', '.join(SHAPES)}") from None
-    notes += checkpoint.notes
-    return checkpoint.config
+"""Published models. Llama 3 is its releases 3.1 and 3.2: 131072 positions and llama3 scaling."""

@@ -1,22 +1,21 @@
-"""How a Llama divides over tensor-parallel ranks."""
+"""How tensor parallelism divides a model's parameters (Shoeybi et al., Megatron-LM, 2019).
 
-from dataclasses import dataclass
+Rows of queries, keys, values and of the feed-forward network are divided over the ranks (column
+parallel in the paper's transposed terms), the columns of the products that follow likewise (row
+parallel). Embedding, norms and output matrix are replicated.
+"""
 
 from cptool.errors import UserError
+from cptool.model.architectures.family import LAYER, Size, Weight
+from cptool.model.architectures.registry import find_family
 from cptool.model.config import LlamaConfig
 
-
-@dataclass(frozen=True)
-class Share:
-    """What one rank computes: [start, stop) of the rows of q, of those of k and v, of the FFN."""
-
-    q: tuple[int, int]
-    kv: tuple[int, int]
-    ffn: tuple[int, int]
+Bounds = tuple[int, int]
+"""[start, stop)."""
 
 
 def check(config: LlamaConfig, tp: int) -> None:
-    """Raises UserError unless the model divides into `tp` equal parts.
+    """Raise UserError unless the model divides into `tp` equal parts.
 
     Query heads and feed-forward width must be multiples of `tp`. Key-value heads must be too, or
     divide it: each is then replicated on tp / Hkv ranks, so that every rank's queries find theirs.
@@ -35,16 +34,59 @@ def check(config: LlamaConfig, tp: int) -> None:
             f"feed-forward width {config.intermediate_size} do not divide into {tp} equal parts; "
             f"use --tp {' or '.join(map(str, possible))}"
         )
+    if tp > 1 and any(map(_is_added_after_the_sum, find_family(config.family).weights)):
+        raise UserError(
+            f"--tp {tp}: this model adds a bias to what the ranks sum, which cptool does not "
+            f"divide; use --tp 1"
+        )
 
 
-def share(config: LlamaConfig, tp_rank: int, tp: int) -> Share:
-    """The part of rank `tp_rank` of `tp`, for a pair that `check` accepts."""
+def share(config: LlamaConfig, tp_rank: int, tp: int) -> dict[Size, Bounds]:
+    """Return what rank `tp_rank` of `tp` holds of each size that is divided.
+
+    `check` accepts the model and `tp`.
+    """
     kv_heads = max(1, config.num_key_value_heads // tp)
     first_kv_head = tp_rank * config.num_key_value_heads // tp
-    q_rows = config.num_attention_heads * config.head_dim // tp
-    ffn = config.intermediate_size // tp
-    return Share(
-        q=(tp_rank * q_rows, (tp_rank + 1) * q_rows),
-        kv=(first_kv_head * config.head_dim, (first_kv_head + kv_heads) * config.head_dim),
-        ffn=(tp_rank * ffn, (tp_rank + 1) * ffn),
-    )
+    queries, ffn = (size.extent(config) // tp for size in (Size.QUERIES, Size.FFN))
+    return {
+        Size.QUERIES: (tp_rank * queries, (tp_rank + 1) * queries),
+        Size.KEYS: (first_kv_head * config.head_dim, (first_kv_head + kv_heads) * config.head_dim),
+        Size.FFN: (tp_rank * ffn, (tp_rank + 1) * ffn),
+    }
+
+
+def divided(weight: Weight, held: dict[Size, Bounds]) -> tuple[int, Bounds | None]:
+    """Return the dimension along which a weight is divided and what a rank holds of it.
+
+    `held` is the rank's `share`. The bounds are None if the rank holds the whole weight.
+    """
+    for dim, size in enumerate(weight.shape):
+        if size in held:
+            return dim, held[size]
+    return 0, None
+
+
+def _is_added_after_the_sum(weight: Weight) -> bool:
+    return weight.parameter.endswith("proj.bias") and weight.shape == (Size.HIDDEN,)
+
+
+def layer_shapes(config: LlamaConfig, tp: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of a layer, by its name within the layer.
+
+    With `tp` > 1 the shapes are those of each rank's share.
+    """
+    held = share(config, 0, tp)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight in find_family(config.family).weights:
+        if not (weight.in_layers and weight.needed(config)):
+            continue
+        shape = list(weight.extents(config))
+        dim, bounds = divided(weight, held)
+        if bounds is not None:
+            shape[dim] = bounds[1] - bounds[0]
+        name = weight.parameter.removeprefix(LAYER)
+        if name in shapes:
+            shape[0] += shapes[name][0]
+        shapes[name] = tuple(shape)
+    return shapes

@@ -15,7 +15,7 @@ from cptool.session import chat_file
 from cptool.session.manifest import Damaged, Manifest
 
 if TYPE_CHECKING:
-    from cptool.checkpoint.tokenizer import Tokenizer
+    from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cptool.checkpoint import open_checkpoint
-from cptool.checkpoint.gguf import QUANTISED
+from cptool.checkpoint.gguf.reader import QUANTISED
 from cptool.model.config import RopeScaling
 
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS = 256, 512, 32, 8, 2
@@ -191,7 +191,7 @@ def test_llama3_scaling_is_recognised_from_its_divisors(path, factor, theta):
     write(path, {"rope_freqs": divisors}, **{"llama.rope.freq_base": theta})
     found = open_checkpoint(str(path)).config
     assert found.rope_theta == theta
-    assert found.rope_scaling == RopeScaling("llama3", factor, 1.0, 4.0, 8192)
+    assert found.rope_scaling == RopeScaling(kind="llama3", factor=factor)
     write(path, {"rope_freqs": divisors**1.01}, **{"llama.rope.freq_base": theta})
     assert "not those of llama3 scaling" in refusal(path)
     write(path, {"rope_freqs": divisors[1:]}, **{"llama.rope.freq_base": theta})
@@ -203,7 +203,7 @@ def test_other_rotary_scaling(path):
     assert open_checkpoint(str(path)).config.rope_scaling is None
     scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     write(path, **scaling)
-    assert open_checkpoint(str(path)).config.rope_scaling == RopeScaling("linear", 4.0)
+    assert open_checkpoint(str(path)).config.rope_scaling == RopeScaling(kind="linear", factor=4.0)
     assert open_checkpoint(str(path)).config.max_position_embeddings == 512
     for keys, factor in (
         ({"llama.rope.scaling.factor": 4.0}, 4.0),
@@ -215,7 +215,7 @@ def test_other_rotary_scaling(path):
     ):
         write(path, **keys)
         found = open_checkpoint(str(path)).config.rope_scaling
-        assert found == (factor and RopeScaling("linear", factor))
+        assert found == (factor and RopeScaling(kind="linear", factor=factor))
     write(path, **{**scaling, "llama.rope.scaling.type": "none"})
     checkpoint = open_checkpoint(str(path))
     assert checkpoint.config.rope_scaling is None

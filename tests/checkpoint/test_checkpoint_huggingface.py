@@ -1,5 +1,6 @@
 """Hugging Face checkpoints: written by transformers or by hand, read by cptool."""
 
+import dataclasses
 import json
 import re
 import struct
@@ -25,6 +26,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LLAMA3_SCALING = RopeScaling(kind="llama3", factor=8.0, original_context=64)
 
 
 def tiny(**changes):
@@ -111,7 +113,7 @@ def test_configuration_as_transformers_understands_it(tmp_path):
     ):
         assert getattr(config, name) == getattr(model.config, name)
     assert config.rope_theta == 500000.0
-    assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+    assert config.rope_scaling == LLAMA3_SCALING
     assert checkpoint.eos_ids == (2, 7)
     assert checkpoint.name == tmp_path.name
 
@@ -121,14 +123,22 @@ def test_configuration_as_transformers_understands_it(tmp_path):
     [
         ({}, 10000.0, None),
         ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, None),
-        ({"rope_scaling": {"type": "linear", "factor": 4}}, 10000.0, ("linear", 4.0)),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4}},
+            10000.0,
+            RopeScaling(kind="linear", factor=4.0),
+        ),
         (
             {"rope_theta": 5e5, "rope_scaling": {**LLAMA3, "rope_theta": ..., "factor": 32.0}},
             5e5,
-            ("llama3", 32.0, 1.0, 4.0, 64),
+            dataclasses.replace(LLAMA3_SCALING, factor=32.0),
         ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, 1e5, None),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, 10000.0, ("linear", 2.0)),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            10000.0,
+            RopeScaling(kind="linear", factor=2.0),
+        ),
     ],
 )
 def test_rotary_settings_of_every_age(saved, fields, theta, scaling):
@@ -139,7 +149,7 @@ def test_rotary_settings_of_every_age(saved, fields, theta, scaling):
     edit_json(saved / "config.json", **fields)
     config = open_checkpoint(str(saved)).config
     assert config.rope_theta == theta
-    assert config.rope_scaling == (RopeScaling(*scaling) if scaling else None)
+    assert config.rope_scaling == scaling
 
 
 def test_absent_fields_take_the_defaults_of_the_format(saved):
@@ -454,7 +464,7 @@ def test_hub_ids_are_resolved_by_the_hub_library(saved, monkeypatch):
         raise ConnectionError("no route to host\nsecond line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    assert "not to be had from the hub (no route to host)" in refusal("org/tiny-llama")
+    assert "could not be downloaded from the hub (no route to host)" in refusal("org/tiny-llama")
 
 
 # Two answers to one question
@@ -511,7 +521,7 @@ def test_rotary_settings_that_agree_are_one(saved):
         rope_scaling=both,
         rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
     )
-    assert open_checkpoint(str(saved)).config.rope_scaling == RopeScaling("linear", 2.0)
+    assert open_checkpoint(str(saved)).config.rope_scaling == RopeScaling(kind="linear", factor=2.0)
 
 
 @pytest.mark.parametrize(
@@ -672,8 +682,11 @@ def test_links_to_nothing_are_named(saved, file):
 def test_unknown_fields_that_are_set_are_named_once(saved):
     edit_json(saved / "config.json", my_setting=7, my_flag=True, my_off=False, my_one=1, none=None)
     edit_json(saved / "generation_config.json", repetition_penalty=1.3, stranger="x")
-    (note,) = open_checkpoint(str(saved)).notes
-    assert note.endswith("were ignored: my_setting, my_flag, repetition_penalty, stranger")
+    unknown, unapplied = open_checkpoint(str(saved)).notes
+    assert unknown.endswith("does not know were ignored: my_setting, my_flag, stranger")
+    assert (
+        unapplied.startswith("cptool does not sample") and "them: repetition_penalty" in unapplied
+    )
 
 
 def test_fields_of_real_configurations_need_no_note(saved):

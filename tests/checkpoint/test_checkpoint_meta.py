@@ -18,7 +18,7 @@ from llama_reference import random_llama
 from meta_checkpoint import save_meta
 
 from cptool.checkpoint import open_checkpoint
-from cptool.checkpoint.torch_file import read_header
+from cptool.checkpoint.meta.torch_file import read_header
 from cptool.cli.main import main
 from cptool.model.config import RopeScaling
 
@@ -154,11 +154,15 @@ def test_a_session_goes_on_with_other_files_of_the_model(gqa, tmp_path, token_fi
         ({"rope_theta": 1000000, "max_seq_len": 99}, 99, None),
         ({"rope_theta": 3e5, "max_seq_len": 77}, 77, None),
         ({"rope_theta": 5e5, "use_scaled_rope": False}, 8192, None),
-        ({"rope_theta": 5e5, "use_scaled_rope": True}, 131072, RopeScaling("llama3", 8.0)),
+        (
+            {"rope_theta": 5e5, "use_scaled_rope": True},
+            131072,
+            RopeScaling(kind="llama3", factor=8.0),
+        ),
         (
             {"use_scaled_rope": True, "rope_scaling_factor": 16, "rope_high_freq_factor": 1.5},
             131072,
-            RopeScaling("llama3", 16.0, 1.0, 1.5),
+            RopeScaling(kind="llama3", factor=16.0, low_freq_factor=1.0, high_freq_factor=1.5),
         ),
     ],
 )

@@ -10,7 +10,7 @@ from test_checkpoint_huggingface import tiny
 
 from cptool.checkpoint import fingerprint as fingerprints
 from cptool.checkpoint import open_checkpoint
-from cptool.checkpoint.base import byte_ranges
+from cptool.checkpoint.tensors import byte_ranges
 from cptool.distributed import launch
 from cptool.engine.turn import Setup, open_engine
 from cptool.errors import RunError

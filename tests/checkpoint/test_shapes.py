@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+from cptool.checkpoint.shapes import find_shape
 from cptool.errors import UserError
-from cptool.model.shapes import SHAPES, find_shape
+from cptool.model.shapes import SHAPES
 from cptool.planning.cost.counts import matrix_parameters
 
 

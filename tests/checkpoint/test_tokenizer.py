@@ -22,9 +22,11 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cptool.checkpoint import library, open_checkpoint
-from cptool.checkpoint.chat import Guard
-from cptool.checkpoint.tokenizer import from_gguf, from_tokenizer_json
+from cptool.checkpoint import open_checkpoint
+from cptool.checkpoint.tokenizer import library
+from cptool.checkpoint.tokenizer.gguf import from_gguf
+from cptool.checkpoint.tokenizer.guard import Guard
+from cptool.checkpoint.tokenizer.huggingface import from_tokenizer_json
 from cptool.errors import UserError
 
 LLAMA3_PATTERN = (

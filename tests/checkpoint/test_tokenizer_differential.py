@@ -15,7 +15,7 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer
 
-from cptool.checkpoint.tokenizer import from_tokenizer_json
+from cptool.checkpoint.tokenizer.huggingface import from_tokenizer_json
 from cptool.errors import UserError
 
 WORDS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<tool>"]

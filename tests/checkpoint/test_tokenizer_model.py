@@ -21,7 +21,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cptool.checkpoint import open_checkpoint
-from cptool.checkpoint.tokenizer_model import read_tokenizer_model
+from cptool.checkpoint.tokenizer.tokenizer_model import read_tokenizer_model
 from cptool.cli.main import main
 from cptool.errors import UserError
 

@@ -7,8 +7,9 @@ import time
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from cptool.checkpoint import chat
-from cptool.checkpoint.tokenizer import from_gguf, from_tokenizer_json
+from cptool.checkpoint.tokenizer import templates
+from cptool.checkpoint.tokenizer.gguf import from_gguf
+from cptool.checkpoint.tokenizer.huggingface import from_tokenizer_json
 from cptool.cli.prompts import Prompts
 from cptool.errors import UserError
 
@@ -148,7 +149,7 @@ def test_templates_without_measure_are_one_line(tmp_path, template, reason):
 
 def test_a_template_without_end_is_ended(tmp_path, monkeypatch):
     loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
-    monkeypatch.setattr(chat, "CPU_S", 1)
+    monkeypatch.setattr(templates, "CPU_S", 1)
     with pytest.raises(UserError, match="takes more than 1 s"):
         directory(tmp_path, loop + "<|turn|><call><word>").chat(USER)
 

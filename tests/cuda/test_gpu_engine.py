@@ -11,6 +11,7 @@ import torch
 from test_static_decode import TURNS, prompt, say
 
 from cptool.checkpoint import open_checkpoint
+from cptool.checkpoint.shapes import find_shape
 from cptool.distributed.launch import run
 from cptool.emulation.layer import Scenario
 from cptool.emulation.projection import emulate
@@ -19,7 +20,6 @@ from cptool.engine.graphs import Recorded
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.host.pinned_copies import to_device, to_host
-from cptool.model.shapes import find_shape
 from cptool.ops.kernels import build_info
 from cptool.parallel.attention import VARIANTS
 from cptool.planning.profiles import default_profile

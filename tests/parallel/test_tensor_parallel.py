@@ -10,6 +10,7 @@ from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.engine.weights import load_model
 from cptool.errors import UserError
+from cptool.model.architectures.family import Size
 from cptool.model.shapes import llama_config
 from cptool.model.shares import check, share
 
@@ -51,8 +52,8 @@ def test_every_query_head_finds_its_key_value_head(kv_heads, group, tp, tp_rank)
     except UserError:
         return
     own = share(model, tp_rank % tp, tp)
-    q_heads = range(own.q[0] // 64, own.q[1] // 64)
-    held = range(own.kv[0] // 64, own.kv[1] // 64)
+    q_heads = range(own[Size.QUERIES][0] // 64, own[Size.QUERIES][1] // 64)
+    held = range(own[Size.KEYS][0] // 64, own[Size.KEYS][1] // 64)
     assert len(q_heads) == kv_heads * group // tp
     assert len(q_heads) % len(held) == 0
     for local, head in enumerate(q_heads):

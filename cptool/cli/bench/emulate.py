@@ -52,9 +52,9 @@ def emulate(
     Of the CP ranks the one with the most work; its links come from a hardware profile. Attention
     runs over a block of every source's size and positions, linear layers at their width under TP.
     """
+    from cptool.checkpoint.shapes import find_shape
     from cptool.distributed import devices, options
     from cptool.model import shares
-    from cptool.model.shapes import find_shape
 
     if cached >= context:
         raise UserError(f"--cached {cached}: it must be less than --context {context}")

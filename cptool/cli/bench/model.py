@@ -56,10 +56,10 @@ model_options = stack(
 
 def check(model: str, ranks: tuple[int, ...], tp: int) -> tuple[LlamaConfig, tuple[int, ...]]:
     """The shape of MODEL, and the N asked for, ascending; the largest fills the world."""
+    from cptool.checkpoint.shapes import find_shape
     from cptool.distributed.environment import launched_size
     from cptool.distributed.options import check_size
     from cptool.model import shares
-    from cptool.model.shapes import find_shape
 
     config = find_shape(model)
     shares.check(config, tp)

@@ -1,6 +1,6 @@
 """What a rank must hold, so that what does not fit is refused before anything starts."""
 
-from cptool.model.rows import ROWS_AT_ONCE
+from cptool.model.row_limits import ROWS_AT_ONCE
 from cptool.planning.cost.shape import ELEMENT_BYTES, Forward
 
 RESERVED = 0.04

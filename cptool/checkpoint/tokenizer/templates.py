@@ -1,25 +1,17 @@
-"""Chat templates: a model's Jinja program that turns messages into one text.
-
-A template writes control tokens such as `<|im_start|>` as text, and so may a user, who must not be
-able to begin a turn of his own. `Guard` tells the two apart: what looks like a control token in a
-message is marked before rendering, and what is unmarked afterwards is the template's.
-"""
+"""Chat templates: a model's Jinja program that turns messages into one text."""
 
 import atexit
 import json
 import os
-import re
-import secrets
 import select
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cptool.checkpoint.entry import check_text
+from cptool.checkpoint.tokenizer.input_checks import check_text
 from cptool.errors import RunError, UserError
 
 Message = Mapping[str, Any]
@@ -78,7 +70,7 @@ class _Worker:
         self._process: subprocess.Popen | None = None
 
     def ask(self, request: bytes) -> dict[str, Any]:
-        from cptool.checkpoint.templates import receive, send
+        from cptool.checkpoint.tokenizer.template_process import receive, send
 
         with self._lock:
             process = self._started()
@@ -106,7 +98,7 @@ class _Worker:
             # directory in front, which may hold anything.
             start = (
                 f"import sys; sys.path[:] = {sys.path!r}; "
-                "from cptool.checkpoint.templates import serve; serve()"
+                "from cptool.checkpoint.tokenizer.template_process import serve; serve()"
             )
             try:
                 self._process = subprocess.Popen(
@@ -152,55 +144,6 @@ def _worker() -> _Worker:
         _current = _Worker()
         atexit.register(_current.end)
     return _current
-
-
-class Guard:
-    """Keeps control tokens in messages apart from those that a template writes.
-
-    The marks are private and random, so that no message can hold one.
-    """
-
-    def __init__(self, control_tokens: Iterable[str]):
-        # Digits alone: whatever filter a template applies to a message, no letter case is at stake.
-        nonce = secrets.randbits(64)
-        self._mark = f"\ufdd0{nonce}\ufdd1"
-        longest_first = sorted(control_tokens, key=len, reverse=True)
-        alternatives = _any_of(longest_first)
-        self._unmarked = re.compile(f"(?<!{self._mark})(?:{alternatives})")
-        self._all = frozenset(longest_first)
-        self.placeholders = {
-            token: f"\ufdd2{nonce}-{index}\ufdd3" for index, token in enumerate(longest_first)
-        }
-        self.placeholder = re.compile(f"\ufdd2{nonce}-\\d+\ufdd3")
-
-    def mark(self, value: Any, tokens: frozenset[str] | None = None) -> Any:
-        """A message, or any part of one, with a mark before each control token in its strings.
-
-        `tokens`: mark these alone.
-        """
-        start = _starts(self._all if tokens is None else tokens)
-        if isinstance(value, str):
-            return start.sub(self._mark, value)
-        if isinstance(value, Mapping):
-            return {key: self.mark(item, tokens) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.mark(item, tokens) for item in value]
-        return value
-
-    def unmark(self, rendered: str) -> str:
-        """The rendered text without marks, the template's own control tokens as placeholders."""
-        text = self._unmarked.sub(lambda match: self.placeholders[match.group()], rendered)
-        return text.replace(self._mark, "")
-
-
-def _any_of(longest_first: Sequence[str]) -> str:
-    return "|".join(map(re.escape, longest_first)) or r"(?!)"
-
-
-@cache
-def _starts(tokens: frozenset[str]) -> re.Pattern:
-    # A lookahead finds overlapping occurrences too, each of which must be broken.
-    return re.compile(f"(?=(?:{_any_of(sorted(tokens, key=len, reverse=True))}))")
 
 
 def default_template(value: Any) -> str | None:

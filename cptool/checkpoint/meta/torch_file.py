@@ -8,9 +8,10 @@ import struct
 import zipfile
 from pathlib import Path
 
-from cptool.checkpoint.base import ITEM_SIZES, StoredTensor, bounded_product, first_line
+from cptool.checkpoint.fields import first_line
 from cptool.checkpoint.lookalikes import describe
-from cptool.checkpoint.pickled_tensors import PickledTensor, read_tensors
+from cptool.checkpoint.meta.pickled_tensors import PickledTensor, read_tensors
+from cptool.checkpoint.tensors import ITEM_SIZES, StoredTensor, bounded_product
 from cptool.errors import UserError
 
 # Llama 3.1 405B takes 100 KB.
@@ -89,11 +90,13 @@ class _Archive:
         encoding = tensor.storage.encoding
         item = ITEM_SIZES.get(encoding)
         if item is None:
-            return StoredTensor(self.path, 0, 0, shape, encoding)
+            return StoredTensor(file=self.path, offset=0, nbytes=0, shape=shape, encoding=encoding)
         if record.file_size != length * item:
             raise ValueError(f"{name!r}: {record.file_size} bytes for {length} of {encoding}")
         offset = self._data_of(record) + tensor.offset * item
-        return StoredTensor(self.path, offset, elements * item, shape, encoding)
+        return StoredTensor(
+            file=self.path, offset=offset, nbytes=elements * item, shape=shape, encoding=encoding
+        )
 
     def _data_of(self, record: zipfile.ZipInfo) -> int:
         """Where in the file the data of a record begins."""

@@ -3,45 +3,48 @@
 import re
 from pathlib import Path
 
-from cptool.checkpoint.base import HEAD, StoredTensor
 from cptool.checkpoint.fields import mapping, read_json, shown
-from cptool.checkpoint.kinds import why_no_weights
+from cptool.checkpoint.huggingface.directory import why_no_weights
+from cptool.checkpoint.huggingface.safetensors import read_header
 from cptool.checkpoint.lookalikes import absent, dangling
-from cptool.checkpoint.safetensors import read_header
+from cptool.checkpoint.notes import Notes
+from cptool.checkpoint.tensors import StoredTensor
 from cptool.errors import UserError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TABLES = re.compile(r"(?:^|\.)rotary_emb\.(?:(?:original_)?inv_freq|(?:cos|sin)_cached)$")
 
 
-def read_headers(path: Path, tied: bool) -> tuple[dict[str, StoredTensor], list[str]]:
-    """All tensors of the directory by name, and a line for each choice between two answers.
+def read_headers(path: Path, optional: str | None, notes: Notes) -> dict[str, StoredTensor]:
+    """Return all tensors of the directory by name.
 
-    One file goes before an index, as in transformers. UserError where index and files disagree.
-    Tables of the rotary embedding, which older files store, are left out: rope_theta says the same.
+    One file goes before an index, as in transformers, which is added to `notes`. Raises UserError
+    if index and files disagree; the index may list a tensor `optional` that is not stored. Tables
+    of the rotary embedding, which older files store, are left out: rope_theta says the same.
     """
-    found, notes = _read_headers(path, tied)
-    return {name: tensor for name, tensor in found.items() if not _is_table(name)}, notes
+    found = _read_headers(path, optional, notes)
+    return {name: tensor for name, tensor in found.items() if not _is_table(name)}
 
 
 def _is_table(name: str) -> bool:
     return _TABLES.search(name) is not None
 
 
-def _read_headers(path: Path, tied: bool) -> tuple[dict[str, StoredTensor], list[str]]:
+def _read_headers(path: Path, optional: str | None, notes: Notes) -> dict[str, StoredTensor]:
     single, index = path / _SINGLE, path / _INDEX
     for file in (single, index):
         if (why := dangling(file)) is not None:
             raise UserError(f"{file}: {why}")
     if single.is_file():
-        beside = f"{path}: {_SINGLE} and {_INDEX} are both there; the first one is used"
-        return read_header(single), [beside] * index.is_file()
+        if index.is_file():
+            notes.add(f"{path}: {_SINGLE} and {_INDEX} are both there; the first one is used")
+        return read_header(single)
     if not index.is_file():
         raise UserError(f"{path}: {why_no_weights(path)}")
-    return _read_indexed(path, index, tied), []
+    return _read_indexed(path, index, optional)
 
 
-def _read_indexed(path: Path, index: Path, tied: bool) -> dict[str, StoredTensor]:
+def _read_indexed(path: Path, index: Path, optional: str | None) -> dict[str, StoredTensor]:
     weights = mapping(index, read_json(index), "weight_map")
     if not weights:
         raise UserError(f"{index}: its weight_map names no tensors; fetch the file again")
@@ -68,7 +71,7 @@ def _read_indexed(path: Path, index: Path, tied: bool) -> dict[str, StoredTensor
                 )
         found |= tensors
     for name, shard in weights.items():
-        if name not in found and ((tied and name == HEAD) or _is_table(name)):
+        if name not in found and (name == optional or _is_table(name)):
             continue  # Indexes list the head of tied models too, which is not stored.
         if name not in found:
             raise UserError(

@@ -13,7 +13,7 @@ from tokenizers import (
     processors,
 )
 
-from cptool.checkpoint.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from cptool.checkpoint.tokenizer.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 # How Llama 3 cuts a text before merging.
 _LLAMA3_PATTERN = (

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
-from cptool.checkpoint import backends, library
-from cptool.checkpoint.base import first_line
-from cptool.checkpoint.chat import default_template
-from cptool.checkpoint.fields import read_json
+from cptool.checkpoint.fields import first_line, read_json
+from cptool.checkpoint.tokenizer import backends, library
+from cptool.checkpoint.tokenizer.templates import default_template
+from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
 from cptool.errors import UserError
 
 _ROLES = (
@@ -56,6 +57,25 @@ _INFILLING = {
 _MAX_BYTES = 1 << 29
 
 
+def from_tokenizer_json(
+    path: Path, settings: dict[str, Any], chat_template: str | None = None
+) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, out of all its files.
+
+    `path` is its tokenizer.json, `settings` its tokenizer_config.json; `chat_template` goes before
+    any template in the files. Raises UserError as `read_tokenizer_files` does.
+    """
+    files = read_tokenizer_files(path, settings, chat_template)
+    backend, roles = files.backend, files.roles
+    bos_id = backend.token_to_id(roles["bos_token"]) if "bos_token" in roles else None
+    around = backend.encode("", add_special_tokens=True).ids
+    if bos_id is None and len(around) == 1:
+        bos_id = around[0]
+    return Tokenizer(
+        backend, bos_id, roles, files.chat_template, why_no_template=files.why_no_template
+    )
+
+
 @dataclass(frozen=True)
 class TokenizerFiles:
     """`roles` maps `bos_token` and the like to texts; `chat_template` is None where there is none.
@@ -63,7 +83,7 @@ class TokenizerFiles:
     `why_no_template` says more about that, where there is more to say.
     """
 
-    backend: Tokenizer
+    backend: Backend
     roles: dict[str, str]
     chat_template: str | None
     why_no_template: str | None = None
@@ -90,12 +110,12 @@ def read_tokenizer_files(
     return TokenizerFiles(backend, roles, template, why)
 
 
-def _read_backend(path: Path) -> Tokenizer:
+def _read_backend(path: Path) -> Backend:
     try:
         if (size := path.stat().st_size) > _MAX_BYTES:
             raise UserError(f"{path}: {size:,} bytes are no tokenizer's; fetch the file again")
         with library.muted():
-            backend = library.call(Tokenizer.from_file, str(path))
+            backend = library.call(Backend.from_file, str(path))
             backend.no_truncation()
             backend.no_padding()
             # What goes around a text is put there here: a faulty description fails now.
@@ -124,8 +144,8 @@ def _class_of(path: Path, settings: dict[str, Any]) -> str:
 
 
 def _assemble(
-    path: Path, settings: dict[str, Any], kind: str, backend: Tokenizer
-) -> tuple[Tokenizer, dict[str, str]]:
+    path: Path, settings: dict[str, Any], kind: str, backend: Backend
+) -> tuple[Backend, dict[str, str]]:
     fields = dict(settings)
     if "additional_special_tokens" in fields and not fields.get("extra_special_tokens"):
         fields["extra_special_tokens"] = fields.pop("additional_special_tokens")
@@ -169,7 +189,7 @@ def _assemble(
 
 
 def _listed_tokens(
-    path: Path, fields: dict[str, Any], own_roles: dict[str, Any], backend: Tokenizer
+    path: Path, fields: dict[str, Any], own_roles: dict[str, Any], backend: Backend
 ) -> dict[int, AddedToken]:
     """Added tokens by id, out of all files that list them; roles of older files enter `fields`."""
     if "added_tokens_decoder" in fields:
@@ -204,7 +224,7 @@ def _listed_tokens(
 
 
 def _add(
-    backend: Tokenizer,
+    backend: Backend,
     listed: dict[int, AddedToken],
     roles: dict[str, str | AddedToken],
     extra: list[str | AddedToken],
@@ -225,7 +245,7 @@ def _add(
     library.call(backend.add_tokens, new)
 
 
-def _as_llama(fields: dict[str, Any], backend: Tokenizer, if_legacy: str) -> Tokenizer:
+def _as_llama(fields: dict[str, Any], backend: Backend, if_legacy: str) -> Backend:
     """The vocabulary under the rules of transformers' LlamaTokenizer, which keeps no others.
 
     `if_legacy` says before which parts of a text a space goes where the files are `legacy`.
@@ -235,7 +255,7 @@ def _as_llama(fields: dict[str, Any], backend: Tokenizer, if_legacy: str) -> Tok
         raise TypeError(f"a LlamaTokenizer over {type(model).__name__}, it must be BPE")
     model.fuse_unk = model.byte_fallback = True
     model.dropout, model.unk_token, model.ignore_merges = None, None, False
-    built = Tokenizer(model)
+    built = Backend(model)
     prefix = fields.get("add_prefix_space")
     prefix = True if prefix is None else bool(prefix)
     scheme = "never" if not prefix else if_legacy if fields.get("legacy", False) else "first"
@@ -247,14 +267,14 @@ def _as_llama(fields: dict[str, Any], backend: Tokenizer, if_legacy: str) -> Tok
     return built
 
 
-def _as_gpt_neox(fields: dict[str, Any], backend: Tokenizer) -> Tokenizer:
+def _as_gpt_neox(fields: dict[str, Any], backend: Backend) -> Backend:
     """The vocabulary under the rules of transformers' GPTNeoXTokenizer: nothing goes around."""
     model = backend.model
     if not isinstance(model, models.BPE):
         raise TypeError(f"a GPTNeoXTokenizer over {type(model).__name__}, it must be BPE")
     model.fuse_unk = model.byte_fallback = model.ignore_merges = False
     model.dropout = model.unk_token = None
-    built = Tokenizer(model)
+    built = Backend(model)
     built.normalizer = normalizers.NFC()
     built.pre_tokenizer = pre_tokenizers.ByteLevel(
         add_prefix_space=fields.get("add_prefix_space") is True

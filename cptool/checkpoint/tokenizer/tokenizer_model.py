@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cptool.checkpoint import sentencepiece, tiktoken
+from cptool.checkpoint.tokenizer import sentencepiece, tiktoken
 from cptool.errors import UserError
 
 if TYPE_CHECKING:
-    from cptool.checkpoint.tokenizer import Tokenizer
+    from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
 
 # The formats that the models were trained on, which Meta's releases have as code alone.
 
@@ -72,7 +72,7 @@ class TokenizerModel:
 
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer; a plain text begins with BOS."""
-        from cptool.checkpoint.tokenizer import from_ranks, from_sentencepiece
+        from cptool.checkpoint.tokenizer.meta import from_ranks, from_sentencepiece
 
         if isinstance(self.model, tiktoken.RankedModel):
             return from_ranks(self.model, self.bos_id, self.eos_ids[0], self.chat_template)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cptool.checkpoint.base import first_line
+from cptool.checkpoint.fields import first_line
 from cptool.errors import UserError
 
 # The library's threads serve batches of texts; with them, it warns on standard error at every fork.

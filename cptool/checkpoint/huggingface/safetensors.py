@@ -10,8 +10,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from cptool.checkpoint.base import ITEM_SIZES, StoredTensor, bounded_product, first_line
+from cptool.checkpoint.fields import first_line
 from cptool.checkpoint.lookalikes import describe
+from cptool.checkpoint.tensors import ITEM_SIZES, StoredTensor, bounded_product
 from cptool.errors import UserError
 from cptool.files import parse_json
 
@@ -79,7 +80,13 @@ def _tensor(path: Path, data: int, name: str, entry: Any) -> StoredTensor:
     item_size = ITEM_SIZES.get(encoding)
     if begin > end or (item_size is not None and elements * item_size != end - begin):
         raise ValueError(f"{end - begin} bytes for shape {shape} of {encoding}")
-    return StoredTensor(path, data + begin, end - begin, tuple(shape), encoding[:40])
+    return StoredTensor(
+        file=path,
+        offset=data + begin,
+        nbytes=end - begin,
+        shape=tuple(shape),
+        encoding=encoding[:40],
+    )
 
 
 def _check_cover(tensors: dict[str, StoredTensor], start: int) -> int:

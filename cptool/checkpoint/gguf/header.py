@@ -13,9 +13,9 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from cptool.checkpoint.base import StoredTensor, bounded_product, first_line
-from cptool.checkpoint.fields import readable
+from cptool.checkpoint.fields import first_line, readable
 from cptool.checkpoint.lookalikes import describe
+from cptool.checkpoint.tensors import StoredTensor, bounded_product
 from cptool.errors import UserError
 
 _SCALARS = dict(zip([*range(8), 10, 11, 12], "BbHhIif?Qqd", strict=True))
@@ -216,4 +216,6 @@ class _Cursor:
         if not shape or shape[-1] % block:
             raise ValueError(f"tensor {readable(name)}: shape {list(shape)} in blocks of {block}")
         nbytes = elements // block * block_bytes
-        return StoredTensor(self.path, offset, nbytes, shape, encoding.name)
+        return StoredTensor(
+            file=self.path, offset=offset, nbytes=nbytes, shape=shape, encoding=encoding.name
+        )

@@ -1,0 +1,57 @@
+"""The shape of a model out of the header of a GGUF file."""
+
+from cptool.checkpoint.gguf.metadata import Metadata
+from cptool.checkpoint.gguf.rope import context, linear_scaling
+from cptool.checkpoint.notes import Notes
+from cptool.checkpoint.tensors import StoredTensor
+from cptool.errors import UserError
+from cptool.model.architectures.family import EMBEDDING, HEAD, Family
+from cptool.model.config import LlamaConfig
+
+
+def read_config(
+    metadata: Metadata, tensors: dict[str, StoredTensor], family: Family, notes: Notes
+) -> LlamaConfig:
+    """Return the model's shape, without scaling that is a tensor; it has not passed `check_config`.
+
+    Fields that do not count are added to `notes`.
+    """
+    path = metadata.path
+    name = family.weight(EMBEDDING).gguf
+    embedding = tensors.get(name)
+    if embedding is None:
+        what = "a vocabulary alone" if not tensors else "not a whole model"
+        raise UserError(
+            f"{path}: tensor {name} is missing, so it is {what}; give the GGUF of the model itself"
+        )
+    hidden = metadata.integer("embedding_length")
+    heads = metadata.integer("attention.head_count")
+    head_dim = metadata.integer("attention.key_length", hidden // heads if heads else 0)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (value := metadata.integer(key, head_dim)) != head_dim:
+            raise UserError(
+                f"{path}: {metadata.key(key)} is {value}, cptool needs it to equal the head size "
+                f"{head_dim}; use another model"
+            )
+    vocabulary = embedding.shape[0]
+    if (stated := metadata.integer("vocab_size", vocabulary)) != vocabulary:
+        raise UserError(
+            f"{path}: {metadata.key('vocab_size')} is {stated}, and {name} has {vocabulary} "
+            f"rows; the two are not of one model"
+        )
+    scaling = linear_scaling(metadata, notes)
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=metadata.integer("feed_forward_length"),
+        num_hidden_layers=metadata.integer("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=metadata.integer("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rms_norm_eps=metadata.number("attention.layer_norm_rms_epsilon"),
+        rope_theta=metadata.number("rope.freq_base", 10000.0),
+        max_position_embeddings=context(metadata, scaling),
+        tie_word_embeddings=family.weight(HEAD).gguf not in tensors,
+        rope_scaling=scaling,
+        family=family.name,
+    )

@@ -1,0 +1,144 @@
+"""The shape of a model out of its `config.json`."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from cptool.checkpoint.config_checks import check_config
+from cptool.checkpoint.fields import flag, integer, number, read_json, shown
+from cptool.checkpoint.huggingface.known import HUGGING_FACE
+from cptool.checkpoint.huggingface.rope import context, read_rope
+from cptool.checkpoint.known_fields import check_fields
+from cptool.checkpoint.notes import Notes
+from cptool.errors import UserError
+from cptool.model.architectures.family import Family
+from cptool.model.architectures.registry import families
+from cptool.model.config import LlamaConfig
+
+# What else a class of transformers does with a model, by the end of its name.
+_OTHER_USES = {
+    "Model": "it has no output matrix, as embedding models do not",
+    "ForSequenceClassification": "it scores texts, as reward models do",
+    "ForTokenClassification": "it labels tokens",
+    "ForQuestionAnswering": "it marks answers in a text",
+}
+
+
+def read_shape(source: Path, notes: list[str]) -> LlamaConfig:
+    """Return the checked shape of a model out of its `config.json` alone.
+
+    Lines about choices between two answers and about ignored fields are appended to `notes`.
+    """
+    noted = Notes()
+    fields = read_checked_fields(source, noted)
+    config = check_config(source, read_config(source, fields, noted))
+    notes += noted.lines()
+    return config
+
+
+def read_checked_fields(source: Path, notes: Notes) -> dict[str, Any]:
+    """Return the fields of a `config.json`; UserError if one asks for what cptool does not compute.
+
+    Fields that are ignored are added to `notes`.
+    """
+    fields = read_json(source)
+    family = family_of(source, fields)  # first: others have fields that no known family has
+    check_fields(source, fields, HUGGING_FACE.with_neutral(family.neutral_fields), notes)
+    return fields
+
+
+def read_config(source: Path, fields: dict[str, Any], notes: Notes) -> LlamaConfig:
+    """Return the model's shape out of the fields of a `config.json`, of transformers 4 or 5.
+
+    The fields are those of `read_checked_fields`; the result has not passed `check_config`. Choices
+    between two answers are added to `notes`.
+    """
+    family = family_of(source, fields)
+    defaults = family.defaults
+    _check_layers(source, fields)
+    _check_window(source, fields)
+    heads = integer(source, fields, "num_attention_heads")
+    hidden = integer(source, fields, "hidden_size")
+    if heads < 1 or hidden < 1 or (fields.get("head_dim") is None and hidden % heads):
+        raise UserError(
+            f"{source}: hidden_size {hidden} does not divide into {heads} heads; it must, or "
+            f"head_dim must be given"
+        )
+    head_dim = integer(source, fields, "head_dim", hidden // heads)
+    _check_attention_scale(source, fields, head_dim)
+    positions = integer(
+        source, fields, "max_position_embeddings", defaults.get("max_position_embeddings")
+    )
+    rope = read_rope(source, fields, positions, notes)
+    return LlamaConfig(
+        vocab_size=integer(source, fields, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=integer(source, fields, "intermediate_size"),
+        num_hidden_layers=integer(source, fields, "num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=integer(source, fields, "num_key_value_heads", heads),
+        head_dim=head_dim,
+        rms_norm_eps=number(source, fields, "rms_norm_eps", defaults.get("rms_norm_eps")),
+        rope_theta=rope.theta,
+        max_position_embeddings=context(fields, positions, rope),
+        tie_word_embeddings=flag(source, fields, "tie_word_embeddings"),
+        rope_scaling=rope.scaling,
+        family=family.name,
+    )
+
+
+def family_of(source: Path, fields: dict[str, Any]) -> Family:
+    """Return the model family that a `config.json` names; UserError if there is no such family.
+
+    Llama is what a file without names means.
+    """
+    architectures = fields.get("architectures") or ["LlamaForCausalLM"]
+    kind = fields.get("model_type", "llama")
+    known = families()
+    for family in known:
+        if kind == family.model_type and architectures in [[name] for name in family.architectures]:
+            return family
+    first = architectures[0] if isinstance(architectures, list) else architectures
+    stems = [family.architectures[0].removesuffix("ForCausalLM") for family in known]
+    uses = {stem + end: why for stem in stems for end, why in _OTHER_USES.items()}
+    why = uses.get(first if isinstance(first, str) else "", "")
+    remedy = " or ".join(family.architectures[0] for family in known)
+    raise UserError(
+        f"{source}: architecture {shown(architectures)} of type {shown(kind)} is not "
+        f"supported{why and f' ({why})'}; use a {remedy} checkpoint"
+    )
+
+
+def _check_layers(source: Path, fields: dict[str, Any]) -> None:
+    """Refuses layers of different kinds, of which newer configurations have a list."""
+    kinds = fields.get("layer_types")
+    if kinds is not None and (
+        not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
+    ):
+        raise UserError(
+            f"{source}: layer_types is {shown(kinds)}, cptool computes layers of full attention "
+            f"alone; use another checkpoint"
+        )
+
+
+def _check_window(source: Path, fields: dict[str, Any]) -> None:
+    """Refuses a window of attention, unless the file says that it is not used, as Qwen's do."""
+    window = fields.get("sliding_window")
+    if window not in (None, 0) and fields.get("use_sliding_window") is not False:
+        raise UserError(
+            f"{source}: sliding_window is {shown(window)}, and cptool computes attention to the "
+            f"whole context; use a checkpoint without it"
+        )
+
+
+def _check_attention_scale(source: Path, fields: dict[str, Any], head_dim: int) -> None:
+    """Refuses scores that are multiplied by anything but the inverse root of the head size."""
+    usual = {"attention_multiplier": head_dim**-0.5 if head_dim > 0 else 0.0}
+    for key, expected in {**usual, "query_pre_attn_scalar": float(head_dim)}.items():
+        if fields.get(key) is not None:
+            value = number(source, fields, key)
+            if not math.isclose(value, expected, rel_tol=1e-6):
+                raise UserError(
+                    f"{source}: {key} is {value}, cptool scales attention as a Llama does, where "
+                    f"it would be {expected}; use a checkpoint without it"
+                )

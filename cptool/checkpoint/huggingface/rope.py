@@ -1,0 +1,140 @@
+"""The rotary embedding that a `config.json` states, of transformers 4 or 5."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cptool.checkpoint.fields import integer, mapping, number, shown
+from cptool.checkpoint.huggingface.known import ROPE
+from cptool.checkpoint.known_fields import check_fields
+from cptool.checkpoint.notes import Notes
+from cptool.errors import UserError
+from cptool.model.config import RopeScaling
+
+_LINEAR, _LLAMA3 = "linear", "llama3"
+_DEFAULT_THETA = 10000.0
+
+# How long a context the author states beside `max_position_embeddings`.
+_CONTEXT_HINTS = ("max_sequence_length", "model_max_length", "max_seq_len", "max_seq_length")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Base and scaling of the frequencies, and the context before scaling if it is stated."""
+
+    theta: float
+    scaling: RopeScaling | None = None
+    original_context: int | None = None
+
+
+def read_rope(source: Path, fields: dict[str, Any], positions: int, notes: Notes) -> Rope:
+    """Return the rotary embedding out of the fields of the `config.json` at `source`.
+
+    transformers 4 has `rope_theta` and `rope_scaling`, 5 has both in `rope_parameters`, and files
+    exist with all three. They must agree, for transformers' own choice depends on its version.
+    `positions` is `max_position_embeddings`. Choices between two answers are added to
+    `notes`.
+    """
+    older, newer = (mapping(source, fields, key) for key in ("rope_scaling", "rope_parameters"))
+    answers = [
+        _Dictionary(source, key, rope, fields).rope(positions, notes)
+        for key, rope in (("rope_scaling", older), ("rope_parameters", newer))
+        if rope
+    ]
+    if len(answers) == 2 and answers[0] != answers[1]:
+        raise UserError(
+            f"{source}: rope_scaling {shown(older)} and rope_parameters {shown(newer)} say "
+            f"different things; remove the wrong one"
+        )
+    return answers[0] if answers else Rope(number(source, fields, "rope_theta", _DEFAULT_THETA))
+
+
+def context(fields: dict[str, Any], positions: int, rope: Rope) -> int:
+    """Return the number of positions that the model was made for.
+
+    Linear scaling stretches the context that the model had before. `max_position_embeddings` is
+    that one, unless the file states it apart, or states a second time how long the context is now.
+    """
+    scaling, original = rope.scaling, rope.original_context
+    if scaling is None or scaling.kind != _LINEAR or not 0 < scaling.factor < 2**31:
+        return positions
+    if original is not None:
+        return max(positions, int(original * scaling.factor))
+    if any(fields.get(key) == positions for key in _CONTEXT_HINTS):
+        return positions
+    return max(positions, int(positions * scaling.factor))
+
+
+@dataclass(frozen=True)
+class _Dictionary:
+    """`rope_scaling` or `rope_parameters` under the key `place`; what it lacks is in `top`."""
+
+    source: Path
+    place: str
+    fields: dict[str, Any]
+    top: dict[str, Any]
+
+    def rope(self, positions: int, notes: Notes) -> Rope:
+        source, fields = self.source, self.fields
+        theta, kind = self._theta(), self._kind()
+        check_fields(source, fields, ROPE)
+        if kind == "default":
+            if fields.get("factor") is not None and number(source, fields, "factor") != 1:
+                raise UserError(
+                    f"{source}: {self.place} has a factor of {number(source, fields, 'factor')} "
+                    f'and no type that it belongs to; add "rope_type"'
+                )
+            return Rope(theta)
+        original = self._original_context(notes)
+        factor = number(source, fields, "factor")
+        if kind == _LINEAR:
+            return Rope(theta, RopeScaling(kind=_LINEAR, factor=factor), original)
+        scaling = RopeScaling(
+            kind=_LLAMA3,
+            factor=factor,
+            low_freq_factor=number(source, fields, "low_freq_factor"),
+            high_freq_factor=number(source, fields, "high_freq_factor"),
+            # As transformers does if nothing states it.
+            original_context=positions if original is None else original,
+        )
+        return Rope(theta, scaling, original)
+
+    def _theta(self) -> float:
+        theta = number(self.source, self.top, "rope_theta", _DEFAULT_THETA)
+        if self.fields.get("rope_theta") is None:
+            return theta
+        inside = number(self.source, self.fields, "rope_theta")
+        if self.top.get("rope_theta") is not None and inside != theta:
+            raise UserError(
+                f"{self.source}: rope_theta is {theta}, and {inside} inside {self.place}; remove "
+                f"the wrong one"
+            )
+        return inside
+
+    def _kind(self) -> str:
+        kinds = [self.fields[k] for k in ("rope_type", "type") if self.fields.get(k) is not None]
+        if len(kinds) == 2 and kinds[0] != kinds[1]:
+            raise UserError(
+                f"{self.source}: {self.place} has rope_type {shown(kinds[0])} and type "
+                f"{shown(kinds[1])}; remove the wrong one"
+            )
+        kind = kinds[0] if kinds else "default"
+        if kind not in ("default", _LINEAR, _LLAMA3):
+            raise UserError(
+                f"{self.source}: rope type {shown(kind)} is not supported; use a checkpoint with "
+                f"default, linear or llama3 rotary embeddings"
+            )
+        return kind
+
+    def _original_context(self, notes: Notes) -> int | None:
+        key = "original_max_position_embeddings"
+        inside, top = (
+            None if fields.get(key) is None else integer(self.source, fields, key)
+            for fields in (self.fields, self.top)
+        )
+        if inside is not None and top is not None and inside != top:
+            notes.add(
+                f"{self.source}: {key} is {top}, and {inside} inside {self.place}; the first one "
+                f"counts"
+            )
+        return inside if top is None else top

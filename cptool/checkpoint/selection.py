@@ -1,0 +1,87 @@
+"""Which of the stored tensors make up the model, and whether they are those of its shape."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from cptool.checkpoint.tensor_names import CONVERT
+from cptool.checkpoint.tensors import AnyTensor
+from cptool.errors import UserError
+from cptool.model.architectures.registry import find_family
+from cptool.model.config import LlamaConfig
+
+
+def select_tensors(
+    source: Path,
+    config: LlamaConfig,
+    found: Mapping[str, AnyTensor],
+    encodings: Iterable[str],
+) -> dict[str, AnyTensor]:
+    """Return the tensors that the model needs out of those `found`, each with the expected shape.
+
+    Raises UserError for a tensor that is missing, misshapen or in an encoding not in `encodings`,
+    and for one that its family has not: ignoring a bias or a query norm would change the answer.
+    """
+    family = find_family(config.family)
+    if config.num_hidden_layers > len(found):
+        raise UserError(
+            f"{source}: {config.num_hidden_layers} layers in the configuration, {len(found)} "
+            f"tensors in the files; the two are not of one model"
+        )
+    needed = family.shapes(config)
+    for name, shape in needed.items():
+        tensor = found.get(name)
+        if tensor is None:
+            raise UserError(
+                f"{source}: tensor {name} is missing; {_why_missing(name, found, len(needed))}"
+            )
+        if tensor.shape != shape:
+            raise UserError(
+                f"{source}: tensor {name} has shape {list(tensor.shape)}, the configuration makes "
+                f"it {list(shape)}; the two are not of one model"
+            )
+        if tensor.encoding not in encodings:
+            raise UserError(
+                f"{source}: tensor {name} is stored as {tensor.encoding}, which is not supported; "
+                f"use one of {', '.join(encodings)}"
+            )
+    if extra := sorted(found.keys() - needed.keys() - {family.head}):
+        raise UserError(
+            f"{source}: tensor {extra[0]!r} ({len(extra)} such) belongs to no plain {family.title} "
+            f"model, and ignoring it could change the answer; use a checkpoint of the "
+            f"{family.title} architecture"
+        )
+    return {name: found[name] for name in needed}
+
+
+def _why_missing(name: str, found: Iterable[str], count: int) -> str:
+    """What may be wrong with files that lack a tensor, with the remedy.
+
+    A name with the same parts in the same order and others between them is that of another library
+    or of a training run.
+    """
+    parts = name.removeprefix("model.").split(".")
+
+    def has_them(other: str) -> bool:
+        remaining = iter(other.split("."))
+        return all(part in remaining for part in parts) and next(remaining, None) is None
+
+    if (other := next(filter(has_them, sorted(found)), None)) is not None:
+        return (
+            f"the files have it as {other!r:.100}, as another library or a training run wrote it; "
+            f"{CONVERT}"
+        )
+    return (
+        f"the model's shape calls for {count} tensors, so fetch the checkpoint again or correct "
+        f"its configuration"
+    )
+
+
+def mark_interleaved(stored: Mapping[str, AnyTensor], config: LlamaConfig) -> dict[str, AnyTensor]:
+    """Return the same tensors, those of rotated rows marked as in interleaved rotary order."""
+    marked = dict(stored)
+    for weight, layer in find_family(config.family).tensors(config):
+        if weight.rotated:
+            name = weight.huggingface.format(layer)
+            marked[name] = replace(stored[name], interleaved_heads=weight.heads(config))
+    return marked

@@ -1,0 +1,94 @@
+"""The tokenizer that the metadata of a GGUF file describes."""
+
+from pathlib import Path
+from typing import Any
+
+from cptool.checkpoint.fields import first_line
+from cptool.checkpoint.tokenizer import backends
+from cptool.checkpoint.tokenizer.sentencepiece import NORMAL
+from cptool.checkpoint.tokenizer.templates import default_template
+from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
+from cptool.errors import UserError
+
+# How byte-level vocabularies cut text before merging, by `tokenizer.ggml.pre`.
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+_CUTS = {
+    "gpt-2": backends.GPT2_CUT,
+    **dict.fromkeys(("smollm", "starcoder", "refact", "minerva-7b"), backends.DIGITS_CUT),
+    **dict.fromkeys(_LLAMA3, backends.LLAMA3_CUT),
+}
+
+# Tokens that end a turn or a message, by the names that models give them. Many files name only the
+# end of the text in their metadata.
+_ENDS = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<|end_of_turn|>",
+    "<|eot|>",
+    "<EOT>",
+)
+
+
+def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer that a GGUF file describes, None where it describes none.
+
+    Supports byte-level BPE (`gpt2`) with the cuts above and SentencePiece BPE (`llama`).
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind in (None, "none", "no_vocab"):
+        return None
+    if kind not in ("gpt2", "llama"):
+        raise UserError(
+            f"{path}: tokenizer {kind!r} is not supported (gpt2 and llama are); give token ids"
+        )
+    pre = metadata.get("tokenizer.ggml.pre")
+    if kind == "gpt2" and pre not in _CUTS:
+        raise UserError(
+            f"{path}: tokenizer.ggml.pre is {pre!r}, cptool knows {', '.join(_CUTS)}; use the "
+            f"Hugging Face checkpoint"
+        )
+    try:
+        tokens = metadata["tokenizer.ggml.tokens"]
+        types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+        if len(types) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens and {len(types)} token types")
+        if kind == "gpt2":
+            merges = metadata.get("tokenizer.ggml.merges", [])
+            # Llama 3's vocabulary holds words that its merges do not reach.
+            bos_by_default = ignore_merges = pre in _LLAMA3
+            backend = backends.byte_level_bpe(
+                tokens, [tuple(m.split(" ", 1)) for m in merges], _CUTS[pre], ignore_merges
+            )
+        else:
+            bos_by_default = True
+            scores = metadata.get("tokenizer.ggml.scores", [])
+            dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+            backend = backends.sentencepiece_bpe(tokens, scores, types, dummy_prefix)
+        backends.add_tokens(backend, tokens, types)
+        by_default = {"bos": 1, "eos": 2} if kind == "llama" and len(tokens) > 2 else {}
+        ids = {
+            name: metadata.get(f"tokenizer.ggml.{name}_token_id", by_default.get(name))
+            for name in ("bos", "eos")
+        }
+        for name, token_id in ids.items():
+            if token_id is not None and token_id not in range(len(tokens)):
+                raise ValueError(f"{name}_token_id is {token_id}, there are {len(tokens)} tokens")
+        special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
+        add_bos = metadata.get("tokenizer.ggml.add_bos_token", bos_by_default)
+        add_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
+        backends.put_around(
+            backend, ids["bos"] if add_bos else None, ids["eos"] if add_eos else None
+        )
+    except Exception as error:  # The library raises bare Exception, bad metadata anything.
+        raise UserError(
+            f"{path}: its tokenizer is damaged ({first_line(error)}); fetch the file again"
+        ) from None
+    template = default_template(metadata.get("tokenizer.chat_template"))
+    return Tokenizer(backend, ids["bos"], special, template, ends=_ENDS)

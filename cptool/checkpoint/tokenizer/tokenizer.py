@@ -1,0 +1,236 @@
+"""Text to token ids and back, through the `tokenizers` library.
+
+Text that a user gives is never parsed for control tokens; only a chat template's own text is.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from cptool.checkpoint.tokenizer import library
+from cptool.checkpoint.tokenizer.chat_format import ChatFormat
+from cptool.checkpoint.tokenizer.input_checks import check_ids, check_text
+from cptool.checkpoint.tokenizer.stream import TextStream
+from cptool.checkpoint.tokenizer.templates import Message
+from cptool.errors import UserError
+
+# A text of fewer characters per token of the context is tokenised at once.
+_CHARACTERS = 8
+_PIECE = 1 << 18
+
+
+class Tokenizer:
+    """A model's tokenizer, through which all texts reach the model.
+
+    `backend` is taken over and changed; its post-processor says what goes around a text that begins
+    a sequence. `special` maps the template variables `bos_token`, `eos_token` to their texts.
+    `ends` are texts of further tokens that end an answer. `vocab_size` and `context` bound what a
+    text may become, if they are set.
+    """
+
+    vocab_size: int | None = None
+    context: int | None = None
+
+    def __init__(
+        self,
+        backend: Backend,
+        bos_id: int | None,
+        special: dict[str, str],
+        chat_template: str | None,
+        *,
+        ends: Sequence[str] = (),
+        why_no_template: str | None = None,
+    ) -> None:
+        self.bos_id, self._special = bos_id, special
+        # A token with a role is a control token even where the file does not mark it as special.
+        present = {token.content for token in backend.get_added_tokens_decoder().values()}
+        backend.add_special_tokens(
+            [
+                text
+                for text in dict.fromkeys(special.values())
+                if text not in present and backend.token_to_id(text) is not None
+            ]
+        )
+        self._added = {
+            token.content: (token_id, token)
+            for token_id, token in sorted(backend.get_added_tokens_decoder().items())
+            if token.content
+        }
+        marked = frozenset(
+            text
+            for text, (_, token) in self._added.items()
+            if token.special or text in special.values()
+        )
+        self._left_out = {self._added[text][0] for text in marked}
+        self._ends = tuple(text for text in ends if text in self._added)
+        self._chat = ChatFormat(
+            chat_template,
+            special=special,
+            added={text: token_id for text, (token_id, _) in self._added.items()},
+            marked=marked,
+            why_no_template=why_no_template,
+        )
+        backend.encode_special_tokens = True
+        self._backend = backend
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text of the chat template, None if the model has none."""
+        return self._chat.template
+
+    def encode(self, text: str, bos: bool = True, parse: bool = False) -> list[int]:
+        """Return the token ids of a plain text.
+
+        `bos` marks the beginning of a sequence, so that the text gets what the model puts around
+        one: BOS as a rule. Control tokens in it are letters, unless `parse` is set. Raises
+        UserError if the text is not Unicode, becomes tokens that the model does not have, or
+        becomes more of them than the context holds.
+        """
+        limit = library.Limit(len(text))
+        self._check_text(text, limit)
+        if parse:
+            bos = bos and not (self._first and text.startswith(self._first))
+            text = self._chat.guard.unmark(text)
+        return self._checked(self._ids(text, limit, around=bos))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids, without control tokens and ids outside the vocabulary."""
+        hidden = self.__dict__.get("_placeholder_ids", {})  # missing until a text is encoded
+        known = [i for i in ids if i not in self._left_out and i not in hidden]
+        try:
+            return library.call(self._backend.decode, known, skip_special_tokens=False)
+        except library.LibraryError as error:
+            raise UserError(f"the model's tokenizer cannot write this text ({error})") from None
+
+    def stream(self) -> TextStream:
+        """Return a decoder of tokens that arrive one at a time."""
+        return TextStream(self)
+
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Return the token ids of a conversation: messages are dicts with `role` and `content`.
+
+        Whether there is a BOS is up to the template. Control tokens in a message count as plain
+        text. Raises UserError if the model has no template or its template refuses the messages,
+        and as `encode` does.
+        """
+        texts = [value for message in messages for value in message.values()]
+        for text in texts:
+            if isinstance(text, str):
+                self._check_text(text, library.Limit(len(text)))
+        rendered = self._chat.rendered(messages, add_generation_prompt)
+        ids = self._ids(rendered, library.Limit(len(rendered)))
+        if not ids:
+            raise UserError(
+                "the model's chat template writes nothing for these messages; give a plain prompt"
+            )
+        return self._checked(ids)
+
+    def spelled(self, text: str) -> list[str]:
+        """Return the control tokens whose texts occur in a plain text.
+
+        `encode` takes them as letters.
+        """
+        if not self._any_added.search(text):
+            return []
+        found = self._chat.guard.placeholders
+        return sorted((token for token in found if token in text), key=text.index)
+
+    def leaves_out(self, role: str) -> bool:
+        """Return whether the chat template omits the text of a message of `role`."""
+        return self._chat.leaves_out(role)
+
+    @cached_property
+    def turn_ends(self) -> tuple[int, ...]:
+        """Ids that end an answer in a chat, beside those that the checkpoint names.
+
+        They are EOS by the tokenizer's own files, the control token that the template writes after
+        an answer, and known names of one.
+        """
+        texts = [self._special[role] for role in ("eos_token",) if role in self._special]
+        texts += self._ends
+        ids = [self._added[text][0] for text in texts if text in self._added]
+        return tuple(dict.fromkeys([*ids, *self._chat.after_answers]))
+
+    def in_turns(self, ids: Iterable[int]) -> bool:
+        """Return whether tokens hold a control token that begins or ends a turn."""
+        return not self._chat.turn_marks.isdisjoint(ids)
+
+    def _check_text(self, text: str, limit: library.Limit) -> None:
+        check_text(text)
+        if self.context is None or len(text) <= _CHARACTERS * self.context:
+            return
+        # Counted piece by piece, so that a text far too long costs no more than one that fits. A
+        # cut changes tokens beside it alone; only twice the context is certainly too much.
+        count, start = 0, 0
+        while start < len(text):
+            piece = text[start : start + _PIECE]
+            if len(piece) == _PIECE and (cut := max(piece.rfind(" "), piece.rfind("\n"))) > 0:
+                piece = piece[:cut]
+            start += len(piece)
+            count += len(self._ids(piece, limit))
+            if count > 2 * self.context:
+                raise UserError(
+                    f"it has more than {2 * self.context:,} tokens, the model's context is "
+                    f"{self.context:,}; shorten it, or give --context-length if the model was made "
+                    f"for more"
+                )
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if ids and self.vocab_size is not None:
+            check_ids(ids, self.vocab_size)
+        return ids
+
+    def _ids(self, text: str, limit: library.Limit, around: bool = False) -> list[int]:
+        placeholders = self._placeholder_ids
+        try:
+            with library.muted():
+                # A batch, for only that lets other threads run meanwhile.
+                (encoding,) = limit.call(
+                    self._backend.encode_batch, [text], add_special_tokens=around
+                )
+        except library.LibraryError as error:
+            raise UserError(f"the model's tokenizer cannot read this text ({error})") from None
+        found = sum(i in placeholders for i in encoding.ids)
+        if found != len(self._chat.guard.placeholder.findall(text)):
+            # Its normaliser changes the token's text, so that the library finds it here and there.
+            raise UserError(
+                "the model's tokenizer does not find the control tokens that its chat template "
+                "writes; mark them as not normalized in its files"
+            )
+        return [placeholders.get(i, i) for i in encoding.ids]
+
+    @cached_property
+    def _placeholder_ids(self) -> dict[int, int]:
+        """The ids of the control tokens by those of their placeholders.
+
+        What a template means as a control token becomes a placeholder, an added token of its own
+        that stands for the id: the text around it then splits and merges as it does around the
+        control token itself. The texts of the tokens are letters then.
+        """
+        backend, placeholders = self._backend, self._chat.guard.placeholders
+        for text in sorted(placeholders):
+            token = self._added[text][1]
+            flags = {
+                name: getattr(token, name)
+                for name in ("lstrip", "rstrip", "single_word", "normalized")
+            }
+            if not token.special:
+                backend.add_special_tokens([AddedToken(text, special=True, **flags)])
+            backend.add_tokens([AddedToken(placeholders[text], **flags)])
+        return {
+            backend.token_to_id(placeholder): self._added[text][0]
+            for text, placeholder in placeholders.items()
+        }
+
+    @cached_property
+    def _first(self) -> str | None:
+        """The token that goes before a text, which a rendered prompt may begin with already."""
+        around = self._backend.encode("", add_special_tokens=True).ids
+        return self._backend.id_to_token(around[0]) if around else None
+
+    @cached_property
+    def _any_added(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._added)) or r"(?!)")

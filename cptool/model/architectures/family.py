@@ -1,0 +1,166 @@
+"""What a model family is: its parameters, and the names that files give to it and to them.
+
+All readers, the loader and the model itself work from this table, so a family whose layers have the
+same structure is one file in this folder (see `llama.py`).
+"""
+
+import enum
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Any, Literal
+
+from cptool.model.config import LlamaConfig
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+"""Parameters of the model that a family must have, the second one if embeddings are not tied."""
+
+LAYER = "layers.{}."
+"""How the names of a layer's parameters begin."""
+
+Layout = Literal["huggingface", "gguf", "meta"]
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+class Size(enum.Enum):
+    """The sizes that dimensions of parameters have."""
+
+    VOCABULARY = enum.auto()
+    HIDDEN = enum.auto()
+    QUERIES = enum.auto()
+    """Rows of all query heads."""
+    KEYS = enum.auto()
+    """Rows of all key heads, or of all value heads."""
+    FFN = enum.auto()
+
+    def extent(self, config: LlamaConfig) -> int:
+        """Return the size in a model of this configuration."""
+        if self is Size.VOCABULARY:
+            return config.vocab_size
+        if self is Size.HIDDEN:
+            return config.hidden_size
+        if self is Size.QUERIES:
+            return config.num_attention_heads * config.head_dim
+        if self is Size.KEYS:
+            return config.num_key_value_heads * config.head_dim
+        return config.intermediate_size
+
+
+def _always(config: LlamaConfig) -> bool:
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A tensor of a family's checkpoints; `{}` in a name is the number of its layer.
+
+    `parameter` is the model's parameter that it becomes, or a part of: those with the same one are
+    stacked along dimension 0 in the order of the table. `shape` tells how tensor parallelism
+    divides it, too: along `QUERIES`, `KEYS` or `FFN` (`cptool.model.shares`). `rotated` marks rows
+    to which the rotary embedding applies. `meta` is None if Meta's layout does not have the tensor.
+    `needed` says whether a model of a configuration has it.
+    """
+
+    parameter: str
+    shape: tuple[Size, ...]
+    huggingface: str
+    gguf: str
+    meta: str | None = None
+    rotated: bool = False
+    needed: Callable[[LlamaConfig], bool] = _always
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether every layer has one."""
+        return self.parameter.startswith(LAYER)
+
+    def extents(self, config: LlamaConfig) -> tuple[int, ...]:
+        """Return the shape in a model of this configuration."""
+        return tuple(size.extent(config) for size in self.shape)
+
+    def heads(self, config: LlamaConfig) -> int:
+        """Return the number of heads that its rows make up."""
+        return self.shape[0].extent(config) // config.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family. What its attention and MLP compute follows from the table.
+
+    A projection has a bias if the table has one for it. `architectures` and `model_type` name the
+    family in a config.json, `gguf` in GGUF metadata. `gguf_interleaved` says whether rotated rows
+    are in interleaved rotary order there; in the Hugging Face layout they are half-split, in Meta's
+    interleaved. `defaults` are transformers' values of fields that a config.json lacks.
+    `neutral_fields` are values of its other fields under which this family computes what this table
+    says, if they differ from those of a Llama.
+    """
+
+    name: str
+    title: str
+    architectures: tuple[str, ...]
+    model_type: str
+    gguf: str
+    gguf_interleaved: bool
+    weights: tuple[Weight, ...]
+    defaults: Mapping[str, int | float] = field(default_factory=dict)
+    neutral_fields: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def tensors(self, config: LlamaConfig) -> Iterator[tuple[Weight, int]]:
+        """Yield every tensor of a model with the number of its layer (0 outside of layers).
+
+        They come in the order of the table, layer after layer.
+        """
+        for in_layers, group in groupby(self.weights, key=lambda weight: weight.in_layers):
+            weights = [weight for weight in group if weight.needed(config)]
+            for layer in range(config.num_hidden_layers if in_layers else 1):
+                for weight in weights:
+                    yield weight, layer
+
+    def shapes(self, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+        """Return Hugging Face name and shape of every tensor of a model."""
+        return {
+            weight.huggingface.format(layer): weight.extents(config)
+            for weight, layer in self.tensors(config)
+        }
+
+    def find(self, name: str, layout: Layout) -> tuple[Weight, str] | None:
+        """Return the weight that a layout calls `name`, and its Hugging Face name; None if there is
+        no such weight.
+        """
+        number = _NUMBER.search(name)
+        key = name if number is None else _NUMBER.sub("{}", name, count=1)
+        weight = self._by_name[layout].get(key)
+        if weight is None:
+            return None
+        return weight, weight.huggingface.format(number and number[0])
+
+    def huggingface_name(self, name: str, layout: Layout) -> str:
+        """Return the Hugging Face name of a tensor; a name that no model has stays as it is."""
+        found = self.find(name, layout)
+        return name if found is None else found[1]
+
+    def weight(self, parameter: str) -> Weight:
+        """Return the only weight that the model's `parameter` consists of."""
+        (found,) = (weight for weight in self.weights if weight.parameter == parameter)
+        return found
+
+    @property
+    def embedding(self) -> str:
+        """The Hugging Face name of the embedding."""
+        return self.weight(EMBEDDING).huggingface
+
+    @property
+    def head(self) -> str:
+        """The Hugging Face name of the output matrix."""
+        return self.weight(HEAD).huggingface
+
+    @cached_property
+    def _by_name(self) -> dict[Layout, dict[str | None, Weight]]:
+        return {
+            "huggingface": {weight.huggingface: weight for weight in self.weights},
+            "gguf": {weight.gguf: weight for weight in self.weights},
+            "meta": {weight.meta: weight for weight in self.weights},
+        }

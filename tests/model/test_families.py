@@ -1,0 +1,187 @@
+"""A model family is one table: a toy family of other names and with biases loads and runs.
+
+Its reference is a Llama of `transformers` with biases of queries, keys and values.
+"""
+
+import json
+from dataclasses import replace
+
+import gguf
+import pytest
+import torch
+from conftest import refusal
+from llama_reference import ToyAttention, logits, random_llama, rms
+from safetensors.torch import save_file
+
+from cptool.checkpoint import open_checkpoint
+from cptool.distributed.launch import run
+from cptool.engine.weights import load_model
+from cptool.errors import UserError
+from cptool.model.architectures import llama
+from cptool.model.architectures.family import Family, Size, Weight
+from cptool.model.architectures.registry import families, find_family, register
+from cptool.model.llama import BiasedLinear, Llama
+from cptool.model.shares import check
+
+ROUNDING = 1.25  # as in test_model
+
+
+def toy_name(name: str) -> str:
+    """What the toy calls a tensor of a Llama."""
+    name = name.replace("model.layers.", "trunk.blocks.").replace("model.", "trunk.")
+    return name.replace("self_attn.", "mix.")
+
+
+def renamed(weight: Weight) -> Weight:
+    """The same weight under other names."""
+    huggingface, gguf = toy_name(weight.huggingface), f"toy_{weight.gguf}"
+    return replace(weight, huggingface=huggingface, gguf=gguf, meta=None)
+
+
+def bias(weight: Weight) -> Weight:
+    """The bias of a projection."""
+    names = {
+        name: getattr(weight, name).removesuffix("weight") + "bias"
+        for name in ("parameter", "huggingface", "gguf")
+    }
+    return replace(weight, shape=weight.shape[:1], **names)
+
+
+WEIGHTS = tuple(renamed(weight) for weight in llama.FAMILY.weights)
+TOY = Family(
+    name="toy",
+    title="Toy",
+    architectures=("ToyForCausalLM",),
+    model_type="toy",
+    gguf="toy",
+    gguf_interleaved=False,
+    weights=tuple(
+        made
+        for weight in WEIGHTS
+        for made in ([weight, bias(weight)] if "qkv_proj" in weight.parameter else [weight])
+    ),
+    neutral_fields={"attention_bias": (True,)},
+)
+SHAPE = dict(num_attention_heads=4, num_key_value_heads=2, attention_bias=True)
+
+
+@pytest.fixture
+def toy():
+    """The family, registered for a test."""
+    from cptool.model.architectures import registry
+
+    register(TOY)
+    yield TOY
+    del registry._registered()[TOY.name]
+
+
+@pytest.fixture
+def reference(tmp_path):
+    """A Llama with biases, saved under the toy's names to tmp_path / "toy"."""
+    model = random_llama(SHAPE, tmp_path / "llama")
+    state = model.state_dict()
+    for name in [name for name in state if name.endswith("o_proj.bias")]:
+        state.pop(name).zero_()
+    for name, tensor in state.items():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(tensor)
+    (tmp_path / "toy").mkdir()
+    save_file(
+        {toy_name(name): tensor.contiguous() for name, tensor in state.items()},
+        tmp_path / "toy" / "model.safetensors",
+    )
+    fields = json.loads((tmp_path / "llama" / "config.json").read_text())
+    fields |= {"architectures": ["ToyForCausalLM"], "model_type": "toy"}
+    (tmp_path / "toy" / "config.json").write_text(json.dumps(fields))
+    return model
+
+
+def write_gguf(path, stored, config):
+    """The stored tensors as a GGUF of the toy."""
+    writer = gguf.GGUFWriter(str(path), "toy")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for weight, layer in TOY.tensors(config):
+        tensor = stored[weight.huggingface.format(layer)]
+        writer.add_tensor(weight.gguf.format(layer), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def compute(model, tokens):
+    """Logits of all tokens."""
+    positions = torch.arange(len(tokens), dtype=torch.int32)
+    with torch.inference_mode():
+        return model.logits(model(tokens, positions, ToyAttention().at(positions)))
+
+
+def tokens_of(model, count=60):
+    return torch.randint(model.config.vocab_size, (count,), generator=torch.manual_seed(1))
+
+
+def test_a_registered_family_loads_and_runs_from_both_formats(toy, reference, tmp_path):
+    tokens = tokens_of(reference)
+    exact = logits(reference, tokens, torch.float64)
+    allowed = ROUNDING * rms(logits(reference, tokens, torch.float32) - exact)
+    checkpoint = open_checkpoint(str(tmp_path / "toy"))
+    assert checkpoint.config.family == "toy"
+    assert all(name.startswith(("trunk.", "lm_head.")) for name in checkpoint.names())
+    model = load_model(checkpoint, torch.float32, "cpu")
+    assert isinstance(model.layers[0].self_attn.qkv_proj, BiasedLinear)
+    assert rms(compute(model, tokens) - exact) <= allowed
+
+    stored = {name: checkpoint.read(name) for name in checkpoint.names()}
+    write_gguf(tmp_path / "toy.gguf", stored, checkpoint.config)
+    model = load_model(open_checkpoint(str(tmp_path / "toy.gguf")), torch.float32, "cpu")
+    assert rms(compute(model, tokens) - exact) <= allowed
+
+
+def forward(world, path, tokens):
+    register(TOY)
+    model = load_model(open_checkpoint(path), torch.float32, "cpu", world)
+    return world.gather(compute(model, torch.tensor(tokens)))
+
+
+def test_two_ranks_divide_a_registered_family(toy, reference, tmp_path):
+    tokens = tokens_of(reference)
+    exact = logits(reference, tokens, torch.float64)
+    allowed = ROUNDING * rms(logits(reference, tokens, torch.float32) - exact)
+    path = str(tmp_path / "toy")
+    first, second = run(forward, path, tokens.tolist(), tp=2, device="cpu", threads=1)
+    assert torch.equal(first, second)
+    assert rms(first - exact) <= allowed
+
+
+def test_a_bias_of_what_the_ranks_sum_is_not_divided(toy, reference, tmp_path):
+    config = open_checkpoint(str(tmp_path / "toy")).config
+    added = next(bias(w) for w in WEIGHTS if w.parameter.endswith("o_proj.weight"))
+    added = replace(added, shape=(Size.HIDDEN,))
+    register(replace(TOY, weights=(*TOY.weights[:9], added, *TOY.weights[9:])))
+    check(config, 1)
+    with pytest.raises(UserError, match="a bias to what the ranks sum"):
+        check(config, 2)
+
+
+def test_a_family_that_is_not_registered_is_refused(reference, tmp_path):
+    message = refusal(tmp_path / "toy")
+    assert "architecture ['ToyForCausalLM'] of type 'toy' is not supported" in message
+    assert message.endswith("use a LlamaForCausalLM checkpoint")
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
+def test_tables_and_models_have_the_same_parameters(family, reference, tmp_path):
+    random_llama(dict(num_key_value_heads=2), tmp_path / "plain")
+    config = replace(open_checkpoint(str(tmp_path / "plain")).config, family=family.name)
+    assert find_family(family.name) is family
+    parameters = {w.parameter.format(layer): w for w, layer in family.tensors(config)}
+    assert set(Llama(config).state_dict()) == set(parameters)
+    for layout in ("huggingface", "gguf", "meta"):
+        names = [getattr(weight, layout) for weight in family.weights]
+        assert len(set(names)) == len(names)
