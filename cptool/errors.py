@@ -16,11 +16,30 @@ class UserError(ValueError):
     """
 
 
+class OptionError(UserError):
+    """A value that an option, or the argument of the same name, does not take.
+
+    Its one line names the option in backquotes, as every message of the library does: `top_p`,
+    which the command line shows as --top-p (`as_options`).
+    """
+
+    def __init__(self, name: str, value: object, rule: str, remedy: str = "") -> None:
+        """name: of the argument in Python. rule: what its values are, or why this one is refused.
+        remedy: what to do instead, where the rule does not say it.
+        """
+        super().__init__(name, value, rule, remedy)
+        self.name, self.value, self.rule, self.remedy = name, value, rule, remedy
+
+    def __str__(self) -> str:
+        return f"`{self.name}` {self.value}: {self.rule}" + (self.remedy and f"; {self.remedy}")
+
+
 class RunError(RuntimeError):
     """A failure while running, told in one line that is all there is to know: no traceback."""
 
 
 _PACKAGE = Path(__file__).parent
+_OPTION = re.compile(r"`([a-z][a-z0-9_]*)`")
 _WANTED = re.compile(r"(?:allocate|[Mm]map|wanted) (\d+(?:\.\d+)? ?(?:bytes|[KMGT]i?B)?)")
 _MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc")
 _THREADS = ("can't start new thread", "Resource temporarily unavailable")
@@ -46,7 +65,7 @@ def explain(error: BaseException, during: str = "") -> str:
         )
     if isinstance(error, RuntimeError) and any(sign in text for sign in _THREADS):
         return (
-            f"the system gives no further thread{where}; use fewer --threads, or raise the limit "
+            f"the system gives no further thread{where}; use fewer `threads`, or raise the limit "
             "(ulimit -u, the control group's pids.max)"
         )
     if isinstance(error, OSError):
@@ -76,6 +95,11 @@ def show_traceback(error: BaseException) -> None:
     """On standard error, where CPTOOL_TRACEBACK is set: what a developer wants to see."""
     if os.environ.get("CPTOOL_TRACEBACK"):
         traceback.print_exception(type(error), error, error.__traceback__)
+
+
+def as_options(message: str) -> str:
+    """`message` with each name in backquotes written as an option: `top_p` becomes --top-p."""
+    return _OPTION.sub(lambda named: "--" + named[1].replace("_", "-"), message)
 
 
 def text_of(error: BaseException) -> str:

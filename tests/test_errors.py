@@ -1,13 +1,17 @@
 """What one line says of any exception."""
 
+import ast
 import errno
+import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from cptool import errors
 from cptool.distributed.launch import run
-from cptool.errors import RunError, UserError, explain
+from cptool.errors import OptionError, RunError, UserError, as_options, explain
 
 
 def raised(error):
@@ -25,6 +29,30 @@ def test_mistakes_and_failures_speak_for_themselves():
     )
     assert explain(raised(OSError(errno.EMFILE, "Too many", "f"))).startswith("f: Too many; raise")
     assert explain(raised(OSError("no number"))) == "no number"
+
+
+def test_an_option_is_named_in_backquotes_and_shown_as_an_option():
+    error = OptionError("top_p", 0, "it must lie in (0, 1]", "leave `top_p` out")
+    assert isinstance(error, UserError) and (error.name, error.value) == ("top_p", 0)
+    assert str(error) == "`top_p` 0: it must lie in (0, 1]; leave `top_p` out"
+    assert as_options(explain(error)) == "--top-p 0: it must lie in (0, 1]; leave --top-p out"
+    assert str(OptionError("cp", 0, "it must be at least 1")) == "`cp` 0: it must be at least 1"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert as_options("run `cptool bench calibrate`") == "run `cptool bench calibrate`"
+
+
+def test_no_message_of_the_library_spells_an_option():
+    """A caller in Python has arguments; the command line writes options for their names."""
+    package = Path(errors.__file__).parent
+    commands = re.compile(r"cptool prefill|gguf-split")
+    for path in package.rglob("*.py"):
+        if path.is_relative_to(package / "cli"):
+            continue
+        raised = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Raise)]
+        for text in (part for statement in raised for part in ast.walk(statement)):
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                spelled = re.search(r"(?<![\w-])--[a-z]", text.value)
+                assert not spelled or commands.search(text.value), (path, text.value)
 
 
 def test_anything_else_is_to_be_reported_with_its_place():

@@ -14,7 +14,7 @@ import cptool
 from cptool.cli import streams
 from cptool.distributed import signals
 from cptool.distributed.signals import orderly
-from cptool.errors import UserError, explain, show_traceback
+from cptool.errors import UserError, as_options, explain, show_traceback
 
 # Threads that spin while they wait take the cores from ranks and from our kernels' threads: on two
 # busy cores a decode step took 20 times as long. Read by OpenMP when torch is imported, so it is
@@ -120,7 +120,7 @@ class Commands(click.Group):
         if isinstance(error, BrokenPipeError) and error.filename == streams.OUTPUT:
             return 1, None
         show_traceback(error)
-        return 2 if isinstance(error, UserError) else 1, f"cptool: {explain(error)}"
+        return 2 if isinstance(error, UserError) else 1, f"cptool: {as_options(explain(error))}"
 
 
 def _check_directory() -> None:

@@ -17,7 +17,7 @@ from cptool.cli import draw
 from cptool.cli.models import say_reading
 from cptool.cli.options import check_room
 from cptool.distributed.failure import RankFailed
-from cptool.errors import RunError, UserError
+from cptool.errors import RunError, UserError, as_options
 from cptool.files import expanded
 from cptool.session.conversation import Conversation
 from cptool.units import duration
@@ -83,7 +83,7 @@ class Terminal:
         except LimitError:  # What takes too much goes on taking it until the program ends.
             raise
         except UserError as error:
-            draw.say(str(error))
+            draw.say(as_options(str(error)))
         return True
 
     def ask(self, question: str) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from cptool.errors import (
-    UserError,
-)
+from cptool.errors import OptionError, UserError
 
 
 def resolve_device(device: str, local_size: int = 1) -> str:
@@ -17,17 +15,19 @@ def resolve_device(device: str, local_size: int = 1) -> str:
     the machine no GPU.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device}: it must be auto, cpu or cuda")
+        raise OptionError("device", device, "it must be auto, cpu or cuda")
     gpus = 0 if device == "cpu" else _gpus()
     if gpus and not _cuda_kernels():
         if device == "cuda":
-            raise UserError(
-                "--device cuda: cptool was built without CUDA kernels; "
-                "reinstall where nvcc is found, or use --device cpu"
+            raise OptionError(
+                "device",
+                device,
+                "cptool was built without CUDA kernels",
+                "reinstall where nvcc is found, or use `device` cpu",
             )
         return "cpu"
     if device == "cuda" and not gpus:
-        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+        raise OptionError("device", device, "torch sees no GPU here", "use `device` cpu")
     return "cuda" if gpus >= local_size or device == "cuda" else "cpu"
 
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cptool.distributed.environment import launched_size
-from cptool.errors import (
-    UserError,
-)
+from cptool.errors import OptionError, UserError
 
 if TYPE_CHECKING:
     pass
@@ -25,18 +23,18 @@ def check_size(cp: int, tp: int) -> None:
     """UserError unless cp and tp are at least 1 and fill the launcher's world, if there is one, or
     are few enough for the ranks to be started here.
     """
-    for name, value in (("--cp", cp), ("--tp", tp)):
+    for name, value in (("cp", cp), ("tp", tp)):
         if value < 1:
-            raise UserError(f"{name} {value}: it must be at least 1; leave it out for one rank")
+            raise OptionError(name, value, "it must be at least 1", "leave it out for one rank")
     launched = launched_size()
     if launched is not None and cp * tp != launched:
         raise UserError(
-            f"--cp {cp} --tp {tp} make {cp * tp} ranks, the launcher started {launched}; "
-            "give it as many processes, or other --cp and --tp"
+            f"`cp` {cp} and `tp` {tp} make {cp * tp} ranks, the launcher started {launched}; "
+            "give it as many processes, or other `cp` and `tp`"
         )
     if launched is None and cp * tp > MOST_LOCAL_RANKS:
         raise UserError(
-            f"--cp {cp} --tp {tp} make {cp * tp} ranks, one command starts at most "
+            f"`cp` {cp} and `tp` {tp} make {cp * tp} ranks, one command starts at most "
             f"{MOST_LOCAL_RANKS}; use fewer, or torchrun on several machines"
         )
 
@@ -44,9 +42,11 @@ def check_size(cp: int, tp: int) -> None:
 def check_threads(threads: int | None) -> None:
     """UserError for more threads than a rank can have."""
     if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UserError(
-            f"--threads {threads}: it must be 1 to {MOST_THREADS}; leave it out for this rank's "
-            "share of the cores"
+        raise OptionError(
+            "threads",
+            threads,
+            f"it must be 1 to {MOST_THREADS}",
+            "leave it out for this rank's share of the cores",
         )
 
 
@@ -54,7 +54,7 @@ def check_limits(threads: int | None, timeout: float) -> None:
     """UserError for more threads than a rank can have, or a time to wait that is none."""
     check_threads(threads)
     if not 0 < timeout < math.inf:
-        raise UserError(f"--timeout {timeout}: it must be a positive number of seconds")
+        raise OptionError("timeout", timeout, "it must be a positive number of seconds")
 
 
 @dataclass(frozen=True)

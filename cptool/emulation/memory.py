@@ -24,7 +24,7 @@ def check(scenario: Scenario, variant: str, held: Shards) -> int:
         raise UserError(
             f"one rank's share of {scenario.cached + scenario.new:,} tokens needs "
             f"{needed / 1e9:.1f} GB on {scenario.device}, {free / 1e9:.1f} GB are free, "
-            f"{(needed - free) / 1e9:.1f} GB too few; use more --cp or --tp, or a shorter --context"
+            f"{(needed - free) / 1e9:.1f} GB too few; use more `cp` or `tp`, or a shorter `context`"
         )
     return needed
 

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cptool.errors import RunError, UserError
+from cptool.errors import OptionError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +25,11 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
-            raise UserError(
-                f"--temperature {self.temperature}: it must be 0 (greedy) or a positive number"
+            raise OptionError(
+                "temperature", self.temperature, "it must be 0 (greedy) or a positive number"
             )
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p}: it must lie in (0, 1]; 1 keeps every token")
+            raise OptionError("top_p", self.top_p, "it must lie in (0, 1]", "1 keeps every token")
 
     def picks(self, logits: "dict[int, torch.Tensor]", positions: list[int]) -> dict[int, int]:
         """`pick` for each sequence of `logits`, for its entry of `positions`.
@@ -80,6 +80,6 @@ def _finite(token: int, sequence: int, position: int) -> int:
     if token < 0:
         raise RunError(
             f"sequence {sequence + 1}: the logits after {position} tokens are not finite; use "
-            "another --dtype (float16 overflows at 65504), or fetch the checkpoint again"
+            "another `dtype` (float16 overflows at 65504), or fetch the checkpoint again"
         )
     return token

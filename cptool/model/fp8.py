@@ -51,4 +51,4 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
         except (RuntimeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:120]
     if reason:
-        raise UserError(f"--fp8: {device} cannot compute it ({reason}); leave it out")
+        raise UserError(f"`fp8`: {device} cannot compute it ({reason}); leave it out")

@@ -5,7 +5,7 @@ parallel in the paper's transposed terms), the columns of the products that foll
 parallel). Embedding, norms and output matrix are replicated.
 """
 
-from cptool.errors import UserError
+from cptool.errors import OptionError
 from cptool.model.architectures.family import LAYER, Size, Weight
 from cptool.model.architectures.registry import find_family
 from cptool.model.config import LlamaConfig
@@ -29,15 +29,19 @@ def check(config: LlamaConfig, tp: int) -> None:
         and (kv_heads % n == 0 or n % kv_heads == 0)
     ]
     if tp not in possible:
-        raise UserError(
-            f"--tp {tp}: this model's {heads} query heads, {kv_heads} key-value heads and "
-            f"feed-forward width {config.intermediate_size} do not divide into {tp} equal parts; "
-            f"use --tp {' or '.join(map(str, possible))}"
+        raise OptionError(
+            "tp",
+            tp,
+            f"this model's {heads} query heads, {kv_heads} key-value heads and feed-forward width "
+            f"{config.intermediate_size} do not divide into {tp} equal parts",
+            f"use `tp` {' or '.join(map(str, possible))}",
         )
     if tp > 1 and any(map(_is_added_after_the_sum, find_family(config.family).weights)):
-        raise UserError(
-            f"--tp {tp}: this model adds a bias to what the ranks sum, which cptool does not "
-            f"divide; use --tp 1"
+        raise OptionError(
+            "tp",
+            tp,
+            "this model adds a bias to what the ranks sum, which cptool does not divide",
+            "use `tp` 1",
         )
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cptool.errors import UserError
+from cptool.errors import OptionError
 from cptool.ops.attention import attention_partial, merge_partials
 from cptool.parallel.ring import Ring
 from cptool.parallel.step import Step
@@ -54,7 +54,7 @@ def find_variant(name: str) -> Variant:
     """The function of a variant; UserError if there is none of that name."""
     known = VARIANTS | BASELINES
     if name not in known:
-        raise UserError(f"--variant {name}: it must be one of {', '.join(known)}")
+        raise OptionError("variant", name, f"it must be one of {', '.join(known)}")
     return known[name]
 
 

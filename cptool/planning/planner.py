@@ -192,7 +192,7 @@ def misfit(p: Plan) -> str:
     """Why a layout cannot run, in one line."""
     parts = ", ".join(f"{name} {_size(count)}" for name, count in p.memory.items())
     return (
-        f"--cp {p.cp} --tp {p.tp}: a rank needs {_size(p.memory_bytes)} ({parts}), "
+        f"`cp` {p.cp}, `tp` {p.tp}: a rank needs {_size(p.memory_bytes)} ({parts}), "
         f"{_size(p.excess_bytes)} more than the {_size(p.capacity)} that it has"
     )
 
@@ -201,8 +201,8 @@ def _remedy(p: Plan, fixed: Collection[str], fp8: bool) -> str:
     """What makes a layout fit. Every number of ranks that is not fixed was tried."""
     heavy = p.memory["weights"] > p.capacity / 2
     raised = "tp" if heavy else "cp"
-    remedy = f"raise --{raised}" if raised in fixed else "raise --max-gpus"
-    return remedy + ", or give --fp8" * (heavy and fp8)
+    remedy = f"raise `{raised}`" if raised in fixed else "raise `max_gpus`"
+    return remedy + ", or give `fp8`" * (heavy and fp8)
 
 
 def _forward(work, new, cached, cp, tp, active, graph=False) -> Forward:

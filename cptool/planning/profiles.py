@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cptool.errors import UserError
+from cptool.errors import OptionError, UserError
 from cptool.files import cache_dir, expanded
 from cptool.planning.hardware import HardwareProfile, Link
 from cptool.planning.linear_rates import RowRates
@@ -47,18 +47,22 @@ def find_profile(name: str) -> HardwareProfile:
     if name == "measured":
         devices = _saved()
         if not devices:
-            raise UserError(
-                "--hardware measured: nothing was measured yet; run `cptool bench calibrate`, or "
-                f"name one of {', '.join(known_profiles())}"
+            raise OptionError(
+                "hardware",
+                name,
+                "nothing was measured yet",
+                f"run `cptool bench calibrate`, or name one of {', '.join(known_profiles())}",
             )
         return devices["cuda" if "cuda" in devices else "cpu"]
     path = PROFILES / f"{name}.json"
     if name not in known_profiles():
         path = expanded(name)
         if not path.is_file():
-            raise UserError(
-                f"--hardware {name}: no such profile; name one of {', '.join(known_profiles())}, "
-                "measured, or a JSON file"
+            raise OptionError(
+                "hardware",
+                name,
+                "no such profile",
+                f"name one of {', '.join(known_profiles())}, measured, or a JSON file",
             )
     try:
         return _parse(json.loads(path.read_text()))

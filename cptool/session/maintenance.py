@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from cptool.errors import RunError, UserError
+from cptool.errors import OptionError, RunError
 from cptool.session import chat_file, segments, store
 from cptool.session.manifest import REMEDY, Damaged, Manifest
 
@@ -35,10 +35,11 @@ def roll_back(directory: Path, manifest: Manifest, turns: int) -> Manifest:
     first.
     """
     if turns >= len(manifest.turns):
-        raise UserError(
-            f"--turns {turns}: {directory} has {len(manifest.turns)} turns, and at least the first "
-            "must stay; "
-            "remove the directory to give up all"
+        raise OptionError(
+            "turns",
+            turns,
+            f"{directory} has {len(manifest.turns)} turns, and at least the first must stay",
+            "remove the directory to give up all",
         )
     back = manifest.truncated(list(manifest.turns[-1 - turns]))
     back = replace(back, revision=manifest.revision + 1)

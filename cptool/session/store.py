@@ -160,7 +160,7 @@ def shared_prefixes(
             raise UserError(
                 f"sequence {b}: the prompt {ends} at token {shared}, {directory} holds "
                 f"{len(sequence.tokens)}; a prompt must "
-                "begin with all of them: add --rewind to go back to there, or name a new directory"
+                "begin with all of them: add `rewind` to go back to there, or name a new directory"
             )
         lengths.append(shared)
     return lengths
@@ -201,7 +201,7 @@ def model_path(manifest: Manifest) -> str:
     if gone:
         raise UserError(
             f"{printable(path)}, the model of this session, is not there any more; say where "
-            "it is with --model"
+            "it is with `model`"
         )
     return path
 

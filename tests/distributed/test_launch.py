@@ -218,14 +218,14 @@ def test_devices(monkeypatch):
     assert [resolve_device("auto", n) for n in (1, 2, 3)] == ["cuda", "cuda", "cpu"]
     assert resolve_device("cpu") == "cpu"
     assert resolve_device("cuda", 3) == "cuda"  # two of them share one
-    with pytest.raises(UserError, match="--device tpu: it must be auto, cpu or cuda"):
+    with pytest.raises(UserError, match="`device` tpu: it must be auto, cpu or cuda"):
         resolve_device("tpu")
     monkeypatch.setattr(devices, "_cuda_kernels", lambda: False)
     assert resolve_device("auto") == "cpu"
-    with pytest.raises(UserError, match="--device cuda: cptool was built without CUDA kernels; re"):
+    with pytest.raises(UserError, match="`device` cuda: cptool was built without CUDA kernels; re"):
         resolve_device("cuda")
     monkeypatch.setattr(devices, "_gpus", lambda: 0)
-    with pytest.raises(UserError, match="--device cuda: torch sees no GPU here; use --device cpu"):
+    with pytest.raises(UserError, match="`device` cuda: torch sees no GPU here; use `device` cpu"):
         resolve_device("cuda")
 
 
@@ -496,7 +496,7 @@ def test_in_torchruns_world_only_the_cause_shows_a_traceback(tmp_path):
 def test_ranks_that_do_not_fill_the_launchers_world(monkeypatch, cp, tp):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    told = f"^--cp {cp} --tp {tp} make {cp * tp} ranks, the launcher started 4; give it as many"
+    told = f"^`cp` {cp} and `tp` {tp} make {cp * tp} ranks, the launcher started 4; give it as many"
     with pytest.raises(UserError, match=told):
         run(describe, "word", cp=cp, tp=tp)
 

@@ -323,5 +323,5 @@ def test_variants_that_move_queries_need_no_other_ranks_keys():
 
 def test_unknown_variant_names_the_known_ones():
     step = Step(0, balanced([1], 1).placements(), ())
-    with pytest.raises(UserError, match="--variant ring: it must be one of pass-kv, pass-q, gath"):
+    with pytest.raises(UserError, match="`variant` ring: it must be one of pass-kv, pass-q, gath"):
         attend("ring", torch.zeros(1, 1, 64), None, step, Ring(), 1.0)

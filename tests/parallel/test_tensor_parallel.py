@@ -27,11 +27,11 @@ def config(heads, kv_heads, ffn=1536, head_dim=64):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "ffn", "tp", "remedy"),
     [
-        (9, 3, 1536, 2, "--tp 1 or 3"),
-        (5, 1, 1536, 2, "--tp 1"),
-        (5, 1, 1280, 4, "--tp 1 or 5"),
-        (12, 6, 1536, 4, "--tp 1 or 2 or 3 or 6 or 12"),  # 4 ranks would cut a group of queries
-        (4, 4, 1538, 4, "--tp 1 or 2"),
+        (9, 3, 1536, 2, "`tp` 1 or 3"),
+        (5, 1, 1536, 2, "`tp` 1"),
+        (5, 1, 1280, 4, "`tp` 1 or 5"),
+        (12, 6, 1536, 4, "`tp` 1 or 2 or 3 or 6 or 12"),  # 4 ranks would cut a group of queries
+        (4, 4, 1538, 4, "`tp` 1 or 2"),
     ],
 )
 def test_what_does_not_divide_is_refused_in_one_line(heads, kv_heads, ffn, tp, remedy):
@@ -39,7 +39,7 @@ def test_what_does_not_divide_is_refused_in_one_line(heads, kv_heads, ffn, tp, r
         check(config(heads, kv_heads, ffn), tp)
     message = str(error.value)
     assert "\n" not in message
-    assert message.startswith(f"--tp {tp}: ")
+    assert message.startswith(f"`tp` {tp}: ")
     assert message.endswith(f"use {remedy}")
 
 

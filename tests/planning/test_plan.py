@@ -277,7 +277,7 @@ def test_layouts_divide_the_model():
 
 def test_nothing_fits_names_the_nearest():
     work = Workload(LLAMA, 1_000_000)
-    with pytest.raises(UserError, match=r"--cp \d+ --tp 8: a rank needs"):
+    with pytest.raises(UserError, match=r"`cp` \d+, `tp` 8: a rank needs"):
         best(plan(work, cp, tp, "auto", GTT) for cp, tp in layouts(LLAMA, None, None, 8))
 
 

@@ -174,7 +174,7 @@ class Tokenizer:
             if count > 2 * self.context:
                 raise UserError(
                     f"it has more than {2 * self.context:,} tokens, the model's context is "
-                    f"{self.context:,}; shorten it, or give --context-length if the model was made "
+                    f"{self.context:,}; shorten it, or give `context_length` if the model was made "
                     f"for more"
                 )
 
