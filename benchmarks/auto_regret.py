@@ -142,6 +142,7 @@ def _deviation(times: list[float]) -> float:
 def main() -> None:
     from cptool.bench.timing import circumstances
     from cptool.distributed.launch import run
+    from cptool.distributed.options import RankOptions
     from cptool.planning.profiles import load_profile
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -168,8 +169,7 @@ def main() -> None:
             arguments.repeats,
             arguments.seconds,
             grid,
-            cp=ranks,
-            device="cpu",
+            ranks=RankOptions(cp=ranks, device="cpu"),
         ):
             cells[c["ranks"], c["new"], c["cached"]] = c
             print(

@@ -25,6 +25,7 @@ from cptool.bench.timing import circumstances, summary
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.devices import cores
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
@@ -81,7 +82,13 @@ def main() -> None:
                 for name, how in arrangements.items():
                     os.environ["CPTOOL_TRANSPORT"] = "direct" if "gloo" in name else "auto"
                     samples[name].append(
-                        run(prefill, str(path), tokens, options.variant, device="cpu", **how)
+                        run(
+                            prefill,
+                            str(path),
+                            tokens,
+                            options.variant,
+                            ranks=RankOptions(device="cpu", **how),
+                        )
                     )
             row = {"tokens": length, "arrangements": {}}
             for name, times in samples.items():

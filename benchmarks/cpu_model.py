@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from cptool.bench.timing import circumstances, summary
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
@@ -205,7 +206,9 @@ def main() -> None:
         path = Path(options.model or folder)
         if not (path / "config.json").exists() or not (path / "model.gguf").exists():
             write(path, gguf="llama.cpp" in options.peers)
-        rows = run(compare, str(path), options, device="cpu", threads=options.threads)
+        rows = run(
+            compare, str(path), options, ranks=RankOptions(device="cpu", threads=options.threads)
+        )
     clock = "CPU time of the process" if options.threads == 1 else "wall time"
     result = {**circumstances(), "clock": clock, "model": SHAPE, "rows": rows}
     if options.json:

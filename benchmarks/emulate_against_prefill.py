@@ -85,11 +85,14 @@ def compare(world, lengths, variant, dtype, rounds):
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path))
 def main(cp, tokens, variant, dtype, rounds, json_file) -> None:
     from cptool.distributed import launch
+    from cptool.distributed.options import RankOptions
 
     results = []
     for ranks in cp:
         arguments = (tokens, variant, dtype, rounds)
-        results += launch.run(compare, *arguments, cp=ranks, device="cpu", threads=1)
+        results += launch.run(
+            compare, *arguments, ranks=RankOptions(cp=ranks, device="cpu", threads=1)
+        )
     if json_file:
         from cptool.bench.timing import circumstances
 

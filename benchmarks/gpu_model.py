@@ -19,6 +19,7 @@ from gpu_timing import arguments, copy, cuda, parser, product, timed, write
 
 from cptool.checkpoint.shapes import find_shape
 from cptool.distributed import launch
+from cptool.distributed.options import RankOptions
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.model.llama import Llama
@@ -132,7 +133,9 @@ def main() -> None:
     shape = given.shape or ("llama3-8b" if on_gpu else None)
     config = find_shape(shape) if shape else TINY
     contexts = given.context or ([1024, 8192, 32768] if on_gpu else [96])
-    results = launch.run(measure, given, config, contexts, device=given.device.type)
+    results = launch.run(
+        measure, given, config, contexts, ranks=RankOptions(device=given.device.type)
+    )
     write(given, {"shape": shape or "tiny", "contexts": results})
 
 

@@ -246,9 +246,10 @@ def draw(result: dict[str, object]) -> None:
 @click.option("--on-rank", "plan", hidden=True)
 def main(rates, context, miss_rates, variants, heads, dtype, repeats, json_file, plan) -> None:
     from cptool.distributed.launch import run
+    from cptool.distributed.options import RankOptions
 
     if plan is not None:  # in a host
-        result = run(on_rank, json.loads(plan), cp=2, device="cpu", threads=1)
+        result = run(on_rank, json.loads(plan), ranks=RankOptions(cp=2, device="cpu", threads=1))
         if os.environ["RANK"] == "0":
             print(json.dumps(result))
         return

@@ -31,6 +31,7 @@ def main() -> None:
     from cptool.bench import prefill
     from cptool.bench.timing import circumstances
     from cptool.distributed.launch import run
+    from cptool.distributed.options import RankOptions
     from cptool.planning.cost.exchange import VARIANTS
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -58,7 +59,7 @@ def main() -> None:
             seconds=arguments.seconds,
             calibrated=True,
         )
-        measured = run(prefill.measure, sweep, cp=ranks, device="cpu")
+        measured = run(prefill.measure, sweep, ranks=RankOptions(cp=ranks, device="cpu"))
         runs.append({**circumstances(), "cp": ranks, "profile": measured["profile"]})
         for r in measured["results"]:
             results.append(r)

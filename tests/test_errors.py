@@ -11,6 +11,7 @@ import torch
 
 from cptool import errors
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.errors import OptionError, RunError, UserError, as_options, explain
 
 
@@ -104,7 +105,7 @@ def take_all_memory(world):
 def test_torchs_allocator_names_the_bytes_and_the_step():
     told = "^out of memory during prefill, layer, step 2 of 4 \\(36028797018963968 bytes more were"
     with pytest.raises(RunError, match=told):
-        run(take_all_memory, device="cpu")
+        run(take_all_memory, ranks=RankOptions(device="cpu"))
 
 
 def test_threads_that_the_system_does_not_give():

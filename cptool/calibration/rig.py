@@ -80,7 +80,7 @@ def smaller_worlds(world: World, counts: list[int]) -> dict[int, World | None]:
         worlds[count] = None
         if world.cp_rank < count:
             worlds[count] = dataclasses.replace(
-                world, size=count * world.tp, cp=count, cp_group=group, mesh=None
+                world, size=count * world.tp, cp=count, cp_group=group
             )
     return worlds
 

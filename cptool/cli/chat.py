@@ -134,14 +134,7 @@ def chat(
             f"{checkpoint.name}: starting {ranks.cp} cp x {ranks.tp} tp on {ranks.device}, "
             f"{setup.dtype} ..."
         )
-    with Resident(
-        setup,
-        cp=ranks.cp,
-        tp=ranks.tp,
-        device=ranks.device,
-        threads=ranks.threads,
-        timeout=ranks.timeout,
-    ) as resident:
+    with Resident(setup, ranks) as resident:
         terminal = Terminal(resident, checkpoint, conversation, sampling, count, setup.dtype)
         if manifest is not None:
             terminal.saved = (directory, manifest.revision)

@@ -4,6 +4,7 @@ does.
 
 import sys
 import time
+from dataclasses import replace
 from importlib import resources
 
 import click
@@ -12,7 +13,6 @@ from cptool.cli import draw
 from cptool.cli.models import open_model
 from cptool.cli.options import ranks_by_default, resolve_dtype, resolve_ranks, run_options
 from cptool.cli.prompts import check_context
-from cptool.distributed.options import Ranks
 from cptool.errors import UserError
 from cptool.units import duration
 
@@ -64,7 +64,7 @@ def demo(question, cp, tp, device, variant, partials, threads, timeout):
         stop_ids=checkpoint.answer_ends(prompt),
     )
     reports = []
-    for ranks in (many, Ranks(cp=1, tp=1, device=many.device, threads=threads, timeout=timeout)):
+    for ranks in (many, replace(many, cp=1, tp=1)):
         stream = not reports
         if stream:
             draw.say(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cptool.cli import draw
 from cptool.cli.streams import replace_what_cannot_be_encoded
 from cptool.distributed import launch
-from cptool.distributed.options import Ranks
+from cptool.distributed.options import RankOptions
 from cptool.engine.turn import Report, Turn, run
 from cptool.errors import RunError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cptool.distributed.world import World
 
 
-def run_turn(turn: Turn, ranks: Ranks, *, stream: bool = False) -> Report | None:
+def run_turn(turn: Turn, ranks: RankOptions, *, stream: bool = False) -> Report | None:
     """The report of rank 0; None in the other processes of a launcher.
 
     With `stream`, rank 0 writes the answer to standard output as it comes, for a single sequence
@@ -26,11 +26,7 @@ def run_turn(turn: Turn, ranks: Ranks, *, stream: bool = False) -> Report | None
             _on_rank,
             turn,
             stream,
-            cp=ranks.cp,
-            tp=ranks.tp,
-            device=ranks.device,
-            threads=ranks.threads,
-            timeout=ranks.timeout,
+            ranks=ranks,
             watch=watch,
         )
     if rank:

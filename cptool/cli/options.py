@@ -3,13 +3,14 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from cptool import units
-from cptool.distributed.options import Ranks
+from cptool.distributed.options import RankOptions
 from cptool.errors import UserError
 from cptool.host.processor import has_bfloat16_products
 
@@ -157,9 +158,9 @@ def resolve_ranks(
     threads: int | None,
     timeout: float,
     config: "LlamaConfig",
-) -> Ranks:
+) -> RankOptions:
     """Checks the ranks asked for against the launcher, the model and the machine."""
-    from cptool.distributed import devices, options
+    from cptool.distributed import devices
     from cptool.distributed.environment import launched
     from cptool.model import shares
 
@@ -167,10 +168,10 @@ def resolve_ranks(
     if cp is None:
         cp = 1 if seat is None else max(1, seat.size // tp)
     shares.check(config, tp)
-    options.check_size(cp, tp)
-    options.check_limits(threads, timeout)
-    device = devices.resolve_device(device, seat.local_size if seat else cp * tp)
-    return Ranks(cp=cp, tp=tp, device=device, threads=threads, timeout=timeout)
+    ranks = RankOptions(cp=cp, tp=tp, device=device, threads=threads, timeout=timeout)
+    ranks.check()
+    local = seat.local_size if seat else ranks.count
+    return replace(ranks, device=devices.resolve_device(device, local))
 
 
 def resolve_dtype(asked: str, checkpoint: "Checkpoint", device: str) -> str:

@@ -67,6 +67,7 @@ def verify(
     """
     from cptool.distributed import devices
     from cptool.distributed.environment import launched_size
+    from cptool.distributed.options import RankOptions
 
     if launched_size() is not None:
         raise UserError("cptool verify starts its own ranks; run it without a launcher")
@@ -99,10 +100,9 @@ def verify(
         steps=STEPS,
     )
     verdicts = []
-    launch = {"device": device, "threads": threads, "timeout": timeout}
+    ranks = RankOptions(device=device, threads=threads, timeout=timeout)
     with draw.progress() as watch:
-        for verdict in verifier.verify(plan, list(range(2, max_cp + 1)), watch=watch, **launch):
-            verdicts.append(verdict)
+        verdicts += verifier.verify(plan, list(range(2, max_cp + 1)), ranks, watch)
     passed = all(verdict.passed for verdict in verdicts)
     if as_json:
         fields = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cptool.distributed.devices import cores, resolve_device, transport
 from cptool.distributed.environment import Seat
+from cptool.distributed.options import RankOptions
 from cptool.distributed.status_board import Board
 from cptool.distributed.world import World
 
@@ -18,30 +19,22 @@ if TYPE_CHECKING:
 
 
 def connect(
-    seat: Seat,
-    cp: int,
-    tp: int,
-    device: str,
-    threads: int | None,
-    timeout: float,
-    asked: str | None,
-    board: Board,
-    store: dist.Store,
-    place: str = "",
+    seat: Seat, ranks: RankOptions, board: Board, store: dist.Store, *, place: str = ""
 ) -> World:
-    """Join the process group whose ranks meet in `store`, and build the mesh. place: what the error
-    adds if some do not come.
+    """Join the process group whose ranks meet in `store`, and build its CP and TP groups.
+
+    place: what the error appends if some ranks do not arrive.
     """
     import torch
     import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
 
     from cptool.distributed.gathering import gather_values
     from cptool.distributed.rendezvous import START_S, meet
     from cptool.host.affinity import bind
 
-    device = resolve_device(device, seat.local_size)
-    staged = transport(device, seat.local_size, asked) == "staged"
+    cp, tp, timeout = ranks.cp, ranks.tp, ranks.timeout
+    device = resolve_device(ranks.device, seat.local_size)
+    staged = transport(device, seat.local_size, ranks.transport) == "staged"
     where = torch.device("cpu")
     if device == "cuda":
         where = torch.device("cuda", seat.local_rank % torch.cuda.device_count())
@@ -59,20 +52,14 @@ def connect(
     )
 
     if device == "cpu":  # threads that are started from here on inherit where this one is bound
-        torch.set_num_threads(bind(gather_values, seat.rank, threads))
+        torch.set_num_threads(bind(gather_values, seat.rank, ranks.threads))
     else:
-        torch.set_num_threads(threads or max(1, cores() // seat.local_size))
+        torch.set_num_threads(ranks.threads or max(1, cores() // seat.local_size))
 
-    ranks = torch.arange(seat.size).view(cp, tp)
-    # Built by hand because a mesh gives the groups it makes the library's timeout, half an hour.
-    cp_group, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=patience)
-    tp_group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=patience)
-    mesh = DeviceMesh.from_group(
-        [cp_group, tp_group],
-        "cpu" if staged else device,
-        mesh=ranks,
-        mesh_dim_names=("cp", "tp"),
-    )
+    grid = torch.arange(seat.size).view(cp, tp)
+    # Not by a DeviceMesh: the groups that one makes have the library's timeout, half an hour.
+    cp_group, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=patience)
+    tp_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=patience)
     wire = torch.device("cpu") if staged else where
     for group in (cp_group, tp_group):
         # Connections are made here and not in the first layer; NCCL also needs every rank of a
@@ -88,12 +75,11 @@ def connect(
         tp_rank=seat.rank % tp,
         tp=tp,
         device=where,
-        mesh=mesh,
         cp_group=cp_group if cp > 1 else None,
         tp_group=tp_group if tp > 1 else None,
         board=board,
         staged=staged,
-        direct=asked == "direct",
+        direct=ranks.transport == "direct",
     )
 
 

@@ -31,16 +31,15 @@ def resolve_device(device: str, local_size: int = 1) -> str:
     return "cuda" if gpus >= local_size or device == "cuda" else "cpu"
 
 
-def transport(device: str, local_size: int, asked: str | None = None) -> str:
+def transport(device: str, local_size: int, asked: str = "auto") -> str:
     """How messages travel: "direct", by NCCL from GPU to GPU, from memory to memory between the CPU
     ranks of a machine (`cptool.parallel.shared_ring`; by gloo where "direct" is asked for) and by
     gloo from machine to machine; "staged" through host memory where ranks share a GPU, which NCCL
     does not support, or where that is asked for.
 
-    asked: the value of CPTOOL_TRANSPORT in this process or that of the launcher. Raises UserError
-    for one that is unknown, or cannot be.
+    asked: "auto", or one of these (CPTOOL_TRANSPORT). Raises UserError for a value that is unknown,
+    or cannot be.
     """
-    asked = asked or "auto"
     if asked not in ("auto", "direct", "staged"):
         raise UserError(f"CPTOOL_TRANSPORT is {asked!r}; it must be auto, direct or staged")
     shared = device == "cuda" and _gpus() < local_size

@@ -12,13 +12,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cptool.distributed.connect import call_entry, connect
 from cptool.distributed.devices import cores, resolve_device
 from cptool.distributed.environment import Seat, launched
 from cptool.distributed.failure import RankFailed, describe, is_communication
-from cptool.distributed.options import DEFAULT_TIMEOUT_S, check_limits, check_size
+from cptool.distributed.options import RankOptions
 from cptool.distributed.signals import held_back, orderly
 from cptool.distributed.status_board import Board
 from cptool.distributed.world import World
@@ -31,55 +31,45 @@ from cptool.errors import (
 )
 from cptool.host.scratch import make_folder
 
-if TYPE_CHECKING:
-    pass
-
 
 def run(
     entry: Callable[..., Any],
     *args: Any,
-    cp: int = 1,
-    tp: int = 1,
-    device: str = "auto",
-    threads: int | None = None,
-    timeout: float = DEFAULT_TIMEOUT_S,
+    ranks: RankOptions | None = None,
     watch: Callable[[Board], None] | None = None,
     own: Sequence[Any] | None = None,
 ) -> Any:
-    """Call entry(world, *args) on cp * tp ranks and return what rank 0 returned.
+    """Call entry(world, *args) on the ranks of `ranks`, by default one, and return rank 0's value.
 
-    Under torchrun or srun this process joins that world, and returns its own rank's value. Else one
-    rank runs in this process, and more are started as local processes (`cptool.distributed.local`);
-    then `entry` must be importable by name and `args` picklable, and standard output and error of
-    the ranks are this process's own.
+    Under torchrun or srun this process joins that world and returns its own rank's value. Otherwise
+    one rank runs in this process, and more are started as local processes
+    (`cptool.distributed.local`); then `entry` must be importable by name and `args` picklable, and
+    the ranks share this process's standard output and error.
 
-    threads: intra-op threads per rank; default: this machine's cores dealt to its ranks, each of
-        which is bound to its own (`cptool.host.affinity`).
-    timeout: seconds that a rank waits for the others in one transfer before it gives up; in those
-        between running ranks at least 5.
+    ranks: how many, where and how. Without `threads`, each rank is bound to its share of the cores
+        (`cptool.host.affinity`). A timeout below 5 s is raised to 5 s between running ranks.
     watch: called with the status board about ten times a second while ranks work (on rank 0).
-    own: a last argument for each rank, which no other rank gets, such as its end of a connection;
-        for ranks that are started here.
+    own: one last argument per rank that no other rank receives, such as its end of a connection;
+        only for ranks that are started here.
 
     Raises the UserError that a rank raised; RankFailed when a rank died or raised anything else
     (with CPTOOL_TRACEBACK set, its traceback is on standard error); after all ranks are ended,
     KeyboardInterrupt for SIGINT and SystemExit for SIGTERM. With one rank, exceptions pass through
     as they are, but RunError where memory ran out.
     """
-    check_size(cp, tp)
-    check_limits(threads, timeout)
-    options = (cp, tp, device, threads, timeout, os.environ.get("CPTOOL_TRANSPORT"))
+    ranks = ranks or RankOptions()
+    ranks.check()
     seat = launched()
     if seat is not None and seat.size > 1:
         board = Board(seat.size)
         with _watching(watch if seat.rank == 0 else None, board):
-            return _joined(entry, args, seat, options, board)
-    if cp * tp == 1:
+            return _joined(entry, args, seat=seat, ranks=ranks, board=board)
+    if ranks.count == 1:
         board = Board(1)
         with _watching(watch, board):
             last = () if own is None else own
             try:
-                return entry(_alone(resolve_device(device), threads, board), *args, *last)
+                return entry(_alone(ranks, board), *args, *last)
             except (MemoryError, RuntimeError, OSError) as error:
                 if is_out_of_memory(error):
                     raise RunError(explain(error, during=str(board.read(0)))) from error
@@ -87,37 +77,39 @@ def run(
     from cptool.distributed.local import launch
 
     with orderly(), make_folder() as folder:
-        board = Board(cp * tp, os.path.join(folder, "status"))
+        board = Board(ranks.count, os.path.join(folder, "status"))
         with _watching(watch, board):
-            return launch(entry, args, options, board, folder, own)
+            return launch(entry, args, ranks=ranks, board=board, folder=folder, own=own)
 
 
-def _alone(device: str, threads: int | None, board: Board) -> World:
+def _alone(ranks: RankOptions, board: Board) -> World:
+    """The world of one rank, which is this process."""
+    device = resolve_device(ranks.device)
     with held_back():
         import torch
 
-    torch.set_num_threads(threads or cores())
+    torch.set_num_threads(ranks.threads or cores())
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
-    return World(0, 1, 0, 1, 0, 1, 0, 1, where, None, None, None, board)
+    return World(device=where, board=board)
 
 
-def _joined(entry, args, seat: Seat, options: tuple, board: Board) -> Any:
-    """One rank of a world that a launcher started, which also ends the others if this one dies."""
+def _joined(
+    entry: Callable[..., Any], args: tuple, *, seat: Seat, ranks: RankOptions, board: Board
+) -> Any:
+    """Run one rank of a launcher's world, and end the others if this one dies."""
     from cptool.distributed.rendezvous import launchers_address, launchers_store, start_deadline
     from cptool.distributed.stopped import kill_stopped_peers
 
-    timeout = options[4]
-
     def give_up() -> None:
         told = f"rank {seat.rank} did not meet the others at {launchers_address()}"
-        print(f"cptool: {told} in {timeout:g} s", file=sys.stderr, flush=True)
+        print(f"cptool: {told} in {ranks.timeout:g} s", file=sys.stderr, flush=True)
         kill_stopped_peers()
         os._exit(1)
 
     try:
-        store = launchers_store(seat, timeout)
-        with start_deadline(timeout, give_up):
-            world = connect(seat, *options, board, store, f" to {launchers_address()}")
+        store = launchers_store(seat, ranks.timeout)
+        with start_deadline(ranks.timeout, give_up):
+            world = connect(seat, ranks, board, store, place=f" to {launchers_address()}")
         return call_entry(entry, args, world)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -27,6 +28,7 @@ from cptool.distributed.connect import call_entry, connect
 from cptool.distributed.devices import resolve_device, transport
 from cptool.distributed.environment import Seat
 from cptool.distributed.failure import RankFailed, describe, is_communication
+from cptool.distributed.options import RankOptions
 from cptool.distributed.rendezvous import (
     check_loopback,
     file_store,
@@ -48,44 +50,50 @@ _KILLED_S = 2.0
 def launch(
     entry: Callable[..., Any],
     args: tuple,
-    options: tuple,
+    *,
+    ranks: RankOptions,
     board: Board,
     folder: str,
     own: Sequence[Any] | None = None,
 ) -> Any:
-    """Call entry(world, *args) on local processes; rank 0's value, or the first cause as exception.
+    """Call entry(world, *args) on local processes and return rank 0's value.
 
-    options: (cp, tp, device, threads, timeout) of `cptool.distributed.launch.run`, whose contract
-    this fulfils, and CPTOOL_TRANSPORT of this process: the server that ranks are forked from may
-    have started with another. board: in a file of `folder`, one record per rank. folder: private,
-    where the ranks meet. own: a last argument for each rank.
+    Fulfils the contract of `cptool.distributed.launch.run`; if ranks fail, raises the first cause.
+
+    board: in a file of `folder`, one record per rank.
+    folder: private; the ranks meet there.
+    own: one last argument per rank.
     """
     check_loopback()
     server_process.start(entry)
-    cp, tp, device, *others, asked = options
-    device = resolve_device(device, board.ranks)
-    transport(device, board.ranks, asked)  # what cannot be is told before any rank starts
-    options = (cp, tp, device, *others, asked)
+    ranks = replace(ranks, device=resolve_device(ranks.device, board.ranks))
+    transport(ranks.device, board.ranks, ranks.transport)  # raises before any rank starts
 
     context = multiprocessing.get_context("forkserver")
     receiver, answer = context.Pipe(duplex=False)
-    ranks: list[BaseProcess] = []
+    started: list[BaseProcess] = []
     try:
-        with held_back(), start_deadline(options[4], server_process.kill_if_stopped):
+        with held_back(), start_deadline(ranks.timeout, server_process.kill_if_stopped):
             for rank in range(board.ranks):
                 seat = Seat(rank, board.ranks, rank, board.ranks)
                 given = args if own is None else (*args, own[rank])
                 to = answer if rank == 0 else None
                 process = context.Process(
                     target=_rank_main,
-                    args=(seat, entry, given, options, str(board.path), folder, to),
+                    args=(seat, entry, given),
+                    kwargs={
+                        "ranks": ranks,
+                        "path": str(board.path),
+                        "folder": folder,
+                        "answer": to,
+                    },
                     name=f"cptool-rank-{rank}",
                     daemon=True,
                 )
                 process.start()
-                ranks.append(process)
+                started.append(process)
             answer.close()
-        return Supervision(ranks, receiver, board, timeout=options[4]).result()
+        return Supervision(started, receiver, board, timeout=ranks.timeout).result()
     except FileNotFoundError:  # of the server's socket
         raise RankFailed(f"{server_process.folder()} was removed while the run used it") from None
     except EOFError:
@@ -93,20 +101,22 @@ def launch(
             f"{server_process.described()} was stopped or has ended; {ENDED}"
         ) from None
     finally:
-        _end(ranks)
+        _end(started)
 
 
 def _rank_main(
     seat: Seat,
     entry: Callable[..., Any],
     args: tuple,
-    options: tuple,
+    *,
+    ranks: RankOptions,
     path: str,
     folder: str,
     answer: Connection | None,
 ) -> None:
-    """What a local rank runs: connect, call, and on an exception tell the board, which is in the
-    file `path`, and end. answer: where rank 0 sends what `entry` returned.
+    """Connect a local rank and call `entry`; record an exception on the board, and end.
+
+    path: the file of the status board. answer: where rank 0 sends what `entry` returned.
     """
     _die_with_launcher()
     for name, value in (
@@ -132,8 +142,8 @@ def _rank_main(
         os._exit(1)
 
     try:
-        with start_deadline(options[4], give_up):
-            world = connect(seat, *options, board, store)
+        with start_deadline(ranks.timeout, give_up):
+            world = connect(seat, ranks, board, store)
         value = call_entry(entry, args, world)
         if answer is not None:
             # Not by `send`: with it torch shares a tensor's memory, which ends with this process.

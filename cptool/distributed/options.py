@@ -1,27 +1,59 @@
-"""How many ranks and threads a run may have, and how long it waits."""
+"""The options of a run's ranks, and the limits that they keep to."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import os
+from dataclasses import dataclass, field
 
 from cptool.distributed.environment import launched_size
 from cptool.errors import OptionError, UserError
 
-if TYPE_CHECKING:
-    pass
-
 DEFAULT_TIMEOUT_S = 300.0
-# More on one machine is not what anybody means; they are processes, each with a connection to all.
+# More on one machine is a mistake: they are processes, each connected to all others.
 MOST_LOCAL_RANKS = 128
-# OpenMP ends the process, without a word of ours, where it cannot start as many as it is told.
+# OpenMP aborts the process, without an error of ours, where it cannot start as many as requested.
 MOST_THREADS = 1024
 
 
+def _transport() -> str:
+    return os.environ.get("CPTOOL_TRANSPORT") or "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """How many ranks to run, where, and how.
+
+    cp, tp: context-parallel ranks, and tensor-parallel ranks per context-parallel rank.
+    device: "auto", "cpu" or "cuda".
+    threads: intra-op threads per rank; by default the machine's cores divided among its ranks.
+    timeout: seconds that a rank waits for the others in one transfer before it gives up.
+    transport: "auto", "direct" or "staged", see `cptool.distributed.devices.transport`; by default
+        CPTOOL_TRANSPORT of the process that makes this object, because the process that local ranks
+        are forked from may have started with another value.
+    """
+
+    cp: int = 1
+    tp: int = 1
+    device: str = "auto"
+    threads: int | None = None
+    timeout: float = DEFAULT_TIMEOUT_S
+    transport: str = field(default_factory=_transport)
+
+    @property
+    def count(self) -> int:
+        """Number of ranks in all."""
+        return self.cp * self.tp
+
+    def check(self) -> None:
+        """Raise UserError for a number of ranks or threads, or a timeout, that cannot be."""
+        check_size(self.cp, self.tp)
+        check_limits(self.threads, self.timeout)
+
+
 def check_size(cp: int, tp: int) -> None:
-    """UserError unless cp and tp are at least 1 and fill the launcher's world, if there is one, or
-    are few enough for the ranks to be started here.
+    """Raise UserError unless cp and tp are at least 1 and, under a launcher, fill its world, or
+    are few enough to be started here.
     """
     for name, value in (("cp", cp), ("tp", tp)):
         if value < 1:
@@ -40,7 +72,7 @@ def check_size(cp: int, tp: int) -> None:
 
 
 def check_threads(threads: int | None) -> None:
-    """UserError for more threads than a rank can have."""
+    """Raise UserError for more threads than a rank can have."""
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise OptionError(
             "threads",
@@ -51,18 +83,9 @@ def check_threads(threads: int | None) -> None:
 
 
 def check_limits(threads: int | None, timeout: float) -> None:
-    """UserError for more threads than a rank can have, or a time to wait that is none."""
+    """Raise UserError for more threads than a rank can have, or a timeout that is not positive and
+    finite.
+    """
     check_threads(threads)
     if not 0 < timeout < math.inf:
         raise OptionError("timeout", timeout, "it must be a positive number of seconds")
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """How many ranks to run, where, and how."""
-
-    cp: int
-    tp: int
-    device: str
-    threads: int | None
-    timeout: float

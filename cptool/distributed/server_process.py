@@ -35,7 +35,7 @@ def start(entry: Callable[..., Any]) -> None:
     # user of the machine could connect and have code run (CVE-2022-42919).
     util.abstract_sockets_supported = False
     _choose_folder()
-    modules = ["torch.distributed.device_mesh", entry.__module__]
+    modules = ["torch.distributed", entry.__module__]
     # The end that it is tied to is that of the thread that starts it.
     if threading.current_thread() is threading.main_thread():
         modules.insert(0, "cptool.distributed.fork_server")

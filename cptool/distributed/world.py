@@ -12,29 +12,28 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class World:
-    """This rank's place: rank = cp_rank * tp + tp_rank.
+    """This rank's place, by default that of a single rank: rank = cp_rank * tp + tp_rank.
 
-    Groups are None where they hold this rank alone. `mesh` has dimensions "cp" and "tp"; it is None
-    for one rank. `local_rank` of `local_size` counts the ranks of this machine. `staged`: messages
-    between devices go through host memory (`cptool.parallel.staged_ring`), and groups carry tensors
-    of the CPU alone. `direct`: by the group's library and nothing else, as CPTOOL_TRANSPORT asked.
+    Groups are None where they hold this rank alone. `local_rank` of `local_size` counts the ranks
+    of this machine. `staged`: messages between devices go through host memory
+    (`cptool.parallel.staged_ring`), and groups carry tensors of the CPU alone. `direct`: by the
+    group's library and nothing else, as CPTOOL_TRANSPORT requested.
     """
 
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    cp_rank: int
-    cp: int
-    tp_rank: int
-    tp: int
     device: torch.device
-    mesh: dist.DeviceMesh | None
-    cp_group: dist.ProcessGroup | None
-    tp_group: dist.ProcessGroup | None
     board: Board
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    cp_rank: int = 0
+    cp: int = 1
+    tp_rank: int = 0
+    tp: int = 1
+    cp_group: dist.ProcessGroup | None = None
+    tp_group: dist.ProcessGroup | None = None
     staged: bool = False
     direct: bool = False
 
@@ -61,5 +60,5 @@ class World:
         return gather_values(value, types)
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Block until every rank is here."""
         self.gather(None)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from cptool.distributed import launch
 from cptool.distributed.encoding import decode, encode
 from cptool.distributed.failure import RankFailed
-from cptool.distributed.options import DEFAULT_TIMEOUT_S
+from cptool.distributed.options import RankOptions
 from cptool.engine.sampling import Sampling
 from cptool.engine.turn import Setup, open_engine
 from cptool.errors import RunError, explain
@@ -133,17 +133,17 @@ def _messages() -> tuple[type, ...]:
 class Resident:
     """Ranks at work for this process; a context manager that ends them.
 
-    `ranks` are keyword arguments of `distributed.run`, which runs in a thread. When ranks end
-    before they are told to, whatever `run` raised comes out of the call that was waiting for them.
+    `cptool.distributed.launch.run` runs in a thread. If ranks end before they are told to, the
+    call that waits for them raises whatever `run` raised.
     """
 
-    def __init__(self, setup: Setup, **ranks: Any):
-        pairs = [socket.socketpair() for _ in range(ranks["cp"] * ranks["tp"])]
+    def __init__(self, setup: Setup, ranks: RankOptions) -> None:
+        pairs = [socket.socketpair() for _ in range(ranks.count)]
         self._connections = [Connection(ours) for ours, _ in pairs]
         self._theirs = [theirs for _, theirs in pairs]
         self._failure: BaseException | None = None
         self._sending = self._stop_is_due = False
-        self._timeout = ranks.get("timeout", DEFAULT_TIMEOUT_S)
+        self._timeout = ranks.timeout
         for connection in self._connections:
             connection.limit_sending(self._timeout)
         self._setup, self._ranks = setup, ranks
@@ -241,7 +241,7 @@ class Resident:
 
     def _run(self) -> None:
         try:
-            launch.run(serve, self._setup, own=self._theirs, **self._ranks)
+            launch.run(serve, self._setup, ranks=self._ranks, own=self._theirs)
         except BaseException as failure:
             self._failure = failure
         finally:

@@ -8,13 +8,15 @@ same inputs. The greedy tokens are held against those of one rank.
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
+from cptool.distributed.status_board import Board
 from cptool.distributed.world import World
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
@@ -93,15 +95,21 @@ class Verdict:
         )
 
 
-def verify(plan: Plan, ranks: list[int], **launch) -> Iterator[Verdict]:
-    """Runs `plan` on one rank and then on each of `ranks`, every variant; `launch` goes to
-    `cptool.distributed.launch.run`.
+def verify(
+    plan: Plan, counts: list[int], ranks: RankOptions, watch: Callable[[Board], None] | None = None
+) -> Iterator[Verdict]:
+    """Run `plan` on one rank and then on each of `counts`, every variant.
+
+    ranks: as `cptool.distributed.launch.run` takes it, as is `watch`; each count replaces its `cp`.
     """
-    reference, steps = run(measure, plan, ("pass-kv", ALL_Q), cp=1, **launch)
+    variants: tuple[str, ...] = ("pass-kv", ALL_Q)
+    reference, steps = run(measure, plan, variants, ranks=replace(ranks, cp=1), watch=watch)
     yield Verdict(reference, "same")
     yield Verdict(steps, compare(steps, reference))
-    for count in ranks:
-        for measurement in run(measure, plan, (*VARIANTS, ALL_Q), cp=count, **launch):
+    variants = (*VARIANTS, ALL_Q)
+    for count in counts:
+        of_count = replace(ranks, cp=count)
+        for measurement in run(measure, plan, variants, ranks=of_count, watch=watch):
             yield Verdict(measurement, compare(measurement, reference))
 
 

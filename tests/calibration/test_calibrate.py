@@ -11,6 +11,7 @@ import pytest
 from cptool import calibration
 from cptool.calibration import clock, overheads
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.errors import UserError
 from cptool.planning.profiles import (
     FORMAT,
@@ -130,5 +131,5 @@ def more_ranks(world, residuals):
 
 def test_what_was_found_on_fewer_ranks_is_not_counted_again():
     found = {}, {"3": {variant: (5.0, 7.0) for variant in overheads.VARIANTS}}
-    bare, again = run(more_ranks, found, cp=2, device="cpu", threads=1)
+    bare, again = run(more_ranks, found, ranks=RankOptions(cp=2, device="cpu", threads=1))
     assert bare == again and all(0.9 < each < 1 for pair in bare.values() for each in pair)

@@ -22,6 +22,7 @@ from conftest import greedy
 from cptool import files
 from cptool.checkpoint import open_checkpoint
 from cptool.cli.main import main
+from cptool.distributed.options import RankOptions
 from cptool.engine.rank_server import Resident
 from cptool.engine.turn import Setup
 from cptool.errors import UserError
@@ -269,7 +270,7 @@ def test_ranks_refuse_a_session_that_changed_while_they_started(smollm2_path, tm
     manifest = store.load(where)
     setup = Setup(model=str(smollm2_path), dtype=manifest.dtype, session=str(where), resume=7)
     with pytest.raises(RuntimeError, match=r"changed by another run \(it is at revision 1, this"):
-        with Resident(setup, cp=1, tp=1, device="cpu", threads=1, timeout=60):
+        with Resident(setup, RankOptions(cp=1, tp=1, device="cpu", threads=1, timeout=60)):
             pass
 
 
@@ -363,7 +364,7 @@ def test_ranks_end_with_the_terminal(smollm2_path):
 def test_a_single_rank_is_done_before_the_program_ends(mqa_path):
     """It is a thread of the program: torn down in the midst of its work, it would abort all."""
     threads, setup = set(threading.enumerate()), Setup(model=str(mqa_path), dtype="float32")
-    with pytest.raises(KeyboardInterrupt), Resident(setup, cp=1, tp=1):
+    with pytest.raises(KeyboardInterrupt), Resident(setup, RankOptions(cp=1, tp=1)):
         raise KeyboardInterrupt
     assert set(threading.enumerate()) == threads
 

@@ -13,6 +13,7 @@ from test_static_decode import TURNS, prompt, say
 from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.shapes import find_shape
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.emulation.layer import Scenario
 from cptool.emulation.projection import emulate
 from cptool.engine.engine import Engine
@@ -47,7 +48,7 @@ def through_the_host(monkeypatch):
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_model):
-    return run(say, tiny_model, False, TURNS, 7, cp=1, device=DEVICE, threads=1)
+    return run(say, tiny_model, False, TURNS, 7, ranks=RankOptions(cp=1, device=DEVICE, threads=1))
 
 
 def engine_of(world, path, dtype=torch.float32, **options) -> Engine:
@@ -69,7 +70,9 @@ def say_under(world, path, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("n", [2, 4])
 def test_ranks_that_share_a_device_say_what_one_says(tiny_model, one_rank, n, variant):
-    answers, exposed = run(say_under, tiny_model, variant, cp=n, device=DEVICE, threads=1)
+    answers, exposed = run(
+        say_under, tiny_model, variant, ranks=RankOptions(cp=n, device=DEVICE, threads=1)
+    )
     assert answers == one_rank[0] and exposed > 0
 
 
@@ -77,7 +80,7 @@ def test_ranks_that_share_a_device_say_what_one_says(tiny_model, one_rank, n, va
 def test_static_decode_on_ranks_that_share_a_device(tiny_model, one_rank, layout):
     cp, tp = layout
     answers, ways, _, _ = run(
-        say, tiny_model, True, TURNS, 7, cp=cp, tp=tp, device=DEVICE, threads=1
+        say, tiny_model, True, TURNS, 7, ranks=RankOptions(cp=cp, tp=tp, device=DEVICE, threads=1)
     )
     assert answers == one_rank[0] and ways == ["all-q"] * 2
 
@@ -99,7 +102,9 @@ def steps_in_a_graph(world, path, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_decode_in_a_graph(tiny_model, dtype):
-    (eager, graph), reason = run(steps_in_a_graph, tiny_model, dtype, cp=1, device=DEVICE)
+    (eager, graph), reason = run(
+        steps_in_a_graph, tiny_model, dtype, ranks=RankOptions(cp=1, device=DEVICE)
+    )
     if ON_GPU:
         assert reason is None
     if dtype == "float32":
@@ -161,11 +166,18 @@ def resume(world, path, directory):
 )
 def test_a_session_from_device_to_device(tiny_model, tmp_path, saving, resuming):
     device, n = saving
-    said = run(save, tiny_model, tmp_path / "s", cp=n, device=device, threads=1)
-    assert said == run(save, tiny_model, tmp_path / "other", cp=1, device="cpu", threads=1)
-    expected = run(resume, tiny_model, tmp_path / "other", cp=1, device="cpu", threads=1)
+    said = run(save, tiny_model, tmp_path / "s", ranks=RankOptions(cp=n, device=device, threads=1))
+    assert said == run(
+        save, tiny_model, tmp_path / "other", ranks=RankOptions(cp=1, device="cpu", threads=1)
+    )
+    expected = run(
+        resume, tiny_model, tmp_path / "other", ranks=RankOptions(cp=1, device="cpu", threads=1)
+    )
     device, n = resuming
-    assert run(resume, tiny_model, tmp_path / "s", cp=n, device=device, threads=1) == expected
+    assert (
+        run(resume, tiny_model, tmp_path / "s", ranks=RankOptions(cp=n, device=device, threads=1))
+        == expected
+    )
 
 
 def test_to_the_host_and_back():

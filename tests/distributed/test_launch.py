@@ -17,7 +17,7 @@ from cptool.distributed.devices import resolve_device, transport
 from cptool.distributed.environment import Seat, launched, set_rendezvous_address
 from cptool.distributed.failure import RankFailed
 from cptool.distributed.launch import run
-from cptool.distributed.options import check_size
+from cptool.distributed.options import RankOptions, check_size
 from cptool.distributed.signals import held_back, orderly
 from cptool.distributed.status_board import Board, Status
 from cptool.errors import UserError
@@ -53,8 +53,7 @@ def describe(world, word):
         return int(value)
 
     place = (world.rank, world.cp_rank, world.tp_rank, world.local_rank, world.local_size)
-    mesh = world.mesh and (world.mesh.mesh_dim_names, world.mesh.mesh.tolist())
-    facts = (place, mesh, total(world.cp_group), total(world.tp_group), torch.get_num_threads())
+    facts = (place, total(world.cp_group), total(world.tp_group), torch.get_num_threads())
     return word, world.gather((*facts, str(world.device), launched() is not None))
 
 
@@ -177,31 +176,30 @@ def pids_in(folder, *kinds, of=None):
 
 
 def test_one_rank_runs_in_this_process():
-    word, [facts] = run(describe, "word", threads=3, device="cpu")
+    word, [facts] = run(describe, "word", ranks=RankOptions(threads=3, device="cpu"))
     assert word == "word"
-    assert facts == ((0, 0, 0, 0, 1), None, None, None, 3, "cpu", False)
+    assert facts == ((0, 0, 0, 0, 1), None, None, 3, "cpu", False)
     with pytest.raises(KeyError):  # as it is
-        run(defect_of_one, device="cpu")
+        run(defect_of_one, ranks=RankOptions(device="cpu"))
     with pytest.raises(UserError, match="1 ranks find it empty"):
-        run(mistake, device="cpu")
+        run(mistake, ranks=RankOptions(device="cpu"))
 
 
-def test_ranks_form_a_mesh_and_rank_0_answers():
+def test_ranks_form_groups_and_rank_0_answers():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    word, facts = run(describe, "word", cp=2, tp=2, device="cpu", threads=2)
-    mesh = (("cp", "tp"), [[0, 1], [2, 3]])
+    word, facts = run(describe, "word", ranks=RankOptions(cp=2, tp=2, device="cpu", threads=2))
     over_cp, over_tp = (101, 1010, 101, 1010), (11, 11, 1100, 1100)
     assert word == "word"
     assert facts == [
-        ((r, r // 2, r % 2, r, 4), mesh, over_cp[r], over_tp[r], 2, "cpu", True) for r in range(4)
+        ((r, r // 2, r % 2, r, 4), over_cp[r], over_tp[r], 2, "cpu", True) for r in range(4)
     ]
     assert {number: signal.getsignal(number) for number in before} == before
 
 
 def test_cores_are_shared_out_and_groups_of_one_are_none():
-    _, facts = run(describe, "word", tp=2, device="cpu")
+    _, facts = run(describe, "word", ranks=RankOptions(tp=2, device="cpu"))
     share = max(1, devices.cores() // 2)
-    assert [(cp, tp, threads) for _, _, cp, tp, threads, *_ in facts] == [(None, 11, share)] * 2
+    assert [(cp, tp, threads) for _, cp, tp, threads, *_ in facts] == [(None, 11, share)] * 2
 
 
 def test_cores_are_physical_ones(monkeypatch):
@@ -243,7 +241,7 @@ def test_transports(monkeypatch):
 def test_a_wrong_transport_is_told_before_ranks_start(monkeypatch):
     monkeypatch.setenv("CPTOOL_TRANSPORT", "pigeon")
     with pytest.raises(UserError, match=r"^CPTOOL_TRANSPORT is 'pigeon'"):
-        run(mistake_of_one, cp=2, device="cpu")
+        run(mistake_of_one, ranks=RankOptions(cp=2, device="cpu"))
 
 
 # Ends.
@@ -251,7 +249,7 @@ def test_a_wrong_transport_is_told_before_ranks_start(monkeypatch):
 
 def test_a_users_mistake_on_one_rank():
     with pytest.raises(UserError, match=r"^--prompt: it is empty; give one$"):
-        run(mistake_of_one, cp=3, device="cpu")
+        run(mistake_of_one, ranks=RankOptions(cp=3, device="cpu"))
 
 
 def test_an_exception_names_rank_step_and_error():
@@ -260,17 +258,17 @@ def test_an_exception_names_rank_step_and_error():
         r"'no\\nsuch key' \(.*\); please report this, .*; all ranks were ended$"
     )
     with pytest.raises(RankFailed, match=told):
-        run(defect_of_one, cp=3, device="cpu")
+        run(defect_of_one, ranks=RankOptions(cp=3, device="cpu"))
 
 
 def test_a_rank_that_leaves():
     told = r"^rank 1 \(pid \d+\) exited with code 7 during prefill; all ranks were ended$"
     with pytest.raises(RankFailed, match=told):
-        run(leaves, cp=3, device="cpu")
+        run(leaves, ranks=RankOptions(cp=3, device="cpu"))
 
 
 def test_an_answer_of_any_kind_arrives_whole():
-    answer = run(returns, "tensors", cp=2, device="cpu", threads=1)
+    answer = run(returns, "tensors", ranks=RankOptions(cp=2, device="cpu", threads=1))
     assert answer["one"].tolist() == [0, 1, 2] and answer["many"][0] == Status("x", 1, 2)
     assert answer["many"][1].sum() == 300_000
 
@@ -285,38 +283,41 @@ def test_an_answer_of_any_kind_arrives_whole():
 )
 def test_an_answer_that_is_lost_is_an_error_that_names_the_rank(kind, told):
     with pytest.raises(RankFailed, match=told):
-        run(returns, kind, cp=2, device="cpu", threads=1, timeout=2)
+        run(returns, kind, ranks=RankOptions(cp=2, device="cpu", threads=1, timeout=2))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
 def test_a_mistake_comes_before_the_death_of_another_rank(number):
     with pytest.raises(UserError, match=r"^--prompt: it is empty; give one$"):
-        run(mistake_beside_a_death, number, cp=2, device="cpu", threads=1)
+        run(mistake_beside_a_death, number, ranks=RankOptions(cp=2, device="cpu", threads=1))
 
 
 def test_an_exception_comes_before_an_abort():
     with pytest.raises(RankFailed, match=r"^rank 1 failed during start: .*KeyError: 'cause'"):
-        run(defect_beside_an_abort, cp=2, device="cpu", threads=1)
+        run(defect_beside_an_abort, ranks=RankOptions(cp=2, device="cpu", threads=1))
 
 
 @pytest.mark.parametrize("number, how", [(signal.SIGKILL, "ended"), (signal.SIGSTOP, "stopped")])
 def test_the_end_of_the_server_of_ranks_is_told_and_the_next_run_has_a_new_one(number, how):
     told = rf"the process that ranks are forked from \(pid \d+\),? .*{how}; all ranks were ended$"
     with pytest.raises(RankFailed, match=told):
-        run(loses_its_server, number, cp=2, device="cpu", threads=1, timeout=3)
-    assert run(own_place, cp=2, device="cpu", threads=1) == "0 of [0, 1], 0 of 2 here"
+        run(loses_its_server, number, ranks=RankOptions(cp=2, device="cpu", threads=1, timeout=3))
+    assert (
+        run(own_place, ranks=RankOptions(cp=2, device="cpu", threads=1))
+        == "0 of [0, 1], 0 of 2 here"
+    )
 
 
 def test_a_rank_that_hangs_is_named_after_the_timeout():
     with pytest.raises(RankFailed, match=r"^no answer from rank 1 during hang .*during wait: "):
-        run(hangs, cp=3, device="cpu", timeout=1)
+        run(hangs, ranks=RankOptions(cp=3, device="cpu", timeout=1))
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2, 1])
 def test_the_killed_rank_is_named_and_no_peer(victim, tmp_path):
     began = time.monotonic()
     with pytest.raises(RankFailed) as failed:
-        run(ring_for_ever, str(tmp_path), victim, cp=3, device="cpu")
+        run(ring_for_ever, str(tmp_path), victim, ranks=RankOptions(cp=3, device="cpu"))
     assert time.monotonic() - began < GENEROUS_S
     pids = pids_in(tmp_path, "rank0", "rank1", "rank2")
     assert str(failed.value) == (
@@ -335,9 +336,10 @@ import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(launch.__file__).parents[1])!r}]
 import test_launch as tests
 from cptool.distributed.launch import RankFailed, run
+from cptool.distributed.options import RankOptions
 if __name__ == "__main__":
     try:
-        got = run(tests.{entry}, *{arguments!r}, device="cpu", **{options!r})
+        got = run(tests.{entry}, *{arguments!r}, ranks=RankOptions(device="cpu", **{options!r}))
         sys.stdout.write(f"{{got}}\\n")
     except (tests.UserError, RankFailed, KeyboardInterrupt) as error:
         sys.exit(f"{{type(error).__name__}}: {{error}}")
@@ -498,7 +500,7 @@ def test_ranks_that_do_not_fill_the_launchers_world(monkeypatch, cp, tp):
     monkeypatch.setenv("WORLD_SIZE", "4")
     told = f"^`cp` {cp} and `tp` {tp} make {cp * tp} ranks, the launcher started 4; give it as many"
     with pytest.raises(UserError, match=told):
-        run(describe, "word", cp=cp, tp=tp)
+        run(describe, "word", ranks=RankOptions(cp=cp, tp=tp))
 
 
 def test_sizes_below_one():

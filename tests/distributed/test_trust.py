@@ -20,6 +20,7 @@ from cptool.distributed.connect import connect
 from cptool.distributed.environment import Seat
 from cptool.distributed.failure import RankFailed
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.distributed.rendezvous import check_loopback, launchers_store, meet
 from cptool.distributed.status_board import Board
 from cptool.distributed.stopped import is_stopped
@@ -95,7 +96,7 @@ def unpickled_while_at_work(world):
 
 
 def test_ranks_at_work_unpickle_nothing():
-    assert run(unpickled_while_at_work, cp=2, device="cpu", threads=1) == []
+    assert run(unpickled_while_at_work, ranks=RankOptions(cp=2, device="cpu", threads=1)) == []
 
 
 # What listens.
@@ -112,19 +113,21 @@ import sys
 sys.path.insert(0, {tests!r})
 import test_trust
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 if __name__ == "__main__":
-    run(test_trust.idle, {folder!r}, cp=2, device="cpu", threads=1)
+    run(test_trust.idle, {folder!r}, ranks=RankOptions(cp=2, device="cpu", threads=1))
 """
 
 RESIDENT = """
 from pathlib import Path
 import time
+from cptool.distributed.options import RankOptions
 from cptool.engine.rank_server import Continue, Resident
 from cptool.engine.sampling import Sampling
 from cptool.engine.turn import Setup
 if __name__ == "__main__":
     setup = Setup(model={model!r}, dtype="float32")
-    with Resident(setup, cp=2, tp=1, device="cpu", threads=1, timeout=60) as resident:
+    with Resident(setup, RankOptions(cp=2, device="cpu", threads=1, timeout=60)) as resident:
         answer = resident.answer(Continue((1, 2, 3), 4, Sampling(), ()), lambda token: None)
         assert len(answer.token_ids) == 4
         Path({folder!r}, "ready0").touch(), Path({folder!r}, "ready1").touch()
@@ -291,7 +294,7 @@ def is_stopped_itself(world, victim):
 )
 def test_a_stopped_rank_is_named_and_ended(victim, told):
     with pytest.raises(RankFailed, match=told):
-        run(is_stopped_itself, victim, cp=2, device="cpu", threads=1, timeout=2)
+        run(is_stopped_itself, victim, ranks=RankOptions(cp=2, device="cpu", threads=1, timeout=2))
 
 
 PARENT = """
@@ -370,10 +373,12 @@ class EmptyStore:
 
 
 def test_ranks_that_do_not_come_are_named_with_the_place():
-    options = (3, 1, "cpu", 1, -4.9, None)  # a start is given 5 s beyond the timeout
+    options = RankOptions(
+        cp=3, device="cpu", threads=1, timeout=-4.9
+    )  # a start is given 5 s beyond the timeout
     told = "^rank 0, rank 2 did not come to MASTER_ADDR h in 0.1 s$"
     with pytest.raises(torch.distributed.DistStoreError, match=told):
-        connect(Seat(1, 3, 1, 3), *options, Board(3), EmptyStore(), " to MASTER_ADDR h")
+        connect(Seat(1, 3, 1, 3), options, Board(3), EmptyStore(), place=" to MASTER_ADDR h")
 
 
 def test_rank_0_listens_at_the_named_address_alone_and_names_who_does_not_come(monkeypatch):

@@ -4,6 +4,7 @@ one rank says.
 
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
@@ -43,8 +44,8 @@ def answer_all(world, path) -> list[list[int]]:
 
 
 def test_every_cell_of_the_grid_agrees_with_one_rank(smollm2_path):
-    alone = run(answer_all, smollm2_path, cp=1)
-    assert run(answer_all, smollm2_path, cp=3) == alone
+    alone = run(answer_all, smollm2_path, ranks=RankOptions(cp=1))
+    assert run(answer_all, smollm2_path, ranks=RankOptions(cp=3)) == alone
     decode = open_checkpoint(str(smollm2_path)).tokenizer().decode
     found = ["Pepper" in decode(ids) for ids in alone]
     assert sum(found) >= len(found) / 2, (

@@ -8,6 +8,7 @@ from ranks import run_ranks
 
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.engine.engine import Engine
 from cptool.engine.graphs import Recorded
 from cptool.engine.sampling import Sampling
@@ -80,7 +81,9 @@ def test_more_steps_than_room_is_made_for(mqa_path, monkeypatch):
 
 def test_tensor_and_context_parallel(tiny_model):
     expected = run_ranks(1, say, tiny_model, False, TURNS[:1], 8)[0]
-    answers, ways, _, _ = run(say, tiny_model, True, TURNS[:1], 8, cp=2, tp=2, threads=1)
+    answers, ways, _, _ = run(
+        say, tiny_model, True, TURNS[:1], 8, ranks=RankOptions(cp=2, tp=2, threads=1)
+    )
     assert answers == expected[0] and ways == ["all-q"]
 
 
@@ -100,7 +103,13 @@ def saved_and_resumed(world, path, directory, static):
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_session_of_static_steps(mqa_path, tmp_path, n):
     results = [
-        run(saved_and_resumed, mqa_path, tmp_path / str(static), static, cp=n, threads=1)
+        run(
+            saved_and_resumed,
+            mqa_path,
+            tmp_path / str(static),
+            static,
+            ranks=RankOptions(cp=n, threads=1),
+        )
         for static in (False, True)
     ]
     assert results[0] == results[1]

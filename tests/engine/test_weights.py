@@ -10,6 +10,7 @@ from llama_reference import SHAPES, random_llama
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed import shared_memory
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.distributed.status_board import Board
 from cptool.distributed.world import World
 from cptool.engine.weights import load_model
@@ -94,7 +95,6 @@ def without_the_others(tp_rank, tp):
         tp_rank=tp_rank,
         tp=tp,
         device=torch.device("cpu"),
-        mesh=None,
         cp_group=None,
         tp_group=None,
         board=Board(1),
@@ -159,7 +159,12 @@ def load_shared(world, path, dtype):
 @pytest.mark.parametrize(("cp", "tp"), [(2, 1), (1, 2)])
 def test_local_ranks_share_one_copy(cp, tp, tmp_path):
     random_llama({}, tmp_path)
-    ranks = run(load_shared, str(tmp_path), torch.bfloat16, cp=cp, tp=tp, device="cpu", threads=1)
+    ranks = run(
+        load_shared,
+        str(tmp_path),
+        torch.bfloat16,
+        ranks=RankOptions(cp=cp, tp=tp, device="cpu", threads=1),
+    )
     (first, _), (second, _) = ranks
     assert first == second
     assert len(set(first.values())) == 1
@@ -187,7 +192,9 @@ def load_on_two_machines(world, path):
 
 def test_each_machine_has_its_copy(tmp_path):
     random_llama({}, tmp_path)
-    ranks = run(load_on_two_machines, str(tmp_path), cp=4, device="cpu", threads=1)
+    ranks = run(
+        load_on_two_machines, str(tmp_path), ranks=RankOptions(cp=4, device="cpu", threads=1)
+    )
     places = [where for where, _ in ranks]
     assert places[0] == places[1] and places[2] == places[3]
     assert not set(places[0].values()) & set(places[2].values())
@@ -195,7 +202,9 @@ def test_each_machine_has_its_copy(tmp_path):
 
 def test_local_ranks_copy_only_what_the_file_does_not_have(tmp_path):
     random_llama({}, tmp_path)
-    ranks = run(load_shared, str(tmp_path), torch.float32, cp=2, device="cpu", threads=1)
+    ranks = run(
+        load_shared, str(tmp_path), torch.float32, ranks=RankOptions(cp=2, device="cpu", threads=1)
+    )
     (first, _), (second, _) = ranks
     assert first == second
     shared = {name for name, (_, path) in first.items() if "memfd" in path}

@@ -32,7 +32,7 @@ def run_ranks(n, fn, *args, **options):
 class _Pool:
     def __init__(self):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.device_mesh"])
+        context.set_forkserver_preload(["torch.distributed"])
         self.folder = tempfile.TemporaryDirectory(prefix="cptool-tests-")
         store = os.path.join(self.folder.name, "store")
         self.pipes, self.processes = [], []
@@ -105,7 +105,6 @@ def _serve(rank, store, pipe):
             tp_rank=0,
             tp=1,
             device=torch.device("cpu"),
-            mesh=None,
             cp_group=groups.get(n),
             tp_group=None,
             board=Board(n),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.errors import UserError
 from cptool.host import affinity
 from cptool.host.affinity import Share, divide
@@ -67,12 +68,14 @@ def test_local_ranks_are_bound(monkeypatch):
     usable = affinity.usable_cpus()
     if len({affinity.core_of(cpu) for cpu in usable}) < 2:
         pytest.skip("one core")
-    (first, threads), (second, _) = run(where, cp=2, device="cpu")
+    (first, threads), (second, _) = run(where, ranks=RankOptions(cp=2, device="cpu"))
     assert not set(first) & set(second) and set(first) | set(second) == usable
     assert threads == divide([usable] * 2, 0).threads
     assert os.sched_getaffinity(0) == usable
     # More threads than a share has cores: where they run is up to the system.
-    (first, threads), (second, _) = run(where, cp=2, device="cpu", threads=len(usable))
+    (first, threads), (second, _) = run(
+        where, ranks=RankOptions(cp=2, device="cpu", threads=len(usable))
+    )
     assert set(first) == set(second) == usable and threads == len(usable)
 
 

@@ -11,6 +11,7 @@ from ranks import run_ranks
 
 from cptool.distributed.failure import RankFailed
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.parallel import shared_ring
 from cptool.parallel.shared_ring import SLOTS, SharedRing
 
@@ -135,5 +136,5 @@ def hangs():
 def test_the_end_of_a_rank_ends_all(ending, told):
     began = time.monotonic()
     with pytest.raises(RankFailed, match=told):
-        run(round_for_ever, ending, cp=3, device="cpu", threads=1, timeout=2)
+        run(round_for_ever, ending, ranks=RankOptions(cp=3, device="cpu", threads=1, timeout=2))
     assert time.monotonic() - began < GENEROUS_S

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from test_static_decode import TURNS, say
 
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.parallel.staged_ring import StagedRing
 
 
@@ -101,7 +102,12 @@ def test_the_engine_over_it(tiny_model, monkeypatch, layout, static):
     monkeypatch.setenv("CPTOOL_TRANSPORT", "staged")
     cp, tp = layout
     answers, _, _, computed = run(
-        say_staged, tiny_model, static, TURNS, 6, cp=cp, tp=tp, threads=1, device="cpu"
+        say_staged,
+        tiny_model,
+        static,
+        TURNS,
+        6,
+        ranks=RankOptions(cp=cp, tp=tp, threads=1, device="cpu"),
     )
     assert (answers, computed) == (expected[0], expected[3])
 

@@ -8,6 +8,7 @@ from llama_reference import ToyAttention, logits, random_llama, rms
 
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.engine.weights import load_model
 from cptool.errors import UserError
 from cptool.model.architectures.family import Size
@@ -80,7 +81,11 @@ def test_two_ranks_compute_what_one_does(shape, dtype, tmp_path):
     exact = logits(reference, tokens, torch.float64)
     allowed = ROUNDING * rms(logits(reference, tokens, dtype) - exact)
     first, second = run(
-        forward, str(tmp_path), dtype, tokens.tolist(), tp=2, device="cpu", threads=1
+        forward,
+        str(tmp_path),
+        dtype,
+        tokens.tolist(),
+        ranks=RankOptions(tp=2, device="cpu", threads=1),
     )
     assert torch.equal(first, second)
     assert rms(first - exact) <= allowed

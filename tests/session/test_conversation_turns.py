@@ -11,6 +11,7 @@ from test_cli import as_json
 
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
@@ -119,7 +120,7 @@ def long_decode(world, path, steps: int, stop: tuple[int, ...]):
 
 @pytest.mark.parametrize("steps, stop", [(1000, ()), (200, (3,))])
 def test_kv_grows_evenly_over_a_long_decode(tiny_path, steps, stop):
-    lengths, said = run(long_decode, tiny_path, steps, stop, cp=4, threads=1)
+    lengths, said = run(long_decode, tiny_path, steps, stop, ranks=RankOptions(cp=4, threads=1))
     assert all(max(counts) - min(counts) <= 1 for counts in zip(*lengths, strict=True))
     assert [sum(counts) for counts in zip(*lengths, strict=True)] == [
         p + n - 1 for p, n in zip((3, 10, 1, 22), said, strict=True)
@@ -143,7 +144,7 @@ def undone_turn(world, path, directory) -> None:
 @pytest.mark.parametrize("cp", [1, 2])
 def test_a_turn_taken_back_to_the_end_of_a_session(tiny_path, token_file, tmp_path, cp):
     directory = tmp_path / "s"
-    run(undone_turn, tiny_path, directory, cp=cp, threads=1)
+    run(undone_turn, tiny_path, directory, ranks=RankOptions(cp=cp, threads=1))
     assert maintenance.problems(directory, store.load(directory)) == []
     whole = tmp_path / "whole"
     ids = prompt(9) + prompt(4)
@@ -162,7 +163,9 @@ def with_an_empty_member(world, path) -> list[list[int]]:
 
 
 def test_an_empty_sequence_says_nothing(tiny_path):
-    assert [len(ids) for ids in run(with_an_empty_member, tiny_path, cp=2, threads=1)] == [4, 0, 4]
+    assert [
+        len(ids) for ids in run(with_an_empty_member, tiny_path, ranks=RankOptions(cp=2, threads=1))
+    ] == [4, 0, 4]
 
 
 def ended_and_asked_again(world, path, directory) -> dict[str, list[list[int]]]:

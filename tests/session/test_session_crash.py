@@ -18,6 +18,7 @@ from test_session import HEADS, LAYERS, save_turn
 
 from cptool import files
 from cptool.distributed import launch
+from cptool.distributed.options import RankOptions
 from cptool.errors import RunError
 from cptool.session import maintenance, segments
 from cptool.session import store as session
@@ -122,7 +123,6 @@ def world_of(rank: int, size: int):
         tp_rank=0,
         tp=1,
         device=torch.device("cpu"),
-        mesh=None,
         cp_group=group,
         tp_group=None,
         board=Board(size),
@@ -300,7 +300,9 @@ def save_where_one_rank_cannot(world, directory: str, failing: str) -> list[list
 @pytest.mark.parametrize("failing", ["write", "commit"])
 def test_where_one_rank_cannot_save_none_does_and_all_go_on(tmp_path, failing):
     place = str(tmp_path / "s")
-    found = launch.run(save_where_one_rank_cannot, place, failing, cp=2, device="cpu")
+    found = launch.run(
+        save_where_one_rank_cannot, place, failing, ranks=RankOptions(cp=2, device="cpu")
+    )
     assert all(os.strerror(errno.ENOSPC) in told for told, _ in found)
     assert [tokens for _, tokens in found] == [[3, 4, 5, 6, 7]] * 2
     manifest = session.load(tmp_path / "s")

@@ -1,7 +1,7 @@
 """`cptool bench calibrate`: measures the profile that `auto` goes by."""
 
-import dataclasses
 import json
+from dataclasses import asdict, replace
 
 import click
 
@@ -35,7 +35,7 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     """
     from cptool.distributed import devices, launch
     from cptool.distributed.environment import launched_size
-    from cptool.distributed.options import check_size
+    from cptool.distributed.options import RankOptions, check_size
     from cptool.planning.profiles import check_place
 
     launched = launched_size()
@@ -45,17 +45,16 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     check_size(cp, 1)
     check_place()
     dtypes = ("bfloat16", "float32") if dtype == "auto" else (dtype,)
-    options = {"device": device, "threads": threads}
+    ranks = RankOptions(cp=cp, device=device, threads=threads)
     with draw.progress() as watch:
-        profile, path, rank = launch.run(_on_rank, dtypes, None, cp=cp, watch=watch, **options)
+        profile, path, rank = launch.run(_on_rank, dtypes, None, ranks=ranks, watch=watch)
         if more:
-            profile, path, rank = launch.run(
-                _on_rank, dtypes, profile, cp=2 * cp, watch=watch, **options
-            )
+            ranks = replace(ranks, cp=2 * cp)
+            profile, path, rank = launch.run(_on_rank, dtypes, profile, ranks=ranks, watch=watch)
     if rank:
         return
     if as_json:
-        click.echo(json.dumps({"path": path, **dataclasses.asdict(profile)}))
+        click.echo(json.dumps({"path": path, **asdict(profile)}))
         return
     draw.table([*_rows(profile, dtypes, cp), ("kept in", path)])
 

@@ -68,6 +68,7 @@ def decode(
 
     from cptool.bench.decode import Sweep, measure
     from cptool.calibration.rig import cut
+    from cptool.distributed.options import RankOptions
 
     sweep = Sweep(
         config=cut(config, layers),
@@ -80,7 +81,8 @@ def decode(
         repeats=repeats,
         calibrated=calibrate,
     )
-    fields = measured(measure, sweep, tp, device=device, threads=threads)
+    options = RankOptions(cp=sweep.ranks[-1], tp=tp, device=device, threads=threads)
+    fields = measured(measure, sweep, options)
     if fields is None:
         return
     shown = title(model, config, sweep)

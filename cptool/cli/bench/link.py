@@ -55,12 +55,13 @@ def link(cp, sizes, patterns, overlap, timeout, device, threads, repeats, plot, 
     rounds.
     """
     from cptool.cli import plot as plots
-    from cptool.distributed import launch, options
+    from cptool.distributed import launch
     from cptool.distributed.environment import launched_size
+    from cptool.distributed.options import RankOptions, check_size
 
     plots.check(plot)
     cp = cp or launched_size() or 2
-    options.check_size(cp, 1)
+    check_size(cp, 1)
     with draw.progress() as watch:
         results, facts, rank = launch.run(
             _on_rank,
@@ -68,10 +69,7 @@ def link(cp, sizes, patterns, overlap, timeout, device, threads, repeats, plot, 
             list(patterns),
             repeats,
             overlap,
-            cp=cp,
-            device=device,
-            threads=threads,
-            timeout=timeout,
+            ranks=RankOptions(cp=cp, device=device, threads=threads, timeout=timeout),
             watch=watch,
         )
     if rank:

@@ -15,6 +15,7 @@ from cptool.cli.options import VARIANTS, stack
 
 if TYPE_CHECKING:
     from cptool.cli.plot import Line
+    from cptool.distributed.options import RankOptions
     from cptool.model.config import LlamaConfig
 
 DEFAULT_VARIANTS = ("auto", "pass-kv", "gather-kv", "pass-q", "gather-q")
@@ -71,14 +72,12 @@ def check(model: str, ranks: tuple[int, ...], tp: int) -> tuple[LlamaConfig, tup
     return config, ranks
 
 
-def measured(measure: Callable, sweep, tp: int, **options) -> dict[str, object] | None:
-    """What `measure` tells of `sweep` on a world of its most ranks; None but on the first."""
+def measured(measure: Callable, sweep, ranks: RankOptions) -> dict[str, object] | None:
+    """Return what `measure` reports of `sweep` on `ranks`; None on all ranks but the first."""
     from cptool.distributed import launch
 
     with draw.progress() as watch:
-        fields, rank = launch.run(
-            _on_rank, measure, sweep, cp=sweep.ranks[-1], tp=tp, watch=watch, **options
-        )
+        fields, rank = launch.run(_on_rank, measure, sweep, ranks=ranks, watch=watch)
     return None if rank else fields
 
 

@@ -70,6 +70,7 @@ def prefill(
 
     from cptool.bench.prefill import Sweep, measure
     from cptool.calibration.rig import cut
+    from cptool.distributed.options import RankOptions
 
     sweep = Sweep(
         config=cut(config, layers),
@@ -81,7 +82,8 @@ def prefill(
         repeats=repeats,
         calibrated=calibrate,
     )
-    fields = measured(measure, sweep, tp, device=device, threads=threads)
+    options = RankOptions(cp=sweep.ranks[-1], tp=tp, device=device, threads=threads)
+    fields = measured(measure, sweep, options)
     if fields is None:
         return
     shown = title(model, config, sweep)
