@@ -39,7 +39,17 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def model_config(layers: int):
-    return llama_config(512, layers, 8, 2, 1536, vocab=1024, head_dim=64, context=16384, tied=True)
+    return llama_config(
+        hidden=512,
+        layers=layers,
+        heads=8,
+        kv_heads=2,
+        ffn=1536,
+        vocab_size=1024,
+        head_dim=64,
+        max_position_embeddings=16384,
+        tie_word_embeddings=True,
+    )
 
 
 def measure(world, dtype: str, repeats: int, seconds: float, grid) -> list[dict]:

@@ -19,7 +19,9 @@ import click
 
 from cptool.model.shapes import llama_config
 
-MODEL = llama_config(1024, 8, 8, 2, 2816, context=1 << 20)
+MODEL = llama_config(
+    hidden=1024, layers=8, heads=8, kv_heads=2, ffn=2816, max_position_embeddings=1 << 20
+)
 
 
 def compare(world, lengths, variant, dtype, rounds):

@@ -47,15 +47,15 @@ def on_rank(world, plan: dict) -> dict[str, object]:
     heads, kv_heads, head_dim = plan["heads"]
     width, dtype = heads * head_dim, plan["dtype"]
     shape = llama_config(
-        width,
-        1,
-        heads,
-        kv_heads,
-        3 * width,
-        vocab=1024,
+        hidden=width,
+        layers=1,
+        heads=heads,
+        kv_heads=kv_heads,
+        ffn=3 * width,
+        vocab_size=1024,
         head_dim=head_dim,
-        context=1 << 20,
-        tied=True,
+        max_position_embeddings=1 << 20,
+        tie_word_embeddings=True,
     )
     model = random_model(shape, getattr(torch, dtype), world)
     rates = {rate: None if rate == "none" else rate for rate in plan["rates"]}

@@ -24,7 +24,17 @@ from cptool.model.shapes import llama_config
 
 CONTEXTS, MISS_RATES = (512, 2048, 6144), (1.0, 0.25, 0.03)
 RESULTS = Path(__file__).parent / "results"
-MODEL = llama_config(768, 3, 12, 4, 2304, vocab=1024, head_dim=64, context=16384, tied=True)
+MODEL = llama_config(
+    hidden=768,
+    layers=3,
+    heads=12,
+    kv_heads=4,
+    ffn=2304,
+    vocab_size=1024,
+    head_dim=64,
+    max_position_embeddings=16384,
+    tie_word_embeddings=True,
+)
 
 
 def main() -> None:

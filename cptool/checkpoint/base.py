@@ -94,7 +94,7 @@ class Checkpoint:
         """
         from cptool.checkpoint.fingerprint import fingerprint
 
-        return fingerprint(self)
+        return fingerprint(self, self.state)
 
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, None if the files hold none; UserError if it is unsupported.

@@ -16,7 +16,7 @@ from cptool.files import cache_dir, sha256
 _CHUNK = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A file inside a wheel: where it is, how long it is, and what it must hash to."""
 

@@ -1,4 +1,4 @@
-"""Fields of JSON files, each of the type that it must have; UserError where it is not."""
+"""Fields of model files, each of the type that it must have; UserError if it is not."""
 
 import json
 import math
@@ -15,7 +15,7 @@ _SHOWN_CHARACTERS = 60
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds."""
+    """Return the object that a JSON file holds."""
     size = path.stat().st_size
     if size > _MAX_BYTES:
         raise UserError(
@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it, cut where it is long."""
+    """Return a value as a message quotes it, cut if it is long."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
@@ -42,12 +42,12 @@ def shown(value: Any) -> str:
 
 
 def readable(name: str) -> str:
-    """A name out of a file as a message shows it: in one line, and not without end."""
+    """Return a name out of a file as a message shows it: in one line, and not without end."""
     return name if name.isprintable() and len(name) <= 60 else shown(name)
 
 
 def mapping(source: Path, fields: dict[str, Any], key: str) -> dict[str, Any]:
-    """The object under `key`, an empty one where there is none."""
+    """Return the object under `key`, an empty one if there is none."""
     value = fields.get(key)
     if value is not None and not isinstance(value, dict):
         raise UserError(f"{source}: {key} is {shown(value)}, it must be an object or null")
@@ -55,7 +55,7 @@ def mapping(source: Path, fields: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def integer(source: Path, fields: dict[str, Any], key: str, default: int | None = None) -> int:
-    """The integer under `key`; `default` where there is none, if that is allowed."""
+    """Return the integer under `key`, `default` if there is none and that is allowed."""
     value = default if fields.get(key) is None else fields[key]
     if type(value) is not int or abs(value) >= 2**63:
         raise UserError(
@@ -65,21 +65,21 @@ def integer(source: Path, fields: dict[str, Any], key: str, default: int | None 
 
 
 def number(source: Path, fields: dict[str, Any], key: str, default: float | None = None) -> float:
-    """The finite number under `key`; `default` where there is none, if that is allowed."""
-    value = default if fields.get(key) is None else fields[key]
+    """Return the finite number under `key`, `default` if there is none and that is allowed."""
+    value: Any = default if fields.get(key) is None else fields[key]
     if type(value) not in (int, float):
         raise UserError(f"{source}: {key} is {shown(value)}, it must be a number; correct the file")
     try:
-        value = float(value)
+        found = float(value)
     except OverflowError:  # An integer beyond every float.
-        value = math.inf
-    if not math.isfinite(value):
-        raise UserError(f"{source}: {key} is {value}, it must be finite; correct the file")
-    return value
+        found = math.inf
+    if not math.isfinite(found):
+        raise UserError(f"{source}: {key} is {found}, it must be finite; correct the file")
+    return found
 
 
 def flag(source: Path, fields: dict[str, Any], key: str) -> bool:
-    """The boolean under `key`, false where there is none."""
+    """Return the boolean under `key`, false if there is none."""
     value = fields.get(key)
     if value is not None and type(value) is not bool:
         raise UserError(
@@ -89,15 +89,16 @@ def flag(source: Path, fields: dict[str, Any], key: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, to quote it inside a one-line message."""
+    """Return the first line of an error's text, to quote it inside a one-line message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def token_ids(source: Path, key: str, value: Any, vocab_size: int) -> tuple[int, ...]:
-    """Token ids out of an int, a list of ints or None, each once; UserError for anything else.
+    """Return token ids out of an int, a list of ints or None, each once.
 
     -1, or the same in 32 unsigned bits, is how several formats write that there is no such token.
+    Raises UserError for anything else.
     """
     ids = value if isinstance(value, list) else [value]
     ids = [i for i in ids if i is not None and not (type(i) is int and i in (-1, 2**32 - 1))]

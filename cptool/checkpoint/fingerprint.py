@@ -14,15 +14,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cptool import files
-from cptool.checkpoint.tensors import byte_ranges, parts
+from cptool.checkpoint.tensors import AnyTensor, byte_ranges, parts
 from cptool.errors import RunError, UserError
 from cptool.files import cache_dir
-
-if TYPE_CHECKING:
-    from cptool.checkpoint.base import Checkpoint
+from cptool.model.config import LlamaConfig
 
 _BLOCK = 1 << 25
 """Bytes of a tensor that one thread reads and digests at a time."""
@@ -36,17 +34,26 @@ _MOST_ENTRIES = 1024
 _PATIENCE_S = 120.0
 
 
-def fingerprint(checkpoint: "Checkpoint") -> str:
-    """Hex SHA-256 of the configuration and, for every tensor in order of name, of the name, the
-    shape, the encoding and all stored bytes, whatever the path or the split into files.
+class Model(Protocol):
+    """What a fingerprint is taken of: a `Checkpoint`."""
 
-    The context limit is no part of it: KV does not depend on it. Raises RunError if a file changes
-    while it is read, or has changed since `checkpoint.state` was taken.
+    path: Path
+    config: LlamaConfig
+    stored: dict[str, AnyTensor]
+
+
+def fingerprint(checkpoint: Model, opened: str) -> str:
+    """Return a hex SHA-256 that tells models apart, whatever their path or their split into files.
+
+    It covers the configuration and, for every tensor in order of name, the name, the shape, the
+    encoding and all stored bytes. The context limit is no part of it: KV does not depend on it.
+    `opened` is the `state` of the files that were opened. Raises RunError if they have changed
+    since, or change while they are read.
     """
     paths = _paths(checkpoint)
     before, began = _identities(paths), time.time_ns()
     key = _key(checkpoint, paths, before)
-    if key != checkpoint.state:
+    if key != opened:
         raise RunError(f"{checkpoint.path} was changed since it was opened; give the command again")
     with _entry(key) as entry:
         if entry is not None and (known := _remembered(entry, key)):
@@ -59,30 +66,30 @@ def fingerprint(checkpoint: "Checkpoint") -> str:
     return found
 
 
-def state(checkpoint: "Checkpoint") -> str:
-    """A digest of where the tensors lie and of what tells that their files are the same and
-    unchanged, on this machine; nothing of the tensors is read.
+def state(checkpoint: Model) -> str:
+    """Return a digest of where the tensors are and of the identity of their files.
+
+    It changes with the files on this machine; nothing of the tensors is read.
     """
     paths = _paths(checkpoint)
     return _key(checkpoint, paths, _identities(paths))
 
 
-def bytes_to_read(checkpoint: "Checkpoint") -> int:
-    """How many bytes `fingerprint` would read now: none where it is remembered."""
+def bytes_to_read(checkpoint: Model, opened: str) -> int:
+    """Return the number of bytes that `fingerprint` would read now: 0 if it is remembered."""
     try:
-        entry = cache_dir() / "fingerprints" / checkpoint.state
-        if _remembered(entry, checkpoint.state):
+        if _remembered(cache_dir() / "fingerprints" / opened, opened):
             return 0
     except (OSError, UserError):
         pass
     return sum(tensor.nbytes for tensor in checkpoint.stored.values())
 
 
-def _paths(checkpoint: "Checkpoint") -> list[Path]:
+def _paths(checkpoint: Model) -> list[Path]:
     return sorted({part.file for tensor in checkpoint.stored.values() for part in parts(tensor)})
 
 
-def _digest(checkpoint: "Checkpoint") -> str:
+def _digest(checkpoint: Model) -> str:
     tensors = sorted(checkpoint.stored.items())
     blocks = [
         (tensor, start, min(start + _BLOCK, tensor.nbytes))
@@ -97,7 +104,7 @@ def _digest(checkpoint: "Checkpoint") -> str:
                     file = opened.enter_context(part.file.open("rb", buffering=0))
                     descriptors[part.file] = file.fileno()
 
-        def digest(block: tuple) -> bytes:
+        def digest(block: tuple[AnyTensor, int, int]) -> bytes:
             found, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE))
             for path, offset, count in byte_ranges(*block):
                 for at in range(offset, offset + count, _PIECE):
@@ -130,7 +137,7 @@ def _threads() -> int:
     return max(1, min(16, len(usable_cpus())))
 
 
-def _configuration(checkpoint: "Checkpoint") -> str:
+def _configuration(checkpoint: Model) -> str:
     from dataclasses import asdict
 
     fields = asdict(checkpoint.config)
@@ -141,8 +148,9 @@ def _configuration(checkpoint: "Checkpoint") -> str:
 
 
 def _identities(paths: list[Path]) -> list[tuple[int, ...]]:
-    """What tells that a file is the same and unchanged. The time of its last change of status
-    cannot be set by a program, as that of its last write can.
+    """What identifies each file and its last change.
+
+    The time of the last change of status cannot be set by a program, as that of the last write can.
     """
     found = [path.stat() for path in paths]
     return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found]
@@ -154,7 +162,7 @@ def _settled(identities: list[tuple[int, ...]], began: int) -> bool:
     return all(written < settled and changed < settled for *_, written, changed in identities)
 
 
-def _key(checkpoint: "Checkpoint", paths: list[Path], identities: list[tuple[int, ...]]) -> str:
+def _key(checkpoint: Model, paths: list[Path], identities: list[tuple[int, ...]]) -> str:
     number = {path: i for i, path in enumerate(paths)}
     layout = [
         [name, tensor.shape, tensor.encoding, getattr(tensor, "dim", None)]
@@ -167,8 +175,10 @@ def _key(checkpoint: "Checkpoint", paths: list[Path], identities: list[tuple[int
 
 @contextlib.contextmanager
 def _entry(key: str) -> Iterator[Path | None]:
-    """Where the fingerprint of `key` is remembered, None where nothing can be; others who want the
-    same wait meanwhile, so that ranks of a launcher read a checkpoint once.
+    """Where the fingerprint of `key` is remembered, None if nothing can be.
+
+    Other processes block meanwhile if they need the same one, so that ranks of a launcher read a
+    checkpoint once.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -185,8 +195,9 @@ def _entry(key: str) -> Iterator[Path | None]:
 
 
 def _lock(descriptor: int) -> None:
-    """Returns with the lock, or without it when whoever has it takes too long: they may have been
-    stopped, and a checkpoint that is read twice costs time alone.
+    """Return with the lock, or without it if its holder takes too long.
+
+    The holder may have been stopped, and a checkpoint that is read twice costs only time.
     """
     end = time.monotonic() + _PATIENCE_S
     while time.monotonic() < end:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cptool.checkpoint.tensors import (
     ITEM_SIZES,
@@ -34,7 +34,7 @@ def is_mapped(tensor: AnyTensor) -> bool:
 class TensorReader:
     """Reads tensors, each file mapped once for as long as the reader lives."""
 
-    _mappings: dict[Path, torch.UntypedStorage] = field(default_factory=dict, repr=False)
+    _mappings: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     def read(self, tensor: AnyTensor, dim: int, bounds: tuple[int, int]) -> torch.Tensor:
         """Read what is within `bounds` [start, stop) of dimension `dim`.
@@ -74,19 +74,19 @@ class TensorReader:
         """The whole tensor, a view of the mapped file if it is aligned there."""
         import torch
 
-        mapping = self._mapping(tensor.file)
+        mapping: Any = self._mapping(tensor.file)  # torch's types leave this kind of storage out
         if tensor.encoding not in TORCH_DTYPES:
             return _dequantize(_bytes_of(mapping, tensor), tensor)
         dtype: torch.dtype = getattr(torch, TORCH_DTYPES[tensor.encoding])
         if tensor.offset % dtype.itemsize:
             values = _bytes_of(mapping, tensor).clone().view(dtype)
         else:
-            values = torch.empty(0, dtype=dtype).set_(
-                mapping, tensor.offset // dtype.itemsize, (math.prod(tensor.shape),)
-            )
+            values = torch.empty(0, dtype=dtype)
+            values.set_(mapping, tensor.offset // dtype.itemsize, (math.prod(tensor.shape),), (1,))
         return values.view(tensor.shape)
 
-    def _mapping(self, file: Path) -> torch.UntypedStorage:
+    def _mapping(self, file: Path) -> Any:
+        """The file as an untyped storage."""
         import torch
 
         if file not in self._mappings:
@@ -100,10 +100,11 @@ class TensorReader:
         return self._mappings[file]
 
 
-def _bytes_of(mapping: torch.UntypedStorage, tensor: StoredTensor) -> torch.Tensor:
+def _bytes_of(mapping: Any, tensor: StoredTensor) -> torch.Tensor:
     import torch
 
-    return torch.empty(0, dtype=torch.uint8).set_(mapping, tensor.offset, (tensor.nbytes,))
+    values = torch.empty(0, dtype=torch.uint8)
+    return values.set_(mapping, tensor.offset, (tensor.nbytes,), (1,))
 
 
 def _dequantize(stored_bytes: torch.Tensor, tensor: StoredTensor) -> torch.Tensor:

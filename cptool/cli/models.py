@@ -58,6 +58,6 @@ def say_reading(checkpoint: "Checkpoint") -> None:
     seat = launched()
     if seat is not None and seat.rank:
         return
-    size = bytes_to_read(checkpoint)
+    size = bytes_to_read(checkpoint, checkpoint.state)
     if size >= _LARGE:
         draw.say(f"reading all {units.size(size)} of {checkpoint.name} once, to know it again")

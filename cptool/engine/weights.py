@@ -41,21 +41,21 @@ def load_model(
     device: torch.device | str,
     world: "World | None" = None,
 ) -> Llama:
-    """A Llama ready to run, with the weights of `checkpoint` in `dtype` on `device`.
+    """Return a model ready to run, with the weights of `checkpoint` in `dtype` on `device`.
 
-    With a `world` it is this rank's share of the tensor-parallel group, sums included. On a CPU,
-    one rank that has room for twice the weights copies them, for they are read faster from large
-    pages. Else parameters that lie in the file as they are needed stay there (the page cache is
-    their memory), and the ranks of a machine hold one copy of the rest between them, each having
+    With a `world` it is this rank's share of the tensor-parallel group, sums included. On a CPU, a
+    single rank that has room for twice the weights copies them, for they are read faster from large
+    pages. Otherwise parameters that are stored as they are needed stay in the file (the page cache
+    is their memory), and the ranks of a machine hold one copy of the rest between them, each having
     filled a part. Collective over the ranks of `world`.
     """
     device = torch.device(device)
     tp_rank, tp = (world.tp_rank, world.tp) if world else (0, 1)
     model = Llama(checkpoint.config, device="meta", tp=tp)
     sources = _sources(checkpoint.config, share(checkpoint.config, tp_rank, tp))
-    shared = world is not None and world.size > 1
+    sharing = world if world is not None and world.size > 1 else None
     size = sum(model.get_parameter(name).numel() for name in sources) * dtype.itemsize
-    stays = device.type == "cpu" and (shared or not large_pages.worth_copying(size))
+    stays = device.type == "cpu" and (sharing is not None or not large_pages.worth_copying(size))
     parameters: dict[str, torch.Tensor] = {}
     shapes: dict[Source, tuple[int, ...]] = {}
     for name, source in sources.items():
@@ -65,8 +65,8 @@ def load_model(
         else:
             parameters[name] = mapped
 
-    if device.type == "cpu" and shared:
-        with shared_tensors(world, shapes, dtype, (Block,)) as (tensors, mine):
+    if device.type == "cpu" and sharing is not None:
+        with shared_tensors(sharing, shapes, dtype, (Block,)) as (tensors, mine):
             _fill({source: tensors[source] for source in mine}, checkpoint, world)
     else:
         tensors = {
@@ -78,7 +78,7 @@ def load_model(
         parameters[name] = tensors[sources[name]]
     model.load_state_dict(parameters, assign=True)
     model.inverse_frequencies = model.inverse_frequencies.to(device)
-    if tp > 1:
+    if world is not None and world.tp_group is not None and tp > 1:
         tensor_parallel.apply(model, world.tp_group, world.staged)
     return model.eval()
 
@@ -94,13 +94,14 @@ def _sources(config: LlamaConfig, held: dict[Size, Bounds]) -> dict[str, Source]
 
 
 def _mapped(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> torch.Tensor | None:
-    """The parameter as a view of the file, None where it is not there in one piece and in `dtype`.
+    """The parameter as a view of the file, None if it is not stored in one piece and in `dtype`.
 
     A block of columns is a strided view, which matmul takes as it is.
     """
-    if len(source) > 1 or not checkpoint.is_mapped(source[0].name):
+    block, *others = source
+    if others or not checkpoint.is_mapped(block.name):
         return None
-    tensor = source[0].read(checkpoint)
+    tensor = block.read(checkpoint)
     return tensor if tensor.dtype == dtype else None
 
 

@@ -43,8 +43,8 @@ class Linear(nn.Linear):
     def __init__(self, width: int, out: int, device: torch.device | str) -> None:
         super().__init__(width, out, bias=False, device=device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear(input, self.weight)
 
 
 class BiasedLinear(Linear):
@@ -54,8 +54,8 @@ class BiasedLinear(Linear):
         super().__init__(width, out, device)
         self.bias = nn.Parameter(torch.empty(out, device=device))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight).add_(self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear(input, self.weight).add_(self.bias)
 
 
 def _projection(shapes: Shapes, name: str, device: torch.device | str) -> Linear:
@@ -160,17 +160,23 @@ class DecoderLayer(nn.Module):
         before, after = self.input_layernorm, self.post_attention_layernorm
         q, kv = attention.num_heads, attention.num_kv_heads
         qkv = fused_layer.before_attention(
-            hidden, before.weight, before.eps, attention.qkv_proj.weight, cos, sin, rotated=q + kv
+            hidden,
+            norm=before.weight,
+            eps=before.eps,
+            qkv=attention.qkv_proj.weight,
+            cos=cos,
+            sin=sin,
+            rotated=q + kv,
         )
         attended = attend(attention.layer, *qkv.split((q, kv, kv), dim=1))
         fused_layer.after_attention_(
             hidden,
             attended,
-            attention.o_proj.weight,
-            after.weight,
-            after.eps,
-            mlp.gate_up_proj.weight,
-            mlp.down_proj.weight,
+            o=attention.o_proj.weight,
+            norm=after.weight,
+            eps=after.eps,
+            gate_up=mlp.gate_up_proj.weight,
+            down=mlp.down_proj.weight,
         )
 
     def _unobserved(self) -> bool:
@@ -196,8 +202,6 @@ class Llama(nn.Module):
     `torch.inference_mode()`.
     """
 
-    inverse_frequencies: torch.Tensor
-
     def __init__(
         self, config: LlamaConfig, device: torch.device | str = "meta", tp: int = 1
     ) -> None:
@@ -217,14 +221,16 @@ class Llama(nn.Module):
             if config.tie_word_embeddings
             else Linear(config.hidden_size, config.vocab_size, device)
         )
+        self.inverse_frequencies: torch.Tensor
         self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
         self.requires_grad_(False)
 
     @property
     def num_kv_heads(self) -> int:
         """Key-value heads that this model projects to, and that its caches hold."""
-        heads: int = self.layers[0].self_attn.num_kv_heads
-        return heads
+        attention = self.layers[0].self_attn
+        assert isinstance(attention, Attention)
+        return attention.num_kv_heads
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend

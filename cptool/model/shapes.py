@@ -1,60 +1,67 @@
 """Shapes of models without a checkpoint, for planning, emulating and measuring."""
 
-from __future__ import annotations
+from typing import Any
 
 from cptool.model.config import LlamaConfig, RopeScaling
 
-_LLAMA3_1 = RopeScaling(kind="llama3", factor=8.0)
-_LLAMA3_2 = RopeScaling(kind="llama3", factor=32.0)
-
 
 def llama_config(
-    hidden: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    intermediate: int,
-    *,
-    vocab: int = 32000,
-    theta: float = 1e4,
-    context: int = 4096,
-    head_dim: int = 128,
-    scaling: RopeScaling | None = None,
-    tied: bool = False,
+    *, hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, **fields: Any
 ) -> LlamaConfig:
-    """The shape of Llama 2, except for what is given; `context` is `max_position_embeddings`."""
+    """Return the shape of a Llama 2 of these widths; `fields` replace further ones by name."""
+    llama2: dict[str, Any] = dict(
+        vocab_size=32000,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
     return LlamaConfig(
-        vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=1e-5,
-        rope_theta=theta,
-        max_position_embeddings=context,
-        tie_word_embeddings=tied,
-        rope_scaling=scaling,
+        intermediate_size=ffn,
+        **{**llama2, **fields},
     )
 
 
-_LLAMA3 = {"vocab": 128256, "theta": 5e5, "context": 131072, "scaling": _LLAMA3_1}
-_LLAMA3_SMALL = {**_LLAMA3, "scaling": _LLAMA3_2, "tied": True}
-_CODE = {"theta": 1e6, "context": 16384}
+def _llama3(factor: float = 8.0, **fields: Any) -> LlamaConfig:
+    """Releases 3.1 and 3.2: 131072 positions, and rotary frequencies stretched by `factor`."""
+    return llama_config(
+        kv_heads=8,
+        vocab_size=128256,
+        rope_theta=5e5,
+        max_position_embeddings=131072,
+        rope_scaling=RopeScaling(kind="llama3", factor=factor),
+        tie_word_embeddings=factor == 32.0,
+        **fields,
+    )
+
+
+def _code_llama(**fields: Any) -> LlamaConfig:
+    return llama_config(rope_theta=1e6, max_position_embeddings=16384, **fields)
+
 
 SHAPES: dict[str, LlamaConfig] = {
-    "llama2-7b": llama_config(4096, 32, 32, 32, 11008),
-    "llama2-13b": llama_config(5120, 40, 40, 40, 13824),
-    "llama2-70b": llama_config(8192, 80, 64, 8, 28672),
-    "llama3-1b": llama_config(2048, 16, 32, 8, 8192, head_dim=64, **_LLAMA3_SMALL),
-    "llama3-3b": llama_config(3072, 28, 24, 8, 8192, **_LLAMA3_SMALL),
-    "llama3-8b": llama_config(4096, 32, 32, 8, 14336, **_LLAMA3),
-    "llama3-70b": llama_config(8192, 80, 64, 8, 28672, **_LLAMA3),
-    "llama3-405b": llama_config(16384, 126, 128, 8, 53248, **_LLAMA3),
-    "codellama-7b": llama_config(4096, 32, 32, 32, 11008, vocab=32016, **_CODE),
-    "codellama-13b": llama_config(5120, 40, 40, 40, 13824, vocab=32016, **_CODE),
-    "codellama-34b": llama_config(8192, 48, 64, 8, 22016, **_CODE),
-    "codellama-70b": llama_config(8192, 80, 64, 8, 28672, vocab=32016, **_CODE),
+    "llama2-7b": llama_config(hidden=4096, layers=32, heads=32, kv_heads=32, ffn=11008),
+    "llama2-13b": llama_config(hidden=5120, layers=40, heads=40, kv_heads=40, ffn=13824),
+    "llama2-70b": llama_config(hidden=8192, layers=80, heads=64, kv_heads=8, ffn=28672),
+    "llama3-1b": _llama3(32.0, hidden=2048, layers=16, heads=32, ffn=8192, head_dim=64),
+    "llama3-3b": _llama3(32.0, hidden=3072, layers=28, heads=24, ffn=8192),
+    "llama3-8b": _llama3(hidden=4096, layers=32, heads=32, ffn=14336),
+    "llama3-70b": _llama3(hidden=8192, layers=80, heads=64, ffn=28672),
+    "llama3-405b": _llama3(hidden=16384, layers=126, heads=128, ffn=53248),
+    "codellama-7b": _code_llama(
+        hidden=4096, layers=32, heads=32, kv_heads=32, ffn=11008, vocab_size=32016
+    ),
+    "codellama-13b": _code_llama(
+        hidden=5120, layers=40, heads=40, kv_heads=40, ffn=13824, vocab_size=32016
+    ),
+    "codellama-34b": _code_llama(hidden=8192, layers=48, heads=64, kv_heads=8, ffn=22016),
+    "codellama-70b": _code_llama(
+        hidden=8192, layers=80, heads=64, kv_heads=8, ffn=28672, vocab_size=32016
+    ),
 }
-"""Published models. Llama 3 is its releases 3.1 and 3.2: 131072 positions and llama3 scaling."""
+"""Published models by name."""

@@ -22,7 +22,16 @@ REPLICATED_KV = dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=
 
 def config(heads, kv_heads, ffn=1536, head_dim=64):
     width = heads * head_dim
-    return llama_config(width, 1, heads, kv_heads, ffn, vocab=97, head_dim=head_dim, context=512)
+    return llama_config(
+        hidden=width,
+        layers=1,
+        heads=heads,
+        kv_heads=kv_heads,
+        ffn=ffn,
+        vocab_size=97,
+        head_dim=head_dim,
+        max_position_embeddings=512,
+    )
 
 
 @pytest.mark.parametrize(

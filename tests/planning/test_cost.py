@@ -16,7 +16,16 @@ from cptool.planning.hardware import Link
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import choose
 
-CONFIG = llama_config(1024, 4, 8, 2, 4096, vocab=1000, context=131072, tied=True)
+CONFIG = llama_config(
+    hidden=1024,
+    layers=4,
+    heads=8,
+    kv_heads=2,
+    ffn=4096,
+    vocab_size=1000,
+    max_position_embeddings=131072,
+    tie_word_embeddings=True,
+)
 
 
 def with_link(profile, link):
@@ -200,7 +209,14 @@ def test_few_rows_read_while_they_compute_and_many_pack_first():
         attention_ramp=0.0,
         call_overhead_s=0.0,
     )
-    forward = Forward(llama_config(1024, 8, 8, 2, 3072), "bfloat16", 1, 8192, 1, 1)
+    forward = Forward(
+        llama_config(hidden=1024, layers=8, heads=8, kv_heads=2, ffn=3072),
+        "bfloat16",
+        1,
+        8192,
+        1,
+        1,
+    )
     rates = Rates(forward, profile)
     flops, read = 4 * 1024 * 8192, 8192 * 2 * 2 * 128 * 2
     assert rates.attention(8192, 8192, 1) == pytest.approx(read / 1e10)

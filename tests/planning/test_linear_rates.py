@@ -55,7 +55,7 @@ def profile_of(*measured):
 
 def test_a_lone_rank_reads_faster_than_one_beside_another():
     alone = dataclasses.replace(RATES.scaled(2), ranks=1)
-    config = llama_config(1024, 4, 8, 2, 4096)
+    config = llama_config(hidden=1024, layers=4, heads=8, kv_heads=2, ffn=4096)
     parts = [
         predict("gather-kv", Forward(config, "bfloat16", 8, 512, 2, active), profile)
         for profile in (profile_of(alone, RATES), profile_of(RATES))
@@ -71,7 +71,10 @@ def test_a_lone_rank_reads_faster_than_one_beside_another():
 
 
 def test_dtypes_that_were_not_measured_keep_the_roofline():
-    bare, config = default_profile("cpu"), llama_config(1024, 4, 8, 2, 4096)
+    bare, config = (
+        default_profile("cpu"),
+        llama_config(hidden=1024, layers=4, heads=8, kv_heads=2, ffn=4096),
+    )
     forward = Forward(config, "float32", 8, 512, 2, 2)
     profile = dataclasses.replace(bare, row_rates={"bfloat16": (RATES,)})
     assert predict("pass-kv", forward, profile) == predict("pass-kv", forward, bare)

@@ -60,7 +60,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Reads and checks the header; UserError for another format, a truncated or a damaged file."""
+    """Read and check the header; UserError for another format, a truncated or a damaged file."""
     with path.open("rb") as file:
         beginning = file.read(512)
         if not beginning.startswith(b"GGUF"):
@@ -84,11 +84,12 @@ def read_header(path: Path) -> Header:
 class _Cursor:
     """A position in the file, moved by what it reads and never past the end."""
 
-    def __init__(self, path: Path, data: mmap.mmap):
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.size = path, data, len(data)
         self.position, self.elements = 4, 0
 
     def header(self) -> Header:
+        """Read the whole header."""
         version = self.scalar("I")
         if version in (2 << 24, 3 << 24):
             raise UserError(
@@ -131,6 +132,7 @@ class _Cursor:
         return Header(metadata, tensors)
 
     def need(self, count: int) -> None:
+        """Raise UserError unless the file has `count` more bytes."""
         if self.position + count > self.size:
             raise UserError(
                 f"{self.path}: truncated or damaged, at least {self.position + count} bytes "
@@ -138,12 +140,15 @@ class _Cursor:
             )
 
     def has(self, count: int) -> bool:
+        """Return whether the file has `count` more bytes."""
         return self.position + count <= self.size
 
     def scalar(self, code: str) -> Any:
+        """Read a number of a type of `struct`."""
         return self.scalars(code, 1)[0]
 
     def scalars(self, code: str, count: int) -> tuple[Any, ...]:
+        """Read numbers of a type of `struct`."""
         size = struct.calcsize(f"<{code}") * count
         self.need(size)
         values = struct.unpack_from(f"<{count}{code}", self.data, self.position)
@@ -151,6 +156,7 @@ class _Cursor:
         return values
 
     def string(self, limit: int = _MAX_STRING_BYTES) -> str:
+        """Read a string of at most `limit` bytes."""
         (length,) = struct.unpack_from("<Q", self.data, self.position) if self.has(8) else (0,)
         if length > limit:
             self.need(8 + length)
@@ -158,7 +164,10 @@ class _Cursor:
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
-        """Vocabularies hold hundreds of thousands of these, hence one loop with local names."""
+        """Read strings.
+
+        Vocabularies hold hundreds of thousands of these, hence one loop with local names.
+        """
         self.need(8 * count)
         length_at = struct.Struct("<Q").unpack_from
         data, position, size = self.data, self.position, self.size
@@ -180,6 +189,7 @@ class _Cursor:
         return values
 
     def value(self, kind: int) -> Any:
+        """Read a value of a GGUF type: a number, a string or a list of these."""
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
@@ -197,6 +207,7 @@ class _Cursor:
         return list(self.scalars(_SCALARS[kind], count))
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Read name, shape, type and offset of a tensor."""
         name, dimensions = self.string(_MAX_NAME_BYTES), self.scalar("I")
         if dimensions > _MAX_DIMENSIONS:
             raise ValueError(f"tensor {readable(name)} has {dimensions} dimensions")
@@ -204,6 +215,7 @@ class _Cursor:
         return name, shape, self.scalar("I"), self.scalar("Q")
 
     def stored(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> StoredTensor:
+        """Return a tensor of the file, whose size follows from shape and type."""
         if kind not in _KNOWN_TYPES:
             said = f" ({_OTHER_TYPES[kind]})" if kind in _OTHER_TYPES else ""
             raise UserError(

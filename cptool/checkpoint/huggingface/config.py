@@ -54,7 +54,6 @@ def read_config(source: Path, fields: dict[str, Any], notes: Notes) -> LlamaConf
     between two answers are added to `notes`.
     """
     family = family_of(source, fields)
-    defaults = family.defaults
     _check_layers(source, fields)
     _check_window(source, fields)
     heads = integer(source, fields, "num_attention_heads")
@@ -66,9 +65,7 @@ def read_config(source: Path, fields: dict[str, Any], notes: Notes) -> LlamaConf
         )
     head_dim = integer(source, fields, "head_dim", hidden // heads)
     _check_attention_scale(source, fields, head_dim)
-    positions = integer(
-        source, fields, "max_position_embeddings", defaults.get("max_position_embeddings")
-    )
+    positions = integer(source, fields, "max_position_embeddings", family.default_context)
     rope = read_rope(source, fields, positions, notes)
     return LlamaConfig(
         vocab_size=integer(source, fields, "vocab_size"),
@@ -78,7 +75,7 @@ def read_config(source: Path, fields: dict[str, Any], notes: Notes) -> LlamaConf
         num_attention_heads=heads,
         num_key_value_heads=integer(source, fields, "num_key_value_heads", heads),
         head_dim=head_dim,
-        rms_norm_eps=number(source, fields, "rms_norm_eps", defaults.get("rms_norm_eps")),
+        rms_norm_eps=number(source, fields, "rms_norm_eps", family.default_eps),
         rope_theta=rope.theta,
         max_position_embeddings=context(fields, positions, rope),
         tie_word_embeddings=flag(source, fields, "tie_word_embeddings"),

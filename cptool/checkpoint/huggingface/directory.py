@@ -1,7 +1,7 @@
-"""Sound model files of other kinds, named for what they are: adapters, quantised weights, encoders.
+"""Directories that are not Hugging Face checkpoints: adapters, encoders, saved sessions.
 
-A refusal that says "a tensor is missing, fetch the checkpoint again" sends a user to fetch it for
-ever. Names of files, fields and tensors tell most kinds apart.
+A refusal such as "a tensor is missing, fetch the checkpoint again" would send a user to fetch it
+forever. Names of files and fields tell most kinds apart.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from cptool.errors import UserError
 
 
 def check_kind(path: Path) -> None:
-    """Refuses a directory that is no Hugging Face checkpoint, for what it is."""
+    """Refuse a directory that is not a Hugging Face checkpoint, for what it is."""
     config = path / "config.json"
     adapter = path / "adapter_config.json"
     if adapter.is_file():
@@ -29,7 +29,7 @@ def check_kind(path: Path) -> None:
 
 
 def check_quantization(path: Path, fields: dict[str, Any]) -> None:
-    """Refuses weights that a configuration says are quantised, by the method's name."""
+    """Refuse weights that are quantised by the configuration, by the method's name."""
     for key in ("quantization_config", "compression_config"):
         if fields.get(key) is not None:
             details = mapping(path / "config.json", fields, key)
@@ -49,7 +49,7 @@ def check_quantization(path: Path, fields: dict[str, Any]) -> None:
 
 
 def why_no_weights(path: Path) -> str:
-    """Why a directory with a config.json has no weights that cptool reads."""
+    """Return why a directory with a config.json has no weights that cptool reads."""
     for file in sorted(path.glob("*.safetensors*")):
         if (why := dangling(file)) is not None:
             return f"{file.name} is {why}"
@@ -66,10 +66,10 @@ def why_no_weights(path: Path) -> str:
         ("*.nemo", "a NeMo archive"),
         ("*.engine", "TensorRT engines"),
     ):
-        if file := next(iter(sorted(path.glob(pattern))), None):
+        if found := sorted(path.glob(pattern)):
             if any(path.glob("*.safetensors")):
                 break
-            return f"only {kind} ({file.name}), which cptool never loads; {CONVERT}"
+            return f"only {kind} ({found[0].name}), which cptool never loads; {CONVERT}"
     if gguf := sorted(path.glob("*.gguf")):
         return f"no safetensors in it; to use a GGUF file give its path, such as {gguf[0]}"
     if parts := sorted(path.glob("model-*.safetensors")):

@@ -61,7 +61,7 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
     generation = _read_optional(path / "generation_config.json", GENERATION, notes)
     tokenizer = _read_optional(path / "tokenizer_config.json", TOKENIZER, notes)
     tokens = _NamedTokens(path, fields, generation, config.vocab_size)
-    default_end = None if tokenizer.get("eos_token") else family.defaults.get("eos_token_id")
+    default_end = None if tokenizer.get("eos_token") else family.default_eos
     return Checkpoint(
         path=path,
         name=name or path.resolve().name,
@@ -118,13 +118,13 @@ class _NamedTokens:
             for token_id in token_ids(self.path / file, key, fields.get(key), self.vocab_size)
         )
 
-    def end_ids(self, default: float | None) -> tuple[int, ...]:
+    def end_ids(self, default: int | None) -> tuple[int, ...]:
         """Ids that end an answer: `default` if no file has the field."""
         key = "eos_token_id"
         ids = self.ids(key)
         missing = key not in self.config and key not in self.generation
         if missing and default is not None and default < self.vocab_size:
-            ids = (int(default),)
+            ids = (default,)
         return tuple(dict.fromkeys(ids))
 
     def begin_id(self) -> int | None:

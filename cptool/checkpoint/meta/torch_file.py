@@ -29,7 +29,7 @@ _END_SEARCHED = 22 + 65_535 + 20 + 56
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the file by name; UserError where it is damaged or holds anything else.
+    """Return every tensor of the file by name; UserError if it is damaged or holds anything else.
 
     A tensor in a type that no Llama is computed in has the name of its storage as `encoding`.
     """
@@ -51,7 +51,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 class _Archive:
-    def __init__(self, path: Path, archive: zipfile.ZipFile):
+    """The records of a file, by name."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path, self.archive = path, archive
         self.size = path.stat().st_size
         self.records = {record.filename: record for record in archive.infolist()}
@@ -61,6 +63,7 @@ class _Archive:
         self.prefix = pickles[0].removesuffix("data.pkl")
 
     def tensors(self) -> dict[str, StoredTensor]:
+        """Return all tensors of the file."""
         order = self.prefix + "byteorder"
         if order in self.records and self._content(order) != b"little":
             raise ValueError("its numbers are big-endian")
@@ -99,8 +102,9 @@ class _Archive:
         )
 
     def _data_of(self, record: zipfile.ZipInfo) -> int:
-        """Where in the file the data of a record begins."""
+        """The offset in the file at which the data of a record begins."""
         file = self.archive.fp
+        assert file is not None  # open as long as this object is used
         file.seek(record.header_offset)
         signature, name_length, padding = _RECORD.unpack(file.read(_RECORD.size))
         start = record.header_offset + _RECORD.size + name_length + padding
@@ -119,8 +123,9 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_directory(path: Path) -> None:
-    """Refuses an archive whose directory is larger than that of any file of tensors: the reader of
-    the standard library makes an object of every entry.
+    """Refuse an archive whose directory is larger than that of any file of tensors.
+
+    The reader of the standard library makes an object of every entry.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -97,8 +97,8 @@ class ChatFormat:
     @cached_property
     def turn_marks(self) -> frozenset[int]:
         """Ids of the control tokens with which the template begins or ends a turn."""
-        roles = {self._special.get(role) for role in ("bos_token", "eos_token")}
-        neutral = {self._added[text] for text in roles if text in self._added}
+        texts = (self._special.get(role) for role in ("bos_token", "eos_token"))
+        neutral = {self._added[text] for text in texts if text is not None and text in self._added}
         marks = {i for before, after, _ in self._turns for i in (*before, *after)}
         return frozenset(marks - neutral)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cptool.checkpoint.fields import first_line
+from cptool.checkpoint.fields import first_line, shown
 from cptool.checkpoint.tokenizer import backends
 from cptool.checkpoint.tokenizer.sentencepiece import NORMAL
 from cptool.checkpoint.tokenizer.templates import default_template
@@ -37,9 +37,10 @@ _ENDS = (
 
 
 def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer that a GGUF file describes, None where it describes none.
+    """Return the tokenizer that a GGUF file describes, None if it describes none.
 
-    Supports byte-level BPE (`gpt2`) with the cuts above and SentencePiece BPE (`llama`).
+    Supports byte-level BPE (`gpt2`) with the cuts above and SentencePiece BPE (`llama`). Raises
+    UserError for others, and if it is damaged.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind in (None, "none", "no_vocab"):
@@ -48,11 +49,11 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
         raise UserError(
             f"{path}: tokenizer {kind!r} is not supported (gpt2 and llama are); give token ids"
         )
-    pre = metadata.get("tokenizer.ggml.pre")
+    pre = str(metadata.get("tokenizer.ggml.pre"))
     if kind == "gpt2" and pre not in _CUTS:
         raise UserError(
-            f"{path}: tokenizer.ggml.pre is {pre!r}, cptool knows {', '.join(_CUTS)}; use the "
-            f"Hugging Face checkpoint"
+            f"{path}: tokenizer.ggml.pre is {shown(metadata.get('tokenizer.ggml.pre'))}, cptool "
+            f"knows {', '.join(_CUTS)}; use the Hugging Face checkpoint"
         )
     try:
         tokens = metadata["tokenizer.ggml.tokens"]
@@ -64,7 +65,7 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
             # Llama 3's vocabulary holds words that its merges do not reach.
             bos_by_default = ignore_merges = pre in _LLAMA3
             backend = backends.byte_level_bpe(
-                tokens, [tuple(m.split(" ", 1)) for m in merges], _CUTS[pre], ignore_merges
+                tokens, [_pair(merge) for merge in merges], _CUTS[pre], ignore_merges
             )
         else:
             bos_by_default = True
@@ -92,3 +93,8 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
         ) from None
     template = default_template(metadata.get("tokenizer.chat_template"))
     return Tokenizer(backend, ids["bos"], special, template, ends=_ENDS)
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    first, second = merge.split(" ", 1)
+    return first, second

@@ -18,7 +18,7 @@ class Guard:
     The marks are private and random, so that no message can hold one.
     """
 
-    def __init__(self, control_tokens: Iterable[str]):
+    def __init__(self, control_tokens: Iterable[str]) -> None:
         # Digits alone: whatever filter a template applies to a message, no letter case is at stake.
         nonce = secrets.randbits(64)
         self._mark = f"\ufdd0{nonce}\ufdd1"
@@ -32,9 +32,9 @@ class Guard:
         self.placeholder = re.compile(f"\ufdd2{nonce}-\\d+\ufdd3")
 
     def mark(self, value: Any, tokens: frozenset[str] | None = None) -> Any:
-        """A message, or any part of one, with a mark before each control token in its strings.
+        """Return a message, or a part of one, with a mark before each control token in its strings.
 
-        `tokens`: mark these alone.
+        With `tokens`, only these are marked.
         """
         start = _starts(self._all if tokens is None else tokens)
         if isinstance(value, str):
@@ -46,7 +46,7 @@ class Guard:
         return value
 
     def unmark(self, rendered: str) -> str:
-        """The rendered text without marks, the template's own control tokens as placeholders."""
+        """Return the rendered text without marks, the template's control tokens as placeholders."""
         text = self._unmarked.sub(lambda match: self.placeholders[match.group()], rendered)
         return text.replace(self._mark, "")
 
@@ -56,6 +56,6 @@ def _any_of(longest_first: Sequence[str]) -> str:
 
 
 @cache
-def _starts(tokens: frozenset[str]) -> re.Pattern:
+def _starts(tokens: frozenset[str]) -> re.Pattern[str]:
     # A lookahead finds overlapping occurrences too, each of which must be broken.
     return re.compile(f"(?=(?:{_any_of(sorted(tokens, key=len, reverse=True))}))")

@@ -37,8 +37,8 @@ _ROLES = (
 
 # Roles that a class of transformers fills where no file does.
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-_GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-_CLASS_ROLES = {
+_GPT2: dict[str, str] = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+_CLASS_ROLES: dict[str, dict[str, str]] = {
     "LlamaTokenizer": _LLAMA,
     "CodeLlamaTokenizer": _LLAMA,
     "GPT2Tokenizer": _GPT2,
@@ -60,7 +60,7 @@ _MAX_BYTES = 1 << 29
 def from_tokenizer_json(
     path: Path, settings: dict[str, Any], chat_template: str | None = None
 ) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory, out of all its files.
+    """Return the tokenizer of a Hugging Face directory, out of all its files.
 
     `path` is its tokenizer.json, `settings` its tokenizer_config.json; `chat_template` goes before
     any template in the files. Raises UserError as `read_tokenizer_files` does.
@@ -92,10 +92,10 @@ class TokenizerFiles:
 def read_tokenizer_files(
     path: Path, settings: dict[str, Any], chat_template: str | None = None
 ) -> TokenizerFiles:
-    """Reads the tokenizer.json at `path` and the files beside it.
+    """Read the tokenizer.json at `path` and the files beside it.
 
     `settings` is tokenizer_config.json; `chat_template` goes before any template in the files.
-    Raises UserError where a file is damaged, or asks for what cptool does not do.
+    Raises UserError if a file is damaged, or requests what cptool does not do.
     """
     backend = _read_backend(path)
     kind = _class_of(path, settings)
@@ -162,9 +162,10 @@ def _assemble(
     known = {token.content: token for token in listed.values()}
     roles: dict[str, str | AddedToken] = {}
     for key in _ROLES:
-        value = _token(fields[key]) if key in fields else _CLASS_ROLES.get(kind, {}).get(key)
+        value = fields[key] if key in fields else _CLASS_ROLES.get(kind, {}).get(key)
         if value is not None:
-            roles[key] = known.get(_text(value), value)
+            token = _token(value)
+            roles[key] = known.get(_text(token), token)
     roles |= {key: _token(value) for key, value in own_roles.items()}
     more = "extra" if "extra_special_tokens" in fields else "additional"
     extra = [_token(value) for value in fields.get(f"{more}_special_tokens") or []]
@@ -179,7 +180,7 @@ def _assemble(
     _add(backend, listed, roles, extra)
     if kind == "CodeLlamaTokenizer":  # Whatever the file puts around a text.
         bos = roles.get("bos_token")
-        backends.put_around(backend, bos and backend.token_to_id(_text(bos)))
+        backends.put_around(backend, backend.token_to_id(_text(bos)) if bos else None)
     for token_id, token in listed.items():
         if (actual := backend.token_to_id(token.content)) != token_id:
             raise ValueError(
@@ -283,11 +284,11 @@ def _as_gpt_neox(fields: dict[str, Any], backend: Backend) -> Backend:
     return built
 
 
-def _token(value: Any, **more: Any) -> str | AddedToken | None:
+def _token(value: Any, **more: Any) -> str | AddedToken:
     """A token as files write one: a text, or an object of its text and flags."""
     if isinstance(value, dict):
         return AddedToken(**{k: v for k, v in value.items() if k != "__type"} | more)
-    if value is None or isinstance(value, str | AddedToken):
+    if isinstance(value, str | AddedToken):
         return value
     raise TypeError(f"{value!r:.40} where a token's text must be")
 

@@ -27,11 +27,11 @@ _POLL_S = 0.05
 
 
 class LibraryError(Exception):
-    """What the library said, in one line."""
+    """The library's message, in one line."""
 
 
 def call(function: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
-    """What `function`, of the library, returns; LibraryError where it raises or panics."""
+    """Return what `function` of the library returns; LibraryError if it raises or panics."""
     try:
         return function(*arguments, **settings)
     except Exception as error:
@@ -52,13 +52,16 @@ class LimitError(UserError):
 class Limit:
     """What the library may take for one text of `size` characters, in one call or several."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         self._size = size
         self._seconds = _CPU_S + _CPU_S_PER_CHARACTER * size
         self._bytes = _resident() + _MEMORY + _MEMORY_PER_CHARACTER * size
 
     def call(self, function: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
-        """As `call`; LimitError beyond the limit. `function` must release the interpreter."""
+        """Like `call`, but raise LimitError beyond the limit.
+
+        `function` must release the interpreter.
+        """
         done, clock, result = threading.Event(), [], []
 
         def work() -> None:
@@ -109,7 +112,7 @@ _muting = threading.RLock()
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """Discards what compiled code writes to standard error, such as the message of a panic."""
+    """Discard what compiled code writes to standard error, such as the message of a panic."""
     with _muting:
         try:
             kept = os.dup(2)

@@ -7,7 +7,7 @@ from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
 
 
 def from_sentencepiece(model: SentencePieceModel, chat_template: str | None) -> Tokenizer:
-    """The tokenizer of a SentencePiece `tokenizer.model`; a plain text begins with BOS."""
+    """Return the tokenizer of a SentencePiece model; a plain text begins with BOS."""
     backend = backends.sentencepiece_bpe(
         model.pieces, model.scores, model.types, model.dummy_prefix
     )
@@ -20,7 +20,7 @@ def from_sentencepiece(model: SentencePieceModel, chat_template: str | None) -> 
 def from_ranks(
     model: RankedModel, bos_id: int, eos_id: int, chat_template: str | None
 ) -> Tokenizer:
-    """The tokenizer of a `tokenizer.model` of Llama 3; a plain text begins with BOS."""
+    """Return the tokenizer of Llama 3's ranked tokens; a plain text begins with BOS."""
     tokens = [backends.printable(token) for token in model.tokens]
     backend = backends.byte_level_bpe(
         tokens, backends.all_merges(tokens), backends.LLAMA3_CUT, ignore_merges=True
@@ -28,5 +28,5 @@ def from_ranks(
     backend.add_special_tokens(model.special)
     backends.put_around(backend, bos_id)
     ids = {"bos_token": bos_id, "eos_token": eos_id}
-    special = {name: backend.id_to_token(i) for name, i in ids.items()}
+    special = {name: str(backend.id_to_token(i)) for name, i in ids.items()}
     return Tokenizer(backend, bos_id, special, chat_template)

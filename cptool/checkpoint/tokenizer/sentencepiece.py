@@ -40,7 +40,7 @@ _NORMALIZER = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SentencePieceModel:
     """Pieces by id with their scores and types; `dummy_prefix` puts a space before a text."""
 
@@ -53,8 +53,10 @@ class SentencePieceModel:
 
 
 def parse(path: Path, data: bytes) -> SentencePieceModel:
-    """The model that `data`, the content of `path`, describes; UserError where it is damaged, or
-    asks for an encoding that no Llama has: other than BPE with bytes for unknown characters.
+    """Return the model that `data`, the content of `path`, describes.
+
+    Raises UserError if it is damaged, or has an encoding that no Llama has: other than BPE with
+    bytes for unknown characters.
     """
     try:
         fields = list(_fields(data))
@@ -81,11 +83,21 @@ def parse(path: Path, data: bytes) -> SentencePieceModel:
                 f"{path}: piece {piece!r} is of type {kind}, which no Llama has; write a "
                 f"tokenizer.json with transformers"
             )
-    return SentencePieceModel(pieces, scores, types, bos_id, eos_id, bool(normalizer.get(3, 1)))
+    return SentencePieceModel(
+        pieces=pieces,
+        scores=scores,
+        types=types,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        dummy_prefix=bool(normalizer.get(3, 1)),
+    )
 
 
 def _pieces(messages: list[bytes]) -> tuple[list[str], list[float], list[int]]:
-    pieces, scores, types = [], [], []
+    """Texts, scores and types of the pieces."""
+    pieces: list[str] = []
+    scores: list[float] = []
+    types: list[int] = []
     for message in messages:
         fields = dict(_fields(message))
         for number, kind in ((1, bytes), (2, bytes), (3, int)):
@@ -99,14 +111,14 @@ def _pieces(messages: list[bytes]) -> tuple[list[str], list[float], list[int]]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a message: an int, or the bytes of anything else."""
+    """Yield number and value of each field of a message: an int, or the bytes of anything else."""
     position = 0
     while position < len(message):
         key, position = _varint(message, position)
         number, wire_type = key >> 3, key & 7
         if wire_type == 0:
-            value, position = _varint(message, position)
-            yield number, value
+            number_value, position = _varint(message, position)
+            yield number, number_value
             continue
         if wire_type == 2:
             length, position = _varint(message, position)
@@ -122,7 +134,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(message: bytes, position: int) -> tuple[int, int]:
-    """An integer in groups of seven bits, lowest first, and the position behind it."""
+    """Return an integer in groups of seven bits, lowest first, and the position behind it."""
     value = message[position]
     position += 1
     if value < 0x80:

@@ -1,7 +1,7 @@
-"""Renders chat templates in a process of its own, which limits bound.
+"""Renders chat templates in a process of its own, whose memory and time are bounded.
 
-A chat template is a program that came with a file: one line of it can ask for any amount of memory
-or time, and Jinja's sandbox limits neither. So this module runs apart: it reads requests from
+A chat template is a program that came with a file: one line of it can use any amount of memory or
+time, and Jinja's sandbox limits neither. So this module runs apart: it reads requests from
 standard input and writes replies to standard output, each a length of eight bytes and that much
 JSON, until its input ends. It imports Jinja and nothing that is slow to load.
 """
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
-from typing import Any, BinaryIO, ClassVar, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 
 import jinja2
 import jinja2.ext
@@ -27,19 +27,19 @@ _OUTPUT, _OUTPUT_PER_BYTE = 64 << 20, 16
 
 
 def serve() -> None:
-    """Replies to requests, `{"text": ...}` or `{"error": ...}`, until standard input ends.
+    """Reply to requests, by `{"text": ...}` or `{"error": ...}`, until standard input ends.
 
     A request that takes more than its `cpu_s` seconds of processor time (and 2 s per MB) ends the
     process with SIGXCPU.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asked.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller.
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     while (request := receive(sys.stdin.buffer)) is not None:
         send(sys.stdout.buffer, _reply(request))
 
 
 def receive(file: BinaryIO) -> bytes | None:
-    """The next message, None where the other side is gone."""
+    """Return the next message, None if the other side is gone."""
     head = file.read(8)
     if len(head) < 8:
         return None
@@ -48,6 +48,7 @@ def receive(file: BinaryIO) -> bytes | None:
 
 
 def send(file: BinaryIO, message: bytes) -> None:
+    """Write a message to the other side."""
     file.write(len(message).to_bytes(8, "little"))
     file.write(message)
     file.flush()
@@ -70,7 +71,7 @@ def _reply(request: bytes) -> bytes:
 
 
 def _limit(size: int, cpu_s: float) -> None:
-    """Bounds the memory and the further processor time of this process."""
+    """Bound the memory and the further processor time of this process."""
     page = resource.getpagesize()
     with open("/proc/self/statm") as file:
         mapped = int(file.read().split()[0]) * page
@@ -111,9 +112,10 @@ def _render(
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` blocks, which mark answers for training: here just their body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags: set[str] = {"generation"}  # noqa: RUF012 (an instance variable, as Jinja declares it)
 
     def parse(self, parser: Any) -> Any:
+        """Return the body of a block."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -124,14 +126,14 @@ def _compile(template: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    variables = cast("dict[str, Any]", environment.globals)
+    variables.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     return environment.from_string(template)
 
 
-def _to_json(value: Any, **settings: Any) -> str:
+def _to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
     # Jinja's own filter escapes HTML, which no model was trained on.
-    return json.dumps(value, **{"ensure_ascii": False, **settings})
+    return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
 
 
 def _raise_exception(message: str) -> NoReturn:

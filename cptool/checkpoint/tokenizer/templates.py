@@ -1,6 +1,7 @@
 """Chat templates: a model's Jinja program that turns messages into one text."""
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from cptool.checkpoint.tokenizer.input_checks import check_text
 from cptool.errors import RunError, UserError
@@ -31,11 +32,11 @@ def render(
     add_generation_prompt: bool,
     tokens: Mapping[str, str],
 ) -> str:
-    """The text of a conversation, as transformers' `apply_chat_template` renders it.
+    """Return the text of a conversation, as transformers' `apply_chat_template` renders it.
 
     `tokens` are the variables that name special tokens: `bos_token`, `eos_token`. The template runs
-    in a sandbox, in a process whose memory and time are bounded. Raises UserError where it is
-    faulty, refuses the messages, writes what is not text, or goes beyond its bounds.
+    in a sandbox, in a process whose memory and time are bounded. Raises UserError if it is faulty,
+    refuses the messages, writes what is not text, or exceeds its bounds.
     """
     request = {
         "template": template,
@@ -62,29 +63,32 @@ def render(
 
 
 class _Worker:
-    """The process that renders: one per process that asks, started anew where it has ended."""
+    """The process that renders: one per calling process, started anew if it has ended."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
         self._lock = threading.Lock()
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: bytes) -> dict[str, Any]:
+        """Send a request and return its reply; TemplateLimitError if it exceeds its bounds."""
         from cptool.checkpoint.tokenizer.template_process import receive, send
 
         with self._lock:
-            process = self._started()
+            process, ready = self._started(), True
+            stdin, stdout = (cast(BinaryIO, pipe) for pipe in (process.stdin, process.stdout))
             try:
-                send(process.stdin, request)
-                ready, _, _ = select.select([process.stdout], [], [], _PATIENCE_S)
-                reply = receive(process.stdout) if ready else None
+                send(stdin, request)
+                ready = bool(select.select([stdout], [], [], _PATIENCE_S)[0])
+                reply = receive(stdout) if ready else None
             except BrokenPipeError:
                 reply = None
             except BaseException:  # Ctrl-C: the reply to this request must not answer the next one.
                 self.end()
                 raise
             if reply is not None:
-                return json.loads(reply)
+                answer: dict[str, Any] = json.loads(reply)
+                return answer
             code = self.end()
             if code in (-signal.SIGXCPU, -signal.SIGKILL) or not ready:
                 why = f"takes more than {CPU_S} s"
@@ -92,7 +96,7 @@ class _Worker:
                 why = f"ends the process that runs it (status {code})"
             raise TemplateLimitError(f"the model's chat template {why}; give a plain prompt")
 
-    def _started(self) -> subprocess.Popen:
+    def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             # The module search path of this process, for -c and -m alike put the current
             # directory in front, which may hold anything.
@@ -115,7 +119,7 @@ class _Worker:
         return self._process
 
     def end(self) -> int | None:
-        """Ends the process, if it is there, and returns its exit status."""
+        """End the process, if it is there, and return its exit status."""
         process, self._process = self._process, None
         if process is None:
             return None
@@ -127,10 +131,8 @@ class _Worker:
                 process.kill()
         code = process.wait()
         for pipe in (process.stdin, process.stdout):
-            try:
-                pipe.close()
-            except OSError:  # what was not sent
-                pass
+            with contextlib.suppress(OSError):  # what was not sent
+                cast(BinaryIO, pipe).close()
         return code
 
 
@@ -147,7 +149,7 @@ def _worker() -> _Worker:
 
 
 def default_template(value: Any) -> str | None:
-    """The template out of a `chat_template` setting: a text, or named ones as a list or a dict."""
+    """Return the template of a `chat_template` setting: a text, or named ones as a list or dict."""
     if isinstance(value, list):
         entries = [entry for entry in value if isinstance(entry, dict)]
         value = {str(entry.get("name")): entry.get("template") for entry in entries}

@@ -107,7 +107,7 @@ class Tokenizer:
 
     def stream(self) -> TextStream:
         """Return a decoder of tokens that arrive one at a time."""
-        return TextStream(self)
+        return TextStream(self.decode)
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Return the token ids of a conversation: messages are dicts with `role` and `content`.
@@ -200,7 +200,8 @@ class Tokenizer:
                 "the model's tokenizer does not find the control tokens that its chat template "
                 "writes; mark them as not normalized in its files"
             )
-        return [placeholders.get(i, i) for i in encoding.ids]
+        ids: list[int] = encoding.ids
+        return [placeholders.get(i, i) for i in ids]
 
     @cached_property
     def _placeholder_ids(self) -> dict[int, int]:
@@ -220,10 +221,8 @@ class Tokenizer:
             if not token.special:
                 backend.add_special_tokens([AddedToken(text, special=True, **flags)])
             backend.add_tokens([AddedToken(placeholders[text], **flags)])
-        return {
-            backend.token_to_id(placeholder): self._added[text][0]
-            for text, placeholder in placeholders.items()
-        }
+        ids = {text: backend.token_to_id(placeholder) for text, placeholder in placeholders.items()}
+        return {i: self._added[text][0] for text, i in ids.items() if i is not None}
 
     @cached_property
     def _first(self) -> str | None:

@@ -55,12 +55,12 @@ _LLAMA3_CHAT = """\
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenizerModel:
     """A read `tokenizer.model` and what its family says beside it.
 
-    `size` counts the ids, `eos_ids` end an answer, `chat_template` is None where cptool does not
-    know the format.
+    `size` counts the ids, `eos_ids` end an answer, `chat_template` is None if cptool does not know
+    the format.
     """
 
     path: Path
@@ -80,7 +80,7 @@ class TokenizerModel:
 
 
 def read_tokenizer_model(path: Path) -> TokenizerModel:
-    """Reads either kind; UserError where the file is neither, or is damaged."""
+    """Read either kind; UserError if the file is neither, or is damaged."""
     data = path.read_bytes()
     if not data:
         raise UserError(f"{path}: the file is empty; fetch it again")
@@ -89,12 +89,21 @@ def read_tokenizer_model(path: Path) -> TokenizerModel:
         # Code Llama 70B, alone in having this piece, was trained on another format.
         template = None if "<step>" in model.pieces else _LLAMA2_CHAT
         return TokenizerModel(
-            path, model, len(model.pieces), model.bos_id, (model.eos_id,), template
+            path=path,
+            model=model,
+            size=len(model.pieces),
+            bos_id=model.bos_id,
+            eos_ids=(model.eos_id,),
+            chat_template=template,
         )
-    model = tiktoken.parse(path, data)
-    # Of a message (`eom`), a turn (`eot`) or a text: a base model says the last one alone.
-    eos_ids = tuple(model.special_id(name) for name in ("end_of_text", "eom_id", "eot_id"))
-    size = len(model.tokens) + len(model.special)
+    ranked = tiktoken.parse(path, data)
+    # Ends of a message (`eom`), a turn (`eot`) or a text: a base model writes the last one alone.
+    eos_ids = tuple(ranked.special_id(name) for name in ("end_of_text", "eom_id", "eot_id"))
     return TokenizerModel(
-        path, model, size, model.special_id("begin_of_text"), eos_ids, _LLAMA3_CHAT
+        path=path,
+        model=ranked,
+        size=len(ranked.tokens) + len(ranked.special),
+        bos_id=ranked.special_id("begin_of_text"),
+        eos_ids=eos_ids,
+        chat_template=_LLAMA3_CHAT,
     )

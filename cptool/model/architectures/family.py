@@ -93,9 +93,9 @@ class Family:
     A projection has a bias if the table has one for it. `architectures` and `model_type` name the
     family in a config.json, `gguf` in GGUF metadata. `gguf_interleaved` says whether rotated rows
     are in interleaved rotary order there; in the Hugging Face layout they are half-split, in Meta's
-    interleaved. `defaults` are transformers' values of fields that a config.json lacks.
-    `neutral_fields` are values of its other fields under which this family computes what this table
-    says, if they differ from those of a Llama.
+    interleaved. `default_context`, `default_eps` and `default_eos` are transformers' values if a
+    config.json lacks the field. `neutral_fields` are values of its other fields under which a model
+    computes what this table says, if they differ from those of a Llama.
     """
 
     name: str
@@ -105,7 +105,9 @@ class Family:
     gguf: str
     gguf_interleaved: bool
     weights: tuple[Weight, ...]
-    defaults: Mapping[str, int | float] = field(default_factory=dict)
+    default_context: int | None = None
+    default_eps: float | None = None
+    default_eos: int | None = None
     neutral_fields: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def tensors(self, config: LlamaConfig) -> Iterator[tuple[Weight, int]]:

@@ -10,11 +10,9 @@ FAMILY = Family(
     model_type="llama",
     gguf="llama",
     gguf_interleaved=True,
-    defaults={
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "eos_token_id": 2,
-    },
+    default_context=2048,
+    default_eps=1e-6,
+    default_eos=2,
     weights=(
         Weight(
             parameter=EMBEDDING,
