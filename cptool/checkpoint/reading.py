@@ -1,4 +1,4 @@
-"""Reading stored tensors into torch, as views of the page cache where the file allows it."""
+"""Reading stored tensors into torch, as views of the page cache if the file allows it."""
 
 from __future__ import annotations
 

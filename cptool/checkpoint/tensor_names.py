@@ -1,4 +1,4 @@
-"""What the names of tensors give away about a model that is not a plain one."""
+"""What the names of tensors reveal about a model that is not a plain one."""
 
 import re
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ CONVERT = "convert the checkpoint to safetensors with transformers' save_pretrai
 MERGE = "merge it into its base model first, with peft's merge_and_unload, and give the result"
 UNQUANTISED = "use its unquantised checkpoint, or a GGUF of it"
 
-# What the name of a tensor gives away, in the order in which it is looked for.
+# What the name of a tensor reveals, in the order in which it is searched for.
 _TENSORS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     (re.compile(pattern), what, remedy)
     for pattern, what, remedy in (

@@ -65,7 +65,7 @@ AnyTensor = StoredTensor | JoinedTensor
 
 
 def parts(tensor: AnyTensor) -> tuple[StoredTensor, ...]:
-    """The pieces in which a tensor is stored."""
+    """Return the pieces in which a tensor is stored."""
     return tensor.parts if isinstance(tensor, JoinedTensor) else (tensor,)
 
 

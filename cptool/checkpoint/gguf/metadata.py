@@ -19,11 +19,11 @@ class Metadata:
     architecture: str
 
     def key(self, name: str) -> str:
-        """The whole key of a field of the architecture."""
+        """Return the whole key of a field of the architecture."""
         return f"{self.architecture}.{name}"
 
     def has(self, name: str) -> bool:
-        """Whether a field of the architecture is set."""
+        """Return whether a field of the architecture is set."""
         return self.values.get(self.key(name)) is not None
 
     def integer(self, name: str, default: int | None = None) -> int:

@@ -37,7 +37,7 @@ def read_shape(source: Path, notes: list[str]) -> LlamaConfig:
 
 
 def read_checked_fields(source: Path, notes: Notes) -> dict[str, Any]:
-    """Return the fields of a `config.json`; UserError if one asks for what cptool does not compute.
+    """Return the fields of a `config.json`; UserError if one means what cptool does not compute.
 
     Fields that are ignored are added to `notes`.
     """
@@ -107,7 +107,7 @@ def family_of(source: Path, fields: dict[str, Any]) -> Family:
 
 
 def _check_layers(source: Path, fields: dict[str, Any]) -> None:
-    """Refuses layers of different kinds, of which newer configurations have a list."""
+    """Refuse layers of different kinds, of which newer configurations have a list."""
     kinds = fields.get("layer_types")
     if kinds is not None and (
         not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
@@ -119,7 +119,7 @@ def _check_layers(source: Path, fields: dict[str, Any]) -> None:
 
 
 def _check_window(source: Path, fields: dict[str, Any]) -> None:
-    """Refuses a window of attention, unless the file says that it is not used, as Qwen's do."""
+    """Refuse a window of attention, unless the file states that it is not used, as Qwen's do."""
     window = fields.get("sliding_window")
     if window not in (None, 0) and fields.get("use_sliding_window") is not False:
         raise UserError(
@@ -129,7 +129,7 @@ def _check_window(source: Path, fields: dict[str, Any]) -> None:
 
 
 def _check_attention_scale(source: Path, fields: dict[str, Any], head_dim: int) -> None:
-    """Refuses scores that are multiplied by anything but the inverse root of the head size."""
+    """Refuse scores that are scaled by anything but the inverse root of the head size."""
     usual = {"attention_multiplier": head_dim**-0.5 if head_dim > 0 else 0.0}
     for key, expected in {**usual, "query_pre_attn_scalar": float(head_dim)}.items():
         if fields.get(key) is not None:

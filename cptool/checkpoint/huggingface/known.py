@@ -171,7 +171,7 @@ GENERATION = FieldList(
     ),
 )
 
-# The tokenizer's reader looks up what it needs; here only what it never asks for counts.
+# The tokenizer's reader looks up what it needs; these are the fields that are known beside them.
 TOKENIZER = FieldList(
     used=frozenset(
         """

@@ -1,6 +1,6 @@
 """Checkpoints in the Hugging Face layout: config.json next to safetensors files.
 
-Where files say a thing twice, both are read: equal answers go on, others are refused by both
+If files state a thing twice, both are read: equal answers are accepted, others are refused by both
 names, or transformers' choice is taken and noted.
 """
 
@@ -110,7 +110,7 @@ class _NamedTokens:
     vocab_size: int
 
     def ids(self, key: str) -> tuple[int, ...]:
-        """All ids that the two files give."""
+        """Return all ids that the two files give."""
         files = {"generation_config.json": self.generation, "config.json": self.config}
         return tuple(
             token_id
@@ -119,7 +119,7 @@ class _NamedTokens:
         )
 
     def end_ids(self, default: int | None) -> tuple[int, ...]:
-        """Ids that end an answer: `default` if no file has the field."""
+        """Return the ids that end an answer, `default` if no file has the field."""
         key = "eos_token_id"
         ids = self.ids(key)
         missing = key not in self.config and key not in self.generation
@@ -128,7 +128,7 @@ class _NamedTokens:
         return tuple(dict.fromkeys(ids))
 
     def begin_id(self) -> int | None:
-        """The id of BOS, None if no file gives one."""
+        """Return the id of BOS, None if no file gives one."""
         return next(iter(self.ids("bos_token_id")), None)
 
 

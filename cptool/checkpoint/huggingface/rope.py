@@ -75,6 +75,7 @@ class _Dictionary:
     top: dict[str, Any]
 
     def rope(self, positions: int, notes: Notes) -> Rope:
+        """Return the rotary embedding; `positions` is `max_position_embeddings`."""
         source, fields = self.source, self.fields
         theta, kind = self._theta(), self._kind()
         check_fields(source, fields, ROPE)

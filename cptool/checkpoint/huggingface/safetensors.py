@@ -23,7 +23,7 @@ _KEYS = {"dtype", "shape", "data_offsets"}
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the file by name; UserError where the header or the file's size is wrong."""
+    """Return every tensor of the file by name; UserError if header or size are wrong."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(512)
@@ -90,7 +90,7 @@ def _tensor(path: Path, data: int, name: str, entry: Any) -> StoredTensor:
 
 
 def _check_cover(tensors: dict[str, StoredTensor], start: int) -> int:
-    """Where the data ends; ValueError where entries overlap or leave bytes out."""
+    """The end of the data; ValueError if entries overlap or leave bytes out."""
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != start:
             does = "overlaps the one before" if tensor.offset < start else "leaves a hole before it"

@@ -30,7 +30,7 @@ class PickledStorage(NamedTuple):
 
 
 class PickledTensor(NamedTuple):
-    """What a pickle says of a tensor; offset and strides count elements."""
+    """A tensor as a pickle describes it; offset and strides count elements."""
 
     storage: PickledStorage
     offset: int
@@ -62,7 +62,7 @@ _NO_EFFECT = frozenset(["PROTO", "FRAME"])
 
 
 def read_tensors(pickled: bytes) -> dict[str, PickledTensor]:
-    """The tensors by name; ValueError for anything that is not a dictionary of tensors."""
+    """Return the tensors by name; ValueError for anything that is not a dictionary of tensors."""
     state = _Machine().run(pickled)
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}, not tensors by name")
@@ -73,11 +73,14 @@ def read_tensors(pickled: bytes) -> dict[str, PickledTensor]:
 
 
 class _Machine:
+    """The stack and the memo of a pickle."""
+
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
     def run(self, pickled: bytes) -> Any:
+        """Return the value of a pickle."""
         for count, (instruction, argument, _) in enumerate(pickletools.genops(pickled)):
             if count > _MAX_INSTRUCTIONS:
                 raise ValueError(f"its pickle has more than {_MAX_INSTRUCTIONS} instructions")
@@ -87,6 +90,7 @@ class _Machine:
         raise ValueError("its pickle has no end")
 
     def step(self, name: str, argument: Any) -> None:
+        """Carry out one instruction."""
         stack = self.stack
         if name in _ARGUMENTS:
             stack.append(argument)
@@ -135,11 +139,13 @@ class _Machine:
             raise ValueError(f"its pickle has an instruction {name}, which no tensor needs")
 
     def pop(self, kind: type = object) -> Any:
+        """Remove and return the last value, which is of a type `kind`."""
         value = self.top(kind)
         del self.stack[-1]
         return value
 
     def top(self, kind: type = object) -> Any:
+        """Return the last value, which is of a type `kind`; else raise ValueError."""
         if not self.stack or self.stack[-1] is _MARK:
             raise ValueError("its pickle takes a value that is not there")
         value = self.stack[-1]
@@ -149,6 +155,7 @@ class _Machine:
         return value
 
     def to_mark(self) -> list[Any]:
+        """Remove and return the values after the last mark."""
         items: list[Any] = []
         while self.stack:
             value = self.stack.pop()
@@ -158,6 +165,7 @@ class _Machine:
         raise ValueError("its pickle takes values up to a mark that is not there")
 
     def set_items(self, items: list[Any]) -> None:
+        """Set keys and values, which alternate, in the last value."""
         if len(items) % 2:
             raise ValueError("its pickle sets a key without a value")
         target = self.top(dict)

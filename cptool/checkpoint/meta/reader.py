@@ -87,7 +87,7 @@ def _read_tokenizer(path: Path, vocab_size: int) -> TokenizerModel | None:
                 f"again"
             )
         tokens = read_tokenizer_model(file)
-        if tokens.size != vocab_size:  # As in every release; one directory up may lie another's.
+        if tokens.size != vocab_size:  # As in every release; one directory up may be another's.
             raise UserError(
                 f"{file}: it has {tokens.size} tokens and the model {vocab_size}; put the model's "
                 f"own tokenizer.model into {path}"

@@ -37,9 +37,10 @@ def byte_level_bpe(
     cut: pre_tokenizers.PreTokenizer,
     ignore_merges: bool,
 ) -> Tokenizer:
-    """BPE over bytes, each written as a printable character; `cut` says where no merge may reach.
+    """Return BPE over bytes, each written as a printable character.
 
-    `ignore_merges`: a piece between cuts that is a token is that token, whatever merges reach.
+    No merge crosses a place where `cut` divides a text. With `ignore_merges`, a piece between cuts
+    that is a token is that token, whatever merges reach.
     """
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges))
@@ -49,7 +50,7 @@ def byte_level_bpe(
 
 
 def printable(token: bytes) -> str:
-    """Bytes as the printable characters that byte-level vocabularies write for them (GPT-2)."""
+    """Return bytes as the printable characters of byte-level vocabularies (GPT-2)."""
     return "".join(_PRINTABLE[byte] for byte in token)
 
 
@@ -65,9 +66,9 @@ _PRINTABLE = _printable_bytes()
 def sentencepiece_bpe(
     tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], dummy_prefix: bool
 ) -> Tokenizer:
-    """SentencePiece BPE: spaces as U+2581, a dummy one in front, unknown characters as bytes.
+    """Return SentencePiece BPE, which merges the pair whose piece has the best score.
 
-    It merges the pair whose piece scores best.
+    Spaces are U+2581, with a dummy one in front if `dummy_prefix`; unknown characters are bytes.
     """
     if len(scores) != len(tokens):
         raise ValueError(f"{len(tokens)} tokens and {len(scores)} scores")
@@ -94,8 +95,9 @@ def sentencepiece_bpe(
 
 
 def all_merges(best_first: Iterable[str]) -> list[tuple[str, str]]:
-    """All ways to make each piece from two, for an encoding that merges whichever pair makes the
-    best piece.
+    """Return all ways to make each piece from two.
+
+    They are for an encoding that merges whichever pair makes the best piece.
     """
     pieces = dict.fromkeys(best_first)
     return [
@@ -107,7 +109,7 @@ def all_merges(best_first: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def add_tokens(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
-    """Registers control tokens as special, the author's own tokens as ones to find in any text."""
+    """Register control tokens as special, the author's own tokens as ones to find in any text."""
     special = [t for t, kind in zip(tokens, types, strict=True) if kind in (UNKNOWN, CONTROL)]
     plain = [t for t, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
@@ -115,7 +117,7 @@ def add_tokens(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int]) 
 
 
 def put_around(backend: Tokenizer, first: int | None, last: int | None = None) -> None:
-    """Has texts that begin a sequence begin with the token `first` and end with `last`."""
+    """Put the tokens `first` and `last` around a text that begins a sequence."""
     named = [(name, i) for name, i in (("first", first), ("last", last)) if i is not None]
     single = ["first"] * (first is not None) + ["$A"] + ["last"] * (last is not None)
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=named)

@@ -3,13 +3,13 @@
     tokenizer.json           the vocabulary, how texts are cut, what is put around them
     tokenizer_config.json    tokens with a role, further added tokens, the tokenizer's class
     special_tokens_map.json, added_tokens.json
-                             the same in older directories; read where tokenizer_config.json has no
+                             the same in older directories; read if tokenizer_config.json has no
                              `added_tokens_decoder`
     chat_template.jinja, additional_chat_templates/*.jinja
                              chat templates, before the one in tokenizer_config.json
 
-Where two files differ about a role, the order of precedence is transformers'. Where a file gives a
-token another id than the vocabulary does, the tokenizer is refused.
+If two files differ about a role, the order of precedence is transformers'. If a file gives a token
+another id than the vocabulary does, the tokenizer is refused.
 """
 
 from dataclasses import dataclass
@@ -78,9 +78,10 @@ def from_tokenizer_json(
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """`roles` maps `bos_token` and the like to texts; `chat_template` is None where there is none.
+    """What the files of a tokenizer describe.
 
-    `why_no_template` says more about that, where there is more to say.
+    `roles` maps `bos_token` and the like to texts. `chat_template` is None if there is none, and
+    `why_no_template` then gives the reason if it is known.
     """
 
     backend: Backend
@@ -126,7 +127,7 @@ def _read_backend(path: Path) -> Backend:
 
 
 def _class_of(path: Path, settings: dict[str, Any]) -> str:
-    """The class that transformers would read the files with, where it matters, else ""."""
+    """The class with which transformers would read the files if it matters, else ""."""
     if settings.get("split_special_tokens") is True:
         raise UserError(
             f"{path.parent}: split_special_tokens is true, so that a chat's control tokens would "
@@ -249,7 +250,7 @@ def _add(
 def _as_llama(fields: dict[str, Any], backend: Backend, if_legacy: str) -> Backend:
     """The vocabulary under the rules of transformers' LlamaTokenizer, which keeps no others.
 
-    `if_legacy` says before which parts of a text a space goes where the files are `legacy`.
+    `if_legacy` says before which parts of a text a space goes if the files are `legacy`.
     """
     model = backend.model
     if not isinstance(model, models.BPE):

@@ -1,4 +1,4 @@
-"""What may enter a model as tokens, from whatever door."""
+"""Which texts and token ids may enter a model."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from cptool.errors import UserError
 
 
 def check_text(text: str) -> None:
-    """Refuses what is not text: bytes that were not UTF-8 arrive as lone surrogates."""
+    """Refuse what is not text: bytes that were not UTF-8 arrive as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -14,7 +14,7 @@ def check_text(text: str) -> None:
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Refuses token ids that are not of the model's vocabulary."""
+    """Refuse token ids that are not in the model's vocabulary."""
     low, high = min(ids), max(ids)
     if low < 0 or high >= vocab_size:
         raise UserError(

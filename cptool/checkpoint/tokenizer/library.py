@@ -1,8 +1,8 @@
 """Calls into the `tokenizers` library that end as one error, whatever happens in it.
 
-The library is compiled Rust. It raises bare Exception, and where it panics, a PanicException, which
-derives from BaseException, after it has written a message of its own to standard error. What it
-does to a text comes from a file: a rule of one line can take any time, or make 100 MB of 1 KB.
+The library is compiled Rust. It raises bare Exception, and if it panics, a PanicException, which
+derives from BaseException, after it has written a message of its own to standard error. Its rules
+for a text come from a file: a rule of one line can take any time, or turn 1 KB into 100 MB.
 """
 
 import os

@@ -33,12 +33,12 @@ class RankedModel:
     special: list[str]
 
     def special_id(self, name: str) -> int:
-        """The id of the special token `<|name|>`."""
+        """Return the id of the special token `<|name|>`."""
         return len(self.tokens) + self.special.index(f"<|{name}|>")
 
 
 def parse(path: Path, data: bytes) -> RankedModel:
-    """The model that `data`, the content of `path`, describes; UserError where it is damaged."""
+    """Return the model that `data`, the content of `path`, describes; UserError if damaged."""
     try:
         rows = [line.split() for line in data.splitlines() if line]
         tokens = [base64.b64decode(token, validate=True) for token, _ in rows]

@@ -10,7 +10,7 @@ from cptool.errors import UserError
 if TYPE_CHECKING:
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
 
-# The formats that the models were trained on, which Meta's releases have as code alone.
+# The formats that the models were trained on, which Meta's releases define in code only.
 
 _LLAMA2_CHAT = """\
 {%- if messages[0].role == 'system' -%}
@@ -57,7 +57,7 @@ _LLAMA3_CHAT = """\
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerModel:
-    """A read `tokenizer.model` and what its family says beside it.
+    """A `tokenizer.model` and what its release defines beside it.
 
     `size` counts the ids, `eos_ids` end an answer, `chat_template` is None if cptool does not know
     the format.
@@ -71,7 +71,7 @@ class TokenizerModel:
     chat_template: str | None
 
     def tokenizer(self) -> "Tokenizer":
-        """The tokenizer; a plain text begins with BOS."""
+        """Return the tokenizer; a plain text begins with BOS."""
         from cptool.checkpoint.tokenizer.meta import from_ranks, from_sentencepiece
 
         if isinstance(self.model, tiktoken.RankedModel):
@@ -86,7 +86,7 @@ def read_tokenizer_model(path: Path) -> TokenizerModel:
         raise UserError(f"{path}: the file is empty; fetch it again")
     if data[0] == 0x0A:  # The first field of a SentencePiece model; base64 has no such byte.
         model = sentencepiece.parse(path, data)
-        # Code Llama 70B, alone in having this piece, was trained on another format.
+        # Code Llama 70B, the only one with this piece, was trained on another format.
         template = None if "<step>" in model.pieces else _LLAMA2_CHAT
         return TokenizerModel(
             path=path,
@@ -97,7 +97,7 @@ def read_tokenizer_model(path: Path) -> TokenizerModel:
             chat_template=template,
         )
     ranked = tiktoken.parse(path, data)
-    # Ends of a message (`eom`), a turn (`eot`) or a text: a base model writes the last one alone.
+    # Ends of a message (`eom`), a turn (`eot`) or a text: a base model writes only the last.
     eos_ids = tuple(ranked.special_id(name) for name in ("end_of_text", "eom_id", "eot_id"))
     return TokenizerModel(
         path=path,
