@@ -22,7 +22,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cptool.ops import extension
 from cptool.ops.checks import (
     SCALAR_TYPES,
     check_apart,
@@ -32,8 +31,7 @@ from cptool.ops.checks import (
     check_merge,
     check_new_dtype,
 )
-
-_C = extension.load()
+from cptool.ops.kernels import EXTENSION as _C
 
 
 def attention_partial(

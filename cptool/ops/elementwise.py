@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cptool.ops import extension
 from cptool.ops.checks import SCALAR_TYPES, check_tensor, dispatch, rows_of
-
-_C = extension.load()
+from cptool.ops.kernels import EXTENSION as _C
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

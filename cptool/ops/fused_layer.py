@@ -10,11 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cptool.ops import extension
 from cptool.ops.checks import SCALAR_TYPES, check_matrix
+from cptool.ops.kernels import EXTENSION as _C
 from cptool.ops.linear import FEW_ROWS
-
-_C = extension.load()
 
 _MOST_ROWS = 64
 """Beyond them the calls between the steps cost nothing, and the intermediates are large."""

@@ -14,7 +14,8 @@ from cptool.ops.checks import (
     SCALAR_TYPES,
 )
 
-_C = extension.load()
+EXTENSION = _C = extension.load()
+"""The compiled extension, kept to the kernels that CPTOOL_ISA and CPTOOL_CUDA_KERNEL name."""
 
 
 def cpu_isas() -> list[str]:
@@ -145,6 +146,3 @@ if _forced_cuda_kernel and not (_C.cuda_archs and _C.force_cuda_kernel(_forced_c
         f"{', '.join(build_info()['cuda_kernels']) or 'none, for there are none in this build'}: "
         "unset it"
     )
-
-
-# The ops. The checks run inside them, so nothing reaches a kernel unchecked however it is called.

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cptool.ops import extension
 from cptool.ops.checks import SCALAR_TYPES, check_tensor, dispatch, rows_of
+from cptool.ops.kernels import EXTENSION as _C
 from cptool.ops.kernels import cpu_isas, cpu_linear_isa
-
-_C = extension.load()
 
 
 def _few_rows(dtype: torch.dtype) -> int:

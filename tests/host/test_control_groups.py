@@ -87,14 +87,16 @@ def test_ranks_of_one_group_share_its_threads(monkeypatch):
         limit = CpuQuota(quota, 7)
         monkeypatch.setattr(affinity, "usable_cpus", lambda: frozenset(cpus))
         monkeypatch.setattr(affinity, "cpu_quota", lambda limit=limit: limit)
-        assert affinity.bind(lambda value, ranks=ranks: [value] * ranks, 0, None) == expected
-        assert (
-            affinity.bind(lambda value, ranks=ranks: [value] * ranks, 0, 16) == 16
-        )  # as asked for
+
+        def gather(value, ranks=ranks):
+            return [value] * ranks
+
+        assert affinity.bind(gather, 0, None) == expected
+        assert affinity.bind(gather, 0, 16) == 16  # as asked for
     # Ranks of another container have a limit of their own.
     others = ("here", list(cpus), (8.0, 9))
     monkeypatch.setattr(affinity, "machine", lambda: "here")
-    limit = CpuQuota(4.0, 7)
+    monkeypatch.setattr(affinity, "cpu_quota", lambda: CpuQuota(4.0, 7))
     assert affinity.bind(lambda value: [value, others], 0, None) == 4
 
 
