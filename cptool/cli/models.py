@@ -28,9 +28,10 @@ context_option = click.option(
 
 
 def open_model(model: str, context_length: int | None = None) -> "Checkpoint":
-    """The checkpoint, with `context_length` in place of its own context if that is given.
+    """Open a checkpoint, with `context_length` in place of its own context if that is given.
 
-    Says the checkpoint's notes on standard error, once for all ranks of a launcher.
+    Shows the checkpoint's notes on standard error, once for all ranks of a launcher, unless its
+    tokenizer is refused: the refusal, if it follows, is then the only line.
     """
     from cptool.checkpoint import open_checkpoint
     from cptool.distributed.environment import launched
@@ -40,14 +41,22 @@ def open_model(model: str, context_length: int | None = None) -> "Checkpoint":
             f"--context-length {context_length}: positions go up to {_MOST_POSITIONS}; give less"
         )
     checkpoint = open_checkpoint(model)
+    if context_length is not None:
+        config = replace(checkpoint.config, max_position_embeddings=context_length)
+        checkpoint = replace(checkpoint, config=config)
     seat = launched()
-    if seat is None or seat.rank == 0:
+    if checkpoint.notes and (seat is None or seat.rank == 0) and _has_sound_tokenizer(checkpoint):
         for note in checkpoint.notes:
             draw.say(note)
-    if context_length is None:
-        return checkpoint
-    config = replace(checkpoint.config, max_position_embeddings=context_length)
-    return replace(checkpoint, config=config)
+    return checkpoint
+
+
+def _has_sound_tokenizer(checkpoint: "Checkpoint") -> bool:
+    try:
+        checkpoint.tokenizer()
+    except UserError:
+        return False
+    return True
 
 
 def say_reading(checkpoint: "Checkpoint") -> None:

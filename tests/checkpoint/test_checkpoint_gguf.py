@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.gguf.reader import QUANTISED
+from cptool.checkpoint.sampling import SamplingDefaults
 from cptool.model.config import RopeScaling
 
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS = 256, 512, 32, 8, 2
@@ -158,7 +159,17 @@ def test_ids_and_sampling_come_from_the_metadata(path):
     write(path, **ends, **{"general.sampling.temp": 0.5})
     checkpoint = open_checkpoint(str(path))
     assert checkpoint.eos_ids == (2, 9) and checkpoint.bos_id == 1
-    assert (checkpoint.sampling.temperature, checkpoint.sampling.top_p) == (0.5, None)
+    assert checkpoint.sampling == SamplingDefaults(temperature=0.5, top_p=None)
+    assert checkpoint.notes == ()
+    write(path, **{"general.sampling.top_p": 0.9, "general.sampling.top_k": 40})
+    checkpoint = open_checkpoint(str(path))
+    assert checkpoint.sampling == SamplingDefaults(
+        temperature=None, top_p=checkpoint.sampling.top_p
+    )
+    assert checkpoint.sampling.top_p == pytest.approx(0.9)
+    assert checkpoint.notes[0].endswith("and ignores them: general.sampling.top_k")
+    write(path, **ends)
+    checkpoint = open_checkpoint(str(path))
     assert checkpoint.name == "tiny"
     assert checkpoint.tokenizer() is None
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cptool.checkpoint import open_checkpoint
+from cptool.checkpoint.sampling import SamplingDefaults
 from cptool.model.config import RopeScaling
 
 LLAMA3 = {
@@ -174,7 +175,7 @@ def test_every_file_that_names_the_end_of_an_answer_counts(saved):
     assert checkpoint.eos_ids == (8, 9, 5)
     assert (checkpoint.sampling.temperature, checkpoint.sampling.top_p) == (0.6, 0.9)
     edit_json(saved / "generation_config.json", do_sample=False)
-    assert open_checkpoint(str(saved)).sampling.temperature is None
+    assert open_checkpoint(str(saved)).sampling == SamplingDefaults()
     # No file names one: transformers' default of a Llama.
     edit_json(saved / "generation_config.json", eos_token_id=...)
     edit_json(saved / "config.json", eos_token_id=...)
@@ -677,6 +678,26 @@ def test_links_to_nothing_are_named(saved, file):
 
 
 # Fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected", "note"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, SamplingDefaults(0.6, 0.9), None),
+        ({"top_p": 0.95}, SamplingDefaults(1.0, 0.95), None),  # transformers' own temperature
+        ({}, SamplingDefaults(1.0, None), None),
+        ({"temperature": 0}, SamplingDefaults(0.0, None), None),
+        ({"temperature": -1}, SamplingDefaults(1.0, None), "temperature is -1.0, which is below 0"),
+        ({"top_p": 7}, SamplingDefaults(1.0, None), "top_p is 7.0, which is not in (0, 1]"),
+        ({"do_sample": None, "temperature": 0.6}, SamplingDefaults(), None),
+    ],
+)
+def test_sampling_defaults_are_the_authors(saved, fields, expected, note):
+    text = json.dumps({"do_sample": True, **fields})
+    (saved / "generation_config.json").write_text(text)
+    checkpoint = open_checkpoint(str(saved))
+    assert checkpoint.sampling == expected
+    assert [note in line for line in checkpoint.notes] == [True] * (note is not None)
 
 
 def test_unknown_fields_that_are_set_are_named_once(saved):

@@ -515,6 +515,19 @@ def test_decode_mistakes(mqa_path, smollm2_path, token_file, tmp_path):
     assert {p.name: p.read_bytes() for p in store.iterdir()} == before
 
 
+def test_a_note_about_a_model_that_is_refused_is_not_shown(mqa_path, tmp_path):
+    for file in mqa_path.iterdir():
+        shutil.copy(file, tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "mood": "good"}))
+    (tmp_path / "tokenizer.json").write_text("{")
+    refused = cptool("prefill", tmp_path, "--prompt", "a", code=2).stderr
+    assert refused.count("\n") == 1 and "tokenizer.json: not a tokenizer" in refused
+    (tmp_path / "tokenizer.json").unlink()
+    noted = cptool("prefill", tmp_path, "--synthetic", 3).stderr
+    assert "fields that cptool does not know were ignored: mood" in noted
+
+
 def test_help_and_mistakes_do_not_wait_for_torch():
     script = (
         "import sys\nfrom cptool.cli.main import main\n"

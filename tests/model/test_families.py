@@ -4,20 +4,23 @@ Its reference is a Llama of `transformers` with biases of queries, keys and valu
 """
 
 import json
+import sys
 from dataclasses import replace
 
 import gguf
 import pytest
 import torch
-from conftest import refusal
+from conftest import edit_json, refusal
 from llama_reference import ToyAttention, logits, random_llama, rms
 from safetensors.torch import save_file
 
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.engine.weights import load_model
 from cptool.errors import UserError
-from cptool.model.architectures import llama
+from cptool.model import architectures
+from cptool.model.architectures import llama, registry
 from cptool.model.architectures.family import Family, Size, Weight
 from cptool.model.architectures.registry import families, find_family, register
 from cptool.model.llama import BiasedLinear, Llama
@@ -68,8 +71,6 @@ SHAPE = dict(num_attention_heads=4, num_key_value_heads=2, attention_bias=True)
 @pytest.fixture
 def toy():
     """The family, registered for a test."""
-    from cptool.model.architectures import registry
-
     register(TOY)
     yield TOY
     del registry._registered()[TOY.name]
@@ -154,7 +155,8 @@ def test_two_ranks_divide_a_registered_family(toy, reference, tmp_path):
     exact = logits(reference, tokens, torch.float64)
     allowed = ROUNDING * rms(logits(reference, tokens, torch.float32) - exact)
     path = str(tmp_path / "toy")
-    first, second = run(forward, path, tokens.tolist(), tp=2, device="cpu", threads=1)
+    ranks = RankOptions(tp=2, device="cpu", threads=1)
+    first, second = run(forward, path, tokens.tolist(), ranks=ranks)
     assert torch.equal(first, second)
     assert rms(first - exact) <= allowed
 
@@ -167,6 +169,24 @@ def test_a_bias_of_what_the_ranks_sum_is_not_divided(toy, reference, tmp_path):
     check(config, 1)
     with pytest.raises(UserError, match="a bias to what the ranks sum"):
         check(config, 2)
+
+
+def test_a_file_in_the_folder_is_all_that_a_family_takes(monkeypatch, tmp_path):
+    (tmp_path / "other_family.py").write_text(
+        "from dataclasses import replace\n"
+        "from cptool.model.architectures.llama import FAMILY as LLAMA\n"
+        "FAMILY = replace(LLAMA, name='other', model_type='other', gguf='other',\n"
+        "                 architectures=('OtherForCausalLM',))\n"
+    )
+    random_llama({}, tmp_path)
+    edit_json(tmp_path / "config.json", architectures=["OtherForCausalLM"], model_type="other")
+    monkeypatch.setattr(architectures, "__path__", [*architectures.__path__, str(tmp_path)])
+    registry._registered.cache_clear()
+    try:
+        assert open_checkpoint(str(tmp_path)).config.family == "other"
+    finally:
+        registry._registered.cache_clear()
+        sys.modules.pop(f"{architectures.__name__}.other_family")
 
 
 def test_a_family_that_is_not_registered_is_refused(reference, tmp_path):
