@@ -59,7 +59,8 @@ def measure(world, dtype: str, repeats: int, seconds: float, grid) -> list[dict]
     from cptool.calibration.rig import hold, predicted_s, random_model
     from cptool.engine.engine import Engine
     from cptool.engine.world_profile import world_profile
-    from cptool.planning.strategy import VARIANTS, Choice, choose
+    from cptool.planning.strategy import Choice, choose
+    from cptool.variants import names
 
     profile = world_profile(world)
     models = {
@@ -80,7 +81,7 @@ def measure(world, dtype: str, repeats: int, seconds: float, grid) -> list[dict]
             profile=profile,
         )
         active = {world.cp, auto.active} | {n for n in _halves(world.cp) if n < new <= 4096}
-        choices = [Choice(v, n, "", 0.0) for n in sorted(active) for v in VARIANTS]
+        choices = [Choice(v, n, "", 0.0) for n in sorted(active) for v in names()]
         engine = Engine(model, world, profile=profile)
         placements = hold(engine, cached)
         spent: dict = {(c.variant, c.active): [] for c in choices}

@@ -27,7 +27,7 @@ import click
 import namespaces
 
 from cptool.model.shapes import llama_config
-from cptool.planning.cost.exchange import VARIANTS
+from cptool.variants import names
 
 SIZES = (1 << 10, 1 << 20, 8 << 20)
 
@@ -40,8 +40,8 @@ def on_rank(world, plan: dict) -> dict[str, object]:
     from cptool.calibration import measure as calibrate
     from cptool.calibration.rig import hold, predicted_s, random_model
     from cptool.engine.engine import Engine
+    from cptool.planning.cost.forward import Forward
     from cptool.planning.cost.layer import predict
-    from cptool.planning.cost.shape import Forward
     from cptool.planning.strategy import choose
 
     heads, kv_heads, head_dim = plan["heads"]
@@ -231,7 +231,7 @@ def draw(result: dict[str, object]) -> None:
     default=(1.0,),
     help="T / (T + P).",
 )
-@click.option("--variant", "variants", type=click.Choice(VARIANTS), multiple=True, default=VARIANTS)
+@click.option("--variant", "variants", type=click.Choice(names()), multiple=True, default=names())
 @click.option(
     "--heads",
     nargs=3,

@@ -42,7 +42,7 @@ def main() -> None:
     from cptool.bench.timing import circumstances
     from cptool.distributed.launch import run
     from cptool.distributed.options import RankOptions
-    from cptool.planning.cost.exchange import VARIANTS
+    from cptool.variants import names
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cp", type=int, action="append")
@@ -64,7 +64,7 @@ def main() -> None:
             ranks=(1, ranks) if ranks == 2 else (ranks,),
             contexts=tuple(arguments.context or CONTEXTS),
             miss_rates=MISS_RATES,
-            variants=tuple(VARIANTS),
+            variants=names(),
             repeats=arguments.repeats,
             seconds=arguments.seconds,
             calibrated=True,

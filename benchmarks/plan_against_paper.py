@@ -18,9 +18,9 @@ import checkout  # noqa: F401
 
 from cptool.model.shapes import SHAPES
 from cptool.planning.cost.estimate import decode_step, prefill
-from cptool.planning.cost.exchange import exchange
+from cptool.planning.cost.exchange import attention_cost
+from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.rates import Rates
-from cptool.planning.cost.shape import Forward
 from cptool.planning.profiles import find_profile
 
 MODEL, PROFILE = SHAPES["llama3-405b"], find_profile("gtt-h100")
@@ -125,7 +125,7 @@ def compare() -> list[dict]:
         predicted = 1e6 * rates.attention(pairs, forward.asked_keys, forward.queries)
         add("decode attention", f"one attention, {where}", one, predicted, "us")
         if hosts > 1:
-            predicted = 1e6 * exchange(PASS_Q, rates).now
+            predicted = 1e6 * attention_cost(PASS_Q, rates).now
             add("decode attention", f"pass-Q, {where}", whole, predicted, "us")
     return rows
 

@@ -13,7 +13,7 @@ from cptool.calibration.examples import COLD_BYTES, EXAMPLE, ROWS
 from cptool.host import large_pages
 from cptool.ops.attention import attention_partial
 from cptool.ops.kernels import cpu_stream_rows
-from cptool.planning.cost.shape import ELEMENT_BYTES
+from cptool.planning.cost.forward import ELEMENT_BYTES
 
 BLOCK = 16
 """Queries of a block for which a CPU packs keys and values, as for many: of EXAMPLE 64 rows of a KV

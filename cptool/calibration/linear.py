@@ -13,8 +13,8 @@ from cptool.model.config import LlamaConfig
 from cptool.model.llama import DecoderLayer
 from cptool.model.row_limits import ROWS_AT_ONCE_CPU
 from cptool.ops.linear import FEW_ROWS
+from cptool.planning.cost.forward import ELEMENT_BYTES, Forward
 from cptool.planning.cost.layer import elementwise_bytes
-from cptool.planning.cost.shape import ELEMENT_BYTES, Forward
 from cptool.planning.linear_rates import RowRates, fitted
 
 MOST_ROWS = ROWS_AT_ONCE_CPU

@@ -16,16 +16,16 @@ from cptool.distributed.world import World
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.model.llama import DecoderLayer
+from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.layer import predict
-from cptool.planning.cost.shape import Forward
 from cptool.planning.hardware import HardwareProfile
 from cptool.sharding import Placement
+from cptool.variants import names
 
 FEW_LAYERS, MORE_LAYERS, HELD = 2, 8, 64
 PAUSE_S = 200e-6
 """What a layer of a small model computes between two exchanges, roughly: long enough for ranks that
 wait to go to sleep."""
-VARIANTS = ("pass-kv", "gather-kv", "pass-q", "pass-q-all2all", "gather-q")
 
 
 def with_overheads(
@@ -60,12 +60,12 @@ def with_overheads(
                     layer.register_forward_pre_hook(_pause)
                 engine = Engine(model, part, profile=here)
                 placements = hold(engine, HELD)
-            for variant in VARIANTS if count > 1 else VARIANTS[:1]:
+            for variant in _measured(count):
                 for new in (1, 2 * count):
                     works[f"{variant} {new} {layers}"] = _forward(engine, placements, variant, new)
         times = clock.all(works)
         found, started = {}, {}
-        for variant in VARIANTS if count > 1 else VARIANTS[:1]:
+        for variant in _measured(count):
             layer, start = [], []
             for new in (1, 2 * count):
                 few = times[f"{variant} {new} {FEW_LAYERS}"]
@@ -96,6 +96,12 @@ def with_overheads(
         if count > 1
     }
     return dataclasses.replace(profile, residual_s=residual, start_s=starts)
+
+
+def _measured(ranks: int) -> tuple[str, ...]:
+    """The variants to measure; all are the same on one rank."""
+    every = names(baselines=True)
+    return every if ranks > 1 else every[:1]
 
 
 def _pause(_: DecoderLayer, inputs: tuple) -> None:

@@ -15,7 +15,7 @@ from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
 from cptool.parallel import tensor_parallel
 from cptool.planning.cost.estimate import decode_step, prefill
-from cptool.planning.cost.shape import Forward
+from cptool.planning.cost.forward import Forward
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.strategy import AUTO, Choice, choose
 from cptool.sharding import Placement, balanced

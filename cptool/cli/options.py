@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cptool import units
+from cptool import units, variants
 from cptool.distributed.options import RankOptions
 from cptool.errors import UserError
 from cptool.host.processor import has_bfloat16_products
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.model.config import LlamaConfig
 
-VARIANTS = ("auto", "pass-kv", "pass-q", "gather-kv", "gather-q", "pass-q-all2all")
+VARIANTS = ("auto", *variants.names(baselines=True))
 PARTIALS = ("float32", "working")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -125,7 +125,7 @@ json_option = click.option(
 def check_room(directory: Path, config: "LlamaConfig", tokens: int, batch: int, dtype: str) -> None:
     """Refuses a disk without room for the KV of `tokens` more tokens and the logits after them."""
     from cptool.planning.cost.counts import kv_bytes
-    from cptool.planning.cost.shape import ELEMENT_BYTES
+    from cptool.planning.cost.forward import ELEMENT_BYTES
 
     needed = kv_bytes(config, tokens, ELEMENT_BYTES[dtype]) + 4 * config.vocab_size * batch
     place = next(p for p in (directory, *directory.absolute().parents) if p.is_dir())

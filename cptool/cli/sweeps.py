@@ -14,6 +14,7 @@ from cptool.errors import UserError
 from cptool.planning import planner
 from cptool.planning.hardware import HardwareProfile
 from cptool.units import duration
+from cptool.variants import names
 
 MISS_RATES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.125, 0.2, 0.35, 0.5, 0.75, 1.0)
 TICKS = (0.01, 0.02, 0.03, 0.05, 0.08, 0.125, 0.2, 0.35, 0.5, 1.0)
@@ -85,7 +86,7 @@ def miss_rates(work, cp, tp, variant, profile: HardwareProfile, ranks: int) -> T
             "--sweep miss-rates: one CP rank has no variants to compare; give --cp 2 or more, or "
             "raise --max-gpus"
         )
-    names = [variant] if variant != "auto" else ["pass-kv", "pass-q", "gather-kv", "gather-q"]
+    compared = [variant] if variant != "auto" else names()
     rates = [m for m in MISS_RATES if round(m * work.context) >= 1]
     series = {
         name: [
@@ -98,7 +99,7 @@ def miss_rates(work, cp, tp, variant, profile: HardwareProfile, ranks: int) -> T
             )
             for m in rates
         ]
-        for name in names
+        for name in compared
     }
     notes = _fastest(rates, series) if variant == "auto" else []
     title = f"time to the first token of {work.context:,} tokens on CP{cp} x TP{tp}"

@@ -19,9 +19,10 @@ from cptool.model.config import LlamaConfig
 from cptool.model.fp8 import RowwiseFp8
 from cptool.model.llama import DecoderLayer
 from cptool.model.rope import inverse_frequencies, rotary_tables
-from cptool.parallel.attention import KEYS_TRAVEL, attend
+from cptool.parallel.attention import attend
 from cptool.parallel.step import Step
 from cptool.sharding import Placement, balanced, concat
+from cptool.variants import find
 
 LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 REDUCED = ("o_proj", "down_proj")
@@ -114,7 +115,7 @@ def run_once(
     config, device, dtype = scenario.config, scenario.device, scenario.dtype
     timeline, reduced = Timeline(device), []
     ring = EmulatedRing(rank, scenario.cp, timeline)
-    step = Step(rank, held.queries, held.keys if variant in KEYS_TRAVEL else ())
+    step = Step(rank, held.queries, held.keys if find(variant).keys_travel else ())
     mine = held.queries[rank]
     cache = KVCache(
         layers=1,

@@ -10,6 +10,7 @@ from cptool.errors import UserError
 from cptool.host import memory
 from cptool.model.row_limits import ROWS_AT_ONCE
 from cptool.planning.cost.counts import matrix_parameters
+from cptool.variants import MessageBytes, find
 
 if TYPE_CHECKING:
     from cptool.emulation.layer import Scenario, Shards
@@ -65,12 +66,18 @@ def _attention(scenario: Scenario, variant: str, held: Shards, rank: int) -> int
     asked = sum(p.tokens for p in held.queries)
     if scenario.cp == 1:
         more = 0
-    elif variant == "pass-kv":
-        more = 2 * max(p.tokens for p in held.keys) * token + 2 * tokens * partial
-    elif variant == "gather-kv":
-        more = 2 * everything
-    elif variant == "gather-q":
-        more = 2 * asked * query + 2 * asked * partial + scenario.cp * tokens * partial
-    else:  # partials of all sources, given and received
-        more = 3 * tokens * query + 2 * scenario.cp * tokens * partial
+    else:
+        sizes = MessageBytes(
+            ranks=scenario.cp,
+            block=max(p.tokens for p in held.keys) * token,
+            everything=everything,
+            queries=tokens * query,
+            partial=tokens * partial,
+            all_queries=asked * query,
+            all_partials=asked * partial,
+        )
+        record = find(variant)
+        more = int(record.buffers(sizes))
+        if record.ring and not record.keys_travel:
+            more += tokens * query  # the contiguous copy that is sent first
     return projected + cache + more

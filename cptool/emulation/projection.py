@@ -18,13 +18,13 @@ import torch
 from cptool.emulation import memory
 from cptool.emulation.layer import OTHER, Scenario, build, run_once, shards, time_once
 from cptool.emulation.ring import Compute, Trace, Wait, replay
-from cptool.parallel.attention import KEYS_TRAVEL
 from cptool.planning.cost.counts import attention_flops, linear_flops
 from cptool.planning.cost.estimate import prefill
+from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.rates import all_reduce
-from cptool.planning.cost.shape import Forward
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.strategy import Choice, choose
+from cptool.variants import find
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def emulate(
     trace = _median(traces)
     transfers = [entry for entry in trace if not isinstance(entry, Compute)]
     link, over = profile.link(scenario.cp * scenario.tp), range(scenario.cp)
-    if choice.variant in KEYS_TRAVEL or scenario.cp == 1:
+    if find(choice.variant).keys_travel or scenario.cp == 1:
         pairs = [held.pairs(rank, source) for source in over]
     else:
         pairs = [held.pairs(source, rank) for source in over]
@@ -190,8 +190,7 @@ def _waiting(scenario: Scenario, variant: str, profile: HardwareProfile) -> floa
     """What ranks that do not keep pace cost in a layer: each of them, and each exchange."""
     if scenario.cp == 1:
         return 0.0
-    exchanges = {"gather-kv": 1, "gather-q": 2, "pass-q-all2all": 1}.get(variant, 0)
-    return scenario.cp * profile.wait_s + exchanges * profile.skew_s
+    return scenario.cp * profile.wait_s + find(variant).collectives * profile.skew_s
 
 
 def _median(traces: list[Trace]) -> Trace:
@@ -236,7 +235,7 @@ def _segments(trace: Trace, variant: str, rank: int, pairs: list[int]) -> tuple[
             current += entry.seconds
     spent.append(current)
     size = len(pairs)
-    if size > 1 and variant.startswith("gather"):
+    if size > 1 and not find(variant).ring:
         return (Segment(None, sum(pairs), sum(spent)),)
     ring = [Segment((rank + i) % size, pairs[(rank + i) % size], spent[i]) for i in range(size)]
     rest = sum(spent[size:])

@@ -23,16 +23,18 @@ from cptool.engine.sampling import Sampling
 from cptool.engine.static_decode import StaticDecode
 from cptool.errors import RunError, explain
 from cptool.model.llama import Llama
-from cptool.parallel.attention import KEYS_TRAVEL, attend
+from cptool.parallel.attention import attend
 from cptool.parallel.step import Step
 from cptool.parallel.transport import ring_of
+from cptool.planning.cost.exchange import ALL_Q
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.profiles import default_profile
-from cptool.planning.strategy import ALL_Q, AUTO, STATIC_ROWS, Choice, choose
+from cptool.planning.strategy import AUTO, STATIC_ROWS, Choice, choose
 from cptool.profiling.trace import SILENT, Recorder, Silent
 from cptool.session import segments, store
 from cptool.session.manifest import Damaged, Manifest, ModelIdentity, Segment, Sequence
 from cptool.sharding import Placement, balanced, concat
+from cptool.variants import find
 
 Progress = Callable[[str, int, int], None]
 
@@ -138,7 +140,7 @@ class Engine:
         self.cache.extend(mine)
         if self._steps is not None and self._steps.moved:
             self._steps = None  # it keeps the memory that the cache has left
-        travels = world.cp > 1 and self.choice.variant in KEYS_TRAVEL
+        travels = world.cp > 1 and find(self.choice.variant).keys_travel
         step = Step(
             rank=world.cp_rank,
             queries=queries,
@@ -275,7 +277,8 @@ class Engine:
             )
         how = self._steps.reason
         reason = "in a CUDA graph" if how is None else f"kernel by kernel: {how}"
-        self.choice = Choice(ALL_Q, self.world.cp, f"all new tokens on every rank, {reason}", 0.0)
+        reason = f"all new tokens on every rank, {reason}"
+        self.choice = Choice(ALL_Q.name, self.world.cp, reason, 0.0)
         self._stepping = True
 
     def settle(self) -> None:

@@ -23,9 +23,10 @@ from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.exactness.reference import attention
 from cptool.ops.attention import attention_partial
-from cptool.parallel.attention import VARIANTS
-from cptool.planning.strategy import ALL_Q, AUTO
+from cptool.planning.cost.exchange import ALL_Q, PASS_KV
+from cptool.planning.strategy import AUTO
 from cptool.sharding import Placement
+from cptool.variants import names
 
 ROWS = 64
 """Query rows of the second turn that are checked, in each checked layer; rows of decode steps are
@@ -102,11 +103,11 @@ def verify(
 
     ranks: as `cptool.distributed.launch.run` takes it, as is `watch`; each count replaces its `cp`.
     """
-    variants: tuple[str, ...] = ("pass-kv", ALL_Q)
+    variants: tuple[str, ...] = (PASS_KV.name, ALL_Q.name)
     reference, steps = run(measure, plan, variants, ranks=replace(ranks, cp=1), watch=watch)
     yield Verdict(reference, "same")
     yield Verdict(steps, compare(steps, reference))
-    variants = (*VARIANTS, ALL_Q)
+    variants = (*names(), ALL_Q.name)
     for count in counts:
         of_count = replace(ranks, cp=count)
         for measurement in run(measure, plan, variants, ranks=of_count, watch=watch):
@@ -145,10 +146,10 @@ def _measure(world: World, model, plan: Plan, variant: str) -> Measurement:
     second = len(plan.turns[1])
     positions = {first + i * (second - 1) // (ROWS - 1) for i in range(ROWS)}
     positions |= set(range(first + second, first + second + plan.steps))
-    static = variant == ALL_Q
+    static = variant == ALL_Q.name
     runs = []
     for first_run in (True, False):
-        prefill = "pass-kv" if static else variant
+        prefill = PASS_KV.name if static else variant
         engine = Engine(model, world, variant=prefill, static=static, progress=world.report)
         sample = _Sample(layers, positions)
         engine.extend([list(plan.turns[0])])

@@ -21,43 +21,51 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cptool.errors import OptionError
 from cptool.ops.attention import attention_partial, merge_partials
 from cptool.parallel.ring import Ring
 from cptool.parallel.step import Step
 from cptool.sharding import Placement
+from cptool.variants import unknown
 
 if TYPE_CHECKING:
     from cptool.parallel.step import LayerKV
 
-Variant = Callable[[torch.Tensor, "LayerKV", "Step", Ring, float], torch.Tensor]
+Compute = Callable[[torch.Tensor, "LayerKV", "Step", Ring, float], torch.Tensor]
+"""compute(q, kv, step, ring, scale) -> [Tq, Hq, D]; the arguments are those of `attend`."""
+
+FUNCTIONS: dict[str, Compute] = {}
+"""The function of each variant in `cptool.variants` that is not static."""
+
+
+def computes(name: str) -> Callable[[Compute], Compute]:
+    """Register the decorated function as that of the variant `name`."""
+
+    def register(function: Compute) -> Compute:
+        FUNCTIONS[name] = function
+        return function
+
+    return register
 
 
 def attend(
     variant: str, q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
 ) -> torch.Tensor:
-    """Attention of this rank's queries over the keys of all ranks; every rank calls it alike.
+    """Compute attention of this rank's queries over the keys of all ranks. Collective.
 
     q: [Tq, Hq, D], the new tokens step.queries[step.rank]. kv: this rank's KV of the layer, with
     the new tokens stored. scale: factor of the scores. Returns [Tq, Hq, D] in q's dtype.
 
-    Raises UserError for an unknown variant; what `attention_partial` and `Ring` raise.
+    Raises OptionError for an unknown variant, and what `attention_partial` and `Ring` raise.
     """
-    chosen = find_variant(variant)
+    if variant not in FUNCTIONS:
+        raise unknown(variant)
     if ring.size == 1:
         mine = step.queries[step.rank]
         return _over_local(q, mine, kv, scale, out_dtype=q.dtype)[0]
-    return chosen(q, kv, step, ring, scale)
+    return FUNCTIONS[variant](q, kv, step, ring, scale)
 
 
-def find_variant(name: str) -> Variant:
-    """The function of a variant; UserError if there is none of that name."""
-    known = VARIANTS | BASELINES
-    if name not in known:
-        raise OptionError("variant", name, f"it must be one of {', '.join(known)}")
-    return known[name]
-
-
+@computes("pass-kv")
 def pass_kv(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -> torch.Tensor:
     """Ring of KV blocks.
 
@@ -82,6 +90,7 @@ def pass_kv(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) 
     return merge_partials(outs, lses, q.dtype)[0]
 
 
+@computes("gather-kv")
 def gather_kv(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -> torch.Tensor:
     """All KV, brought into sequence order, then one attention.
 
@@ -104,6 +113,7 @@ def gather_kv(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
     return _over_block(q, step.queries[step.rank], ordered, keys, scale, out_dtype=q.dtype)[0]
 
 
+@computes("pass-q")
 def pass_q(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -> torch.Tensor:
     """Ring of queries; each partial leaves for its owner as soon as it is computed.
 
@@ -126,6 +136,7 @@ def pass_q(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -
     return merge_messages(messages, q)
 
 
+@computes("pass-q-all2all")
 def pass_q_all2all(
     q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
 ) -> torch.Tensor:
@@ -139,6 +150,7 @@ def pass_q_all2all(
     return merge_messages(_exchange(outgoing, step, ring), q)
 
 
+@computes("gather-q")
 def gather_q(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -> torch.Tensor:
     """All queries, one attention on the local KV, one exchange of partials.
 
@@ -153,20 +165,6 @@ def gather_q(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float)
         for rows in step.rows
     ]
     return merge_messages(_exchange(outgoing, step, ring), q)
-
-
-VARIANTS: dict[str, Variant] = {
-    "pass-kv": pass_kv,
-    "pass-q": pass_q,
-    "gather-kv": gather_kv,
-    "gather-q": gather_q,
-}
-
-BASELINES: dict[str, Variant] = {"pass-q-all2all": pass_q_all2all}
-"""What others are measured against: the bits of `pass-q`, later."""
-
-KEYS_TRAVEL = frozenset({"pass-kv", "gather-kv"})
-"""The variants that read `Step.keys`: the positions of keys that come from other ranks."""
 
 
 def _over_local(q, queries: Placement, kv: LayerKV, scale, out_dtype=None):

@@ -15,7 +15,7 @@ class Step:
     """What all layers of one forward share; tensors on the device of the queries.
 
     rank: this CP rank. queries[r]: the new tokens of rank r. keys[r]: all tokens whose KV rank r
-    holds, the new ones included; it may be empty for the variants outside of KEYS_TRAVEL.
+    holds, the new ones included; it may be empty for variants in which no keys travel.
 
     partial_dtype: dtype in which outputs of partials travel, float32 or q's; their log-sum-exps are
     float32 always. With u the unit roundoff of q's dtype, the result rounds once: it errs by

@@ -12,15 +12,13 @@ from cptool.errors import UserError
 from cptool.model import shares
 from cptool.model.config import LlamaConfig
 from cptool.planning.cost.estimate import Estimate, decode_step, prefill
-from cptool.planning.cost.exchange import VARIANTS
+from cptool.planning.cost.exchange import ALL_Q, GATHER_Q, PASS_Q
+from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.memory import RESERVED, memory_per_rank
-from cptool.planning.cost.shape import Forward
 from cptool.planning.hardware import HardwareProfile
-from cptool.planning.strategy import ALL_Q, AUTO, STATIC_ROWS, Choice, choose
+from cptool.planning.strategy import AUTO, STATIC_ROWS, Choice, choose
 from cptool.units import duration
-
-QUERY_VARIANTS = ("pass-q", "gather-q", "pass-q-all2all")
-PUBLISHED = ("pass-kv", "pass-q-all2all")
+from cptool.variants import find, names, records
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Workload:
     published: as the paper's system works, which pads the queries of a decode step to a multiple of
     N, sends partials in 16 bits, and knows pass-KV and, with one exchange at its end, pass-Q.
     graphs: replay a decode step as one CUDA graph where the device has them. The rest as in
-    `cptool.planning.cost.shape.Forward`.
+    `cptool.planning.cost.forward.Forward`.
     """
 
     config: LlamaConfig
@@ -90,28 +88,32 @@ def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfil
     Raises UserError if the model does not divide into `tp` parts.
     """
     shares.check(work.config, tp)
-    room = profile.memory_bytes * _share(profile, cp * tp)
+    room = profile.memory_bytes * _memory_part(profile, cp * tp)
     profile = _for_ranks(profile, cp, tp)
     cached = work.batch * work.cached
     held = work.batch * (work.context + work.answer // 2)
     step = -(-work.batch // cp) * cp if work.published else work.batch
     chosen = _choose(variant, work.new, cached, work, cp, tp, profile)
     forward = _forward(work, work.new, cached, cp, tp, chosen.active)
-    names = dict.fromkeys((chosen.variant, *(PUBLISHED if work.published else VARIANTS)))
-    others = {name: prefill(name, forward, profile) for name in (names if cp > 1 else [*names][:1])}
+    listed = dict.fromkeys((chosen.variant, *(_published() if work.published else names())))
+    compared = listed if cp > 1 else [*listed][:1]
+    others = {name: prefill(name, forward, profile) for name in compared}
 
     queued = profile.device != "cpu"
     static = queued and work.batch <= STATIC_ROWS and not work.published
     one = _forward(work, step, held, cp, tp, cp, graph=work.graphs and queued)
-    if variant in QUERY_VARIANTS or work.published:
-        asked = PUBLISHED[-1] if work.published else variant
+    if work.published or (variant != AUTO and not find(variant).keys_travel):
+        asked = _published()[-1] if work.published else variant
         decoding = Choice(asked, cp, "as asked", 0.0)
     elif static and cp > 1:
-        decoding = Choice(ALL_Q, cp, "every rank has all new tokens, one all-gather a layer", 0.0)
+        decoding = Choice(
+            ALL_Q.name, cp, "every rank has all new tokens, one all-gather a layer", 0.0
+        )
     else:
         decoding = replace(_choose(AUTO, step, held, work, cp, tp, profile), active=cp)
-    names = dict.fromkeys((decoding.variant, "pass-q", "gather-q", *[ALL_Q] * static))
-    steps = {name: decode_step(name, one, profile) for name in (names if cp > 1 else [*names][:1])}
+    listed = dict.fromkeys((decoding.variant, PASS_Q.name, GATHER_Q.name, *[ALL_Q.name] * static))
+    compared = listed if cp > 1 else [*listed][:1]
+    steps = {name: decode_step(name, one, profile) for name in compared}
     filled = replace(forward, cached=forward.cached + work.batch * work.answer)
     return Plan(
         cp=cp,
@@ -224,8 +226,8 @@ def _forward(work, new, cached, cp, tp, active, graph=False) -> Forward:
 def _choose(variant, new, cached, work, cp, tp, profile) -> Choice:
     if variant == AUTO and work.published and cp > 1:
         forward = _forward(work, new, cached, cp, tp, cp)
-        times = {name: prefill(name, forward, profile).seconds for name in PUBLISHED}
-        variant, other = sorted(PUBLISHED, key=times.__getitem__)
+        times = {name: prefill(name, forward, profile).seconds for name in _published()}
+        variant, other = sorted(times, key=times.__getitem__)
         reason = f"{variant} {duration(times[variant])}, {other} {duration(times[other])}"
         return Choice(variant, cp, reason, 0.0)
     return choose(
@@ -239,6 +241,11 @@ def _choose(variant, new, cached, work, cp, tp, profile) -> Choice:
         batch=work.batch,
         tp=tp,
     )
+
+
+def _published() -> tuple[str, ...]:
+    """The variants of the paper's own system, the one for queries last."""
+    return tuple(record.name for record in records() if record.published)
 
 
 def _for_ranks(profile: HardwareProfile, cp: int, tp: int) -> HardwareProfile:
@@ -255,7 +262,7 @@ def _for_ranks(profile: HardwareProfile, cp: int, tp: int) -> HardwareProfile:
     return shared if turns <= 1 else shared.scaled(1 / turns)
 
 
-def _share(profile: HardwareProfile, ranks: int) -> float:
+def _memory_part(profile: HardwareProfile, ranks: int) -> float:
     """Of what a rank of the profile has, the part that each of so many on one machine has."""
     return profile.ranks_at_once / ranks if profile.ranks_at_once else 1.0
 

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cptool.model.config import LlamaConfig
-from cptool.planning.cost.exchange import VARIANTS
+from cptool.planning.cost.exchange import PASS_KV, PASS_Q
+from cptool.planning.cost.forward import ELEMENT_BYTES, Forward
 from cptool.planning.cost.layer import predict
-from cptool.planning.cost.shape import ELEMENT_BYTES, Forward
 from cptool.planning.hardware import HardwareProfile
 from cptool.units import duration
+from cptool.variants import names
 
 AUTO = "auto"
-ALL_Q = "all-q"
-"""Name of the steps of `cptool.engine.static_decode`, beside those of the attention variants."""
 STATIC_ROWS = 128
-"""Sequences up to which these are taken: a step's linear layers take the time of reading their
-weights, so that every rank may compute all new tokens."""
+"""Sequences up to which the steps of `cptool.engine.static_decode` are taken: a step's linear
+layers take the time of reading their weights, so that every rank may compute all new tokens."""
 RULES = ("predicted", "algorithm1", "algorithm5", "fitted")
 
 SHORT = 4096
@@ -92,12 +91,12 @@ def _choose(
     if asked != AUTO:
         return Choice(asked, ranks, "as asked", seconds(asked, ranks))
     if ranks == 1:
-        return Choice("pass-kv", 1, "one rank, nothing travels", seconds("pass-kv", 1))
+        return Choice(PASS_KV.name, 1, "one rank, nothing travels", seconds(PASS_KV.name, 1))
     if rule == "predicted":
         times = [
             (seconds(variant, active), order, variant, active)
             for active in _candidates(new, ranks)
-            for order, variant in enumerate(VARIANTS)
+            for order, variant in enumerate(names())
         ]
         best = min(times)
         following = min(time for time in times if time[2] != best[2])
@@ -121,7 +120,7 @@ def _choose(
             profile.link(ranks * tp).bandwidth,
         )
         reason = f"algorithm {rule[-1]}"
-    variant = "pass-kv" if keys_travel else "pass-q"
+    variant = PASS_KV.name if keys_travel else PASS_Q.name
     reason += f", miss rate {miss_rate(new, cached):.3g}"
     return Choice(variant, ranks, reason, seconds(variant, ranks))
 
@@ -193,7 +192,9 @@ def fit_rule(
         for miss in (0.003, 0.01, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0):
             new = 2**exponent
             forward = Forward(config, dtype, new, round(new / miss) - new, ranks, ranks)
-            keys, queries = (predict(v, forward, profile).seconds for v in ("pass-kv", "pass-q"))
+            keys, queries = (
+                predict(v, forward, profile).seconds for v in (PASS_KV.name, PASS_Q.name)
+            )
             difference = math.log(queries / keys)
             row = (math.log(new), math.log(miss_rate(new, forward.cached)), 1.0, difference)
             weight = 1 / (0.01 + difference**2)

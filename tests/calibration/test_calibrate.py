@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from cptool import calibration
-from cptool.calibration import clock, overheads
+from cptool.calibration import clock
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.errors import UserError
@@ -22,6 +22,7 @@ from cptool.planning.profiles import (
     profile_path,
     save_profile,
 )
+from cptool.variants import names
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +131,6 @@ def more_ranks(world, residuals):
 
 
 def test_what_was_found_on_fewer_ranks_is_not_counted_again():
-    found = {}, {"3": {variant: (5.0, 7.0) for variant in overheads.VARIANTS}}
+    found = {}, {"3": {variant: (5.0, 7.0) for variant in names(baselines=True)}}
     bare, again = run(more_ranks, found, ranks=RankOptions(cp=2, device="cpu", threads=1))
     assert bare == again and all(0.9 < each < 1 for pair in bare.values() for each in pair)

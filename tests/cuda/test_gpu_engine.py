@@ -22,10 +22,10 @@ from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.host.pinned_copies import to_device, to_host
 from cptool.ops.kernels import build_info
-from cptool.parallel.attention import VARIANTS
 from cptool.planning.profiles import default_profile
 from cptool.profiling.exposed_time import Exposure
 from cptool.session.store import identity
+from cptool.variants import names
 
 DEVICE = os.environ.get("CPTOOL_GPU_TESTS_ON", "cuda")
 ON_GPU = DEVICE == "cuda"
@@ -67,7 +67,7 @@ def say_under(world, path, variant):
     return answers, engine.ring.exposed_s
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", names())
 @pytest.mark.parametrize("n", [2, 4])
 def test_ranks_that_share_a_device_say_what_one_says(tiny_model, one_rank, n, variant):
     answers, exposed = run(
@@ -205,7 +205,7 @@ def test_exposure_of_a_stream():
         assert exposure.seconds > idle + 0.02
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", names())
 def test_emulation(tiny_model, variant):
     config = find_shape(str(tiny_model))
     scenario = Scenario(

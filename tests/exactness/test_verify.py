@@ -11,6 +11,7 @@ from llama_reference import save_llama
 from cptool.cli.main import main
 from cptool.exactness import verify
 from cptool.parallel import attention
+from cptool.variants import names
 
 REFERENCE = verify.Measurement(
     variant="pass-kv",
@@ -75,7 +76,7 @@ def test_a_sound_installation_passes(mqa_path, dtype):
     report = json.loads(result.stdout)
     assert report["passed"] and report["tokens"] == [133, 67, 8]
     assert {(r["cp"], r["variant"]) for r in report["runs"]} == {(1, "pass-kv"), (1, "all-q")} | {
-        (n, v) for n in (2, 3) for v in (*attention.VARIANTS, "all-q")
+        (n, v) for n in (2, 3) for v in (*names(), "all-q")
     }
     assert all(r["repeated"] and r["error"] <= r["allowed"] for r in report["runs"])
     # In bfloat16 two logits are often equal to rounding, which is a tie and told as one.

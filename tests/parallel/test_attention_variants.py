@@ -12,13 +12,14 @@ from ranks import run_ranks
 
 from cptool.cache import NEVER, KVCache
 from cptool.errors import UserError
-from cptool.parallel.attention import BASELINES, KEYS_TRAVEL, VARIANTS, attend
+from cptool.parallel.attention import attend
 from cptool.parallel.ring import Ring
 from cptool.parallel.step import Step
 from cptool.sharding import Placement, balanced, concat
+from cptool.variants import find, names
 
-ALL = [*VARIANTS, *BASELINES]
-QUERIES_TRAVEL = [variant for variant in ALL if variant not in KEYS_TRAVEL]
+ALL = list(names(baselines=True))
+QUERIES_TRAVEL = [variant for variant in ALL if not find(variant).keys_travel]
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ def test_nothing_but_tokens_travels(variant, narrow):
     width = element if narrow else 4
     partial = case.heads[0] * (case.head_dim * width + 4)
     expected = new * (case.heads[0] * case.head_dim * element + partial)
-    if variant in KEYS_TRAVEL:
+    if find(variant).keys_travel:
         expected = total * 2 * case.heads[1] * case.head_dim * element
     assert sum(run_ranks(n, bytes_sent, case, variant, narrow)) == (n - 1) * expected
 
@@ -323,5 +324,5 @@ def test_variants_that_move_queries_need_no_other_ranks_keys():
 
 def test_unknown_variant_names_the_known_ones():
     step = Step(0, balanced([1], 1).placements(), ())
-    with pytest.raises(UserError, match="`variant` ring: it must be one of pass-kv, pass-q, gath"):
+    with pytest.raises(UserError, match="`variant` ring: it must be one of pass-kv, gather-kv, pa"):
         attend("ring", torch.zeros(1, 1, 64), None, step, Ring(), 1.0)

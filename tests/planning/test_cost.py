@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from cptool.model.shapes import llama_config
 from cptool.planning.cost import counts, estimate
-from cptool.planning.cost.exchange import VARIANTS
+from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.layer import predict
 from cptool.planning.cost.rates import Rates
-from cptool.planning.cost.shape import Forward
 from cptool.planning.hardware import Link
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import choose
+from cptool.variants import names
 
 CONFIG = llama_config(
     hidden=1024,
@@ -39,7 +39,7 @@ PROFILES = {
     for device in ("cpu", "cuda")
 }
 free = settings(deadline=None, max_examples=60)
-variants, profiles = st.sampled_from(VARIANTS), st.sampled_from(list(PROFILES.values()))
+variants, profiles = st.sampled_from(names()), st.sampled_from(list(PROFILES.values()))
 tokens, cached, ranks = st.integers(1, 10**6), st.integers(0, 10**6), st.integers(1, 16)
 
 
@@ -157,7 +157,7 @@ def test_what_a_layer_costs_beyond_is_that_of_the_nearest_ranks_measured():
 
 
 def test_what_a_forward_costs_once_is_shared_by_its_layers():
-    slow = {"4": {variant: (0.4, 0.4) for variant in VARIANTS if variant != "pass-q"}}
+    slow = {"4": {variant: (0.4, 0.4) for variant in names() if variant != "pass-q"}}
     profile, forward = dataclasses.replace(PROFILES["cpu"], start_s=slow), on(4, 8, 65536)
     bare = estimate.prefill("pass-kv", forward, PROFILES["cpu"]).seconds
     assert estimate.prefill("pass-kv", forward, profile).seconds == pytest.approx(bare + 0.4)

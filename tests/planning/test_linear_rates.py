@@ -7,8 +7,8 @@ import pytest
 
 from cptool.errors import UserError
 from cptool.model.shapes import llama_config
+from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.layer import predict
-from cptool.planning.cost.shape import Forward
 from cptool.planning.linear_rates import RowRates, fitted, nearest
 from cptool.planning.profiles import default_profile, find_profile, load_profile, save_profile
 

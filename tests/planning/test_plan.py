@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from cptool.cli.main import main
 from cptool.errors import UserError
 from cptool.model.shapes import SHAPES
+from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.layer import predict
 from cptool.planning.cost.memory import memory_per_rank
-from cptool.planning.cost.shape import Forward
 from cptool.planning.planner import Workload, best, layouts, plan
 from cptool.planning.profiles import find_profile, known_profiles
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from cptool.model.shapes import SHAPES
 from cptool.planning import strategy
-from cptool.planning.cost.exchange import VARIANTS
+from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.layer import predict
-from cptool.planning.cost.shape import Forward
 from cptool.planning.profiles import default_profile, find_profile
 from cptool.planning.strategy import choose
+from cptool.variants import names
 
 LLAMA3_8B, LLAMA3_405B = SHAPES["llama3-8b"], SHAPES["llama3-405b"]
 GRAND_TETON = find_profile("gtt-h100")
@@ -26,7 +26,7 @@ def ask(asked="auto", *, new, cached=0, ranks=4, config=LLAMA3_8B, device="cuda"
 
 
 def test_what_is_asked_for_is_taken_on_all_ranks():
-    for variant in VARIANTS:
+    for variant in names():
         choice = ask(variant, new=3, ranks=4)
         assert (choice.variant, choice.active, choice.reason) == (variant, 4, "as asked")
 
@@ -70,7 +70,7 @@ def test_auto_is_the_fastest_of_what_is_predicted(new, cached, ranks):
     new, cached = strategy._rounded(new), strategy._rounded(cached)
     choice = ask(new=new, cached=cached, ranks=ranks)
     profile = default_profile("cuda")
-    for variant in VARIANTS:
+    for variant in names():
         forward = Forward(LLAMA3_8B, "bfloat16", new, cached, ranks, ranks)
         assert choice.predicted_s <= predict(variant, forward, profile).seconds
 

@@ -15,9 +15,9 @@ from cptool.distributed.options import RankOptions
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
-from cptool.parallel.attention import VARIANTS
 from cptool.session import maintenance, store
 from cptool.session.store import identity
+from cptool.variants import names
 
 TURNS = [
     [504, 2365, 282, 4649, 314, 7042, 30, 378, 2365, 282, 6219, 314] * 3,
@@ -26,7 +26,7 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", names())
 def test_three_turns_on_4_then_2_then_3_ranks(
     smollm2_path, smollm2_reference, token_file, tmp_path, variant
 ):
@@ -97,7 +97,7 @@ def say(world, path, variant: str, turns, steps: int) -> list[list[int]]:
     return answers
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", names())
 def test_up_to_8_ranks_say_what_one_says(tiny_path, tiny_reference, variant):
     """Two turns of a batch with an empty member and sequences shorter than the ranks are many."""
     turns = [[prompt(70), [], prompt(1), prompt(5)], [prompt(2), prompt(3), [], prompt(33)]]

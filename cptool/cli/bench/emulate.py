@@ -10,6 +10,7 @@ from cptool.cli.options import VARIANTS, json_option
 from cptool.cli.types import TokenCount
 from cptool.errors import UserError
 from cptool.units import duration
+from cptool.variants import find
 
 
 @click.command(short_help="One rank of one layer, projected to the whole model.")
@@ -247,7 +248,7 @@ def _rows(shape, scenario, profile, result) -> list[tuple[str, str]]:
                 f"{len(ring)}, "
                 + ", ".join(
                     f"{word} {duration(s.seconds)} over source {s.source}'s "
-                    f"{'keys' if result.variant == 'pass-kv' else 'queries'} "
+                    f"{'keys' if find(result.variant).keys_travel else 'queries'} "
                     f"({_rate(_flops(scenario, s.pairs), s.seconds) or 0:.4g} TFLOP/s)"
                     for word, s in (("slowest rate", slow), ("fastest", fast))
                 ),

@@ -12,13 +12,14 @@ import click
 from cptool.cli import draw
 from cptool.cli.bench.options import KINDS
 from cptool.cli.options import VARIANTS, stack
+from cptool.variants import names
 
 if TYPE_CHECKING:
     from cptool.cli.plot import Line
     from cptool.distributed.options import RankOptions
     from cptool.model.config import LlamaConfig
 
-DEFAULT_VARIANTS = ("auto", "pass-kv", "gather-kv", "pass-q", "gather-q")
+DEFAULT_VARIANTS = ("auto", *names())
 
 model_options = stack(
     click.option(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cptool.planning.cost.forward import Forward, Prediction
 from cptool.planning.cost.layer import predict
 from cptool.planning.cost.rates import Rates
-from cptool.planning.cost.shape import Forward, Prediction
 from cptool.planning.hardware import HardwareProfile
 
 

@@ -1,19 +1,22 @@
-"""Attention of one layer on the busiest rank, by what each variant computes and sends."""
+"""The variants of context-parallel attention: the record of each, with its cost.
+
+A cost is that of one layer on the busiest rank, from what the variant's code in
+`cptool.parallel.attention` computes and sends. The records stand last, in the order that decides
+between equal predictions.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.rates import Rates
-from cptool.planning.cost.shape import Forward
-
-VARIANTS = ("pass-kv", "gather-kv", "pass-q", "gather-q")
-"""In the order that decides between equal predictions."""
+from cptool.variants import MessageBytes, Variant, find, register
 
 
-@dataclass
-class Exchange:
-    """Seconds and bytes so far; see `cptool.planning.cost.shape.Prediction`."""
+@dataclass(kw_only=True)
+class AttentionCost:
+    """Seconds and bytes so far; see `cptool.planning.cost.forward.Prediction`."""
 
     attention_s: float = 0.0
     merge_s: float = 0.0
@@ -28,29 +31,30 @@ class Exchange:
         return self.attention_s + self.merge_s + self.exposed_s + self.overhead_s
 
     def wait(self, exposed: float, whole: float) -> None:
+        """Add a transfer of `whole` seconds, of which compute does not hide `exposed`."""
         self.exposed_s += exposed
         self.hidden_s += max(0.0, whole - exposed)
 
 
-def exchange(variant: str, rates: Rates) -> Exchange:
-    """The cost of a variant, "pass-q-all2all" and "all-q" included."""
-    forward = rates.forward
+def attention_cost(variant: str, rates: Rates) -> AttentionCost:
+    """Return the cost of a variant by name. Raise OptionError if there is none of that name."""
+    forward, record = rates.forward, find(variant)
     if forward.ranks == 1:
         return _alone(rates)
-    cost = _VARIANTS[variant](rates)
+    cost = record.cost(rates)
     if not forward.decoding:
         cost.overhead_s += forward.ranks * rates.profile.wait_s
     return cost
 
 
-def _alone(rates: Rates) -> Exchange:
+def _alone(rates: Rates) -> AttentionCost:
     forward = rates.forward
-    return Exchange(attention_s=rates.attention(forward.pairs, forward.keys, forward.queries))
+    return AttentionCost(attention_s=rates.attention(forward.pairs, forward.keys, forward.queries))
 
 
-def _pass_kv(rates: Rates) -> Exchange:
+def _pass_kv(rates: Rates) -> AttentionCost:
     """A step lasts as long as the longer of its attention and its transfer (section 3.3)."""
-    forward, crowd, cost = rates.forward, rates.crowd(rates.forward.sources), Exchange()
+    forward, crowd, cost = rates.forward, rates.crowd(rates.forward.sources), AttentionCost()
     block = forward.keys * forward.kv_width * forward.element
     for step in range(forward.ranks):
         fresh = step < forward.sources
@@ -68,8 +72,8 @@ def _pass_kv(rates: Rates) -> Exchange:
     return cost
 
 
-def _gather_kv(rates: Rates) -> Exchange:
-    """Ranks without queries give their keys and are given none."""
+def _gather_kv(rates: Rates) -> AttentionCost:
+    """Ranks without queries send their keys and receive none."""
     forward, sources = rates.forward, rates.forward.sources
     width = forward.kv_width * forward.element
     everything = (forward.cached + forward.new) * width
@@ -84,7 +88,7 @@ def _gather_kv(rates: Rates) -> Exchange:
     if sources < forward.ranks:
         sent = max(sent, sources * forward.cached_keys * width)
     givers = forward.ranks if forward.cached else sources
-    return Exchange(
+    return AttentionCost(
         attention_s=rates.crowd(sources) * whole,
         merge_s=rates.crowd(sources) * ordering,
         exposed_s=rates.collective(max(everything - own, sent), givers - 1, receivers=sources)
@@ -94,16 +98,18 @@ def _gather_kv(rates: Rates) -> Exchange:
     )
 
 
-def _pass_q(rates: Rates, early: bool = True) -> Exchange:
-    """early: partials return as the ring goes, and only the last is late; else all at its end."""
-    forward, cost = rates.forward, Exchange()
+def _pass_q(rates: Rates, early: bool = True) -> AttentionCost:
+    """early: partials return while the ring goes round, and only the last is late; otherwise all
+    return at its end.
+    """
+    forward, cost = rates.forward, AttentionCost()
     ranks, sources = forward.ranks, forward.sources
     crowd = rates.crowd(ranks if forward.cached else sources)
     block = forward.queries * forward.query_width * forward.element
     partial = forward.partial(forward.queries)
     arrived = 0.0  # when the partials that left so far are with their owners
     for step in range(ranks):
-        # Other ranks have nothing to ask, but pass queries on; the last one that answers this rank
+        # Other ranks have no queries, but pass queries on; the last one that answers this rank
         # begins only once its queries are there.
         spent = packed = 0.0
         if step < sources or step == ranks - 1:
@@ -131,24 +137,24 @@ def _pass_q(rates: Rates, early: bool = True) -> Exchange:
     return cost
 
 
-def _pass_q_all2all(rates: Rates) -> Exchange:
+def _pass_q_all2all(rates: Rates) -> AttentionCost:
     return _pass_q(rates, early=False)
 
 
-def _gather_q(rates: Rates) -> Exchange:
+def _gather_q(rates: Rates) -> AttentionCost:
     forward, ranks, sources = rates.forward, rates.forward.ranks, rates.forward.sources
     crowd = rates.crowd(ranks if forward.cached else sources)
     asked = sources * forward.queries * forward.query_width * forward.element
     partials = forward.partial(sources * forward.queries)
     pairs = sources * (forward.cached_pairs + forward.new_pairs)
     spent = rates.attention(pairs, forward.keys, sources * forward.queries)
-    # Nothing is launched for ranks that asked nothing.
+    # Nothing is launched for ranks without queries.
     copied = rates.touch(4 * asked, calls=2) + rates.touch(4 * partials, calls=3 * sources)
     mine = asked / sources
     queries_out = (ranks - 1) * mine
-    # Idle ranks answer for all queries, and each active one hears from all others.
+    # Idle ranks answer for all queries, and each active one receives from all others.
     answers = max((ranks - 1) * partials / sources, partials if ranks > sources else 0.0)
-    return Exchange(
+    return AttentionCost(
         attention_s=crowd * spent,
         merge_s=crowd * (copied + _merged(rates, ranks)),
         exposed_s=rates.collective(max(queries_out, asked - mine), ranks - 1)
@@ -157,15 +163,15 @@ def _gather_q(rates: Rates) -> Exchange:
     )
 
 
-def _all_q(rates: Rates) -> Exchange:
-    """A static decode step: every rank has all queries; one all-gather of partials."""
+def _all_q(rates: Rates) -> AttentionCost:
+    """A static decode step: every rank has all queries, and one all-gather brings the partials."""
     forward, ranks = rates.forward, rates.forward.ranks
     partial = forward.partial(forward.new)
     pairs = forward.new * forward.cached_keys / forward.batch + forward.new
     spent = rates.attention(pairs, forward.keys, forward.new)
     written = forward.new * forward.query_width * forward.element
     copied = rates.touch(2 * partial) + rates.touch(ranks * partial + written)
-    return Exchange(
+    return AttentionCost(
         attention_s=rates.crowd(ranks) * spent,
         merge_s=rates.crowd(ranks) * copied,
         exposed_s=rates.collective((ranks - 1) * partial, ranks - 1),
@@ -174,7 +180,7 @@ def _all_q(rates: Rates) -> Exchange:
 
 
 def _running(rates: Rates) -> float:
-    """Reading and writing the running float32 result that a kernel merges into."""
+    """Seconds to read and write the running float32 result that a kernel merges into."""
     return rates.touch(2 * _local_partial(rates.forward), calls=0)
 
 
@@ -184,9 +190,9 @@ def _local_partial(forward: Forward) -> float:
 
 
 def _merged(rates: Rates, partials: int, each: float | None = None) -> float:
-    """Merging partials of this rank's queries: all are read, the result is written.
+    """Seconds to merge partials of this rank's queries: all are read, the result is written.
 
-    each: bytes of one; default: as they travel.
+    each: bytes of one partial; by default, of one as it travels.
     """
     forward = rates.forward
     each = forward.partial(forward.queries) if each is None else each
@@ -194,11 +200,78 @@ def _merged(rates: Rates, partials: int, each: float | None = None) -> float:
     return rates.touch(partials * each + written)
 
 
-_VARIANTS = {
-    "pass-kv": _pass_kv,
-    "gather-kv": _gather_kv,
-    "pass-q": _pass_q,
-    "pass-q-all2all": _pass_q_all2all,
-    "gather-q": _gather_q,
-    "all-q": _all_q,
-}
+def _query_buffers(sizes: MessageBytes) -> float:
+    return 2 * sizes.queries + 2 * sizes.ranks * sizes.partial
+
+
+def _gather_q_buffers(sizes: MessageBytes) -> float:
+    return 2 * (sizes.all_queries + sizes.all_partials) + sizes.ranks * sizes.partial
+
+
+PASS_KV = register(
+    Variant(
+        name="pass-kv",
+        travels="blocks of K and V, round a ring",
+        section="3.2, algorithm 2",
+        cost=_pass_kv,
+        buffers=lambda sizes: 2 * sizes.block + 2 * sizes.partial,
+        keys_travel=True,
+        ring=True,
+        published=True,
+    )
+)
+GATHER_KV = register(
+    Variant(
+        name="gather-kv",
+        travels="K and V of all ranks at once",
+        section="",
+        cost=_gather_kv,
+        buffers=lambda sizes: 2 * sizes.everything,
+        keys_travel=True,
+        collectives=1,
+    )
+)
+PASS_Q = register(
+    Variant(
+        name="pass-q",
+        travels="queries, round a ring; each partial result returns as soon as it is computed",
+        section="",
+        cost=_pass_q,
+        buffers=_query_buffers,
+        ring=True,
+    )
+)
+GATHER_Q = register(
+    Variant(
+        name="gather-q",
+        travels="queries of all ranks at once, then all partial results",
+        section="",
+        cost=_gather_q,
+        buffers=_gather_q_buffers,
+        collectives=2,
+    )
+)
+PASS_Q_ALL2ALL = register(
+    Variant(
+        name="pass-q-all2all",
+        travels="queries, round a ring; all partial results return at its end",
+        section="3.3, algorithm 3",
+        cost=_pass_q_all2all,
+        buffers=_query_buffers,
+        ring=True,
+        collectives=1,
+        baseline=True,
+        published=True,
+    )
+)
+ALL_Q = register(
+    Variant(
+        name="all-q",
+        travels="partial results: every rank computes the queries of all",
+        section="",
+        cost=_all_q,
+        buffers=_query_buffers,
+        collectives=1,
+        static=True,
+    )
+)

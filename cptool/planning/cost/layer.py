@@ -1,9 +1,10 @@
 """One decoder layer on the busiest rank."""
 
-from cptool.planning.cost.exchange import exchange
+from cptool.planning.cost.exchange import attention_cost
+from cptool.planning.cost.forward import Forward, Prediction
 from cptool.planning.cost.rates import Rates
-from cptool.planning.cost.shape import Forward, Prediction
 from cptool.planning.hardware import HardwareProfile
+from cptool.variants import find
 
 SMALL_OPS, QUANTISING_OPS = 8, 2
 """Kernels of a layer beside products and attention: two norms, rotation, storing K and V,
@@ -20,7 +21,7 @@ def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Predict
     """
     rates = Rates(forward, profile)
     computing, rows = forward.sources, forward.queries
-    if variant == "all-q":
+    if find(variant).static:
         computing, rows = forward.ranks, forward.new
     crowd = rates.crowd(computing)
     linear = sum(rates.product(*matrix, rows, computing) for matrix in forward.linear_layers())
@@ -33,7 +34,7 @@ def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Predict
         elementwise += ops * profile.op_overhead_s
     stream = rows * forward.config.hidden_size * forward.element
     reduced, reduced_bytes = rates.all_reduce(stream)
-    attention = exchange(variant, rates)
+    attention = attention_cost(variant, rates)
     overhead_s = crowd * overhead
     if rates.queued:
         # The host launches a layer while the device still computes the one before.

@@ -1,7 +1,8 @@
 """What a rank must hold, so that what does not fit is refused before anything starts."""
 
 from cptool.model.row_limits import ROWS_AT_ONCE
-from cptool.planning.cost.shape import ELEMENT_BYTES, Forward
+from cptool.planning.cost.forward import ELEMENT_BYTES, Forward
+from cptool.variants import MessageBytes, find
 
 RESERVED = 0.04
 """Of a device's memory: its context, the allocator's fragments, the links' own buffers."""
@@ -48,10 +49,13 @@ def _messages(variant: str, forward: Forward) -> float:
     block = forward.keys * forward.kv_width * forward.element
     queries = forward.queries * forward.query_width * forward.element
     partial = forward.partial(forward.queries)
-    if variant == "pass-kv":
-        return 2 * block + 2 * partial
-    if variant == "gather-kv":
-        return 2 * (forward.cached + forward.new) * forward.kv_width * forward.element
-    if variant == "gather-q":
-        return 2 * forward.sources * (queries + partial) + forward.ranks * partial
-    return 2 * queries + 2 * forward.ranks * partial
+    sizes = MessageBytes(
+        ranks=forward.ranks,
+        block=block,
+        everything=(forward.cached + forward.new) * forward.kv_width * forward.element,
+        queries=queries,
+        partial=partial,
+        all_queries=forward.sources * queries,
+        all_partials=forward.sources * partial,
+    )
+    return find(variant).buffers(sizes)

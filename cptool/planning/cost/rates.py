@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cptool.planning.cost.shape import ELEMENT_BYTES, Forward
+from cptool.planning.cost.forward import ELEMENT_BYTES, Forward
 from cptool.planning.hardware import HardwareProfile, Link
 from cptool.planning.linear_rates import RowRates, nearest
 
