@@ -24,7 +24,7 @@ from cptool.planning.strategy import choose
 
 NAME = "copy-kv"
 RANKS = 3
-CONFIG = llama_config(64, 2, 4, 2, 128, vocab=100, context=4096)
+CONFIG = llama_config(hidden=64, layers=2, heads=4, kv_heads=2, ffn=128)
 
 
 def cost(rates):
