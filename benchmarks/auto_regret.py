@@ -83,12 +83,12 @@ def measure(world, dtype: str, repeats: int, seconds: float, grid) -> list[dict]
         active = {world.cp, auto.active} | {n for n in _halves(world.cp) if n < new <= 4096}
         choices = [Choice(v, n, "", 0.0) for n in sorted(active) for v in names()]
         engine = Engine(model, world, profile=profile)
-        placements = hold(engine, cached)
+        mark = hold(engine, cached)
         spent: dict = {(c.variant, c.active): [] for c in choices}
         began, rounds = time.perf_counter(), 0
         while rounds <= repeats or max(world.gather(time.perf_counter() - began)) < seconds:
             for choice in choices:
-                took = _once(engine, world, choice, new, cached, placements)
+                took = _once(engine, choice, new, mark)
                 if rounds:  # the first round warms up
                     spent[choice.variant, choice.active].append(took)
             rounds += 1
@@ -111,21 +111,17 @@ def _halves(ranks: int) -> list[int]:
     return [ranks >> n for n in range(1, ranks.bit_length()) if ranks >> n]
 
 
-def _once(engine, world, choice, new: int, cached: int, placements) -> float:
+def _once(engine, choice, new: int, mark) -> float:
     """Seconds of the slowest rank."""
-    from unittest import mock
-
-    from cptool.calibration.rig import rewind
     from cptool.engine.sampling import Sampling
 
-    rewind(engine, cached, placements)
-    with mock.patch("cptool.engine.engine.choose", return_value=choice):
-        world.barrier()
-        began = time.perf_counter()
-        engine.extend([[1] * (new - 1)])
-        engine.next_tokens(Sampling())
-        took = time.perf_counter() - began
-    return max(world.gather(took))
+    engine.rewind(mark)
+    engine.world.barrier()
+    began = time.perf_counter()
+    engine.extend([[1] * (new - 1)], variant=choice)
+    engine.next_tokens(Sampling())
+    took = time.perf_counter() - began
+    return max(engine.world.gather(took))
 
 
 def _judged(spent: dict, picked: tuple[str, int]) -> dict:

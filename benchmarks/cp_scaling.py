@@ -27,6 +27,7 @@ from cptool.distributed.devices import cores
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.engine.engine import Engine
+from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 
@@ -35,7 +36,7 @@ def prefill(world, path: str, tokens: list[int], variant: str) -> dict[str, floa
     """On wall time: seconds to the first token of a whole prompt, after a short one to warm up."""
     model = load_model(open_checkpoint(path), torch.bfloat16, world.device, world)
     for prompt in (tokens[:512], tokens):
-        engine = Engine(model, world, variant=variant)
+        engine = Engine(model, world, options=EngineOptions(variant=variant))
         world.barrier()
         begin = time.perf_counter()
         engine.extend([prompt], reserve=17)

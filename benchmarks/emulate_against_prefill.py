@@ -32,6 +32,7 @@ def compare(world, lengths, variant, dtype, rounds):
     from cptool.emulation.layer import Scenario
     from cptool.emulation.projection import emulate
     from cptool.engine.engine import Engine
+    from cptool.engine.options import EngineOptions
     from cptool.engine.sampling import Sampling
 
     profile = measure(world, (dtype,), repeats=3)
@@ -43,7 +44,7 @@ def compare(world, lengths, variant, dtype, rounds):
         )
         measured, projected, exposed, told = [], [], [], []
         for _ in range(rounds + 1):
-            engine = Engine(model, world, variant=variant)
+            engine = Engine(model, world, options=EngineOptions(variant=variant))
             prompt = [(7 * i) % 31999 for i in range(tokens)]
             world.barrier()
             began = time.perf_counter()

@@ -21,6 +21,7 @@ from cptool.checkpoint.shapes import find_shape
 from cptool.distributed import launch
 from cptool.distributed.options import RankOptions
 from cptool.engine.engine import Engine
+from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
 from cptool.model.llama import Llama
 from cptool.model.rope import inverse_frequencies
@@ -83,7 +84,10 @@ def measure(world, given, config, contexts) -> list[dict[str, object]]:
     for context in contexts:
         prompt = torch.randint(config.vocab_size, (context,), generator=generator).tolist()
         ways = {"graph": True, "eager": False}
-        engines = {name: Engine(model, world, static=static) for name, static in ways.items()}
+        engines = {
+            name: Engine(model, world, options=EngineOptions(static=static))
+            for name, static in ways.items()
+        }
         names = ("prefill", *engines, "gemm", "copy")
         samples: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(given.rounds + 1):

@@ -152,10 +152,9 @@ def _once(world, engine, variant: str, new: int, cached: int) -> tuple[float, fl
     as it was."""
     from cptool.engine.sampling import Sampling
 
-    engine.variant = variant
     world.barrier()
     exposed, began = engine.ring.exposed_s, time.perf_counter()
-    engine.extend([[1] * (new - 1)])
+    engine.extend([[1] * (new - 1)], variant=variant)
     engine.next_tokens(Sampling())
     took = time.perf_counter() - began
     exposed = engine.ring.exposed_s - exposed

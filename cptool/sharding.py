@@ -15,6 +15,9 @@ import torch
 
 Range = tuple[int, int]
 
+Held = list[list[int]]
+"""Held[r][b]: tokens of sequence b that rank r holds."""
+
 _FEW_TOKENS = 64
 """In a range on average, up to which Python expands ranges faster than torch."""
 
@@ -160,6 +163,18 @@ class Layout:
         return sum(_total(self.ranges(rank, seq)) for seq in range(self.batch))
 
 
+def next_owner(counts: Sequence[int], first: int) -> int:
+    """Return the rank that takes a sequence's next token (paper, algorithm 4).
+
+    counts: tokens of the sequence that each rank holds. Of the ranks that hold the fewest, it is
+    the first at or after rank `first`, cyclically, so that ranks stay within one token of each
+    other. `balanced` deals by this rule; a decode step without a layout of its own
+    (`cptool.engine.holdings`) does too.
+    """
+    fewest, ranks = min(counts), len(counts)
+    return next(r % ranks for r in range(first, first + ranks) if counts[r % ranks] == fewest)
+
+
 def balanced(
     lengths: Sequence[int],
     ranks: int,
@@ -175,13 +190,13 @@ def balanced(
     active: how many of the ranks take new tokens (a prompt may be too short for all); default all.
 
     Each sequence is cut into 2N chunks and relative rank i takes chunks i and 2N-1-i: an early and
-    a late one, so that all ranks see the same number of visible keys (paper, section 4.2). Of the
-    T mod 2N tokens that do not divide, one each goes to chunks 0..N-1, then 2N-1, 2N-2, ..N, that
-    is to relative ranks 0..N-1 in turn. Relative rank 0 of a sequence is, of the ranks that hold
-    the fewest of its tokens, the first from where the previous sequence's extras ended. So with
-    nothing held ranks differ by at most one token over the whole batch; and one-token sequences are
-    dealt round-robin, moving on by one rank a step (paper, algorithm 4), with at most one token
-    between the ranks of any sequence, whichever others leave the batch.
+    a late one, so that all ranks see the same number of visible keys (paper, section 4.2). The
+    T mod 2N tokens that do not divide go one each to chunks 0..N-1, then 2N-1, 2N-2, ..N, that is
+    to relative ranks 0..N-1 and then again. Relative rank 0 of a sequence is its `next_owner`,
+    searched from where the previous sequence's extras ended. So with nothing held, ranks differ by
+    at most one token over the whole batch; and one-token sequences are dealt round-robin, moving on
+    by one rank per step, with at most one token between the ranks of any sequence, whichever others
+    leave the batch. Sequences without new tokens take no part.
 
     Raises ValueError for ranks < 1, active outside of 1 to ranks, a negative length or start, or
     starts or held of another size.
@@ -201,18 +216,16 @@ def balanced(
             raise ValueError(f"{name} contains {min(values)}; it must hold counts of tokens")
 
     chunks = 2 * active
-    # Which of the tokens that do not divide is each chunk's, if there are as many.
-    turns = [*range(active), *range(chunks - 1, active - 1, -1)]
+    # order[c]: chunk c takes an extra token if there are more than this many of them.
+    order = [*range(active), *range(chunks - 1, active - 1, -1)]
     bounds, rotation, cursor = [], [], 0
     for b, (length, start) in enumerate(zip(lengths, starts, strict=True)):
         size, extra = divmod(length, chunks)
-        sizes = (size + (turn < extra) for turn in turns)
-        bounds.append(tuple(accumulate(sizes, initial=start)))
+        bounds.append(tuple(accumulate((size + (i < extra) for i in order), initial=start)))
         first = cursor
-        if held is not None:
-            fewest = min(counts[b] for counts in held)
-            first = next(r for r in range(cursor, cursor + ranks) if held[r % ranks][b] == fewest)
-        rotation.append(first % ranks)
+        if held is not None and length:
+            first = next_owner([counts[b] for counts in held], cursor)
+        rotation.append(first)
         cursor = (first + extra) % ranks
     return Layout(ranks, active, tuple(bounds), tuple(rotation))
 
@@ -228,29 +241,3 @@ def _members(ranges: Iterable[Range], dtype: torch.dtype) -> torch.Tensor:
         members = [token for start, stop in ranges for token in range(start, stop)]
         return torch.tensor(members, dtype=dtype)
     return torch.cat([torch.arange(start, stop, dtype=dtype) for start, stop in ranges])
-
-
-Held = list[list[int]]
-"""Held[r][b]: tokens of sequence b that rank r holds."""
-
-
-def owner(held: Held, sequence: int, turn: int) -> int:
-    """The rank that keeps the next token of a sequence: of those with the fewest, the next in turn
-    (paper, algorithm 4), so that ranks stay within one token of each other.
-    """
-    ranks = range(len(held))
-    return min(ranks, key=lambda r: (held[r][sequence], (r - turn - sequence) % len(held)))
-
-
-def level(counts: Sequence[int], steps: int) -> int:
-    """What the ranks that hold `counts` tokens of a sequence, and not more, will hold at most after
-    `steps` more: tokens go to the fewest, so they rise to the least level that has room for them.
-    """
-    low, high = min(counts), min(counts) + steps
-    while low < high:
-        middle = (low + high) // 2
-        if sum(max(0, middle - count) for count in counts) < steps:
-            low = middle + 1
-        else:
-            high = middle
-    return low

@@ -114,11 +114,10 @@ def _round(world: World, run: _Runs, sweep: Sweep, cached: int, keep: bool) -> N
 
 def _once(engine: Engine, variant: str, steps: int, cached: int) -> tuple[float, float]:
     """Seconds a token, of these exposed, of `steps` steps; the engine is as it was."""
-    engine.variant = variant
     batch = len(engine.tokens)
-    engine.extend([[] for _ in range(batch)], reserve=steps)  # the pending token
+    engine.extend([[] for _ in range(batch)], reserve=steps, variant=variant)  # what is pending
     exposed, began = engine.ring.exposed_s, time.perf_counter()
-    engine.decode(steps + 1, Sampling())
+    engine.decode(steps + 1, Sampling(), variant=variant)
     took = time.perf_counter() - began
     exposed = engine.ring.exposed_s - exposed
     engine.truncate([cached + 1] * batch)

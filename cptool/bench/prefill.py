@@ -16,15 +16,15 @@ import torch
 from cptool.bench.ceilings import matmul_rate
 from cptool.bench.timing import summary
 from cptool.calibration import measure as calibrate
-from cptool.calibration.rig import predicted_s, prepare, random_model, rewind, smaller_worlds
+from cptool.calibration.rig import predicted_s, prepare, random_model, smaller_worlds
 from cptool.distributed.world import World
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
+from cptool.engine.state import Mark
 from cptool.engine.world_profile import world_profile
 from cptool.model.config import LlamaConfig
 from cptool.planning.cost.counts import attention_flops, linear_flops
 from cptool.planning.strategy import AUTO, Choice
-from cptool.sharding import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class _Runs:
     ranks: int
     choices: dict[str, Choice]  # by the variant asked for
     engine: Engine | None
-    placements: tuple[Placement, ...]
+    mark: Mark | None
     seconds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     exposed: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     sent: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -93,7 +93,7 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
             world.barrier()
             ceiling.append(min(world.gather(matmul_rate(dtype, world.device.type))))
             for run in runs:
-                _round(world, run, new, context - new, keep=repeat > 0)
+                _round(world, run, new, keep=repeat > 0)
             repeat += 1
         for run in runs:
             results += _results(run, sweep, profile, new, context - new, world.tp)
@@ -112,13 +112,13 @@ def _lasted(world: World, began: float) -> float:
     return max(world.gather(time.perf_counter() - began))
 
 
-def _round(world: World, run: _Runs, new: int, cached: int, keep: bool) -> None:
+def _round(world: World, run: _Runs, new: int, *, keep: bool) -> None:
     """Each distinct choice once: what auto picks is often one of the variants asked for."""
     for key, choice in {(c.variant, c.active): c for c in run.choices.values()}.items():
         world.barrier()
         took = exposed = sent = 0.0
         if run.engine is not None:
-            took, exposed, sent = _once(run, choice, new, cached)
+            took, exposed, sent = _once(run, choice, new)
         ranks = world.gather((took, exposed, sent))
         if keep:
             took, exposed, sent = (max(values) for values in zip(*ranks, strict=True))
@@ -127,15 +127,15 @@ def _round(world: World, run: _Runs, new: int, cached: int, keep: bool) -> None:
             run.sent[key] = sent
 
 
-def _once(run: _Runs, choice: Choice, new: int, cached: int) -> tuple[float, float, int]:
+def _once(run: _Runs, choice: Choice, new: int) -> tuple[float, float, int]:
     """Seconds to the first token, of these exposed, and bytes sent."""
     engine, ring = run.engine, run.engine.ring
-    rewind(engine, cached, run.placements)
+    engine.rewind(run.mark)
     exposed, sent = ring.exposed_s, ring.sent_bytes
     # Only auto leaves ranks without new tokens.
-    engine.variant = choice.variant if choice.active == engine.world.cp else AUTO
+    variant = choice.variant if choice.active == engine.world.cp else AUTO
     began = time.perf_counter()
-    engine.extend([[1] * (new - 1)])
+    engine.extend([[1] * (new - 1)], variant=variant)
     engine.next_tokens(Sampling())
     took = time.perf_counter() - began
     return took, ring.exposed_s - exposed, ring.sent_bytes - sent

@@ -11,15 +11,15 @@ import torch
 
 from cptool.calibration.clock import Clock
 from cptool.calibration.examples import TINY
-from cptool.calibration.rig import hold, random_model, rewind
+from cptool.calibration.rig import hold, random_model
 from cptool.distributed.world import World
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
+from cptool.engine.state import Mark
 from cptool.model.llama import DecoderLayer
 from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.layer import predict
 from cptool.planning.hardware import HardwareProfile
-from cptool.sharding import Placement
 from cptool.variants import names
 
 FEW_LAYERS, MORE_LAYERS, HELD = 2, 8, 64
@@ -53,16 +53,16 @@ def with_overheads(
         works: dict[str, Callable[[], object]] = {}
         for layers in (FEW_LAYERS, MORE_LAYERS):
             config = dataclasses.replace(TINY, num_hidden_layers=layers)
-            engine = placements = None
+            engine = mark = None
             if part is not None:
                 model = random_model(config, getattr(torch, dtype), part)
                 for layer in model.layers if pause else ():
                     layer.register_forward_pre_hook(_pause)
                 engine = Engine(model, part, profile=here)
-                placements = hold(engine, HELD)
+                mark = hold(engine, HELD)
             for variant in _measured(count):
                 for new in (1, 2 * count):
-                    works[f"{variant} {new} {layers}"] = _forward(engine, placements, variant, new)
+                    works[f"{variant} {new} {layers}"] = _forward(engine, mark, variant, new)
         times = clock.all(works)
         found, started = {}, {}
         for variant in _measured(count):
@@ -112,12 +112,11 @@ def _pause(_: DecoderLayer, inputs: tuple) -> None:
 
 
 def _forward(
-    engine: Engine | None, placements: tuple[Placement, ...] | None, variant: str, new: int
+    engine: Engine | None, mark: Mark | None, variant: str, new: int
 ) -> Callable[[], object]:
     def work() -> None:
-        rewind(engine, HELD, placements)
-        engine.variant = variant
-        engine.extend([[1] * (new - 1)])
+        engine.rewind(mark)
+        engine.extend([[1] * (new - 1)], variant=variant)
         engine.next_tokens(Sampling())
 
     return work

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from cptool.distributed.world import World
 from cptool.engine.engine import Engine
+from cptool.engine.state import Mark
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
 from cptool.parallel import tensor_parallel
@@ -18,7 +19,7 @@ from cptool.planning.cost.estimate import decode_step, prefill
 from cptool.planning.cost.forward import Forward
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.strategy import AUTO, Choice, choose
-from cptool.sharding import Placement, balanced
+from cptool.sharding import balanced
 
 VOCABULARY = 1024
 
@@ -86,9 +87,9 @@ def smaller_worlds(world: World, counts: list[int]) -> dict[int, World | None]:
 
 
 @torch.inference_mode()
-def hold(engine: Engine, cached: int) -> tuple[Placement, ...]:
-    """Gives each sequence `cached` tokens of random KV, dealt to the ranks in balance, and one more
-    token whose KV is pending. Returns which rank holds what, for `rewind`."""
+def hold(engine: Engine, cached: int) -> Mark:
+    """Give each sequence `cached` tokens of random KV, dealt to the ranks in balance, and one more
+    token whose KV is pending. Return this state, for `Engine.rewind`."""
     batch, ranks = len(engine.tokens), engine.world.cp
     placements = balanced([cached] * batch, ranks).placements()
     mine = placements[engine.world.cp_rank].to(engine.world.device)
@@ -101,8 +102,8 @@ def hold(engine: Engine, cached: int) -> tuple[Placement, ...]:
             for _ in range(2)
         )
         engine.cache.store(layer, k, v)
-    engine.assume([[0] * (cached + 1) for _ in range(batch)], placements)
-    return placements
+    engine.adopt([[0] * (cached + 1) for _ in range(batch)], placements)
+    return engine.mark()
 
 
 def prepare(
@@ -116,10 +117,10 @@ def prepare(
     profile: HardwareProfile,
     batch: int = 1,
     tp: int = 1,
-) -> tuple[dict[str, Choice], Engine | None, tuple[Placement, ...]]:
+) -> tuple[dict[str, Choice], Engine | None, Mark | None]:
     """For runs of `new` tokens over `cached` ones of each sequence on `part`, a world of `ranks`:
     the choice by the variant asked for (one rank has none but auto's), an engine that holds what is
-    cached, and where. Without a part in it, the choices alone.
+    cached, and a mark of that state. Without a part in it, the choices alone.
     """
     choices = {
         variant: choose(
@@ -136,18 +137,9 @@ def prepare(
         for variant in (variants if ranks > 1 else (AUTO,))
     }
     if part is None:
-        return choices, None, ()
+        return choices, None, None
     engine = Engine(model, part, batch=batch, profile=profile)
     return choices, engine, hold(engine, cached)
-
-
-def rewind(engine: Engine, cached: int, placements: tuple[Placement, ...]) -> None:
-    """Goes back to where `hold` has left the engine: unlike `Engine.truncate`, to a pending token
-    where one token was computed since, too."""
-    batch = len(engine.tokens)
-    engine.cache.truncate([cached] * batch)
-    engine.logits.clear()
-    engine.assume([[0] * (cached + 1) for _ in range(batch)], placements)
 
 
 def predicted_s(

@@ -116,14 +116,14 @@ def chat(
         cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
     )
 
+    from cptool.engine.options import EngineOptions
     from cptool.engine.rank_server import Resident
     from cptool.engine.turn import Setup
 
     setup = Setup(
         model=str(checkpoint.path),
         dtype=manifest.dtype if manifest else resolve_dtype(dtype, checkpoint, ranks.device),
-        variant=variant,
-        partials=partials,
+        options=EngineOptions(variant=variant, partials=partials),
         session=str(directory) if manifest else None,
         resume=manifest.revision if manifest else None,
         fingerprint=checkpoint.fingerprint if manifest else None,

@@ -120,14 +120,14 @@ def decode(
     )
 
     from cptool.cli.launch import run_turn
+    from cptool.engine.options import EngineOptions
     from cptool.engine.turn import Turn
 
     turn = Turn(
         model=str(checkpoint.path),
         prompts=tuple(map(tuple, sequences)),
         dtype=manifest.dtype,
-        variant=variant,
-        partials=partials,
+        options=EngineOptions(variant=variant, partials=partials),
         session=str(session),
         resume=manifest.revision,
         fingerprint=checkpoint.fingerprint,

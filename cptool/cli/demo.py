@@ -52,14 +52,14 @@ def demo(question, cp, tp, device, variant, partials, threads, timeout):
     )
 
     from cptool.cli.launch import run_turn
+    from cptool.engine.options import EngineOptions
     from cptool.engine.turn import Turn
 
     turn = Turn(
         model=str(path),
         prompts=(tuple(prompt),),
         dtype=resolve_dtype("auto", checkpoint, many.device),
-        variant=variant,
-        partials=partials,
+        options=EngineOptions(variant=variant, partials=partials),
         max_new_tokens=ANSWER_TOKENS,
         stop_ids=checkpoint.answer_ends(prompt),
     )

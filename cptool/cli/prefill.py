@@ -116,14 +116,14 @@ def prefill(
         check_room(session, checkpoint.config, new, len(sequences), dtype)
 
     from cptool.cli.launch import run_turn
+    from cptool.engine.options import EngineOptions
     from cptool.engine.turn import Turn
 
     turn = Turn(
         model=str(checkpoint.path),
         prompts=tuple(map(tuple, sequences)),
         dtype=dtype,
-        variant=variant,
-        partials=partials,
+        options=EngineOptions(variant=variant, partials=partials),
         session=None if session is None else str(session),
         resume=manifest.revision if manifest else None,
         fingerprint=None if session is None else checkpoint.fingerprint,

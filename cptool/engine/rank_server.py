@@ -264,13 +264,14 @@ def serve(world: "World", setup: Setup, end: socket.socket) -> None:
 
 
 def _serve(world: "World", setup: Setup, connection: Connection) -> None:
+    from cptool.engine import saving
     from cptool.session import store
 
     checkpoint, engine = open_engine(world, setup)
     where, manifest = setup.session, None
     if where is not None:
         manifest = store.load(Path(where), setup.resume)
-        engine.restore(Path(where), manifest)
+        saving.restore(engine, Path(where), manifest)
     world.barrier()
 
     def reply(value: Any) -> None:
@@ -306,17 +307,12 @@ def _serve(world: "World", setup: Setup, connection: Connection) -> None:
             )[0]
             reply(Answer(ids, reused))
             continue
-        engine.tokens[0].extend(tokens[shared:])  # their KV is pending, as a last token's is
-        elsewhere, saved = request.directory != where, engine.saved
-        if elsewhere:
-            engine.saved = [0]
+        engine.append([tokens[shared:]])
+        base = manifest if request.directory == where else None
         model = store.identity(checkpoint, request.fingerprint)
         try:
-            manifest = engine.save(
-                Path(request.directory), None if elsewhere else manifest, model, request.chat
-            )
+            manifest = saving.save(engine, Path(request.directory), base, model, chat=request.chat)
         except (RunError, OSError) as error:
-            engine.saved = saved
             reply(NotSaved(explain(error)))
             continue
         where = request.directory

@@ -6,10 +6,11 @@ with up to `max_new_tokens` tokens each, and may leave a session behind.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
 from cptool.errors import RunError
 from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops, weight_bytes
@@ -24,15 +25,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """What the ranks load: a model, and the state of a session at revision `resume` if one is
-    named. `variant` and `partials` are those of `Engine`. `fingerprint` is the checkpoint's, where
+    named. `fingerprint` is the checkpoint's, where
     the process that starts the ranks has taken it, and `state` that of its files then, which the
     ranks must find as well.
     """
 
     model: str
     dtype: str
-    variant: str = "auto"
-    partials: str = "float32"
+    options: EngineOptions = field(default_factory=EngineOptions)
     session: str | None = None
     resume: int | None = None
     fingerprint: str | None = None
@@ -101,6 +101,7 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
 
     `emit(sequence, token)` is called on rank 0 for each token as it is known.
     """
+    from cptool.engine import saving
     from cptool.session import store
 
     began = time.perf_counter()
@@ -112,12 +113,12 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
         store.check_model(manifest, store.identity(checkpoint, turn.fingerprint))
         if turn.keep is not None:
             manifest = manifest.truncated(list(turn.keep))
-        engine.restore(directory, manifest, reserve=room)
+        saving.restore(engine, directory, manifest, reserve=room)
     held = list(engine.computed)
     recorder = Recorder() if turn.profile else None
     device = None
     if recorder:
-        engine.record(recorder)
+        engine.attach_recorder(recorder)
         if world.device.type == "cuda":
             from cptool.profiling.device_trace import DeviceProfiler
 
@@ -137,13 +138,14 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     )
 
     emit = emit if world.rank == 0 else None
-    answers = engine.decode(turn.max_new_tokens, turn.sampling, turn.stop_ids, emit)
+    answers = engine.decode(turn.max_new_tokens, turn.sampling, turn.stop_ids, emit=emit)
     steps = max(map(len, answers), default=0) - 1
     ended = time.perf_counter()
     if device:
         recorder.kernels = device.stop()
     if directory is not None and (any(new) or any(answers)):
-        engine.save(directory, manifest, store.identity(checkpoint, turn.fingerprint))
+        identity = store.identity(checkpoint, turn.fingerprint)
+        saving.save(engine, directory, manifest, identity)
     phases = ()
     if recorder:
         sections = [Section("prefill", loaded, answered, 1)] if any(new) else []
@@ -200,8 +202,7 @@ def open_engine(world, asked: Setup, batch: int = 1) -> "tuple[Checkpoint, Engin
         model,
         world,
         batch=batch,
-        variant=asked.variant,
-        partials=asked.partials,
+        options=asked.options,
         profile=world_profile(world),
         progress=world.report,
     )

@@ -19,6 +19,7 @@ from cptool.distributed.options import RankOptions
 from cptool.distributed.status_board import Board
 from cptool.distributed.world import World
 from cptool.engine.engine import Engine
+from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.exactness.reference import attention
@@ -150,15 +151,15 @@ def _measure(world: World, model, plan: Plan, variant: str) -> Measurement:
     runs = []
     for first_run in (True, False):
         prefill = PASS_KV.name if static else variant
-        engine = Engine(model, world, variant=prefill, static=static, progress=world.report)
+        options = EngineOptions(variant=prefill, static=static)
+        engine = Engine(model, world, options=options, progress=world.report)
         sample = _Sample(layers, positions)
         engine.extend([list(plan.turns[0])])
-        engine.observe = sample
+        engine.attach_observer(sample)
         engine.extend([list(plan.turns[1])], reserve=plan.steps)
         facts: list = [_digest(engine, sample)]
-        if static:
-            engine.variant = AUTO
-            engine.observe = sample if first_run else None  # nothing looks into a graph
+        if static and not first_run:
+            engine.attach_observer(None)  # so that steps can be replayed from a graph
         if first_run:
             logits, margins = _everywhere(world, engine), []
         if first_run or static:
@@ -168,7 +169,7 @@ def _measure(world: World, model, plan: Plan, variant: str) -> Measurement:
                     best = _everywhere(world, engine).topk(2).values
                     margins.append(float(best[0] - best[1]))
                 tokens += engine.next_tokens(Sampling())
-                engine.advance({0: tokens[-1]}, left)
+                engine.advance({0: tokens[-1]}, left, variant=AUTO if static else None)
             engine.settle()
         if static:
             facts.append(tokens)

@@ -16,7 +16,7 @@ def problems(directory: Path, manifest: Manifest) -> list[str]:
     found = []
     for segment in manifest.segments:
         try:
-            segments.check(directory, [segment])
+            segments.verify(directory, [segment])
         except Damaged as error:
             found.append(str(error))
     if not found:
@@ -58,9 +58,9 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
 
     model, batch, revision = manifest.model, len(manifest.sequences), manifest.revision + 1
     heads, rewritten = (0, model.kv_heads), []
-    cached = [sequence.cached for sequence in manifest.sequences]
+    cached = tuple(sequence.cached for sequence in manifest.sequences)
     with store.while_read(directory, manifest):
-        segments.check(directory, manifest.segments)
+        segments.verify(directory, manifest.segments)
         logits = segments.read_logits(directory, manifest)
     with ExitStack() as held:  # the lock of a living run, until it is committed
         for rank in range(manifest.cp):
@@ -80,12 +80,14 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
                 segments.write_segment(
                     directory,
                     cache,
-                    [0] * batch,
-                    revision=revision,
-                    rank=rank,
-                    kv_heads=heads,
-                    start=[0] * batch,
-                    until=cached,
+                    segments.Addition(
+                        revision=revision,
+                        rank=rank,
+                        kv_heads=heads,
+                        since=(0,) * batch,
+                        start=(0,) * batch,
+                        until=cached,
+                    ),
                     logits=logits if rank == 0 else {},
                     held=held,
                 )

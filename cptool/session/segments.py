@@ -36,68 +36,55 @@ STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I
 """Types of tensors by their names in safetensors files."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Addition:
+    """What CP rank `rank` adds to a session to make `revision`, for KV heads [kv_heads[0],
+    kv_heads[1]).
+
+    since[b]: tokens of sequence b that the rank's cache holds and other segments have already; what
+        follows them is written, at positions in [start[b], until[b]).
+    """
+
+    revision: int
+    rank: int
+    kv_heads: tuple[int, int]
+    since: tuple[int, ...]
+    start: tuple[int, ...]
+    until: tuple[int, ...]
+
+
 def write_segment(
     directory: Path,
     cache: "KVCache",
-    since: list[int],
+    addition: Addition,
     *,
-    revision: int,
-    rank: int,
-    kv_heads: tuple[int, int],
-    start: list[int],
-    until: list[int],
     logits: "dict[int, torch.Tensor]",
     held: ExitStack,
 ) -> Segment | None:
-    """Writes what `cache` holds beyond `since` tokens of each sequence, and next-token logits by
-    sequence.
+    """Write an addition out of `cache`, and next-token logits by sequence, float32 [vocabulary].
 
-    The positions written lie in [start[b], until[b]) of sequence b.
+    Return None, and write nothing, if there is nothing to write. The file is on disk when this
+    returns, but no manifest names it yet: until `held` is closed, the file has the lock by which
+    other processes know that it may still be committed.
 
-    Returns None, and writes nothing, where there is nothing to write. The file is on disk when this
-    returns, but no manifest names it yet: until `held` is closed, it has the lock by which other
-    runs tell that somebody still means to commit it.
-
-    Raises RunError where it cannot be written.
+    Raises RunError if the file cannot be written.
     """
-    import torch
-
-    from cptool.host.pinned_copies import to_host
-
-    lengths = cache.lengths
-    tokens = [length - first for length, first in zip(lengths, since, strict=True)]
+    pairs = zip(cache.lengths, addition.since, strict=True)
+    tokens = [length - first for length, first in pairs]
     if not any(tokens) and not logits:
         return None
-    small = {f"logits.{b}": row.cpu().contiguous() for b, row in sorted(logits.items())}
-    rows = zip(cache.held.sequences(), since, strict=True)
-    small["positions"] = torch.cat([p[first:] for p, first in rows]).cpu()
-    kv = (sum(tokens), *cache.shape)
-    header = _header(
-        [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()]
-        + [(f"kv.{layer}", cache.dtype, kv) for layer in range(cache.layers)]
+    # The random part keeps two processes that start from the same turn from overwriting each
+    # other's files.
+    name = (
+        f"segment-{addition.revision:05d}-{addition.rank:03d}-{addition.kv_heads[0]:03d}-"
+        f"{secrets.token_hex(4)}.safetensors"
     )
-    digest = hashlib.sha256()
-    # The random part keeps two runs that start from the same turn from writing over each other's
-    # files.
-    name = f"segment-{revision:05d}-{rank:03d}-{kv_heads[0]:03d}-{secrets.token_hex(4)}.safetensors"
-    path = directory / name
+    path, digest = directory / name, hashlib.sha256()
     try:
         file = held.enter_context(_held_file(path))
-
-        def write(data: bytes | memoryview) -> None:
+        for data in _contents(cache, addition.since, logits):
             digest.update(data)
             files.write_all(file, data)
-
-        write(header)
-        for tensor in small.values():
-            write(_bytes_of(tensor))
-        pieces = to_host(
-            cache.tokens_from(layer, b, first)
-            for layer in range(cache.layers)
-            for b, first in enumerate(since)
-        )
-        for piece in pieces:
-            write(_bytes_of(piece.contiguous()))
         os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -110,13 +97,40 @@ def write_segment(
         file=name,
         bytes=size,
         sha256=digest.hexdigest(),
-        revision=revision,
-        rank=rank,
-        kv_heads=kv_heads,
+        revision=addition.revision,
+        rank=addition.rank,
+        kv_heads=addition.kv_heads,
         tokens=tuple(tokens),
-        start=tuple(start),
-        until=tuple(until),
+        start=addition.start,
+        until=addition.until,
     )
+
+
+def _contents(
+    cache: "KVCache", since: tuple[int, ...], logits: "dict[int, torch.Tensor]"
+) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a segment with what `cache` holds beyond `since` tokens per sequence."""
+    import torch
+
+    from cptool.host.pinned_copies import to_host
+
+    rows = zip(cache.held.sequences(), since, strict=True)
+    small = {f"logits.{b}": row.cpu().contiguous() for b, row in sorted(logits.items())}
+    small["positions"] = torch.cat([p[first:] for p, first in rows]).cpu()
+    kv = (small["positions"].numel(), *cache.shape)
+    yield _header(
+        [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()]
+        + [(f"kv.{layer}", cache.dtype, kv) for layer in range(cache.layers)]
+    )
+    for tensor in small.values():
+        yield _bytes_of(tensor)
+    pieces = to_host(
+        cache.tokens_from(layer, b, first)
+        for layer in range(cache.layers)
+        for b, first in enumerate(since)
+    )
+    for piece in pieces:
+        yield _bytes_of(piece.contiguous())
 
 
 def _held_file(path: Path) -> BinaryIO:
@@ -171,7 +185,7 @@ def restore(
     """Fills an empty cache with this rank's share of the session and returns what every rank holds.
 
     KV heads [kv_heads[0], kv_heads[1]) are read, and room is kept for `reserve` more tokens of each
-    sequence. The caller has verified the segments with `check`. Damaged, before the cache is
+    sequence. The caller has called `verify` on the segments. Damaged, before the cache is
     touched, if their contents are not what the manifest says.
     """
     import torch
@@ -417,8 +431,8 @@ def _read(
     return heads[0] if len(heads) == 1 else torch.cat(heads, dim=2)
 
 
-def check(directory: Path, segments: Iterable[Segment]) -> None:
-    """Damaged if a segment's contents are not what was written. Every byte is read."""
+def verify(directory: Path, segments: Iterable[Segment]) -> None:
+    """Raise Damaged if a segment's contents are not what was written. Reads every byte."""
     for segment in segments:
         check_size(directory, segment)
         file = directory / segment.file

@@ -134,7 +134,7 @@ def exists(directory: Path) -> bool:
 
 
 def common_prefix(first: abc.Sequence[int], second: abc.Sequence[int]) -> int:
-    """The number of tokens that two sequences begin with alike."""
+    """Return the number of tokens with which both sequences begin."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 

@@ -16,8 +16,10 @@ from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.emulation.layer import Scenario
 from cptool.emulation.projection import emulate
+from cptool.engine import saving
 from cptool.engine.engine import Engine
 from cptool.engine.graphs import Recorded
+from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.host.pinned_copies import to_device, to_host
@@ -59,7 +61,7 @@ def engine_of(world, path, dtype=torch.float32, **options) -> Engine:
 
 def say_under(world, path, variant):
     assert world.device.type == DEVICE and world.staged
-    engine = engine_of(world, path, batch=len(TURNS[0]), variant=variant)
+    engine = engine_of(world, path, batch=len(TURNS[0]), options=EngineOptions(variant=variant))
     answers = []
     for turn in TURNS:
         engine.extend(turn)
@@ -89,7 +91,9 @@ def steps_in_a_graph(world, path, dtype):
     """Tokens with and without the graph; a second answer takes the same graph again."""
     said = []
     for static in (False, True):
-        engine = engine_of(world, path, getattr(torch, dtype), batch=3, static=static)
+        engine = engine_of(
+            world, path, getattr(torch, dtype), batch=3, options=EngineOptions(static=static)
+        )
         engine.extend([prompt(37), prompt(1), prompt(12)], reserve=64)
         answers = [engine.decode(20, Sampling())]
         steps = engine._steps
@@ -147,7 +151,7 @@ def save(world, path, directory):
     engine = engine_of(world, path, batch=2)
     engine.extend([prompt(21), prompt(4)])
     said = engine.decode(6, Sampling())
-    engine.save(directory, None, identity(checkpoint))
+    saving.save(engine, directory, None, identity(checkpoint))
     return said
 
 
@@ -155,7 +159,7 @@ def resume(world, path, directory):
     from cptool.session import store as session
 
     engine = engine_of(world, path, batch=2)
-    engine.restore(directory, session.load(directory))
+    saving.restore(engine, directory, session.load(directory))
     return engine.decode(6, Sampling())
 
 

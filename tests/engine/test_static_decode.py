@@ -9,12 +9,13 @@ from ranks import run_ranks
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
+from cptool.engine import saving
 from cptool.engine.engine import Engine
 from cptool.engine.graphs import Recorded
+from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.session.store import identity
-from cptool.sharding import level, owner
 
 
 def prompt(length: int, salt: int = 0) -> list[int]:
@@ -31,13 +32,14 @@ def say(world, path, static, turns, steps, stop=(), sampling=Sampling(), partial
     """Answers to each turn, positions that this rank holds of each sequence, ways of decode."""
     shared = world if world.tp > 1 else None
     model = load_model(open_checkpoint(str(path)), torch.float32, world.device, shared)
-    engine = Engine(model, world, batch=len(turns[0]), static=static, partials=partials)
+    options = EngineOptions(static=static, partials=partials)
+    engine = Engine(model, world, batch=len(turns[0]), options=options)
     answers, ways = [], []
     for turn in turns:
         engine.extend(turn)
         answers.append(engine.decode(steps, sampling, stop))
         ways.append(engine.choice.variant)
-        assert engine.cache.lengths == engine._held[world.cp_rank]
+        assert engine.cache.lengths == engine.holdings.counts[world.cp_rank]
     return answers, ways, [row.tolist() for row in engine.cache.held.sequences()], engine.computed
 
 
@@ -91,12 +93,12 @@ def saved_and_resumed(world, path, directory, static):
     """A turn, saved, and what another engine says on top of it."""
     checkpoint = open_checkpoint(str(path))
     model = load_model(checkpoint, torch.float32, world.device, world)
-    engine = Engine(model, world, static=static)
+    engine = Engine(model, world, options=EngineOptions(static=static))
     engine.extend([prompt(21)])
     said = engine.decode(6, Sampling())
-    manifest = engine.save(directory, None, identity(checkpoint))
-    resumed = Engine(model, world, static=static)
-    resumed.restore(directory, manifest)
+    manifest = saving.save(engine, directory, None, identity(checkpoint))
+    resumed = Engine(model, world, options=EngineOptions(static=static))
+    saving.restore(resumed, directory, manifest)
     return said + resumed.decode(6, Sampling())
 
 
@@ -119,22 +121,6 @@ def test_partials_in_the_working_dtype(mqa_path):
     options = {"partials": "working"}
     expected = run_ranks(2, say, mqa_path, False, TURNS[:1], 5, **options)[0]
     assert run_ranks(2, say, mqa_path, True, TURNS[:1], 5, **options)[0][0] == expected[0]
-
-
-def test_owners_keep_ranks_within_a_token():
-    held = [[5, 0], [3, 0], [4, 0]]
-    assert [owner(held, 0, turn) for turn in range(3)] == [1, 1, 1]  # the fewest, whoever's turn
-    assert sorted(owner(held, 1, turn) for turn in range(3)) == [0, 1, 2]
-
-
-@pytest.mark.parametrize("counts", [[5], [0, 0, 0], [9, 2, 4], [3, 3, 4, 100], [1, 0]])
-def test_room_is_made_for_what_comes(counts):
-    held = [[count] for count in counts]
-    for steps in range(40):
-        highest = level(counts, steps)
-        assert all(now[0] <= max(before, highest) for now, before in zip(held, counts, strict=True))
-        assert steps == 0 or any(now[0] == highest for now in held)  # and for no more
-        held[owner(held, 0, steps)][0] += 1
 
 
 def test_a_call_that_nothing_records_is_called():

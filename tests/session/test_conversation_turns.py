@@ -12,7 +12,9 @@ from test_cli import as_json
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
+from cptool.engine import saving
 from cptool.engine.engine import Engine
+from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.session import maintenance, store
@@ -90,7 +92,8 @@ def test_a_batch_of_unlike_prompts_on_3_ranks(tiny_path, token_file, tmp_path):
 def say(world, path, variant: str, turns, steps: int) -> list[list[int]]:
     """What a batch answers to each turn, greedily."""
     model = load_model(open_checkpoint(str(path)), torch.float32, world.device)
-    engine, answers = Engine(model, world, batch=len(turns[0]), variant=variant), []
+    options, answers = EngineOptions(variant=variant), []
+    engine = Engine(model, world, batch=len(turns[0]), options=options)
     for turn in turns:
         engine.extend(turn)
         answers.append(engine.decode(steps, Sampling()))
@@ -134,11 +137,11 @@ def undone_turn(world, path, directory) -> None:
     checkpoint = open_checkpoint(str(path))
     engine = Engine(load_model(checkpoint, torch.float32, world.device, world), world)
     engine.extend([prompt(9)])
-    manifest = engine.save(directory, None, identity(checkpoint))
+    manifest = saving.save(engine, directory, None, identity(checkpoint))
     engine.extend([prompt(6)])
     engine.truncate([9])
     engine.extend([prompt(4)])
-    engine.save(directory, manifest.truncated([9]), identity(checkpoint))
+    saving.save(engine, directory, manifest.truncated([9]), identity(checkpoint))
 
 
 @pytest.mark.parametrize("cp", [1, 2])
@@ -183,9 +186,9 @@ def ended_and_asked_again(world, path, directory) -> dict[str, list[list[int]]]:
     first = engine()
     first.extend([prompt(5), prompt(8)])
     said = {"free": free, "first": first.decode(6 + free[0].index(stop), Sampling(), (stop,))}
-    manifest = first.save(directory, None, identity(checkpoint))
+    manifest = saving.save(first, directory, None, identity(checkpoint))
     second = engine()
-    second.restore(directory, store.load(directory))
+    saving.restore(second, directory, store.load(directory))
     said["second"] = second.decode(2, Sampling(), (stop,))
     said["third"] = (second.extend([[7], []]), second.decode(1, Sampling()))[1]
     assert manifest.sequences[0].ended and not manifest.sequences[1].ended

@@ -74,12 +74,14 @@ def _save_turn(directory, lengths, starts, ranks, tp, previous, held):
             segment = segments.write_segment(
                 directory,
                 cache,
-                [0] * len(lengths),
-                revision=revision,
-                rank=rank,
-                kv_heads=heads,
-                start=starts,
-                until=total,
+                segments.Addition(
+                    revision=revision,
+                    rank=rank,
+                    kv_heads=heads,
+                    since=(0,) * len(lengths),
+                    start=tuple(starts),
+                    until=tuple(total),
+                ),
                 logits=logits,
                 held=held,
             )
@@ -203,12 +205,9 @@ def test_a_segment_without_a_manifest_changes_nothing(saved):
     segments.write_segment(
         directory,
         cache,
-        [0, 0],
-        revision=2,
-        rank=0,
-        kv_heads=(0, HEADS),
-        start=[40, 7],
-        until=[43, 10],
+        segments.Addition(
+            revision=2, rank=0, kv_heads=(0, HEADS), since=(0, 0), start=(40, 7), until=(43, 10)
+        ),
         logits={},
         held=ExitStack(),
     )
@@ -252,7 +251,7 @@ def test_damage_is_refused_in_one_line(saved):
     whole = file.read_bytes()
     file.write_bytes(whole[:-10] + bytes(10))
     with pytest.raises(UserError, match="does not match its checksum"):
-        segments.check(directory, manifest.segments)
+        segments.verify(directory, manifest.segments)
     file.write_bytes(whole[:-1])
     with pytest.raises(
         UserError, match=f"has {len(whole) - 1} bytes, the manifest says {len(whole)}"

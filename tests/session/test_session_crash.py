@@ -160,6 +160,7 @@ IDENTITY = ModelIdentity("model", "f" * 64, LAYERS, HEADS, 8, 31)
 
 def tree_turn(model, rank: int, store: Path, directory: Path) -> None:
     """One of two ranks that continue a session and save it, as the commands have them."""
+    from cptool.engine import saving
     from cptool.engine.engine import Engine
 
     torch.distributed.init_process_group(
@@ -171,19 +172,20 @@ def tree_turn(model, rank: int, store: Path, directory: Path) -> None:
     )
     manifest = session.load(directory)
     engine = Engine(model, world_of(rank, 2), batch=2)
-    engine.restore(directory, manifest)
+    saving.restore(engine, directory, manifest)
     engine.extend([[3, 4, 5], [6]])
-    engine.save(directory, manifest, IDENTITY)
+    saving.save(engine, directory, manifest, IDENTITY)
 
 
 def kill_the_tree_at_every_point(places: Path) -> None:
     """Two ranks and the process that started them end at once, wherever either rank is."""
+    from cptool.engine import saving
     from cptool.engine.engine import Engine
 
     model, base = tiny_llama(), places / "base"
     engine = Engine(model, world_of(0, 1), batch=2)
     engine.extend([[1, 2, 3, 4, 5, 6, 7], [8, 9]])
-    before = engine.save(base, None, IDENTITY)
+    before = saving.save(engine, base, None, IDENTITY)
     engine.extend([[3, 4, 5], [6]])
     after = [tuple(said) for said in engine.tokens]
     survived = {0: set(), 1: set()}
@@ -210,9 +212,9 @@ def kill_the_tree_at_every_point(places: Path) -> None:
             survived[victim].add(found.revision)
             # What is left carries on, with the logits that one rank has.
             engine = Engine(model, world_of(0, 1), batch=2)
-            engine.restore(directory, found)
+            saving.restore(engine, directory, found)
             engine.extend([[7], [7]])
-            engine.save(directory, found, IDENTITY)
+            saving.save(engine, directory, found, IDENTITY)
             if exitcode == 0:
                 break
             assert exitcode == -signal.SIGKILL, exitcode
@@ -276,6 +278,7 @@ def test_what_the_disk_refuses_is_one_line_and_changes_nothing(tmp_path, monkeyp
 
 def save_where_one_rank_cannot(world, directory: str, failing: str) -> list[list]:
     """What each rank is told where rank 1 cannot write, or rank 0 not commit; then all save."""
+    from cptool.engine import saving
     from cptool.engine.engine import Engine
 
     engine = Engine(tiny_llama(), world, batch=1)
@@ -290,10 +293,10 @@ def save_where_one_rank_cannot(world, directory: str, failing: str) -> list[list
         setattr(owner, name, fail)
     try:
         with pytest.raises((RunError, OSError)) as told:
-            engine.save(Path(directory), None, IDENTITY)
+            saving.save(engine, Path(directory), None, IDENTITY)
     finally:
         setattr(owner, name, original)
-    saved = engine.save(Path(directory), None, IDENTITY)
+    saved = saving.save(engine, Path(directory), None, IDENTITY)
     return world.gather([str(told.value), list(saved.sequences[0].tokens)])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_session_crash import IDENTITY, tiny_llama, world_of
 
+from cptool.engine import saving
 from cptool.engine.engine import Engine
 from cptool.session import maintenance, manifest, store
 
@@ -34,16 +35,16 @@ def test_many_turns_have_few_segments(model, tmp_path, monkeypatch, anew):
         whole.extend(new)
         if anew and saved is not None:
             engine = engine_of(model)
-            engine.restore(tmp_path, store.load(tmp_path))
+            saving.restore(engine, tmp_path, store.load(tmp_path))
         engine.extend(new)
-        saved = engine.save(tmp_path, saved, IDENTITY)
+        saved = saving.save(engine, tmp_path, saved, IDENTITY)
         written += sum(sum(s.tokens) for s in saved.segments if s.revision == saved.revision)
         assert len({s.revision for s in saved.segments}) <= 4 + 8
         assert len(list(tmp_path.iterdir())) == len(saved.segments) + 1
     assert maintenance.problems(tmp_path, store.load(tmp_path)) == []
     assert written <= 6 * sum(whole.computed)
     engine = engine_of(model)
-    engine.restore(tmp_path, store.load(tmp_path))
+    saving.restore(engine, tmp_path, store.load(tmp_path))
     assert engine.tokens == whole.tokens
     assert all(torch.equal(a, b) for a, b in zip(kv_of(engine), kv_of(whole), strict=True))
     back = maintenance.roll_back(tmp_path, saved, 25)
@@ -58,7 +59,7 @@ def test_without_room_segments_stay_many(model, tmp_path, monkeypatch):
     engine, saved = engine_of(model), None
     for turn in range(6):
         engine.extend([[turn], [turn]])
-        saved = engine.save(tmp_path, saved, IDENTITY)
+        saved = saving.save(engine, tmp_path, saved, IDENTITY)
     assert len(saved.segments) == 6
     assert maintenance.problems(tmp_path, store.load(tmp_path)) == []
 
@@ -68,7 +69,7 @@ def test_what_a_turn_rewrites(tmp_path, model):
     engine, saved = engine_of(model), None
     for count in (20, 6, 2, 1):
         engine.extend([[3] * count, []])
-        saved = engine.save(tmp_path, saved, IDENTITY)
+        saved = saving.save(engine, tmp_path, saved, IDENTITY)
     expected = [(5, 30, 29), (4, 29, 29), (4, 30, 26), (4, 32, 20), (4, 39, 20), (4, 40, 0)]
     for many, until, first in expected:
         with pytest.MonkeyPatch.context() as patch:

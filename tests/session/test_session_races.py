@@ -37,12 +37,14 @@ def began(directory, previous: Manifest | None, held: ExitStack, lengths=(3, 3))
     segment = segments.write_segment(
         directory,
         cache,
-        [0, 0],
-        revision=previous.revision + 1 if previous else 1,
-        rank=0,
-        kv_heads=(0, 4),
-        start=starts,
-        until=total,
+        segments.Addition(
+            revision=previous.revision + 1 if previous else 1,
+            rank=0,
+            kv_heads=(0, 4),
+            since=(0, 0),
+            start=tuple(starts),
+            until=tuple(total),
+        ),
         logits={},
         held=held,
     )
