@@ -54,7 +54,7 @@ def _open_file(path: Path, name: str | None = None) -> Checkpoint:
     from cptool.checkpoint.gguf.reader import open_gguf
 
     if path.suffix == ".safetensors":
-        raise UserError(f"{path}: weights alone; give the directory that holds them")
+        raise UserError(f"{path}: only weights; give the directory that holds them")
     return open_gguf(path, name)
 
 

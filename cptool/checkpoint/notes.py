@@ -29,7 +29,7 @@ class Notes:
             lines.append(f"fields that cptool does not know were ignored: {_listed(self.unknown)}")
         if self.unapplied:
             lines.append(
-                f"cptool does not sample as these fields say, and ignores them: "
+                f"sampling fields that cptool does not apply were ignored: "
                 f"{_listed(self.unapplied)}"
             )
         return tuple(lines)

@@ -72,7 +72,7 @@ def _why_missing(name: str, found: Iterable[str], count: int) -> str:
             f"{CONVERT}"
         )
     return (
-        f"the model's shape calls for {count} tensors, so fetch the checkpoint again or correct "
+        f"a model of this shape has {count} tensors, so fetch the checkpoint again or correct "
         f"its configuration"
     )
 

@@ -56,7 +56,7 @@ _TENSORS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
             r"(?:^|\.)(?:vision_tower|vision_model|multi_modal_projector|mm_projector|image_newline"
             r"|audio_tower|cross_attn)",
             "a model of images or sound with a Llama inside",
-            "use a checkpoint of the Llama alone",
+            "use a checkpoint of only the Llama",
         ),
         (
             r"\.(?:qkv_proj|gate_up_proj|W_pack|query_key_value|wqkv|Wqkv|c_attn)\.",

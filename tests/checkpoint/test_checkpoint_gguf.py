@@ -167,7 +167,7 @@ def test_ids_and_sampling_come_from_the_metadata(path):
         temperature=None, top_p=checkpoint.sampling.top_p
     )
     assert checkpoint.sampling.top_p == pytest.approx(0.9)
-    assert checkpoint.notes[0].endswith("and ignores them: general.sampling.top_k")
+    assert checkpoint.notes[0].endswith("not apply were ignored: general.sampling.top_k")
     write(path, **ends)
     checkpoint = open_checkpoint(str(path))
     assert checkpoint.name == "tiny"
@@ -282,7 +282,7 @@ def test_fingerprint_depends_on_the_bytes_and_not_on_the_place(tmp_path):
         ({"general.sampling.temp": float("inf")}, "general.sampling.temp is inf"),
         ({"general.sampling.temp": "warm"}, "general.sampling.temp is 'warm'"),
         ({"llama.embedding_length": None}, "llama.embedding_length is missing"),
-        ({"llama.attention.head_count": [8, 4]}, "head_count is [8, 4], cptool computes layers"),
+        ({"llama.attention.head_count": [8, 4]}, "is [8, 4], cptool only computes layers"),
         ({"llama.attention.head_count": 0}, "num_attention_heads is 0"),
         ({"llama.attention.head_count_kv": 3}, "multiple"),
         ({"llama.attention.layer_norm_rms_epsilon": "x"}, "it must be a number"),

@@ -499,7 +499,7 @@ def test_the_original_context_outside_goes_before_the_one_inside(saved):
     ("changes", "message"),
     [
         ({"rope_theta": 1e6}, "rope_theta is 1000000.0, and 10000.0 inside rope_parameters"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "say different things"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "disagree; remove the wrong one"),
         (rope(rope_scaling={"type": "linear", "rope_type": "llama3"}), "rope_type 'llama3' and"),
         (rope(rope_scaling={"factor": 4}), "a factor of 4.0 and no type"),
         (rope(rope_scaling={"rope_type": {}, "factor": 4}), "rope type {} is not supported"),
@@ -622,7 +622,7 @@ def test_quantised_configurations_are_named(saved):
         ("model_index.json", "{}", "diffusers"),
         ("model.onnx", "x", "an ONNX graph"),
         ("tf_model.h5", "x", "TensorFlow weights"),
-        ("tokenizer.json", "{}", "a tokenizer alone"),
+        ("tokenizer.json", "{}", "only a tokenizer"),
         ("pytorch_model.bin", "x", "weights without a config.json"),
         ("notes.txt", "x", "no config.json"),
     ],
@@ -705,9 +705,7 @@ def test_unknown_fields_that_are_set_are_named_once(saved):
     edit_json(saved / "generation_config.json", repetition_penalty=1.3, stranger="x")
     unknown, unapplied = open_checkpoint(str(saved)).notes
     assert unknown.endswith("does not know were ignored: my_setting, my_flag, stranger")
-    assert (
-        unapplied.startswith("cptool does not sample") and "them: repetition_penalty" in unapplied
-    )
+    assert unapplied.endswith("does not apply were ignored: repetition_penalty")
 
 
 def test_fields_of_real_configurations_need_no_note(saved):

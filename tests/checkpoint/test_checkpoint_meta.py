@@ -361,9 +361,9 @@ def hostile_shape(shape):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda _: pickle.dumps({"a": Evil()}, 2), "calls for __builtin__.exec"),
-        (lambda _: pickle.dumps({"a": Evil()}, 4), "calls for builtins.exec"),
-        (lambda _: b"\x80\x02cos\nsystem\n.", "calls for os.system"),
+        (lambda _: pickle.dumps({"a": Evil()}, 2), "refers to __builtin__.exec"),
+        (lambda _: pickle.dumps({"a": Evil()}, 4), "refers to builtins.exec"),
+        (lambda _: b"\x80\x02cos\nsystem\n.", "refers to os.system"),
         (lambda _: b"\x80\x02\x82\x01.", "instruction EXT1, which no tensor needs"),
         (lambda _: pickle.dumps([1]), "holds a list"),
         (lambda _: b"", "pickle exhausted"),
@@ -377,7 +377,7 @@ def hostile_shape(shape):
         (lambda _: b"\x80\x02}X\xd0\x07\x00\x00" + b"k" * 2000 + b"K\x01s.", "a key that is a str"),
         (lambda _: b"\x80\x02h\x07.", "refers to value 7"),
         (lambda _: b"\x80\x02u.", "that is not there"),
-        (lambda _: b"\x80\x02cos\x1b[31m\nsystem\n.", "calls for 'os\\x1b[31m.system'"),
+        (lambda _: b"\x80\x02cos\x1b[31m\nsystem\n.", "refers to 'os\\x1b[31m.system'"),
         (lambda _: hostile_shape([0] + [2**62] * 60_000), "a shape of 60001 dimensions"),
         (lambda _: hostile_shape([2**62, 2**62]), "elements"),
         (lambda _: hostile_shape([2**100]), "an extent that no tensor has"),

@@ -20,7 +20,7 @@ def read_config(
     name = family.weight(EMBEDDING).gguf
     embedding = tensors.get(name)
     if embedding is None:
-        what = "a vocabulary alone" if not tensors else "not a whole model"
+        what = "only a vocabulary" if not tensors else "not a whole model"
         raise UserError(
             f"{path}: tensor {name} is missing, so it is {what}; give the GGUF of the model itself"
         )

@@ -42,7 +42,7 @@ class Metadata:
             value = value[0]  # One value per layer, all the same.
         if isinstance(value, list) and value and all(type(item) is kind for item in value):
             raise UserError(
-                f"{self.path}: {key} is {shown(value)}, cptool computes layers of one shape alone; "
+                f"{self.path}: {key} is {shown(value)}, cptool only computes layers of one shape; "
                 f"use another model"
             )
         if type(value) is not kind:

@@ -113,8 +113,8 @@ def _check_layers(source: Path, fields: dict[str, Any]) -> None:
         not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
     ):
         raise UserError(
-            f"{source}: layer_types is {shown(kinds)}, cptool computes layers of full attention "
-            f"alone; use another checkpoint"
+            f"{source}: layer_types is {shown(kinds)}, cptool only computes layers of full "
+            f"attention; use another checkpoint"
         )
 
 

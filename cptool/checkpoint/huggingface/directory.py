@@ -20,8 +20,8 @@ def check_kind(path: Path) -> None:
     if adapter.is_file():
         if config.is_file():
             raise UserError(
-                f"{path}: an adapter ({adapter.name}) lies beside a model ({config.name}), and "
-                f"cptool computes no adapters; {MERGE}, or move it away to use the model alone"
+                f"{path}: an adapter ({adapter.name}) is beside a model ({config.name}), and "
+                f"cptool does not apply adapters; {MERGE}, or move it away to use only the model"
             )
         raise UserError(f"{path}: an adapter (LoRA or the like), not a model; {MERGE}")
     if not config.is_file():
@@ -36,14 +36,14 @@ def check_quantization(path: Path, fields: dict[str, Any]) -> None:
             method = details.get("quant_method", details.get("quant_library"))
             named = f" by {shown(method)}" if method is not None else ""
             raise UserError(
-                f"{path}: {key} says that the weights are quantised{named}, which cptool reads "
-                f"from GGUF files alone; {UNQUANTISED}, or remove the field if "
+                f"{path}: {key} states that the weights are quantised{named}, which cptool reads "
+                f"only from GGUF files; {UNQUANTISED}, or remove the field if "
                 f"the weights are plain"
             )
     # MLX puts it under a key of its own.
     if isinstance(fields.get("quantization"), dict):
         raise UserError(
-            f"{path}: the weights are quantised (MLX), which cptool reads from GGUF files alone; "
+            f"{path}: the weights are quantised (MLX), which cptool reads only from GGUF files; "
             f"{UNQUANTISED}"
         )
 
@@ -109,7 +109,7 @@ def _why_no_config(path: Path) -> str:
     if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         return "weights without a config.json; fetch it too"
     if any(path.glob("tokenizer*")):
-        return "a tokenizer alone, without config.json and weights; fetch them too"
+        return "only a tokenizer, without config.json and weights; fetch them too"
     if not any(path.iterdir()):
         return "an empty directory; give a Hugging Face model directory or a .gguf file"
     if nested := sorted(path.glob("*/config.json")):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cptool.checkpoint.fields import integer, mapping, number, shown
 from cptool.checkpoint.huggingface.known import ROPE
@@ -11,7 +11,8 @@ from cptool.checkpoint.notes import Notes
 from cptool.errors import UserError
 from cptool.model.config import RopeScaling
 
-_LINEAR, _LLAMA3 = "linear", "llama3"
+_LINEAR: Final = "linear"
+_LLAMA3: Final = "llama3"
 _DEFAULT_THETA = 10000.0
 
 # How long a context the author states beside `max_position_embeddings`.
@@ -43,8 +44,8 @@ def read_rope(source: Path, fields: dict[str, Any], positions: int, notes: Notes
     ]
     if len(answers) == 2 and answers[0] != answers[1]:
         raise UserError(
-            f"{source}: rope_scaling {shown(older)} and rope_parameters {shown(newer)} say "
-            f"different things; remove the wrong one"
+            f"{source}: rope_scaling {shown(older)} and rope_parameters {shown(newer)} "
+            f"disagree; remove the wrong one"
         )
     return answers[0] if answers else Rope(number(source, fields, "rope_theta", _DEFAULT_THETA))
 

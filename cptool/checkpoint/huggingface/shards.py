@@ -75,7 +75,7 @@ def _read_indexed(path: Path, index: Path, optional: str | None) -> dict[str, St
             continue  # Indexes list the head of tied models too, which is not stored.
         if name not in found:
             raise UserError(
-                f"{path / shard}: tensor {shown(name)} is not in it although the index says so; "
+                f"{path / shard}: tensor {shown(name)} is not in it although the index lists it; "
                 f"fetch the checkpoint again"
             )
         if found[name].file.name != shard:

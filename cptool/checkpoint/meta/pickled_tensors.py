@@ -183,7 +183,7 @@ def _known(module: str, name: str) -> Any:
             return function
     if module == "torch" and name.endswith("Storage") and len(name) < 40:
         return _StorageType(_ENCODINGS.get(name, name))
-    raise ValueError(f"it calls for {readable(f'{module}.{name}')}, which no tensor needs")
+    raise ValueError(f"it refers to {readable(f'{module}.{name}')}, which no tensor needs")
 
 
 def _storage(identity: tuple[Any, ...]) -> PickledStorage:
@@ -197,7 +197,7 @@ def _storage(identity: tuple[Any, ...]) -> PickledStorage:
         and type(length) is int
         and 0 <= length < 2**63
     ):
-        raise ValueError("it describes the storage of a tensor as none is")
+        raise ValueError("its description of a tensor's storage is malformed")
     return PickledStorage(kind.encoding, key, length)
 
 

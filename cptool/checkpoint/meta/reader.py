@@ -45,8 +45,8 @@ def open_meta(path: Path, name: str | None = None) -> Checkpoint:
     check_fields(source, params, PARAMS_FIELDS, notes)
     if (path / "adapter_config.json").is_file():
         raise UserError(
-            f"{path}: an adapter (adapter_config.json) lies beside a model ({_PARAMS}), and cptool "
-            f"computes no adapters; move it away to use the model alone"
+            f"{path}: an adapter (adapter_config.json) is beside a model ({_PARAMS}), and cptool "
+            f"does not apply adapters; move it away to use only the model"
         )
     heads = integer(source, params, "n_heads")
     kv_heads = integer(source, params, "n_kv_heads", heads)

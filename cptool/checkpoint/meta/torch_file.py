@@ -46,7 +46,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except Exception as error:  # Damaged archives and pickles raise anything.
         raise UserError(
             f"{path}: not a whole file of tensors as torch.save writes it ({first_line(error)}); "
-            f"fetch it again, or save its tensors alone"
+            f"fetch it again, or save only its tensors"
         ) from None
 
 
