@@ -1,27 +1,44 @@
-"""`cptool decode`: continues a session, with a next turn or without one."""
+"""`cptool decode`: continue a session, with or without a next turn."""
+
+from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cptool import units
 from cptool.cli import draw
-from cptool.cli.models import context_option, open_model, say_reading
+from cptool.cli.models import (
+    check_turn_room,
+    context_option,
+    open_model,
+    say_reading,
+    session_fields,
+)
 from cptool.cli.options import (
+    RankRequest,
+    SamplingRequest,
+    attention_options,
     check_profile,
-    check_room,
     json_option,
     moved_option,
     profile_option,
     ranks_by_default,
-    resolve_ranks,
-    run_options,
     sampling_options,
 )
 from cptool.cli.prompts import Prompts, check_context, prompt_options
+from cptool.engine.options import EngineOptions
 from cptool.errors import UserError
+from cptool.session import store as sessions
+
+if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
+    from cptool.engine.turn import Report, Turn
+    from cptool.session.manifest import Manifest
 
 DEFAULT_TOKENS = 128
 
@@ -43,134 +60,137 @@ DEFAULT_TOKENS = 128
     "the session's last, or what the launcher started",
     "the session's last, or 1 with --cp or a launcher",
 )
-@run_options
+@attention_options
 @context_option
 @json_option
 def decode(
-    session,
-    prompts,
-    prompt_files,
-    token_files,
-    synthetic,
-    parse_control_tokens,
-    count,
-    temperature,
-    top_p,
-    seed,
-    model,
-    cp,
-    tp,
-    device,
-    variant,
-    partials,
-    threads,
-    timeout,
-    context_length,
-    as_json,
-    profile,
-):
+    session: Path,
+    asked: Prompts,
+    count: int | None,
+    sampler: SamplingRequest,
+    model: str | None,
+    profile: str | None,
+    ranks: RankRequest,
+    attention: EngineOptions,
+    context_length: int | None,
+    as_json: bool,
+) -> None:
     """Append tokens to a SESSION that `cptool prefill --session` made, and save it.
 
     With prompt options, one for each sequence, their tokens are the next turn and are read first.
-    A sequence whose answer has ended says nothing until it is given more. Without --cp and --tp,
-    as many ranks as last time.
+    A sequence whose answer has ended gets no tokens until it is given a next turn. Without --cp
+    and --tp, as many ranks as last time.
     """
-    from cptool.distributed.environment import launched_size
-    from cptool.engine.sampling import Sampling
-    from cptool.session import store as sessions
+    from cptool.cli.launch import run_turn
+    from cptool.engine.turn import Turn
 
     check_profile(profile)
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     manifest = sessions.load(session)
     sessions.check_writable(session)
-    source = model or sessions.model_path(manifest)
-    checkpoint = open_model(source, context_length)
+    checkpoint = open_model(model or sessions.model_path(manifest), context_length)
+    sampling = sampler.resolve(checkpoint)
     say_reading(checkpoint)
     sessions.check_model(manifest, sessions.identity(checkpoint))
-
-    batch = len(manifest.sequences)
-    asked = Prompts(
-        prompts, prompt_files, token_files, synthetic, chat=False, parse=parse_control_tokens
+    sequences = _next_turns(asked, checkpoint, manifest)
+    turn = Turn(
+        model=str(checkpoint.path),
+        prompts=tuple(map(tuple, sequences)),
+        dtype=manifest.dtype,
+        options=attention,
+        max_new_tokens=_tokens_to_append(count, sequences, checkpoint, manifest),
+        stop_ids=checkpoint.answer_ends(*(s.tokens for s in manifest.sequences), *sequences),
+        sampling=sampling,
+        profile=profile,
+        **session_fields(session, manifest, checkpoint),
     )
+    placed = ranks.or_as_last(manifest).resolve(checkpoint.config)
+    check_turn_room(turn, checkpoint.config)
+    stream = not as_json and len(sequences) == 1 and checkpoint.tokenizer() is not None
+    report = run_turn(turn, placed, stream=stream)
+    if report is None:
+        return
+    if as_json:
+        click.echo(json.dumps(_fields(report, turn, checkpoint)))
+    else:
+        if not stream:
+            _print_answers(report, checkpoint)
+        _draw(report, turn, sampler.describe(sampling))
+
+
+def _next_turns(asked: Prompts, checkpoint: Checkpoint, manifest: Manifest) -> list[list[int]]:
+    """Return the new tokens of each sequence of the session, none without prompts."""
+    batch = len(manifest.sequences)
     sequences = asked.encode(checkpoint, begin=False)
     if sequences and len(sequences) != batch:
         raise UserError(
             f"{units.some(len(sequences), 'prompt')} for a session of "
             f"{units.some(batch, 'sequence')}; give one for each, or none"
         )
-    sequences = sequences or [[]] * batch
+    return sequences or [[] for _ in range(batch)]
+
+
+def _tokens_to_append(
+    count: int | None, sequences: list[list[int]], checkpoint: Checkpoint, manifest: Manifest
+) -> int:
+    """Return `count`, or by default what the context has room for, up to DEFAULT_TOKENS.
+
+    Raises UserError if the context has no room for the new tokens.
+    """
     held = [len(sequence.tokens) for sequence in manifest.sequences]
-    lengths = [len(tokens) for tokens in sequences]
-    room = checkpoint.config.max_position_embeddings - max(
-        h + n for h, n in zip(held, lengths, strict=True)
-    )
+    lengths = list(map(len, sequences))
     if count is None:
+        longest = max(h + n for h, n in zip(held, lengths, strict=True))
+        room = checkpoint.config.max_position_embeddings - longest
         count = max(1, min(DEFAULT_TOKENS, room))
     check_context(lengths, held, count, checkpoint.config)
-    if cp is None and launched_size() is None:
-        cp, tp = manifest.cp, manifest.tp if tp is None else tp
-    ranks = resolve_ranks(
-        cp=cp, tp=tp, device=device, threads=threads, timeout=timeout, config=checkpoint.config
-    )
-    new = sum(lengths) + batch * count
-    check_room(session, checkpoint.config, new, batch, manifest.dtype)
+    return count
 
-    stop_ids = checkpoint.answer_ends(
-        *(sequence.tokens for sequence in manifest.sequences), *sequences
-    )
 
-    from cptool.cli.launch import run_turn
-    from cptool.engine.options import EngineOptions
-    from cptool.engine.turn import Turn
-
-    turn = Turn(
-        model=str(checkpoint.path),
-        prompts=tuple(map(tuple, sequences)),
-        dtype=manifest.dtype,
-        options=EngineOptions(variant=variant, partials=partials),
-        session=str(session),
-        resume=manifest.revision,
-        fingerprint=checkpoint.fingerprint,
-        state=checkpoint.state,
-        max_new_tokens=count,
-        stop_ids=stop_ids,
-        sampling=sampling,
-        profile=profile,
-    )
+def _texts(report: Report, checkpoint: Checkpoint) -> list[str | None]:
+    """The answers as text, None without a tokenizer."""
     tokenizer = checkpoint.tokenizer()
-    stream = not as_json and batch == 1 and tokenizer is not None
-    report = run_turn(turn, ranks, stream=stream)
-    if report is None:
-        return
-    texts = [tokenizer.decode(list(ids)) if tokenizer else None for ids in report.token_ids]
-    if as_json:
-        fields = {
-            "tokens": report.tokens,
-            **report.shared_fields(),
-            "decode_variant": report.decode_variant,
-            "decode_reason": report.decode_reason,
-            "load_s": report.load_s,
-            "ttft_s": report.ttft_s,
-            "ttit_ms": report.ttit_ms,
-            "token_ids": [list(ids) for ids in report.token_ids],
-            "text": texts,
-            "stopped": [
-                "eos" if count and (not ids or ids[-1] in stop_ids) else "length"
-                for ids in report.token_ids
-            ],
-            "session": turn.session,
-            **draw.profile_fields(report),
-        }
-        click.echo(json.dumps(fields))
-        return
-    if not stream:
-        for b, (ids, text) in enumerate(zip(report.token_ids, texts, strict=True), 1):
-            click.echo(f"[{b}] {text if text is not None else ' '.join(map(str, ids))}")
+    return [tokenizer.decode(list(ids)) if tokenizer else None for ids in report.token_ids]
+
+
+def _fields(report: Report, turn: Turn, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "tokens": report.tokens,
+        **report.shared_fields(),
+        "decode_variant": report.decode_variant,
+        "decode_reason": report.decode_reason,
+        "sampling": asdict(turn.sampling),
+        "load_s": report.load_s,
+        "ttft_s": report.ttft_s,
+        "ttit_ms": report.ttit_ms,
+        "token_ids": [list(ids) for ids in report.token_ids],
+        "text": _texts(report, checkpoint),
+        "stopped": [
+            "eos" if turn.max_new_tokens and (not ids or ids[-1] in turn.stop_ids) else "length"
+            for ids in report.token_ids
+        ],
+        "session": turn.session,
+        **draw.profile_fields(report),
+    }
+
+
+def _print_answers(report: Report, checkpoint: Checkpoint) -> None:
+    """Print one line per sequence: its answer as text, or as token ids without a tokenizer."""
+    answers = zip(report.token_ids, _texts(report, checkpoint), strict=True)
+    for b, (ids, text) in enumerate(answers, 1):
+        click.echo(f"[{b}] {text if text is not None else ' '.join(map(str, ids))}")
+
+
+def _draw(report: Report, turn: Turn, sampling: str) -> None:
+    """Print a table on standard error: what was done, and how tokens were sampled."""
     for b, ids in enumerate(report.token_ids, 1):
-        if count and not ids:
-            draw.say(f"sequence {b}: its answer has ended; give it a next turn, with --prompt say")
+        if turn.max_new_tokens and not ids:
+            draw.say(f"sequence {b}: its answer has ended; give it a next turn, as with --prompt")
     rows = draw.prefill_rows(report) if report.tokens else []
-    draw.table(rows + draw.decode_rows(report), to_stderr=True)
-    draw.phases(report, profile, to_stderr=True)
+    rows += draw.decode_rows(report)
+    if turn.max_new_tokens:
+        rows.append(("sampling", sampling))
+    draw.table(rows, to_stderr=True)
+    draw.phases(report, turn.profile, to_stderr=True)
     if sys.stdout is not None:  # closed from the beginning
         sys.stdout.flush()

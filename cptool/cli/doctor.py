@@ -1,80 +1,42 @@
-"""`cptool doctor`: what was built, what the machine offers, and whether the kernels are right on
-it.
-"""
+"""`cptool doctor`: what was built, what the machine offers, and whether the kernels are right."""
+
+from __future__ import annotations
 
 import os
 import platform
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cptool.cli import draw
+from cptool.cli.draw import Rows
+
+if TYPE_CHECKING:
+    from cptool.exactness.selftest import Check
 
 
 @click.command(short_help="Show the build and the machine, and test the kernels here.")
 def doctor() -> None:
-    """Show the build and the machine, and test both ops against float64 on this machine.
+    """Show the build and the machine, and test all kernels against float64 on this machine.
 
     Exits with 1 if a kernel is wrong here; of a GPU's, it then names the fastest that is right.
     """
     import torch
 
-    import cptool
     from cptool.exactness import selftest
-    from cptool.ops.kernels import build_info, cpu_isa, cpu_linear_isa, cuda_kernels
-    from cptool.ops.linear import FEW_ROWS
+    from cptool.ops.kernels import build_info
 
-    draw.table(
-        [
-            ("cptool", f"{cptool.__version__} in {Path(cptool.__file__).parent}"),
-            (
-                "kernels",
-                f"{', '.join(build_info()['isas'])}; {_cuda()}; built with "
-                f"{build_info()['compiler']}",
-            ),
-            (
-                "in use",
-                ", ".join(
-                    f"{name}: {cpu_isa(getattr(torch, name))}"
-                    for name in ("float32", "bfloat16", "float16")
-                )
-                + (f"; GPU: {', '.join(cuda_kernels())}" if cuda_kernels() else ""),
-            ),
-            (
-                "few rows",
-                ", ".join(
-                    f"{str(dtype).removeprefix('torch.')}: {cpu_linear_isa(dtype)}"
-                    + (f" up to {most}" if most < sys.maxsize else "")
-                    for dtype, most in FEW_ROWS.items()
-                ),
-            ),
-            ("python", f"{platform.python_version()}, torch {torch.__version__}"),
-            ("machine", f"{_processor()}, {os.cpu_count()} processors, {_memory()}"),
-            (
-                "GPUs",
-                ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-                or "none",
-            ),
-        ]
-    )
-    rows, failed = [], 0
-    for check in selftest.run("cpu"):
-        failed += not check.passed
-        rows.append(_row(check, "cpu"))
+    draw.table([*_build_rows(), *_machine_rows()])
+    rows = [_row(check, "cpu") for check in selftest.run("cpu")]
     remedy = ""
     if torch.cuda.is_available() and build_info()["cuda_archs"]:
         found, best = _gpu_rows()
         rows += found
-        failed += sum(verdict == "WRONG" for verdict, _ in found)
-        if best is None:
-            remedy = "; no kernel is right on the GPU: use --device cpu"
-        elif best != cuda_kernels()[-1]:
-            remedy = (
-                f"; the fastest right one on the GPU is {best}: set CPTOOL_CUDA_KERNEL={best} to "
-                "keep to it"
-            )
+        remedy = _remedy(best)
     draw.table(rows)
+    failed = sum(verdict == _WRONG for verdict, _ in rows)
     if failed:
         draw.say(
             f"cptool doctor: {failed} of {len(rows)} checks failed; results on this machine are "
@@ -83,23 +45,78 @@ def doctor() -> None:
         sys.exit(1)
 
 
-def _row(check, device: str) -> tuple[str, str]:
+_WRONG = "WRONG"
+
+
+def _build_rows() -> Rows:
+    """What was built, and which of it this machine uses."""
+    import torch
+
+    import cptool
+    from cptool.ops.kernels import build_info, cpu_isa, cpu_linear_isa, cuda_kernels
+    from cptool.ops.linear import FEW_ROWS
+
+    built = build_info()
+    in_use = [
+        f"{name}: {cpu_isa(getattr(torch, name))}" for name in ("float32", "bfloat16", "float16")
+    ]
+    if cuda_kernels():
+        in_use.append(f"GPU: {', '.join(cuda_kernels())}")
+    few_rows = [
+        f"{str(dtype).removeprefix('torch.')}: {cpu_linear_isa(dtype)}"
+        + (f" up to {most}" if most < sys.maxsize else "")
+        for dtype, most in FEW_ROWS.items()
+    ]
+    return [
+        ("cptool", f"{cptool.__version__} in {Path(cptool.__file__).parent}"),
+        ("kernels", f"{', '.join(built['isas'])}; {_cuda()}; built with {built['compiler']}"),
+        ("in use", "; ".join([", ".join(in_use[:3]), *in_use[3:]])),
+        ("few rows", ", ".join(few_rows)),
+    ]
+
+
+def _machine_rows() -> Rows:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [
+        ("python", f"{platform.python_version()}, torch {torch.__version__}"),
+        ("machine", f"{_processor()}, {os.cpu_count()} processors, {_memory()}"),
+        ("GPUs", ", ".join(gpus) or "none"),
+    ]
+
+
+def _remedy(best: str | None) -> str:
+    """What to do about wrong kernels of the GPU, of which `best` is the fastest to use."""
+    from cptool.ops.kernels import cuda_kernels
+
+    if best is None:
+        return "; no kernel is right on the GPU: use --device cpu"
+    if best != cuda_kernels()[-1]:
+        return (
+            f"; the fastest right one on the GPU is {best}: set CPTOOL_CUDA_KERNEL={best} to "
+            "limit cptool to it"
+        )
+    return ""
+
+
+def _row(check: Check, device: str) -> tuple[str, str]:
     return (
-        "ok" if check.passed else "WRONG",
+        "ok" if check.passed else _WRONG,
         f"{check.name} on {device}: error {check.error:.2e}, allowed {check.allowed:.2e}",
     )
 
 
-def _gpu_rows() -> tuple[list[tuple[str, str]], str | None]:
-    """What each kernel of the GPU did, and the fastest to keep to: one that is right, as are all
-    slower ones, to which it leaves what it does not take.
+def _gpu_rows() -> tuple[Rows, str | None]:
+    """Check each kernel of the GPU, and return the fastest to use, None if there is none.
 
-    Each runs in a process of its own: one that breaks the device leaves the others theirs.
+    That one is right, and so are all slower ones, which do what it does not support. Each runs in a
+    process of its own, because one that breaks the device would break it for the others.
     """
     from cptool.exactness import selftest
     from cptool.ops.kernels import cuda_kernels
 
-    rows: list[tuple[str, str]] = []
+    rows: Rows = []
     best, sound = None, True
     for kernel in cuda_kernels():
         try:
@@ -107,7 +124,7 @@ def _gpu_rows() -> tuple[list[tuple[str, str]], str | None]:
             rows += [_row(check, "cuda") for check in checks]
             sound = sound and all(check.passed for check in checks)
         except RuntimeError as error:
-            rows.append(("WRONG", f"{kernel} on cuda: {error}"))
+            rows.append((_WRONG, f"{kernel} on cuda: {error}"))
             sound = False
         if sound:
             best = kernel

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from cptool.distributed.status_board import Board
     from cptool.engine.turn import Report
 
+Rows = list[tuple[str, str]]
+"""Rows of a table without a frame: a name and what it is."""
+
 # Narrower terminals wrap a table themselves: in its own columns nothing would be left to read.
 NARROWEST = 40
 
 
-def prefill_rows(report: "Report") -> list[tuple[str, str]]:
+def prefill_rows(report: "Report") -> Rows:
     """What a prefill did, chose and reached."""
     rows = [
         (
@@ -44,7 +47,7 @@ def prefill_rows(report: "Report") -> list[tuple[str, str]]:
     return rows
 
 
-def decode_rows(report: "Report") -> list[tuple[str, str]]:
+def decode_rows(report: "Report") -> Rows:
     """What a decode did and reached; nothing where no further token was computed."""
     if report.ttit_ms is None:
         return []
@@ -59,7 +62,7 @@ def decode_rows(report: "Report") -> list[tuple[str, str]]:
     ]
 
 
-def table(rows: list[tuple[str, str]], *, to_stderr: bool = False) -> None:
+def table(rows: Rows, *, to_stderr: bool = False) -> None:
     """Two columns, no frame: wrapped at a terminal's width, else one line a row."""
     stream = sys.stderr if to_stderr else sys.stdout
     if stream is None or not stream.isatty():

@@ -1,6 +1,4 @@
-"""The `cptool` command: finds the subcommand, and turns what goes wrong into one line and an exit
-code.
-"""
+"""The `cptool` command: find the subcommand, and turn an error into one line and an exit code."""
 
 import importlib
 import os
@@ -21,25 +19,26 @@ from cptool.errors import UserError, as_options, explain, show_traceback
 # set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-COMMANDS = (
-    "prefill",
-    "decode",
-    "chat",
-    "session",
-    "verify",
-    "plan",
-    "bench",
-    "pull",
-    "demo",
-    "doctor",
-)
+COMMANDS = {
+    "prefill": "prefill",
+    "decode": "decode",
+    "chat": "chat.command",
+    "session": "session",
+    "verify": "verify",
+    "plan": "plan.command",
+    "bench": "bench.group",
+    "pull": "pull",
+    "demo": "demo",
+    "doctor": "doctor",
+}
+"""Subcommands, in the order of the help, and their modules in `cptool.cli`."""
 
 # From click 8.2 on; before, click shows the help by itself.
 _NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 class Commands(click.Group):
-    """Subcommands imported when they are asked for; mistakes told in one line.
+    """Subcommands that are imported on demand; mistakes are reported in one line.
 
     Exit codes: 0 done, 1 a failure while running, 2 the user's mistake, 130 interrupted.
     """
@@ -50,8 +49,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = "bench.group" if name == "bench" else name
-        return getattr(importlib.import_module(f"cptool.cli.{module}"), name)
+        return getattr(importlib.import_module(f"cptool.cli.{COMMANDS[name]}"), name)
 
     # click takes an end of file for a Ctrl-C, and any broken pipe for one of the output.
 

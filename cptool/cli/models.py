@@ -1,23 +1,28 @@
-"""Opening the model that a command names, and what the user is told about it."""
+"""The model and the session that a command names."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cptool import units
 from cptool.cli import draw
+from cptool.cli.options import check_room
 from cptool.cli.types import TokenCount
-from cptool.errors import UserError
+from cptool.errors import OptionError, UserError
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
+    from cptool.engine.turn import Turn
+    from cptool.model.config import LlamaConfig
+    from cptool.session.manifest import Manifest
 
 # Positions are 32-bit integers.
 _MOST_POSITIONS = 2**31 - 1
 
 _LARGE = 1 << 30
-"""Bytes whose reading the user is told of."""
+"""Bytes whose reading takes long enough to be announced."""
 
 context_option = click.option(
     "--context-length",
@@ -30,15 +35,15 @@ context_option = click.option(
 def open_model(model: str, context_length: int | None = None) -> "Checkpoint":
     """Open a checkpoint, with `context_length` in place of its own context if that is given.
 
-    Shows the checkpoint's notes on standard error, once for all ranks of a launcher, unless its
+    Prints the checkpoint's notes on standard error, once for all ranks of a launcher, unless its
     tokenizer is refused: the refusal, if it follows, is then the only line.
     """
     from cptool.checkpoint import open_checkpoint
     from cptool.distributed.environment import launched
 
     if context_length is not None and context_length > _MOST_POSITIONS:
-        raise UserError(
-            f"--context-length {context_length}: positions go up to {_MOST_POSITIONS}; give less"
+        raise OptionError(
+            "context_length", context_length, f"positions go up to {_MOST_POSITIONS}", "give less"
         )
     checkpoint = open_checkpoint(model)
     if context_length is not None:
@@ -60,7 +65,7 @@ def _has_sound_tokenizer(checkpoint: "Checkpoint") -> bool:
 
 
 def say_reading(checkpoint: "Checkpoint") -> None:
-    """Says that the fingerprint is about to be taken, where that takes a while."""
+    """Announce that all of the checkpoint is read for its fingerprint, if that takes long."""
     from cptool.checkpoint.fingerprint import bytes_to_read
     from cptool.distributed.environment import launched
 
@@ -69,4 +74,28 @@ def say_reading(checkpoint: "Checkpoint") -> None:
         return
     size = bytes_to_read(checkpoint, checkpoint.state)
     if size >= _LARGE:
-        draw.say(f"reading all {units.size(size)} of {checkpoint.name} once, to know it again")
+        draw.say(f"reading all {units.size(size)} of {checkpoint.name} once, to recognise it later")
+
+
+def session_fields(
+    directory: Path | None, manifest: "Manifest | None", checkpoint: "Checkpoint"
+) -> dict[str, Any]:
+    """Return the fields of a `Setup` that name the session and guard it; none without a
+    directory.
+    """
+    if directory is None:
+        return {}
+    return {
+        "session": str(directory),
+        "resume": manifest.revision if manifest else None,
+        "fingerprint": checkpoint.fingerprint,
+        "state": checkpoint.state,
+    }
+
+
+def check_turn_room(turn: "Turn", config: "LlamaConfig") -> None:
+    """Raise UserError for a disk without room for what the turn adds to its session."""
+    batch = len(turn.prompts)
+    tokens = sum(map(len, turn.prompts)) + batch * turn.max_new_tokens
+    if turn.session is not None:
+        check_room(Path(turn.session), config, tokens=tokens, batch=batch, dtype=turn.dtype)

@@ -1,4 +1,4 @@
-"""Line plots to a file. matplotlib is optional, and imported when a plot is asked for."""
+"""Line plots to a file, by matplotlib, which is optional and imported on demand."""
 
 from __future__ import annotations
 
@@ -7,34 +7,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cptool.errors import UserError
+from cptool.errors import OptionError, UserError
 
 FORMATS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
 class Line:
-    """`low` and `high` bound a band around `y`; dashed is for what was predicted."""
+    """A line of a plot.
+
+    band: lower and upper bounds of an area around `y`. dashed: for predictions.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     dashed: bool = False
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
+    band: tuple[Sequence[float], Sequence[float]] | None = None
 
 
 def check(path: Path | None) -> None:
-    """Raises UserError if `path` could not be drawn to; before the work that it would show."""
+    """Raise UserError if `path` could not be drawn to, before the work that it would show."""
     if path is None:
         return
     if path.suffix not in FORMATS:
-        raise UserError(f"--plot {path}: it must end in {', '.join(FORMATS)}")
+        raise OptionError("plot", path, f"it must end in {', '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--plot {path}: {path.parent} is no directory; make it first")
+        raise OptionError("plot", path, f"{path.parent} is not a directory", "create it first")
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(
-            "--plot: matplotlib is not installed; install it with pip install 'cptool[plot]'"
+            "`plot`: matplotlib is not installed; install it with pip install 'cptool[plot]'"
         )
 
 
@@ -48,9 +50,9 @@ def draw(
     logarithmic: str = "",
     ticks: Sequence[float] | None = None,
 ) -> None:
-    """Writes the lines to `path`.
+    """Write the lines to `path`.
 
-    logarithmic: "x", "y", "xy" or "", the axes drawn so. ticks: of the x axis, labelled in full.
+    logarithmic: the axes that are, "x", "y", "xy" or "". ticks: of the x axis, labelled in full.
     A dashed line takes the colour of the line before it; equal labels are shown once.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -60,7 +62,8 @@ def draw(
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    colour, named = None, set()
+    colour: str | None = None
+    named: set[str] = set()
     for line in lines:
         label = f"_{line.label}" if line.label in named else line.label
         named.add(line.label)
@@ -69,8 +72,8 @@ def draw(
             continue
         (drawn,) = axes.plot(line.x, line.y, "o-", markersize=4, label=label)
         colour = drawn.get_color()
-        if line.low is not None and line.high is not None:
-            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+        if line.band is not None:
+            axes.fill_between(line.x, *line.band, color=colour, alpha=0.15, linewidth=0)
     if "x" in logarithmic:
         axes.set_xscale("log", base=2)
     if "y" in logarithmic:

@@ -1,17 +1,21 @@
-"""`cptool verify`: holds every variant and number of ranks against one rank and against float64, on
-the user's machine.
+"""`cptool verify`: compare every variant and number of ranks with one rank and with float64, on the
+user's machine.
 """
+
+from __future__ import annotations
 
 import json
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cptool.cli import draw
 from cptool.cli.models import context_option, open_model
 from cptool.cli.options import (
+    RankRequest,
+    as_object,
     device_option,
     dtype_option,
     json_option,
@@ -20,10 +24,11 @@ from cptool.cli.options import (
     timeout_option,
 )
 from cptool.cli.prompts import Prompts, check_context, prompt_options
-from cptool.errors import UserError
+from cptool.errors import OptionError, UserError
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
+    from cptool.exactness.verify import Plan, Verdict
 
 TOKENS = 768
 STEPS = 8
@@ -38,27 +43,19 @@ STEPS = 8
     metavar="N",
     help="Up to this many ranks.  [default: 4, or the GPUs]",
 )
-@device_option
-@threads_option
-@timeout_option
+@as_object("ranks", RankRequest, (device_option, threads_option, timeout_option))
 @context_option
 @dtype_option
 @json_option
 def verify(
-    model,
-    prompts,
-    prompt_files,
-    token_files,
-    synthetic,
-    parse_control_tokens,
-    max_cp,
-    device,
-    threads,
-    timeout,
-    context_length,
-    dtype,
-    as_json,
-):
+    model: str,
+    asked: Prompts,
+    max_cp: int | None,
+    ranks: RankRequest,
+    context_length: int | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
     """Check that results are exact with your MODEL on your devices.
 
     Runs every variant on 1 to N ranks over one prompt (by default, 768 synthetic tokens, or what
@@ -72,23 +69,9 @@ def verify(
     if launched_size() is not None:
         raise UserError("cptool verify starts its own ranks; run it without a launcher")
     checkpoint = open_model(model, context_length)
-    asked = Prompts(prompts, prompt_files, token_files, synthetic, chat=False)
-    if not asked:
-        asked = replace(asked, synthetic=(_default_length(checkpoint),))
-    sequences = asked.encode(checkpoint, begin=True)
-    if len(sequences) != 1 or len(sequences[0]) < 2:
-        raise UserError("cptool verify takes one prompt of at least 2 tokens")
-    tokens = sequences[0]
-    check_context([len(tokens)], [0], STEPS, checkpoint.config)
-    device = devices.resolve_device(device)
-    if max_cp is None:
-        import torch
-
-        max_cp = torch.cuda.device_count() if device == "cuda" else 4
-        if max_cp < 2:
-            raise UserError(
-                "--device cuda: one GPU leaves nothing to compare; add --device cpu to verify here"
-            )
+    tokens = _prompt(asked, checkpoint)
+    device = devices.resolve_device(ranks.device)
+    most = max_cp or _most_ranks(device)
 
     from cptool.exactness import verify as verifier
 
@@ -99,49 +82,44 @@ def verify(
         turns=(tuple(tokens[:half]), tuple(tokens[half:])),
         steps=STEPS,
     )
-    verdicts = []
-    ranks = RankOptions(device=device, threads=threads, timeout=timeout)
+    each = RankOptions(device=device, threads=ranks.threads, timeout=ranks.timeout)
     with draw.progress() as watch:
-        verdicts += verifier.verify(plan, list(range(2, max_cp + 1)), ranks, watch)
-    passed = all(verdict.passed for verdict in verdicts)
+        verdicts = list(verifier.verify(plan, list(range(2, most + 1)), each, watch))
     if as_json:
-        fields = {
-            "model": plan.model,
-            "dtype": plan.dtype,
-            "tokens": [half, len(tokens) - half, STEPS],
-            "passed": passed,
-            "runs": [
-                {
-                    "variant": v.measurement.variant,
-                    "cp": v.measurement.ranks,
-                    "error": v.measurement.error,
-                    "one_call_error": v.measurement.one_call_error,
-                    "allowed": v.measurement.allowed,
-                    "tokens": v.tokens,
-                    "repeated": v.measurement.repeated,
-                    "passed": v.passed,
-                }
-                for v in verdicts
-            ],
-        }
-        click.echo(json.dumps(fields))
+        click.echo(json.dumps(_fields(plan, verdicts)))
     else:
         _draw(verdicts)
-        count = sum(not verdict.passed for verdict in verdicts)
-        said = (
-            "exact: all within the bound, same tokens"
-            if passed
-            else f"NOT exact: {count} of {len(verdicts)} runs failed"
-        )
-        click.echo(
-            f"{checkpoint.path}, {plan.dtype}, {half} + {len(tokens) - half} tokens and {STEPS} "
-            f"steps on {device}: {said}"
-        )
-    sys.exit(0 if passed else 1)
+        click.echo(_summary(plan, verdicts, device))
+    sys.exit(0 if all(verdict.passed for verdict in verdicts) else 1)
 
 
-def _default_length(checkpoint: "Checkpoint") -> int:
-    """Tokens of the prompt where none was given: TOKENS, or what the context has room for."""
+def _prompt(asked: Prompts, checkpoint: Checkpoint) -> list[int]:
+    """Return the tokens of the one prompt; UserError for several, or one without room for STEPS."""
+    if not asked:
+        asked = replace(asked, synthetic=(_default_length(checkpoint),))
+    sequences = asked.encode(checkpoint, begin=True)
+    if len(sequences) != 1 or len(sequences[0]) < 2:
+        raise UserError("cptool verify takes one prompt of at least 2 tokens")
+    check_context([len(sequences[0])], [0], STEPS, checkpoint.config)
+    return sequences[0]
+
+
+def _most_ranks(device: str) -> int:
+    """Return up to how many ranks are compared by default: 4, or the number of GPUs."""
+    if device != "cuda":
+        return 4
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus < 2:
+        raise OptionError(
+            "device", device, "one GPU leaves nothing to compare", "add `device` cpu to verify here"
+        )
+    return gpus
+
+
+def _default_length(checkpoint: Checkpoint) -> int:
+    """Return the length of the synthetic prompt: TOKENS, or what the context has room for."""
     limit = checkpoint.config.max_position_embeddings
     if limit < STEPS + 2:
         raise UserError(
@@ -152,7 +130,45 @@ def _default_length(checkpoint: "Checkpoint") -> int:
     return min(TOKENS, limit - STEPS)
 
 
-def _draw(verdicts) -> None:
+def _fields(plan: Plan, verdicts: list[Verdict]) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "model": plan.model,
+        "dtype": plan.dtype,
+        "tokens": [*map(len, plan.turns), plan.steps],
+        "passed": all(verdict.passed for verdict in verdicts),
+        "runs": [
+            {
+                "variant": v.measurement.variant,
+                "cp": v.measurement.ranks,
+                "error": v.measurement.error,
+                "one_call_error": v.measurement.one_call_error,
+                "allowed": v.measurement.allowed,
+                "tokens": v.tokens,
+                "repeated": v.measurement.repeated,
+                "passed": v.passed,
+            }
+            for v in verdicts
+        ],
+    }
+
+
+def _summary(plan: Plan, verdicts: list[Verdict], device: str) -> str:
+    """One line: what was run, and whether it is exact."""
+    failed = sum(not verdict.passed for verdict in verdicts)
+    said = (
+        f"NOT exact: {failed} of {len(verdicts)} runs failed"
+        if failed
+        else "exact: all within the bound, same tokens"
+    )
+    first, second = map(len, plan.turns)
+    return (
+        f"{plan.model}, {plan.dtype}, {first} + {second} tokens and {plan.steps} steps on "
+        f"{device}: {said}"
+    )
+
+
+def _draw(verdicts: list[Verdict]) -> None:
     from rich.console import Console
     from rich.table import Table
 

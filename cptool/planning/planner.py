@@ -28,8 +28,9 @@ class Workload:
 
     published: as the paper's system works, which pads the queries of a decode step to a multiple of
     N, sends partials in 16 bits, and knows pass-KV and, with one exchange at its end, pass-Q.
-    graphs: replay a decode step as one CUDA graph where the device has them. The rest as in
-    `cptool.planning.cost.forward.Forward`.
+    graphs: replay a decode step as one CUDA graph where the device has them.
+    rule: how "auto" chooses a variant, see `cptool.planning.strategy.choose`.
+    The rest as in `cptool.planning.cost.forward.Forward`.
     """
 
     config: LlamaConfig
@@ -41,6 +42,7 @@ class Workload:
     feed_forward: str | None = None
     published: bool = False
     graphs: bool = True
+    rule: str = "predicted"
 
     @property
     def new(self) -> int:
@@ -240,6 +242,7 @@ def _choose(variant, new, cached, work, cp, tp, profile) -> Choice:
         profile=profile,
         batch=work.batch,
         tp=tp,
+        rule=work.rule,
     )
 
 

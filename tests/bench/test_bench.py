@@ -249,7 +249,7 @@ MISTAKES = {
     "miss rate": (["prefill", "llama3-1b", "--miss-rate", "0"], "0"),
     "tp": (["decode", "llama3-1b", "--tp", "3"], "do not divide into 3 equal parts"),
     "plot's ending": (["merge", "--plot", "a.txt"], "--plot a.txt: it must end in .png"),
-    "plot's folder": (["merge", "--plot", "/nowhere/a.png"], "/nowhere is no directory"),
+    "plot's folder": (["merge", "--plot", "/nowhere/a.png"], "/nowhere is not a directory"),
 }
 
 

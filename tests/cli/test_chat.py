@@ -218,7 +218,7 @@ def test_undo_forgets_and_a_mistake_changes_nothing(
     for told in (
         "no question to take back",
         "name a directory",
-        "/nonsense is no command",
+        "/nonsense is not a command",
         "the context is full",
     ):
         assert told in result.stderr
@@ -276,7 +276,7 @@ def test_ranks_refuse_a_session_that_changed_while_they_started(smollm2_path, tm
 
 def test_mistakes_are_told_before_any_rank_starts(smollm2_path, mqa_path, monkeypatch):
     assert "has no tokenizer" in chat(mqa_path, say=[], code=2).stderr
-    assert "is no session" in chat(smollm2_path, "--model", smollm2_path, say=[], code=2).stderr
+    assert "is not a session" in chat(smollm2_path, "--model", smollm2_path, say=[], code=2).stderr
     for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
     error = chat(smollm2_path, say=[], code=2).stderr

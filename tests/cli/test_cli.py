@@ -23,8 +23,8 @@ from cptool.checkpoint import open_checkpoint
 from cptool.cli import draw
 from cptool.cli.launch import Output
 from cptool.cli.main import main
-from cptool.distributed import launch
-from cptool.planning import hardware
+from cptool.distributed import devices, launch
+from cptool.engine import world_profile
 from cptool.planning.profiles import default_profile
 from cptool.session import store
 
@@ -76,10 +76,10 @@ def test_partials_travel_in_the_working_dtype_on_request(mqa_path, token_file):
 
 def test_a_rate_beyond_the_hardware_is_told(mqa_path, token_file, monkeypatch):
     slow = replace(default_profile("cpu"), peak_flops={"float32": 1.0})
-    monkeypatch.setattr(hardware, "world_profile", lambda world: slow)
+    monkeypatch.setattr(world_profile, "world_profile", lambda world: slow)
     asked = ("prefill", mqa_path, "--token-ids", token_file(MQA_IDS))
     assert "is more than this hardware can do" in cptool(*asked).stderr
-    monkeypatch.setattr(hardware, "world_profile", lambda world: default_profile("cpu"))
+    monkeypatch.setattr(world_profile, "world_profile", lambda world: default_profile("cpu"))
     assert "hardware can do" not in cptool(*asked).stderr
 
 
@@ -435,7 +435,7 @@ def test_a_mistake_is_one_line_and_code_2(
     name, mqa_path, smollm2_path, broken, tmp_path, monkeypatch
 ):
     if name == "no GPU":
-        monkeypatch.setattr(launch, "_gpus", lambda: 0)
+        monkeypatch.setattr(devices, "_gpus", lambda: 0)
     # Every mistake here can be known before a rank is started.
     monkeypatch.setattr(launch, "run", lambda *a, **k: pytest.fail("a rank was started"))
     given, expected = MISTAKES[name]

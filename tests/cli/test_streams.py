@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from cptool.cli import terminal
+from cptool.cli.chat.lines import lines
 from cptool.session import store
 
 CPTOOL = [sys.executable, "-m", "cptool"]
@@ -180,4 +180,4 @@ entry.main()
 def test_a_byte_order_mark_before_the_first_line_is_none_of_it(monkeypatch):
     given = io.TextIOWrapper(io.BytesIO(codecs.BOM_UTF8 + b"hi\r\n" + codecs.BOM_UTF8 + b"you"))
     monkeypatch.setattr(sys, "stdin", given)
-    assert list(terminal.lines()) == ["hi", "\ufeffyou"]
+    assert list(lines()) == ["hi", "\ufeffyou"]

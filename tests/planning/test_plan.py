@@ -160,7 +160,7 @@ def test_what_a_plan_says_can_be_run():
         (("llama3-8b", "--context", "8K", "--sweep", "ranks", "--cp", "2"), "--cp: --sweep ranks"),
         (
             ("llama3-8b", "--context", "8K", "--sweep", "ranks", "--ttft-below", "1s"),
-            "--ttft-below: --sweep ranks has no use for it",
+            "--ttft-below: --sweep ranks does not use it",
         ),
         (("llama3-405c", "--context", "8K"), "no such model"),
         (("llama3-8b", "--context", "8K", "--hardware", "h1000"), "name one of"),
@@ -191,6 +191,28 @@ def test_sweeps_give_tables(sweep):
     assert said["sweep"] == sweep and len(said["x"]) >= 3
     assert all(len(times) == len(said["x"]) for times in said["ttft_s"].values())
     assert "CP" in run(*PAPER, "--context", "32K", "--tp", 8, "--max-gpus", 32, "--sweep", sweep)
+
+
+@pytest.mark.parametrize("cached, travels", [("0", "pass-kv"), ("127500", "pass-q")])
+@pytest.mark.parametrize("rule", ["algorithm1", "algorithm5"])
+def test_a_rule_of_the_paper_chooses(rule, cached, travels):
+    """Keys and values travel where all tokens are new, queries where few are."""
+    asked = (*PAPER, "--cp", 4, "--tp", 8, "--context", "128K", "--cached", cached)
+    said = ask(*asked, "--rule", rule)
+    assert (said["rule"], said["variant"]) == (rule, travels)
+    assert said["reason"].startswith(f"algorithm {rule[-1]}, miss rate")
+
+
+def test_the_fitted_rule_needs_its_coefficients(tmp_path):
+    asked = (*PAPER[:1], "--cp", 2, "--tp", 8, "--context", "64K", "--rule", "fitted")
+    told = run(*asked, "--hardware", "gtt-h100", code=2)
+    assert told.startswith("cptool: --rule fitted: gtt-h100 has no coefficients of it; measure")
+    own = tmp_path / "own.json"
+    for constant, variant in ((1.0, "pass-kv"), (-1.0, "pass-q")):
+        fitted = dataclasses.replace(GTT, rule=(0.0, 0.0, constant))
+        own.write_text(json.dumps(dataclasses.asdict(fitted)))
+        said = ask(*asked, "--hardware", own)
+        assert said["variant"] == variant and said["reason"].startswith("fitted rule, miss rate")
 
 
 def test_a_sweep_is_drawn(tmp_path):

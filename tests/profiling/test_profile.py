@@ -186,4 +186,4 @@ def test_the_table_is_drawn(mqa_path, tmp_path):
 
 def test_a_trace_that_could_not_be_written(mqa_path):
     told = cptool("prefill", mqa_path, "--synthetic", 4, "--profile", "/nowhere/t", code=2).stderr
-    assert told == "cptool: --profile /nowhere/t: /nowhere is no directory; make it first\n"
+    assert told == "cptool: --profile /nowhere/t: /nowhere is not a directory; create it first\n"

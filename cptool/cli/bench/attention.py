@@ -1,10 +1,25 @@
 """`cptool bench attention`: one call of attention against torch and the device."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import click
 
-from cptool.cli.bench.kernel import collect, kernel_options, one_device
-from cptool.cli.bench.options import emit, grouped, measure_options, percent, spread
+from cptool.cli import plot as plots
+from cptool.cli.bench.kernel import KernelOptions, collect, kernel_options
+from cptool.cli.bench.options import (
+    MeasureOptions,
+    emit,
+    grouped,
+    measure_options,
+    percent,
+    spread,
+)
 from cptool.cli.types import Heads, TokenCount
+from cptool.distributed.options import check_threads
+from cptool.errors import OptionError
 
 
 @click.command(short_help="Attention of new tokens over cached ones, on one device.")
@@ -33,60 +48,70 @@ from cptool.cli.types import Heads, TokenCount
 )
 @kernel_options
 @measure_options
-def attention(tokens, cached, heads, head_dim, dtypes, device, threads, repeats, plot, as_json):
+def attention(
+    tokens: tuple[int, ...],
+    cached: tuple[int, ...],
+    heads: tuple[tuple[int, int], ...],
+    kernel: KernelOptions,
+    measuring: MeasureOptions,
+) -> None:
     """Attention of T new tokens over P cached ones and themselves, on one device.
 
     The ceiling is the time of its operations at the rate of a large matrix product, or that of
     reading keys and values, whichever is longer; both are measured in the same rounds. Options
     repeat for every combination.
     """
-    from cptool.cli import plot as plots
-    from cptool.errors import UserError
-
-    plots.check(plot)
-    for dim in head_dim:
+    measuring.check()
+    for dim in kernel.head_dim:
         if dim % 8:
-            raise UserError(f"--head-dim {dim}: it must be a multiple of 8, up to 256")
-    device = one_device(device, threads)
+            raise OptionError("head_dim", dim, "it must be a multiple of 8, up to 256")
+    check_threads(measuring.threads)
 
     import torch
 
     from cptool.bench.attention import Shape, measure
 
     shapes = [
-        Shape(t, p, *h, d, getattr(torch, dtype))
-        for d in head_dim
-        for h in heads
-        for dtype in dtypes
+        Shape(
+            tokens=t,
+            cached=p,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=d,
+            dtype=getattr(torch, dtype),
+        )
+        for d in kernel.head_dim
+        for q_heads, kv_heads in heads
+        for dtype in kernel.dtypes
         for t in tokens
         for p in cached or ((32767,) if t == 1 else (0,))
     ]
-    fields = collect("attention", measure, shapes, device, repeats)
-    emit(
-        fields,
-        as_json=as_json,
-        columns=(
-            "dtype",
-            "heads",
-            "D",
-            "tokens",
-            "ms (least to most)",
-            "TFLOP/s",
-            "GB/s of KV",
-            "of ceiling",
-            "times torch",
-            "error",
-            "torch's",
-        ),
-        row=_row,
-        caption="Of ceiling: of the matrix product's rate, or of memory's (m). Errors: the largest "
-        "against float64.",
-    )
-    if plot:
-        _draw(plots, plot, fields["results"])
+    fields = collect("attention", measure, shapes, measuring)
+    emit(fields, as_json=measuring.as_json, columns=_COLUMNS, row=_row, caption=_CAPTION)
+    if measuring.plot:
+        _draw(measuring.plot, fields["results"])
 
 
-def _row(r) -> list[str]:
+_COLUMNS = (
+    "dtype",
+    "heads",
+    "D",
+    "tokens",
+    "ms (least to most)",
+    "TFLOP/s",
+    "GB/s of KV",
+    "of ceiling",
+    "times torch",
+    "error",
+    "torch's",
+)
+_CAPTION = (
+    "Of ceiling: of the matrix product's rate, or of memory's (m). Errors: the largest against "
+    "float64."
+)
+
+
+def _row(r: dict[str, Any]) -> list[str]:
     ratio, error = r["torch_over_ours"], r["torch_error"]
     return [
         r["dtype"],
@@ -103,7 +128,7 @@ def _row(r) -> list[str]:
     ]
 
 
-def _draw(plots, path, results) -> None:
+def _draw(path: Path, results: list[dict[str, Any]]) -> None:
     kinds = grouped(
         results, lambda r: f"{r['dtype']}, {r['q_heads']}/{r['kv_heads']} heads of {r['head_dim']}"
     )

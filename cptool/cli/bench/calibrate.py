@@ -1,7 +1,10 @@
-"""`cptool bench calibrate`: measures the profile that `auto` goes by."""
+"""`cptool bench calibrate`: measure the hardware profile that `auto` uses."""
+
+from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,6 +12,10 @@ from cptool import units
 from cptool.cli import draw
 from cptool.cli.options import DTYPES, json_option
 from cptool.units import duration
+
+if TYPE_CHECKING:
+    from cptool.distributed.world import World
+    from cptool.planning.hardware import HardwareProfile
 
 
 @click.command(short_help="Measure compute and links of this machine, for `auto`.")
@@ -18,7 +25,7 @@ from cptool.units import duration
     metavar="N",
     help="Ranks.  [default: 2, and on a CPU 4 as well]",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads a rank.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads per rank.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option(
     "--dtype",
@@ -27,7 +34,7 @@ from cptool.units import duration
     help="Measure this one.  [default: auto, bfloat16 and float32]",
 )
 @json_option
-def calibrate(cp, threads, device, dtype, as_json) -> None:
+def calibrate(cp: int | None, threads: int | None, device: str, dtype: str, as_json: bool) -> None:
     """Measure compute and links of this machine for the choice of variants, and keep the result.
 
     Under a launcher, as many ranks as it started. The profile stays in the user's cache
@@ -39,7 +46,7 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     from cptool.planning.profiles import check_place
 
     launched = launched_size()
-    # What ranks lose that take turns is measured apart: those that need not are bound to cores.
+    # What ranks lose by sharing cores is measured separately: others are bound to their own.
     more = cp is None and launched is None and devices.resolve_device(device, 2) == "cpu"
     cp = cp or launched or 2
     check_size(cp, 1)
@@ -59,8 +66,10 @@ def calibrate(cp, threads, device, dtype, as_json) -> None:
     draw.table([*_rows(profile, dtypes, cp), ("kept in", path)])
 
 
-def _on_rank(world, dtypes: tuple[str, ...], profile):
-    """Measures all, or on more ranks what `profile` lacks."""
+def _on_rank(
+    world: World, dtypes: tuple[str, ...], profile: HardwareProfile | None
+) -> tuple[HardwareProfile, str, int]:
+    """Measure everything, or on more ranks what `profile` lacks."""
     from cptool.calibration import measure, measure_more_ranks
     from cptool.planning.profiles import profile_path, save_profile
 
@@ -73,12 +82,12 @@ def _on_rank(world, dtypes: tuple[str, ...], profile):
     return profile, str(profile_path()), world.rank
 
 
-def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
+def _rows(profile: HardwareProfile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
     rows = [
         (
             name,
             f"linear layers {profile.linear_flops[name] / 1e12:.3g} TFLOP/s, "
-            f"attention {profile.attention_flops[name] / 1e12:.3g} TFLOP/s a rank",
+            f"attention {profile.attention_flops[name] / 1e12:.3g} TFLOP/s per rank",
         )
         for name in dtypes
     ]
@@ -86,7 +95,7 @@ def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
         (
             "memory",
             f"weights {units.size(profile.memory_bandwidth)}/s, "
-            f"keys and values {units.size(profile.cache_bandwidth)}/s a rank",
+            f"keys and values {units.size(profile.cache_bandwidth)}/s per rank",
         )
     )
     if cp > 1:
@@ -95,19 +104,19 @@ def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
             (
                 "link",
                 f"{units.size(link.bandwidth)}/s one way, "
-                f"{duration(link.latency_s)} a message, "
+                f"{duration(link.latency_s)} per message, "
                 f"{duration(link.message_overhead_s)} each further one; "
                 f"compute loses {profile.transfer_steals:.0%} of a transfer's time",
             )
         )
     else:
-        rows.append(("link", "not measured on one rank, the default stays"))
+        rows.append(("link", "not measured on one rank; the default is kept"))
     rows.append(
         (
             "overheads",
-            f"{duration(profile.call_overhead_s)} a call of attention, "
-            f"{duration(profile.layer_overhead_s)} a layer, "
-            f"{duration(profile.forward_overhead_s)} a forward",
+            f"{duration(profile.call_overhead_s)} per call of attention, "
+            f"{duration(profile.layer_overhead_s)} per layer, "
+            f"{duration(profile.forward_overhead_s)} per forward",
         )
     )
     for ranks, found in profile.residual_s.items():
@@ -115,7 +124,7 @@ def _rows(profile, dtypes: tuple[str, ...], cp: int) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"on {ranks} ranks",
-                "a layer takes, beyond what these say: "
+                "a layer takes, beyond these: "
                 + ", ".join(f"{name} {duration(spent)}" for name, spent in beyond.items()),
             )
         )

@@ -1,19 +1,33 @@
 """`cptool bench decode`: time per token, measured beside predicted."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import click
 
+from cptool.checkpoint.shapes import find_shape
+from cptool.cli import plot as plots
 from cptool.cli.bench.model import (
-    DEFAULT_VARIANTS,
+    SweepOptions,
     asked,
-    check,
+    caption,
     curves,
     head,
     kind,
     measured,
-    model_options,
+    sweep_options,
     title,
 )
-from cptool.cli.bench.options import emit, grouped, measure_options, percent, spread
+from cptool.cli.bench.options import (
+    MeasureOptions,
+    emit,
+    grouped,
+    measure_options,
+    percent,
+    spread,
+)
 from cptool.cli.types import TokenCount
 
 
@@ -37,81 +51,69 @@ from cptool.cli.types import TokenCount
 @click.option(
     "--steps", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens of a sample."
 )
-@model_options
+@sweep_options
 @measure_options
 def decode(
-    model,
-    cached,
-    batch,
-    steps,
-    ranks,
-    tp,
-    variants,
-    layers,
-    dtype,
-    calibrate,
-    device,
-    threads,
-    repeats,
-    plot,
-    as_json,
-):
+    model: str,
+    cached: tuple[int, ...],
+    batch: int,
+    steps: int,
+    swept: SweepOptions,
+    measuring: MeasureOptions,
+) -> None:
     """Sweep cached lengths, ranks and variants; predicted stands beside measured.
 
     MODEL and its random weights are as in `cptool bench prefill`. The ceiling is reading a weight
     matrix once, in the same rounds.
     """
-    from cptool.cli import plot as plots
-
-    plots.check(plot)
-    config, ranks = check(model, ranks, tp)
+    measuring.check()
+    config = find_shape(model)
+    swept = swept.checked(config)
 
     from cptool.bench.decode import Sweep, measure
-    from cptool.calibration.rig import cut
-    from cptool.distributed.options import RankOptions
 
     sweep = Sweep(
-        config=cut(config, layers),
-        dtype=dtype,
-        ranks=ranks,
         cached=tuple(sorted(set(cached))),
-        variants=variants or DEFAULT_VARIANTS,
         batch=batch,
         steps=steps,
-        repeats=repeats,
-        calibrated=calibrate,
+        repeats=measuring.repeats,
+        **swept.fields(config),
     )
-    options = RankOptions(cp=sweep.ranks[-1], tp=tp, device=device, threads=threads)
-    fields = measured(measure, sweep, options)
+    fields = measured(measure, sweep, swept.tp, measuring)
     if fields is None:
         return
     shown = title(model, config, sweep)
     emit(
-        {**head(model, config, sweep, tp), "steps": steps, **fields},
-        as_json=as_json,
-        columns=(
-            "N",
-            "batch",
-            "cached",
-            "variant",
-            "ms a token (least to most)",
-            "predicted",
-            "pred./meas.",
-            "exposed ms",
-            "GB/s a rank",
-            "of ceiling",
-            "regret",
-        ),
+        {**head(model, config, sweep, swept.tp), "steps": steps, **fields},
+        as_json=measuring.as_json,
+        columns=_COLUMNS,
         row=_row,
-        caption=f"{shown}, random weights, vocabulary of {sweep.config.vocab_size:,}, "
-        f"{dtype}. GB/s: weights and KV read. Of ceiling: of reading a weight matrix. Regret: what "
-        f"auto lost against the fastest. Predicted from: {fields['profile']['name']}.",
+        caption=caption(shown, sweep, _NOTE, fields["profile"]["name"]),
     )
-    if plot:
-        _draw(plots, plot, fields["results"], f"{shown}, batch {batch}")
+    if measuring.plot:
+        _draw(measuring.plot, fields["results"], f"{shown}, batch {batch}")
 
 
-def _row(r) -> list[str]:
+_COLUMNS = (
+    "N",
+    "batch",
+    "cached",
+    "variant",
+    "ms per token (least to most)",
+    "predicted",
+    "pred./meas.",
+    "exposed ms",
+    "GB/s per rank",
+    "of ceiling",
+    "regret",
+)
+_NOTE = (
+    "GB/s: weights and KV read. Of ceiling: of reading a weight matrix. Regret: what auto lost "
+    "against the fastest."
+)
+
+
+def _row(r: dict[str, Any]) -> list[str]:
     return [
         str(r["ranks"]),
         str(r["batch"]),
@@ -127,7 +129,7 @@ def _row(r) -> list[str]:
     ]
 
 
-def _draw(plots, path, results, title) -> None:
+def _draw(path: Path, results: list[dict[str, Any]], title: str) -> None:
     lines = curves(grouped(results, kind), "cached", "ttit_seconds", scale=1e3)
     plots.draw(
         path,

@@ -1,54 +1,68 @@
-"""What `bench attention` and `bench merge` share: one kernel after the other in this process."""
+"""What `bench attention` and `bench merge` share: kernels measured in this process."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import click
 
 from cptool.cli import draw
-from cptool.cli.bench.options import KINDS
-from cptool.cli.options import stack
+from cptool.cli.bench.options import KINDS, MeasureOptions
+from cptool.cli.options import as_object
+from cptool.distributed.options import check_threads
 
-kernel_options = stack(
-    click.option(
-        "--head-dim",
-        "-d",
-        type=click.IntRange(8, 256),
-        multiple=True,
-        default=(128,),
-        show_default=True,
-    ),
-    click.option(
-        "--dtype",
-        "dtypes",
-        type=click.Choice(KINDS),
-        multiple=True,
-        default=("float32", "bfloat16"),
-        show_default=True,
-    ),
+
+@dataclass(frozen=True, kw_only=True)
+class KernelOptions:
+    """The widths of heads and the dtypes to measure."""
+
+    head_dim: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+kernel_options = as_object(
+    "kernel",
+    KernelOptions,
+    [
+        click.option(
+            "--head-dim",
+            "-d",
+            type=click.IntRange(8, 256),
+            multiple=True,
+            default=(128,),
+            show_default=True,
+        ),
+        click.option(
+            "--dtype",
+            "dtypes",
+            type=click.Choice(KINDS),
+            multiple=True,
+            default=("float32", "bfloat16"),
+            show_default=True,
+        ),
+    ],
 )
 
 
-def one_device(device: str, threads: int | None) -> str:
-    """The device, resolved, with the threads of this process set."""
-    from cptool.distributed import devices, options
-
-    options.check_threads(threads)
-    device = devices.resolve_device(device)
-    import torch
-
-    torch.set_num_threads(threads or devices.cores())
-    return device
-
-
 def collect(
-    what: str, measure: Callable, shapes: Sequence, device: str, repeats: int
-) -> dict[str, object]:
-    """What `measure` yields for each of `shapes`, with where it was measured."""
+    what: str, measure: Callable[..., Any], shapes: Sequence[Any], measuring: MeasureOptions
+) -> dict[str, Any]:
+    """Return what `measure` yields for each of `shapes`, with where it was measured.
+
+    Sets the number of threads of this process.
+    """
+    from cptool.distributed import devices
+
+    check_threads(measuring.threads)
+    device = devices.resolve_device(measuring.device)
     import torch
 
+    torch.set_num_threads(measuring.threads or devices.cores())
     results = []
     with draw.counting(what, len(shapes)) as advance:
-        for result in measure(shapes, device, repeats):
+        for result in measure(shapes, device, measuring.repeats):
             results.append(result)
             advance()
     return {"device": device, "threads": torch.get_num_threads(), "results": results}

@@ -1,11 +1,29 @@
 """`cptool bench link`: transfers between the ranks as they were launched."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from cptool import units
 from cptool.cli import draw
-from cptool.cli.bench.options import emit, grouped, measure_options, percent, spread
+from cptool.cli import plot as plots
+from cptool.cli.bench.options import (
+    MeasureOptions,
+    emit,
+    grouped,
+    measure_options,
+    percent,
+    spread,
+)
 from cptool.cli.types import Bytes
+from cptool.distributed.options import DEFAULT_TIMEOUT_S, RankOptions, check_size
+
+if TYPE_CHECKING:
+    from cptool.distributed.world import World
 
 PATTERNS = ("send-receive", "all-gather", "all-to-all")
 
@@ -24,7 +42,7 @@ PATTERNS = ("send-receive", "all-gather", "all-to-all")
     multiple=True,
     default=("1K", "32K", "1M", "16M"),
     show_default=True,
-    help="Bytes that a rank gives to one other.",
+    help="Bytes that a rank sends to one other.",
 )
 @click.option(
     "--pattern",
@@ -42,57 +60,74 @@ PATTERNS = ("send-receive", "all-gather", "all-to-all")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=1),
-    default=300.0,
+    default=DEFAULT_TIMEOUT_S,
     metavar="S",
     help="Seconds to wait for another rank.  [default: 300]",
 )
 @measure_options
-def link(cp, sizes, patterns, overlap, timeout, device, threads, repeats, plot, as_json):
+def link(
+    cp: int | None,
+    sizes: tuple[int, ...],
+    patterns: tuple[str, ...],
+    overlap: bool,
+    timeout: float,
+    measuring: MeasureOptions,
+) -> None:
     """Send-receive along the ring, all-gather and all-to-all between ranks, over message sizes.
 
     Ranks are started here, or, under torchrun or srun, are those of the launcher, over its
     network. On CPUs the ceiling is a plain TCP stream between the same neighbours, in the same
     rounds.
     """
-    from cptool.cli import plot as plots
     from cptool.distributed import launch
     from cptool.distributed.environment import launched_size
-    from cptool.distributed.options import RankOptions, check_size
 
-    plots.check(plot)
+    measuring.check()
     cp = cp or launched_size() or 2
     check_size(cp, 1)
+    ranks = RankOptions(cp=cp, device=measuring.device, threads=measuring.threads, timeout=timeout)
+    asked = Transfers(
+        sizes=list(sizes), patterns=list(patterns), repeats=measuring.repeats, overlap=overlap
+    )
     with draw.progress() as watch:
-        results, facts, rank = launch.run(
-            _on_rank,
-            list(sizes),
-            list(patterns),
-            repeats,
-            overlap,
-            ranks=RankOptions(cp=cp, device=device, threads=threads, timeout=timeout),
-            watch=watch,
-        )
+        results, facts, rank = launch.run(_on_rank, asked, ranks=ranks, watch=watch)
     if rank:
         return
     emit(
         {"ranks": cp, **facts, "results": results},
-        as_json=as_json,
-        columns=("pattern", "size", "ms (least to most)", "GB/s a rank", "of TCP", "compute loses"),
+        as_json=measuring.as_json,
+        columns=_COLUMNS,
         row=_row,
-        caption="GB/s: what leaves a rank. Compute loses: of the transfer's time, what twice as "
-        "long a compute gets longer beside it.",
+        caption=_CAPTION,
     )
-    if plot:
-        _draw(plots, plot, results)
+    if measuring.plot:
+        _draw(measuring.plot, results)
 
 
-def _on_rank(world, sizes, patterns, repeats, overlap):
+_COLUMNS = ("pattern", "size", "ms (least to most)", "GB/s per rank", "of TCP", "compute loses")
+_CAPTION = (
+    "GB/s: what leaves a rank. Compute loses: of the transfer's time, by how much a compute of "
+    "twice its length gets longer beside it."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfers:
+    """What every rank measures."""
+
+    sizes: list[int]
+    patterns: list[str]
+    repeats: int
+    overlap: bool
+
+
+def _on_rank(world: World, asked: Transfers) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
     import torch
     import torch.distributed as dist
 
     from cptool.bench.link import measure
 
-    results = measure(world, sizes, patterns, repeats, overlap)
+    results = measure(world, **vars(asked))
     facts = {
         "device": world.device.type,
         "threads": torch.get_num_threads(),
@@ -102,7 +137,7 @@ def _on_rank(world, sizes, patterns, repeats, overlap):
     return results, facts, world.rank
 
 
-def _row(r) -> list[str]:
+def _row(r: dict[str, Any]) -> list[str]:
     return [
         r["pattern"],
         units.size(r["size"]),
@@ -113,7 +148,7 @@ def _row(r) -> list[str]:
     ]
 
 
-def _draw(plots, path, results) -> None:
+def _draw(path: Path, results: list[dict[str, Any]]) -> None:
     kinds = grouped(results, lambda r: r["pattern"])
     lines = [
         plots.Line(name, [r["size"] for r in rows], [r["rate"] / 1e9 for r in rows])

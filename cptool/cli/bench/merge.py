@@ -1,10 +1,24 @@
 """`cptool bench merge`: merging partials against torch and a copy."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import click
 
-from cptool.cli.bench.kernel import collect, kernel_options, one_device
-from cptool.cli.bench.options import emit, grouped, measure_options, percent, spread
+from cptool.cli import plot as plots
+from cptool.cli.bench.kernel import KernelOptions, collect, kernel_options
+from cptool.cli.bench.options import (
+    MeasureOptions,
+    emit,
+    grouped,
+    measure_options,
+    percent,
+    spread,
+)
 from cptool.cli.types import TokenCount
+from cptool.distributed.options import check_threads
 
 
 @click.command()
@@ -29,54 +43,57 @@ from cptool.cli.types import TokenCount
 )
 @kernel_options
 @measure_options
-def merge(partials, tokens, heads, head_dim, dtypes, device, threads, repeats, plot, as_json):
+def merge(
+    partials: tuple[int, ...],
+    tokens: tuple[int, ...],
+    heads: tuple[int, ...],
+    kernel: KernelOptions,
+    measuring: MeasureOptions,
+) -> None:
     """Merging the partial results of N ranks, on one device.
 
     The ceiling is a copy of as many bytes, measured in the same rounds. Options repeat for every
     combination.
     """
-    from cptool.cli import plot as plots
-
-    plots.check(plot)
-    device = one_device(device, threads)
+    measuring.check()
+    check_threads(measuring.threads)
 
     import torch
 
     from cptool.bench.merge import Shape, measure
 
     shapes = [
-        Shape(n, t, h, d, getattr(torch, dtype))
-        for d in head_dim
+        Shape(partials=n, tokens=t, heads=h, head_dim=d, dtype=getattr(torch, dtype))
+        for d in kernel.head_dim
         for h in heads
-        for dtype in dtypes
+        for dtype in kernel.dtypes
         for n in partials
         for t in tokens
     ]
-    fields = collect("merge", measure, shapes, device, repeats)
-    emit(
-        fields,
-        as_json=as_json,
-        columns=(
-            "dtype",
-            "heads",
-            "D",
-            "partials",
-            "tokens",
-            "ms (least to most)",
-            "GB/s",
-            "of ceiling",
-            "times torch",
-            "error",
-        ),
-        row=_row,
-        caption="Of ceiling: of a copy of as many bytes, read and written. Errors: the largest "
-        "against float64.",
-    )
-    if plot:
-        _draw(plots, plot, fields["results"])
+    fields = collect("merge", measure, shapes, measuring)
+    emit(fields, as_json=measuring.as_json, columns=_COLUMNS, row=_row, caption=_CAPTION)
+    if measuring.plot:
+        _draw(measuring.plot, fields["results"])
 
 
-def _row(r) -> list[str]:
+_COLUMNS = (
+    "dtype",
+    "heads",
+    "D",
+    "partials",
+    "tokens",
+    "ms (least to most)",
+    "GB/s",
+    "of ceiling",
+    "times torch",
+    "error",
+)
+_CAPTION = (
+    "Of ceiling: of a copy of as many bytes, read and written. Errors: the largest against float64."
+)
+
+
+def _row(r: dict[str, Any]) -> list[str]:
     return [
         r["dtype"],
         str(r["heads"]),
@@ -91,7 +108,7 @@ def _row(r) -> list[str]:
     ]
 
 
-def _draw(plots, path, results) -> None:
+def _draw(path: Path, results: list[dict[str, Any]]) -> None:
     kinds = grouped(
         results, lambda r: f"{r['partials']} of {r['dtype']}, {r['heads']} heads of {r['head_dim']}"
     )

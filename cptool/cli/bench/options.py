@@ -1,33 +1,59 @@
-"""What the subcommands of `cptool bench` share: options, and how results are given out."""
+"""What the subcommands of `cptool bench` share: options, and how results are printed."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cptool.cli.options import DTYPES, json_option, stack
+from cptool.cli import plot as plots
+from cptool.cli.options import DTYPES, as_object, json_option
 
 KINDS = DTYPES[1:]
 
-measure_options = stack(
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
-    click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads a rank."),
-    click.option(
-        "--repeats",
-        type=click.IntRange(min=1),
-        default=5,
-        show_default=True,
-        help="Interleaved rounds; one more warms up.",
-    ),
-    click.option(
-        "--plot",
-        type=click.Path(path_type=Path, dir_okay=False),
-        metavar="FILE",
-        help="Draw the results, as PNG, SVG or PDF.",
-    ),
-    json_option,
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """Where to measure, how often, and how results are printed."""
+
+    device: str
+    threads: int | None
+    repeats: int
+    plot: Path | None
+    as_json: bool
+
+    def check(self) -> None:
+        """Raise UserError, before anything is measured, for a plot that could not be drawn."""
+        plots.check(self.plot)
+
+
+measure_options = as_object(
+    "measuring",
+    MeasureOptions,
+    [
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+        click.option(
+            "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads per rank."
+        ),
+        click.option(
+            "--repeats",
+            type=click.IntRange(min=1),
+            default=5,
+            show_default=True,
+            help="Interleaved rounds; one more warms up.",
+        ),
+        click.option(
+            "--plot",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="Draw the results, as PNG, SVG or PDF.",
+        ),
+        json_option,
+    ],
 )
 
 
@@ -39,7 +65,10 @@ def emit(
     row: Callable[[dict[str, Any]], Sequence[str]],
     caption: str,
 ) -> None:
-    """`fields` under the circumstances as one JSON object, or its "results" as a table."""
+    """Print `fields` and the circumstances as one JSON object, or its "results" as a table.
+
+    columns: names of the table's columns. row: their texts for a result.
+    """
     from cptool.bench.timing import circumstances
 
     if as_json:
@@ -61,7 +90,7 @@ def emit(
 
 
 def spread(summary: dict[str, float], scale: float = 1e3) -> str:
-    """Median (least to most), in milliseconds."""
+    """Return "median (least to most)" of seconds, by default in milliseconds."""
     median, low, high = (f"{scale * summary[key]:.4g}" for key in ("median", "min", "max"))
     return f"{median} ({low} to {high})"
 
@@ -69,7 +98,7 @@ def spread(summary: dict[str, float], scale: float = 1e3) -> str:
 def grouped(
     results: Sequence[dict[str, Any]], name: Callable[[dict[str, Any]], str | None]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Results by `name`, in the order in which names first come; those named None are left out."""
+    """Group results by `name`, in order of first occurrence; those named None are left out."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         if (key := name(result)) is not None:
@@ -78,4 +107,5 @@ def grouped(
 
 
 def percent(value: float | None) -> str:
+    """Return a fraction as a percentage, "" for None."""
     return "" if value is None else f"{value:.0%}"

@@ -1,20 +1,34 @@
 """`cptool bench prefill`: time to the first token, measured beside predicted."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import click
 
 from cptool import units
+from cptool.checkpoint.shapes import find_shape
+from cptool.cli import plot as plots
 from cptool.cli.bench.model import (
-    DEFAULT_VARIANTS,
+    SweepOptions,
     asked,
-    check,
+    caption,
     curves,
     head,
     kind,
     measured,
-    model_options,
+    sweep_options,
     title,
 )
-from cptool.cli.bench.options import emit, grouped, measure_options, percent, spread
+from cptool.cli.bench.options import (
+    MeasureOptions,
+    emit,
+    grouped,
+    measure_options,
+    percent,
+    spread,
+)
 from cptool.cli.types import TokenCount
 
 
@@ -38,24 +52,15 @@ from cptool.cli.types import TokenCount
     show_default=True,
     help="Of the context, what is new: T / (T + P).",
 )
-@model_options
+@sweep_options
 @measure_options
 def prefill(
-    model,
-    contexts,
-    miss_rates,
-    ranks,
-    tp,
-    variants,
-    layers,
-    dtype,
-    calibrate,
-    device,
-    threads,
-    repeats,
-    plot,
-    as_json,
-):
+    model: str,
+    contexts: tuple[int, ...],
+    miss_rates: tuple[float, ...],
+    swept: SweepOptions,
+    measuring: MeasureOptions,
+) -> None:
     """Sweep contexts, miss rates, ranks and variants; predicted stands beside measured.
 
     MODEL is a directory, a .gguf file, a name such as llama3-8b or a config.json. Only its shape
@@ -63,57 +68,54 @@ def prefill(
     tokens. All N take turns in one world, so that they are measured interleaved, with the same
     threads a rank.
     """
-    from cptool.cli import plot as plots
-
-    plots.check(plot)
-    config, ranks = check(model, ranks, tp)
+    measuring.check()
+    config = find_shape(model)
+    swept = swept.checked(config)
 
     from cptool.bench.prefill import Sweep, measure
-    from cptool.calibration.rig import cut
-    from cptool.distributed.options import RankOptions
 
     sweep = Sweep(
-        config=cut(config, layers),
-        dtype=dtype,
-        ranks=ranks,
         contexts=tuple(sorted(set(contexts))),
         miss_rates=tuple(sorted(set(miss_rates))),
-        variants=variants or DEFAULT_VARIANTS,
-        repeats=repeats,
-        calibrated=calibrate,
+        repeats=measuring.repeats,
+        **swept.fields(config),
     )
-    options = RankOptions(cp=sweep.ranks[-1], tp=tp, device=device, threads=threads)
-    fields = measured(measure, sweep, options)
+    fields = measured(measure, sweep, swept.tp, measuring)
     if fields is None:
         return
     shown = title(model, config, sweep)
     emit(
-        {**head(model, config, sweep, tp), **fields},
-        as_json=as_json,
-        columns=(
-            "N",
-            "context",
-            "new",
-            "variant",
-            "ms (least to most)",
-            "predicted",
-            "pred./meas.",
-            "exposed ms",
-            "sent",
-            "TFLOP/s",
-            "of ceiling",
-            "regret",
-        ),
+        {**head(model, config, sweep, swept.tp), **fields},
+        as_json=measuring.as_json,
+        columns=_COLUMNS,
         row=_row,
-        caption=f"{shown}, random weights, vocabulary of {sweep.config.vocab_size:,}, "
-        f"{dtype}. Of ceiling: of a large matrix product's rate on each rank. Regret: what auto "
-        f"lost against the fastest. Predicted from: {fields['profile']['name']}.",
+        caption=caption(shown, sweep, _NOTE, fields["profile"]["name"]),
     )
-    if plot:
-        _draw(plots, plot, fields["results"], shown)
+    if measuring.plot:
+        _draw(measuring.plot, fields["results"], shown)
 
 
-def _row(r) -> list[str]:
+_COLUMNS = (
+    "N",
+    "context",
+    "new",
+    "variant",
+    "ms (least to most)",
+    "predicted",
+    "pred./meas.",
+    "exposed ms",
+    "sent",
+    "TFLOP/s",
+    "of ceiling",
+    "regret",
+)
+_NOTE = (
+    "Of ceiling: of a large matrix product's rate on each rank. Regret: what auto lost against the "
+    "fastest."
+)
+
+
+def _row(r: dict[str, Any]) -> list[str]:
     return [
         str(r["ranks"]),
         f"{r['context']:,}",
@@ -130,13 +132,13 @@ def _row(r) -> list[str]:
     ]
 
 
-def _draw(plots, path, results, title) -> None:
+def _draw(path: Path, results: list[dict[str, Any]], title: str) -> None:
     """Over the miss rate if there are several at one context, else over the context."""
     over_miss = len({r["context"] for r in results}) == 1
     x = "miss_rate" if over_miss else "context"
     several = not over_miss and len({r["miss_rate"] for r in results}) > 1
 
-    def name(r) -> str | None:
+    def name(r: dict[str, Any]) -> str | None:
         rate = f", miss rate {r['miss_rate']:.3g}" * several
         return None if kind(r) is None else f"{kind(r)}{rate}"
 

@@ -1,16 +1,14 @@
-"""What is typed into `cptool chat`, and what comes of each line."""
+"""The commands of `cptool chat`, and the answers to its questions."""
 
-import codecs
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import click
 
 from cptool.checkpoint.tokenizer.library import LimitError
 from cptool.cli import draw
@@ -27,21 +25,28 @@ if TYPE_CHECKING:
     from cptool.engine.rank_server import Resident
     from cptool.engine.sampling import Sampling
 
-_LINE_BYTES = 1 << 28
-
 HELP = """\
 /save [DIR]  keep the conversation and its KV in DIR; continue it with: cptool chat DIR
 /undo        take back the last question and its answer
-/reset       begin anew
+/reset       start over
 /exit        end, as Ctrl-D does
 //...        ask something that begins with /...
-Ctrl-C stops an answer; what was said of it stays in the conversation."""
+Ctrl-C stops an answer; what was written of it stays in the conversation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """How questions are answered: the sampling, at most `count` tokens, and the KV's dtype."""
+
+    sampling: "Sampling"
+    count: int
+    dtype: str
 
 
 class Terminal:
-    """What lines of the user do.
+    """Executes the user's lines.
 
-    `saved` is the directory of the session that the ranks go on with and its revision, None before
+    `saved` is the directory of the session that the ranks continue and its revision, None before
     the first /save.
     """
 
@@ -50,18 +55,27 @@ class Terminal:
         resident: "Resident",
         checkpoint: "Checkpoint",
         conversation: Conversation,
-        sampling: "Sampling",
-        count: int,
-        dtype: str,
-    ):
+        answering: Answering,
+    ) -> None:
         self.resident, self.checkpoint, self.conversation = resident, checkpoint, conversation
-        self.sampling, self.count, self.dtype = sampling, count, dtype
+        self.answering = answering
         self.tokenizer = checkpoint.tokenizer()
         self.stop_ids = tuple(dict.fromkeys((*checkpoint.eos_ids, *self.tokenizer.turn_ends)))
         self.saved: tuple[Path, int] | None = None
 
+    def continue_session(self, directory: Path, revision: int) -> None:
+        """Let /save without a directory continue this session."""
+        self.saved = (directory, revision)
+        draw.say(
+            f"{directory}: {len(self.conversation.exchanges)} answers, "
+            f"{len(self.conversation.tokens):,} tokens so far"
+        )
+
     def handle(self, line: str) -> bool:
-        """Does what a line says; False if that is to end. A mistake is told and changes nothing."""
+        """Execute a line; return False if it ends the chat.
+
+        A mistake is reported and changes nothing.
+        """
         command, _, argument = line.strip().partition(" ")
         commands = {
             "/save": self.save,
@@ -76,7 +90,8 @@ class Terminal:
                 commands[command](argument.strip())
             elif command.startswith("/") and not command.startswith("//"):
                 raise UserError(
-                    f"{command} is no command; /help lists them, and //... asks what begins with /"
+                    f"{command} is not a command; /help lists them, and //... asks what begins "
+                    "with /"
                 )
             elif line.strip():
                 self.ask(line.removeprefix("/") if line.startswith("//") else line)
@@ -87,12 +102,12 @@ class Terminal:
         return True
 
     def ask(self, question: str) -> None:
-        """Answers on standard output, as it comes."""
+        """Write the answer on standard output as it comes, and its rates on standard error."""
         from cptool.engine.rank_server import Continue
 
         context = self.conversation.ask(question)
         limit = self.checkpoint.config.max_position_embeddings
-        room = min(self.count, limit - len(context))
+        room = min(self.answering.count, limit - len(context))
         if room < 1:
             raise UserError(
                 f"the context is full: with this question it has {len(context):,} tokens, "
@@ -111,7 +126,7 @@ class Terminal:
             _write(text.push(token))
 
         with _stopping(self.resident) as stopped:
-            request = Continue(tuple(context), room, self.sampling, self.stop_ids)
+            request = Continue(tuple(context), room, self.answering.sampling, self.stop_ids)
             answer = self.resident.answer(request, emit)
             ended = time.perf_counter()
         _write(text.flush() + "\n")
@@ -153,7 +168,8 @@ class Terminal:
         try:
             files.make_private(directory)
             tokens = len(self.conversation.tokens)
-            check_room(directory, self.checkpoint.config, tokens, 1, self.dtype)
+            config, dtype = self.checkpoint.config, self.answering.dtype
+            check_room(directory, config, tokens=tokens, batch=1, dtype=dtype)
         except OSError as error:
             raise UserError(
                 f"/save: {directory} cannot be written ({error.strerror}); name another place"
@@ -204,11 +220,11 @@ def _write(text: str) -> None:
 
 
 @contextmanager
-def _stopping(resident: "Resident") -> Iterator:
-    """Ctrl-C stops the answer that is coming, a second one the program; tells whether one came."""
+def _stopping(resident: "Resident") -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C stop the answer, and a second one the program; yields whether one came."""
     count = 0
 
-    def interrupt(number, frame) -> None:
+    def interrupt(number: int, frame: object) -> None:
         nonlocal count
         count += 1
         if count > 1:
@@ -221,47 +237,3 @@ def _stopping(resident: "Resident") -> Iterator:
         yield lambda: count > 0
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def lines() -> Iterator[str]:
-    """Of standard input; where it is a terminal, with a prompt."""
-    return _typed() if sys.stdin.isatty() else _piped()
-
-
-def _piped() -> Iterator[str]:
-    """Lines as UTF-8, whatever encoding the environment names; other bytes as lone surrogates.
-
-    A byte order mark in front is none of the text.
-    """
-    mark = codecs.BOM_UTF8
-    while line := sys.stdin.buffer.readline(_LINE_BYTES):
-        if len(line) == _LINE_BYTES and not line.endswith(b"\n"):
-            draw.say(
-                f"a line of more than {_LINE_BYTES:,} bytes was left out; ask in a shorter one"
-            )
-            while (line := sys.stdin.buffer.readline(_LINE_BYTES)) and not line.endswith(b"\n"):
-                pass
-            continue
-        line, mark = line.removeprefix(mark), b""
-        yield line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
-
-
-def _typed() -> Iterator[str]:
-    """Lines with editing and history; Ctrl-C gives up a line, a second one in a row the program."""
-    import readline  # noqa: F401  input() uses it once it is imported
-
-    interrupted = False
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            click.echo()
-            return
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            draw.say("\n(Ctrl-C again, Ctrl-D or /exit to end)")
-            continue
-        interrupted = False
-        yield line

@@ -1,0 +1,158 @@
+"""`cptool chat`: a conversation at the terminal, its KV kept on the ranks between turns."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cptool.cli import draw
+from cptool.cli.chat.lines import lines
+from cptool.cli.chat.terminal import Answering, Terminal
+from cptool.cli.models import context_option, open_model, say_reading, session_fields
+from cptool.cli.options import (
+    RankRequest,
+    SamplingRequest,
+    attention_options,
+    dtype_option,
+    moved_option,
+    ranks_by_default,
+    resolve_dtype,
+    sampling_options,
+)
+from cptool.engine.options import EngineOptions
+from cptool.errors import OptionError, UserError
+from cptool.session import store as sessions
+from cptool.session.conversation import Conversation
+
+if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
+    from cptool.session.manifest import Manifest
+
+DEFAULT_TOKENS = 512
+
+
+@click.command(short_help="Talk with a model, or continue a saved session.")
+@click.argument("source", metavar="MODEL|SESSION")
+@click.option("--system", metavar="TEXT", help="A system message to begin with.")
+@click.option(
+    "-n",
+    "--tokens",
+    "count",
+    type=click.IntRange(min=1),
+    default=DEFAULT_TOKENS,
+    show_default=True,
+    help="Answer with up to this many tokens.",
+)
+@sampling_options
+@moved_option
+@ranks_by_default("1, or the session's last", "1, or the session's last without --cp")
+@attention_options
+@context_option
+@dtype_option
+def chat(
+    source: str,
+    system: str | None,
+    count: int,
+    sampler: SamplingRequest,
+    model: str | None,
+    ranks: RankRequest,
+    attention: EngineOptions,
+    context_length: int | None,
+    dtype: str,
+) -> None:
+    """Talk with a MODEL in its own chat template, or continue a SESSION that /save made.
+
+    Only what a turn adds is computed. Where standard input is not a terminal, each line of it is a
+    question. /help lists the commands.
+    """
+    from cptool.engine.rank_server import Resident
+    from cptool.engine.turn import Setup
+
+    directory = Path(source) if sessions.exists(Path(source)) else None
+    manifest = None if directory is None else sessions.load(directory)
+    _check_options(source, manifest, system=system, dtype=dtype, model=model)
+    moved = model or (sessions.model_path(manifest) if manifest else source)
+    checkpoint = open_model(moved, context_length)
+    sampling = sampler.resolve(checkpoint)
+    conversation = _begin(checkpoint, system)
+    if directory is not None and manifest is not None:
+        conversation = _continue(directory, manifest, checkpoint)
+        ranks = ranks.or_as_last(manifest)
+    placed = ranks.resolve(checkpoint.config)
+    setup = Setup(
+        model=str(checkpoint.path),
+        dtype=manifest.dtype if manifest else resolve_dtype(dtype, checkpoint, placed.device),
+        options=attention,
+        **{"state": checkpoint.state, **session_fields(directory, manifest, checkpoint)},
+    )
+    if sys.stdin.isatty():
+        shown = f"{placed.cp} cp x {placed.tp} tp on {placed.device}, {setup.dtype}"
+        draw.say(f"{checkpoint.name}: starting {shown} ...")
+    if sampling.temperature:
+        draw.say(f"sampling: {sampler.describe(sampling)}")
+    with Resident(setup, placed) as resident:
+        answering = Answering(sampling=sampling, count=count, dtype=setup.dtype)
+        terminal = Terminal(resident, checkpoint, conversation, answering)
+        if directory is not None and manifest is not None:
+            terminal.continue_session(directory, manifest.revision)
+        for line in lines():
+            if not terminal.handle(line):
+                break
+
+
+def _check_options(
+    source: str, manifest: Manifest | None, *, system: str | None, dtype: str, model: str | None
+) -> None:
+    """Raise UserError for options that do not go with a session, or with none."""
+    from cptool.distributed.environment import launched_size
+
+    if launched_size() is not None:
+        raise UserError(
+            "cptool chat starts its own ranks; run it without a launcher, with --cp and --tp"
+        )
+    if manifest is None:
+        if model is not None:
+            raise OptionError("model", model, f"{source} is not a session", "name the model alone")
+        return
+    if system is not None:
+        raise UserError(
+            f"--system: {source} is a conversation with a beginning of its own; leave it out"
+        )
+    if dtype not in ("auto", manifest.dtype):
+        raise OptionError(
+            "dtype", dtype, f"the KV of {source} is {manifest.dtype}", "leave `dtype` out"
+        )
+
+
+def _begin(checkpoint: Checkpoint, system: str | None) -> Conversation:
+    """Return a new conversation; UserError if the model's template cannot render it."""
+    from cptool.checkpoint.tokenizer.input_checks import check_text
+
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer is None:
+        raise UserError(
+            f"{checkpoint.path} has no tokenizer, so it cannot be talked with; "
+            "use prefill with --token-ids"
+        )
+    if system is not None:
+        try:
+            check_text(system)
+        except UserError as error:
+            raise UserError(f"--system: {error}") from None
+    conversation = Conversation(tokenizer, system)
+    # A template that is missing, or refuses the system message, raises here.
+    conversation.ask("Hello")
+    for role, name in (("system", "--system"), ("user", "questions")):
+        if (role == "user" or system is not None) and tokenizer.leaves_out(role):
+            draw.say(f"{name}: the model's chat template leaves the text out")
+    return conversation
+
+
+def _continue(directory: Path, manifest: Manifest, checkpoint: Checkpoint) -> Conversation:
+    """Return the conversation of a session; UserError if it is of another model."""
+    say_reading(checkpoint)
+    sessions.check_model(manifest, sessions.identity(checkpoint))
+    return Conversation.read(directory, manifest, checkpoint.tokenizer())

@@ -1,0 +1,257 @@
+"""`cptool plan`: what a run would take, on which layout, and why; nothing is run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from cptool.checkpoint.shapes import find_shape
+from cptool.cli import draw
+from cptool.cli.options import VARIANTS, as_object, json_option
+from cptool.cli.plan.search import Search
+from cptool.cli.types import Duration, TokenCount
+from cptool.errors import OptionError, UserError
+from cptool.model import shares
+from cptool.planning import planner
+from cptool.planning.hardware import HardwareProfile
+from cptool.planning.profiles import find_profile, is_measured
+from cptool.planning.strategy import RULES
+
+SWEEPS = ("contexts", "ranks", "miss-rates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkOptions:
+    """What the run would do; `fp8` is None where that is left to the hardware's profile."""
+
+    context: int
+    cached: int
+    batch: int
+    answer: int
+    dtype: str
+    fp8: bool | None
+    eager: bool
+    as_published: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutOptions:
+    """The hardware, and which layouts and variants on it are considered."""
+
+    hardware: str | None
+    cp: int | None
+    tp: int | None
+    max_gpus: int | None
+    variant: str
+    rule: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """What to tabulate in place of one plan, if anything."""
+
+    sweep: str | None
+    plot: Path | None
+
+
+@click.command(short_help="Predict times, memory and communication; nothing is run.")
+@click.argument("model", metavar="MODEL|SHAPE")
+@as_object(
+    "run",
+    WorkOptions,
+    [
+        click.option(
+            "--context",
+            type=TokenCount(),
+            required=True,
+            metavar="N",
+            help="Tokens of a sequence, cached and new, such as 128000, 128K or 1M.",
+        ),
+        click.option(
+            "--cached",
+            type=TokenCount(0),
+            default=0,
+            metavar="P",
+            help="Tokens of the context whose KV is cached already.",
+        ),
+        click.option(
+            "--batch", type=click.IntRange(min=1), default=1, metavar="B", help="Sequences."
+        ),
+        click.option(
+            "--decode",
+            "answer",
+            type=TokenCount(0),
+            default=0,
+            metavar="N",
+            help="Tokens of the answer, for the memory and the time of the whole.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["bfloat16", "float16", "float32"]),
+            default="bfloat16",
+            show_default=True,
+        ),
+        click.option(
+            "--fp8/--no-fp8",
+            default=None,
+            help="Feed-forward layers in row-wise scaled FP8.  [default: what the hardware's "
+            "profile says]",
+        ),
+        click.option("--eager", is_flag=True, help="Decode without CUDA graphs."),
+        click.option(
+            "--as-published",
+            is_flag=True,
+            help="Plan for the paper's system: pass-KV, or pass-Q with 16-bit partials exchanged "
+            "at its end; decode by pass-Q with its queries padded to a multiple of N.",
+        ),
+    ],
+)
+@as_object(
+    "on",
+    LayoutOptions,
+    [
+        click.option(
+            "--hardware",
+            metavar="NAME|FILE",
+            help="A profile such as gtt-h100, h200 or measured.  [default: what `bench calibrate` "
+            "measured here, else h100-sxm]",
+        ),
+        click.option("--cp", type=click.IntRange(min=1), metavar="N", help="Fix the CP ranks."),
+        click.option(
+            "--tp", type=click.IntRange(min=1), metavar="M", help="Fix the TP ranks of each."
+        ),
+        click.option(
+            "--max-gpus",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="The most ranks to use.  [default: one host's]",
+        ),
+        click.option("--variant", type=click.Choice(VARIANTS), default="auto", show_default=True),
+        click.option(
+            "--rule",
+            type=click.Choice(RULES),
+            default="predicted",
+            show_default=True,
+            help="How a variant is chosen: by the predicted times of all, or between pass-kv and "
+            "pass-q by the paper's algorithm 1 or 5, or by the rule that `bench calibrate` "
+            "fitted.",
+        ),
+    ],
+)
+@click.option("--ttft-below", type=Duration(), metavar="S", help="Target, such as 10s or 800ms.")
+@as_object(
+    "swept",
+    SweepOptions,
+    [
+        click.option("--sweep", type=click.Choice(SWEEPS), help="A table over these instead."),
+        click.option(
+            "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the sweep."
+        ),
+    ],
+)
+@json_option
+def plan(
+    model: str,
+    run: WorkOptions,
+    on: LayoutOptions,
+    ttft_below: float | None,
+    swept: SweepOptions,
+    as_json: bool,
+) -> None:
+    """Predict the time to the first token and between tokens, memory and communication.
+
+    MODEL is a checkpoint, a config.json, or the shape of a published model by name (llama2-70b,
+    llama3-405b, codellama-34b, ...). Without --cp and --tp the best layout is searched for.
+    """
+    from cptool.cli import plot as plots
+    from cptool.cli.plan import report, sweeps
+
+    if run.cached >= run.context:
+        raise OptionError("cached", run.cached, f"it must be less than `context` {run.context}")
+    _check_sweep(swept, {"ttft_below": ttft_below, "cp": on.cp, "cached": run.cached})
+    search = _search(model, run, on)
+    if swept.sweep is None:
+        found = report.Report(search=search, answer=search.answer(ttft_below), target=ttft_below)
+        if as_json:
+            click.echo(json.dumps(found.fields()))
+        else:
+            found.draw()
+        return
+    plots.check(swept.plot)
+    table = sweeps.SWEEPS[swept.sweep](search)
+    if swept.plot is not None:
+        sweeps.draw_plot(table, search, swept.plot)
+    sweeps.show(table, search, swept.plot, as_json)
+
+
+def _check_sweep(swept: SweepOptions, given: dict[str, float | None]) -> None:
+    """Raise UserError for options that do not go together with the sweep, or with none."""
+    if swept.plot is not None and swept.sweep is None:
+        raise OptionError("plot", swept.plot, "there is nothing to draw without `sweep`")
+    of_no_use = {"contexts": ("ttft_below",), "ranks": ("ttft_below", "cp")}
+    of_no_use["miss-rates"] = ("ttft_below", "cached")
+    for name in of_no_use.get(swept.sweep or "", ()):
+        if given[name]:
+            raise UserError(f"`{name}`: `sweep` {swept.sweep} does not use it; leave it out")
+
+
+def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
+    """Return what to search; UserError where the model or the hardware cannot do it."""
+    notes: list[str] = []
+    config, profile = find_shape(model, notes), _profile(on.hardware)
+    for note in notes:
+        draw.say(note)
+    shares.check(config, on.tp or 1)
+    if on.rule == "fitted" and profile.rule is None:
+        raise OptionError(
+            "rule",
+            on.rule,
+            f"{profile.name} has no coefficients of it",
+            "measure them with `cptool bench calibrate`, or name another rule",
+        )
+    work = planner.Workload(
+        config=config,
+        context=run.context,
+        cached=run.cached,
+        batch=run.batch,
+        answer=run.answer,
+        dtype=run.dtype,
+        feed_forward=_feed_forward(run, profile),
+        published=run.as_published,
+        graphs=not run.eager,
+        rule=on.rule,
+    )
+    least = (on.cp or 1) * (on.tp or 1)
+    return Search(
+        model=model,
+        work=work,
+        profile=profile,
+        cp=on.cp,
+        tp=on.tp,
+        variant="pass-q-all2all" if run.as_published and on.variant == "pass-q" else on.variant,
+        ranks=on.max_gpus or max(least, profile.ranks_per_host or profile.ranks_at_once or 1),
+    )
+
+
+def _profile(hardware: str | None) -> HardwareProfile:
+    """Return the profile of that name, or by default what was measured here, else h100-sxm."""
+    return find_profile(hardware or ("measured" if is_measured() else "h100-sxm"))
+
+
+def _feed_forward(run: WorkOptions, profile: HardwareProfile) -> str | None:
+    """Return the dtype of the feed-forward layers, None for that of the others.
+
+    Raises UserError for a dtype that the profile has no rate for.
+    """
+    if run.dtype not in profile.linear_flops or run.dtype not in profile.attention_flops:
+        known = sorted(set(profile.linear_flops) & set(profile.attention_flops))
+        raise OptionError(
+            "dtype", run.dtype, f"{profile.name} has no rate for it", f"use {' or '.join(known)}"
+        )
+    chosen = profile.feed_forward if run.fp8 is None else "float8" if run.fp8 else None
+    if chosen and chosen not in profile.linear_flops:
+        raise UserError(f"`fp8`: {profile.name} has no FP8 rate; leave it out")
+    return chosen
