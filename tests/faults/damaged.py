@@ -243,8 +243,9 @@ def _run(arguments: list[str]) -> tuple[str, str]:
     if code == 0:
         return "answered", _answer(arguments, out.getvalue())
     if len(lines) > 1 and arguments[0] != "session":
-        notes = [line for line in lines[:-1] if not line.startswith("cptool: ")]
-        if notes:
+        # A note on an accepted model may come before the refusal of something else.
+        known = ("cptool: ", "fields that cptool does not ", "sampling fields that cptool does not ")
+        if any(not line.startswith(known) for line in lines[:-1]):
             return "many lines", text
     if not lines or code not in (1, 2):
         return "traceback", f"exit code {code}: {text}"
