@@ -244,7 +244,7 @@ def _run(arguments: list[str]) -> tuple[str, str]:
         return "answered", _answer(arguments, out.getvalue())
     if len(lines) > 1 and arguments[0] != "session":
         # A note on an accepted model may come before the refusal of something else.
-        known = ("cptool: ", "fields that cptool does not ", "sampling fields that cptool does not ")
+        known = ("cptool: ", "fields that cptool ", "sampling fields that cptool ")
         if any(not line.startswith(known) for line in lines[:-1]):
             return "many lines", text
     if not lines or code not in (1, 2):
