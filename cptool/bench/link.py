@@ -32,7 +32,7 @@ def measure(
     world: World, sizes: list[int], patterns: list[str], repeats: int, overlap: bool
 ) -> list[dict[str, object]]:
     """One result for every size and pattern, the patterns of a size interleaved. Collective."""
-    ring = ring_of(world)
+    ring = ring_of(world.cp_group)
     results = []
     stream = _Stream(world) if world.device.type == "cpu" else None
     try:

@@ -15,7 +15,7 @@ SMALL_MESSAGE, LARGE_MESSAGE = 1 << 10, 4 << 20
 
 def link_rates(clock: Clock, part: World | None) -> tuple[Link, float]:
     """The link, and of a transfer's time the part that compute loses to it."""
-    device, ring = clock.device, ring_of(part) if part else Ring()
+    device, ring = clock.device, ring_of(part.cp_group) if part else Ring()
     ahead, behind = (ring.rank - 1) % ring.size, (ring.rank + 1) % ring.size
 
     def buffers(size: int) -> tuple[torch.Tensor, torch.Tensor]:

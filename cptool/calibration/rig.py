@@ -9,6 +9,7 @@ import dataclasses
 import torch
 import torch.distributed as dist
 
+from cptool.distributed.group import Group
 from cptool.distributed.world import World
 from cptool.engine.engine import Engine
 from cptool.engine.state import Mark
@@ -56,8 +57,7 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, world: World) -> Llama
     model.inverse_frequencies = Llama(
         dataclasses.replace(config, num_hidden_layers=0, vocab_size=1), device="cpu"
     ).inverse_frequencies.to(world.device)
-    if world.tp_group is not None:
-        tensor_parallel.apply(model, world.tp_group, world.staged)
+    tensor_parallel.apply(model, world.tp_group)
     return model
 
 
@@ -72,16 +72,18 @@ def smaller_worlds(world: World, counts: list[int]) -> dict[int, World | None]:
         if count == world.cp:
             worlds[count] = world
             continue
-        group = None
+        members = None
         for tp_rank in range(world.tp if count > 1 else 0):
             ranks = [cp_rank * world.tp + tp_rank for cp_rank in range(count)]
             made = dist.new_group(ranks)
             if world.rank in ranks:
-                group = made
+                members = made
         worlds[count] = None
         if world.cp_rank < count:
+            whole = world.group
+            cp_group = Group(members, whole.device, staged=whole.staged, direct=whole.direct)
             worlds[count] = dataclasses.replace(
-                world, size=count * world.tp, cp=count, cp_group=group
+                world, size=count * world.tp, cp=count, cp_group=cp_group
             )
     return worlds
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cptool.distributed.devices import cores, resolve_device, transport
 from cptool.distributed.environment import Seat
+from cptool.distributed.group import Group
 from cptool.distributed.options import RankOptions
 from cptool.distributed.status_board import Board
 from cptool.distributed.world import World
@@ -58,13 +59,17 @@ def connect(
 
     grid = torch.arange(seat.size).view(cp, tp)
     # Not by a DeviceMesh: the groups that one makes have the library's timeout, half an hour.
-    cp_group, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=patience)
-    tp_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=patience)
-    wire = torch.device("cpu") if staged else where
+    cp_members, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=patience)
+    tp_members, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=patience)
+    carry = {"staged": staged, "direct": ranks.transport == "direct"}
+    cp_group, tp_group = (
+        Group(members if size > 1 else None, where, **carry)
+        for members, size in ((cp_members, cp), (tp_members, tp))
+    )
     for group in (cp_group, tp_group):
         # Connections are made here and not in the first layer; NCCL also needs every rank of a
         # group in the group's first operation, which a batch of point-to-point ones may not have.
-        dist.all_reduce(torch.ones(1, device=wire), group=group)
+        group.sum_(torch.ones(1, device=where))
     return World(
         rank=seat.rank,
         size=seat.size,
@@ -75,11 +80,10 @@ def connect(
         tp_rank=seat.rank % tp,
         tp=tp,
         device=where,
-        cp_group=cp_group if cp > 1 else None,
-        tp_group=tp_group if tp > 1 else None,
+        group=Group(dist.group.WORLD, where, **carry),
+        cp_group=cp_group,
+        tp_group=tp_group,
         board=board,
-        staged=staged,
-        direct=ranks.transport == "direct",
     )
 
 

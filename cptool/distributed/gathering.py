@@ -1,4 +1,4 @@
-"""A value of every rank on every rank, by plain tensors: torch's own object collectives pickle."""
+"""Gathering a value of every rank by plain tensors, because torch's object collectives pickle."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ _FRAME, _LENGTH_BYTES = 512, 8
 def gather_values(
     value: Any, types: Sequence[type] = (), group: dist.ProcessGroup | None = None
 ) -> list[Any]:
-    """`value` of every rank of the group, in rank order; collective. It is one that
-    `cptool.distributed.encoding` takes, with dataclasses of `types`; tensors arrive on the CPU.
-    """
-    import torch
-    import torch.distributed as dist
+    """Return the `value` of every rank of the group, in rank order. Collective.
 
+    value: any that `cptool.distributed.encoding` takes, with dataclasses of `types`. Tensors arrive
+    on the CPU.
+    """
     data = encode(value, types)
     first = data[: _FRAME - _LENGTH_BYTES]
     header = len(data).to_bytes(_LENGTH_BYTES, "little") + first
-    frames = _all_gather(header, _FRAME, group, torch, dist)
+    frames = _all_gather(header, _FRAME, group)
     sizes = [int.from_bytes(frame[:_LENGTH_BYTES], "little") for frame in frames]
     parts = [
         frame[_LENGTH_BYTES : _LENGTH_BYTES + size]
@@ -34,7 +33,7 @@ def gather_values(
     ]
     longest = max(sizes) - (_FRAME - _LENGTH_BYTES)
     if longest > 0:
-        rests = _all_gather(data[len(first) :], longest, group, torch, dist)
+        rests = _all_gather(data[len(first) :], longest, group)
         parts = [
             part + rest[: max(0, size - len(part))]
             for part, rest, size in zip(parts, rests, sizes, strict=True)
@@ -42,8 +41,11 @@ def gather_values(
     return [decode(part, types) for part in parts]
 
 
-def _all_gather(data: bytes, size: int, group: dist.ProcessGroup | None, torch, dist) -> list:
-    """`data` of every rank, filled up to `size` bytes."""
+def _all_gather(data: bytes, size: int, group: dist.ProcessGroup | None) -> list[bytes]:
+    """Return the `data` of every rank, padded to `size` bytes."""
+    import torch
+    import torch.distributed as dist
+
     own = torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own, group=group)

@@ -7,8 +7,10 @@ the variant's own code over blocks of the exact sizes and positions of every sou
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -18,13 +20,13 @@ from cptool.emulation.ring import EmulatedRing, Timeline, Trace
 from cptool.model.config import LlamaConfig
 from cptool.model.fp8 import RowwiseFp8
 from cptool.model.llama import DecoderLayer
+from cptool.model.product import Product
 from cptool.model.rope import inverse_frequencies, rotary_tables
 from cptool.parallel.attention import attend
 from cptool.parallel.step import Step
 from cptool.sharding import Placement, balanced, concat
 from cptool.variants import find
 
-LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 REDUCED = ("o_proj", "down_proj")
 OTHER = "norms, rotation, cache, activation"
 
@@ -113,7 +115,8 @@ def run_once(
 ) -> tuple[Trace, list[int], int]:
     """One pass: its trace, the bytes of each all-reduce, the bytes sent."""
     config, device, dtype = scenario.config, scenario.device, scenario.dtype
-    timeline, reduced = Timeline(device), []
+    timeline = Timeline(device)
+    reduced: list[int] = []
     ring = EmulatedRing(rank, scenario.cp, timeline)
     step = Step(rank, held.queries, held.keys if find(variant).keys_travel else ())
     mine = held.queries[rank]
@@ -139,22 +142,21 @@ def run_once(
         timeline.mark(OTHER)
         return out
 
-    def watch(name: str, module: torch.nn.Module) -> list:
-        def after(_, __, output: torch.Tensor) -> None:
-            timeline.mark(OTHER)
-            if scenario.tp > 1 and name in REDUCED:
-                reduced.append(output.nbytes)
+    @contextmanager
+    def marked(name: str) -> Iterator[None]:
+        timeline.mark(name)
+        yield
+        timeline.mark(OTHER)
 
-        before = module.register_forward_pre_hook(lambda *_: timeline.mark(name))
-        return [before, module.register_forward_hook(after)]
-
-    modules = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
-    hooks = [hook for name in LINEAR for hook in watch(name, modules[name])]
+    for name, module in layer.named_modules():
+        if isinstance(module, Product):
+            label = name.rpartition(".")[2]
+            module.span = partial(marked, label)
+            if scenario.tp > 1 and label in REDUCED:
+                module.reduce = lambda partial_sum: reduced.append(partial_sum.nbytes)
     timeline.mark(OTHER)
     layer(hidden, *tables, attention)
     timeline.mark(OTHER)
-    for hook in hooks:
-        hook.remove()
     return timeline.trace(), reduced, ring.sent_bytes
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cptool.parallel.ring import Ring
+from cptool.parallel.ring import Ring, Transfer
 from cptool.planning.hardware import Link
 
 PAUSE = "pause"
@@ -85,6 +85,16 @@ class Timeline:
         return 1e-3 * began.elapsed_time(ended) if self.device.type == "cuda" else ended - began
 
 
+@dataclass(frozen=True)
+class _Noted:
+    """A batch of messages that is noted instead of sent."""
+
+    number: int
+
+    def wait(self) -> None:
+        """Do nothing: what would arrive is there already."""
+
+
 class EmulatedRing(Ring):
     """The transfers of rank `rank` of `size`, whose peers keep pace with it.
 
@@ -100,7 +110,7 @@ class EmulatedRing(Ring):
         self,
         sends: Sequence[tuple[int, torch.Tensor]],
         receives: Sequence[tuple[int, torch.Tensor]],
-    ) -> list[int]:
+    ) -> list[Transfer]:
         self.timeline.mark(PAUSE)
         for _, tensor in receives:
             tensor.normal_()
@@ -110,11 +120,12 @@ class EmulatedRing(Ring):
         messages = sum(bool(tensor.numel()) for _, tensor in sends)
         self.timeline.note(Start(self._transfers, max(sent, received), messages))
         self.timeline.mark("attention")
-        return [self._transfers]
+        return [_Noted(self._transfers)]
 
-    def wait(self, pending: Sequence[int]) -> None:
+    def wait(self, pending: Sequence[Transfer]) -> None:
         self.timeline.mark("attention")  # ends what ran before, which belongs before the wait
-        self.timeline.note(Wait(tuple(pending)))
+        numbers = (transfer.number for transfer in pending if isinstance(transfer, _Noted))
+        self.timeline.note(Wait(tuple(numbers)))
 
 
 def replay(trace: Trace, link: Link, steals: float = 0.0) -> float:

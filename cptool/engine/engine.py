@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 
 from cptool.cache import KVCache
 from cptool.distributed.world import World
@@ -61,7 +60,7 @@ class Engine(BatchState):
         self.dtype = model.norm.weight.dtype
         self.partial_dtype = self.dtype if options.partials == "working" else torch.float32
         self.static = world.device.type == "cuda" if options.static is None else options.static
-        self.ring = ring_of(world)
+        self.ring = ring_of(world.cp_group)
         self.report = progress or (lambda phase, done, total: None)
         self.choice: Choice | None = None
         cache = KVCache(
@@ -190,12 +189,10 @@ class Engine(BatchState):
         with self._trace.span("sampling", "sampling"):
             for b, pick in sampling.picks(self.logits, list(map(len, self.tokens))).items():
                 picks[b] = pick
-        if self.world.cp_group is None:
+        if self.world.cp == 1:
             return picks
-        shared = torch.tensor(picks, device=self.world.wire)
         with self._trace.span("all-reduce", "exposed"):
-            dist.all_reduce(shared, group=self.world.cp_group)
-        return shared.tolist()
+            return self.world.cp_group.sum_of(picks)
 
     def decode(
         self,
@@ -280,7 +277,7 @@ class Engine(BatchState):
                 cache=self.cache,
                 holdings=self.holdings,
                 partial_dtype=self.partial_dtype,
-                no_graph="messages go through host memory" if self.world.staged else None,
+                no_graph="messages go through host memory" if self.world.group.staged else None,
             )
             self._steps = StaticDecode(context, sequences, steps, self._observer)
         how = self._steps.reason
@@ -313,8 +310,4 @@ class Engine(BatchState):
 
     def _any_rank(self, value: bool) -> bool:
         """Return whether `value` holds on any rank."""
-        if self.world.size == 1:
-            return value
-        shared = torch.tensor(int(value), device=self.world.wire)
-        dist.all_reduce(shared)
-        return bool(shared)
+        return bool(self.world.group.sum_of([int(value)])[0])

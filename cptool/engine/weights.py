@@ -78,8 +78,8 @@ def load_model(
         parameters[name] = tensors[sources[name]]
     model.load_state_dict(parameters, assign=True)
     model.inverse_frequencies = model.inverse_frequencies.to(device)
-    if world is not None and world.tp_group is not None and tp > 1:
-        tensor_parallel.apply(model, world.tp_group, world.staged)
+    if world is not None:
+        tensor_parallel.apply(model, world.tp_group)
     return model.eval()
 
 

@@ -1,9 +1,9 @@
 """A linear layer as a row-wise scaled FP8 product, as the paper's feed-forward layers run."""
 
 import torch
-from torch import nn
 
 from cptool.errors import UserError
+from cptool.model.product import Product
 
 LARGEST = 448.0
 """The largest number of e4m3."""
@@ -22,15 +22,15 @@ def _scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x * factor).to(torch.float8_e4m3fn), factor.float().reciprocal()
 
 
-class RowwiseFp8(nn.Module):
+class RowwiseFp8(Product):
     """x W^T, both in e4m3 with one scale per row of x and of W; x is scaled in each call."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.weight, self.scale = _scaled(weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows, scale = _scaled(x)
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        rows, scale = _scaled(input)
         return torch._scaled_mm(
             rows,
             self.weight.t(),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cptool.model.config import LlamaConfig
+from cptool.model.product import Product
 from cptool.model.rope import inverse_frequencies, rotary_tables
 from cptool.model.row_limits import ROWS_AT_ONCE, ROWS_AT_ONCE_CPU
 from cptool.model.shares import layer_shapes
@@ -37,13 +38,13 @@ def _row_slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     return zip(*(tensor.tensor_split(-(-rows // at_once)) for tensor in tensors), strict=True)
 
 
-class Linear(nn.Linear):
+class Linear(Product, nn.Linear):
     """A product with a weight matrix, without bias."""
 
     def __init__(self, width: int, out: int, device: torch.device | str) -> None:
         super().__init__(width, out, bias=False, device=device)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def product(self, input: torch.Tensor) -> torch.Tensor:
         return linear(input, self.weight)
 
 
@@ -54,7 +55,7 @@ class BiasedLinear(Linear):
         super().__init__(width, out, device)
         self.bias = nn.Parameter(torch.empty(out, device=device))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def product(self, input: torch.Tensor) -> torch.Tensor:
         return linear(input, self.weight).add_(self.bias)
 
 
@@ -146,7 +147,7 @@ class DecoderLayer(nn.Module):
         if not hidden.shape[0]:
             self.self_attn.without_tokens(hidden, attend)
             return
-        if fused_layer.takes(hidden) and self._unobserved():
+        if fused_layer.takes(hidden) and self._fuses():
             self._in_two_calls(hidden, cos, sin, attend)
             return
         attended = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
@@ -179,17 +180,11 @@ class DecoderLayer(nn.Module):
             down=mlp.down_proj.weight,
         )
 
-    def _unobserved(self) -> bool:
-        """Whether all products are plain, and no module within has a hook.
-
-        Tensor parallelism and `--profile` register hooks.
-        """
+    def _fuses(self) -> bool:
+        """Whether all products are plain, and none is timed or completed by a caller."""
         attention, mlp = self.self_attn, self.mlp
         products = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
-        others = attention, mlp, self.input_layernorm, self.post_attention_layernorm
-        return all(type(module) is Linear for module in products) and not any(
-            module._forward_hooks or module._forward_pre_hooks for module in (*products, *others)
-        )
+        return all(type(module) is Linear and not module.observed for module in products)
 
 
 class Llama(nn.Module):

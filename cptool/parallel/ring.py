@@ -5,45 +5,56 @@ All transfers are symmetric batches of point-to-point operations: each rank post
 receives together, which neither deadlocks nor depends on the order in which ranks arrive.
 
 On CUDA the group is NCCL's, which works on a stream of its own. A transfer that is started waits
-there for what the current stream has been given so far, and so reads what that has written and
-writes to a buffer that nothing reads any more; kernels that follow on the current stream run beside
-it, until `wait` makes the stream wait for the transfer's end. Tensors of a transfer are referred to
-until then, and the memory of one that is dropped later goes to work of the current stream, which
+there for what is queued on the current stream so far, so it reads what that has written and writes
+to a buffer that nothing reads any more; kernels that follow on the current stream run beside it,
+until `wait` makes the stream wait for the end of the transfer. The tensors of a transfer are
+referenced until then, and memory that is freed later is reused by the current stream, whose work
 comes after: the caching allocator needs no `record_stream`. The group's streams have high priority
-(`cptool.distributed.connect`), or an attention kernel that fills the device would keep transfers
-from starting before it ends.
+(`cptool.distributed.connect`), otherwise an attention kernel that fills the device would keep
+transfers from starting before it ends.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from cptool.distributed.group import Group
 from cptool.profiling.exposed_time import Exposure
 from cptool.profiling.trace import SILENT, Recorder, Silent
 
-# torch 2.13's name; before, it is the other one.
+# The name since torch 2.13, and the one before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+Message = tuple[int, torch.Tensor]
+"""A peer, and the tensor that it is sent or that it fills."""
+
+
+class Transfer(Protocol):
+    """Messages under way: one, or a batch that completes as a whole."""
+
+    def wait(self) -> object:
+        """Block until the messages have arrived; on CUDA, until later kernels see them so."""
 
 
 class Ring:
-    """Transfers within `group`; group None is a ring of one rank, which never communicates.
+    """Transfers within `group`; a group of one rank never communicates.
 
     sent_bytes: payload that this rank has sent.
-    exposed_s: seconds that this rank, on CUDA its stream, has stood waiting for transfers, that is
-        communication that compute did not hide; asking for it waits for the device.
+    exposed_s: seconds that this rank, on CUDA its stream, has stood waiting for transfers:
+        communication that compute did not hide. Reading it synchronizes with the device.
 
     A transfer that fails (a peer died, or took longer than the group's timeout) raises the
     RuntimeError of the communication library.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.rank = 0 if group is None else group.rank()
-        self.size = 1 if group is None else group.size()
+    def __init__(self, group: Group | None = None) -> None:
+        self.group = group or Group()
+        self.rank, self.size = self.group.rank, self.group.size
         self.sent_bytes = 0
         self.trace: Recorder | Silent = SILENT
         self._exposure, self._device = Exposure(), torch.device("cpu")
@@ -56,7 +67,7 @@ class Ring:
     def blocks(
         self, local: torch.Tensor, sizes: Sequence[int]
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (source, block) of every rank: the own block, then rank + 1, rank + 2, ... mod N.
+        """Yield (source, block) of every rank: this rank's own, then rank + 1, rank + 2, ... mod N.
 
         local: [sizes[rank], ...], contiguous; every rank gives the same dtype and trailing shape.
         sizes: tokens of each rank's block.
@@ -86,11 +97,12 @@ class Ring:
         into: Sequence[torch.Tensor] | None = None,
         readers: Sequence[bool] | None = None,
     ) -> list[torch.Tensor]:
-        """The blocks of all ranks in rank order; the own block is `local` itself.
+        """Return the blocks of all ranks in rank order; this rank's own is `local` itself.
 
-        into: N contiguous tensors [sizes[r], ...] to receive in; the own entry is left alone.
-        readers: whether rank r is given the blocks, the same on all ranks; one that is not gets
-        empty ones. `local` is as in `blocks`.
+        local, sizes: as in `blocks`.
+        into: N contiguous tensors [sizes[r], ...] to receive in; this rank's own is left alone.
+        readers: whether rank r receives the blocks, the same on all ranks; a rank that does not
+            gets empty ones.
         """
         readers = readers or [True] * self.size
         outgoing = [local if reads else local[:0] for reads in readers]
@@ -103,19 +115,19 @@ class Ring:
     def exchange(
         self, outgoing: Sequence[torch.Tensor], sizes: Sequence[int]
     ) -> list[torch.Tensor]:
-        """All-to-all: give outgoing[r] to rank r, return what every rank gave to this one.
+        """Send outgoing[r] to rank r and return what every rank sent to this one (all-to-all).
 
-        outgoing: N contiguous tensors [n, ...]; sizes[s]: n of the tensor that rank s gives to this
-        rank. The own entry is returned as it is.
+        outgoing: N contiguous tensors [n, ...]. sizes[s]: n of the tensor that rank s sends to this
+        rank. This rank's own entry is returned as it is.
         """
         like = outgoing[self.rank]
         return self._all_to_all(outgoing, [like.new_empty(size, *like.shape[1:]) for size in sizes])
 
     def all_gather(self, local: torch.Tensor) -> list[torch.Tensor]:
-        """`local` [n, ...] of every rank, all of one size, in rank order: one collective."""
+        """Return `local` [n, ...] of every rank, all of one size, in rank order: one collective."""
         whole = local.new_empty(self.size * local.shape[0], *local.shape[1:])
         began = self._exposure.begin(local.device)
-        _all_gather(whole, local, group=self.group)
+        _all_gather(whole, local, group=self.group.process_group)
         self._exposure.end(began)
         self.sent_bytes += (self.size - 1) * local.nbytes
         return list(whole.split(local.shape[0]))
@@ -137,10 +149,10 @@ class Ring:
         return received
 
     def buffer(self, name: int | str, tokens: int, like: torch.Tensor) -> torch.Tensor:
-        """A [tokens, ...] tensor shaped like `like`, uninitialised, from memory kept under `name`.
+        """Return an uninitialised [tokens, ...] tensor like `like`, in memory kept under `name`.
 
-        The memory grows as needed and is used again by the next call with this name: layers follow
-        each other, and fresh pages for every layer would cost more than the copies into them.
+        The memory grows as needed and is reused by the next call with this name: layers follow each
+        other, and fresh pages for every layer would cost more than the copies into them.
         """
         needed = tokens * math.prod(like.shape[1:]) * like.element_size()
         memory = self._memory.get(name)
@@ -151,46 +163,43 @@ class Ring:
 
     def send_receive(
         self, receiver: int, outgoing: torch.Tensor, sender: int, incoming: torch.Tensor
-    ) -> list[dist.Work]:
+    ) -> list[Transfer]:
         """Start sending `outgoing` to `receiver` and receiving `incoming` from `sender`.
 
         Both contiguous. Neither may be changed or freed before `wait` has returned.
         """
         return self._start([(receiver, outgoing)], [(sender, incoming)])
 
-    def wait(self, pending: Sequence[dist.Work]) -> None:
-        """Until the transfers are done; on CUDA, until later kernels of this stream see them so."""
+    def wait(self, pending: Sequence[Transfer]) -> None:
+        """Block until the transfers complete; on CUDA, make this stream's later kernels wait."""
         began = self._exposure.begin(self._device)
         with self.trace.span("wait", "exposed"):
-            for work in pending:
-                work.wait()
+            for transfer in pending:
+                transfer.wait()
         self._exposure.end(began)
 
-    def _start(
-        self,
-        sends: Sequence[tuple[int, torch.Tensor]],
-        receives: Sequence[tuple[int, torch.Tensor]],
-    ) -> list[dist.Work]:
-        """Post one batch of (peer, tensor); both sides leave out empty tensors alike.
+    def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Transfer]:
+        """Post one batch; sender and receiver both leave out empty tensors.
 
-        Receives come first. gloo sends nothing until the receiver has said that its buffer is
-        there, and says so on the connection that also carries data to that peer: behind a send
-        that has begun, the word waits for all of it, and the two directions take turns.
+        Receives come first. gloo sends nothing until the receiver has announced its buffer, on the
+        connection that also carries data to that peer: behind a send that has begun, the
+        announcement waits for all of it, and the two directions take turns.
         """
         operations = [
-            dist.P2POp(operation, tensor, group=self.group, group_peer=peer)
+            dist.P2POp(operation, tensor, group=self.group.process_group, group_peer=peer)
             for operation, messages in ((dist.irecv, receives), (dist.isend, sends))
             for peer, tensor in messages
             if tensor.numel()
         ]
         for _, tensor in sends:
             self.sent_bytes, self._device = self.sent_bytes + tensor.nbytes, tensor.device
-        works = dist.batch_isend_irecv(operations) if operations else []
-        if self.trace.on and operations and operations[0].tensor.is_cpu:
-            works = [
-                self.trace.watch(
+        works: list[dist.Work] = dist.batch_isend_irecv(operations) if operations else []
+        trace = self.trace
+        if isinstance(trace, Recorder) and operations and operations[0].tensor.is_cpu:
+            return [
+                trace.watch(
                     work, "receive" if o.op is dist.irecv else "send", o.group_peer, o.tensor.nbytes
                 )
                 for work, o in zip(works, operations, strict=True)
             ]
-        return works
+        return [*works]

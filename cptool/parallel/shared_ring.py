@@ -1,9 +1,9 @@
 """A ring whose messages go from memory to memory between the ranks of one machine.
 
 gloo moves a message by two copies through a socket and a thread of its own, which takes turns with
-the compute on the core that both share. Here a sender notes where its message lies, in memory that
-all ranks of the machine map, and the receiver copies it from the sender's memory into place when it
-comes to need it: one copy, no thread. Peers that cannot be read like that (on another machine, in
+the compute on the core that both share. Here a sender records where its message lies, in memory
+that all ranks of the machine map, and the receiver copies it from the sender's memory into place
+when it needs it: one copy, no thread. Peers whose memory cannot be read (on another machine, in
 another container) are reached by gloo, pair by pair.
 """
 
@@ -17,22 +17,21 @@ import time
 import uuid
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from cptool.distributed.gathering import gather_values
+from cptool.distributed.group import Group
 from cptool.distributed.shared_memory import is_here
 from cptool.ops import extension
-from cptool.parallel.ring import Ring
+from cptool.parallel.ring import Message, Ring, Transfer
+from cptool.profiling.trace import Recorder
 
 _C = extension.load()
 
-Message = tuple[int, torch.Tensor]
-
 SUPPORTED = hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
-"""Whether the system has what it takes: Linux does."""
+"""Whether the system has the calls for it, as Linux does."""
 
 SLOTS = 64
 """Messages from one rank to another that may be under way at a time."""
@@ -44,26 +43,46 @@ _WORD = 1 << 32
 
 
 class Gone(dist.DistNetworkError):
-    """A peer ended, or did not come in time."""
+    """A peer ended, or did not arrive in time."""
+
+
+class Process(NamedTuple):
+    """A peer's process: its number, and a descriptor of it."""
+
+    pid: int
+    pidfd: int
+
+
+class Offer(NamedTuple):
+    """How a rank's shared memory is found, and a token at address `probe` that proves the access.
+
+    fd: descriptor of the memory, called `name`, in the process `pid`.
+    """
+
+    pid: int
+    fd: int
+    name: str
+    probe: int
+    token: bytes
 
 
 class Channel:
-    """Messages from one rank to another, numbered from 1; both sides count alike.
+    """Messages from one rank to another, numbered from 1 on both sides.
 
     Message n lies in slot n mod SLOTS of `memory`, which both map: the sender writes address and
     size, then `posted` = n; the receiver copies, then `taken` = n.
     """
 
-    def __init__(self, memory: mmap.mmap, index: int, peer: int, pid: int, pidfd: int):
-        self.memory, self.peer, self.pid = memory, peer, pid
+    def __init__(self, memory: mmap.mmap, index: int, peer: int, process: Process) -> None:
+        self.memory, self.peer, self.pid = memory, peer, process.pid
         self.process = select.poll()
-        self.process.register(pidfd, select.POLLIN)  # readable from the process's end on
+        self.process.register(process.pidfd, select.POLLIN)  # readable once the process has ended
         self.start = index * SLOTS * _SLOT_BYTES
         self.address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
         self.begun = 0
 
     def next(self) -> tuple[int, int]:
-        """The number of the next message, and where its slot begins."""
+        """Return the number of the next message, and where its slot begins."""
         self.begun += 1
         return self.begun, self.start + self.begun % SLOTS * _SLOT_BYTES
 
@@ -71,7 +90,7 @@ class Channel:
         _C.signal_word(self.address + word, number % _WORD)
 
     def wait(self, word: int, number: int, patience: float) -> None:
-        """Until the word says `number`; raises Gone."""
+        """Block until the word is `number`. Raise Gone if the peer ended or `patience` ran out."""
         address, value = self.address + word, number % _WORD
         deadline = time.monotonic() + patience
         while not _C.wait_word(address, value, _SPIN_US, _SLEEP_MS):
@@ -81,10 +100,10 @@ class Channel:
                 raise Gone(f"rank {self.peer} of the ring did not come within {patience:g} s")
 
 
-class Post:
-    """A message on its way; its tensor must stay as it is until it was taken."""
+class Send:
+    """A message under way; its tensor must not change until the peer has copied it."""
 
-    def __init__(self, channel: Channel, tensor: torch.Tensor, patience: float):
+    def __init__(self, channel: Channel, tensor: torch.Tensor, patience: float) -> None:
         self.channel, self.tensor, self.patience = channel, tensor, patience
         self.number, self.slot = channel.next()
         if self.number > SLOTS:
@@ -96,10 +115,10 @@ class Post:
         self.channel.wait(self.slot + _TAKEN, self.number, self.patience)
 
 
-class Receipt:
-    """A message that the peer has posted or will; the first wait copies it into `tensor`."""
+class Receive:
+    """A message that the peer has posted or will post; the first wait copies it into `tensor`."""
 
-    def __init__(self, channel: Channel, tensor: torch.Tensor, patience: float):
+    def __init__(self, channel: Channel, tensor: torch.Tensor, patience: float) -> None:
         self.channel, self.patience = channel, patience
         self.tensor: torch.Tensor | None = tensor
         self.number, self.slot = channel.next()
@@ -122,15 +141,15 @@ class Receipt:
 
 
 class SharedRing(Ring):
-    """`Ring` over a gloo group, for tensors of the CPU. All ranks of the group construct it
-    together.
+    """`Ring` over a gloo group, for tensors of the CPU. Constructing it is collective.
 
     `local`: the ranks that are reached from memory to memory.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: Group) -> None:
         super().__init__(group)
-        options = group._get_backend(torch.device("cpu")).options
+        assert group.process_group is not None
+        options = group.process_group._get_backend(torch.device("cpu")).options
         self._patience = options._timeout.total_seconds()
         self._out: dict[int, Channel] = {}
         self._back: dict[int, Channel] = {}
@@ -140,34 +159,34 @@ class SharedRing(Ring):
     def all_gather(self, local: torch.Tensor) -> list[torch.Tensor]:
         return self.gather(local, [local.shape[0]] * self.size)
 
-    def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Any]:
+    def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Transfer]:
         far = super()._start(
             [message for message in sends if message[0] not in self._out],
             [message for message in receives if message[0] not in self._out],
         )
-        # Posts first: they take no time, and a peer may be waiting. But waits go in the order of
-        # the list, and a rank that waited for its sends first would wait for one that does too.
-        posts = [
-            Post(self._out[peer], tensor, self._patience)
-            for peer, tensor in sends
-            if peer in self._out and tensor.numel()
+        # Sends are posted first: that takes no time, and a peer may be waiting. They are waited for
+        # last: a rank that waited for them first would wait for a rank that does the same.
+        near_sends = [m for m in sends if m[0] in self._out and m[1].numel()]
+        near_receives = [m for m in receives if m[0] in self._out and m[1].numel()]
+        posted: list[Transfer] = [Send(self._out[p], t, self._patience) for p, t in near_sends]
+        self.sent_bytes += sum(tensor.nbytes for _, tensor in near_sends)
+        expected: list[Transfer] = [
+            Receive(self._back[p], t, self._patience) for p, t in near_receives
         ]
-        self.sent_bytes += sum(post.tensor.nbytes for post in posts)
-        receipts = [
-            Receipt(self._back[peer], tensor, self._patience)
-            for peer, tensor in receives
-            if peer in self._out and tensor.numel()
-        ]
-        if self.trace.on:
-            receipts = [self._watch("receive", receipt) for receipt in receipts]
-            posts = [self._watch("send", post) for post in posts]
-        return [*receipts, *far, *posts]
-
-    def _watch(self, name: str, work: Post | Receipt) -> Any:
-        return self.trace.watch(work, name, work.channel.peer, work.tensor.nbytes)
+        trace = self.trace
+        if isinstance(trace, Recorder):
+            expected = [
+                trace.watch(transfer, "receive", peer, tensor.nbytes)
+                for transfer, (peer, tensor) in zip(expected, near_receives, strict=True)
+            ]
+            posted = [
+                trace.watch(transfer, "send", peer, tensor.nbytes)
+                for transfer, (peer, tensor) in zip(posted, near_sends, strict=True)
+            ]
+        return [*expected, *far, *posted]
 
     def _connect(self) -> None:
-        """Opens the channels to those ranks that can be read, and can read this one."""
+        """Open the channels to the ranks whose memory this one can read, and that can read its."""
         name, token = f"cptool-{uuid.uuid4().hex}", os.urandom(16)
         probe = torch.frombuffer(bytearray(token), dtype=torch.uint8)
         fd = os.memfd_create(name)
@@ -175,42 +194,41 @@ class SharedRing(Ring):
             size = self.size * SLOTS * _SLOT_BYTES
             os.ftruncate(fd, size)
             offers = self._gather_values((os.getpid(), fd, name, probe.data_ptr(), token))
-            found: dict[int, tuple[mmap.mmap, int, int]] = {}
+            found: dict[int, tuple[mmap.mmap, Process]] = {}
             for rank, offer in enumerate(offers):
-                if rank != self.rank and (opened := _open(*offer, size)) is not None:
-                    found[rank] = (*opened, offer[0])
+                if rank != self.rank and (opened := _open(Offer(*offer), size)) is not None:
+                    found[rank] = opened
             readers = self._gather_values(sorted(found))
             own = mmap.mmap(fd, size)
         finally:
             os.close(fd)
-        for rank, (theirs, pidfd, pid) in found.items():
-            weakref.finalize(self, os.close, pidfd)
+        for rank, (theirs, process) in found.items():
+            weakref.finalize(self, os.close, process.pidfd)
             if self.rank in readers[rank]:
-                self._out[rank] = Channel(own, rank, rank, pid, pidfd)
-                self._back[rank] = Channel(theirs, self.rank, rank, pid, pidfd)
+                self._out[rank] = Channel(own, rank, rank, process)
+                self._back[rank] = Channel(theirs, self.rank, rank, process)
 
     def _gather_values(self, value: Any) -> list[Any]:
-        return gather_values(value, group=self.group)
+        return self.group.gather(value)
 
 
-def _open(
-    pid: int, fd: int, name: str, probe: int, token: bytes, size: int
-) -> tuple[mmap.mmap, int] | None:
-    """The memory that another rank offers and a descriptor of its process; None where that is not
-    on this machine or may not be read.
+def _open(offer: Offer, size: int) -> tuple[mmap.mmap, Process] | None:
+    """Return the memory that another rank offers, and its process; None where that is not on this
+    machine or may not be read.
     """
-    path = f"/proc/{pid}/fd/{fd}"
-    if not is_here(path, name):
+    path, count = f"/proc/{offer.pid}/fd/{offer.fd}", len(offer.token)
+    if not is_here(path, offer.name):
         return None
-    seen = torch.zeros(len(token), dtype=torch.uint8)
-    if _C.read_peer(pid, probe, seen.data_ptr(), len(token)) or bytes(seen.tolist()) != token:
+    seen = torch.zeros(count, dtype=torch.uint8)
+    unread = _C.read_peer(offer.pid, offer.probe, seen.data_ptr(), count)
+    if unread or bytes(seen.tolist()) != offer.token:
         return None
     try:
         opened = os.open(path, os.O_RDWR)
     except OSError:
         return None
     try:
-        return mmap.mmap(opened, size), os.pidfd_open(pid)
+        return mmap.mmap(opened, size), Process(offer.pid, os.pidfd_open(offer.pid))
     except OSError:
         return None
     finally:

@@ -1,8 +1,8 @@
 """A ring whose messages go through host memory: for ranks that share a GPU, and without NCCL.
 
-NCCL takes one rank a GPU. Here messages leave the device for pinned memory, cross by gloo, and
-return, on streams of their own and a thread of its own, so that they still run beside compute.
-Tensors of the CPU take the same way without the streams, which is how the tests go through it.
+NCCL takes one rank per GPU. Here messages leave the device for pinned memory, cross by gloo, and
+return, on streams and in a thread of their own, so that they still run beside compute. Tensors of
+the CPU take the same way without the streams, which is how the tests exercise it.
 """
 
 from __future__ import annotations
@@ -12,25 +12,20 @@ import queue
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from cptool.parallel.ring import Ring
-
-if TYPE_CHECKING:
-    pass
-
-Message = tuple[int, torch.Tensor]
+from cptool.distributed.group import Group
+from cptool.parallel.ring import Message, Ring, Transfer
 
 
-@dataclass
-class Transfer:
-    """One batch: host memory for each message, where what arrives belongs, and how it went.
+@dataclass(kw_only=True)
+class Batch:
+    """The messages of one call: host memory for each, and where what arrives belongs.
 
-    copied: what must have happened on the device before host memory may be sent. arrived: after
-    which what arrived lies in its place, once `done`.
+    copied: event of the device after which host memory may be sent. arrived: event after which
+    received messages are in place, set once `done`. error: why the batch failed.
     """
 
     sends: list[Message]
@@ -42,7 +37,7 @@ class Transfer:
     done: threading.Event = field(default_factory=threading.Event)
 
     def wait(self) -> None:
-        """Until what arrived is in its place for later kernels of the current stream."""
+        """Block until received messages are in place for later kernels of the current stream."""
         self.done.wait()
         if self.error is not None:
             raise self.error
@@ -53,40 +48,43 @@ class Transfer:
 class StagedRing(Ring):
     """`Ring` over a gloo group, for tensors on any device."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: Group) -> None:
         super().__init__(group)
-        self._jobs: queue.SimpleQueue[Transfer | None] = queue.SimpleQueue()
-        self._out = self._in = None
+        self._jobs: queue.SimpleQueue[Batch] = queue.SimpleQueue()
+        self._out: torch.cuda.Stream | None = None
+        self._in: torch.cuda.Stream | None = None
         self._thread: threading.Thread | None = None
 
     def all_gather(self, local: torch.Tensor) -> list[torch.Tensor]:
         return self.gather(local, [local.shape[0]] * self.size)
 
     def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Transfer]:
-        sends, receives = ([m for m in side if m[1].numel()] for side in (sends, receives))
+        sends = [message for message in sends if message[1].numel()]
+        receives = [message for message in receives if message[1].numel()]
         if not sends and not receives:
             return []
         self._device = device = (sends or receives)[0][1].device
         self._work_on(device)
         copied = None
-        for stream in filter(None, (self._out, self._in)):
-            stream.wait_stream(torch.cuda.current_stream(device))
+        for stream in (self._out, self._in):
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream(device))
         with _on(self._out):
             outgoing = [(peer, _staging(t).copy_(t, non_blocking=True)) for peer, t in sends]
             if self._out is not None:
                 copied = self._out.record_event()
         self.sent_bytes += sum(tensor.nbytes for _, tensor in sends)
-        transfer = Transfer(
+        batch = Batch(
             sends=outgoing,
             receives=[(peer, _staging(tensor)) for peer, tensor in receives],
             targets=[tensor for _, tensor in receives],
             copied=copied,
         )
-        self._jobs.put(transfer)
-        return [transfer]
+        self._jobs.put(batch)
+        return [batch]
 
     def _work_on(self, device: torch.device) -> None:
-        """Sees that there are streams for the device, and the thread."""
+        """Make the streams of the device, and the thread, if they do not exist yet."""
         if device.type == "cuda" and self._out is None:
             self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
         if self._thread is None:
@@ -94,38 +92,38 @@ class StagedRing(Ring):
             self._thread.start()
 
     def _carry(self) -> None:
-        """Carries out transfers in the order in which they were started."""
+        """Carry out batches in the order in which they were started."""
         while True:
-            transfer = self._jobs.get()
+            batch = self._jobs.get()
             try:
-                with torch.inference_mode():  # a thread has its own, and targets may be made in it
-                    self._exchange_on_host(transfer)
-            except BaseException as error:  # the rank that waits for it raises it
-                transfer.error = error
-            transfer.done.set()
-            del transfer  # its memory must not stay until the next one comes
+                with torch.inference_mode():  # per thread, and targets may be made in it
+                    self._exchange_on_host(batch)
+            except BaseException as error:  # `wait` raises it
+                batch.error = error
+            batch.done.set()
+            del batch  # its memory must not stay until the next one comes
 
-    def _exchange_on_host(self, transfer: Transfer) -> None:
-        if transfer.copied is not None:
-            transfer.copied.synchronize()
-        batch = ((dist.irecv, transfer.receives), (dist.isend, transfer.sends))
+    def _exchange_on_host(self, batch: Batch) -> None:
+        if batch.copied is not None:
+            batch.copied.synchronize()
+        sides = ((dist.irecv, batch.receives), (dist.isend, batch.sends))
         operations = [
-            dist.P2POp(operation, tensor, group=self.group, group_peer=peer)
-            for operation, messages in batch
+            dist.P2POp(operation, tensor, group=self.group.process_group, group_peer=peer)
+            for operation, messages in sides
             for peer, tensor in messages
         ]
         for work in dist.batch_isend_irecv(operations):
             work.wait()
         with _on(self._in):
-            for target, (_, tensor) in zip(transfer.targets, transfer.receives, strict=True):
+            for target, (_, tensor) in zip(batch.targets, batch.receives, strict=True):
                 target.copy_(tensor, non_blocking=True)
-            if self._in is not None and transfer.targets:
-                transfer.arrived = self._in.record_event()
+            if self._in is not None and batch.targets:
+                batch.arrived = self._in.record_event()
 
 
 def _staging(tensor: torch.Tensor) -> torch.Tensor:
-    """Host memory of the tensor's shape, pinned for a tensor of a device; torch keeps such memory
-    for its next use, once copies from and to it are done.
+    """Return host memory of the tensor's shape, pinned for a tensor of a device; torch reuses such
+    memory once the copies from and to it are done.
     """
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 

@@ -6,34 +6,31 @@ Embedding, norms and output matrix are replicated: every rank of the group has t
 stream and the same logits, bit by bit.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch.distributed
+    import torch
 
+    from cptool.distributed.group import Group
     from cptool.model.llama import Llama
 
 
-def apply(model: "Llama", group: "torch.distributed.ProcessGroup", staged: bool = False) -> None:
-    """Makes every o_proj and down_proj of a rank's share sum its result over `group`, in place.
-
-    staged: the group takes tensors of the CPU alone, so results go there and back.
+def apply(model: Llama, group: Group) -> None:
+    """Make every o_proj and down_proj of `model`, a rank's share, sum its result over `group`.
 
     Sums are taken in the type of the weights, as Megatron-LM and vLLM do: the matmul has rounded
     each term to it already, so tp terms add at most tp - 1 roundings of the same size (one for
     tp = 2, which float32 would not save), and float32 would double the bytes of a step that costs
     little else.
     """
-    import torch.distributed as dist
+    if group.size == 1:
+        return
 
-    def reduce(module: object, inputs: object, output: "torch.Tensor") -> None:
-        if not output.shape[0]:
-            return
-        wire = output.cpu() if staged else output
-        dist.all_reduce(wire, group=group)
-        if wire is not output:  # as it is for a tensor of the CPU
-            output.copy_(wire)
+    def reduce(partial: torch.Tensor) -> None:
+        if partial.shape[0]:
+            group.sum_(partial)
 
     for layer in model.layers:
-        layer.self_attn.o_proj.register_forward_hook(reduce)
-        layer.mlp.down_proj.register_forward_hook(reduce)
+        layer.self_attn.o_proj.reduce = layer.mlp.down_proj.reduce = reduce

@@ -1,23 +1,20 @@
-"""Which ring carries the messages of a rank's context-parallel group."""
+"""Which ring carries the messages of a context-parallel group."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from cptool.distributed.group import Group
 from cptool.parallel.ring import Ring
 from cptool.parallel.shared_ring import SUPPORTED, SharedRing
-
-if TYPE_CHECKING:
-    from cptool.distributed.world import World
 from cptool.parallel.staged_ring import StagedRing
 
 
-def ring_of(world: World) -> Ring:
-    """The transfers of this rank's context-parallel group."""
-    if world.cp == 1:
-        return Ring(None)
-    if world.staged:
-        return StagedRing(world.cp_group)
-    if world.device.type == "cpu" and SUPPORTED and not world.direct:
-        return SharedRing(world.cp_group)
-    return Ring(world.cp_group)
+def ring_of(group: Group) -> Ring:
+    """Return the ring of `group`. Collective, unless it is a group of one rank."""
+    if group.process_group is None:
+        return Ring(group)
+    if group.staged:
+        return StagedRing(group)
+    on_cpu = group.device is None or group.device.type == "cpu"
+    if on_cpu and SUPPORTED and not group.direct:
+        return SharedRing(group)
+    return Ring(group)

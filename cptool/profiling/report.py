@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cptool.profiling.intervals import length_s, subtract
-from cptool.profiling.trace import PHASES, Recorder, Span, Transfer
+from cptool.profiling.trace import PHASES, Kernel, Recorder, Span, TransferSpan
 
 if TYPE_CHECKING:
     from cptool.distributed.world import World
@@ -97,7 +97,7 @@ def collect(
         now,
         world.local_size,
     )
-    ranks = world.gather(mine, Span, Transfer, Kernel)
+    ranks = world.gather(mine, Span, TransferSpan, Kernel)
     if world.rank == 0:
         one_host = ranks[0][-1] == world.size
         shifts = [0.0 if one_host else ranks[0][4] - rank[4] for rank in ranks]
@@ -112,7 +112,7 @@ def collect(
 
 def write_trace(
     path: Path,
-    ranks: Sequence[tuple[Sequence[Span], Sequence[Transfer], Sequence[Kernel]]],
+    ranks: Sequence[tuple[Sequence[Span], Sequence[TransferSpan], Sequence[Kernel]]],
     shifts: Sequence[float],
 ) -> None:
     """A Chrome trace: a process for every rank, with a track of what its thread does, tracks of
@@ -124,7 +124,12 @@ def write_trace(
         events.append({"ph": "M", "name": kind, "pid": rank, "tid": track, "args": {"name": value}})
 
     def event(
-        what: Span | Kernel | Transfer, name: str, kind: str, rank: int, track: int, **more: object
+        what: Span | Kernel | TransferSpan,
+        name: str,
+        kind: str,
+        rank: int,
+        track: int,
+        **more: object,
     ) -> None:
         events.append(
             {

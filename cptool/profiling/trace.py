@@ -1,25 +1,26 @@
-"""What a rank does when: spans of its own thread and of its transfers, for `--profile`.
+"""Spans of a rank's own thread and of its transfers, for `--profile`.
 
-Spans nest, and a moment belongs to the innermost one, so the times of the phases add up to the
-wall. A transfer is seen from its start to its completion by a thread that waits for it, because the
-communication library tells of a completion only to who waits. Without a recorder there is SILENT,
-whose spans cost 0.1 us.
+Spans nest, and a moment belongs to the innermost one, so the times of the phases add up to the wall
+time. A thread waits for each transfer, because the communication library reports a completion only
+to the caller that waits. Without a recorder there is SILENT, whose spans cost 0.1 us.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    import torch
 
     from cptool.model.llama import Llama
+    from cptool.parallel.ring import Transfer
 
 PHASES = ("linear", "attention", "exposed", "sampling", "small ops")
 """What a span is: products with weights; attention over keys and merging; waiting for a transfer;
@@ -37,9 +38,9 @@ class Span:
     own_s: float
 
 
-@dataclass(frozen=True)
-class Transfer:
-    """One message, from its start to its completion."""
+@dataclass(frozen=True, kw_only=True)
+class TransferSpan:
+    """One message, from its start to its completion, in seconds of `time.perf_counter`."""
 
     name: str
     peer: int
@@ -68,7 +69,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
-        self.transfers: list[Transfer] = []
+        self.transfers: list[TransferSpan] = []
         self.kernels: list[Kernel] | None = None  # of the device, where it is not the CPU
         self._open: list[list] = []  # name, phase, begin, seconds inside of spans within
         self._waiters = ThreadPoolExecutor(64, thread_name_prefix="cptool-trace")
@@ -93,51 +94,47 @@ class Recorder:
             self._open[-1][3] += end - begin
         self.spans.append(Span(name, phase, begin, end, end - begin - inside))
 
-    def watch(self, work: dist.Work, name: str, peer: int, count: int) -> Watched:
-        """Notes when the transfer of `count` bytes is done; wait for what this returns instead."""
+    def watch(self, work: Transfer, name: str, peer: int, count: int) -> Watched:
+        """Record when a transfer of `count` bytes completes. Return what to wait for instead."""
         begin = time.perf_counter()
 
         def wait() -> None:
             work.wait()
             with self._lock:
                 end = time.perf_counter()
-                self.transfers.append(Transfer(name, peer, count, begin, end))
+                self.transfers.append(
+                    TransferSpan(name=name, peer=peer, bytes=count, begin=begin, end=end)
+                )
 
         return Watched(self._waiters.submit(wait))
 
-    def between(self, begin: float, end: float) -> tuple[list[Span], list[Transfer]]:
+    def between(self, begin: float, end: float) -> tuple[list[Span], list[TransferSpan]]:
         """What lies in [begin, end)."""
         spans = [span for span in self.spans if begin <= span.begin < end]
         return spans, [t for t in self.transfers if begin <= t.begin < end]
 
     def attach(self, model: Llama) -> None:
-        """Makes every linear layer of `model` a span, and the sum over ranks that may follow it."""
-        from torch import nn
+        """Make every product of `model` a span, and the sum over ranks that may follow it."""
+        from cptool.model.product import Product
 
         for name, module in model.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            reduced = bool(module._forward_hooks)  # by `cptool.parallel.tensor_parallel`
-            label = name.rpartition(".")[2]
+            if isinstance(module, Product):
+                module.span = partial(self.span, name.rpartition(".")[2], "linear")
+                if module.reduce is not None:
+                    module.reduce = self._timed(module.reduce)
 
-            def begin(module, inputs, label=label) -> None:
-                self.start(label, "linear")
+    def _timed(self, reduce: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+        def timed(partial_sum: torch.Tensor) -> None:
+            with self.span("all-reduce", "exposed"):
+                reduce(partial_sum)
 
-            def end(module, inputs, output, reduced=reduced) -> None:
-                self.stop()
-                if reduced:
-                    self.start("all-reduce", "exposed")
-
-            module.register_forward_pre_hook(begin)
-            module.register_forward_hook(end, prepend=True)
-            if reduced:
-                module.register_forward_hook(lambda *_: self.stop())
+        return timed
 
 
 class Watched:
-    """Stands for a transfer that another thread waits for."""
+    """A transfer for whose completion another thread waits."""
 
-    def __init__(self, future) -> None:
+    def __init__(self, future: Future[None]) -> None:
         self._future = future
 
     def wait(self) -> None:

@@ -12,6 +12,7 @@ from test_static_decode import TURNS, prompt, say
 
 from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.shapes import find_shape
+from cptool.distributed.group import Group
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.emulation.layer import Scenario
@@ -60,7 +61,7 @@ def engine_of(world, path, dtype=torch.float32, **options) -> Engine:
 
 
 def say_under(world, path, variant):
-    assert world.device.type == DEVICE and world.staged
+    assert world.device.type == DEVICE and world.group.staged
     engine = engine_of(world, path, batch=len(TURNS[0]), options=EngineOptions(variant=variant))
     answers = []
     for turn in TURNS:
@@ -136,7 +137,7 @@ def test_an_all_gather_of_nccl_in_a_graph():
     store = dist.HashStore()
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
     try:
-        ring = Ring(dist.new_group([0]))
+        ring = Ring(Group(dist.new_group([0]), torch.device("cuda", 0)))
         x = torch.zeros(1000, device=DEVICE)
         recorded = Recorded(lambda: ring.all_gather(x + 1)[0] * 2, torch.device(DEVICE))
         assert recorded.reason is None

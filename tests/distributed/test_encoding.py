@@ -119,12 +119,14 @@ def test_other_bytes_are_refused(data):
 def gathered(world):
     """Values of all lengths around that of a frame, different on every rank."""
     for size in (0, 1, 400, 484, 485, 486, 487, 488, 489, 2000):
-        values = gather_values("x" * (size + world.rank), group=world.cp_group)
+        values = gather_values("x" * (size + world.rank), group=world.cp_group.process_group)
         assert values == ["x" * (size + rank) for rank in range(world.size)]
-    only = gather_values("y" * 5000 if world.rank == 1 else None, group=world.cp_group)
+    only = gather_values(
+        "y" * 5000 if world.rank == 1 else None, group=world.cp_group.process_group
+    )
     assert only == [None, "y" * 5000, *[None] * (world.size - 2)]
     point, row = Point(x=world.rank), torch.full((300,), world.rank, dtype=torch.bfloat16)
-    found = gather_values((point, row), [Point], world.cp_group)
+    found = gather_values((point, row), [Point], world.cp_group.process_group)
     assert [p.x for p, _ in found] == list(range(world.size))
     assert all(r.equal(torch.full_like(row, rank)) for rank, (_, r) in enumerate(found))
 

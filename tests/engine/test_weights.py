@@ -95,8 +95,6 @@ def without_the_others(tp_rank, tp):
         tp_rank=tp_rank,
         tp=tp,
         device=torch.device("cpu"),
-        cp_group=None,
-        tp_group=None,
         board=Board(1),
     )
 

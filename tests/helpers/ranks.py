@@ -79,6 +79,7 @@ def _serve(rank, store, pipe):
     import torch
     import torch.distributed as dist
 
+    from cptool.distributed.group import Group
     from cptool.distributed.status_board import Board
     from cptool.distributed.world import World
 
@@ -89,7 +90,11 @@ def _serve(rank, store, pipe):
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=MOST, timeout=patience
     )
-    groups = {n: dist.new_group(range(n), timeout=patience) for n in range(2, MOST + 1)}
+    groups = {1: Group()}
+    for n in range(2, MOST + 1):
+        members = dist.new_group(range(n), timeout=patience)
+        if rank < n:
+            groups[n] = Group(members, torch.device("cpu"))
     while True:
         try:
             n, fn, args, options = pipe.recv()
@@ -105,8 +110,8 @@ def _serve(rank, store, pipe):
             tp_rank=0,
             tp=1,
             device=torch.device("cpu"),
-            cp_group=groups.get(n),
-            tp_group=None,
+            group=groups[n],
+            cp_group=groups[n],
             board=Board(n),
         )
         try:

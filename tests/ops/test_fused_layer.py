@@ -1,5 +1,7 @@
 """A layer of few rows in two calls gives the bits of the layer step by step."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -82,14 +84,13 @@ def check_bits(made, hidden, positions, monkeypatch):
     assert not torch.equal(together, hidden)
 
 
-def test_hooks_see_every_product():
+def test_spans_and_sums_see_every_product():
     made = layer(torch.float32)
     seen = []
     for name in ("qkv_proj", "o_proj"):
-        getattr(made.self_attn, name).register_forward_hook(lambda *_, name=name: seen.append(name))
+        getattr(made.self_attn, name).reduce = lambda out, name=name: seen.append(name)
     for name in ("gate_up_proj", "down_proj"):
-        module = getattr(made.mlp, name)
-        module.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
+        getattr(made.mlp, name).span = lambda name=name: nullcontext(seen.append(name))
     run(made, torch.randn(1, CONFIG.hidden_size), torch.tensor([3], dtype=torch.int32))
     assert seen == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 

@@ -87,9 +87,9 @@ def yielded_block_survives_the_next_transfer(world):
     sizes = [1000] * ring.size
     for salt in range(3):
         for source, block in ring.blocks(content(ring.rank, 1000, salt=salt), sizes):
-            dist.barrier(world.cp_group)
+            dist.barrier(world.cp_group.process_group)
             assert torch.equal(block, content(source, 1000, salt=salt))
-            dist.barrier(world.cp_group)
+            dist.barrier(world.cp_group.process_group)
 
 
 def test_a_block_stays_valid_while_the_next_arrives():
@@ -113,7 +113,7 @@ def next_block_arrives_while_this_one_is_in_hand(world):
                 work.wait()
             transfers += bool(works)
             works.clear()  # nothing is left for the ring to wait for
-        dist.barrier(world.cp_group)
+        dist.barrier(world.cp_group.process_group)
     assert transfers == ring.size - 1
 
 

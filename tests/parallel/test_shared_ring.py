@@ -23,7 +23,7 @@ def over_shared_memory(world, name, *args, far=()):
     pairs = [tuple(sorted(pair)) for pair in far]
     opened, shared_ring._open = (
         shared_ring._open,
-        (lambda pid, fd, *rest: None if fd == -2 else opened(pid, fd, *rest)),
+        (lambda offer, size: None if offer.fd == -2 else opened(offer, size)),
     )
 
     class Here(SharedRing):
@@ -35,7 +35,10 @@ def over_shared_memory(world, name, *args, far=()):
                         values[rank] = (values[rank][0], -2, *values[rank][2:])
             return values
 
-    plain, test_ring.Ring = test_ring.Ring, lambda group: Here(group) if group else plain(group)
+    plain, test_ring.Ring = (
+        test_ring.Ring,
+        lambda group: Here(group) if group.size > 1 else plain(group),
+    )
     try:
         value = getattr(test_ring, name)(world, *args)
         return value, test_ring.Ring(world.cp_group).local

@@ -8,10 +8,15 @@ import torch
 from click.testing import CliRunner
 
 from cptool.cli.main import main
+from cptool.model.llama import Linear
 from cptool.profiling.device_trace import DEVICE_ROWS, DeviceProfiler, phase_of
 from cptool.profiling.intervals import overlap_s, subtract, union
 from cptool.profiling.report import ROWS, Section, phases_of, write_trace
-from cptool.profiling.trace import SILENT, Kernel, Recorder, Span, Transfer
+from cptool.profiling.trace import SILENT, Kernel, Recorder, Span, TransferSpan
+
+
+def moved(name, begin, end):
+    return TransferSpan(name=name, peer=1, bytes=8, begin=begin, end=end)
 
 
 def test_intervals():
@@ -29,7 +34,7 @@ def test_a_moment_belongs_to_the_innermost_span():
         Span("model", "small ops", 0.5, 6.0, 2.5),
         Span("of another section", "linear", 20.0, 21.0, 1.0),
     ]
-    recorder.transfers = [Transfer("send", 1, 8, 1.5, 2.5), Transfer("receive", 1, 8, 1.2, 3.0)]
+    recorder.transfers = [moved("send", 1.5, 2.5), moved("receive", 1.2, 3.0)]
     wall, phases, hidden = phases_of(recorder, Section("x", 0.0, 10.0, steps=2))
     assert wall == 5.0 and set(phases) == set(ROWS)
     expected = {"exposed": 0.5, "attention": 1.0, "small ops": 1.25, "host": 2.25}
@@ -39,9 +44,9 @@ def test_a_moment_belongs_to_the_innermost_span():
 
 def test_spans_nest_and_sums_over_ranks_are_communication():
     recorder = Recorder()
-    layer = torch.nn.Linear(4, 4)
-    layer.register_forward_hook(lambda *_: None)  # where tensor parallelism has its all-reduce
-    model = torch.nn.ModuleDict({"o_proj": layer, "gate": torch.nn.Linear(4, 4)})
+    layer, gate = Linear(4, 4, "cpu"), Linear(4, 4, "cpu")
+    layer.reduce = lambda partial: None  # where tensor parallelism has its all-reduce
+    model = torch.nn.ModuleDict({"o_proj": layer, "gate": gate})
     recorder.attach(model)
     with recorder.span("model", "small ops"):
         model["gate"](layer(torch.ones(1, 4)))
@@ -59,7 +64,7 @@ def test_spans_nest_and_sums_over_ranks_are_communication():
 
 
 def test_transfers_at_the_same_time_lie_on_tracks_of_their_own(tmp_path):
-    moves = [Transfer("send", 1, 8, t, t + 1.5) for t in (0.0, 1.0, 2.0)]
+    moves = [moved("send", t, t + 1.5) for t in (0.0, 1.0, 2.0)]
     write_trace(tmp_path / "t", [([], [], []), ([Span("a", "linear", 5, 6, 1)], moves, [])], [0, 2])
     events = json.loads((tmp_path / "t").read_text())["traceEvents"]
     tracks = [e["tid"] for e in events if e.get("cat") == "transfer"]

@@ -109,10 +109,11 @@ def kill_at_every_point(change, places: Path) -> None:
 
 
 def world_of(rank: int, size: int):
+    from cptool.distributed.group import Group
     from cptool.distributed.status_board import Board
     from cptool.distributed.world import World
 
-    group = None if size == 1 else torch.distributed.group.WORLD
+    group = Group() if size == 1 else Group(torch.distributed.group.WORLD, torch.device("cpu"))
     return World(
         rank=rank,
         size=size,
@@ -123,8 +124,8 @@ def world_of(rank: int, size: int):
         tp_rank=0,
         tp=1,
         device=torch.device("cpu"),
+        group=group,
         cp_group=group,
-        tp_group=None,
         board=Board(size),
     )
 

@@ -132,7 +132,7 @@ def _on_rank(world: World, asked: Transfers) -> tuple[list[dict[str, Any]], dict
         "device": world.device.type,
         "threads": torch.get_num_threads(),
         "ranks_of_a_host": world.local_size,
-        "backend": dist.get_backend(world.cp_group),
+        "backend": dist.get_backend(world.cp_group.process_group),
     }
     return results, facts, world.rank
 
