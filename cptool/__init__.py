@@ -1,3 +1,38 @@
-"""Exact long-context inference of Llama-family models, split over ranks by context."""
+"""Exact long-context inference of Llama-family models, split over ranks by context.
+
+`LLM` loads a model and generates, `Session` keeps sequences on disk; `attention_partial` and
+`merge_partials` are the attention kernels alone. Importing this package imports no torch; each name
+is loaded at its first use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cptool.llm import LLM, Generation, Session
+    from cptool.ops.attention import attention_partial, merge_partials
 
 __version__ = "0.1.0"
+
+__all__ = ["LLM", "Generation", "Session", "attention_partial", "merge_partials"]
+
+_HOMES = {
+    "LLM": "cptool.llm",
+    "Generation": "cptool.llm",
+    "Session": "cptool.llm",
+    "attention_partial": "cptool.ops.attention",
+    "merge_partials": "cptool.ops.attention",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

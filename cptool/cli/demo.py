@@ -18,11 +18,10 @@ from cptool.cli.options import (
     RankRequest,
     attention_options,
     ranks_by_default,
-    resolve_dtype,
 )
 from cptool.cli.prompts import check_context
 from cptool.distributed.options import RankOptions
-from cptool.engine.options import EngineOptions
+from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.errors import UserError
 from cptool.units import duration
 

@@ -17,7 +17,6 @@ from cptool import units, variants
 from cptool.distributed.options import DEFAULT_TIMEOUT_S, RankOptions
 from cptool.engine.options import EngineOptions
 from cptool.errors import OptionError, UserError
-from cptool.host.processor import has_bfloat16_products
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -273,17 +272,3 @@ def check_profile(profile: str | None) -> None:
         raise OptionError("profile", profile, f"{parent} is not a directory", "create it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise OptionError("profile", profile, "it cannot be written", "name another file")
-
-
-def resolve_dtype(asked: str, checkpoint: Checkpoint, device: str) -> str:
-    """Return the dtype to compute in; "auto" is the checkpoint's own if `device` is fast in it.
-
-    No processor known to cptool is fast in float16, and those without bfloat16 products take
-    several times as long in bfloat16 as in float32, which loses nothing.
-    """
-    if asked != "auto":
-        return asked
-    own = checkpoint.matrix_dtype or "float32"
-    if device != "cpu":
-        return own
-    return own if own == "bfloat16" and has_bfloat16_products() else "float32"

@@ -27,10 +27,9 @@ from cptool.cli.options import (
     json_option,
     profile_option,
     ranks_by_default,
-    resolve_dtype,
 )
 from cptool.cli.prompts import Prompts, chat_prompt_options, check_context
-from cptool.engine.options import EngineOptions
+from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.errors import OptionError
 from cptool.session import store as sessions
 

@@ -19,11 +19,11 @@ from cptool.cli.options import (
     device_option,
     dtype_option,
     json_option,
-    resolve_dtype,
     threads_option,
     timeout_option,
 )
 from cptool.cli.prompts import Prompts, check_context, prompt_options
+from cptool.engine.options import resolve_dtype
 from cptool.errors import OptionError, UserError
 
 if TYPE_CHECKING:

@@ -41,6 +41,9 @@ from cptool.distributed.stopped import is_stopped
 from cptool.distributed.supervision import ENDED, Supervision
 from cptool.errors import UserError, show_traceback
 
+RANK_NAME = "cptool-rank-"
+"""Names of the processes that are ranks begin so."""
+
 # For ranks to end in order after SIGTERM; a stopped one does not hear it.
 _ORDERLY_S = 2.0
 # A process that waits for a disk ends only when the disk answers.
@@ -87,10 +90,11 @@ def launch(
                         "folder": folder,
                         "answer": to,
                     },
-                    name=f"cptool-rank-{rank}",
+                    name=f"{RANK_NAME}{rank}",
                     daemon=True,
                 )
-                process.start()
+                with server_process.without_main_module(entry):
+                    process.start()
                 started.append(process)
             answer.close()
         return Supervision(started, receiver, board, timeout=ranks.timeout).result()

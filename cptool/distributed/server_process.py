@@ -9,10 +9,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from multiprocessing import forkserver, resource_tracker, util
 from typing import Any
 
@@ -101,6 +103,25 @@ def kill_if_stopped() -> None:
     """Kill it, and its ranks with it, if it is stopped: it hears nothing else."""
     if is_stopped(pid()):
         os.kill(pid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def without_main_module(entry: Callable[..., Any]) -> Iterator[None]:
+    """Have a process that starts within not import this one's main module, if `entry` is cptool's.
+
+    multiprocessing imports it for the sake of what is pickled by its name, which is nothing then.
+    So a script needs no `if __name__ == "__main__"` to use ranks.
+    """
+    main = sys.modules["__main__"]
+    if entry.__module__.partition(".")[0] != __name__.partition(".")[0]:
+        yield
+        return
+    spec = getattr(main, "__spec__", None)
+    main.__spec__ = ModuleSpec("__main__", None)  # under this name nothing is imported
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
 
 
 @contextlib.contextmanager

@@ -1,6 +1,12 @@
 """How an engine computes, as a command or a caller asks for it. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cptool.host.processor import has_bfloat16_products
+
+if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,3 +23,18 @@ class EngineOptions:
     variant: str = "auto"
     partials: str = "float32"
     static: bool | None = None
+
+
+def resolve_dtype(requested: str, checkpoint: "Checkpoint", device: str) -> str:
+    """Return the dtype to compute in: `requested`, or for "auto" the checkpoint's own if `device`
+    is fast in it.
+
+    No processor that cptool knows is fast in float16, and those without bfloat16 products take
+    several times as long in bfloat16 as in float32, which loses nothing.
+    """
+    if requested != "auto":
+        return requested
+    own = checkpoint.matrix_dtype or "float32"
+    if device != "cpu":
+        return own
+    return own if own == "bfloat16" and has_bfloat16_products() else "float32"

@@ -1,140 +1,58 @@
 """A model that stays on its ranks between requests of the process that started them.
 
-`Resident` is that process's side, `serve` what every rank runs. Each rank has a connection of its
-own to wait on, not a collective: idle ranks burn no CPU and meet no timeout, however long the user
-thinks. All ranks get the same requests and so make the same calls; the first one answers. The
-connections are pairs of sockets without a name, of which the ranks inherit one end: nobody else can
-connect, and what they carry is typed data (`cptool.distributed.encoding`).
+`Resident` is that process's side, `serve` what every rank runs. Each rank waits on a connection of
+its own, not in a collective: idle ranks use no CPU and meet no timeout, however long the next
+request takes to come. All ranks get the same requests and so make the same calls; rank 0 replies.
 """
 
+import contextlib
 import multiprocessing
-import select
+import os
 import socket
-import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptool.distributed import launch
-from cptool.distributed.encoding import decode, encode
 from cptool.distributed.failure import RankFailed
+from cptool.distributed.local import RANK_NAME
 from cptool.distributed.options import RankOptions
-from cptool.engine.sampling import Sampling
-from cptool.engine.turn import Setup, open_engine
-from cptool.errors import RunError, explain
+from cptool.engine.requests import (
+    END,
+    STOP,
+    Answer,
+    Close,
+    Connection,
+    Continue,
+    Done,
+    Open,
+    Refused,
+    Save,
+)
+from cptool.engine.turn import Setup, load_for, make_engine
+from cptool.errors import RunError, UserError, explain
 
 if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
     from cptool.distributed.world import World
+    from cptool.engine.engine import Engine
+    from cptool.model.llama import Llama
     from cptool.session.store import Manifest
 
-_STOP, _END = "stop", "end"
 _PATIENCE_S = 5.0
-_LENGTH = struct.Struct("<Q")
-_MOST_BYTES = 1 << 30
 
-
-@dataclass(frozen=True)
-class Continue:
-    """Make the sequence say `tokens`, with what KV is of use, and append up to `limit` more, of
-    which one of `stop_ids` is the last.
-    """
-
-    tokens: tuple[int, ...]
-    limit: int
-    sampling: Sampling
-    stop_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Save:
-    """Make the sequence say `tokens`, computing nothing, and commit it to a session, with this
-    state of the conversation; `fingerprint` is the model's.
-    """
-
-    tokens: tuple[int, ...]
-    directory: str
-    chat: dict
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`reused` of the tokens asked for had KV."""
-
-    token_ids: list[int]
-    reused: int
-
-
-@dataclass(frozen=True)
-class NotSaved:
-    """Why the session was not committed; the ranks go on."""
-
-    reason: str
-
-
-class Connection:
-    """One end of a pair of sockets that carries values, a length before each."""
-
-    def __init__(self, end: socket.socket):
-        self._socket = end
-
-    def limit_sending(self, seconds: float) -> None:
-        """Have `send` raise BlockingIOError where the other end takes nothing for so long."""
-        whole, part = divmod(seconds, 1)
-        limit = struct.pack("@ll", int(whole), int(part * 1e6))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-
-    def __enter__(self) -> "Connection":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def send(self, value: Any) -> None:
-        """OSError where the other end is gone."""
-        data = encode(value, _messages())
-        self._socket.sendall(_LENGTH.pack(len(data)) + data)
-
-    def receive(self) -> Any:
-        """Blocks until a value has come. EOFError where the other end is gone."""
-        (size,) = _LENGTH.unpack(self._read(_LENGTH.size))
-        if size > _MOST_BYTES:
-            raise ValueError(f"a message of {size} bytes; at most {_MOST_BYTES} can be")
-        return decode(self._read(size), _messages())
-
-    def poll(self) -> bool:
-        """Whether something has come, or the other end is gone."""
-        waiting = select.poll()
-        waiting.register(self._socket, select.POLLIN)
-        return bool(waiting.poll(0))
-
-    def _read(self, size: int) -> bytearray:
-        data = bytearray(size)
-        left = memoryview(data)
-        while left:
-            count = self._socket.recv_into(left)
-            if not count:
-                raise EOFError
-            left = left[count:]
-        return data
-
-
-def _messages() -> tuple[type, ...]:
-    from cptool.session.manifest import Manifest, ModelIdentity, Segment, Sequence
-
-    return Continue, Save, Sampling, Answer, NotSaved, Manifest, ModelIdentity, Segment, Sequence
+_starting = threading.Lock()
+"""Held while ranks start, so that those of two `Resident`s are told apart."""
 
 
 class Resident:
     """Ranks at work for this process; a context manager that ends them.
 
-    `cptool.distributed.launch.run` runs in a thread. If ranks end before they are told to, the
-    call that waits for them raises whatever `run` raised.
+    The ranks run by `distributed.launch.run` in a thread. If they end before they are told to, the
+    call that waits for them raises what `run` raised.
     """
 
     def __init__(self, setup: Setup, ranks: RankOptions) -> None:
@@ -148,34 +66,69 @@ class Resident:
             connection.limit_sending(self._timeout)
         self._setup, self._ranks = setup, ranks
         self._thread = threading.Thread(target=self._run, name="cptool-ranks", daemon=True)
-        self._others = set(multiprocessing.active_children())  # not ours to end
+        self._others: set[BaseProcess] = set()
+        self._processes: set[BaseProcess] | None = None
+        self._owner = os.getpid()
 
     def __enter__(self) -> "Resident":
-        try:
-            if len(self._connections) > 1:
-                from cptool.distributed import server_process
-
-                server_process.start(serve)  # here, for its signals are the main thread's
-            self._thread.start()
-            self._receive()  # that all are ready
-        except BaseException:
-            self._abandon()
-            raise
+        self.start()
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is not None:
-            self._abandon()
-            return
-        self._send(_END)
+            self.abandon()
+        else:
+            self.end()
+
+    def start(self) -> None:
+        """Start the ranks and block until all have loaded the model.
+
+        Raises what `distributed.launch.run` does; then no rank is left.
+        """
+        with _starting:
+            self._others = _rank_processes()
+            try:
+                if len(self._connections) > 1:
+                    from cptool.distributed import server_process
+
+                    server_process.start(serve)  # here, because its signals are this thread's
+                self._thread.start()
+                self._receive()  # that all are ready
+                self._processes = _rank_processes() - self._others
+            except BaseException:
+                self.abandon()
+                raise
+
+    @property
+    def serving(self) -> bool:
+        """Whether the ranks are running."""
+        return self._thread.is_alive()
+
+    def end(self) -> None:
+        """End idle ranks and block until they have ended."""
+        self._send(END)
         self._thread.join()
         self._close()
 
-    def _abandon(self) -> None:
-        """Ends ranks that may be in the midst of a computation, where they read no request."""
-        for rank in set(multiprocessing.active_children()) - self._others:
+    def end_within(self, seconds: float) -> None:
+        """End idle ranks and return after `seconds` at most, whatever became of them."""
+        if os.getpid() == self._owner:
+            with contextlib.suppress(Exception):  # they have ended by themselves
+                self._send(END)
+            self._thread.join(seconds)
+
+    def abandon(self) -> None:
+        """End ranks that may be in the middle of a computation, where they read no request."""
+        if os.getpid() != self._owner:  # a fork of the process that started them
+            return
+        for rank in self._running():
             rank.terminate()
         self._close()
+
+    def _running(self) -> set[BaseProcess]:
+        if self._processes is None:
+            return _rank_processes() - self._others
+        return self._processes & _rank_processes()
 
     def _close(self) -> None:
         for connection in self._connections:
@@ -186,29 +139,40 @@ class Resident:
         if self._thread.is_alive():
             self._thread.join(_PATIENCE_S)
 
-    def answer(self, request: Continue, emit: Callable[[int], None]) -> Answer:
-        """Fulfils the request; `emit(token)` is called for each token as it comes."""
+    def answer(self, request: Continue, emit: Callable[[int, int], None]) -> Answer:
+        """Fulfil the request; emit(sequence, token) is called for each token as it comes."""
         self._send(request)
-        while not isinstance(reply := self._receive(), Answer):
-            emit(reply)
-        return reply
+        while isinstance(reply := self._receive(), list):
+            emit(*reply)
+        return _unless_refused(reply)
 
     def stop(self) -> None:
-        """Ends the answer that is coming with its next token; a signal handler may call it."""
-        if self._sending:  # in the midst of a request, which must not be cut in two
+        """End the running answer with its next token; a signal handler may call it."""
+        if self._sending:  # in the middle of a request, which must not be cut in two
             self._stop_is_due = True
         else:
-            self._connections[0].send(_STOP)
+            self._connections[0].send(STOP)
 
     def save(self, request: Save) -> "Manifest":
-        """Commits and returns the session's manifest. RunError where that cannot be; the ranks go
-        on.
+        """Commit a session and return its manifest, without segments.
+
+        Raises RunError if that is not possible; the ranks go on.
         """
         self._send(request)
-        reply = self._receive()
-        if isinstance(reply, NotSaved):
-            raise RunError(reply.reason)
-        return reply
+        return _unless_refused(self._receive())
+
+    def open(self, request: Open) -> None:
+        """Load a session into a slot.
+
+        Raises UserError or RunError if that is not possible; the ranks go on.
+        """
+        self._send(request)
+        _unless_refused(self._receive())
+
+    def close_slot(self, request: Close) -> None:
+        """Drop what a slot holds."""
+        self._send(request)
+        _unless_refused(self._receive())
 
     def _send(self, request: Any) -> None:
         self._sending, taken = True, 0
@@ -217,10 +181,10 @@ class Resident:
                 connection.send(request)
                 taken += 1
         except BlockingIOError:
-            for process in set(multiprocessing.active_children()) - self._others:
-                process.kill()  # whoever is stopped hears nothing else
-            told = f"no answer from rank {taken}, which took no request for {self._timeout:g} s"
-            raise RankFailed(f"{told}; all ranks were ended") from None
+            for process in self._running():
+                process.kill()  # a stopped process reacts to nothing else
+            reason = f"no answer from rank {taken}, which took no request for {self._timeout:g} s"
+            raise RankFailed(f"{reason}; all ranks were ended") from None
         except OSError:
             self._raise()
         finally:
@@ -237,83 +201,176 @@ class Resident:
 
     def _raise(self) -> None:
         self._thread.join()
-        raise self._failure or RuntimeError("the ranks have ended by themselves")
+        raise self._failure or RunError("the ranks have ended")
 
     def _run(self) -> None:
         try:
-            launch.run(serve, self._setup, ranks=self._ranks, own=self._theirs)
+            launch.run(serve, self._setup, own=self._theirs, ranks=self._ranks)
         except BaseException as failure:
             self._failure = failure
         finally:
-            for theirs in self._theirs:  # Ranks have copies. Whoever waits for an answer wakes up.
+            for theirs in self._theirs:  # Ranks have copies. Whoever waits for a reply wakes up.
                 theirs.close()
 
 
+def _rank_processes() -> set[BaseProcess]:
+    """Return the ranks that this process has started; other children are not ours to end."""
+    return {p for p in multiprocessing.active_children() if p.name.startswith(RANK_NAME)}
+
+
+def _unless_refused(reply: Any) -> Any:
+    if isinstance(reply, Refused):
+        raise (UserError if reply.mistake else RunError)(reply.reason)
+    return reply
+
+
 def serve(world: "World", setup: Setup, end: socket.socket) -> None:
-    """Serves requests until the other side says so or is gone. end: this rank's of a pair."""
+    """Serve requests until the other side ends the ranks or is gone; `end` is this rank's socket.
+
+    Collective.
+    """
     if world.size > 1:
         import signal
 
-        # Ctrl-C reaches every process of the terminal; what it means is for the other side to say.
+        # Ctrl-C reaches every process of the terminal; only the other side acts on it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Connection(end) as connection:
         try:
-            _serve(world, setup, connection)
+            _Server(world, setup, connection).serve()
         except (EOFError, ConnectionError):
             return
 
 
-def _serve(world: "World", setup: Setup, connection: Connection) -> None:
-    from cptool.engine import saving
-    from cptool.session import store
+@dataclass
+class _Slot:
+    """A batch of sequences, and the session that it continues, if it is one."""
 
-    checkpoint, engine = open_engine(world, setup)
-    where, manifest = setup.session, None
-    if where is not None:
-        manifest = store.load(Path(where), setup.resume)
-        saving.restore(engine, Path(where), manifest)
-    world.barrier()
+    engine: "Engine"
+    directory: str | None = None
+    manifest: "Manifest | None" = None
 
-    def reply(value: Any) -> None:
-        if world.rank == 0:
-            connection.send(value)
 
-    def stopped() -> bool:
-        return connection.poll() and connection.receive() == _STOP
+class _Server:
+    """One rank's side: the model, and an engine per slot."""
 
-    reply("ready")
-    while True:
-        world.report("wait for a request")
-        request = connection.receive()
-        if request == _END:
-            return
-        if request == _STOP:  # came after the last token of its answer
-            continue
-        tokens = list(request.tokens)
-        shared = store.common_prefix(engine.tokens[0], tokens)
-        engine.truncate([shared])
-        if manifest is not None:
-            # What is on disk beyond the common beginning no longer counts, once this is saved.
-            manifest = manifest.truncated([min(shared, len(manifest.sequences[0].tokens))])
-        if isinstance(request, Continue):
-            reused = engine.computed[0]
-            engine.extend([tokens[shared:]], reserve=request.limit)
-            ids = engine.decode(
-                request.limit,
-                request.sampling,
-                request.stop_ids,
-                emit=lambda sequence, token: reply(token),
-                interrupted=stopped,
-            )[0]
-            reply(Answer(ids, reused))
-            continue
-        engine.append([tokens[shared:]])
-        base = manifest if request.directory == where else None
-        model = store.identity(checkpoint, request.fingerprint)
+    def __init__(self, world: "World", setup: Setup, connection: Connection) -> None:
+        self.world, self.setup, self.connection = world, setup, connection
+        self.checkpoint: Checkpoint
+        self.model: Llama
+        self.checkpoint, self.model = load_for(world, setup)
+        self.slots: dict[str, _Slot] = {}
+        if setup.session is not None:
+            self.slots[""] = self.loaded(setup.session, setup.resume)
+
+    def serve(self) -> None:
+        """Fulfil one request after another until END."""
+        fulfil = {Open: self.open, Close: self.close, Continue: self.go_on, Save: self.save}
+        self.world.barrier()
+        self.reply("ready")
+        while True:
+            self.world.report("wait for a request")
+            request = self.connection.receive()
+            if request == END:
+                return
+            if request != STOP:  # which came after the last token of its answer
+                self.reply(fulfil[type(request)](request))
+
+    def reply(self, value: Any) -> None:
+        if self.world.rank == 0:
+            self.connection.send(value)
+
+    def loaded(self, directory: str, revision: int | None) -> _Slot:
+        from cptool.engine import saving
+        from cptool.session import store
+
+        manifest = store.load(Path(directory), revision)
+        engine = make_engine(self.world, self.setup, self.model, batch=len(manifest.sequences))
+        saving.restore(engine, Path(directory), manifest)
+        return _Slot(engine, directory, manifest)
+
+    def open(self, request: Open) -> Done | Refused:
+        from cptool.engine.saving import raise_everywhere
+        from cptool.session import store
+
         try:
-            manifest = saving.save(engine, Path(request.directory), base, model, chat=request.chat)
+            fault = None
+            try:  # what one rank alone may find, before all read together
+                store.load(Path(request.directory), request.revision)
+            except (UserError, RunError, OSError) as error:
+                fault = error
+            raise_everywhere(self.world, fault)
+            self.slots[request.slot] = self.loaded(request.directory, request.revision)
+        except (UserError, RunError, OSError) as error:
+            return Refused(reason=explain(error), mistake=isinstance(error, UserError))
+        return Done()
+
+    def close(self, request: Close) -> Done:
+        self.slots.pop(request.slot, None)
+        return Done()
+
+    def go_on(self, request: Continue) -> Answer:
+        slot = self.slot_of(request)
+        engine = slot.engine
+        shared = self.go_back(slot, request.tokens, fresh=request.fresh)
+        reused = tuple(engine.computed)
+        new = [list(said[n:]) for said, n in zip(request.tokens, shared, strict=True)]
+        engine.extend(new, reserve=request.limit)
+        answers = engine.decode(
+            request.limit,
+            request.sampling,
+            request.stop_ids,
+            emit=lambda sequence, token: self.reply([sequence, token]),
+            interrupted=self.stopped,
+        )
+        return Answer(token_ids=tuple(map(tuple, answers)), reused=reused)
+
+    def stopped(self) -> bool:
+        return self.connection.poll() and self.connection.receive() == STOP
+
+    def save(self, request: Save) -> "Manifest | Refused":
+        from cptool.engine import saving
+        from cptool.session import store
+
+        slot = self.slot_of(request)
+        shared = self.go_back(slot, request.tokens)
+        new = [list(said[n:]) for said, n in zip(request.tokens, shared, strict=True)]
+        slot.engine.append(new)
+        base = slot.manifest if request.directory == slot.directory else None
+        try:
+            slot.manifest = saving.save(
+                slot.engine,
+                Path(request.directory),
+                base,
+                store.identity(self.checkpoint, request.fingerprint),
+                chat=request.chat,
+            )
         except (RunError, OSError) as error:
-            reply(NotSaved(explain(error)))
-            continue
-        where = request.directory
-        reply(replace(manifest, segments=()))
+            return Refused(reason=explain(error), mistake=False)
+        slot.directory = request.directory
+        return replace(slot.manifest, segments=())
+
+    def slot_of(self, request: Continue | Save) -> _Slot:
+        """Return the request's slot, with room for its number of sequences."""
+        slot, batch = self.slots.get(request.slot), len(request.tokens)
+        if slot is None or len(slot.engine.tokens) != batch:
+            self.slots.pop(request.slot, None)  # free its KV first
+            slot = _Slot(make_engine(self.world, self.setup, self.model, batch=batch))
+            self.slots[request.slot] = slot
+        return slot
+
+    def go_back(
+        self, slot: _Slot, tokens: tuple[tuple[int, ...], ...], *, fresh: bool = False
+    ) -> list[int]:
+        """Go back to what the slot's sequences have in common with `tokens`, and return how many
+        tokens that is for each.
+        """
+        from cptool.session import store
+
+        pairs = zip(slot.engine.tokens, tokens, strict=True)
+        shared = [0 if fresh else store.common_prefix(held, said) for held, said in pairs]
+        slot.engine.truncate(shared)
+        if slot.manifest is not None:
+            # What is on disk beyond the common beginning no longer counts, once this is saved.
+            saved = [len(sequence.tokens) for sequence in slot.manifest.sequences]
+            slot.manifest = slot.manifest.truncated(list(map(min, shared, saved)))
+        return shared

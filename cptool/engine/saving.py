@@ -86,7 +86,7 @@ def save(
                 manifest = store.commit_or_keep(directory, manifest, chat)
             except (RunError, OSError) as error:
                 fault = error
-        _raise_everywhere(engine.world, fault)  # and no rank leaves before the turn is on disk
+        raise_everywhere(engine.world, fault)  # and no rank leaves before the turn is on disk
     engine.on_disk.update(engine.cache.lengths, engine.computed)
     return manifest
 
@@ -132,7 +132,7 @@ def _write(
         except (RunError, OSError) as error:
             fault = error
     try:
-        _raise_everywhere(world, fault)
+        raise_everywhere(world, fault)
     except (RunError, OSError):
         if segment is not None:
             with suppress(OSError):
@@ -202,7 +202,7 @@ def _verify_segments(world: World, directory: Path, manifest: Manifest) -> None:
                 raise Damaged(found)
 
 
-def _raise_everywhere(world: World, fault: RunError | OSError | None) -> None:
+def raise_everywhere(world: World, fault: Exception | None) -> None:
     """Raise on every rank if one has a fault, so that none waits for it. Collective."""
     texts = world.gather(None if fault is None else explain(fault))
     if fault is not None:

@@ -19,15 +19,19 @@ from cptool.profiling.trace import Recorder
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
+    from cptool.distributed.world import World
     from cptool.engine.engine import Engine
+    from cptool.model.llama import Llama
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What the ranks load: a model, and the state of a session at revision `resume` if one is
-    named. `fingerprint` is the checkpoint's, where
-    the process that starts the ranks has taken it, and `state` that of its files then, which the
-    ranks must find as well.
+    """What the ranks load.
+
+    model, dtype: the checkpoint, and the dtype to compute in.
+    session, resume: a session to restore, at this revision.
+    fingerprint: the checkpoint's, if the process that starts the ranks has computed it.
+    state: the state of the checkpoint's files at that time; ranks that find another one fail.
     """
 
     model: str
@@ -41,10 +45,13 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Turn(Setup):
-    """What is asked.
+    """What a command requests.
 
-    `prompts[b]` are the new tokens of sequence b; they follow what the session held, or the first
-    `keep[b]` tokens of it. An answer ends with a token of `stop_ids`.
+    prompts[b]: the new tokens of sequence b; they follow what the session holds.
+    keep[b]: go back to this many tokens of sequence b first.
+    max_new_tokens: append up to this many tokens to each sequence.
+    stop_ids: tokens that end an answer.
+    profile: file to write a trace of all ranks to.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -105,7 +112,8 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     from cptool.session import store
 
     began = time.perf_counter()
-    checkpoint, engine = open_engine(world, turn, batch=len(turn.prompts))
+    checkpoint, model = load_for(world, turn)
+    engine = make_engine(world, turn, model, batch=len(turn.prompts))
     directory, manifest = Path(turn.session) if turn.session else None, None
     room = turn.max_new_tokens + max(map(len, turn.prompts), default=0)
     if turn.resume is not None:
@@ -181,29 +189,34 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     )
 
 
-def open_engine(world, asked: Setup, batch: int = 1) -> "tuple[Checkpoint, Engine]":
-    """Loads the model that is `asked` for, in its dtype, for an engine of that variant.
+def load_for(world: "World", setup: Setup) -> "tuple[Checkpoint, Llama]":
+    """Load the model of `setup`, in its dtype, onto this rank.
 
-    Collective over the ranks of `world`.
+    Collective. Raises RunError if the checkpoint changed since `setup.state` was taken.
     """
     import torch
 
     from cptool.checkpoint import open_checkpoint
-    from cptool.engine.engine import Engine
     from cptool.engine.weights import load_model
-    from cptool.engine.world_profile import world_profile
 
     world.report("load the weights")
-    checkpoint = open_checkpoint(asked.model)
-    model = load_model(checkpoint, getattr(torch, asked.dtype), world.device, world)
-    if asked.state is not None and checkpoint.state != asked.state:
+    checkpoint = open_checkpoint(setup.model)
+    model = load_model(checkpoint, getattr(torch, setup.dtype), world.device, world)
+    if setup.state is not None and checkpoint.state != setup.state:
         raise RunError(f"{checkpoint.path} was changed while it was loaded; give the command again")
-    engine = Engine(
+    return checkpoint, model
+
+
+def make_engine(world: "World", setup: Setup, model: "Llama", *, batch: int) -> "Engine":
+    """Return an engine with the options of `setup` for a batch of sequences. Collective."""
+    from cptool.engine.engine import Engine
+    from cptool.engine.world_profile import world_profile
+
+    return Engine(
         model,
         world,
         batch=batch,
-        options=asked.options,
+        options=setup.options,
         profile=world_profile(world),
         progress=world.report,
     )
-    return checkpoint, engine

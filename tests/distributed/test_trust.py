@@ -122,14 +122,16 @@ RESIDENT = """
 from pathlib import Path
 import time
 from cptool.distributed.options import RankOptions
-from cptool.engine.rank_server import Continue, Resident
+from cptool.engine.rank_server import Resident
+from cptool.engine.requests import Continue
 from cptool.engine.sampling import Sampling
 from cptool.engine.turn import Setup
 if __name__ == "__main__":
     setup = Setup(model={model!r}, dtype="float32")
     with Resident(setup, RankOptions(cp=2, device="cpu", threads=1, timeout=60)) as resident:
-        answer = resident.answer(Continue((1, 2, 3), 4, Sampling(), ()), lambda token: None)
-        assert len(answer.token_ids) == 4
+        request = Continue(tokens=((1, 2, 3),), limit=4, sampling=Sampling(), stop_ids=())
+        answer = resident.answer(request, lambda sequence, token: None)
+        assert len(answer.token_ids[0]) == 4
         Path({folder!r}, "ready0").touch(), Path({folder!r}, "ready1").touch()
         while not Path({folder!r}, "over").exists():
             time.sleep(0.05)

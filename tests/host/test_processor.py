@@ -10,7 +10,7 @@ import torch
 
 from cptool.checkpoint import open_checkpoint
 from cptool.cli import options
-from cptool.cli.options import resolve_dtype
+from cptool.engine.options import resolve_dtype
 from cptool.host import processor
 from cptool.ops.kernels import cpu_isas, cpu_linear_isa, force_cpu_isa
 

@@ -19,10 +19,9 @@ from cptool.cli.options import (
     dtype_option,
     moved_option,
     ranks_by_default,
-    resolve_dtype,
     sampling_options,
 )
-from cptool.engine.options import EngineOptions
+from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.errors import OptionError, UserError
 from cptool.session import store as sessions
 from cptool.session.conversation import Conversation

@@ -103,7 +103,7 @@ class Terminal:
 
     def ask(self, question: str) -> None:
         """Write the answer on standard output as it comes, and its rates on standard error."""
-        from cptool.engine.rank_server import Continue
+        from cptool.engine.requests import Continue
 
         context = self.conversation.ask(question)
         limit = self.checkpoint.config.max_position_embeddings
@@ -118,7 +118,7 @@ class Terminal:
         ids: list[int] = []
         began = first = time.perf_counter()
 
-        def emit(token: int) -> None:
+        def emit(sequence: int, token: int) -> None:
             nonlocal first
             if not ids:
                 first = time.perf_counter()
@@ -126,11 +126,16 @@ class Terminal:
             _write(text.push(token))
 
         with _stopping(self.resident) as stopped:
-            request = Continue(tuple(context), room, self.answering.sampling, self.stop_ids)
+            request = Continue(
+                tokens=(tuple(context),),
+                limit=room,
+                sampling=self.answering.sampling,
+                stop_ids=self.stop_ids,
+            )
             answer = self.resident.answer(request, emit)
             ended = time.perf_counter()
         _write(text.flush() + "\n")
-        self.conversation.answered(question, context, answer.token_ids)
+        self.conversation.answered(question, context, list(answer.token_ids[0]))
         rate = f", then {(len(ids) - 1) / (ended - first):.1f} tokens/s" if len(ids) > 1 else ""
         cut = (
             ""
@@ -140,14 +145,14 @@ class Terminal:
             else ", cut at the limit of tokens"
         )
         draw.say(
-            f"[{len(ids)} tokens{cut}; {answer.reused:,} of {len(context):,} reused; "
+            f"[{len(ids)} tokens{cut}; {answer.reused[0]:,} of {len(context):,} reused; "
             f"first after {duration(first - began)}{rate}; "
             f"{len(self.conversation.tokens):,} of {limit:,} in context]"
         )
 
     def save(self, argument: str) -> None:
         from cptool import files
-        from cptool.engine.rank_server import Save
+        from cptool.engine.requests import Save
         from cptool.session import store
 
         if not argument and self.saved is None:
@@ -183,10 +188,10 @@ class Terminal:
                 "be taken for that of another model; the conversation goes on, unsaved"
             ) from None
         request = Save(
-            tuple(self.conversation.tokens),
-            str(directory),
-            self.conversation.state(),
-            fingerprint,
+            tokens=(tuple(self.conversation.tokens),),
+            directory=str(directory),
+            fingerprint=fingerprint,
+            chat=self.conversation.state(),
         )
         try:
             manifest = self.resident.save(request)

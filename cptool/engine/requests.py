@@ -1,0 +1,147 @@
+"""What the starting process and its ranks say to each other, and how it travels.
+
+Each rank has a connection of its own: a pair of sockets without a name, of which the rank inherits
+one end, so that no other process can connect. It carries typed data, never pickles
+(`cptool.distributed.encoding`).
+"""
+
+import select
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from cptool.distributed.encoding import decode, encode
+from cptool.engine.sampling import Sampling
+
+STOP, END = "stop", "end"
+"""Requests without contents: end the running answer; end the ranks."""
+
+_LENGTH = struct.Struct("<Q")
+_MOST_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Open:
+    """Fill `slot` with the session in `directory` at `revision`, as a batch of sequences."""
+
+    slot: str
+    directory: str
+    revision: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Close:
+    """Drop what `slot` holds, and its KV."""
+
+    slot: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continue:
+    """Make the sequences of `slot` hold `tokens` and append up to `limit` more to each.
+
+    A token of `stop_ids` ends an answer. KV of the tokens that a sequence has in common with what
+    it held is used again, unless `fresh`: then the result does not depend on earlier requests.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    limit: int
+    sampling: Sampling
+    stop_ids: tuple[int, ...]
+    slot: str = ""
+    fresh: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    """Make the sequences of `slot` hold `tokens`, computing nothing, and commit them to a session.
+
+    chat: the state of the conversation, if it is one. fingerprint: the model's.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    directory: str
+    fingerprint: str
+    chat: dict | None = None
+    slot: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The tokens appended to each sequence; `reused[b]` of those requested had KV already."""
+
+    token_ids: tuple[tuple[int, ...], ...]
+    reused: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """The request was fulfilled and has no other result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """Why a request was not fulfilled; the ranks go on. mistake: whether it was the caller's."""
+
+    reason: str
+    mistake: bool
+
+
+class Connection:
+    """One end of a pair of sockets that carries values, a length before each."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+
+    def limit_sending(self, seconds: float) -> None:
+        """Have `send` raise BlockingIOError if the other end accepts nothing for so long."""
+        whole, part = divmod(seconds, 1)
+        limit = struct.pack("@ll", int(whole), int(part * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    def __enter__(self) -> "Connection":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close this end; the other one sees that it is gone."""
+        self._socket.close()
+
+    def send(self, value: Any) -> None:
+        """Send a value. Raises OSError if the other end is gone."""
+        data = encode(value, _messages())
+        self._socket.sendall(_LENGTH.pack(len(data)) + data)
+
+    def receive(self) -> Any:
+        """Block until a value arrives and return it. Raises EOFError if the other end is gone."""
+        (size,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        if size > _MOST_BYTES:
+            raise ValueError(f"a message of {size} bytes; at most {_MOST_BYTES} are read")
+        return decode(self._read(size), _messages())
+
+    def poll(self) -> bool:
+        """Return whether a value has arrived, or the other end is gone."""
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        return bool(waiting.poll(0))
+
+    def _read(self, size: int) -> bytearray:
+        data = bytearray(size)
+        left = memoryview(data)
+        while left:
+            count = self._socket.recv_into(left)
+            if not count:
+                raise EOFError
+            left = left[count:]
+        return data
+
+
+def _messages() -> tuple[type, ...]:
+    from cptool.session.manifest import Manifest, ModelIdentity, Segment, Sequence
+
+    requests = (Open, Close, Continue, Save, Sampling)
+    replies = (Answer, Done, Refused, Manifest, ModelIdentity, Segment, Sequence)
+    return requests + replies

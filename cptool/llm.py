@@ -1,0 +1,419 @@
+"""The Python front door: a model on its ranks, generation for a batch, sessions on disk.
+
+    import cptool
+
+    with cptool.LLM("smollm2-135m-instruct", cp=2) as llm:
+        for result in llm.generate(["The capital of France is"], max_tokens=8):
+            print(result.text)
+
+The model is loaded once, onto `cp` x `tp` ranks of this machine, and stays there until the `LLM` is
+closed. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+
+from cptool import variants
+from cptool.distributed.devices import resolve_device
+from cptool.distributed.environment import launched_size
+from cptool.distributed.options import RankOptions
+from cptool.engine.options import EngineOptions, resolve_dtype
+from cptool.engine.requests import Close, Continue, Open, Save
+from cptool.engine.sampling import Sampling
+from cptool.engine.turn import Setup
+from cptool.errors import OptionError, RunError, UserError, explain
+from cptool.files import expanded, make_private
+from cptool.model import shares
+from cptool.session import store
+from cptool.session.conversation import Conversation
+from cptool.session.manifest import DTYPES, Manifest
+
+if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
+    from cptool.checkpoint.tokenizer import Tokenizer
+    from cptool.engine.rank_server import Resident
+
+Message: TypeAlias = Mapping[str, str]
+"""A chat message: {"role": "user", "content": "..."}."""
+
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
+"""A text, token ids taken as they are, or chat messages for the model's own template."""
+
+DEFAULT_TOKENS = 128
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What the model appended to one sequence.
+
+    text: the tokens as text; None if the model has no tokenizer.
+    token_ids: the tokens, a stop token included.
+    prompt_tokens: number of tokens before them.
+    stopped: "eos" after a token that ends an answer, "length" at `max_tokens`.
+    """
+
+    text: str | None
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    stopped: Literal["eos", "length"]
+
+
+class LLM:
+    """A model loaded on local ranks; a context manager that ends them.
+
+    model: a directory in the Hugging Face or Meta layout, a .gguf file, a catalogue name, or a hub
+        id, as for the commands.
+    cp, tp: context-parallel ranks, and tensor-parallel ranks per context-parallel rank.
+    device: "auto", "cpu" or "cuda".
+    dtype: "auto", "float32", "bfloat16" or "float16".
+    variant: attention variant, or "auto" to choose one for each forward.
+    threads: CPU threads per rank; by default the machine's cores divided among the ranks.
+
+    Results do not depend on the number of ranks or on earlier calls. Calls from several threads run
+    one after another. The ranks end with `close`, at the end of a `with` block, when the object is
+    garbage collected, and when the process ends, however it does.
+
+    Raises UserError for arguments that cannot be, before any rank starts, and RunError if the ranks
+    fail to start; no rank is left then.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        cp: int = 1,
+        tp: int = 1,
+        device: str = "auto",
+        dtype: str = "auto",
+        variant: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        from cptool.checkpoint import open_checkpoint
+        from cptool.engine.rank_server import Resident
+
+        if launched_size() is not None:
+            raise UserError("cptool.LLM starts its own ranks; run the script without a launcher")
+        if dtype not in ("auto", *DTYPES):
+            raise OptionError("dtype", dtype, f"it must be auto or one of {', '.join(DTYPES)}")
+        if variant not in (known := ("auto", *variants.names())):
+            raise OptionError("variant", variant, f"it must be one of {', '.join(known)}")
+        ranks = RankOptions(cp=cp, tp=tp, device=device, threads=threads)
+        ranks.check()
+        self.checkpoint: Checkpoint = open_checkpoint(os.fspath(model))
+        shares.check(self.checkpoint.config, tp)
+        ranks = replace(ranks, device=resolve_device(device, ranks.count))
+        self.dtype = resolve_dtype(dtype, self.checkpoint, ranks.device)
+        setup = Setup(
+            model=str(self.checkpoint.path),
+            dtype=self.dtype,
+            options=EngineOptions(variant=variant),
+            state=self.checkpoint.state,
+        )
+        self._lock = threading.Lock()
+        self._slots = itertools.count(1)
+        self._resident: Resident = Resident(setup, ranks)
+        with _one_line():
+            self._resident.start()
+        self._ended = weakref.finalize(self, _end, self._resident)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the ranks and block until they have ended. Does nothing the second time."""
+        self._ended()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises UserError if it has none."""
+        tokenizer = self.checkpoint.tokenizer()
+        if tokenizer is None:
+            raise UserError(f"{self.checkpoint.path} has no tokenizer; give token ids")
+        return tokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int = DEFAULT_TOKENS,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> list[Generation]:
+        """Continue each prompt by up to `max_tokens` tokens, as one batch.
+
+        temperature, top_p: as `cptool decode` takes them; None means the model author's values, or
+            greedy if there are none. temperature 0 is greedy.
+        seed: of the draws. They depend on it, the sequence's index and the token's position alone.
+
+        Raises UserError for a prompt that is empty, too long or not of the model's vocabulary.
+        """
+        sampling = self._sampling(temperature, top_p, seed)
+        tokens = self._encoded(prompts, begin=True)
+        if not tokens:
+            return []
+        return self._continued(tokens, max_tokens, sampling)
+
+    def session(self, directory: str | os.PathLike[str]) -> Session:
+        """Open the session in `directory`, or begin a new one there.
+
+        A session that was saved on any number of ranks can be opened. Raises UserError if it is
+        damaged, is another model's, or has KV of another dtype.
+        """
+        return Session(self, directory)
+
+    def _sampling(self, temperature: float | None, top_p: float | None, seed: int) -> Sampling:
+        author = self.checkpoint.sampling
+        temperature = author.temperature if temperature is None else temperature
+        top_p = author.top_p if top_p is None else top_p
+        return Sampling(
+            temperature=0.0 if temperature is None else temperature,
+            top_p=1.0 if top_p is None else top_p,
+            seed=seed,
+        )
+
+    def _encoded(self, prompts: Sequence[Prompt], *, begin: bool) -> list[list[int]]:
+        """Return the token ids of each prompt; `begin`: texts take the BOS that the model uses."""
+        from cptool.checkpoint.tokenizer.input_checks import check_ids
+
+        if isinstance(prompts, (str, Mapping)):
+            raise UserError("`prompts` must be a list, with one prompt per sequence; add brackets")
+        encoded = []
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                if isinstance(prompt, str):
+                    ids = self.tokenizer.encode(prompt, bos=begin) if prompt else []
+                elif prompt and isinstance(prompt[0], Mapping):
+                    ids = self.tokenizer.chat(prompt)
+                else:
+                    ids = [int(token) for token in prompt]
+                if not ids:
+                    raise UserError("it is empty; give at least one token")
+                check_ids(ids, self.checkpoint.config.vocab_size)
+            except UserError as error:
+                raise UserError(f"prompt {number}: {error}") from None
+            encoded.append(ids)
+        return encoded
+
+    def _continued(
+        self,
+        tokens: list[list[int]],
+        limit: int,
+        sampling: Sampling,
+        slot: str = "",
+    ) -> list[Generation]:
+        """Return what follows `tokens`; with a slot, KV that it holds is used again."""
+        if limit < 1:
+            raise OptionError("max_tokens", limit, "it must be at least 1")
+        context = self.checkpoint.config.max_position_embeddings
+        for number, said in enumerate(tokens, 1):
+            if len(said) + limit > context:
+                raise UserError(
+                    f"sequence {number} has {len(said)} tokens and may get {limit} more, the "
+                    f"model's context is {context}; shorten it, or lower `max_tokens`"
+                )
+        stop_ids = self.checkpoint.answer_ends(*tokens)
+        request = Continue(
+            tokens=tuple(map(tuple, tokens)),
+            limit=limit,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            slot=slot,
+            fresh=not slot,
+        )
+        answer = self._call(lambda ranks: ranks.answer(request, lambda sequence, token: None))
+        tokenizer = self.checkpoint.tokenizer()
+        return [
+            Generation(
+                text=tokenizer.decode(list(ids)) if tokenizer else None,
+                token_ids=ids,
+                prompt_tokens=len(said),
+                stopped="eos" if not ids or ids[-1] in stop_ids else "length",
+            )
+            for said, ids in zip(tokens, answer.token_ids, strict=True)
+        ]
+
+    def _call(self, request: Callable[[Resident], _T]) -> _T:
+        """Return what the ranks reply; close this LLM if they failed or were interrupted."""
+        with self._lock, _one_line():
+            if not self._ended.alive:
+                raise RunError("this LLM is closed, so its ranks have ended; make another one")
+            try:
+                return request(self._resident)
+            except BaseException as error:
+                if not (isinstance(error, (UserError, RunError)) and self._resident.serving):
+                    self._ended.detach()
+                    self._resident.abandon()
+                raise
+
+
+class Session:
+    """Sequences that are kept on disk and continued on any number of ranks; see `LLM.session`.
+
+    Every call commits a turn before it returns, so a process that is killed loses at most the turn
+    under way. KV stays on the ranks until the session is closed, at the end of a `with` block or
+    with the LLM.
+
+    tokens: every token of each sequence so far, prompts and answers; empty in a new session.
+    """
+
+    def __init__(self, llm: LLM, directory: str | os.PathLike[str]) -> None:
+        self._llm, self.directory = llm, expanded(directory)
+        self._slot = str(next(llm._slots))
+        self._conversation: Conversation | None = None
+        self.tokens: tuple[tuple[int, ...], ...] = ()
+        store.check_writable(self.directory)
+        if not store.exists(self.directory):
+            store.check_new(self.directory)
+            return
+        manifest = store.load(self.directory)
+        store.check_model(manifest, store.identity(llm.checkpoint))
+        if manifest.dtype != llm.dtype:
+            raise UserError(
+                f"the KV of {self.directory} is {manifest.dtype}, this LLM computes in "
+                f'{llm.dtype}; make it with dtype="{manifest.dtype}"'
+            )
+        if manifest.chat:
+            with contextlib.suppress(UserError):  # continued since by other means than chat
+                self._conversation = Conversation.read(self.directory, manifest, llm.tokenizer)
+        request = Open(slot=self._slot, directory=str(self.directory), revision=manifest.revision)
+        llm._call(lambda ranks: ranks.open(request))
+        self._take(manifest)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the session's KV from the ranks; it stays on disk."""
+        if self._llm._ended.alive:
+            self._llm._call(lambda ranks: ranks.close_slot(Close(slot=self._slot)))
+
+    @property
+    def texts(self) -> list[str]:
+        """Everything said so far, as text. Raises UserError if the model has no tokenizer."""
+        return [self._llm.tokenizer.decode(list(said)) for said in self.tokens]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt] | None = None,
+        *,
+        max_tokens: int = DEFAULT_TOKENS,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> list[Generation]:
+        """Append a prompt to each sequence, then up to `max_tokens` tokens, and save the turn.
+
+        prompts: one per sequence; None goes on where the answers ended, except those that ended
+            with a stop token. The first call of a new session fixes the number of sequences.
+
+        The other arguments and the errors are those of `LLM.generate`; RunError also if another
+        process has continued the session meanwhile.
+        """
+        sampling = self._llm._sampling(temperature, top_p, seed)
+        if not self.tokens and not prompts:
+            raise UserError(f"{self.directory} is a new session; give it prompts")
+        new = [[] for _ in self.tokens]
+        if prompts is not None:
+            new = self._llm._encoded(prompts, begin=not self.tokens)
+        held = self.tokens or [()] * len(new)
+        if len(new) != len(held):
+            raise UserError(
+                f"{len(new)} prompts for a session of {len(held)} sequences; give one for each"
+            )
+        tokens = [[*said, *added] for said, added in zip(held, new, strict=True)]
+        results = self._continued(tokens, max_tokens, sampling)
+        self._save(tokens, results)
+        return results
+
+    def chat(
+        self,
+        question: str,
+        *,
+        system: str | None = None,
+        max_tokens: int = DEFAULT_TOKENS,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Generation:
+        """Answer a question in the model's chat template and save the conversation.
+
+        `cptool chat` continues it, and this continues what `cptool chat` saved. system: a system
+        message for the first question.
+        """
+        sampling = self._llm._sampling(temperature, top_p, seed)
+        if self._conversation is None and self.tokens:
+            raise UserError(f"{self.directory} holds no conversation; continue it with generate")
+        if system is not None and self.tokens:
+            raise UserError("`system` is for the first question of a new session; leave it out")
+        conversation = self._conversation or Conversation(self._llm.tokenizer, system)
+        context = conversation.ask(question)
+        (result,) = self._continued([context], max_tokens, sampling)
+        conversation.answered(question, context, list(result.token_ids))
+        self._conversation = conversation
+        self._save([context], [result], conversation)
+        return result
+
+    def _continued(
+        self, tokens: list[list[int]], limit: int, sampling: Sampling
+    ) -> list[Generation]:
+        return self._llm._continued(tokens, limit, sampling, slot=self._slot)
+
+    def _save(
+        self,
+        tokens: list[list[int]],
+        results: list[Generation],
+        conversation: Conversation | None = None,
+    ) -> None:
+        try:
+            make_private(self.directory)
+        except OSError as error:
+            raise RunError(f"{self.directory} cannot be written ({error.strerror})") from None
+        request = Save(
+            tokens=tuple(
+                (*said, *result.token_ids) for said, result in zip(tokens, results, strict=True)
+            ),
+            directory=str(self.directory),
+            fingerprint=self._llm.checkpoint.fingerprint,
+            chat=conversation.state() if conversation else None,
+            slot=self._slot,
+        )
+        self._take(self._llm._call(lambda ranks: ranks.save(request)))
+
+    def _take(self, manifest: Manifest) -> None:
+        self.tokens = tuple(sequence.tokens for sequence in manifest.sequences)
+
+
+def _end(resident: Resident) -> None:
+    """End the ranks of an LLM that is closed, was garbage collected, or whose process ends."""
+    try:
+        resident.end_within(10.0)
+    finally:
+        resident.abandon()
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Raise what is neither a UserError nor a RunError as a RunError that says it in one line."""
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        raise RunError(explain(error)) from error
