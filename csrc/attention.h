@@ -1,12 +1,13 @@
 // The contract between the Python face and every attention kernel, on every device.
 //
-// A partial attention result is the pair (out, lse): out = softmax(scale * q k^T) v over the keys given, lse the natural
-// logarithm of the softmax denominator, float32, -inf (and out 0) for a query that saw no key. Partials over disjoint
-// sets of keys merge exactly (softmax_state.h).
+// A partial attention result is the pair (out, lse): out = softmax(scale * q k^T) v over the keys
+// given, lse the natural logarithm of the softmax denominator, float32, -inf (and out 0) for a
+// query that saw no key. Partials over disjoint sets of keys merge exactly (softmax_state.h).
 //
-// Positions are the mask: key j of a sequence is visible to query i of the same sequence iff k_pos[j] <= q_pos[i].
-// Positions ascend within a sequence, so the keys visible to a query are a prefix of its sequence's keys. Slots beyond
-// the last visible key may be uninitialised memory; no kernel lets them reach a result.
+// Positions are the mask: key j of a sequence is visible to query i of the same sequence iff
+// k_pos[j] <= q_pos[i]. Positions ascend within a sequence, so the keys visible to a query are a
+// prefix of its sequence's keys. Slots beyond the last visible key may be uninitialised memory; no
+// kernel lets them reach a result.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,8 @@ namespace cptool {
 enum class ScalarType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct AttentionArgs {
-  // q [q_tokens, q_heads, head_dim], k and v [k_tokens, kv_heads, head_dim]; strides in elements, innermost stride 1.
+  // q [q_tokens, q_heads, head_dim], k and v [k_tokens, kv_heads, head_dim]; strides in elements,
+  // innermost stride 1.
   const void* q;
   const void* k;
   const void* v;

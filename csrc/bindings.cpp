@@ -85,28 +85,28 @@ auto with_attention_args(Result (*run)(const AttentionArgs&, Extra...),
 // The same for partials.
 template <class Extra>
 auto with_merge_args(void (*run)(const MergeArgs&, Extra)) {
-  return [run](const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lses, int64_t rows,
-               int64_t head_dim, int dtype, int out_dtype, uintptr_t out, uintptr_t lse,
-               Extra extra) {
-    std::vector<const void*> out_pointers;
-    std::vector<const float*> lse_pointers;
-    for (size_t i = 0; i < outs.size(); ++i) {
-      out_pointers.push_back(pointer<const void>(outs[i]));
-      lse_pointers.push_back(pointer<const float>(lses[i]));
-    }
-    MergeArgs args;
-    args.outs = out_pointers.data();
-    args.lses = lse_pointers.data();
-    args.partials = static_cast<int64_t>(outs.size());
-    args.rows = rows;
-    args.head_dim = head_dim;
-    args.dtype = static_cast<ScalarType>(dtype);
-    args.out_dtype = static_cast<ScalarType>(out_dtype);
-    args.out = pointer<void>(out);
-    args.lse = pointer<float>(lse);
-    py::gil_scoped_release released;
-    run(args, extra);
-  };
+  return
+      [run](const std::vector<uintptr_t>& outs, const std::vector<uintptr_t>& lses, int64_t rows,
+            int64_t head_dim, int dtype, int out_dtype, uintptr_t out, uintptr_t lse, Extra extra) {
+        std::vector<const void*> out_pointers;
+        std::vector<const float*> lse_pointers;
+        for (size_t i = 0; i < outs.size(); ++i) {
+          out_pointers.push_back(pointer<const void>(outs[i]));
+          lse_pointers.push_back(pointer<const float>(lses[i]));
+        }
+        MergeArgs args;
+        args.outs = out_pointers.data();
+        args.lses = lse_pointers.data();
+        args.partials = static_cast<int64_t>(outs.size());
+        args.rows = rows;
+        args.head_dim = head_dim;
+        args.dtype = static_cast<ScalarType>(dtype);
+        args.out_dtype = static_cast<ScalarType>(out_dtype);
+        args.out = pointer<void>(out);
+        args.lse = pointer<float>(lse);
+        py::gil_scoped_release released;
+        run(args, extra);
+      };
 }
 
 // The token-wise steps: `extra` is a number of threads or a stream.
@@ -147,14 +147,21 @@ auto with_swiglu_args(void (*run)(const SwigluArgs&, Extra)) {
 
 void layer_input(uintptr_t hidden, int64_t stride, int64_t rows, int64_t width, int dtype,
                  uintptr_t norm, double eps, uintptr_t qkv, int64_t qkv_stride, int64_t columns,
-                 int64_t rotated, int64_t head_dim, uintptr_t cos, uintptr_t sin,
-                 uintptr_t scratch, uintptr_t out, int threads) {
+                 int64_t rotated, int64_t head_dim, uintptr_t cos, uintptr_t sin, uintptr_t scratch,
+                 uintptr_t out, int threads) {
   py::gil_scoped_release released;
   cptool::cpu::layer_input(
       {{pointer<void>(hidden), stride, rows, width, static_cast<ScalarType>(dtype)},
-       pointer<const void>(norm), static_cast<float>(eps), {pointer<const void>(qkv), qkv_stride},
-       columns, rotated, head_dim, pointer<const float>(cos), pointer<const float>(sin),
-       pointer<void>(scratch), pointer<void>(out)},
+       pointer<const void>(norm),
+       static_cast<float>(eps),
+       {pointer<const void>(qkv), qkv_stride},
+       columns,
+       rotated,
+       head_dim,
+       pointer<const float>(cos),
+       pointer<const float>(sin),
+       pointer<void>(scratch),
+       pointer<void>(out)},
       threads);
 }
 
@@ -165,10 +172,15 @@ void layer_output(uintptr_t hidden, int64_t stride, int64_t rows, int64_t width,
   py::gil_scoped_release released;
   cptool::cpu::layer_output(
       {{pointer<void>(hidden), stride, rows, width, static_cast<ScalarType>(dtype)},
-       pointer<const void>(attended), depth, {pointer<const void>(o), o_stride},
-       pointer<const void>(norm), static_cast<float>(eps),
-       {pointer<const void>(gate_up), gate_up_stride}, {pointer<const void>(down), down_stride},
-       ffn, pointer<void>(scratch)},
+       pointer<const void>(attended),
+       depth,
+       {pointer<const void>(o), o_stride},
+       pointer<const void>(norm),
+       static_cast<float>(eps),
+       {pointer<const void>(gate_up), gate_up_stride},
+       {pointer<const void>(down), down_stride},
+       ffn,
+       pointer<void>(scratch)},
       threads);
 }
 
@@ -240,8 +252,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_stream_rows", [](int dtype, int64_t head_dim) {
     return cptool::cpu::select_isa(static_cast<ScalarType>(dtype), head_dim)->stream_rows;
   });
-  m.def("cpu_linear_isa", [](int dtype) {
-    return cptool::cpu::linear_isa(static_cast<ScalarType>(dtype));
-  });
+  m.def("cpu_linear_isa",
+        [](int dtype) { return cptool::cpu::linear_isa(static_cast<ScalarType>(dtype)); });
   m.def("force_cpu_isa", cptool::cpu::force_isa, py::arg("name").none(true));
 }

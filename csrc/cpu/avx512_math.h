@@ -136,8 +136,7 @@ __attribute__((always_inline)) inline __m512 sum_each(const __m512 (&r)[16]) {
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     const __m512 a = r[i], b = r[i + 8];
-    eights[i] =
-        _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+    eights[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
   }
   __m512 fours[4];
 #pragma GCC unroll 4

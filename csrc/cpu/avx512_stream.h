@@ -24,9 +24,7 @@ inline int64_t rows_per_head(const AttentionArgs& args) {
   return tokens * (args.q_heads / args.kv_heads);
 }
 
-inline bool few_rows(const AttentionArgs& args, int most) {
-  return rows_per_head(args) <= most;
-}
+inline bool few_rows(const AttentionArgs& args, int most) { return rows_per_head(args) <= most; }
 
 // Walks the lines of K and V in the order in which they lie, and prefetches them into the level-2
 // cache. Not into level 1: it has too few buffers for lines on their way to keep memory busy, and a

@@ -224,8 +224,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionA
     mine.values(shared, x, y);
     __syncthreads();
   }
-  mine.finish(args, x, y, rows,
-              [&](int row) { return token(row) * args.q_heads + head(row); });
+  mine.finish(args, x, y, rows, [&](int row) { return token(row) * args.q_heads + head(row); });
 }
 
 template <int kHeadDim>

@@ -73,9 +73,8 @@ __device__ void find_limits(const AttentionArgs& args, const BlockRows& rows, co
   for (int row = 1 + static_cast<int>(threadIdx.x); row < kRows; row += blockDim.x) {
     if (row == last) continue;
     limits[row] = row > last ? 0
-                             : fewest + static_cast<int>(visible_keys(
-                                            k_pos + fewest, most - fewest,
-                                            args.q_pos[rows.token(row)]));
+                             : fewest + static_cast<int>(visible_keys(k_pos + fewest, most - fewest,
+                                                                      args.q_pos[rows.token(row)]));
   }
 }
 
@@ -98,7 +97,7 @@ struct RowResult {
       : at(at) {
     SoftmaxState total;
     if (held && target.accumulate) total = SoftmaxState::of_lse(target.lse[at]);
-    merged = !total.empty();  // else what is there is ignored, whatever it is
+    merged = !total.empty();                      // else what is there is ignored, whatever it is
     written = held && !(merged && ours.empty());  // of two empty ones out is 0
     total.merge(ours, keep, add);
     const float divisor = total.empty() ? 1.0f : total.sum;

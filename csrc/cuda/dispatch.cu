@@ -37,7 +37,8 @@ const Kernel* select_kernel(const AttentionArgs& args, const Device& device) {
   const Kernel* last = kKernels + last_allowed.load(std::memory_order_relaxed);
   const Kernel* found = kKernels;
   for (const Kernel& kernel : kKernels) {
-    if (&kernel <= last && kernel.supported(device) && kernel.handles(args, device)) found = &kernel;
+    if (&kernel <= last && kernel.supported(device) && kernel.handles(args, device))
+      found = &kernel;
   }
   return found;
 }

@@ -2,8 +2,8 @@
 // lse = max_i lses[i] + log(sum_i w_i). Every sum runs in the order of the partials, so a result
 // does not depend on the launch.
 //
-// Bound by bandwidth: a thread holds eight columns of one row, loads 16 bytes at a time, and those of
-// kLoads partials before it uses the first. A partial that saw nothing is not read. Where many
+// Bound by bandwidth: a thread holds eight columns of one row, loads 16 bytes at a time, and those
+// of kLoads partials before it uses the first. A partial that saw nothing is not read. Where many
 // partials of few rows are merged, as after decoding in pieces, groups of a block's threads take
 // turns with the partials and add up what they have through shared memory, in their order.
 #include "cuda/merge.h"
@@ -21,9 +21,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kColumns = 8;  // of a thread
-constexpr int kLoads = 4;  // of each thread, under way together
+constexpr int kLoads = 4;    // of each thread, under way together
 constexpr int kMaxPartials = 128;
-constexpr int64_t kFewThreads = 1 << 16;  // too few, one a chunk of a row, to hide each other's loads
+constexpr int64_t kFewThreads =
+    1 << 16;  // too few, one a chunk of a row, to hide each other's loads
 
 // A kernel's parameters: pointers by value, for the host arrays may be gone when it runs. More
 // partials than fit (4 KiB is what every device takes) are merged in several launches, through out

@@ -1,6 +1,6 @@
-// Every PTX instruction that the kernels for compute capability 8.0 and above use, one wrapper each,
-// with the section of the PTX ISA manual (9.0) that defines it. tests/cuda_emulation/cuda/ptx.h has
-// the same wrappers for the CPU.
+// Every PTX instruction that the kernels for compute capability 8.0 and above use, one wrapper
+// each, with the section of the PTX ISA manual (9.0) that defines it.
+// tests/cuda_emulation/cuda/ptx.h has the same wrappers for the CPU.
 //
 // A shared address is a 32-bit address of the shared state space (shared_address()).
 #pragma once
@@ -39,8 +39,8 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // ldmatrix (9.7.14.5.15), x4: four 8 x 8 matrices of 16-bit elements. Lane i gives the address of
-// row i % 8 of matrix i / 8, 16 bytes on a multiple of 16. Of matrix j it receives in to[j] elements
-// 2 (i % 4) and 2 (i % 4) + 1 of row i / 4.
+// row i % 8 of matrix i / 8, 16 bytes on a multiple of 16. Of matrix j it receives in to[j]
+// elements 2 (i % 4) and 2 (i % 4) + 1 of row i / 4.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&to)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

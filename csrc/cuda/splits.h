@@ -1,7 +1,7 @@
 // How a call with few queries is spread over a GPU: its keys are cut into pieces, each block writes
 // the partial of one piece, and a second launch merges them in order. The number of pieces depends
-// on shapes alone; which keys are whose is computed on the device from how many there are to see. So
-// a CUDA graph replays for any number of keys up to its capacity. Host and device.
+// on shapes alone; which keys are whose is computed on the device from how many there are to see.
+// So a CUDA graph replays for any number of keys up to its capacity. Host and device.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ namespace cptool::cuda {
 namespace {
 
 // Figures of the model of split_count(), in the time that a block takes for one key.
-constexpr int64_t kStartKeys = 128;  // before a block's first tile is there
-constexpr int64_t kMergeKeys = 2;    // to merge one piece more
+constexpr int64_t kStartKeys = 128;   // before a block's first tile is there
+constexpr int64_t kMergeKeys = 2;     // to merge one piece more
 constexpr int64_t kLaunchKeys = 256;  // a second launch
 constexpr int kMaxSplits = 128;       // what one merge takes
 // More rounds even out the last one by little, and each is as much workspace again.

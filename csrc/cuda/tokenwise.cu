@@ -126,8 +126,7 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kPairs = 4;
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
-    rotate_kernel(const __grid_constant__ RotateArgs args) {
+__global__ void __launch_bounds__(kThreads) rotate_kernel(const __grid_constant__ RotateArgs args) {
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t half = args.head_dim / 2, pieces = half / kPairs;
   const int64_t pair = index % pieces * kPairs, head = index / pieces % args.num_heads;
@@ -149,8 +148,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
-    swiglu_kernel(const __grid_constant__ SwigluArgs args) {
+__global__ void __launch_bounds__(kThreads) swiglu_kernel(const __grid_constant__ SwigluArgs args) {
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t packs = args.width / kColumns;
   const int64_t row = index / packs, column = index % packs * kColumns;
@@ -175,8 +173,7 @@ unsigned blocks_for(const char* what, int64_t threads) {
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
   if (blocks > INT32_MAX) {
     throw std::invalid_argument(std::string(what) + " on CUDA would need " +
-                                std::to_string(blocks) +
-                                " thread blocks; the limit is 2147483647");
+                                std::to_string(blocks) + " thread blocks; the limit is 2147483647");
   }
   return static_cast<unsigned>(blocks);
 }
@@ -203,29 +200,26 @@ void launch_by_dtype(const char* what, ScalarType dtype, Kernel<Args> float32,
 
 template <bool kAligned>
 void launch_rms_norm(const RmsNormArgs& args, uintptr_t stream) {
-  launch_by_dtype<RmsNormArgs>("rms_norm", args.dtype, rms_norm_kernel<float, kAligned>,
-                               rms_norm_kernel<__nv_bfloat16, kAligned>,
-                               rms_norm_kernel<__half, kAligned>,
-                               blocks_for("rms_norm", args.rows * kThreads),
-                               kWarps * sizeof(float), stream, args);
+  launch_by_dtype<RmsNormArgs>(
+      "rms_norm", args.dtype, rms_norm_kernel<float, kAligned>,
+      rms_norm_kernel<__nv_bfloat16, kAligned>, rms_norm_kernel<__half, kAligned>,
+      blocks_for("rms_norm", args.rows * kThreads), kWarps * sizeof(float), stream, args);
 }
 
 template <bool kAligned>
 void launch_rotate(const RotateArgs& args, uintptr_t stream) {
   const int64_t threads = args.tokens * args.num_heads * (args.head_dim / 2 / kPairs);
-  launch_by_dtype<RotateArgs>("rotate", args.dtype, rotate_kernel<float, kAligned>,
-                              rotate_kernel<__nv_bfloat16, kAligned>,
-                              rotate_kernel<__half, kAligned>, blocks_for("rotate", threads), 0,
-                              stream, args);
+  launch_by_dtype<RotateArgs>(
+      "rotate", args.dtype, rotate_kernel<float, kAligned>, rotate_kernel<__nv_bfloat16, kAligned>,
+      rotate_kernel<__half, kAligned>, blocks_for("rotate", threads), 0, stream, args);
 }
 
 template <bool kAligned>
 void launch_swiglu(const SwigluArgs& args, uintptr_t stream) {
-  launch_by_dtype<SwigluArgs>("swiglu", args.dtype, swiglu_kernel<float, kAligned>,
-                              swiglu_kernel<__nv_bfloat16, kAligned>,
-                              swiglu_kernel<__half, kAligned>,
-                              blocks_for("swiglu", args.rows * (args.width / kColumns)), 0, stream,
-                              args);
+  launch_by_dtype<SwigluArgs>(
+      "swiglu", args.dtype, swiglu_kernel<float, kAligned>, swiglu_kernel<__nv_bfloat16, kAligned>,
+      swiglu_kernel<__half, kAligned>, blocks_for("swiglu", args.rows * (args.width / kColumns)), 0,
+      stream, args);
 }
 
 }  // namespace

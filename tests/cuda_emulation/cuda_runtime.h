@@ -1,5 +1,5 @@
-// In the place of CUDA's header, for g++: qualifiers, built-in variables, warp functions and the few
-// runtime calls that the kernels' files make.
+// In the place of CUDA's header, for g++: qualifiers, built-in variables, warp functions and the
+// few runtime calls that the kernels' files make.
 #pragma once
 
 #include <algorithm>
@@ -54,7 +54,6 @@ inline unsigned __float_as_uint(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
-
 
 inline void __syncthreads() {
   emulation::barrier(0, static_cast<int>(emulation::current->block->threads), true);

@@ -83,8 +83,8 @@ struct Fiber {
   int lane = 0;
   uint3 thread = {};
   const char* waits_for = nullptr;  // null: runs, or is ready to
-  std::deque<Copy> copies;  // not yet dropped, oldest first
-  int group = 0;            // cp.async groups committed
+  std::deque<Copy> copies;          // not yet dropped, oldest first
+  int group = 0;                    // cp.async groups committed
 };
 
 struct Options {

@@ -68,7 +68,7 @@ bool multiplies() {
   const int lane = emulation::current->lane;
   __nv_bfloat16* a = reinterpret_cast<__nv_bfloat16*>(dynamic_shared());
   __nv_bfloat16* b = a + 16 * 16;  // [16, 8]
-  __syncthreads();  // both warps write the same
+  __syncthreads();                 // both warps write the same
   for (int i = lane; i < 16 * 16; i += 32) a[i] = __float2bfloat16_rn(i / 16 + i % 16);
   for (int i = lane; i < 16 * 8; i += 32) b[i] = __float2bfloat16_rn(i / 8 - i % 8);
   __syncthreads();

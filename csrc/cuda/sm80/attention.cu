@@ -22,8 +22,8 @@ int64_t result_rows(const AttentionArgs& args) { return args.q_tokens * args.q_h
 }  // namespace
 
 bool sm80_handles(const AttentionArgs& args) {
-  const bool head_dim = args.head_dim == 64 || args.head_dim == 80 || args.head_dim == 96 ||
-                        args.head_dim == 128;
+  const bool head_dim =
+      args.head_dim == 64 || args.head_dim == 80 || args.head_dim == 96 || args.head_dim == 128;
   return args.dtype != ScalarType::kFloat32 && head_dim &&
          args.scale >= FLT_MIN &&  // the largest score is looked for before it is scaled
          rows_aligned(args.q, args.q_token_stride, args.q_head_stride) &&

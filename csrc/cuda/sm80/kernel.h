@@ -1,18 +1,19 @@
 // The kernel for compute capability 8.0 and above: bfloat16 and float16 on the tensor cores through
 // mma.sync, fed by cp.async.
 //
-// FlashAttention-2's schedule (Dao, 2023). A block holds kRows packed query rows (query_blocks.h) in
-// shared memory and walks the keys that its last row sees. Tiles of kKeys keys and of their values
-// take turns in a ring of kStages slots: while one is multiplied the next ones are under way, and
-// one barrier a tile says both that it is there and that the slot of the one before is free.
+// FlashAttention-2's schedule (Dao, 2023). A block holds kRows packed query rows (query_blocks.h)
+// in shared memory and walks the keys that its last row sees. Tiles of kKeys keys and of their
+// values take turns in a ring of kStages slots: while one is multiplied the next ones are under
+// way, and one barrier a tile says both that it is there and that the slot of the one before is
+// free.
 //
 // Its warps cut the rows (kRowWarps) and, where there are few of those, the keys of every tile
 // (kKeyWarps), each with a softmax state of its own; these are merged at the end through shared
 // memory.
 //
 // Positions ascend, so a tile is one of three kinds by the limits of the first and the last row:
-// beyond all that a warp sees (skipped), seen by all its rows (dense) or masked. Rows of a tile from
-// the last limit on are not read; they count as zeros.
+// beyond all that a warp sees (skipped), seen by all its rows (dense) or masked. Rows of a tile
+// from the last limit on are not read; they count as zeros.
 #pragma once
 
 #include <cstdint>
@@ -191,8 +192,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
     }
     ptx::cp_async_commit();  // an empty group too: groups are counted like tiles
   };
-  // Tile `tile` is there, and every warp is done with the one before, whose slot the next copy takes.
-  // Groups 0 to tile + kStages - 2 are committed, so all but the last kStages - 2 must be there.
+  // Tile `tile` is there, and every warp is done with the one before, whose slot the next copy
+  // takes. Groups 0 to tile + kStages - 2 are committed, so all but the last kStages - 2 must be
+  // there.
   const auto advance = [&](int tile) {
     ptx::cp_async_wait<C::kStages - 2>();
     __syncthreads();

@@ -46,9 +46,10 @@ struct Plan {
 template <class Shape>
 Plan plan_shape(const AttentionArgs& args, int64_t rows, const Device& device, bool few_rows) {
   // A multiprocessor keeps 1 KiB of shared memory a block for itself.
-  const int fit = device.shared_bytes / (shared_bytes<Shape>(static_cast<int>(args.head_dim)) + 1024);
-  const int64_t resident = static_cast<int64_t>(device.multiprocessors) *
-                           std::max(1, std::min(fit, Shape::kResident));
+  const int fit =
+      device.shared_bytes / (shared_bytes<Shape>(static_cast<int>(args.head_dim)) + 1024);
+  const int64_t resident =
+      static_cast<int64_t>(device.multiprocessors) * std::max(1, std::min(fit, Shape::kResident));
   const int64_t blocks = args.batch * args.kv_heads * ceil_divide(rows, block_rows<Shape>());
   return {few_rows, blocks, resident,
           split_count(blocks, args.k_tokens / args.batch, 4 * kKeys, resident)};

@@ -18,8 +18,10 @@ template <int kHeadDim>
 struct Layout {
   static_assert(kHeadDim % 16 == 0);
   static constexpr int kChunks = kHeadDim / 8;
-  static constexpr int kTwos =
-      kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
+  static constexpr int kTwos = kChunks % 8 == 0   ? 8
+                               : kChunks % 4 == 0 ? 4
+                               : kChunks % 2 == 0 ? 2
+                                                  : 1;
   static constexpr int kRowBytes = 2 * kHeadDim;
 
   static __device__ __forceinline__ int swizzle(int row) { return row / (8 / kTwos) % kTwos; }

@@ -1,8 +1,8 @@
 // One warp's part of attention: 16 kRowTiles packed rows against the keys of a tile that are its
 // own, by mma.m16n8k16 with float32 accumulators.
 //
-// A lane holds, of each 16 x 8 tile of scores or of the result, the elements that ptx.h names for d:
-// with g = lane / 4 and t = lane % 4 columns 2 t and 2 t + 1 of row g (elements 0, 1) and of row
+// A lane holds, of each 16 x 8 tile of scores or of the result, the elements that ptx.h names for
+// d: with g = lane / 4 and t = lane % 4 columns 2 t and 2 t + 1 of row g (elements 0, 1) and of row
 // g + 8 (elements 2, 3). The four lanes of a row are neighbours.
 #pragma once
 
@@ -62,8 +62,8 @@ struct WarpAttention {
     }
   }
 
-  // Hides the keys that a row does not see. `limits`: of the warp's rows; `first_key`: the number of
-  // the warp's first key.
+  // Hides the keys that a row does not see. `limits`: of the warp's rows; `first_key`: the number
+  // of the warp's first key.
   __device__ __forceinline__ void mask(const int* limits, int first_key) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -95,7 +95,8 @@ struct WarpAttention {
         largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
         // The maximum is rounded once, for the weights, keep and the state alike. Else keep would
-        // not be 1 where the maximum stays, and that multiplies up over the tiles of a long context.
+        // not be 1 where the maximum stays, and that multiplies up over the tiles of a long
+        // context.
         const float larger = fmaxf(max[m][half], largest * scale2);
         const float base = larger == -INFINITY ? 0.0f : larger;  // -inf - -inf is NaN
         const float keep = ptx::exp2_approx(max[m][half] - base);
