@@ -1,4 +1,4 @@
-// The contract between the Python face and every attention kernel, on every device.
+// The contract between Python and every attention kernel, on every device.
 //
 // A partial attention result is the pair (out, lse): out = softmax(scale * q k^T) v over the keys
 // given, lse the natural logarithm of the softmax denominator, float32, -inf (and out 0) for a
@@ -6,8 +6,8 @@
 //
 // Positions are the mask: key j of a sequence is visible to query i of the same sequence iff
 // k_pos[j] <= q_pos[i]. Positions ascend within a sequence, so the keys visible to a query are a
-// prefix of its sequence's keys. Slots beyond the last visible key may be uninitialised memory; no
-// kernel lets them reach a result.
+// prefix of its sequence's keys. Slots beyond the last visible key may be uninitialised memory,
+// which must not affect any result.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,5 @@
-// What Python sees of the extension: functions of addresses, sizes and strides. cptool/ops.py is
-// their only caller and has checked every tensor; offsets and positions on the CPU are checked by
-// the dispatcher.
+// The functions that Python calls, which take addresses, sizes and strides. Their callers in cptool
+// have checked every tensor; offsets and positions on the CPU are checked by cpu/attention.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,8 +10,7 @@
 #include "attention.h"
 #include "cpu/decoder_layer.h"
 #include "cpu/dispatch.h"
-#include "cpu/few_rows.h"
-#include "cpu/tokenwise_dispatch.h"
+#include "cpu/ops.h"
 #include "peer_memory.h"
 #if defined(CPTOOL_HAS_CUDA)
 #include "cuda/kernels.h"
@@ -145,6 +143,14 @@ auto with_swiglu_args(void (*run)(const SwigluArgs&, Extra)) {
   };
 }
 
+void linear(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, uintptr_t out,
+            int64_t rows, int64_t columns, int64_t depth, int dtype, int threads) {
+  py::gil_scoped_release released;
+  cptool::cpu::linear({pointer<const void>(x), pointer<const void>(w), pointer<void>(out), x_stride,
+                       w_stride, rows, columns, depth, static_cast<ScalarType>(dtype)},
+                      threads);
+}
+
 void layer_input(uintptr_t hidden, int64_t stride, int64_t rows, int64_t width, int dtype,
                  uintptr_t norm, double eps, uintptr_t qkv, int64_t qkv_stride, int64_t columns,
                  int64_t rotated, int64_t head_dim, uintptr_t cos, uintptr_t sin, uintptr_t scratch,
@@ -186,41 +192,44 @@ void layer_output(uintptr_t hidden, int64_t stride, int64_t rows, int64_t width,
 
 std::vector<std::string> cpu_isas(bool supported_only) {
   int count;
-  const cptool::cpu::Isa* isas = cptool::cpu::isas(&count);
+  const cptool::cpu::Isa* const* isas = cptool::cpu::isas(&count);
   std::vector<std::string> names;
   for (int i = 0; i < count; ++i) {
-    if (!supported_only || isas[i].supported()) names.push_back(isas[i].name);
+    if (!supported_only || isas[i]->supported()) names.push_back(isas[i]->name);
   }
   return names;
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-  m.attr("version") = CPTOOL_VERSION;
-  m.attr("source_hash") = CPTOOL_SOURCE_HASH;
-  m.attr("compiler") = CPTOOL_COMPILER;
-  m.attr("isas_compiled") = cpu_isas(false);
-  m.attr("cuda_archs") = CPTOOL_CUDA_ARCHS_BUILT;  // empty: no CUDA kernels
-
+void define_cpu_ops(py::module_& m) {
   m.def("attention_partial_cpu",
         with_attention_args(cptool::cpu::attention_partial, attention_args));
   m.def("merge_partials_cpu", with_merge_args<int>(cptool::cpu::merge_partials));
-  m.def("linear_cpu", [](uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride,
-                         uintptr_t out, int64_t rows, int64_t columns, int64_t depth, int dtype,
-                         int threads) {
-    py::gil_scoped_release released;
-    cptool::cpu::linear({pointer<const void>(x), pointer<const void>(w), pointer<void>(out),
-                         x_stride, w_stride, rows, columns, depth, static_cast<ScalarType>(dtype)},
-                        threads);
-  });
+  m.def("linear_cpu", linear);
   m.def("layer_input_cpu", layer_input);
   m.def("layer_output_cpu", layer_output);
   m.def("rms_norm_cpu", with_rms_norm_args<int>(cptool::cpu::rms_norm));
   m.def("rotate_cpu", with_rotate_args<int>(cptool::cpu::rotate));
   m.def("swiglu_cpu", with_swiglu_args<int>(cptool::cpu::swiglu));
+}
+
+void define_cpu_dispatch(py::module_& m) {
+  m.attr("isas_compiled") = cpu_isas(false);
+  m.def("cpu_isas", [] { return cpu_isas(true); });
+  m.def("cpu_isa", [](int dtype, int64_t head_dim) {
+    return cptool::cpu::attention_isa(static_cast<ScalarType>(dtype), head_dim).name;
+  });
+  m.def("cpu_stream_rows", [](int dtype, int64_t head_dim) {
+    return cptool::cpu::attention_isa(static_cast<ScalarType>(dtype), head_dim)
+        .attention.stream_rows;
+  });
+  m.def("cpu_linear_isa",
+        [](int dtype) { return cptool::cpu::few_rows_isa(static_cast<ScalarType>(dtype)).name; });
+  m.def("force_cpu_isa", cptool::cpu::force_isa, py::arg("name").none(true));
+}
+
+// The last arguments are the workspace's address and a cudaStream_t of the current device.
+void define_cuda_ops([[maybe_unused]] py::module_& m) {
 #if defined(CPTOOL_HAS_CUDA)
-  // The last arguments are the workspace's address and a cudaStream_t of the current device.
   m.def("attention_partial_cuda",
         with_attention_args(cptool::cuda::attention_partial, attention_args));
   m.def("attention_workspace_cuda",
@@ -234,6 +243,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("rotate_cuda", with_rotate_args<uintptr_t>(cptool::cuda::rotate));
   m.def("swiglu_cuda", with_swiglu_args<uintptr_t>(cptool::cuda::swiglu));
 #endif
+}
+
+void define_peer_memory(py::module_& m) {
   m.def("read_peer", [](int64_t pid, uintptr_t from, uintptr_t to, int64_t bytes) {
     py::gil_scoped_release released;
     return cptool::read_peer(pid, from, pointer<void>(to), bytes);
@@ -245,14 +257,17 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release released;
     return cptool::wait_word(pointer<const uint32_t>(word), value, spin_us, sleep_ms);
   });
-  m.def("cpu_isas", [] { return cpu_isas(true); });
-  m.def("cpu_isa", [](int dtype, int64_t head_dim) {
-    return cptool::cpu::select_isa(static_cast<ScalarType>(dtype), head_dim)->name;
-  });
-  m.def("cpu_stream_rows", [](int dtype, int64_t head_dim) {
-    return cptool::cpu::select_isa(static_cast<ScalarType>(dtype), head_dim)->stream_rows;
-  });
-  m.def("cpu_linear_isa",
-        [](int dtype) { return cptool::cpu::linear_isa(static_cast<ScalarType>(dtype)); });
-  m.def("force_cpu_isa", cptool::cpu::force_isa, py::arg("name").none(true));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("version") = CPTOOL_VERSION;
+  m.attr("source_hash") = CPTOOL_SOURCE_HASH;
+  m.attr("compiler") = CPTOOL_COMPILER;
+  m.attr("cuda_archs") = CPTOOL_CUDA_ARCHS_BUILT;  // empty: no CUDA kernels
+  define_cpu_ops(m);
+  define_cpu_dispatch(m);
+  define_cuda_ops(m);
+  define_peer_memory(m);
 }

@@ -28,7 +28,7 @@ int64_t now_us() {
 int read_peer(int64_t pid, uint64_t from, void* to, int64_t bytes) {
   iovec here{to, static_cast<size_t>(bytes)};
   iovec there{reinterpret_cast<void*>(from), static_cast<size_t>(bytes)};
-  while (here.iov_len > 0) {  // a call may do less: 2 GiB at most
+  while (here.iov_len > 0) {  // one call copies at most 2 GiB
     const ssize_t done = process_vm_readv(static_cast<pid_t>(pid), &here, 1, &there, 1, 0);
     if (done <= 0) return done < 0 ? errno : EFAULT;
     here.iov_base = static_cast<char*>(here.iov_base) + done;
@@ -48,7 +48,7 @@ bool wait_word(const uint32_t* word, uint32_t value, int64_t spin_us, int64_t sl
   if (seen == value) return true;
   const int64_t began = now_us();
   while (now_us() - began < spin_us) {
-    // Whoever is waited for may need this core.
+    // The process that will signal may need this core.
     sched_yield();
     if (__atomic_load_n(word, __ATOMIC_ACQUIRE) == value) return true;
   }

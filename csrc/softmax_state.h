@@ -1,12 +1,11 @@
-// The monoid of partial softmax results, for every kernel on every device.
+// How partial softmax results are merged, in every kernel on every device: they are a monoid.
 //
 // Over a set of keys with scores s_j a kernel holds max >= max_j s_j, sum = sum_j exp(s_j - max)
 // and the vector acc = sum_j exp(s_j - max) v_j. The union of two disjoint sets is merge(); the
-// empty set is the identity. All in natural units: a kernel that works with exp2 converts its
-// maximum (max = max2 * ln 2) before it makes a state.
+// empty set is the identity. Everything is in natural units: a kernel that works with exp2 converts
+// its maximum (max = max2 * ln 2) before it makes a state.
 //
-// The unnamed namespace is deliberate: every translation unit is compiled for an instruction set of
-// its own, and the linker must not replace one's copy of an inline function with another's.
+// The unnamed namespace is deliberate: see cpu/isa.h.
 #pragma once
 
 #include <cmath>
@@ -24,7 +23,7 @@ struct SoftmaxState {
   float max = -INFINITY;
   float sum = 0.0f;
 
-  // The state of a finished partial, whose out is acc / sum.
+  // Returns the state of a finished partial, whose out is acc / sum.
   static CPTOOL_HOST_DEVICE inline SoftmaxState of_lse(float lse) {
     SoftmaxState state;
     state.max = lse;
@@ -36,7 +35,7 @@ struct SoftmaxState {
 
   CPTOOL_HOST_DEVICE inline float lse() const { return empty() ? -INFINITY : max + logf(sum); }
 
-  // Absorbs `other`: acc becomes acc * keep + other.acc * add.
+  // Adds `other`. The caller then sets acc = acc * keep + other.acc * add.
   CPTOOL_HOST_DEVICE inline void merge(const SoftmaxState& other, float& keep, float& add) {
     const float larger = max > other.max ? max : other.max;
     const float base = larger == -INFINITY ? 0.0f : larger;  // -inf - -inf would be NaN

@@ -1,5 +1,6 @@
-// The contract of the token-wise steps of a Llama forward: what is neither attention nor a large
-// matrix product. Every value is rounded to the type of the tensors where `transformers` rounds it.
+// The contract of the token-wise steps of a Llama forward pass: everything but attention and large
+// matrix products. Every value is rounded to the type of the tensors where `transformers` rounds
+// it.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +9,8 @@
 
 namespace cptool {
 
-// out[i][n] = sum_k x[i][k] w[n][k], summed in float32 and rounded once. Reads w once, from memory
-// on, so it is for few rows.
+// out[i][n] = sum_k x[i][k] w[n][k], summed in float32 and rounded once. For few rows: w is read
+// from memory once, for all rows together.
 struct LinearArgs {
   const void* x;               // [rows, depth]
   const void* w;               // [columns, depth]
@@ -22,7 +23,7 @@ struct LinearArgs {
 // hidden += added, rounded (if added is not null); then out = round(hidden / sqrt(mean(hidden^2) +
 // eps)) * weight, rounded.
 struct RmsNormArgs {
-  void* hidden;        // [rows, width], rows contiguous; written only if there is something to add
+  void* hidden;        // [rows, width], rows contiguous; written only if `added` is given
   const void* added;   // [rows, width], contiguous, or null
   const void* weight;  // [width]
   void* out;           // [rows, width], contiguous, or null: only add
@@ -32,7 +33,7 @@ struct RmsNormArgs {
   ScalarType dtype;
 };
 
-// (a, b) -> (a cos - b sin, b cos + a sin) in place, a pair being the elements (j, j + head_dim /
+// (a, b) -> (a cos - b sin, b cos + a sin) in place, for the pairs of elements (j, j + head_dim /
 // 2) of a head; in float32, rounded once.
 struct RotateArgs {
   void* heads;  // [tokens, heads, head_dim], the innermost stride 1

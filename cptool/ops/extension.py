@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-_SOURCES = (".h", ".cpp", ".cuh", ".cu")
+_SOURCES = (".h", ".in", ".cpp", ".cuh", ".cu")
 _REMEDY = "build it with `pip install .` (or `pip install -e .`) in the checkout of cptool"
 
 

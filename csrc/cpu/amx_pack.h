@@ -1,5 +1,5 @@
-// Operands of tile products, laid out as whole tiles of 1 KB, dimensions and keys padded with
-// zeros. Unnamed namespace: see dispatch.h.
+// Packs the operands of tile products as whole tiles of 1 KB, with dimensions and keys padded with
+// zeros. Unnamed namespace: see isa.h.
 #pragma once
 
 #include "cpu/amx_tiles.h"
@@ -8,17 +8,17 @@
 namespace cptool::cpu {
 namespace {
 
-// Elements that share a step of a product: dimensions of scores, keys of outputs.
+// Elements that one step of a product sums over: dimensions for scores, keys for outputs.
 constexpr int kStrip = 32;
 
-// Elements [d, d + 32) of a vector, zeros from head_dim on.
+// Loads elements [d, d + 32) of a row; those from head_dim on are 0.
 inline __m512i load_strip(const BFloat16* from, int64_t d, int64_t head_dim) {
   const __mmask32 mask = head_dim - d >= kStrip ? ~0u : (1u << (head_dim - d)) - 1;
   return _mm512_maskz_loadu_epi16(mask, from + d);
 }
 
-// 16 queries, of which `rows` exist, to tiles [dims / 32], each [16 pairs of dims][16 rows][2].
-// `negate`: the scale's sign, folded in.
+// Packs 16 queries, of which the first `rows` exist, as tiles [dims / 32], each [16 pairs of dims]
+// [16 rows][2]. `negate` flips their signs, so that the kernel may take the scale as positive.
 inline void pack_queries(const void* const* q, int rows, int64_t head_dim, bool negate, char* to) {
   const __m512i sign = _mm512_set1_epi16(negate ? -0x8000 : 0);
   for (int64_t d = 0; d < head_dim; d += kStrip, to += kTileBytes) {
@@ -33,7 +33,7 @@ inline void pack_queries(const void* const* q, int rows, int64_t head_dim, bool 
   }
 }
 
-// `keys` rows of K to tiles [keys / 16][dims / 32], each [16 keys][32 dims].
+// Packs rows of K as tiles [keys / 16][dims / 32], each [16 keys][32 dims].
 inline void pack_keys(const BFloat16* k, int64_t stride, int keys, int64_t head_dim, char* to) {
   const int64_t tiles = (head_dim + kStrip - 1) / kStrip;
   const int padded = (keys + kStrip - 1) / kStrip * kStrip;
@@ -46,7 +46,7 @@ inline void pack_keys(const BFloat16* k, int64_t stride, int keys, int64_t head_
   }
 }
 
-// `keys` rows of V to tiles [dims / 16][kKeys / 32], each [16 dims][32 keys].
+// Packs rows of V as tiles [dims / 16][kKeys / 32], each [16 dims][32 keys].
 template <int kKeys>
 inline void pack_values(const BFloat16* v, int64_t stride, int keys, int64_t head_dim, char* to) {
   constexpr int64_t kNextDims = kKeys / kStrip * kTileBytes;
@@ -68,7 +68,7 @@ inline void pack_values(const BFloat16* v, int64_t stride, int keys, int64_t hea
       transpose16(high);
       char* tile = to + d / kLanes * kNextDims + first / kStrip * kTileBytes;
       for (int i = 0; i < kLanes; ++i) {
-        const int dim = i / 4 * 8 + i % 4;  // of low[i]; high[i] is 4 further
+        const int dim = i / 4 * 8 + i % 4;  // of low[i]; that of high[i] is 4 more
         char* row = tile + dim / kLanes * kNextDims + dim % kLanes * kTileStride;
         _mm512_store_si512(row, low[i]);
         _mm512_store_si512(row + 4 * kTileStride, high[i]);
@@ -77,14 +77,15 @@ inline void pack_values(const BFloat16* v, int64_t stride, int keys, int64_t hea
   }
 }
 
-// Rounded to bfloat16, as float32 bits. For finite x that are not negative: half a unit up, then
-// the low half away.
+// Rounds finite nonnegative x to bfloat16, as float32 bits: adds half a unit, then clears the low
+// half.
 inline __m512i round_bits(__m512 x) {
   const __m512i raised = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
   return _mm512_and_si512(raised, _mm512_set1_epi32(-0x10000));
 }
 
-// A row of 16 rows' weights of two keys, both rounded, for the pair-interleaved operand.
+// Interleaves the weights of two keys, both rounded, for 16 rows: one row of the pair-interleaved
+// operand.
 inline __m512i pair_up(__m512i even, __m512i odd) {
   return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd);
 }

@@ -1,8 +1,8 @@
 // The tile registers of AMX: eight of 16 rows by 64 bytes, and tdpbf16ps, which adds to the float32
 // tile C[m][n] the sum over p of A[m][2p] * B[p][2n] + A[m][2p + 1] * B[p][2n + 1], all bfloat16.
 //
-// Assembly rather than intrinsics: those of GCC 12 don't tell the compiler that a tile load reads
-// memory, and cannot fold an offset into the address. Unnamed namespace: see dispatch.h.
+// Assembly rather than intrinsics: those of GCC 12 do not declare that a tile load reads memory,
+// and cannot fold an offset into the address. Unnamed namespace: see isa.h.
 #pragma once
 
 #include <cpuid.h>
@@ -38,7 +38,7 @@ inline void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
 
-// Sets the calling thread's tiles up while it lives.
+// Configures the calling thread's tiles for the lifetime of the object.
 class TileConfig {
  public:
   TileConfig() {
@@ -54,8 +54,8 @@ class TileConfig {
   TileConfig& operator=(const TileConfig&) = delete;
 };
 
-// Whether the processor has AMX with bfloat16 and the system lets this process use it. Asks the
-// system for that.
+// Returns whether the processor has AMX with bfloat16 and the system grants this process its use,
+// which it requests.
 inline bool tiles_available() {
   unsigned eax, ebx, ecx, edx;
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;

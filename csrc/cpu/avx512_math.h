@@ -1,23 +1,15 @@
-// AVX-512 arithmetic that the x86 kernels share: conversions, powers of two, transposition.
-// Unnamed namespace: see dispatch.h.
+// AVX-512 arithmetic that the AVX-512 and AMX kernels share: conversions, powers of two,
+// transposition. Unnamed namespace: see isa.h.
 #pragma once
 
-// GCC 12's intrinsics start from deliberately undefined registers and warn about it where they are
-// inlined.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
-#include <cstdint>
-
-#include "cpu/scalar.h"
+#include "cpu/vectors.h"  // kLanes: 16
 
 namespace cptool::cpu {
 namespace {
 
-constexpr int kLanes = 16;  // float32 in a vector
+constexpr int round_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 inline __m512 load16(const float* from) { return _mm512_loadu_ps(from); }
 
@@ -48,9 +40,9 @@ inline void store16(__m512 values, Float16* to) {
                       _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// Takes subnormal numbers as 0 while it lives: a weight below 2^-126 would otherwise cost a
-// microcode assist, fifty times the arithmetic of its whole vector, and adds nothing to a sum that
-// holds a weight of about 1.
+// Treats subnormal numbers as 0 for the lifetime of the object. A weight below 2^-126 would
+// otherwise cost a microcode assist, fifty times the arithmetic of its whole vector, and adds
+// nothing to a sum that holds a weight of about 1.
 class FlushSubnormals {
  public:
   FlushSubnormals() { _mm_setcsr(saved_ | 0x8040); }  // flush to zero, denormals are zeros
@@ -128,9 +120,9 @@ inline void transpose16(__m512 (&r)[16]) {
 }
 
 // Lane i of the result is the sum of the lanes of r[i]. Each step adds the halves (8, 4, 2, 1
-// lanes) of two vectors into one: a blend holds a half of each in place, a shuffle brings the
-// others there. One shuffle for two vectors, because fewer ports shuffle than blend. Always inline:
-// r must stay in registers.
+// lanes) of two vectors into one: a blend keeps one half of each in place, a shuffle moves the
+// others there. There is one shuffle per two vectors because fewer ports shuffle than blend. Always
+// inline: r must stay in registers.
 __attribute__((always_inline)) inline __m512 sum_each(const __m512 (&r)[16]) {
   __m512 eights[8];
 #pragma GCC unroll 8

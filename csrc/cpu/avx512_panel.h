@@ -1,11 +1,11 @@
-// Panels: how the x86 kernels hold the rows of a block, and the online softmax over one.
+// Panels: how the AVX-512 and AMX kernels hold the rows of a block, and their softmax state.
 //
 // Everything is transposed: a vector's 16 lanes are 16 query rows. A panel is a few such vectors
-// side by side; its scores are [key][row], its accumulator [dim][row]. So maxima and sums over keys
-// need no horizontal step, a row's limit is a lane of a mask, K and V are read as they lie, and
-// only Q (once) and the result (once) are transposed.
+// side by side; its scores are [key][row], its accumulator [dim][row]. Maxima and sums over keys
+// therefore need no horizontal step, a row's limit is a lane of a mask, K and V are not transposed,
+// and Q and the result are transposed only once.
 //
-// Unnamed namespace: see dispatch.h.
+// Unnamed namespace: see isa.h.
 #pragma once
 
 #include "cpu/avx512_math.h"
@@ -16,16 +16,13 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
-// Stands for the maximum of no score. Finite, so that a difference of two maxima is never NaN.
+// The maximum of a row that has seen no score. Finite, so that a difference of two maxima is never
+// NaN.
 constexpr float kNoScore = -1e30f;
 
-// Rows keep their maximum until a score exceeds it by this much (log2): weights up to 2^8 cost no
-// precision, and the accumulators seldom need rescaling.
+// A row keeps its maximum until a score exceeds it by this much (log2): weights up to 2^8 cost no
+// precision, and the accumulators rarely need rescaling.
 constexpr float kSlack = 8.0f;
-
-constexpr int round_up(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // The softmax state of every row of a block, in the units of exp2: weights are 2^(score * scale *
 // log2 e - max).
@@ -35,8 +32,8 @@ struct RowStates {
   alignas(64) float sum[kRows];
   alignas(64) int32_t limit[kRows];  // keys of the sequence that the row sees
 
-  // `rows`: the block's, rounded up to whole panels. Rows that the block lacks see what its last
-  // row sees: they change no decision.
+  // `rows`: the number of rows in the block, rounded up to whole panels. Rows beyond the block see
+  // what its last row sees, so that they do not change any decision.
   void begin(const RowBlock<kRows>& block, int rows) {
     for (int r = 0; r < rows; ++r) {
       max[r] = kNoScore;
@@ -55,7 +52,7 @@ struct RowStates {
   }
 };
 
-// The keys of a tile that a run of rows sees.
+// How many keys of a tile a range of rows sees.
 struct Visible {
   int keys;     // 0 if none
   bool masked;  // some row sees fewer of them
@@ -69,9 +66,9 @@ struct Visible {
   }
 };
 
-// Asks for the keys and values [key, key + keys) of the sequence in the level-2 cache. A head's
-// rows lie far apart, where the processor's own prefetchers see no pattern and every other row
-// begins a page; packing them cold takes longer than their arithmetic.
+// Prefetches the keys and values [key, key + keys) of the sequence into the level-2 cache. A head's
+// rows are far apart, so the processor's own prefetchers find no pattern and every other row begins
+// a page; packing them without prefetching takes longer than their arithmetic.
 template <int kRows>
 inline void prefetch_keys(const AttentionArgs& args, const RowBlock<kRows>& block, int64_t key,
                           int keys) {

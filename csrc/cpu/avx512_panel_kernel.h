@@ -3,46 +3,26 @@
 // Both products work on words of 32 bits, which hold Math::kStep elements that are multiplied and
 // added together: one float32, or two bfloat16. A register tile of a product is 8 keys (or 8
 // dimensions) by 48 rows in 24 accumulators: 3 vector loads and 8 broadcasts for 24 instructions,
-// so that the multipliers are the limit. The scores of a strip of keys become weights where they
-// lie; the weights of a whole tile of keys are then multiplied with its values, so that an
-// accumulator is loaded and stored once per tile.
+// so that the multipliers are the limit. The scores of a strip of keys become weights in place; the
+// weights of a whole tile of keys are then multiplied with its values, so that an accumulator is
+// loaded and stored once per tile.
 //
 // What a vector of 16 scores costs on the two ports that multiply: 2 head_dim / kStep for the
 // products (at head_dim 128: 256 in float32, 128 in bfloat16); for its softmax 8 in float32 and 5.5
 // in bfloat16 (maximum, scale, polynomial, half a dot product for the sum), 3% and 4% (at
 // head_dim 64: twice that). Conversions, additions and powers go to the other two ports.
 //
-// struct Math:
-//   using Input, Weight;                                        of q, k and v; of rounded weights
-//   static constexpr int kStep;                                 elements of a word
-//   static constexpr uint32_t kSigns;                           their sign bits
-//   static __m512 load(const Input* row, int64_t word, int64_t words);
-//     16 words of a row, 0 from `words` on.
-//   static __m512 load_values(const Input* v, int64_t stride, int keys);
-//     16 dimensions of the values of kStep keys, of which `keys` exist, as words.
-//   template <int kN> static void load_step(const Input* v, int64_t next, __m512 (&values)[kN]);
-//     16 kN dimensions of kStep keys, the next one's at v + next, as words; in_order(acc) brings 32
-//     sums of such products into the order of the dimensions. kN is 1 or even.
-//   static __m512 exp2(__m512 x);                               as good as a Weight can hold
-//   static __m512 multiply_add(__m512 a, __m512 b, __m512 sum);
-//   static __m512 store_weights(__m512 weights, Weight* to);
-//     Stores 16 weights of one row, consecutive keys, rounded; returns them as float32.
-//   template <int kN> static void weigh(float* scores, int keys, __m512 scale,
-//                                       const __m512 (&base)[kN], __m512 (&total)[kN]);
-//     Turns scores [keys][16 kN rows] into weights 2^(score * scale - base), as words [keys /
-//     kStep][16 kN rows] in the same memory, and adds them to `total`.
-//
-// Unnamed namespace: see dispatch.h.
+// Unnamed namespace: see isa.h.
 #pragma once
 
 #include <cstring>
 
 #include "cpu/avx512_panel.h"
+#include "cpu/avx512_panel_pack.h"
 
 namespace cptool::cpu {
 namespace {
 
-constexpr int kTile = 8;     // keys, or dimensions, of a register tile
 constexpr int kVectors = 3;  // vectors of rows of a register tile
 constexpr int kPanel = kVectors * kLanes;
 
@@ -81,7 +61,9 @@ class PanelKernel {
     for (int row = 0; row < rows; row += kPanel) {
       const int vectors = panel_vectors(block, row);
       for (int n = 0; n < vectors; ++n) {
-        pack_queries(block, row + n * kLanes, vectors * kLanes, q_ + row * words_ + n * kLanes);
+        const int first = row + n * kLanes;
+        pack_queries<Math>(block.q + first, block.rows - first, words_, args_.scale < 0,
+                           vectors * kLanes, q_ + row * words_ + n * kLanes);
       }
     }
     std::memset(acc_, 0, rows * args_.head_dim * sizeof(float));
@@ -89,7 +71,10 @@ class PanelKernel {
 
   template <bool masked>
   void tile(const RowBlock<kRows>& block, int64_t key, int keys) {
-    pack(block, key, keys);
+    const T* k = static_cast<const T*>(block.k) + key * args_.k_token_stride;
+    const T* v = static_cast<const T*>(block.v) + key * args_.v_token_stride;
+    pack_keys<Math>(k, args_.k_token_stride, keys, words_, k_);
+    pack_values<Math>(v, args_.v_token_stride, keys, args_.head_dim, kValuePanel, v_);
     int64_t next = key + kKeys;
     for (int row = 0; row < block.rows; row += kPanel, next += kKeys / kTile) {
       switch (panel_vectors(block, row)) {
@@ -105,10 +90,10 @@ class PanelKernel {
     }
   }
 
-  // Turns every accumulator [dim][row] of 16 rows into 16 rows, in place.
+  // Transposes every accumulator [dim][row] of 16 rows into 16 rows, in place.
   void finish(const RowBlock<kRows>& block) {
     const int64_t head_dim = args_.head_dim;
-    float* rows = fixed_.weights;  // not needed any more
+    float* rows = fixed_.weights;  // the weights are no longer needed
     static_assert(sizeof(fixed_.weights) >= kPanel * 256 * sizeof(float));
     for (int row = 0; row < block.rows; row += kPanel) {
       const int vectors = panel_vectors(block, row);
@@ -137,13 +122,13 @@ class PanelKernel {
 
   struct Fixed {
     RowStates<kRows> rows;
-    // Words [keys / kStep][rows of the panel]; the last strip begins as scores.
+    // Words [keys / kStep][rows of the panel]. The strip in progress holds scores first.
     alignas(64) float weights[256 * kPanel];
   };
 
-  // The K and V of a key that the next tile will pack. Each line is asked for 16 times, once per
-  // word: a processor whose queue of misses is full drops a prefetch (half of them, on Zen 4, when
-  // each is asked for once).
+  // The K and V of a key of the next tile. Each line is prefetched 16 times, once per word, because
+  // a processor whose queue of misses is full drops a prefetch (half of them, on Zen 4, when each
+  // is requested once).
   struct Ahead {
     Ahead() = default;
     Ahead(const AttentionArgs& args, const RowBlock<kRows>& block, int64_t key)
@@ -163,60 +148,16 @@ class PanelKernel {
     return left >= kPanel ? kVectors : round_up(left, kLanes) / kLanes;
   }
 
-  // 16 queries from `row` on, transposed: to[w * stride] holds word w of the 16 rows, 0 for rows
-  // that the block lacks. With the scale's sign, so that it may be taken as positive.
-  void pack_queries(const RowBlock<kRows>& block, int row, int stride, float* to) const {
-    const __m512i sign = _mm512_set1_epi32(args_.scale < 0 ? static_cast<int>(Math::kSigns) : 0);
-    for (int64_t w = 0; w < words_; w += kLanes) {
-      __m512i r[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        r[i] = _mm512_setzero_si512();
-        if (row + i < block.rows) {
-          const T* q = static_cast<const T*>(block.q[row + i]);
-          r[i] = _mm512_xor_si512(_mm512_castps_si512(Math::load(q, w, words_)), sign);
-        }
-      }
-      transpose16(r);
-      for (int i = 0; i < kLanes && w + i < words_; ++i)
-        _mm512_store_si512(to + (w + i) * stride, r[i]);
-    }
-  }
-
-  // K to [key][word], V to [dim / 8][key / kStep][dim % 8], zeros up to a whole register tile of
-  // keys.
-  void pack(const RowBlock<kRows>& block, int64_t key, int keys) {
-    const T* k = static_cast<const T*>(block.k) + key * args_.k_token_stride;
-    const T* v = static_cast<const T*>(block.v) + key * args_.v_token_stride;
-    const int padded = round_up(keys, kTile);
-    for (int j = 0; j < padded; ++j) {
-      for (int64_t w = 0; w < words_; w += kLanes) {
-        const __mmask16 exist = words_ - w >= kLanes ? 0xffff : (1u << (words_ - w)) - 1;
-        _mm512_mask_storeu_ps(
-            k_ + j * words_ + w, exist,
-            j < keys ? Math::load(k + j * args_.k_token_stride, w, words_) : _mm512_setzero_ps());
-      }
-    }
-    for (int j = 0; j < padded; j += kStep) {
-      for (int64_t d = 0; d < args_.head_dim; d += kLanes) {
-        const __m512 values =
-            Math::load_values(v + j * args_.v_token_stride + d, args_.v_token_stride, keys - j);
-        float* to = v_ + d / kTile * kValuePanel + j / kStep * kTile;
-        _mm256_storeu_ps(to, _mm512_castps512_ps256(values));
-        _mm256_storeu_ps(to + kValuePanel, _mm512_extractf32x8_ps(values, 1));
-      }
-    }
-  }
-
-  // Absorbs the tile's keys for a panel of rows, and prefetches those from `next` on, one per
+  // Processes the tile's keys for a panel of rows, and prefetches the keys from `next` on, one per
   // register tile of scores.
   template <int kN>
   void panel(const RowBlock<kRows>& block, int row, int64_t key, int tile_keys, int64_t next) {
     const Visible visible(fixed_.rows, row, row + kN * kLanes - 1, key, tile_keys);
     if (visible.keys == 0) return;
     const int keys = round_up(visible.keys, kTile);
-    // The keys before this one every row sees.
+    // Every row sees the keys before this one.
     const int64_t dense = fixed_.rows.limit[row] - key;
-    int begun = 0;  // of the keys with weights, the first that isn't accumulated
+    int begun = 0;  // the first key whose weighted values are not accumulated yet
     for (int first = 0; first < keys; first += kStrip) {
       const int end = keys < first + kStrip ? keys : first + kStrip;
       __m512 top[kN];
@@ -236,14 +177,14 @@ class PanelKernel {
     accumulate<kN>(row, begun, keys);
   }
 
-  // The weights from a key on, or the scores that will be those.
+  // The weights from a key on, or the scores that become weights.
   template <int kN>
   float* weights(int key) const {
     return fixed_.weights + key / kStep * kN * kLanes;
   }
 
-  // scores[j][row] = sum over words of k[j][word] * q[word][row] for 8 keys; -inf where a row
-  // doesn't see the key. Raises `top` to the greatest.
+  // scores[j][row] = sum over words of k[j][word] * q[word][row] for 8 keys; -inf where a row does
+  // not see the key. Raises `top` to the greatest score.
   template <int kN, bool masked>
   void multiply_keys(int row, int64_t key, int first, float* scores, __m512 (&top)[kN]) const {
     const float* k = k_ + first * words_;
@@ -287,8 +228,9 @@ class PanelKernel {
     }
   }
 
-  // Raises the maxima of the rows that a greatest score exceeds, with what was computed against the
-  // old ones: first accumulates the keys from `begun` to `end`. Returns the first that isn't.
+  // Where `top` exceeds the maximum of a row, raises the maximum and rescales what was computed
+  // relative to the old one, after accumulating the keys [begun, end), whose weights are. Returns
+  // the first key that is not accumulated yet.
   template <int kN>
   int raise(int row, const __m512 (&top)[kN], int begun, int end) {
     const __m512 scale = _mm512_set1_ps(scale_log2_);

@@ -1,20 +1,20 @@
 // Attention of a few rows, as when decoding, in the arithmetic that `Math` names
-// (avx512_panel_kernel.h): memory bandwidth is the limit of up to four rows of a KV head.
+// (avx512_float32_math.h). For up to four rows per KV head, memory bandwidth is the limit.
 //
-// A block holds the rows of all KV heads, so that K and V are read once, front to back, as they lie
-// in a cache of [token][K or V][head][dim]: a head alone is a few lines of every other kilobyte,
-// which main memory delivers at a third of the rate. Each row of K and V is read for up to four
-// query rows at once and nothing is packed. Unnamed namespace: see dispatch.h.
+// A block holds the rows of all KV heads, so that K and V are read once, in the order in which a
+// cache of [token][K or V][head][dim] stores them: one head alone is a few lines of every other
+// kilobyte, which main memory delivers at a third of the rate. Each row of K and V is read for up
+// to four query rows at once, and nothing is packed. Unnamed namespace: see isa.h.
 #pragma once
 
 #include <cstring>
 
-#include "cpu/avx512_panel.h"
+#include "cpu/avx512_stream_scores.h"
 
 namespace cptool::cpu {
 namespace {
 
-// How many rows the longest sequence has for each KV head.
+// Returns how many rows the longest sequence has per KV head.
 inline int64_t rows_per_head(const AttentionArgs& args) {
   int64_t tokens = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
@@ -24,79 +24,13 @@ inline int64_t rows_per_head(const AttentionArgs& args) {
   return tokens * (args.q_heads / args.kv_heads);
 }
 
+// Up to this many rows per KV head, reading keys and values in place is faster than packing them
+// for products of many rows. Measured over 2K to 32K keys in all types: 1.1 to 2.5 times as fast at
+// 9 to 24 rows; at 32 rows up to 1.4 times, but no faster where the keys are in a cache (bfloat16:
+// a fifth slower).
+constexpr int kStreamRows = 32;
+
 inline bool few_rows(const AttentionArgs& args, int most) { return rows_per_head(args) <= most; }
-
-// Walks the lines of K and V in the order in which they lie, and prefetches them into the level-2
-// cache. Not into level 1: it has too few buffers for lines on their way to keep memory busy, and a
-// tile of many heads with what follows it is more than it holds, so that lines would be gone before
-// their use.
-class StreamAhead {
- public:
-  StreamAhead() = default;
-
-  // The keys [key, end) of `heads` heads.
-  StreamAhead(const AttentionArgs& args, const void* k, const void* v, int heads, int64_t key,
-              int64_t end)
-      : left_(end > key ? end - key : 0) {
-    const int64_t size = static_cast<int64_t>(element_size(args.dtype));
-    parts_[0] = {static_cast<const char*>(k), args.k_token_stride * size,
-                 args.k_head_stride * size};
-    parts_[1] = {static_cast<const char*>(v), args.v_token_stride * size,
-                 args.v_head_stride * size};
-    row_bytes_ = args.head_dim * size;
-    heads_ = heads;
-    if (parts_[0].head_stride == row_bytes_ && parts_[1].head_stride == row_bytes_) {
-      row_bytes_ *= heads;  // the heads of a token are one row
-      heads_ = 1;
-    }
-    const bool adjoin = heads_ == 1 && parts_[1].at == parts_[0].at + row_bytes_ &&
-                        parts_[0].token_stride == 2 * row_bytes_ &&
-                        parts_[1].token_stride == 2 * row_bytes_;
-    for (Part& part : parts_) part.at += key * part.token_stride;
-    if (adjoin) {  // the whole is one row
-      row_bytes_ *= 2 * left_;
-      left_ = 0;
-    }
-    begin_row();
-  }
-
-  // May run over the end of a row: what lies behind is asked for once more, or in vain.
-  void prefetch(int lines) {
-    if (at_ >= row_end_ && (left_ == 0 || !next_row())) return;
-    for (int i = 0; i < lines; ++i) _mm_prefetch(at_ + i * kLine, _MM_HINT_T1);
-    at_ += lines * kLine;
-  }
-
- private:
-  static constexpr int kLine = 64;
-
-  struct Part {      // K or V
-    const char* at;  // head 0 of the key at hand
-    int64_t token_stride, head_stride;
-  };
-
-  void begin_row() {
-    at_ = parts_[part_].at + head_ * parts_[part_].head_stride;
-    row_end_ = at_ + row_bytes_;
-  }
-
-  // False if there is none. Some keys must be left.
-  __attribute__((noinline)) bool next_row() {
-    if (++head_ == heads_) {
-      head_ = 0;
-      parts_[part_].at += parts_[part_].token_stride;
-      part_ ^= 1;
-      if (part_ == 0 && --left_ == 0) return false;
-    }
-    begin_row();
-    return true;
-  }
-
-  const char *at_ = nullptr, *row_end_ = nullptr;
-  int64_t row_bytes_ = 0, left_ = 0;  // keys
-  Part parts_[2] = {};
-  int part_ = 0, head_ = 0, heads_ = 0;
-};
 
 // `tile_keys`: 8, 16 or 32.
 template <class Math, int tile_keys>
@@ -105,11 +39,11 @@ class StreamKernel {
   using Weight = typename Math::Weight;
   static constexpr int kStep = Math::kStep;
   static constexpr int kQuarter = 16 / sizeof(T);  // dimensions of a quarter of a vector
-  // Whether words hold elements as they lie in memory.
-  static constexpr bool kAsTheyAre = kStep * sizeof(T) == sizeof(float);
-  // Bytes between a read and its prefetch, but a tile at least: a fraction of a level-2 cache.
+  // Whether words hold elements in the form in which memory holds them.
+  static constexpr bool kUnconverted = kStep * sizeof(T) == sizeof(float);
+  // Bytes between a read and its prefetch, but at least a tile: a fraction of a level-2 cache.
   static constexpr int64_t kAhead = 32 << 10;
-  static constexpr int kLinesOfWeights = 2;  // asked for while a row's weights are computed
+  static constexpr int kLinesOfWeights = 2;  // prefetched while a row's weights are computed
   static constexpr int kSlots = tile_keys < kLanes ? kLanes : tile_keys;
 
  public:
@@ -137,7 +71,7 @@ class StreamKernel {
   void begin(const RowBlock<kRows>& block) {
     rows_ = block.rows / block.heads;
     slots_ = padded_rows(rows_);
-    const bool quarters = kAsTheyAre && rows_at_once() == 4;
+    const bool quarters = kUnconverted && rows_at_once() == 4;
     for (int slot = 0; slot < block.heads * slots_; ++slot) {
       const int row = slot % slots_;
       const T* from =
@@ -169,25 +103,12 @@ class StreamKernel {
     const int64_t end = block.limit[block.rows - 1];
     ahead_ = StreamAhead(args_, block.k, block.v, block.heads, next,
                          next + keys < end ? next + keys : end);
-    // A step for all heads before the next step: the weights of one row alone are a chain of
-    // instructions that each wait for the last.
+    // Each step is done for all heads before the next step: the weights of one row alone are a
+    // chain of dependent instructions.
     const T* k = static_cast<const T*>(block.k) + key * args_.k_token_stride;
     for (int slot = 0; slot < block.heads * slots_; k += args_.k_head_stride) {
       for (const int end = slot + slots_; slot < end; slot += rows_at_once()) {
-        switch (rows_at_once()) {
-          case 1:
-            score<1>(k, keys, slot);
-            break;
-          case 2:
-            score<2>(k, keys, slot);
-            break;
-          default:
-            if constexpr (kAsTheyAre) {
-              score_four(k, keys, slot);
-            } else {
-              score<4>(k, keys, slot);
-            }
-        }
+        score({k, args_.k_token_stride, keys}, slot);
       }
     }
     for (int row = 0; row < block.rows; ++row) {
@@ -198,16 +119,7 @@ class StreamKernel {
     const T* v = static_cast<const T*>(block.v) + key * args_.v_token_stride;
     for (int slot = 0; slot < block.heads * slots_; v += args_.v_head_stride) {
       for (const int end = slot + slots_; slot < end; slot += rows_at_once()) {
-        switch (rows_at_once()) {
-          case 1:
-            accumulate<1>(v, keys, slot);
-            break;
-          case 2:
-            accumulate<2>(v, keys, slot);
-            break;
-          default:
-            accumulate<4>(v, keys, slot);
-        }
+        accumulate(v, keys, slot);
       }
     }
   }
@@ -241,7 +153,7 @@ class StreamKernel {
     float max[kRows];
   };
 
-  // Rows of a head come in ones, twos or fours; those that don't exist are zero.
+  // Rows of a head are padded with zeros to 1, 2 or a multiple of 4.
   static int padded_rows(int rows) { return rows < 1 ? 1 : rows <= 2 ? rows : round_up(rows, 4); }
 
   static int64_t query_words(const AttentionArgs& args) {
@@ -251,104 +163,19 @@ class StreamKernel {
   int rows_at_once() const { return slots_ < 4 ? slots_ : 4; }
   int slot_of(int row) const { return row / rows_ * slots_ + row % rows_; }
 
-  // Scores of kR rows with all keys of the tile; its last key stands in for those that are missing.
-  // Asks for as many lines as it reads.
-  template <int kR>
-  void score(const T* k, int keys, int slot) {
-    constexpr int kSums = kLanes / kR;                      // of a row
-    constexpr int kAtOnce = kSums < kKeys ? kSums : kKeys;  // keys
+  void score(const StreamKeys<T>& keys, int slot) {
     const float* q = q_ + slot * query_words_;
-    for (int first = 0; first < keys; first += kAtOnce) {
-      const T* row[kAtOnce];
-      __m512 sums[16];  // [row][key]
-#pragma GCC unroll 16
-      for (int j = 0; j < kAtOnce; ++j)
-        row[j] = k + (first + j < keys ? first + j : keys - 1) * args_.k_token_stride;
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
-      auto multiply = [&](int64_t w, int64_t words) __attribute__((always_inline)) {
-        __m512 query[kR];
-#pragma GCC unroll 4
-        for (int r = 0; r < kR; ++r) query[r] = _mm512_load_ps(q + r * query_words_ + w);
-#pragma GCC unroll 16
-        for (int j = 0; j < kAtOnce; ++j) {
-          const __m512 key = Math::load(row[j], w, words);
-#pragma GCC unroll 4
-          for (int r = 0; r < kR; ++r) {
-            __m512& sum = sums[r * kSums + j];
-            sum = Math::multiply_add(query[r], key, sum);
-          }
-        }
-        ahead_.prefetch(kAtOnce * kLanes * kStep * static_cast<int>(sizeof(T)) / 64);
-      };
-      int64_t w = 0;
-      for (; w + kLanes <= words_; w += kLanes) multiply(w, w + kLanes);
-      if (w < words_) multiply(w, words_);
-      alignas(64) float scores[kR][kSums];
-      _mm512_store_ps(scores[0], sum_each(sums));
-#pragma GCC unroll 4
-      for (int r = 0; r < kR; ++r)
-        std::memcpy(fixed_.scores[slot + r] + first, scores[r], kAtOnce * sizeof(float));
+    auto* scores = fixed_.scores + slot;
+    switch (rows_at_once()) {
+      case 1:
+        return score_rows<Math, kKeys, 1>(keys, q, query_words_, words_, ahead_, scores);
+      case 2:
+        return score_rows<Math, kKeys, 2>(keys, q, query_words_, words_, ahead_, scores);
     }
-  }
-
-  // The same for four rows of elements that no instruction has to convert: 16 bytes of a key meet
-  // those of all four rows at once, a row in each quarter of a vector, so that only four values of
-  // each product are left to add up.
-  void score_four(const T* k, int keys, int slot) {
-    const float* q = q_ + slot * query_words_;
-    for (int first = 0; first < keys; first += kLanes) {
-      constexpr int kGroups = (kKeys < kLanes ? kKeys : kLanes) / 8;
-      __m512 fours[2 * kGroups];  // the scores of four keys, a row in each quarter
-#pragma GCC unroll 2
-      for (int g = 0; g < kGroups; ++g) score_eight(k, first + 8 * g, keys, q, fours + 2 * g);
-      const __m512 low = _mm512_shuffle_f32x4(fours[0], fours[1], 0x44);
-      const __m512 high = _mm512_shuffle_f32x4(fours[0], fours[1], 0xee);
-      if constexpr (kGroups == 2) {
-        const __m512 low2 = _mm512_shuffle_f32x4(fours[2], fours[3], 0x44);
-        const __m512 high2 = _mm512_shuffle_f32x4(fours[2], fours[3], 0xee);
-        _mm512_store_ps(fixed_.scores[slot] + first, _mm512_shuffle_f32x4(low, low2, 0x88));
-        _mm512_store_ps(fixed_.scores[slot + 1] + first, _mm512_shuffle_f32x4(low, low2, 0xdd));
-        _mm512_store_ps(fixed_.scores[slot + 2] + first, _mm512_shuffle_f32x4(high, high2, 0x88));
-        _mm512_store_ps(fixed_.scores[slot + 3] + first, _mm512_shuffle_f32x4(high, high2, 0xdd));
-      } else {
-        const __m512 rows01 = _mm512_shuffle_f32x4(low, low, 0xd8);
-        const __m512 rows23 = _mm512_shuffle_f32x4(high, high, 0xd8);
-        _mm256_store_ps(fixed_.scores[slot], _mm512_castps512_ps256(rows01));
-        _mm256_store_ps(fixed_.scores[slot + 1], _mm512_extractf32x8_ps(rows01, 1));
-        _mm256_store_ps(fixed_.scores[slot + 2], _mm512_castps512_ps256(rows23));
-        _mm256_store_ps(fixed_.scores[slot + 3], _mm512_extractf32x8_ps(rows23, 1));
-      }
-    }
-  }
-
-  // Of eight keys from `first` on.
-  __attribute__((always_inline)) void score_eight(const T* k, int first, int keys, const float* q,
-                                                  __m512* fours) {
-    const T* row[8];
-    __m512 sums[8];
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      row[j] = k + (first + j < keys ? first + j : keys - 1) * args_.k_token_stride;
-      sums[j] = _mm512_setzero_ps();
-    }
-    for (int64_t d = 0; d < args_.head_dim; d += kQuarter, q += kLanes) {
-      const __m512 query = _mm512_load_ps(q);
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) {
-        const __m128 words = _mm_loadu_ps(reinterpret_cast<const float*>(row[j] + d));
-        sums[j] = Math::multiply_add(query, _mm512_broadcast_f32x4(words), sums[j]);
-      }
-      ahead_.prefetch(8 * 16 / 64);
-    }
-    auto sum_pairs = [](__m512 a, __m512 b) {
-      return (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    };
-#pragma GCC unroll 2
-    for (int j = 0; j < 8; j += 4) {
-      const __m512d a = sum_pairs(sums[j], sums[j + 1]), b = sum_pairs(sums[j + 2], sums[j + 3]);
-      fours[j / 4] =
-          _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+    if constexpr (kUnconverted) {
+      score_four<Math, kKeys>(keys, q, args_.head_dim, ahead_, scores);
+    } else {
+      score_rows<Math, kKeys, 4>(keys, q, query_words_, words_, ahead_, scores);
     }
   }
 
@@ -383,13 +210,13 @@ class StreamKernel {
     _mm512_store_ps(fixed_.sum[slot], sum);
   }
 
-  // No wider than `score_four` stores them, or the processor waits for the store to reach its
+  // The load must not be wider than the stores of `score_four`, or it waits for them to reach the
   // cache.
   static __m512 load_scores(const float* scores) {
     return kKeys < kLanes ? _mm512_castps256_ps512(_mm256_load_ps(scores)) : _mm512_load_ps(scores);
   }
 
-  // Raises a row's maximum, with all that was computed against the old one.
+  // Raises a row's maximum and rescales everything that was computed relative to the old one.
   __attribute__((noinline)) void raise(int slot, float max) {
     const __m512 keep = exp2_full(_mm512_set1_ps(fixed_.max[slot] - max));
     fixed_.max[slot] = max;
@@ -399,9 +226,20 @@ class StreamKernel {
       _mm512_store_ps(acc + d, _mm512_mul_ps(_mm512_load_ps(acc + d), keep));
   }
 
-  // Adds the weighted values of the tile to kR rows.
-  template <int kR>
+  // Adds the weighted values of the tile to rows_at_once() rows from `slot` on.
   void accumulate(const T* v, int keys, int slot) {
+    switch (rows_at_once()) {
+      case 1:
+        return accumulate_rows<1>(v, keys, slot);
+      case 2:
+        return accumulate_rows<2>(v, keys, slot);
+      default:
+        return accumulate_rows<4>(v, keys, slot);
+    }
+  }
+
+  template <int kR>
+  void accumulate_rows(const T* v, int keys, int slot) {
     constexpr int kWide = kR == 4 ? 4 : 8;  // vectors, to hide the latency of a multiplication
     int64_t d = 0;
     for (; d + kWide * kLanes <= args_.head_dim; d += kWide * kLanes)
@@ -410,7 +248,8 @@ class StreamKernel {
     if (d < args_.head_dim) add_values<kR, 1>(v, keys, slot, d);
   }
 
-  // 16 kN dimensions of it, as Math::load_step gives them. Asks for as many lines as it reads.
+  // The same for 16 kN dimensions, in the order in which Math::load_step loads them. Prefetches as
+  // many lines as it reads.
   template <int kR, int kN>
   void add_values(const T* v, int keys, int slot, int64_t d) {
     float* acc = acc_ + slot * args_.head_dim + d;
@@ -422,7 +261,7 @@ class StreamKernel {
         sums[r][n] = _mm512_load_ps(acc + r * args_.head_dim + n * kLanes);
     for (int j = 0; j < keys; j += kStep) {
       __m512 values[kN];
-      // The last of an odd number of keys stands in for the next, whose weights are 0.
+      // The last of an odd number of keys stands in for the missing one, whose weights are 0.
       Math::load_step(v + j * args_.v_token_stride + d, j + 1 < keys ? args_.v_token_stride : 0,
                       values);
 #pragma GCC unroll 4
@@ -455,8 +294,8 @@ class StreamKernel {
   StreamAhead ahead_;
 };
 
-// With tiles of 16 KB where that is 8 to 32 keys. Larger ones were measured to cost a fifth of the
-// rate, perhaps because the level-1 cache then loses the lines of V that come along with those of
+// Uses tiles of 16 KB where that is 8 to 32 keys. Larger ones were measured to be a fifth slower,
+// perhaps because the level-1 cache then evicts the lines of V that arrive together with those of
 // K.
 template <class Math>
 inline void run_stream(const AttentionArgs& args, int threads) {

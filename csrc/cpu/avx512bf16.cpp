@@ -1,19 +1,35 @@
-// attention_partial for bfloat16 with AVX-512's dot products of pairs: both products multiply
-// bfloat16 and add up in float32.
+// AVX-512's dot products of pairs for bfloat16: they multiply bfloat16 and add up in float32.
+#include "cpu/avx512_features.h"
 #include "cpu/avx512_panel_kernel.h"
 #include "cpu/avx512_stream.h"
 #include "cpu/avx512bf16_math.h"
+#include "cpu/few_rows_kernel.h"
+#include "cpu/isa.h"
 
 namespace cptool::cpu {
-bool avx512bf16_supported() { return avx512_supported() && __builtin_cpu_supports("avx512bf16"); }
+namespace {
 
-bool avx512bf16_handles(ScalarType dtype, int64_t head_dim) {
-  return dtype == ScalarType::kBFloat16 && head_dim % kLanes == 0;
+bool is_bfloat16(ScalarType dtype) { return dtype == ScalarType::kBFloat16; }
+
+bool handles(ScalarType dtype, int64_t head_dim) {
+  return is_bfloat16(dtype) && head_dim % kLanes == 0;
 }
 
-void attention_partial_avx512bf16(const AttentionArgs& args, int threads) {
+void attention_partial(const AttentionArgs& args, int threads) {
   if (few_rows(args, kStreamRows)) return run_stream<BFloat16Math>(args, threads);
   run<PanelKernel<BFloat16Math>>(args, threads);
 }
+
+using Products = FewRows<Pairs, BFloat16>;
+
+}  // namespace
+
+// Merging and the token-wise steps are bound by memory: AVX-512's run.
+extern constexpr Isa isa_avx512bf16 = {
+    "avx512bf16",
+    has_avx512bf16,
+    {handles, attention_partial, kStreamRows},
+    nullptr,
+    {is_bfloat16, Products::packed_row_bytes, Products::pack, Products::columns}};
 
 }  // namespace cptool::cpu

@@ -1,7 +1,7 @@
-// Arithmetic in dot products of bfloat16 pairs, for avx512_panel_kernel.h and avx512_stream.h.
+// Arithmetic in dot products of bfloat16 pairs (a Math, see avx512_float32_math.h).
 //
-// The weights are rounded to bfloat16; their sum is taken of the rounded values, so that weights
-// add up to one and an error common to all cancels. Unnamed namespace: see dispatch.h.
+// The weights are rounded to bfloat16 and the rounded values are summed, so that the normalised
+// weights add up to one and an error common to all cancels. Unnamed namespace: see isa.h.
 #pragma once
 
 #include "cpu/avx512_math.h"
@@ -30,8 +30,8 @@ struct BFloat16Math {
     return _mm512_castsi512_ps(pairs);
   }
 
-  // Interleaves two rows with one instruction for a vector; in_order mends the order of dimensions
-  // once, at the end.
+  // Interleaves two rows with one instruction per vector, within 128-bit lanes; in_order restores
+  // the order of the dimensions once, at the end.
   template <int kN>
   static void load_step(const BFloat16* v, int64_t next, __m512 (&values)[kN]) {
     if constexpr (kN == 1) {

@@ -1,8 +1,7 @@
 #include "cpu/decoder_layer.h"
 
-#include "cpu/few_rows.h"
+#include "cpu/ops.h"
 #include "cpu/pieces.h"
-#include "cpu/tokenwise_dispatch.h"
 
 namespace cptool::cpu {
 namespace {
@@ -36,12 +35,12 @@ void layer_output(const LayerOutputArgs& args, int threads) {
   char* const normed = static_cast<char*>(args.scratch);
   char* const added = normed + row_bytes * hidden.width;
   char* const gate = added + row_bytes * hidden.width;
-  char* const up = gate + size_of(hidden.dtype) * args.ffn;  // of the first row
+  char* const up = gate + size_of(hidden.dtype) * args.ffn;  // in the first row
   multiply(args.attended, args.depth, args.o, hidden.width, added, hidden, threads);
   norm(hidden, added, args.norm, args.eps, normed, threads);
   multiply(normed, hidden.width, args.gate_up, 2 * args.ffn, gate, hidden, threads);
   swiglu({gate, up, 2 * args.ffn, 2 * args.ffn, hidden.rows, args.ffn, hidden.dtype}, threads);
-  // The rows of silu(gate) up lie 2 ffn apart.
+  // The rows of silu(gate) up are 2 ffn elements apart.
   linear({gate, args.down.at, added, 2 * args.ffn, args.down.stride, hidden.rows, hidden.width,
           args.ffn, hidden.dtype},
          threads);

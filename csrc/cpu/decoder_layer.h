@@ -1,13 +1,13 @@
-// A decoder layer's two halves around its attention, for few rows: the steps of tokenwise.h, one
-// after the other, so that a decode step of many small layers does not wait for its caller between
-// them.
+// The two halves of a decoder layer, before and after its attention, for few rows: the steps of
+// tokenwise.h in one call each, so that decoding with many small layers does not return to the
+// caller between steps.
 #pragma once
 
 #include "tokenwise.h"
 
 namespace cptool::cpu {
 
-// hidden [rows, width] of a layer, and the sizes and type that its steps share.
+// The hidden states [rows, width] of a layer, and the sizes and type that its steps share.
 struct Hidden {
   void* at;
   int64_t stride;  // elements from row to row
@@ -33,7 +33,7 @@ struct LayerInputArgs {
   void* out;               // [rows, columns]
 };
 
-// out = norm(hidden) W^T, its first heads rotated.
+// out = norm(hidden) W^T, with its first heads rotated.
 void layer_input(const LayerInputArgs& args, int threads);
 
 struct LayerOutputArgs {

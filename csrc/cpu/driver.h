@@ -5,32 +5,32 @@
 // A kernel is a class, one object per thread:
 //
 //   static constexpr int kRows, kKeys;
-//     Rows of a full block, keys of a full tile; kKeys divides 1024.
+//     Rows of a full block and keys of a full tile; kKeys divides 1024.
 //   static int heads(const AttentionArgs&);
-//     KV heads of a full block; kRows / heads is the most rows that it takes of each.
+//     KV heads of a full block, which holds at most kRows / heads rows of each.
 //   static size_t scratch_bytes(const AttentionArgs&);
 //   Kernel(const AttentionArgs&, void* scratch, const Context&...);
 //   void begin(const RowBlock<kRows>&);
-//     Takes the queries, forgets the last block.
+//     Loads the queries and resets the state of the previous block.
 //   template <bool masked> void tile(const RowBlock<kRows>&, int64_t key, int keys);
-//     Absorbs keys [key, key + keys) of the sequence, 1 <= keys <= kKeys. If masked, row r sees
-//     only those below block.limit[r], perhaps none; else all rows see all.
+//     Processes keys [key, key + keys) of the sequence, 1 <= keys <= kKeys. If masked, row r sees
+//     only keys below block.limit[r], possibly none; otherwise every row sees all of them.
 //   void finish(const RowBlock<kRows>&);
-//     Brings the accumulators into rows.
+//     Arranges the accumulators as rows.
 //   const float* acc(int row);
-//     [head_dim], not divided by the sum.
+//     [head_dim], not yet divided by the sum.
 //   SoftmaxState state(int row);
 //     In natural units.
 //
-// Every key of a tile is visible to at least one row of the block, so slots that nobody sees are
-// never read. Unnamed namespace: see softmax_state.h.
+// Every key of a tile is visible to at least one row of the block, so keys that no row sees are
+// never read. Unnamed namespace: see isa.h.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "cpu/dispatch.h"
 #include "cpu/scalar.h"
+#include "cpu/schedule.h"
 #include "cpu/thread_pool.h"
 #include "softmax_state.h"
 
@@ -41,12 +41,12 @@ inline size_t element_size(ScalarType dtype) { return dtype == ScalarType::kFloa
 
 template <int kRows>
 struct RowBlock {
-  int rows;                // of all its KV heads: the first head's, then the next one's
-  int heads;               // consecutive KV heads, of as many rows each
+  int rows;                // of all its KV heads: the first head's, then the next head's
+  int heads;               // consecutive KV heads, each with the same number of rows
   const void* q[kRows];    // the row's query vector
   int64_t out_row[kRows];  // token * q_heads + head: its place in out and lse
   int64_t limit[kRows];    // ascending within a head
-  const void* k;           // the first head's key 0 of the sequence; key j is k_token_stride * j on
+  const void* k;           // key 0 of the sequence, first head; key j is k_token_stride * j further
   const void* v;
 };
 
@@ -73,7 +73,7 @@ inline void load_block(const AttentionArgs& args, const Schedule& schedule, cons
             (first * args.v_token_stride + item.kv_head * args.v_head_stride) * size;
 }
 
-// The finished out of one row: acc / sum, or 0 where no key was seen (acc may then hold anything).
+// Writes the result of one row: acc / sum, or 0 if it saw no key (acc may then hold anything).
 template <class T>
 inline void write_out(const float* acc, const SoftmaxState& state, int64_t head_dim, T* out) {
   if (state.empty()) {
@@ -85,8 +85,8 @@ inline void write_out(const float* acc, const SoftmaxState& state, int64_t head_
   for (int64_t d = 0; d < head_dim; ++d) from_float(acc[d] * factor, out[d]);
 }
 
-// Writes one row of the result, or merges it into the one that is there. Where neither has seen a
-// key the row becomes 0, for what is there may be anything.
+// Writes one row of the result, or merges it into the existing one. Where neither has seen a key
+// the row becomes 0, because the existing memory may hold anything.
 inline void write_row(const AttentionArgs& args, int64_t row, const float* acc,
                       SoftmaxState state) {
   const int64_t head_dim = args.head_dim;
@@ -94,7 +94,7 @@ inline void write_row(const AttentionArgs& args, int64_t row, const float* acc,
   if (args.accumulate) {
     SoftmaxState total = SoftmaxState::of_lse(args.lse[row]);
     float* out = static_cast<float*>(args.out) + at;
-    if (!total.empty()) {  // else out is ignored, whatever it holds
+    if (!total.empty()) {  // otherwise out may hold anything and is ignored
       if (state.empty()) return;
       float keep, add;
       total.merge(state, keep, add);
@@ -169,8 +169,8 @@ inline void run_item(const AttentionArgs& args, Schedule& schedule, const WorkIt
   if (schedule.complete(item)) merge_group(args, schedule, item.split, block, row);
 }
 
-// Computes the whole call on `threads` threads. `context` goes to the constructor of every thread's
-// kernel.
+// Computes the whole call on up to `threads` threads. `context` is passed to the constructor of
+// each thread's kernel.
 template <class Kernel, class... Context>
 inline void run(const AttentionArgs& args, int threads, const Context&... context) {
   const int heads = Kernel::heads(args);

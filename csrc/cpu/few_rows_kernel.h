@@ -1,4 +1,4 @@
-// Products of few rows of x with the rows of w, a matrix read once from memory.
+// Products of few rows of x with the rows of w, a matrix that is read once from memory.
 //
 // Four rows of w are multiplied with up to kGroup rows of x at a time, in registers: for each step
 // of k a group of R rows loads R + 4 vectors for 4 R multiplications. The four rows lie a quarter
@@ -9,18 +9,19 @@
 // 2.5 to 4.5.
 //
 // Each result is the sum of one vector of accumulators, so it depends on its own row of x and of w
-// alone, not on how rows and columns are grouped. Unnamed namespace: see dispatch.h.
+// alone, not on how rows and columns are grouped. Unnamed namespace: see isa.h.
 #pragma once
 
 #include <cstring>
 
-#include "cpu/few_rows.h"
+#include "cpu/isa.h"
 #include "cpu/vectors.h"
 
 namespace cptool::cpu {
 namespace {
 
-// Accumulators for 4 columns, a vector of each row of x and one of weights have to fit.
+// Rows of x in a group. Accumulators for 4 columns, a vector of each row of x and one of weights
+// must fit in the registers.
 #if defined(__AVX512F__)
 constexpr int kGroup = 6;
 #elif defined(__FMA__)
@@ -30,8 +31,7 @@ constexpr int kGroup = 2;
 #endif
 constexpr int kColumns = 4;
 
-// Arithmetic in float32. A step is kVectors vectors of weights, widened from the 64, 32 or 16 bytes
-// at `from`.
+// Arithmetic in float32. A step is kVectors vectors of weights, widened from the bytes at `from`.
 template <class T>
 struct Widened {
   using Packed = float;
@@ -45,7 +45,8 @@ struct Widened {
   }
 };
 
-// Even elements are the low halves of the words, odd ones the high halves: no wider than a mask.
+// Even elements are the low halves of 32-bit words and odd ones the high halves, so that widening
+// is a shift or a mask.
 template <>
 struct Widened<BFloat16> {
   using Packed = float;
@@ -68,8 +69,8 @@ struct Widened<BFloat16> {
 };
 
 #if defined(__AVX512BF16__)
-// Dot products of pairs as they are: each adds two products to a float32, rounding twice, and takes
-// subnormal values for 0.
+// The instruction set's dot products of pairs: each adds two products to a float32, rounding twice,
+// and treats subnormal values as 0.
 struct Pairs {
   using Packed = BFloat16;
   static constexpr int kVectors = 1;
@@ -85,7 +86,7 @@ struct Pairs {
 };
 #endif
 
-// The sums of the lanes of four vectors, each in the same order.
+// Sums the lanes of each of four vectors, all in the same order.
 inline void sums_of(const Vector (&v)[kColumns], float* sums) {
 #if defined(__AVX512F__)
   const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
@@ -157,7 +158,7 @@ struct FewRows {
     return (args.depth + Math::kStep - 1) / Math::kStep;
   }
 
-  // Calls run(first row, rows) for groups as even as can be.
+  // Calls run(first row, rows) for groups that are as even as possible.
   template <class Run>
   static void in_groups(int64_t rows, const Run& run) {
     for (int64_t groups = (rows + kGroup - 1) / kGroup, row = 0; groups > 0; --groups) {
@@ -171,7 +172,7 @@ struct FewRows {
     return steps(args) * Math::kStep * static_cast<int64_t>(sizeof(Packed));
   }
 
-  // Per group: [step][row][kStep], filled up with zeros.
+  // Packs each group as [step][row][kStep], padded with zeros.
   static void pack(const LinearArgs& args, void* packed) {
     Packed* to = static_cast<Packed*>(packed);
     in_groups(args.rows, [&](int64_t row, int64_t count) {
@@ -241,30 +242,23 @@ struct FewRows {
 template <class T>
 using InFloat = FewRows<Widened<T>, T>;
 
-template <class T>
-int64_t packed_row_bytes(const LinearArgs& args) {
-  return InFloat<T>::packed_row_bytes(args);
-}
-
-template <class T>
-void pack(const LinearArgs& args, void* packed) {
-  InFloat<T>::pack(args, packed);
-}
-
-template <class T>
-void columns(const LinearArgs& args, const void* packed, int64_t begin, int64_t end) {
-  InFloat<T>::columns(args, packed, begin, end);
-}
-
-[[maybe_unused]] FewRowsKernel kernel_of_this_file() {
-  return {
-      [](const LinearArgs& args) { CPTOOL_BY_DTYPE(packed_row_bytes, args) },
-      [](const LinearArgs& args, void* packed) { CPTOOL_BY_DTYPE(pack, args, packed) },
-      [](const LinearArgs& args, const void* packed, int64_t begin, int64_t end) {
-        CPTOOL_BY_DTYPE(columns, args, packed, begin, end)
-      },
-  };
-}
+// All types, in float32 arithmetic.
+constexpr FewRowsKernel kFewRows = {
+    [](ScalarType) { return true; },
+    [](const LinearArgs& args) {
+      return with_type(args.dtype, [&](auto element) {
+        return InFloat<decltype(element)>::packed_row_bytes(args);
+      });
+    },
+    [](const LinearArgs& args, void* packed) {
+      with_type(args.dtype, [&](auto element) { InFloat<decltype(element)>::pack(args, packed); });
+    },
+    [](const LinearArgs& args, const void* packed, int64_t begin, int64_t end) {
+      with_type(args.dtype, [&](auto element) {
+        InFloat<decltype(element)>::columns(args, packed, begin, end);
+      });
+    },
+};
 
 }  // namespace
 }  // namespace cptool::cpu

@@ -1,7 +1,7 @@
 // Merges partials: out = sum_i w_i outs[i] / sum_i w_i with w_i = exp(lses[i] - max_i lses[i]);
-// lse = max_i lses[i] + log(sum_i w_i). In plain C++ with the compiler's own vectors, for whatever
-// instruction set the including file is compiled for; memory bandwidth is the limit. Unnamed
-// namespace: see dispatch.h.
+// lse = max_i lses[i] + log(sum_i w_i). In plain C++ with the compiler's own vectors, for any
+// instruction set that the including file is compiled for; memory bandwidth is the limit. Unnamed
+// namespace: see isa.h.
 #pragma once
 
 #include <atomic>
@@ -18,7 +18,7 @@
 namespace cptool::cpu {
 namespace {
 
-constexpr int64_t kMergeRows = 64;  // that a thread takes at once
+constexpr int64_t kMergeRows = 64;  // rows that a thread takes at a time
 
 // out = sum of kN rows, weighted.
 template <int kN, class In, class Out>
@@ -31,7 +31,7 @@ inline void weighted_sum(const void* const* rows, const float* weights, int64_t 
     weight[i] = weights[i];
   }
   int64_t d = 0;
-#if defined(__AVX512F__)  // which has instructions for conversions that the compiler doesn't find
+#if defined(__AVX512F__)  // the compiler does not find its conversion instructions
   for (; d + kLanes <= head_dim; d += kLanes) {
     __m512 sum = _mm512_mul_ps(_mm512_set1_ps(weight[0]), load16(from[0] + d));
     for (int i = 1; i < kN; ++i)
@@ -103,7 +103,7 @@ inline void merge_rows(const MergeArgs& args, int64_t begin, int64_t end,
     int64_t count = 0;
     for (int64_t i = 0; i < args.partials; ++i) {
       const float lse = args.lses[i][row];
-      if (lse == -INFINITY) continue;  // its out is ignored, whatever it holds
+      if (lse == -INFINITY) continue;  // its out may hold anything and is ignored
       const float weight = lse == total.max ? 1.0f : expf(lse - total.max);
       total.sum += weight;
       scratch.weights[count] = weight;
@@ -116,27 +116,10 @@ inline void merge_rows(const MergeArgs& args, int64_t begin, int64_t end,
   }
 }
 
-template <class In>
-inline auto merge_function(ScalarType out_dtype) {
-  switch (out_dtype) {
-    case ScalarType::kBFloat16:
-      return merge_rows<In, BFloat16>;
-    case ScalarType::kFloat16:
-      return merge_rows<In, Float16>;
-    default:
-      return merge_rows<In, float>;
-  }
-}
-
 inline auto merge_function(ScalarType dtype, ScalarType out_dtype) {
-  switch (dtype) {
-    case ScalarType::kBFloat16:
-      return merge_function<BFloat16>(out_dtype);
-    case ScalarType::kFloat16:
-      return merge_function<Float16>(out_dtype);
-    default:
-      return merge_function<float>(out_dtype);
-  }
+  return with_type(dtype, [&](auto in) {
+    return with_type(out_dtype, [](auto out) { return &merge_rows<decltype(in), decltype(out)>; });
+  });
 }
 
 inline void run_merge_kernel(const MergeArgs& args, int threads) {

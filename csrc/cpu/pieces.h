@@ -1,4 +1,4 @@
-// Work of many units cut into pieces that threads take in turn.
+// Divides work into pieces that threads take in turn.
 #pragma once
 
 #include <algorithm>
@@ -10,13 +10,13 @@
 
 namespace cptool::cpu {
 
-// Bytes read and written that repay waking a thread: about 20 microseconds of them.
+// Bytes read and written that justify waking a thread: about 20 microseconds' worth.
 constexpr int64_t kThreadBytes = 1 << 19;
 
 inline int64_t size_of(ScalarType dtype) { return dtype == ScalarType::kFloat32 ? 4 : 2; }
 
-// Calls run(begin, end) for pieces of [0, count), each of which costs `bytes` a unit. A piece is a
-// multiple of `grain` units and near `piece_bytes`.
+// Calls run(begin, end) for pieces of [0, count), where each unit costs `bytes`. A piece is a
+// multiple of `grain` units and close to `piece_bytes`.
 template <class Run>
 void in_pieces(int64_t count, int64_t bytes, int64_t piece_bytes, int64_t grain, int threads,
                const Run& run) {

@@ -1,19 +1,19 @@
-// The kernel of last resort: the compiler's baseline instruction set.
+// The instruction set of last resort: the compiler's baseline.
+#include "cpu/few_rows_kernel.h"
+#include "cpu/isa.h"
 #include "cpu/merge_kernel.h"
 #include "cpu/portable_kernel.h"
+#include "cpu/tokenwise_kernel.h"
 
 namespace cptool::cpu {
+namespace {
 
-bool portable_supported() { return true; }
+bool supported() { return true; }
+bool handles(ScalarType, int64_t) { return true; }
 
-bool portable_handles(ScalarType, int64_t) { return true; }
+}  // namespace
 
-void attention_partial_portable(const AttentionArgs& args, int threads) {
-  run_portable_kernel(args, threads);
-}
-
-void merge_partials_portable(const MergeArgs& args, int threads) {
-  run_merge_kernel(args, threads);
-}
+extern constexpr Isa isa_portable = {"portable",       supported, {handles, run_portable_kernel},
+                                     run_merge_kernel, kFewRows,  kTokenwise};
 
 }  // namespace cptool::cpu

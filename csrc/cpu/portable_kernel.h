@@ -1,8 +1,10 @@
-// The kernel in plain C++ with the compiler's own vectors, for whatever instruction set the
-// including file is compiled for. Unnamed namespace: see softmax_state.h.
+// The attention kernel in plain C++ with the compiler's own vectors, for any instruction set that
+// the including file is compiled for. The simplest kernel: read it first. What surrounds it is in
+// driver.h. Unnamed namespace: see isa.h.
 //
-// Per tile: K is transposed to [head_dim][kKeys], so that scores and output are the same small
-// matrix product, C[rows][columns] += A[rows][depth] B[depth][columns] with B's rows contiguous.
+// For each tile of keys, K is transposed to [head_dim][kKeys], so that scores and output are the
+// same small matrix product, C[rows][columns] += A[rows][depth] B[depth][columns], with contiguous
+// rows of B.
 #pragma once
 
 #include <cstring>
@@ -16,36 +18,39 @@ namespace {
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
+// Columns of C in a vector.
+constexpr int kWidth = 8;
+typedef float Eight __attribute__((vector_size(kWidth * sizeof(float))));
 #if defined(__AVX__)
-constexpr int kVectors = 2;  // of columns in a register block
+constexpr int kEights = 2;  // of columns in a register block
 #else
-constexpr int kVectors = 1;
+constexpr int kEights = 1;
 #endif
-constexpr int kLanes = 8;
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 
-// Most terms of a sum that is one chain: longer sums are sums of chains, which round less.
+// The most terms that are added one after the other. Longer sums are sums of such chains, which
+// accumulates less rounding error.
 constexpr int64_t kChain = 128;
 
-// How a block of C begins: anew, as the beginning of the chains, or as what is added to their ends.
+// What becomes of the old content of a block of C: it is overwritten, it is the first term of the
+// chains, or it is added at their end.
 enum class Start { kZero, kChained, kAdded };
 
-// C[kR][kV * kLanes] (+)= A[kR][depth] B[depth][kV * kLanes].
+// C[kR][kV * kWidth] (+)= A[kR][depth] B[depth][kV * kWidth].
 template <int kR, int kV>
 inline void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                            int64_t ldc, int64_t depth, Start start) {
-  Vector sums[kR][kV];
+  Eight sums[kR][kV];
   for (int r = 0; r < kR; ++r) {
     for (int i = 0; i < kV; ++i) {
-      sums[r][i] = Vector{};
+      sums[r][i] = Eight{};
       if (start == Start::kChained) {
-        std::memcpy(&sums[r][i], c + r * ldc + i * kLanes, sizeof(Vector));
+        std::memcpy(&sums[r][i], c + r * ldc + i * kWidth, sizeof(Eight));
       }
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
-    Vector row[kV];
-    for (int i = 0; i < kV; ++i) std::memcpy(&row[i], b + k * ldb + i * kLanes, sizeof(Vector));
+    Eight row[kV];
+    for (int i = 0; i < kV; ++i) std::memcpy(&row[i], b + k * ldb + i * kWidth, sizeof(Eight));
     for (int r = 0; r < kR; ++r) {
       for (int i = 0; i < kV; ++i) sums[r][i] += a[r * lda + k] * row[i];
     }
@@ -53,18 +58,18 @@ inline void multiply_block(const float* a, int64_t lda, const float* b, int64_t 
   if (start == Start::kAdded) {
     for (int r = 0; r < kR; ++r) {
       for (int i = 0; i < kV; ++i) {
-        Vector before;
-        std::memcpy(&before, c + r * ldc + i * kLanes, sizeof(Vector));
+        Eight before;
+        std::memcpy(&before, c + r * ldc + i * kWidth, sizeof(Eight));
         sums[r][i] += before;
       }
     }
   }
   for (int r = 0; r < kR; ++r) {
-    for (int i = 0; i < kV; ++i) std::memcpy(c + r * ldc + i * kLanes, &sums[r][i], sizeof(Vector));
+    for (int i = 0; i < kV; ++i) std::memcpy(c + r * ldc + i * kWidth, &sums[r][i], sizeof(Eight));
   }
 }
 
-// `columns` is a multiple of kLanes.
+// `columns` is a multiple of kWidth.
 template <int kR>
 inline void multiply_rows(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                           int64_t ldc, int64_t depth, int64_t columns, bool accumulate) {
@@ -74,10 +79,10 @@ inline void multiply_rows(const float* a, int64_t lda, const float* b, int64_t l
     const float* left = a + k;
     const float* right = b + k * ldb;
     int64_t n = 0;
-    for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes) {
-      multiply_block<kR, kVectors>(left, lda, right + n, ldb, c + n, ldc, terms, start);
+    for (; n + kEights * kWidth <= columns; n += kEights * kWidth) {
+      multiply_block<kR, kEights>(left, lda, right + n, ldb, c + n, ldc, terms, start);
     }
-    for (; n < columns; n += kLanes)
+    for (; n < columns; n += kWidth)
       multiply_block<kR, 1>(left, lda, right + n, ldb, c + n, ldc, terms, start);
     start = Start::kAdded;
   }
@@ -140,7 +145,7 @@ class PortableKernel {
   void tile(const RowBlock<kRows>& block, int64_t key, int keys) {
     int first = 0;
     if (masked) {
-      while (block.limit[first] <= key) ++first;  // rows that see none of the tile
+      while (block.limit[first] <= key) ++first;  // skip rows that see none of the tile
     }
     load_keys(static_cast<const T*>(block.k) + key * args_.k_token_stride, keys);
     int64_t v_stride;
@@ -199,7 +204,7 @@ class PortableKernel {
   template <bool masked, int kR>
   void rows(const RowBlock<kRows>& block, int r, int64_t key, int keys, const float* v,
             int64_t v_stride) {
-    const int columns = (keys + kLanes - 1) / kLanes * kLanes;
+    const int columns = (keys + kWidth - 1) / kWidth * kWidth;
     float* p = p_ + r * kKeys;
     float* acc = acc_ + r * head_dim_;
     multiply_rows<kR>(q_ + r * head_dim_, head_dim_, k_, kKeys, p, kKeys, head_dim_, columns,
@@ -211,8 +216,8 @@ class PortableKernel {
     multiply_rows<kR>(p, kKeys, v, v_stride, acc, head_dim_, keys, head_dim_, true);
   }
 
-  // Turns the row's scores (base 2) into weights against its new maximum, and rescales what it has.
-  // 1 <= visible <= keys.
+  // Turns the row's scores (base 2) into weights relative to its new maximum, and rescales its sum
+  // and accumulator accordingly. 1 <= visible <= keys.
   void softmax(int r, int visible, int keys) {
     float* p = p_ + r * kKeys;
     float larger = max_[r];
@@ -248,14 +253,8 @@ class PortableKernel {
 };
 
 inline void run_portable_kernel(const AttentionArgs& args, int threads) {
-  switch (args.dtype) {
-    case ScalarType::kFloat32:
-      return run<PortableKernel<float>>(args, threads);
-    case ScalarType::kBFloat16:
-      return run<PortableKernel<BFloat16>>(args, threads);
-    case ScalarType::kFloat16:
-      return run<PortableKernel<Float16>>(args, threads);
-  }
+  with_type(args.dtype,
+            [&](auto element) { run<PortableKernel<decltype(element)>>(args, threads); });
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
-// Conversions between float32 and the 16-bit formats, in plain integer arithmetic so that they
-// vectorise at any instruction set. Unnamed namespace: see softmax_state.h.
+// The element types and their conversions to and from float32, in plain integer arithmetic so that
+// they vectorise for any instruction set. Unnamed namespace: see isa.h.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "attention.h"
 
 namespace cptool {
 namespace {
@@ -14,6 +16,19 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+// Returns run(T{}) for the type T of the elements.
+template <class Run>
+inline auto with_type(ScalarType dtype, const Run& run) {
+  switch (dtype) {
+    case ScalarType::kBFloat16:
+      return run(BFloat16{});
+    case ScalarType::kFloat16:
+      return run(Float16{});
+    default:
+      return run(float{});
+  }
+}
 
 inline uint32_t float_bits(float value) {
   uint32_t bits;

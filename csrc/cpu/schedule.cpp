@@ -1,21 +1,21 @@
+#include "cpu/schedule.h"
+
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <vector>
 
-#include "cpu/dispatch.h"
-
 namespace cptool::cpu {
 namespace {
 
-// A call with fewer items than this has the keys of its items cut too, into ranges of at least
+// If a call has fewer items than this, their keys are divided too, into ranges of at least
 // kKeyRange keys, so that decoding one token against a long cache still has work for many threads.
-// Constants, because results must not depend on the machine.
+// These are constants because results must not depend on the machine.
 constexpr int64_t kWantedItems = 64;
 constexpr int64_t kKeyRange = 1024;
 
-// Multiply-adds that repay waking a thread, roughly 20 microseconds of them; a block of few rows is
-// bound by reading its keys and counts as kBusyRows.
+// Multiply-adds that justify waking a thread, roughly 20 microseconds' worth. A block of few rows
+// is bound by reading its keys and counts as kBusyRows.
 constexpr int64_t kThreadWork = 1 << 19;
 constexpr int64_t kBusyRows = 8;
 
@@ -26,9 +26,9 @@ struct Group {
   std::atomic<int32_t> pending{0};
 };
 
-// For each query of one sequence, the number of keys at or before it. Both ascend, so each search
-// starts where the last one ended, and doubles its step: constant time per query when queries and
-// keys advance together.
+// Finds, for each query of one sequence, the number of keys at or before its position. Both ascend,
+// so each search starts where the last one ended and doubles its step: constant time per query when
+// queries and keys advance together.
 void find_limits(const int32_t* q_pos, int64_t queries, const int32_t* k_pos, int64_t keys,
                  int64_t* limits) {
   int64_t low = 0;
@@ -52,78 +52,100 @@ struct Schedule::State {
   std::unique_ptr<float[]> partials;
   std::atomic<size_t> next{0};
   int64_t work = 0;
+
+  int64_t cut_rows(const AttentionArgs& args, int block_rows, int block_heads);
+  void cut_keys(const AttentionArgs& args, int64_t ranges_wanted);
+  void place_partials(const AttentionArgs& args, int32_t cut_items);
+  void sort();
 };
 
-Schedule::Schedule(const AttentionArgs& args, int block_rows, int block_heads) : state_(new State) {
-  State& state = *state_;
-  state.limits.resize(static_cast<size_t>(args.q_tokens));
+// Makes one item per block of rows and KV heads. Returns how many of them have keys.
+int64_t Schedule::State::cut_rows(const AttentionArgs& args, int block_rows, int block_heads) {
+  limits.resize(static_cast<size_t>(args.q_tokens));
   const int64_t group = args.q_heads / args.kv_heads;
-  int64_t working = 0;  // items that have keys
+  int64_t working = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t first = args.cu_q[b];
     const int64_t tokens = args.cu_q[b + 1] - first;
-    int64_t* limits = state.limits.data() + first;
+    int64_t* seen = limits.data() + first;
     find_limits(args.q_pos + first, tokens, args.k_pos + args.cu_k[b],
-                args.cu_k[b + 1] - args.cu_k[b], limits);
+                args.cu_k[b + 1] - args.cu_k[b], seen);
     for (int64_t row = 0; row < tokens * group; row += block_rows) {
       const int64_t rows = std::min<int64_t>(block_rows, tokens * group - row);
-      const int64_t keys = limits[(row + rows - 1) / group];
+      const int64_t keys = seen[(row + rows - 1) / group];
       for (int64_t head = 0; head < args.kv_heads; head += block_heads) {
         const int64_t heads = std::min<int64_t>(block_heads, args.kv_heads - head);
         working += keys > 0;
-        state.items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(head),
-                               static_cast<int32_t>(heads), row, static_cast<int32_t>(rows), -1, 0,
-                               keys, nullptr, nullptr});
+        items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(head),
+                         static_cast<int32_t>(heads), row, static_cast<int32_t>(rows), -1, 0, keys,
+                         nullptr, nullptr});
       }
     }
   }
+  return working;
+}
 
+// Cuts the keys of every item into about `ranges_wanted` ranges, an item each.
+void Schedule::State::cut_keys(const AttentionArgs& args, int64_t ranges_wanted) {
+  std::vector<WorkItem> whole;
+  whole.swap(items);
+  groups.reset(new Group[whole.size()]);
+  int32_t cut_items = 0;
+  for (WorkItem item : whole) {
+    const int64_t keys = item.key_end;
+    const int64_t range = divide_up(divide_up(keys, ranges_wanted), kKeyRange) * kKeyRange;
+    if (keys <= range) {
+      items.push_back(item);
+      continue;
+    }
+    Group& group = groups[cut_items];
+    item.split = cut_items++;
+    for (item.key_begin = 0; item.key_begin < keys; item.key_begin += range) {
+      item.key_end = std::min(item.key_begin + range, keys);
+      group.items.push_back(item);
+    }
+    group.pending = static_cast<int32_t>(group.items.size());
+  }
+  place_partials(args, cut_items);
+}
+
+// Gives each item of the first `cut_items` groups memory for its partial, and appends it to
+// `items`.
+void Schedule::State::place_partials(const AttentionArgs& args, int32_t cut_items) {
+  int64_t rows = 0;
+  for (int32_t g = 0; g < cut_items; ++g) {
+    for (const WorkItem& item : groups[g].items) rows += item.kv_heads * item.rows;
+  }
+  partials.reset(new float[static_cast<size_t>(rows * (args.head_dim + 1))]);
+  float* free = partials.get();
+  for (int32_t g = 0; g < cut_items; ++g) {
+    for (WorkItem& item : groups[g].items) {
+      const int64_t item_rows = item.kv_heads * item.rows;
+      item.partial_out = free;
+      item.partial_lse = free + item_rows * args.head_dim;
+      free += item_rows * (args.head_dim + 1);
+      items.push_back(item);
+    }
+  }
+}
+
+void Schedule::State::sort() {
+  std::stable_sort(items.begin(), items.end(), [](const WorkItem& a, const WorkItem& b) {
+    return a.kv_heads * a.rows * (a.key_end - a.key_begin) >
+           b.kv_heads * b.rows * (b.key_end - b.key_begin);
+  });
+}
+
+Schedule::Schedule(const AttentionArgs& args, int block_rows, int block_heads) : state_(new State) {
+  const int64_t working = state_->cut_rows(args, block_rows, block_heads);
   if (working > 0 && working < kWantedItems) {
-    const int64_t ranges_wanted = divide_up(kWantedItems, working);
-    std::vector<WorkItem> whole;
-    whole.swap(state.items);
-    state.groups.reset(new Group[whole.size()]);
-    int32_t groups = 0;
-    int64_t partial_rows = 0;
-    for (WorkItem item : whole) {
-      const int64_t keys = item.key_end;
-      const int64_t range = divide_up(divide_up(keys, ranges_wanted), kKeyRange) * kKeyRange;
-      if (keys <= range) {
-        state.items.push_back(item);
-        continue;
-      }
-      item.split = groups;
-      for (item.key_begin = 0; item.key_begin < keys; item.key_begin += range) {
-        item.key_end = std::min(item.key_begin + range, keys);
-        state.groups[groups].items.push_back(item);
-        partial_rows += item.kv_heads * item.rows;
-      }
-      state.groups[groups].pending = static_cast<int32_t>(state.groups[groups].items.size());
-      ++groups;
-    }
-    const int64_t row_floats = args.head_dim + 1;
-    state.partials.reset(new float[static_cast<size_t>(partial_rows * row_floats)]);
-    float* free = state.partials.get();
-    for (int32_t g = 0; g < groups; ++g) {
-      for (WorkItem& item : state.groups[g].items) {
-        const int64_t rows = item.kv_heads * item.rows;
-        item.partial_out = free;
-        item.partial_lse = free + rows * args.head_dim;
-        free += rows * row_floats;
-        state.items.push_back(item);
-      }
-    }
+    state_->cut_keys(args, divide_up(kWantedItems, working));
   }
-
-  for (const WorkItem& item : state.items) {
-    state.work += item.kv_heads * std::max<int64_t>(item.rows, kBusyRows) *
-                  (item.key_end - item.key_begin) * args.head_dim;
+  for (const WorkItem& item : state_->items) {
+    state_->work += item.kv_heads * std::max<int64_t>(item.rows, kBusyRows) *
+                    (item.key_end - item.key_begin) * args.head_dim;
   }
-  std::stable_sort(state.items.begin(), state.items.end(),
-                   [](const WorkItem& a, const WorkItem& b) {
-                     return a.kv_heads * a.rows * (a.key_end - a.key_begin) >
-                            b.kv_heads * b.rows * (b.key_end - b.key_begin);
-                   });
+  state_->sort();
 }
 
 Schedule::~Schedule() { delete state_; }

@@ -29,7 +29,7 @@ class ThreadPool {
     for (int i = 1; i < threads; ++i) wake_.notify_one();
     call(body, context, 0);
     std::unique_lock<std::mutex> lock(mutex_);
-    wanted_ = 0;  // too late to begin
+    wanted_ = 0;  // workers that wake from now on do not begin
     done_.wait(lock, [this] { return running_ == 0; });
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
@@ -66,7 +66,7 @@ class ThreadPool {
   void (*body_)(void*, int) = nullptr;
   void* context_ = nullptr;
   int wanted_ = 0;   // threads of the current run; 0 between runs
-  int begun_ = 0;    // of them, the caller included
+  int begun_ = 0;    // of these, including the caller
   int running_ = 0;  // workers inside a body
   std::exception_ptr error_;
 };
@@ -74,8 +74,8 @@ class ThreadPool {
 // Never destroyed: its threads may outlive static destruction.
 ThreadPool* pool() {
   static ThreadPool* instance = [] {
-    // A forked child has none of its parent's threads, and perhaps a locked mutex: it starts with a
-    // pool of its own.
+    // A forked child has none of its parent's threads and may have inherited a locked mutex, so it
+    // starts with a new pool.
     pthread_atfork(nullptr, nullptr, [] { new (pool()) ThreadPool; });
     return new ThreadPool;
   }();

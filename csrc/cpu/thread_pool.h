@@ -5,11 +5,10 @@
 
 namespace cptool::cpu {
 
-// Runs body(context, thread) on the calling thread (as thread 0) and on up to threads - 1 others at
-// the same time, and returns when all that began have ended. A thread that would begin after the
-// caller has ended its own body is not waited for and does not begin, so bodies must share work
-// dynamically: each takes pieces until none is left. An exception that a body throws is rethrown
-// here.
+// Runs body(context, thread) on the calling thread (as thread 0) and concurrently on up to
+// threads - 1 others, and returns when all that began have finished. A worker that has not begun
+// when the caller finishes its own body does not run at all, so bodies must share work dynamically:
+// each takes pieces until none is left. Rethrows an exception that a body throws.
 void run_parallel(int threads, void (*body)(void* context, int thread), void* context);
 
 // Memory of the calling thread, aligned to 64 bytes, contents undefined, valid until the thread's

@@ -1,8 +1,8 @@
-// The token-wise steps in plain C++ with the compiler's own vectors, for whatever instruction set
-// the including file is compiled for. Unnamed namespace: see dispatch.h.
+// The token-wise steps in plain C++ with the compiler's own vectors, for any instruction set that
+// the including file is compiled for. Unnamed namespace: see isa.h.
 #pragma once
 
-#include "cpu/tokenwise_dispatch.h"
+#include "cpu/isa.h"
 #include "cpu/vectors.h"
 
 namespace cptool::cpu {
@@ -63,9 +63,9 @@ void rotate_tokens(const RotateArgs& args, int64_t begin, int64_t end) {
 // parts so that r is good to the last bit; the polynomial is that of Cephes' expf.
 inline Vector one_plus_exp(Vector x) {
   const Vector most = Vector{} + 89.0f, least = Vector{} - 80.0f;
-  Vector bounded = x > most ? most : x;         // infinite from there on
-  bounded = bounded < least ? least : bounded;  // nothing beside 1
-  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+  Vector bounded = x > most ? most : x;         // e^x overflows from there on
+  bounded = bounded < least ? least : bounded;  // e^x vanishes beside 1
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
   const Vector shifted = bounded * 1.44269504088896341f + 12582912.0f;
   const Vector n = shifted - 12582912.0f;
   const Vector r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
@@ -75,7 +75,7 @@ inline Vector one_plus_exp(Vector x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  // 2^(n - 1), then twice that: n may be 128, and 2^128 is no float.
+  // 2^(n - 1), then twice that: n may be 128, and 2^128 is not representable.
   const Vector half_power = as_floats((as_bits(shifted) - 0x4b400000u + 126u) << 23);
   return 1.0f + p * half_power * 2.0f;
 }
@@ -93,19 +93,20 @@ void swiglu_rows(const SwigluArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-TokenwiseKernels kernels_of_this_file() {
-  return {
-      [](const RmsNormArgs& args, int64_t begin, int64_t end) {
-        CPTOOL_BY_DTYPE(rms_norm_rows, args, begin, end)
-      },
-      [](const RotateArgs& args, int64_t begin, int64_t end) {
-        CPTOOL_BY_DTYPE(rotate_tokens, args, begin, end)
-      },
-      [](const SwigluArgs& args, int64_t begin, int64_t end) {
-        CPTOOL_BY_DTYPE(swiglu_rows, args, begin, end)
-      },
-  };
-}
+constexpr TokenwiseKernels kTokenwise = {
+    [](const RmsNormArgs& args, int64_t begin, int64_t end) {
+      with_type(args.dtype,
+                [&](auto element) { rms_norm_rows<decltype(element)>(args, begin, end); });
+    },
+    [](const RotateArgs& args, int64_t begin, int64_t end) {
+      with_type(args.dtype,
+                [&](auto element) { rotate_tokens<decltype(element)>(args, begin, end); });
+    },
+    [](const SwigluArgs& args, int64_t begin, int64_t end) {
+      with_type(args.dtype,
+                [&](auto element) { swiglu_rows<decltype(element)>(args, begin, end); });
+    },
+};
 
 }  // namespace
 }  // namespace cptool::cpu

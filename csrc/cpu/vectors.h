@@ -1,9 +1,10 @@
 // The compiler's own vectors of float32, as wide as the instruction set that the including file is
-// compiled for. Unnamed namespace: see dispatch.h.
+// compiled for. Unnamed namespace: see isa.h.
 #pragma once
 
 #if defined(__AVX2__)
-// GCC 12's intrinsics start from deliberately undefined registers; see avx512_math.h.
+// GCC 12's intrinsics start from deliberately undefined registers and warn about it where they are
+// inlined.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -53,7 +54,7 @@ inline Vector load(const BFloat16* from) {
   return as_floats(__builtin_convertvector(halves, Bits) << 16);
 }
 
-// float16 without instructions for it: see to_float and from_float.
+// Without conversion instructions this follows to_float in scalar.h.
 inline Vector load(const Float16* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
@@ -72,7 +73,7 @@ inline Vector load(const Float16* from) {
 
 inline void store(Vector value, float* to) { std::memcpy(to, &value, sizeof value); }
 
-// Rounded to bfloat16, which are the upper halves; NaN stays NaN.
+// Rounds to bfloat16, left in the upper half of each element; NaN stays NaN.
 inline Bits rounded_halves(Vector value) {
   const Bits bits = as_bits(value);
   const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -107,7 +108,7 @@ inline void store(Vector value, Float16* to) {
   std::memcpy(to, &halves, sizeof halves);
 }
 
-// The first `lanes` of them, the others 0.
+// Loads the first `lanes` elements; the others are 0.
 template <class T>
 inline Vector load(const T* from, int lanes) {
   if (lanes == kLanes) return load(from);
@@ -124,7 +125,7 @@ inline void store(Vector value, T* to, int lanes) {
   std::memcpy(to, some, lanes * sizeof(T));
 }
 
-// Rounded to T.
+// Rounds every element to T.
 template <class T>
 inline Vector rounded(Vector value) {
   T stored[kLanes];
@@ -137,7 +138,7 @@ inline Vector rounded<BFloat16>(Vector value) {
   return as_floats(rounded_halves(value) & 0xffff0000u);
 }
 
-// Calls body(begin, lanes) for each vector of `count` elements, the last perhaps not full.
+// Calls body(begin, lanes) for each vector of `count` elements; the last may be partial.
 template <class Body>
 inline void for_vectors(int64_t count, const Body& body) {
   int64_t i = 0;
@@ -145,7 +146,8 @@ inline void for_vectors(int64_t count, const Body& body) {
   if (i < count) body(i, static_cast<int>(count - i));
 }
 
-// a * b + c, rounded once where the instruction set can, whatever the compiler is told of fusing.
+// a * b + c, with one rounding where the instruction set has a fused multiply-add, whatever the
+// compiler's setting for contraction.
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #if defined(__AVX512F__)
   return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -164,17 +166,6 @@ inline float sum(Vector v) {
   }
   return lanes[0];
 }
-
-// Calls the function of args.dtype.
-#define CPTOOL_BY_DTYPE(function, ...)        \
-  switch (args.dtype) {                       \
-    case ScalarType::kBFloat16:               \
-      return function<BFloat16>(__VA_ARGS__); \
-    case ScalarType::kFloat16:                \
-      return function<Float16>(__VA_ARGS__);  \
-    default:                                  \
-      return function<float>(__VA_ARGS__);    \
-  }
 
 }  // namespace
 }  // namespace cptool::cpu

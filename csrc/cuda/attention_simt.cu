@@ -41,11 +41,11 @@ struct ThreadRows {
   static constexpr int kThreadKeys = Shared::kThreadKeys;
   static constexpr int kChunks = kHeadDim / (2 * kThreadsX);
 
-  SoftmaxState state[kThreadRows];  // max is the row's; sum, until finish(), this thread's keys'
+  SoftmaxState state[kThreadRows];  // max of the row; sum, until finish(), of this thread's keys
   float2 acc[kThreadRows][kChunks] = {};
 
-  // Takes the scores of the keys in shared.kv, `key` being the number of the first, and leaves
-  // their weights in shared.p.
+  // Computes the scores of the keys in shared.kv, of which `key` is the first, and leaves their
+  // weights in shared.p.
   __device__ void scores(Shared& shared, int x, int y, int head_dim, float scale, int64_t key,
                          bool masked) {
     float score[kThreadRows][kThreadKeys] = {};
@@ -78,8 +78,8 @@ struct ThreadRows {
         score[i][j] = hidden ? -INFINITY : score[i][j] * scale;
         largest = fmaxf(largest, score[i][j]);
       }
-      // The tile's state is taken at the maximum of all keys so far, so that its weights need no
-      // factor in merge().
+      // The tile's state is relative to the maximum of all keys so far, so that merge() need not
+      // rescale its weights.
       SoftmaxState tile;
       tile.max = fmaxf(state[i].max, row_max(largest));
       const float base = tile.max == -INFINITY ? 0.0f : tile.max;  // -inf - -inf would be NaN
@@ -99,7 +99,7 @@ struct ThreadRows {
     }
   }
 
-  // acc += P V, of the values in shared.kv.
+  // acc += P V, with the values in shared.kv.
   __device__ void values(const Shared& shared, int x, int y) {
 #pragma unroll 1
     for (int key = 0; key < Shared::kKeys; key += 4) {
@@ -125,8 +125,8 @@ struct ThreadRows {
     }
   }
 
-  // Writes the rows of the result, or merges them into those that are there. `result_row(row)`: a
-  // row's place in out and lse.
+  // Writes the rows of the result, or merges them into the existing ones. `result_row(row)`: the
+  // index of a row in out and lse.
   template <class ResultRow>
   __device__ void finish(const AttentionArgs& args, int x, int y, int rows, ResultRow result_row) {
     SoftmaxState before[kThreadRows];
@@ -156,9 +156,9 @@ struct ThreadRows {
         const int column = 2 * (x + kThreadsX * c);
         if (column >= args.head_dim) continue;
         const int64_t index = at * args.head_dim + column;
-        float2 out = make_float2(0.0f, 0.0f);  // of a row that saw no key, whatever acc holds
+        float2 out = make_float2(0.0f, 0.0f);  // for a row that saw no key; acc may hold anything
         if (!total.empty()) out = make_float2(acc[i][c].x * add, acc[i][c].y * add);
-        if (!before[i].empty()) {  // else what is there is ignored, whatever it is
+        if (!before[i].empty()) {  // otherwise the existing row may hold anything and is ignored
           const float* there = static_cast<const float*>(args.out) + index;
           out.x += there[0] * keep;
           out.y += there[1] * keep;
@@ -170,7 +170,7 @@ struct ThreadRows {
   }
 };
 
-// At least two blocks a multiprocessor, hence at most 128 registers a thread.
+// At least two blocks per multiprocessor, hence at most 128 registers per thread.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionArgs args) {
   using Shared = Tiles<kHeadDim>;
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionA
   const int y = threadIdx.x / kThreadsX;
   const int head_dim = static_cast<int>(args.head_dim);
 
-  // The last queries see the most keys: they start first.
+  // The last queries see the most keys and therefore start first.
   const QueryBlock block = query_block(args, Shared::kRows, gridDim.x - 1 - blockIdx.x);
   if (block.rows <= 0) return;
   const int rows = static_cast<int>(block.rows);

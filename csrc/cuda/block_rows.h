@@ -1,5 +1,5 @@
-// A block's packed query rows (query_blocks.h) on the device: where each lies, how many keys it
-// sees, and how its share of the result is written. For kernels of any kind.
+// A block's packed query rows (query_blocks.h) on the device: where each row is, how many keys it
+// sees, and how its part of the result is written.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ namespace {
 struct BlockRows {
   int64_t first_token;
   int rows, group, first_head;
-  int skipped;  // rows of the first token that are another block's
+  int skipped;  // rows of the first token that belong to another block
 
   __device__ BlockRows(const AttentionArgs& args, const QueryBlock& block, int kv_head)
       : rows(static_cast<int>(block.rows)),
@@ -36,16 +36,17 @@ struct BlockRows {
   }
 };
 
-// visible_keys() by a whole warp: 33 parts a step instead of two, for each step waits for memory.
+// visible_keys() by a whole warp, in 33 parts per step instead of two, because each step waits for
+// memory.
 __device__ inline int64_t visible_keys_by_warp(const int32_t* k_pos, int64_t keys,
                                                int32_t position) {
   const int lane = threadIdx.x % 32;
-  int64_t low = 0, high = keys;  // the count is from low to high
+  int64_t low = 0, high = keys;  // the count is in [low, high]
   while (low < high) {
     const int64_t step = (high - low + 32) / 33;
     const int64_t probe = low + step * (lane + 1) - 1;
     const bool visible = probe < high && k_pos[probe] <= position;
-    const int count = __popc(__ballot_sync(0xffffffffu, visible));  // the first ones
+    const int count = __popc(__ballot_sync(0xffffffffu, visible));  // of the first lanes
     const int64_t first_hidden = low + step * (count + 1) - 1;
     if (count < 32 && first_hidden < high) high = first_hidden;
     low += step * count;
@@ -53,8 +54,8 @@ __device__ inline int64_t visible_keys_by_warp(const int32_t* k_pos, int64_t key
   return low;
 }
 
-// Writes limits[row], how many keys of the sequence a row sees; 0 for rows that the block lacks.
-// For at least two warps; all threads must call it, and meet at a barrier before they read limits.
+// Writes limits[row], how many keys of the sequence a row sees; 0 for rows that do not exist. All
+// threads of the block, at least two warps, must call it, and pass a barrier before reading limits.
 template <int kRows>
 __device__ void find_limits(const AttentionArgs& args, const BlockRows& rows, const int32_t* k_pos,
                             int64_t keys, int* limits) {
@@ -64,11 +65,11 @@ __device__ void find_limits(const AttentionArgs& args, const BlockRows& rows, co
   if (warp < 2) {
     const int row = warp == 0 ? 0 : last;
     const int64_t found = visible_keys_by_warp(k_pos, keys, args.q_pos[rows.token(row)]);
-    // One row alone: the first warp's search is enough.
+    // A single row needs only the first warp's search.
     if (threadIdx.x % 32 == 0 && (warp == 0 || last > 0)) limits[row] = static_cast<int>(found);
   }
   __syncthreads();
-  // Positions ascend: the rows between see as many keys as these two, or between them.
+  // Positions ascend, so the limits of the other rows are between these two.
   const int fewest = limits[0], most = limits[last];
   for (int row = 1 + static_cast<int>(threadIdx.x); row < kRows; row += blockDim.x) {
     if (row == last) continue;
@@ -78,27 +79,27 @@ __device__ void find_limits(const AttentionArgs& args, const BlockRows& rows, co
   }
 }
 
-// Where a block's rows go: the result, or the partial of one piece of the keys.
+// Where a block's rows are written: the result, or the partial of one piece of the keys.
 struct Target {
   void* out;  // [rows, head_dim]
   float* lse;
-  ScalarType dtype;  // float32 or the kernel's
+  ScalarType dtype;  // float32, or the dtype of the inputs
   bool accumulate;
 };
 
-// How a row's accumulators, with the softmax state `ours`, enter what its target holds.
+// How a row's accumulators, with the softmax state `ours`, are combined with what its target holds.
 struct RowResult {
   int64_t at;  // the row in the target
   float keep, add, lse;
   bool written, merged;
 
-  // Before any thread of the row calls store_lse(), all of them must have made this.
+  // All threads of the row must have constructed this before any of them calls store_lse().
   __device__ RowResult(const Target& target, int64_t at, bool held, const SoftmaxState& ours)
       : at(at) {
     SoftmaxState total;
     if (held && target.accumulate) total = SoftmaxState::of_lse(target.lse[at]);
-    merged = !total.empty();                      // else what is there is ignored, whatever it is
-    written = held && !(merged && ours.empty());  // of two empty ones out is 0
+    merged = !total.empty();                      // otherwise the target may hold anything
+    written = held && !(merged && ours.empty());  // if both are empty, out is 0
     total.merge(ours, keep, add);
     const float divisor = total.empty() ? 1.0f : total.sum;
     keep /= divisor;
@@ -110,12 +111,12 @@ struct RowResult {
     if (written) target.lse[at] = lse;
   }
 
-  // Columns `column` and the next, an even one and an odd one.
+  // Stores columns `column`, which is even, and `column` + 1.
   template <class T>
   __device__ void store(const Target& target, int head_dim, int column, float x, float y) const {
     if (!written) return;
     const int64_t index = at * head_dim + column;
-    x = add == 0.0f ? 0.0f : x * add;  // of a row that saw no key, whatever acc holds
+    x = add == 0.0f ? 0.0f : x * add;  // if the row saw no key, x may be anything
     y = add == 0.0f ? 0.0f : y * add;
     if (merged) {
       const float2 there =

@@ -1,5 +1,5 @@
-// What the CUDA kernels share: elements of the three dtypes as float32, and errors of the runtime
-// as exceptions.
+// What the CUDA kernels share: conversions between the three dtypes and float32, and errors of the
+// CUDA runtime as exceptions.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -19,7 +19,7 @@ constexpr Kernel kKernels[] = {
     {"sm80", 80, 0, [](const AttentionArgs& args, const Device&) { return sm80_handles(args); },
      sm80_workspace, attention_partial_sm80},
 #if defined(CPTOOL_HAS_SM90)
-    // wgmma is no instruction of any other major version. Its tiles are for many queries.
+    // Only compute capability 9.x has wgmma. Its tiles are for many queries.
     {"sm90", 90, 9,
      [](const AttentionArgs& args, const Device& device) {
        return sm90_handles(args) && !(sm80_handles(args) && few_queries(args, device));
@@ -31,8 +31,8 @@ constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 
 std::atomic<int> last_allowed{kKernelCount - 1};
 
-// The kernel for the call, at most the forced one. It depends on shapes, strides, addresses and the
-// device, never on what lies in device memory.
+// Returns the kernel for the call, at most the forced one. The choice depends on shapes, strides,
+// addresses and the device, never on the content of device memory.
 const Kernel* select_kernel(const AttentionArgs& args, const Device& device) {
   const Kernel* last = kKernels + last_allowed.load(std::memory_order_relaxed);
   const Kernel* found = kKernels;
@@ -57,7 +57,7 @@ void check_arguments(const AttentionArgs& args) {
 
 Device current_device() {
   constexpr int kRemembered = 64;
-  static std::atomic<uint64_t> remembered[kRemembered];  // 0: not asked for yet
+  static std::atomic<uint64_t> remembered[kRemembered];  // 0: not queried yet
   int device;
   if (cudaGetDevice(&device) != cudaSuccess) return {};
   if (device < kRemembered) {

@@ -1,8 +1,8 @@
 // Which CUDA kernel runs.
 //
-// A kernel family for every step of compute capability, in a file or directory of its own. All take
-// the same arguments and compute the same partials; the first one takes every call and is what the
-// others are held against.
+// There is one family of kernels per step of compute capability, each in its own file or directory.
+// All take the same arguments and compute the same partials. The first one handles every call and
+// is the reference for the others.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,18 +16,19 @@ namespace cptool::cuda {
 struct Device {
   int compute_capability;  // 10 major + minor; 0: no device
   int multiprocessors;
-  int shared_bytes;  // of shared memory, of a multiprocessor
+  int shared_bytes;  // shared memory of one multiprocessor
 };
 
-// Of the calling thread; its properties are asked for once.
+// Returns the current device of the calling thread. Its properties are queried once.
 Device current_device();
 
 struct Kernel {
   const char* name;
   int compute_capability;  // at least this
-  int only_major;          // and, unless 0, of this major version
+  int only_major;          // unless 0, exactly this major version
   bool (*handles)(const AttentionArgs& args, const Device& device);
-  // Bytes of device memory, aligned to 16, that a call of these shapes needs. Null: none.
+  // Returns the bytes of device memory, aligned to 16, that a call of these shapes needs. Null:
+  // none.
   int64_t (*workspace)(const AttentionArgs& args, const Device& device);
   void (*attention_partial)(const AttentionArgs& args, void* workspace, cudaStream_t stream);
 
@@ -43,10 +44,11 @@ void attention_partial_simt(const AttentionArgs& args, cudaStream_t stream);
 bool sm80_handles(const AttentionArgs& args);
 int64_t sm80_workspace(const AttentionArgs& args, const Device& device);
 void attention_partial_sm80(const AttentionArgs& args, void* workspace, cudaStream_t stream);
-// Whether the call has few rows, or would leave most of the device idle but for sm80's pieces.
+// Returns whether the call has few rows, or would leave most of the device idle without sm80's
+// pieces.
 bool few_queries(const AttentionArgs& args, const Device& device);
 
-// TMA and wgmma, of compute capability 9.0 alone; compiled in where CPTOOL_HAS_SM90 is defined.
+// TMA and wgmma, for compute capability 9.0 only; compiled in if CPTOOL_HAS_SM90 is defined.
 bool sm90_handles(const AttentionArgs& args);
 int64_t sm90_workspace(const AttentionArgs& args, const Device& device);
 void attention_partial_sm90(const AttentionArgs& args, void* workspace, cudaStream_t stream);

@@ -1,10 +1,10 @@
-// The CUDA kernels. They queue their work on a stream of the current device and return; nothing
-// waits for the device.
+// The CUDA kernels. They queue their work on a stream of the current device and return without
+// waiting for it.
 //
 // `stream` is a cudaStream_t as an integer, so that callers need no CUDA header. All pointers are
 // to memory of the current device, except MergeArgs::outs and lses, which are host arrays of such
-// pointers. The values of offsets and positions lie on the device, where no one checks them: wrong
-// ones make wrong results, but no access outside the tensors.
+// pointers. Offsets and positions are in device memory and are not checked: wrong values give wrong
+// results, but no access outside the tensors.
 //
 // Throws std::invalid_argument for sizes beyond a kernel's limits and std::runtime_error for an
 // error of the CUDA runtime.
@@ -19,9 +19,10 @@
 
 namespace cptool::cuda {
 
-// Bytes of device memory, aligned to 16, that attention_partial needs for a call of these shapes,
-// strides and alignments. Its content is of no interest before or after; calls that may run at the
-// same time need one each. A CUDA graph replays with the one that it was captured with.
+// Returns the bytes of device memory, aligned to 16, that attention_partial needs for a call of
+// these shapes, strides and alignments. The content before and after the call does not matter.
+// Calls that may run concurrently need one workspace each. A CUDA graph replays with the workspace
+// with which it was captured.
 int64_t attention_workspace(const AttentionArgs& args);
 // head_dim: a multiple of 8 up to 256. `workspace`: null if none is needed.
 void attention_partial(const AttentionArgs& args, uintptr_t workspace, uintptr_t stream);
@@ -32,12 +33,13 @@ void rms_norm(const RmsNormArgs& args, uintptr_t stream);
 void rotate(const RotateArgs& args, uintptr_t stream);
 void swiglu(const SwigluArgs& args, uintptr_t stream);
 
-// The attention kernels compiled in, slowest first, or those of them that the current device runs.
+// Returns the attention kernels that are compiled in, slowest first, or only those of them that the
+// current device runs.
 std::vector<std::string> kernel_names(bool supported_only);
-// The kernel that takes such a call on the current device: the fastest that handles it.
+// Returns the kernel that runs such a call on the current device: the fastest that handles it.
 const char* kernel_name(const AttentionArgs& args);
-// Caps the choice at the kernel of this name; null lifts the cap. False if it isn't compiled in. A
-// kernel that a device lacks leaves its calls to slower ones.
+// Caps the choice at the kernel of this name; null lifts the cap. Returns false if it is not
+// compiled in. On a device that does not support the kernel, slower ones run.
 bool force_kernel(const char* name);
 
 }  // namespace cptool::cuda

@@ -1,5 +1,5 @@
-// Launching a kernel, and the shared memory that a launch gives it: the syntax of CUDA that a plain
-// C++ compiler does not read, apart so that tests/cuda_emulation can take its place.
+// Launches a kernel and gives it shared memory. This is the CUDA syntax that a plain C++ compiler
+// cannot parse, in a file of its own so that tests/cuda_emulation can replace it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@ namespace {
 template <class... Parameters, class... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
-  if (shared_bytes > 48 * 1024) {  // more has to be asked for, on every device anew
+  if (shared_bytes > 48 * 1024) {  // more must be requested, separately on every device
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
@@ -26,7 +26,8 @@ void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 }
 
 #if defined(__CUDACC__)
-// The block's dynamic shared memory. Aligned for ldmatrix, cp.async and TMA's 128-byte swizzle.
+// Returns the block's dynamic shared memory, aligned for ldmatrix, cp.async and TMA's 128-byte
+// swizzle.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
   extern __shared__ __align__(1024) unsigned char memory[];
   return memory;

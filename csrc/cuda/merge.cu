@@ -2,10 +2,11 @@
 // lse = max_i lses[i] + log(sum_i w_i). Every sum runs in the order of the partials, so a result
 // does not depend on the launch.
 //
-// Bound by bandwidth: a thread holds eight columns of one row, loads 16 bytes at a time, and those
-// of kLoads partials before it uses the first. A partial that saw nothing is not read. Where many
-// partials of few rows are merged, as after decoding in pieces, groups of a block's threads take
-// turns with the partials and add up what they have through shared memory, in their order.
+// Memory bandwidth is the limit: a thread holds eight columns of one row, loads 16 bytes at a time,
+// and issues the loads of kLoads partials before it uses the first. A partial that saw no key is
+// not read. If there are many partials of few rows, as after decoding in pieces, groups of a
+// block's threads each merge some of the partials and then add up their sums through shared memory,
+// in order.
 #include "cuda/merge.h"
 
 #include <algorithm>
@@ -20,22 +21,22 @@ namespace cptool::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kColumns = 8;  // of a thread
-constexpr int kLoads = 4;    // of each thread, under way together
+constexpr int kColumns = 8;  // per thread
+constexpr int kLoads = 4;    // per thread, in flight together
 constexpr int kMaxPartials = 128;
-constexpr int64_t kFewThreads =
-    1 << 16;  // too few, one a chunk of a row, to hide each other's loads
+// With fewer threads, one for each chunk of a row, the latency of the loads is not hidden.
+constexpr int64_t kFewThreads = 1 << 16;
 
-// A kernel's parameters: pointers by value, for the host arrays may be gone when it runs. More
-// partials than fit (4 KiB is what every device takes) are merged in several launches, through out
-// and lse; a 16-bit out is then rounded by each.
+// The kernel's parameters. They hold the pointers by value, because the host arrays may be gone
+// when the kernel runs. Parameters are limited to 4 KiB; more partials than fit are merged in
+// several launches, through out and lse, and each launch rounds a 16-bit out.
 struct MergeLaunch {
   const void* outs[kMaxPartials];
   const float* lses[kMaxPartials];
   int partials;
   bool running;  // out and lse hold the merge of earlier partials
   int64_t rows;
-  int row_threads, block_rows, groups;  // of a block; their product is its threads in use
+  int row_threads, block_rows, groups;  // per block; their product is the number of threads in use
   ScalarType out_dtype;
   void* out;
   float* lse;
@@ -46,7 +47,7 @@ struct Columns {
   float value[kColumns];
 };
 
-// Eight elements from `index`, a multiple of 8, on. kAligned: at a multiple of 16 bytes.
+// Loads eight elements from `index`, a multiple of 8, on. kAligned: at a multiple of 16 bytes.
 template <class T, bool kAligned>
 __device__ Columns load_columns(const void* from, int64_t index) {
   struct alignas(kAligned ? 16 : alignof(T)) Elements {
@@ -98,14 +99,15 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     merge_kernel(const __grid_constant__ MergeLaunch launch) {
   constexpr int kTogether = kAligned ? kLoads : 1;
-  // A row is one block's, so that a barrier lies between the last read of its lse and its write.
+  // One block computes the whole row, so that a barrier can separate the last read of its lse from
+  // the write.
   const int thread = static_cast<int>(threadIdx.x);
   const int chunk = thread % launch.row_threads;
   const int block_row = thread / launch.row_threads % launch.block_rows;
   const int group = thread / (launch.row_threads * launch.block_rows);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * launch.block_rows + block_row;
   const bool held = group < launch.groups && row < launch.rows;
-  // Of each group and row: the largest lse, the sum of weights, the weighted columns.
+  // For each group and row: the largest lse, the sum of weights, the weighted columns.
   float* shared_max = reinterpret_cast<float*>(dynamic_shared());
   float* shared_sum = shared_max + launch.groups * launch.block_rows;
   float* shared_acc = shared_sum + launch.groups * launch.block_rows;
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kTogether; ++j) {
         const int i = first + j * launch.groups;
         weight[j] = i < launch.partials ? expf(launch.lses[i][row] - base) : 0.0f;
-        if (weight[j] != 0.0f) {  // else its out is ignored, whatever it holds
+        if (weight[j] != 0.0f) {  // otherwise its out may hold anything and is ignored
           columns[j] = load_columns<T, kAligned>(launch.outs[i], index);
         }
       }

@@ -1,4 +1,4 @@
-// The merge of partials, for other kernels' pieces as well.
+// Merges partials: those of a caller, or the pieces of a kernel that divides its keys.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,8 +7,8 @@
 
 namespace cptool::cuda {
 
-// `running`: into the partial that out and lse already hold; where its lse is -inf its out is
-// ignored.
+// `running`: also merges the partial that out and lse already hold, whose out is ignored where its
+// lse is -inf.
 void merge(const MergeArgs& args, bool running, cudaStream_t stream);
 
 }  // namespace cptool::cuda

@@ -18,21 +18,21 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// cp.async (9.7.9.25.3.1): copies 16 bytes from global to shared memory behind the thread's back,
-// past L1. With `held` false it reads nothing and writes zeros. Both addresses are multiples of 16.
+// cp.async (9.7.9.25.3.1): copies 16 bytes from global to shared memory asynchronously, bypassing
+// L1. With `held` false it reads nothing and writes zeros. Both addresses are multiples of 16.
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool held) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(held ? 16 : 0)
                : "memory");
 }
 
-// cp.async.commit_group (9.7.9.25.3.2): the thread's copies since the last one are a group.
+// cp.async.commit_group (9.7.9.25.3.2): makes a group of the thread's copies since the last group.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 // cp.async.wait_group (9.7.9.25.3.3): waits until at most `kPending` of the thread's newest groups
-// are under way. Other threads see what was copied after a barrier alone.
+// are in flight. Other threads see what was copied only after a barrier.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

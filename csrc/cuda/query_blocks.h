@@ -1,5 +1,5 @@
 // Which queries a thread block works on and which keys they see, found on the device from the
-// offsets and positions, so that a launch waits for nothing. Host and device.
+// offsets and positions, so that a launch does not wait for the device. Host and device.
 //
 // A block holds up to `block_rows` packed rows of one KV head of one sequence: the sequence's query
 // tokens times the G = q_heads / kv_heads query heads that share the KV head, token-major.
@@ -20,7 +20,7 @@
 namespace cptool::cuda {
 namespace {
 
-// Offset b, kept within the tensor whatever the offsets say.
+// Offset b, clamped to the tensor whatever its value.
 CPTOOL_HOST_DEVICE inline int64_t offset_at(const int32_t* offsets, int64_t b, int64_t tokens) {
   const int64_t offset = offsets[b];
   return offset < 0 ? 0 : offset > tokens ? tokens : offset;
@@ -30,7 +30,7 @@ struct QueryBlock {
   int64_t sequence;
   int64_t first_token;  // of the sequence, in q
   int64_t first_row;    // of the block, among the packed rows of the sequence
-  int64_t rows;         // 0 or less: nothing to do
+  int64_t rows;         // 0 or less: there is nothing to do
 };
 
 inline int64_t query_block_count(const AttentionArgs& args, int64_t block_rows) {
@@ -62,12 +62,12 @@ CPTOOL_HOST_DEVICE inline QueryBlock query_block(const AttentionArgs& args, int6
   found.first_row = (block - start(sequence)) * block_rows;
   const int64_t tokens = offset_at(args.cu_q, sequence + 1, args.q_tokens) - found.first_token;
   const int64_t rows = tokens * group - found.first_row;
-  // Offsets that don't ascend can put the block before the sequence.
+  // Offsets that do not ascend can put the block before the sequence.
   found.rows = found.first_row < 0 ? 0 : rows < block_rows ? rows : block_rows;
   return found;
 }
 
-// How many of `keys` ascending positions are at or before `position`.
+// Returns how many of `keys` ascending positions are at or before `position`.
 CPTOOL_HOST_DEVICE inline int64_t visible_keys(const int32_t* k_pos, int64_t keys,
                                                int32_t position) {
   int64_t low = 0;

@@ -1,7 +1,8 @@
-// What a block of the attention kernel holds in shared memory, and how it gets there.
+// What a block of the reference kernel (attention_simt.cu) holds in shared memory, and how it is
+// loaded.
 //
-// Tiles are float32 whatever the dtype, which is thus a matter of loads and stores alone: a switch
-// at run time, the same way for all threads.
+// Tiles are float32 for every dtype, so the dtype affects only loads and stores: a run-time switch
+// that all threads take the same way.
 #pragma once
 
 #include <cstdint>
@@ -15,12 +16,12 @@ namespace {
 constexpr int kThreadsX = 16;
 constexpr int kThreadsY = 16;
 constexpr int kThreads = kThreadsX * kThreadsY;
-// Tile rows lie 4 banks apart: eight threads that read 16 bytes each from eight rows meet no
-// conflict, and stay aligned.
+// Tile rows start 4 banks apart, so that eight threads that read 16 bytes each from eight rows have
+// no bank conflict and stay aligned.
 constexpr int kPadding = 4;
 
-// All that a block holds in shared memory: less than the 99 KiB of the smallest device of compute
-// capability 8.0 and above.
+// Everything that a block holds in shared memory: less than the 99 KiB of the smallest device of
+// compute capability 8.0 and above.
 template <int kHeadDim>
 struct Tiles {
   static constexpr int kThreadRows = kHeadDim <= 128 ? 4 : 2;
@@ -31,12 +32,12 @@ struct Tiles {
   float q[kRows][kHeadDim + kPadding];
   float kv[kKeys][kHeadDim + kPadding];  // keys, then values
   float p[kRows][kKeys + kPadding];
-  int64_t limits[kRows];  // keys of the sequence that each row sees; 0 for rows the block lacks
+  int64_t limits[kRows];  // keys of the sequence that each row sees; 0 for rows that do not exist
 };
 
-// One warp a row and one element a thread, so that any stride and alignment will do; a tile's loads
-// are few beside its multiply-adds. Rows from `rows` on and columns from `head_dim` on become 0:
-// what lies there in memory is never read.
+// One warp per row and one element per thread, which works for any stride and alignment; a tile has
+// few loads compared with its multiply-adds. Rows from `rows` on and columns from `head_dim` on
+// become 0, and their memory is never read.
 template <class T, int kTileRows, int kStride, class RowOffset>
 __device__ void load_rows(const void* from, RowOffset offset, int rows, int head_dim,
                           float (&tile)[kTileRows][kStride]) {

@@ -1,6 +1,6 @@
 // The token-wise steps of a Llama forward, each in one pass over memory; the contract is
-// csrc/tokenwise.h. All are bound by bandwidth in a prefill and by launches in a decode step, where
-// one kernel takes the place of three to eight.
+// csrc/tokenwise.h. All are bound by memory bandwidth in a prefill and by launches in a decode
+// step, where one kernel replaces three to eight.
 #include <cmath>
 
 #include "cuda/device.h"
@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-// kCount elements that are read or written at once. kAligned: at a multiple of their size.
+// kCount elements that are read or written together. kAligned: at a multiple of their size.
 template <class T, int kCount, bool kAligned>
 struct alignas(kAligned ? (kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) : alignof(T)) Pack {
   T element[kCount];
@@ -35,13 +35,13 @@ __device__ float rounded(float value) {
   return to_float(from_float<T>(value));
 }
 
-// A block a row. A thread keeps the elements of its first kKept packs between the two passes; those
-// of wider rows it reads again.
+// One block per row. A thread keeps the elements of its first kKept packs between the two passes
+// and reads those of wider rows again.
 constexpr int kColumns = 8;
 constexpr int kKept = 8;
 
-// Adds what there is to add to eight elements of `hidden`, a row; returns them, their squares added
-// to *squares.
+// Adds `added`, if there is one, to eight elements of the row `hidden`, adds their squares to
+// *squares, and returns them.
 template <class T, bool kAligned>
 __device__ Pack<T, kColumns, kAligned> add_pack(const RmsNormArgs& args, T* hidden, int64_t row,
                                                 int pack, float* squares) {
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (args.out == nullptr) return;
 
-  // The block's sum in a fixed order.
+  // Sums over the block in a fixed order.
 #pragma unroll
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
     squares += __shfl_xor_sync(0xffffffffu, squares, lanes);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(const __grid_constant_
   store_pack(args.gate, row * args.gate_stride + column, gate);
 }
 
-// Whether rows that begin `stride` elements apart all begin at multiples of `bytes`.
+// Returns whether rows that begin `stride` elements apart all begin at multiples of `bytes`.
 bool aligned_rows(const void* base, int64_t stride, ScalarType dtype, int64_t bytes) {
   const int64_t size = dtype == ScalarType::kFloat32 ? 4 : 2;
   return reinterpret_cast<uintptr_t>(base) % bytes == 0 && stride * size % bytes == 0;

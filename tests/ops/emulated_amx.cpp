@@ -1,12 +1,6 @@
 // The AMX kernel on emulated tiles (emulated_tiles/), as a library for test_emulated_amx.py. Calls
 // of few rows go through it too.
-#include "cpu/amx.cpp"
-
-namespace cptool::cpu {
-
-bool avx512_supported() { return true; }  // the test has asked
-
-}  // namespace cptool::cpu
+#include "cpu/amx_kernel.h"
 
 extern "C" {
 

@@ -1,4 +1,4 @@
-// What dispatch.h declares of the kernel for compute capability 8.0.
+// The kernel for compute capability 8.0 as dispatch.h declares it.
 #include <cfloat>
 #include <stdexcept>
 #include <vector>
@@ -25,7 +25,7 @@ bool sm80_handles(const AttentionArgs& args) {
   const bool head_dim =
       args.head_dim == 64 || args.head_dim == 80 || args.head_dim == 96 || args.head_dim == 128;
   return args.dtype != ScalarType::kFloat32 && head_dim &&
-         args.scale >= FLT_MIN &&  // the largest score is looked for before it is scaled
+         args.scale >= FLT_MIN &&  // the maximum is taken of scores before scaling
          rows_aligned(args.q, args.q_token_stride, args.q_head_stride) &&
          rows_aligned(args.k, args.k_token_stride, args.k_head_stride) &&
          rows_aligned(args.v, args.v_token_stride, args.v_head_stride) && is_aligned(args.out);
@@ -43,7 +43,7 @@ int64_t sm80_workspace(const AttentionArgs& args, const Device& device) {
 void attention_partial_sm80(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
   const sm80::Plan plan = sm80::plan(args, current_device());
   if (plan.pieces > 1 && workspace == nullptr) {
-    // As when another thread has just forced another kernel.
+    // For example if another thread has just forced another kernel.
     throw std::invalid_argument("attention_partial on CUDA needs a workspace for this call");
   }
   float* partials = plan.pieces == 1 ? nullptr : static_cast<float*>(workspace);

@@ -3,17 +3,17 @@
 //
 // FlashAttention-2's schedule (Dao, 2023). A block holds kRows packed query rows (query_blocks.h)
 // in shared memory and walks the keys that its last row sees. Tiles of kKeys keys and of their
-// values take turns in a ring of kStages slots: while one is multiplied the next ones are under
-// way, and one barrier a tile says both that it is there and that the slot of the one before is
-// free.
+// values alternate in a ring of kStages slots: while one is multiplied the next ones are in flight,
+// and one barrier per tile means both that the tile has arrived and that the slot of the previous
+// one is free.
 //
-// Its warps cut the rows (kRowWarps) and, where there are few of those, the keys of every tile
-// (kKeyWarps), each with a softmax state of its own; these are merged at the end through shared
-// memory.
+// The rows are divided over kRowWarps warps. If there are few rows, the keys of every tile are also
+// divided, over kKeyWarps warps, each with its own softmax state; these are merged at the end
+// through shared memory.
 //
 // Positions ascend, so a tile is one of three kinds by the limits of the first and the last row:
 // beyond all that a warp sees (skipped), seen by all its rows (dense) or masked. Rows of a tile
-// from the last limit on are not read; they count as zeros.
+// from the last limit on are not read and count as zeros.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +43,7 @@ struct Config : Shape {
   static constexpr int kSharedBytes = shared_bytes<Shape>(kHeadDim);
 };
 
-// What the warps of the same rows leave for each other at the end, in the place of the slots.
+// What warps with the same rows exchange at the end, in the memory of the slots.
 template <class C>
 struct WarpPartials {
   static constexpr int kPadding = 8;  // so that the rows of a store lie in different banks
@@ -63,7 +63,7 @@ inline __device__ SoftmaxState natural(float max2, float sum) {
   return state;
 }
 
-// Writes the rows of warps that hold all the keys of theirs.
+// Writes the rows of warps that have seen all keys of their rows.
 template <class C, class RowAt>
 __device__ void finish_rows(const typename C::Warp& mine, const Target& target, int first_row,
                             int rows, RowAt row_at) {
@@ -88,7 +88,7 @@ __device__ void finish_rows(const typename C::Warp& mine, const Target& target, 
   }
 }
 
-// Merges what the warps of the same rows found, in their order, and writes it.
+// Merges the results of warps with the same rows, in order, and writes them.
 template <class C, class RowAt>
 __device__ void merge_warps(const typename C::Warp& mine, WarpPartials<C>& shared,
                             const Target& target, int rows, RowAt row_at) {
@@ -139,7 +139,7 @@ __device__ void merge_warps(const typename C::Warp& mine, WarpPartials<C>& share
   }
 }
 
-// `partials`: null, or where the pieces (gridDim.z of them) go: [pieces, q_tokens, q_heads,
+// `partials`: null, or where the gridDim.z pieces are written: [pieces, q_tokens, q_heads,
 // head_dim], then the lse of each, [pieces, q_tokens, q_heads].
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kResident)
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   const int warp = threadIdx.x / 32;
   const int row_warp = warp / C::kKeyWarps, key_warp = warp % C::kKeyWarps;
 
-  // The last queries see the most keys: they start first.
+  // The last queries see the most keys and therefore start first.
   const QueryBlock block = query_block(args, C::kRows, gridDim.x - 1 - blockIdx.x);
   if (block.rows <= 0) return;
   const int64_t kv_head = blockIdx.y;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
       key_range(limits[rows.rows - 1], kKeys, static_cast<int>(gridDim.z), blockIdx.z);
   const int begin = static_cast<int>(range.begin), end = static_cast<int>(range.end);
 
-  // Of this warp's rows, the fewest and the most keys that one of them sees.
+  // The fewest and the most keys that a row of this warp sees.
   const int warp_row = row_warp * C::kWarpRows;
   const int last_row = min(warp_row + C::kWarpRows, rows.rows) - 1;
   const int dense_end = last_row < warp_row ? 0 : limits[warp_row];
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
                       kv_head * args.k_head_stride;
   const uint16_t* v = static_cast<const uint16_t*>(args.v) + first_key * args.v_token_stride +
                       kv_head * args.v_head_stride;
-  // Tile 2 i is the keys from begin + i kKeys on, tile 2 i + 1 their values.
+  // Tile 2 i holds the keys from begin + i kKeys on, tile 2 i + 1 their values.
   const int tiles = begin < end ? 2 * ((end - begin + kKeys - 1) / kKeys) : 0;
   const auto load = [&](int tile) {
     if (tile < tiles) {
@@ -190,11 +190,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
           slots + tile % C::kStages * C::kTileBytes, end - first,
           [&](int row) { return from + (first + row) * stride; });
     }
-    ptx::cp_async_commit();  // an empty group too: groups are counted like tiles
+    ptx::cp_async_commit();  // even if empty: there is one group per tile
   };
-  // Tile `tile` is there, and every warp is done with the one before, whose slot the next copy
-  // takes. Groups 0 to tile + kStages - 2 are committed, so all but the last kStages - 2 must be
-  // there.
+  // Waits until tile `tile` has arrived and every warp is done with the previous one, whose slot
+  // the next copy uses. Groups 0 to tile + kStages - 2 are committed, so all but the last kStages -
+  // 2 must have arrived.
   const auto advance = [&](int tile) {
     ptx::cp_async_wait<C::kStages - 2>();
     __syncthreads();

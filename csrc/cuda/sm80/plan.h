@@ -1,5 +1,5 @@
-// Which shape of the kernel takes a call, and in how many pieces. Host alone; depends on
-// shapes and the device, never on what lies in device memory.
+// Which shape of the kernel runs a call, and in how many pieces. Host only. Depends on shapes and
+// the device, never on the content of device memory.
 #pragma once
 
 #include <algorithm>
@@ -11,13 +11,13 @@
 
 namespace cptool::cuda::sm80 {
 
-constexpr int kKeys = 64;  // of a tile
+constexpr int kKeys = 64;  // per tile
 
-// Blocks of one tile of rows, whose warps cut the keys of every tile: for decoding.
+// Blocks of one tile of rows, whose warps divide the keys of every tile: for decoding.
 struct FewRows {
   static constexpr int kRowTiles = 1, kRowWarps = 1, kKeyWarps = 4, kStages = 4, kResident = 3;
 };
-// Blocks whose warps each hold 32 rows, so that a K or V fragment serves two products.
+// Blocks whose warps each hold 32 rows, so that a K or V fragment is used in two products.
 struct ManyRows {
   static constexpr int kRowTiles = 2, kRowWarps = 4, kKeyWarps = 1, kStages = 3, kResident = 2;
 };
@@ -36,16 +36,16 @@ constexpr int shared_bytes(int head_dim) {
 struct Plan {
   bool few_rows;
   int64_t blocks;    // of one piece
-  int64_t resident;  // blocks that the device runs at a time
+  int64_t resident;  // blocks that the device runs concurrently
   int pieces;
 
-  // No call for tiles of many rows: there are few, or too few blocks of them to fill the device.
+  // The call has few rows, or too few blocks of many rows to fill the device.
   bool few_queries() const { return few_rows || (pieces > 1 && 4 * blocks <= resident); }
 };
 
 template <class Shape>
 Plan plan_shape(const AttentionArgs& args, int64_t rows, const Device& device, bool few_rows) {
-  // A multiprocessor keeps 1 KiB of shared memory a block for itself.
+  // A multiprocessor reserves 1 KiB of shared memory per block.
   const int fit =
       device.shared_bytes / (shared_bytes<Shape>(static_cast<int>(args.head_dim)) + 1024);
   const int64_t resident =
@@ -55,7 +55,7 @@ Plan plan_shape(const AttentionArgs& args, int64_t rows, const Device& device, b
           split_count(blocks, args.k_tokens / args.batch, 4 * kKeys, resident)};
 }
 
-// Sequences are taken to be alike: each with its share of q's and k's tokens.
+// Assumes sequences of equal length: each has its share of the tokens of q and k.
 inline Plan plan(const AttentionArgs& args, const Device& device) {
   const int64_t group = args.q_heads / args.kv_heads;
   const int64_t rows = ceil_divide(args.q_tokens, args.batch) * group;
@@ -63,7 +63,7 @@ inline Plan plan(const AttentionArgs& args, const Device& device) {
   return plan_shape<ManyRows>(args, rows, device, false);
 }
 
-// The two shapes of kernel.h, a translation unit each. `partials`: as there.
+// The two shapes of kernel.h, one translation unit each. `partials`: see there.
 void attention_few_rows(const AttentionArgs& args, int pieces, float* partials,
                         cudaStream_t stream);
 void attention_many_rows(const AttentionArgs& args, int pieces, float* partials,

@@ -30,13 +30,13 @@ struct Layout {
   }
 };
 
-// Starts to copy a tile of kRows rows, of which those from `held` on become 0: what lies in their
-// place is not read. `row_start(row)`: the first element of a held row, a multiple of 16 bytes.
+// Starts to copy a tile of kRows rows. Rows from `held` on become 0 and are not read.
+// `row_start(row)`: the first element of a row, at a multiple of 16 bytes.
 template <int kHeadDim, int kRows, int kThreads, class RowStart>
 __device__ __forceinline__ void load_tile(uint32_t to, int held, RowStart row_start) {
   using L = Layout<kHeadDim>;
   constexpr int kAll = kRows * L::kChunks;
-#pragma unroll 2  // more addresses at a time do not fit beside the accumulators
+#pragma unroll 2  // more addresses do not fit in the registers beside the accumulators
   for (int i = 0; i < (kAll + kThreads - 1) / kThreads; ++i) {
     const int index = i * kThreads + static_cast<int>(threadIdx.x);
     if (kAll % kThreads != 0 && index >= kAll) break;

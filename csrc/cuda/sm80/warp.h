@@ -1,5 +1,5 @@
-// One warp's part of attention: 16 kRowTiles packed rows against the keys of a tile that are its
-// own, by mma.m16n8k16 with float32 accumulators.
+// One warp's part of attention: 16 kRowTiles packed rows and the warp's keys of each tile, by
+// mma.m16n8k16 with float32 accumulators.
 //
 // A lane holds, of each 16 x 8 tile of scores or of the result, the elements that ptx.h names for
 // d: with g = lane / 4 and t = lane % 4 columns 2 t and 2 t + 1 of row g (elements 0, 1) and of row
@@ -23,7 +23,7 @@ struct WarpAttention {
 
   float score[kRowTiles][kKeyTiles][4];
   float acc[kRowTiles][kColumnTiles][4] = {};
-  float max[kRowTiles][2];       // of the scores, in powers of two; the same in the lanes of a row
+  float max[kRowTiles][2];       // of the scores, in powers of two; equal in all lanes of a row
   float sum[kRowTiles][2] = {};  // of this lane's weights
 
   __device__ WarpAttention() {
@@ -94,9 +94,9 @@ struct WarpAttention {
         }
         largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
-        // The maximum is rounded once, for the weights, keep and the state alike. Else keep would
-        // not be 1 where the maximum stays, and that multiplies up over the tiles of a long
-        // context.
+        // The maximum is rounded once, for the weights, keep and the state alike. Otherwise keep
+        // would not be exactly 1 where the maximum stays, and the error would accumulate over the
+        // tiles of a long context.
         const float larger = fmaxf(max[m][half], largest * scale2);
         const float base = larger == -INFINITY ? 0.0f : larger;  // -inf - -inf is NaN
         const float keep = ptx::exp2_approx(max[m][half] - base);
@@ -127,7 +127,7 @@ struct WarpAttention {
     const LaneRow<kHeadDim> value(v, lane % 16, lane / 16);
 #pragma unroll
     for (int k = 0; k < kKeyTiles; k += 2) {
-      uint32_t weights[kRowTiles][4];  // two tiles of scores, as they lie, are one a of mma
+      uint32_t weights[kRowTiles][4];  // two tiles of scores form one operand a of mma
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         weights[m][0] = ptx::pack<T>(score[m][k][0], score[m][k][1]);

@@ -1,13 +1,13 @@
 // Attention partials with Hopper's TMA and wgmma.
 //
-// A persistent kernel of one thread block a multiprocessor: a producer warpgroup (producer.h) and
-// two consumer warpgroups (consumer.h), three for head_dim up to 64, of 64 packed query rows each,
-// which share every tile of 128 keys. Registers go from the producer to the consumers.
+// A persistent kernel with one thread block per multiprocessor: a producer warpgroup (producer.h)
+// and two consumer warpgroups (consumer.h), three for head_dim up to 64, with 64 packed query rows
+// each, which share every tile of 128 keys. The producer gives registers to the consumers.
 //
-// Counted for one tile, in cycles of one multiprocessor of an H100, which multiplies 4096 FLOP of
-// 16-bit numbers, computes 16 exponentials, issues 4 instructions and moves 128 bytes of shared
-// memory in a cycle. Instructions are those of the compiled loop (nvcc 13.0): 450 a warp, 430 at
-// head_dim 64; 160 more in a masked tile, and up to 64 more until the maxima have settled.
+// The cost of one tile, in cycles of one multiprocessor of an H100, which in a cycle computes 4096
+// FLOP of 16-bit products and 16 exponentials, issues 4 instructions and moves 128 bytes of shared
+// memory. Instructions are those of the compiled loop (nvcc 13.0): 450 per warp, 430 at head_dim
+// 64; 160 more in a masked tile, and up to 64 more until the maxima have settled.
 //
 //                                   head_dim 128, 128 rows             head_dim 64, 192 rows
 //   products                        4 x 128^3 / 4096         = 2048    4 x 192 128 64 / 4096 = 1536
@@ -16,10 +16,11 @@
 //   shared memory, read by wgmma    2 (16 + 32 + 32 KiB)     = 1280    3 (8 + 16 + 16 KiB)   =  960
 //   and written by TMA              64 KiB                   =  512    32 KiB                =  256
 //
-// So the tensor cores bound head_dim 128, and the exponentials share the bound at 64. A job of n
-// tiles takes about n + 1 of these times, and causal attention needs half a tile less: 0.96 of the
-// steady rate at 8K tokens, 0.98 at 16K. Should that be 0.70 of 989 TFLOP/s, which the schedule's
-// authors come near to, it makes 650 and 675. Not measured.
+// The tensor cores are therefore the limit at head_dim 128, and together with the exponentials
+// at 64. A job of n tiles takes about n + 1 of these times, and causal attention needs half a tile
+// less: 0.96 of the steady rate at 8K tokens, 0.98 at 16K. If the steady rate were 0.70 of 989
+// TFLOP/s, which the authors of the schedule nearly reach, this would be 650 and 675 TFLOP/s. Not
+// measured.
 #include <cmath>
 
 #include "cuda/device.h"
@@ -43,8 +44,8 @@ __global__ void __launch_bounds__(Sizes<kHeadDim>::kThreads, 1)
   Shared<kHeadDim>& shared = *reinterpret_cast<Shared<kHeadDim>*>(dynamic_shared());
   if (threadIdx.x == 0) init_barriers(shared);
   __syncthreads();
-  // The compiler then knows it to be the same for the warp, and keeps descriptors in uniform
-  // registers, where wgmma takes them from.
+  // This shows the compiler that the value is uniform in the warp, so that it keeps descriptors in
+  // uniform registers, where wgmma reads them.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarp, 0);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   if (warp < kWarpgroup / kWarp) {
@@ -66,12 +67,13 @@ int64_t l2_bytes() {
   return bytes;
 }
 
-// A map of q, k or v, with what a size of 1 leaves open, its stride, set to what TMA takes.
+// Makes a map of q, k or v. The stride of a dimension of size 1 is arbitrary and is set to one that
+// TMA accepts.
 TensorMap map_of(const AttentionArgs& args, const void* tensor, int64_t tokens,
                  int64_t token_stride, int64_t heads, int64_t head_stride, int32_t box_heads,
                  int32_t box_tokens) {
   const int64_t row_bytes = args.head_dim * 2;
-  // Without tokens nothing is loaded, but a map of nothing is none.
+  // Without tokens nothing is loaded, but an empty map is not valid.
   if (tokens == 0) return map_of(args, args.q, 1, 0, 1, 0, box_heads, box_tokens);
   return tensor_map(args.dtype, tensor, tokens, tokens == 1 ? row_bytes : 2 * token_stride, heads,
                     heads == 1 ? row_bytes : 2 * head_stride, args.head_dim, kPanelColumns,
@@ -88,7 +90,7 @@ void launch_kernel(const AttentionArgs& args, void* workspace, cudaStream_t stre
   launch.block_tokens = Plan::kRows / launch.group;
   launch.scale_log2 = static_cast<float>(static_cast<double>(args.scale) * 1.4426950408889634);
   const int32_t multiprocessors = current_device().multiprocessors;
-  // K and V of an average sequence; how long each is only the device knows.
+  // K and V of an average sequence: only the device knows the length of each.
   const int64_t head_bytes = args.k_tokens / args.batch * args.head_dim * 2 * 2;
   const int32_t kv_heads = static_cast<int32_t>(args.kv_heads);
   launch.jobs = {static_cast<int32_t>(query_block_count(args, launch.block_tokens * launch.group)),
@@ -117,8 +119,8 @@ void launch_for(const AttentionArgs& args, void* workspace, cudaStream_t stream)
   launch_kernel<T, 128>(args, workspace, stream);
 }
 
-// TMA's rules: addresses and strides in multiples of 16 bytes, strides below 2^40 bytes. The stride
-// of a dimension of size 1 does not matter.
+// Requirements of TMA: addresses and strides in multiples of 16 bytes, strides below 2^40 bytes.
+// The stride of a dimension of size 1 does not matter.
 bool aligned(const void* tensor) { return reinterpret_cast<uintptr_t>(tensor) % 16 == 0; }
 bool aligned(int64_t size, int64_t stride) {
   return size <= 1 || (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 39));
@@ -133,7 +135,7 @@ bool sm90_handles(const AttentionArgs& args) {
       args.head_dim > 128 || args.batch < 1) {
     return false;
   }
-  // Maxima of scores are taken before the scale.
+  // Maxima are taken of scores before scaling.
   if (!(args.scale > 0.0f) || !std::isfinite(args.scale)) return false;
   const int64_t group = args.q_heads / args.kv_heads;
   if (group > 2 * sm90::kWarpgroupRows) return false;  // the rows of a job hold whole tokens

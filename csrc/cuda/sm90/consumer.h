@@ -1,9 +1,9 @@
-// A consumer warpgroup of the sm_90a kernel: 64 of a job's rows.
+// A consumer warpgroup of the sm_90a kernel, which computes 64 of a job's rows.
 //
-// Tensor cores and softmax run at the same time in two ways (Shah et al., FlashAttention-3, 2024).
-// Within a warpgroup the scores of the next tile and the weighted values of this one are in flight
-// while the softmax of the next is computed. Between warpgroups a token goes round: who holds it
-// issues its products, so one's softmax falls into the time of the others' products.
+// Tensor cores and softmax overlap in two ways (Shah et al., FlashAttention-3, 2024). Within a
+// warpgroup, the scores of the next tile and the weighted values of this one are in flight while
+// the softmax of the next is computed. Between warpgroups, a token is passed round: the holder
+// issues its products, so that the softmax of one warpgroup runs during the products of the others.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 namespace cptool::cuda::sm90 {
 namespace {
 
-// A thread's share of the accumulators of scores and out, and of the weights as fragments.
+// A thread's part of the scores, and of the weights as fragments.
 using Scores = float[kKeys / 2];
 using Weights = uint32_t[kKeys / 4];
 
@@ -28,20 +28,20 @@ struct Consumer {
 
   Shared<kHeadDim>& shared;
   const int warpgroup, lane;
-  const int first_row;       // of the thread's two, in the job; the other is 8 rows on
-  Turn<Plan::kStages> turn;  // of the next tile's K; values are one tile behind scores
+  const int first_row;       // the first of the thread's two rows in the job; the other is 8 below
+  Turn<Plan::kStages> turn;  // of the next tile's K; values are one tile behind the scores
   Turn<1> q_turn;
 
   __device__ __forceinline__ static uint32_t address(const uint64_t& barrier) {
     return ptx::shared_address(&barrier);
   }
 
-  // One arrival a warp: its products, which all its threads have waited for, have read the buffer.
+  // One arrival per warp: all its threads have waited for its products, which have read the buffer.
   __device__ __forceinline__ void release(const uint64_t& barrier) const {
     if (lane == 0) ptx::mbarrier_arrive(address(barrier));
   }
 
-  // Named barrier 1 + w is where warpgroup w takes the token; half of its arrivals are the giver's.
+  // Warpgroup w takes the token at named barrier 1 + w; half of the arrivals there are the giver's.
   __device__ __forceinline__ void take_token() const {
     ptx::barrier_sync(1 + warpgroup, 2 * kWarpgroup);
   }
@@ -49,7 +49,7 @@ struct Consumer {
     ptx::barrier_arrive(1 + (warpgroup + 1) % Plan::kConsumers, 2 * kWarpgroup);
   }
 
-  // Waits for K of a tile.
+  // Waits for the K of a tile.
   __device__ __forceinline__ void wait_for_keys(Turn<Plan::kStages> of) const {
     ptx::mbarrier_wait(address(shared.k_full[of.stage()]), of.parity());
   }
@@ -68,7 +68,8 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  // After the wait for scores: K is read, and Q for the last time with the first tile of the keys.
+  // Call after waiting for the scores: K has been read, and Q for the last time if this was the
+  // tile that begins the keys.
   __device__ __forceinline__ void scores_done(Scores& scores, int32_t tile) {
     ptx::keep_in_place(scores);
     release(shared.k_empty[turn.stage()]);
@@ -78,7 +79,7 @@ struct Consumer {
     }
   }
 
-  // Waits for V of the tile before, and issues out += weights V.
+  // Waits for the V of the previous tile, and issues out += weights V.
   __device__ __forceinline__ void issue_values(const Weights& weights, Out& out) const {
     const Turn<Plan::kStages> before = turn.previous();
     ptx::mbarrier_wait(address(shared.v_full[before.stage()]), before.parity());
@@ -98,11 +99,11 @@ struct Consumer {
     release(shared.v_empty[turn.previous().stage()]);
   }
 
-  // All tiles of a job; `limits`: of the job's rows, in shared memory.
+  // Computes all tiles of a job. `limits`: of the job's rows, in shared memory.
   __device__ __forceinline__ void attend(const Job& job, const int32_t* limits, float scale_log2,
                                          RowPair& rows, Out& out) {
     Scores scores;    // of a tile, then its weights
-    Weights weights;  // of the tile before
+    Weights weights;  // of the previous tile
     float keep[2];
     const int32_t dense_keys = job.dense_keys;
     const auto mask_tile = [&](int32_t tile) {
@@ -132,13 +133,13 @@ struct Consumer {
       scores_done(scores, tile);
       mask_tile(tile);
       rows.absorb(scores, scale_log2, keep);
-      // Nothing forbids the assembler to move the wait for the values before the softmax, and it
-      // does, unless a branch lies between them that the sums decide. They are never negative.
+      // The assembler may move the wait for the values before the softmax, and does so unless there
+      // is a branch between them that depends on the sums. The sums are never negative.
       if (tile > 0 || rows.sum[0] + rows.sum[1] < 0.0f) wait_for_keys(turn.following());
       ptx::wgmma_wait<0>();
       values_done(weights, out);
       pack_weights<T>(scores, weights);
-      // Maxima settle after a few tiles: then nothing is left to scale.
+      // Maxima settle after a few tiles; from then on nothing needs rescaling.
       if (__any_sync(kWholeWarp, keep[0] != 1.0f || keep[1] != 1.0f)) {
 #pragma unroll
         for (int i = 0; i < Plan::kColumns / 2; ++i) out[i] *= keep[i / 2 % 2];
@@ -151,7 +152,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run(const Launch& launch) {
-    if (warpgroup == Plan::kConsumers - 1) give_token();  // the first one's to take
+    if (warpgroup == Plan::kConsumers - 1) give_token();  // for the first warpgroup
     for (Turn<kJobs> job_turn;; job_turn.next()) {
       const Job& job = next_job(shared, job_turn);
       if (job.rows < 0) break;
@@ -169,14 +170,14 @@ struct Consumer {
         at[i] = token * launch.args.q_heads + job.kv_head * launch.group + row % launch.group;
         held[i] = row < job.rows;
       }
-      __syncwarp();  // all lanes have read the job for the last time
+      __syncwarp();  // all lanes are done reading the job
       release(shared.job_empty[job_turn.stage()]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         finish_row<T>(launch.args, rows.state(i), out, i, at[i], held[i], lane);
       }
     }
-    if (warpgroup == 0) take_token();  // the last one's gift: no arrival is left over
+    if (warpgroup == 0) take_token();  // from the last warpgroup, so that no arrival is left over
   }
 };
 

@@ -20,8 +20,8 @@ constexpr int kRowBytes = 128;
 constexpr int kSwizzleBytes = 8 * kRowBytes;  // after which the swizzle repeats
 constexpr int kDepth = 16;                    // columns of a and rows of b in one product
 
-// PTX ISA 9.7.15.5.1, matrix descriptor: addresses and offsets without their lowest 4 bits; bits 62
-// and 63 are 1 for the 128-byte swizzle.
+// Returns a matrix descriptor (PTX ISA 9.7.15.5.1): addresses and offsets without their lowest 4
+// bits; bits 62 and 63 are 1 for the 128-byte swizzle.
 CPTOOL_HOST_DEVICE constexpr uint64_t descriptor(uint32_t address, uint32_t leading_bytes,
                                                  uint32_t stride_bytes) {
   return static_cast<uint64_t>((address & 0x3ffffu) >> 4) |
@@ -30,33 +30,33 @@ CPTOOL_HOST_DEVICE constexpr uint64_t descriptor(uint32_t address, uint32_t lead
 }
 
 // Q and K, whose rows lie along the products' sum ("K-major"): groups of eight rows follow each
-// other. The leading offset means nothing to a swizzled operand; 16 encodes the 1 that the manual
-// wants there.
+// other. The leading offset has no meaning for a swizzled operand; 16 encodes the 1 that the manual
+// requires.
 CPTOOL_HOST_DEVICE constexpr uint64_t rows_descriptor(uint32_t panel) {
   return descriptor(panel, 16, kSwizzleBytes);
 }
 
-// V, whose rows lie across the sum ("MN-major"): 64 columns a panel, panels `panel_bytes` apart,
-// and again groups of eight rows after each other.
+// V, whose rows lie across the sum ("MN-major"): 64 columns per panel, panels `panel_bytes` apart,
+// and again consecutive groups of eight rows.
 CPTOOL_HOST_DEVICE constexpr uint64_t columns_descriptor(uint32_t panel, uint32_t panel_bytes) {
   return descriptor(panel, panel_bytes, kSwizzleBytes);
 }
 
-// The same operand `bytes` further on. Shared memory ends below 2^18, so nothing carries into the
-// leading offset, and the upper half stays as it is.
+// The same operand `bytes` further. Shared memory ends below 2^18, so nothing carries into the
+// leading offset, and the upper half does not change.
 CPTOOL_HOST_DEVICE constexpr uint64_t advance(uint64_t descriptor, uint32_t bytes) {
   return (descriptor & ~static_cast<uint64_t>(UINT32_MAX)) |
          (static_cast<uint32_t>(descriptor) + (bytes >> 4));
 }
 
-// Where depth step `step` of a K-major tile starts, from the tile's start: four steps to a panel.
+// The offset of depth step `step` in a K-major tile: four steps per panel.
 CPTOOL_HOST_DEVICE constexpr uint32_t step_along_rows(int step, uint32_t panel_bytes) {
   constexpr int kSteps = kPanelColumns / kDepth;
   return static_cast<uint32_t>(step / kSteps) * panel_bytes +
          static_cast<uint32_t>(step % kSteps * kDepth * 2);
 }
 
-// The same of an MN-major tile: 16 rows further.
+// The same in an MN-major tile: 16 rows further.
 CPTOOL_HOST_DEVICE constexpr uint32_t step_across_rows(int step) {
   return static_cast<uint32_t>(step * kDepth * kRowBytes);
 }

@@ -1,6 +1,6 @@
-// The producer warpgroup of the sm_90a kernel. Its warps work ahead of the consumers, each at a
-// task of its own: the scheduler finds jobs, the loader fetches their tiles, the cleaner clears
-// what no row may see. All go through the same jobs in the same order.
+// The producer warpgroup of the sm_90a kernel. Its warps work ahead of the consumers, each with its
+// own task: the scheduler finds jobs, the loader fetches their tiles, the cleaner clears values
+// that no row may see. All process the same jobs in the same order.
 #pragma once
 
 #include <cstdint>
@@ -17,23 +17,24 @@ namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The place of the next job that nobody has yet; a whole warp asks.
+// Takes the next unassigned job and returns its index in the list. Called by a whole warp.
 __device__ inline int32_t take_job(const Launch& launch, int lane) {
   const int32_t placed = kPlacedJobs * static_cast<int32_t>(gridDim.x);
-  if (placed >= launch.jobs.count()) return placed;  // there is no counter
+  if (placed >= launch.jobs.count()) return placed;  // all jobs are placed: there is no counter
   int32_t taken = 0;
   if (lane == 0) taken = atomicAdd(launch.taken, 1);
   return placed + __shfl_sync(kAllLanes, taken, 0);
 }
 
-// Finds the thread block's jobs and says of each which keys its rows see, from positions and
-// offsets that lie on the device.
+// Finds the thread block's jobs and computes which keys the rows of each see, from the positions
+// and offsets in device memory.
 template <int kHeadDim>
 __device__ void schedule(const Launch& launch, Shared<kHeadDim>& shared, int lane) {
   const AttentionArgs& args = launch.args;
   Turn<kJobs> turn;
   for (int32_t n = 0;; ++n) {
-    // Not before the job before the last one is done, for another thread block may be free sooner.
+    // A job is taken only when the one before the last is done, because another thread block may be
+    // free sooner.
     ptx::mbarrier_wait(ptx::shared_address(&shared.job_empty[turn.stage()]), turn.parity() ^ 1);
     const int32_t place = n < kPlacedJobs ? job_place(static_cast<int32_t>(blockIdx.x),
                                                       static_cast<int32_t>(gridDim.x), n)
@@ -51,7 +52,7 @@ __device__ void schedule(const Launch& launch, Shared<kHeadDim>& shared, int lan
       job.first_key = static_cast<int32_t>(offset_at(args.cu_k, block.sequence, args.k_tokens));
       const int32_t end =
           static_cast<int32_t>(offset_at(args.cu_k, block.sequence + 1, args.k_tokens));
-      // Rows ascend in position, so the last one sees the most keys and the first one the fewest.
+      // Rows ascend in position, so the last row sees the most keys and the first one the fewest.
       const int32_t last = job.q_token + (job.rows - 1) / launch.group;
       const int32_t* k_pos = args.k_pos + job.first_key;
       job.keys =
@@ -60,7 +61,7 @@ __device__ void schedule(const Launch& launch, Shared<kHeadDim>& shared, int lan
           static_cast<int32_t>(visible_keys_by_warp(k_pos, job.keys, args.q_pos[job.q_token]));
     }
     const int32_t* between = args.k_pos + job.first_key + job.dense_keys;
-#pragma unroll 1  // registers are few here
+#pragma unroll 1  // to save registers
     for (int32_t row = lane; row < Sizes<kHeadDim>::kRows; row += kWarp) {
       int32_t limit = 0;
       if (row < job.rows) {
@@ -78,8 +79,8 @@ __device__ void schedule(const Launch& launch, Shared<kHeadDim>& shared, int lan
   }
 }
 
-// Has TMA fetch Q once a job and K and V tile by tile, as buffers become empty; one thread. V of a
-// tile is asked for after K of the next: so they are used.
+// Makes TMA fetch Q once per job and K and V tile by tile, as buffers become empty. Run by one
+// thread. The V of a tile is requested after the K of the next, which is the order of their use.
 template <int kHeadDim>
 __device__ void load(const Launch& launch, Shared<kHeadDim>& shared) {
   using Plan = Sizes<kHeadDim>;
@@ -134,18 +135,18 @@ __device__ void load(const Launch& launch, Shared<kHeadDim>& shared) {
   }
 }
 
-// Keys that no row of the job sees have weight 0, but what lies in their slots of V may be infinite
-// or no number, and 0 times that is no number either: clears them in a job's last tile, where it
-// comes between TMA and the consumers. What lies in K does not matter: masks replace those scores.
+// Keys that no row of the job sees have weight 0, but their slots of V may hold infinity or NaN,
+// and 0 times that is NaN. This clears them in a job's last tile, between TMA and the consumers.
+// The slots of K do not matter, because masks replace those scores.
 template <int kHeadDim>
 __device__ void clean(Shared<kHeadDim>& shared, int lane) {
   using Plan = Sizes<kHeadDim>;
   Turn<kJobs> job_turn;
-  uint32_t parities = 0;       // of v_arrived: a bit for each, which only these tiles take in turn
+  uint32_t parities = 0;       // of v_arrived, one bit each; only last tiles use them
   Turn<Plan::kStages> v_turn;  // of the job's first tile
   for (;; job_turn.next()) {
     const Job job = next_job(shared, job_turn);
-    __syncwarp();  // all lanes have read it
+    __syncwarp();  // all lanes have read the job
     if (lane == 0) {
       ptx::mbarrier_arrive(ptx::shared_address(&shared.job_empty[job_turn.stage()]));
     }
@@ -155,7 +156,7 @@ __device__ void clean(Shared<kHeadDim>& shared, int lane) {
       const int stage = v_turn.stage();
       ptx::mbarrier_wait(ptx::shared_address(&shared.v_arrived[stage]), parities >> stage & 1);
       parities ^= 1u << stage;
-      // The swizzle moves chunks within a row alone.
+      // The swizzle moves chunks only within a row.
       for (int p = 0; p < Plan::kPanels; ++p) {
         uint4* const panel = reinterpret_cast<uint4*>(shared.v[stage][p]);
         for (int i = (kKeys - unseen) * (kRowBytes / 16) + lane; i < kKeys * (kRowBytes / 16);

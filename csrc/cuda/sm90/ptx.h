@@ -1,5 +1,5 @@
 // Every PTX instruction of compute capability 9.0a that the attention kernel uses, one wrapper
-// each; the section of the PTX ISA manual that defines it is named.
+// each, with the section of the PTX ISA manual that defines it.
 // tests/cuda_emulation/cuda/sm90/ptx.h has the same wrappers for the CPU.
 //
 // A shared address is a 32-bit address of the shared state space. A block without a cluster is a
@@ -18,25 +18,25 @@
 namespace cptool::cuda::ptx {
 namespace {
 
-// mbarrier.init (9.7.13.15.9): a barrier whose every phase waits for `arrivals`, and for the bytes
-// that its arrivals say will come. A phase has parity 0 or 1, the first one 0.
+// mbarrier.init (9.7.13.15.9): a barrier, each phase of which waits for `arrivals` arrivals and for
+// the bytes that they announce. A phase has parity 0 or 1, the first one 0.
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// fence.mbarrier_init and fence.proxy.async (9.7.13.4): barriers that this thread has initialised
-// are so for TMA, which reaches them through the async proxy, after a barrier of the block.
+// fence.mbarrier_init and fence.proxy.async (9.7.13.4): after these and a barrier of the block,
+// TMA, which uses the async proxy, sees the barriers that this thread has initialised.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// fence.proxy.async (9.7.13.4): what this thread wrote to shared memory is there for wgmma.
+// fence.proxy.async (9.7.13.4): makes this thread's writes to shared memory visible to wgmma.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// mbarrier.arrive (9.7.13.15.13), release: what this thread did before is seen by who waits.
+// mbarrier.arrive (9.7.13.15.13), release: threads that wait see what this thread did before.
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -48,7 +48,8 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
 }
 
 // mbarrier.try_wait.parity (9.7.13.15.16), acquire: waits until the phase of this parity is over.
-// It may give up early, hence the loop. The phase before the first counts as over, with parity 1.
+// The instruction may return early, hence the loop. The phase before the first counts as over, with
+// parity 1.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t over;
   do {
@@ -72,8 +73,8 @@ __device__ __forceinline__ void barrier_arrive(uint32_t id, uint32_t threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// setmaxnreg (9.7.19.5): all warps of a warpgroup give registers back to the block's pool, or wait
-// for more from there. Multiples of 8 from 24 to 256.
+// setmaxnreg (9.7.19.5): all warps of a warpgroup return registers to the block's pool, or wait for
+// more from it. Multiples of 8 from 24 to 256.
 template <int kRegisters>
 __device__ __forceinline__ void registers_shrink() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -101,26 +102,26 @@ __device__ __forceinline__ void load_box(uint32_t to, const TensorMap& map, int3
 }
 
 // wgmma.fence (9.7.15.7.1): orders a warpgroup's accesses to registers before its next products,
-// which take accumulators and fragments from them.
+// which use accumulators and fragments in registers.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// wgmma.commit_group (9.7.15.7.2): the products since the last one are a group.
+// wgmma.commit_group (9.7.15.7.2): makes a group of the products since the last group.
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// wgmma.wait_group (9.7.15.7.3): waits until at most `kPending` of the newest groups are under way.
-// Until then nobody may touch their accumulators and fragments, or write the shared memory that
-// they read.
+// wgmma.wait_group (9.7.15.7.3): waits until at most `kPending` of the newest groups are in flight.
+// Until then their accumulators and fragments must not be accessed, nor the shared memory written
+// that they read.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Registers that an asynchronous product wrote or read: keeps the compiler, which takes them for
-// written when the product is issued, from moving their uses across a wait.
+// Keeps the compiler from moving uses of registers that an asynchronous product writes or reads
+// across a wait: it assumes that they are written when the product is issued.
 template <int kCount>
 __device__ __forceinline__ void keep_in_place(float (&registers)[kCount]) {
 #pragma unroll
@@ -153,7 +154,7 @@ __device__ __forceinline__ void keep_in_place(uint32_t (&registers)[kCount]) {
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// a in shared memory as well; a and b K-major (neither transposed).
+// The same with a in shared memory too; a and b K-major (neither transposed).
 #define CPTOOL_WGMMA_SHARED(TYPE)                                                            \
   asm volatile(                                                                              \
       "{\n"                                                                                  \
@@ -177,7 +178,7 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[64], uint64_t a, uint64_
   }
 }
 
-// a in registers, b N-major (transposed), and always d += a b; N 128 or 64.
+// The same with a in registers, b N-major (transposed), and always d += a b; N is 128 or 64.
 #define CPTOOL_WGMMA_REGISTERS_128(TYPE)                                    \
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE \
                " {" CPTOOL_OPERANDS_0_31 ", " CPTOOL_OPERANDS_32_63         \

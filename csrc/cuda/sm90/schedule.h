@@ -1,9 +1,8 @@
-// What the blocks of the sm_90a kernel work on, in which order, and which keys it takes. Host and
-// device.
+// The jobs of the sm_90a kernel, their order, and the order of their keys. Host and device.
 //
 // A job is a block of packed query rows (query_blocks.h) of one KV head. There are as many thread
 // blocks as multiprocessors, and all take their jobs from one list. Blocks later in a sequence see
-// more keys, so the list has them first.
+// more keys and therefore come first in the list.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +13,7 @@
 namespace cptool::cuda::sm90 {
 namespace {
 
-constexpr int kKeys = 128;  // of a tile
+constexpr int kKeys = 128;  // per tile
 
 // The list: KV heads in groups that L2 serves together, for each group all query blocks from the
 // last to the first, for each of them the heads of the group.
@@ -36,9 +35,9 @@ struct JobList {
   }
 };
 
-// Heads whose K and V, `head_bytes` each, half of L2 holds; the other half is for Q and out. More
-// if a head would else have more than kSharers thread blocks: they read its tiles at about the same
-// time, hence an eighth of them from memory, which is little enough.
+// The number of heads whose K and V, `head_bytes` each, fit into half of L2; the other half is for
+// Q and out. More if a head would otherwise have more than kSharers thread blocks: these read its
+// tiles at about the same time, hence only an eighth of them from memory, which is little enough.
 constexpr int32_t heads_together(int64_t l2_bytes, int64_t head_bytes, int32_t kv_heads,
                                  int32_t thread_blocks) {
   constexpr int32_t kSharers = 8;
@@ -48,24 +47,26 @@ constexpr int32_t heads_together(int64_t l2_bytes, int64_t head_bytes, int32_t k
   return heads < 1 ? 1 : heads < kv_heads ? static_cast<int32_t>(heads) : kv_heads;
 }
 
-// The places in the list of a thread block's first two jobs: there and back again, so that who has
-// the longest first has the shortest next. What is left goes to whoever is done with a job, while
-// the next one already runs. In a model of causal attention that counts tiles, the last thread
-// block ends 0 to 6% after the mean, for long prompts alone and batches alike; there and back
-// without end, which needs no counter, leaves 10 to 60% on batches.
+// The places in the list of a thread block's first two jobs, in forward and then in reverse order,
+// so that the block with the longest first job has the shortest second one. The remaining jobs go
+// to blocks as they finish a job, while their next one already runs. In a model of causal attention
+// that counts tiles, the last thread block finishes 0 to 6% after the mean, for single long prompts
+// and for batches. Alternating for all jobs, which would need no counter, leaves 10 to 60% on
+// batches.
 constexpr int32_t kPlacedJobs = 2;
 CPTOOL_HOST_DEVICE constexpr int32_t job_place(int32_t thread_block, int32_t thread_blocks,
                                                int32_t n) {
   return n * thread_blocks + (n % 2 == 0 ? thread_block : thread_blocks - 1 - thread_block);
 }
 
-// Tiles are walked from the last to the first: what hides behind positions or the end of the keys
-// comes first, and the rest runs on without a branch.
+// Tiles are processed from the last to the first: those with masked or missing keys come first, and
+// the rest needs no branch.
 CPTOOL_HOST_DEVICE constexpr int32_t tile_count(int32_t keys) {
   return keys <= 0 ? 0 : (keys - 1) / kKeys + 1;
 }
 
-// Whether some row does not see all of the tile; `dense_keys`: the keys that every row sees.
+// Returns whether some row does not see all of the tile. `dense_keys`: the keys that every row
+// sees.
 CPTOOL_HOST_DEVICE constexpr bool tile_is_masked(int32_t tile, int32_t dense_keys) {
   return tile >= dense_keys / kKeys;
 }

@@ -1,4 +1,4 @@
-// Sizes of the sm_90a kernel, what a launch gives it, and what a thread block holds in shared
+// The sizes of the sm_90a kernel, its launch parameters, and what a thread block holds in shared
 // memory.
 #pragma once
 
@@ -13,23 +13,25 @@ namespace cptool::cuda::sm90 {
 namespace {
 
 constexpr int kWarpgroup = 128;
-constexpr int kWarpgroupRows = 64;  // that one warpgroup's products take
+constexpr int kWarpgroupRows = 64;  // rows in the products of one warpgroup
 constexpr int kJobs = 2;            // scheduled ahead
 
 // kHeadDim 64, 96 or 128: the tensors' head_dim, rounded up; TMA fills with zeros.
 template <int kHeadDim>
 struct Sizes {
   static constexpr int kPanels = (kHeadDim + kPanelColumns - 1) / kPanelColumns;
-  // Of out in registers. Panels are whole: the manual describes no product of half a swizzle.
+  // Columns of out in registers. Panels are whole: the manual describes no product of half a
+  // swizzle.
   static constexpr int kColumns = kPanels * kPanelColumns;
   // Consumer warpgroups. A third one's accumulators of 128 columns would not fit in the registers.
   static constexpr int kConsumers = kPanels == 1 ? 3 : 2;
   static constexpr int kRows = kConsumers * kWarpgroupRows;
   static constexpr int kStages = kPanels == 1 ? 4 : 2;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-  // A launch allots 65536 / kThreads, rounded down to a multiple of 8, to each thread; the
-  // warpgroups share them out anew. For head_dim 128 a consumer holds 64 scores, 32 weights and 64
-  // of out, and takes 184 registers in all; for 64, 64, 32, 32 and 152.
+  // A launch gives each thread 65536 / kThreads registers, rounded down to a multiple of 8; the
+  // warpgroups then redistribute them. For head_dim 128 a consumer thread holds 64 scores, 32
+  // weights and 64 elements of out, and uses 184 registers in all; for head_dim 64 it is 64, 32, 32
+  // and 152.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
@@ -39,17 +41,17 @@ struct Sizes {
   static constexpr int kPanelBytes = kKeys * kRowBytes;  // of K and V
 };
 
-// What the scheduler tells the other warps of a job.
+// A job, as the scheduler passes it to the other warps.
 struct Job {
   int32_t rows;  // packed rows; negative: there are no more jobs
   int32_t kv_head;
   int32_t q_token;     // the first one, in q
   int32_t first_key;   // of the sequence, in k
-  int32_t keys;        // of the sequence that the last row sees, hence any
-  int32_t dense_keys;  // that the first row sees, hence all
+  int32_t keys;        // of the sequence that the last row, and therefore any row, sees
+  int32_t dense_keys;  // that the first row, and therefore every row, sees
 };
 
-// A parameter of the kernel. TMA reads the maps from there.
+// The kernel's parameter, from which TMA reads the maps.
 struct Launch {
   TensorMap q, k, v;
   AttentionArgs args;
@@ -70,12 +72,12 @@ struct Shared {
   alignas(kSwizzleBytes) uint8_t v[Plan::kStages][Plan::kPanels][Plan::kPanelBytes];
   Job jobs[kJobs];
   int32_t limits[kJobs][Plan::kRows];  // keys of the sequence that each row of the job sees
-  // mbarriers. "full": a load is there; "empty": its last reader is done.
+  // mbarriers. "full": a load has arrived; "empty": its last reader is done.
   uint64_t job_full[kJobs], job_empty[kJobs];
   uint64_t q_full, q_empty;
   uint64_t k_full[Plan::kStages], k_empty[Plan::kStages];
   uint64_t v_full[Plan::kStages], v_empty[Plan::kStages];
-  uint64_t v_arrived[Plan::kStages];  // a last tile, whose unseen rows are still to be cleared
+  uint64_t v_arrived[Plan::kStages];  // a last tile has arrived; its unseen rows must be cleared
 };
 
 template <int kHeadDim>
@@ -86,7 +88,7 @@ __device__ void init_barriers(Shared<kHeadDim>& shared) {
   };
   for (int i = 0; i < kJobs; ++i) {
     init(shared.job_full[i], 1);
-    init(shared.job_empty[i], kConsumerWarps + 2);  // and the loader and the cleaner
+    init(shared.job_empty[i], kConsumerWarps + 2);  // with the loader and the cleaner
   }
   init(shared.q_full, 1);
   init(shared.q_empty, kConsumerWarps);
@@ -100,7 +102,7 @@ __device__ void init_barriers(Shared<kHeadDim>& shared) {
   ptx::fence_mbarrier_init();
 }
 
-// Waits for the next job. The caller arrives at job_empty when its warp needs it no longer.
+// Waits for the next job. The caller arrives at job_empty when its warp no longer needs it.
 template <int kHeadDim>
 __device__ __forceinline__ const Job& next_job(const Shared<kHeadDim>& shared,
                                                const Turn<kJobs>& turn) {

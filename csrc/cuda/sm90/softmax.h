@@ -1,7 +1,7 @@
-// Online softmax in the registers of a consumer warpgroup, and what becomes of its result.
+// Online softmax in the registers of a consumer warpgroup, and how its result is written.
 //
 // Thread i of a warpgroup holds columns 8 j + 2 t and 8 j + 2 t + 1, t = i % 4, of rows g and g + 8
-// of its warp (ptx.h): four neighbours share two rows. An array of accumulators thus goes
+// of its warp (ptx.h): four neighbours share two rows. An array of accumulators is therefore
 // [column block j][row 0 or 1][column 0 or 1].
 #pragma once
 
@@ -30,18 +30,18 @@ __device__ __forceinline__ float quad_sum(float value) {
   return value + __shfl_xor_sync(kWholeWarp, value, 2);
 }
 
-// The state of a thread's two rows. In units of log 2: a weight is 2^(scale_log2 score - max).
+// The state of a thread's two rows, in units of log 2: a weight is 2^(scale_log2 score - max).
 struct RowPair {
   float max[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};  // of this thread's columns
 
-  // Turns a tile's scores into weights and takes them into the state. What was summed before is to
-  // be multiplied by keep.
+  // Turns a tile's scores into weights and adds them to the state. The caller multiplies earlier
+  // sums of weighted values by `keep`.
   __device__ __forceinline__ void absorb(float (&scores)[kKeys / 2], float scale_log2,
                                          float (&keep)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      // Two chains each for maximum and sum: one would wait for its own results.
+      // Two chains each for maximum and sum, because a single one would wait for its own results.
       float largest = scores[2 * row], other = scores[2 * row + 1];
 #pragma unroll
       for (int j = 1; j < kKeys / 8; ++j) {
@@ -49,7 +49,7 @@ struct RowPair {
         other = fmaxf(other, scores[4 * j + 2 * row + 1]);
       }
       largest = fmaxf(largest, other);
-      // One product for the maximum, used by weights, keep and lse alike: its rounding cancels.
+      // The maximum is rounded once, for weights, keep and lse alike, so that its rounding cancels.
       const float larger = fmaxf(max[row], quad_max(largest) * scale_log2);
       const float base = larger == -INFINITY ? 0.0f : larger;  // -inf - -inf would be NaN
       keep[row] = ptx::exp2_approx(max[row] - base);
@@ -68,7 +68,7 @@ struct RowPair {
     }
   }
 
-  // In natural units, over all columns.
+  // Returns the state in natural units, over all columns.
   __device__ __forceinline__ SoftmaxState state(int row) const {
     SoftmaxState whole;
     whole.max = max[row] * kLn2;
@@ -98,8 +98,8 @@ __device__ __forceinline__ void pack_weights(const float (&weights)[kKeys / 2],
   }
 }
 
-// Of two neighbouring column blocks, 8 columns each, a thread holds two columns each. Neighbours
-// swap, and an even thread has four of the first block from 2 t on, an odd one four of the second
+// A thread holds two columns of each of two neighbouring column blocks of 8. After neighbours swap,
+// an even thread has four columns of the first block from 2 t on, an odd one four of the second
 // from 2 t - 2 on.
 __device__ __forceinline__ float4 four_columns(const float* first, const float* second, int lane) {
   const bool odd = lane % 2 != 0;
@@ -108,8 +108,8 @@ __device__ __forceinline__ float4 four_columns(const float* first, const float* 
   return odd ? make_float4(x, y, second[0], second[1]) : make_float4(first[0], first[1], x, y);
 }
 
-// Of four column blocks, packed, the four threads of a row hold a quarter each: transposes, and
-// thread t has all of block t.
+// The four threads of a row hold a quarter each of four packed column blocks. After the
+// transposition thread t holds all of block t.
 __device__ __forceinline__ uint4 eight_columns(uint32_t a, uint32_t b, uint32_t c, uint32_t d,
                                                int lane) {
   const bool odd = lane % 2 != 0;
@@ -125,8 +125,8 @@ __device__ __forceinline__ uint4 eight_columns(uint32_t a, uint32_t b, uint32_t 
   return make_uint4(a, b, c, d);
 }
 
-// Writes row 0 or 1 of a thread's two, `at` in the result, or merges it into what is there; a whole
-// warp, each thread its share.
+// Writes one of a thread's two rows, at row `at` of the result, or merges it into the existing row.
+// Called by a whole warp; each thread writes its part.
 template <class T, int kCount>
 __device__ __forceinline__ void finish_row(const AttentionArgs& args, const SoftmaxState& state,
                                            float (&out)[kCount], int row, int64_t at, bool held,
@@ -136,7 +136,7 @@ __device__ __forceinline__ void finish_row(const AttentionArgs& args, const Soft
   __syncwarp();  // every thread of the row has read its lse before one of them writes it
   if (lane % 4 == 0) result.store_lse(target);
 #pragma unroll
-  for (int j = 0; j < kCount / 4; ++j) {  // a row that saw no key is 0, whatever out holds
+  for (int j = 0; j < kCount / 4; ++j) {  // a row that saw no key is 0; out may hold anything
     float& first = out[4 * j + 2 * row];
     float& second = out[4 * j + 2 * row + 1];
     first = result.add == 0.0f ? 0.0f : first * result.add;

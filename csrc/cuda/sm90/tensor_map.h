@@ -1,5 +1,5 @@
-// The tensor maps that TMA reads: where a tensor of tokens lies in memory, and the box of it that
-// one load takes. tests/cuda_emulation/cuda/sm90/tensor_map.h has the same for the CPU.
+// The tensor maps that TMA reads: where a tensor of tokens is in memory, and the box of it that one
+// load copies. tests/cuda_emulation/cuda/sm90/tensor_map.h has the same for the CPU.
 #pragma once
 
 #include <cuda.h>
@@ -19,7 +19,7 @@ using TensorMap = CUtensorMap;
 
 namespace {
 
-// cuTensorMapEncodeTiled of the driver that is there: the extension links with none.
+// cuTensorMapEncodeTiled of the installed driver, with which the extension does not link.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const PFN_cuTensorMapEncodeTiled_v12000 encoder = [] {
     void* function = nullptr;
@@ -42,9 +42,9 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// The map of a tensor [tokens, heads, head_dim] of 16-bit elements, strides in bytes, and its box
-// of `columns` (128 bytes) of `box_heads` heads of `box_tokens` tokens. A box's rows are 128 bytes
-// apart in shared memory, head after head and token after token, swizzled (descriptors.h).
+// Makes the map of a tensor [tokens, heads, head_dim] of 16-bit elements, strides in bytes, and its
+// box of `columns` (128 bytes) of `box_heads` heads of `box_tokens` tokens. A box's rows are 128
+// bytes apart in shared memory, head after head and token after token, swizzled (descriptors.h).
 inline TensorMap tensor_map(ScalarType dtype, const void* tensor, int64_t tokens,
                             int64_t token_stride, int64_t heads, int64_t head_stride,
                             int64_t head_dim, uint32_t columns, uint32_t box_heads,

@@ -1,0 +1,216 @@
+// Attention of bfloat16 with AMX: both products are tile products with float32 accumulation, the
+// softmax is AVX-512.
+//
+// Transposed like all panels (avx512_panel.h), scores^T = K Q^T and out^T = V^T weights^T, so that
+// - K is the row-major operand of its product and only copied into tiles; V is transposed once per
+//   tile of keys;
+// - two consecutive keys' weights, interleaved, are what the second product takes as its
+//   pair-interleaved operand;
+// - the softmax is vertical.
+// The weights are rounded to bfloat16 and the rounded values are summed, so that the normalised
+// weights add up to one and an error common to all cancels. Unnamed namespace: see isa.h.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/amx_products.h"
+
+namespace cptool::cpu {
+namespace {
+
+class AmxKernel : AmxProducts {
+ public:
+  using AmxProducts::kKeys;
+  using AmxProducts::kRows;
+  using AmxProducts::scratch_bytes;
+
+  static int heads(const AttentionArgs&) { return 1; }
+
+  AmxKernel(const AttentionArgs& args, void* scratch)
+      : AmxProducts(args.head_dim, scratch),
+        args_(args),
+        scale_log2_((args.scale < 0 ? -args.scale : args.scale) * kLog2E) {}
+
+  void begin(const RowBlock<kRows>& block) {
+    const int rows = round_up(block.rows, kPanel);
+    fixed_.rows.begin(block, rows);
+    for (int row = 0; row < rows; row += kLanes) {
+      pack_queries(block.q + row, block.rows - row, args_.head_dim, args_.scale < 0,
+                   q_ + row * dims_ * sizeof(BFloat16));
+    }
+    std::memset(acc_, 0, rows * dims_ * sizeof(float));
+  }
+
+  template <bool masked>
+  void tile(const RowBlock<kRows>& block, int64_t key, int keys) {
+    const BFloat16* k = static_cast<const BFloat16*>(block.k) + key * args_.k_token_stride;
+    const BFloat16* v = static_cast<const BFloat16*>(block.v) + key * args_.v_token_stride;
+    pack_keys(k, args_.k_token_stride, keys, args_.head_dim, k_);
+    pack_values<kKeys>(v, args_.v_token_stride, keys, args_.head_dim, v_);
+    const int share = kKeys / ((block.rows + kPanel - 1) / kPanel);
+    const int groups = static_cast<int>(dims_ / kStrip);
+    Panel weighed;   // the previous panel, whose weights are not yet multiplied with the values
+    int buffer = 0;  // which holds the scores of the current strip
+    for (int row = 0; row < block.rows; row += kPanel) {
+      prefetch_keys(args_, block, key + kKeys + row / kPanel * share, share);
+      const Visible visible(fixed_.rows, row, row + kPanel - 1, key, keys);
+      if (visible.keys == 0) continue;
+      const Panel panel{row, (visible.keys + kStrip - 1) / kStrip, 1 - weighed.weights};
+      // The first strip that some row does not see in full.
+      const int64_t seen_by_all = fixed_.rows.limit[row] - key;
+      const int dense = seen_by_all < 0 ? 0 : static_cast<int>(seen_by_all / kStrip);
+      if (weighed.strips == 0) {  // the first
+        TileSteps alone;
+        alone.scores_of = row;
+        multiply(alone);
+      }
+      for (int strip = 0; strip < panel.strips; ++strip, buffer = 1 - buffer) {
+        TileSteps beside;
+        beside.into = 1 - buffer;
+        if (strip + 1 < panel.strips) {
+          beside.scores_of = row;
+          beside.strip = strip + 1;
+        } else if (row + kPanel < block.rows) {  // the next panel sees at least as much
+          beside.scores_of = row + kPanel;
+        }
+        beside.weighed = weighed;
+        beside.group = groups * strip / panel.strips;
+        beside.group_end = groups * (strip + 1) / panel.strips;
+        if (strip < dense) {
+          weigh<false>(panel, strip, key, buffer, beside);
+        } else {
+          weigh<true>(panel, strip, key, buffer, beside);
+        }
+      }
+      weighed = panel;
+    }
+    TileSteps last;
+    last.weighed = weighed;
+    last.group_end = groups;
+    multiply(last);
+  }
+
+  // Transposes the accumulator of every 16 rows, tiles [dim][row], into 16 rows, in place.
+  void finish(const RowBlock<kRows>& block) {
+    float* rows = reinterpret_cast<float*>(k_);  // the keys are no longer needed
+    for (int row = 0; row < block.rows; row += kLanes) {
+      float* acc = accumulator(row);
+      for (int64_t d = 0; d < dims_; d += kLanes) {
+        __m512 r[kLanes];
+        for (int i = 0; i < kLanes; ++i) r[i] = _mm512_load_ps(acc + (d + i) * kLanes);
+        transpose16(r);
+        for (int i = 0; i < kLanes; ++i) _mm512_store_ps(rows + i * dims_ + d, r[i]);
+      }
+      std::memcpy(acc, rows, kLanes * dims_ * sizeof(float));
+    }
+  }
+
+  const float* acc(int row) const { return accumulator(0) + row * dims_; }
+  SoftmaxState state(int row) const { return fixed_.rows.state(row); }
+
+ private:
+  // Turns the scores of a strip into weights, interleaved with the tile products `beside`. The
+  // weights are computed relative to the previous maxima, so that nothing waits for new ones. If
+  // those turn out to be too low, which is rare, they are raised and the weights computed again.
+  template <bool masked>
+  void weigh(const Panel& panel, int strip, int64_t key, int buffer, const TileSteps& beside) {
+    RowStates<kRows>& rows = fixed_.rows;
+    const float* scores = fixed_.scores + buffer * kLanes;
+    const __m512i first_key = _mm512_set1_epi32(static_cast<int32_t>(key + strip * kStrip));
+    const __m512i left[2] = {
+        _mm512_sub_epi32(_mm512_load_si512(rows.limit + panel.row), first_key),
+        _mm512_sub_epi32(_mm512_load_si512(rows.limit + panel.row + kLanes), first_key)};
+    const __m512 scale = _mm512_set1_ps(scale_log2_);
+    char* to = weight_tiles(panel, strip);
+    __m512 base[2], total[2], most[2];
+    auto begin = [&] {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        base[half] = _mm512_load_ps(rows.max + panel.row + half * kLanes);
+        total[half] = _mm512_load_ps(rows.sum + panel.row + half * kLanes);
+        most[half] = _mm512_set1_ps(-INFINITY);
+      }
+    };
+    auto weigh_pairs = [&](int first, int end) {
+      for (int pair = first; pair < end; ++pair) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          __m512i weight[2];
+#pragma GCC unroll 2
+          for (int i = 0; i < 2; ++i) {
+            const int j = 2 * pair + i;
+            const __m512 score = _mm512_load_ps(scores + (half * kStrip + j) * kScoreLanes);
+            __m512 w = exp2_cubic(_mm512_fmsub_ps(score, scale, base[half]));
+            if (masked) {
+              const __mmask16 visible = _mm512_cmpgt_epi32_mask(left[half], _mm512_set1_epi32(j));
+              w = _mm512_maskz_mov_ps(visible, w);
+              most[half] = _mm512_mask_max_ps(most[half], visible, most[half], score);
+            } else {
+              most[half] = _mm512_max_ps(most[half], score);
+            }
+            weight[i] = round_bits(w);
+          }
+          total[half] = _mm512_add_ps(total[half], _mm512_add_ps(_mm512_castsi512_ps(weight[0]),
+                                                                 _mm512_castsi512_ps(weight[1])));
+          _mm512_store_si512(to + half * kTileBytes + pair * 64, pair_up(weight[0], weight[1]));
+        }
+      }
+    };
+    begin();
+    const int steps = count(beside);
+    for (int i = 0; i < steps; ++i) {
+      step(beside, i);
+      weigh_pairs(kLanes * i / steps, kLanes * (i + 1) / steps);
+    }
+    if (steps == 0) weigh_pairs(0, kLanes);
+    __mmask16 exceeded = 0;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      most[half] = _mm512_mul_ps(most[half], scale);
+      exceeded |= _mm512_cmp_ps_mask(most[half], _mm512_add_ps(base[half], _mm512_set1_ps(kSlack)),
+                                     _CMP_GT_OQ);
+    }
+    if (exceeded) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) raise(panel, half, strip, most[half]);
+      begin();
+      weigh_pairs(0, kLanes);
+    }
+    _mm512_store_ps(rows.sum + panel.row, total[0]);
+    _mm512_store_ps(rows.sum + panel.row + kLanes, total[1]);
+  }
+
+  // Raises the maxima of 16 rows to at least `top`, and rescales everything that was computed
+  // relative to the old ones.
+  __attribute__((noinline)) void raise(const Panel& panel, int half, int strip, __m512 top) {
+    RowStates<kRows>& rows = fixed_.rows;
+    const int row = panel.row + half * kLanes;
+    const __m512 old = _mm512_load_ps(rows.max + row);
+    const __m512 base = _mm512_max_ps(old, top);
+    const __m512 keep = exp2_full(_mm512_sub_ps(old, base));
+    _mm512_store_ps(rows.max + row, base);
+    _mm512_store_ps(rows.sum + row, _mm512_mul_ps(_mm512_load_ps(rows.sum + row), keep));
+    float* acc = accumulator(row);
+    for (int64_t d = 0; d < dims_; ++d)
+      _mm512_store_ps(acc + d * kLanes, _mm512_mul_ps(_mm512_load_ps(acc + d * kLanes), keep));
+    const __m512i high_half = _mm512_set1_epi32(-0x10000);
+    for (int s = 0; s < strip; ++s) {  // weights that are not accumulated yet
+      for (int pair = 0; pair < kLanes; ++pair) {
+        char* at = weight_tiles(panel, s) + half * kTileBytes + pair * 64;
+        const __m512i both = _mm512_load_si512(at);
+        const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), keep);
+        const __m512 odd =
+            _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(both, high_half)), keep);
+        _mm512_store_si512(at, pair_up(round_bits(even), round_bits(odd)));
+      }
+    }
+  }
+
+  FlushSubnormals flush_;
+  const AttentionArgs& args_;
+  TileConfig config_;
+  float scale_log2_;
+};
+
+}  // namespace
+}  // namespace cptool::cpu

@@ -1,0 +1,56 @@
+// What an instruction set offers: the kernels that are compiled for it.
+//
+// Each instruction set is one translation unit, NAME.cpp, with one line in CMakeLists.txt that
+// gives its name and compiler flags. It defines `isa_NAME` and keeps everything else in an unnamed
+// namespace. It must not instantiate anything of the standard library that is not inlined
+// (containers, algorithms, std::function): the linker keeps one copy of such a function for the
+// whole extension, and that copy may hold instructions that the machine lacks.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+#include "tokenwise.h"
+
+namespace cptool::cpu {
+
+struct AttentionKernel {
+  // head_dim: a multiple of 8, at most 256.
+  bool (*handles)(ScalarType dtype, int64_t head_dim) = nullptr;
+  // Results do not depend on `threads`.
+  void (*attention_partial)(const AttentionArgs& args, int threads) = nullptr;
+  // Up to this many query rows per KV head it reads keys and values in place instead of packing
+  // them first. 0: it has one way to read them.
+  int stream_rows = 0;
+};
+
+// Products of few rows x with the rows of a matrix w. A result depends on its own row of x and of w
+// alone, not on which rows or columns are computed with it.
+struct FewRowsKernel {
+  bool (*handles)(ScalarType dtype) = nullptr;
+  int64_t (*packed_row_bytes)(const LinearArgs& args) = nullptr;
+  // Writes x in the order in which `columns` reads it.
+  void (*pack)(const LinearArgs& args, void* packed) = nullptr;
+  // Computes the columns [begin, end) of all rows.
+  void (*columns)(const LinearArgs& args, const void* packed, int64_t begin, int64_t end) = nullptr;
+};
+
+// Each function computes [begin, end) of the rows or tokens.
+struct TokenwiseKernels {
+  void (*rms_norm)(const RmsNormArgs& args, int64_t begin, int64_t end) = nullptr;
+  void (*rotate)(const RotateArgs& args, int64_t begin, int64_t end) = nullptr;
+  void (*swiglu)(const SwigluArgs& args, int64_t begin, int64_t end) = nullptr;
+};
+
+// A null member means that the instruction set has no kernel of its own for that work: the fastest
+// lower one that has one runs instead.
+struct Isa {
+  const char* name;
+  bool (*supported)();  // by this processor and operating system
+  AttentionKernel attention = {};
+  void (*merge_partials)(const MergeArgs& args, int threads) = nullptr;
+  FewRowsKernel few_rows = {};
+  TokenwiseKernels tokenwise = {};
+};
+
+}  // namespace cptool::cpu

@@ -1,0 +1,21 @@
+// The operations on the CPU. Each selects an instruction set (dispatch.h) and divides its work over
+// threads; results do not depend on `threads`.
+#pragma once
+
+#include "attention.h"
+#include "tokenwise.h"
+
+namespace cptool::cpu {
+
+// Checks offsets and positions first. Throws std::invalid_argument.
+void attention_partial(const AttentionArgs& args, int threads);
+void merge_partials(const MergeArgs& args, int threads);
+
+// A row's result does not depend on the other rows of a call.
+void linear(const LinearArgs& args, int threads);
+
+void rms_norm(const RmsNormArgs& args, int threads);
+void rotate(const RotateArgs& args, int threads);
+void swiglu(const SwigluArgs& args, int threads);
+
+}  // namespace cptool::cpu

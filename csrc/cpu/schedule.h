@@ -1,0 +1,54 @@
+// How the work of one attention call is divided into items that threads take in turn.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+namespace cptool::cpu {
+
+// A block of query rows and a range of keys, of one or more KV heads of one sequence. A KV head has
+// one row for each query token of the sequence and each of the G = q_heads / kv_heads query heads
+// that share it, token-major: row r is token r / G, head kv_head * G + r % G.
+struct WorkItem {
+  int32_t sequence;
+  int32_t kv_head;     // the first
+  int32_t kv_heads;    // at least 1
+  int64_t row_begin;   // first packed row, within the sequence
+  int32_t rows;        // of each head, at least 1
+  int32_t split;       // the group of items that share these rows, each with some keys; -1: none
+  int64_t key_begin;   // within the sequence; a multiple of 1024
+  int64_t key_end;     // at most the largest limit of the rows
+  float* partial_out;  // [kv_heads * rows, head_dim] of an item of a group, else null
+  float* partial_lse;  // [kv_heads * rows]
+};
+
+// The work items of one call, longest first. They depend on the shapes and positions alone, not on
+// the number of threads, and therefore so do the results.
+class Schedule {
+ public:
+  // `block_rows`: packed rows of each KV head of a full item; `block_heads`: its KV heads.
+  Schedule(const AttentionArgs& args, int block_rows, int block_heads);
+  ~Schedule();
+  Schedule(const Schedule&) = delete;
+  Schedule& operator=(const Schedule&) = delete;
+
+  // Returns the next item for the calling thread, or null when none is left. Thread-safe.
+  const WorkItem* next();
+  // Records that the partial of `item`, one of a group, is written. Returns true for the last item
+  // of the group, whose caller then merges the group.
+  bool complete(const WorkItem& item);
+  // Returns the items of the group, in the order of their keys.
+  const WorkItem* group(int32_t split, int32_t* count) const;
+  // [q_tokens]: how many keys of its sequence each query token sees. These are the first keys,
+  // because positions ascend.
+  const int64_t* limits() const;
+  // Returns how many of `threads` threads are worth waking.
+  int useful_threads(int threads) const;
+
+ private:
+  struct State;
+  State* state_;
+};
+
+}  // namespace cptool::cpu
