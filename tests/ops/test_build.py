@@ -52,7 +52,7 @@ def test_kernels_beyond_the_baseline_export_no_shared_function():
     """A weak one could replace the baseline's copy on machines that lack its instructions."""
     objects = [
         path
-        for isa in ops.build_info()["isas"][1:]
+        for isa in build_info()["isas"][1:]
         for path in ROOT.glob(f"build/temp*/cmake/CMakeFiles/_C.dir/csrc/cpu/{isa}.cpp.o")
     ]
     if not objects:
