@@ -1,4 +1,4 @@
-"""Compiles csrc/ into cptool/_C with CMake and Ninja; all else is in pyproject.toml.
+"""Compile csrc/ into cptool/_C with CMake and Ninja; everything else is in pyproject.toml.
 
 Environment: CPTOOL_CUDA=auto|on|off (auto: if nvcc is found), CPTOOL_CUDA_ARCHS (default "80;90a"),
 CPTOOL_WERROR=1 (warnings are errors), CPTOOL_SANITIZE (as in -fsanitize=; used by
@@ -23,7 +23,7 @@ source_hash = runpy.run_path(str(ROOT / "cptool" / "ops" / "extension.py"))["sou
 
 
 class CMakeBuild(build_ext):
-    """Builds the one extension with CMake in the build directory, which later builds reuse."""
+    """Build the extension with CMake in the build directory, which later builds reuse."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -40,8 +40,8 @@ class CMakeBuild(build_ext):
             "CPTOOL_SANITIZE": os.environ.get("CPTOOL_SANITIZE", ""),
             "CPTOOL_WERROR": "ON" if os.environ.get("CPTOOL_WERROR") == "1" else "OFF",
         }
-        # An isolated build brings its own Ninja, in a directory that is gone at the next build: an
-        # old cache must not name it.
+        # An isolated build has its own Ninja, in a directory that is deleted afterwards: its path
+        # must not be cached.
         configure = [
             "cmake",
             "-G",

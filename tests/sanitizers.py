@@ -1,4 +1,4 @@
-"""Builds the CPU extension with sanitizers and runs the tests of the ops under them.
+"""Build the CPU extension with sanitizers and run the tests of the ops under them.
 
     python tests/sanitizers.py [address] [thread] [--short]
 
@@ -36,7 +36,7 @@ OPTIONS = {
 
 
 def build(kind: str) -> Path:
-    """The folder of a package with the instrumented extension."""
+    """Build the instrumented extension. Return the folder of a package that contains it."""
     folder = ROOT / "build" / f"sanitized-{kind}"
     environment = os.environ | {"CPTOOL_SANITIZE": SANITIZERS[kind], "CPTOOL_CUDA": "off"}
     command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={folder}"]
@@ -53,7 +53,7 @@ def build(kind: str) -> Path:
 
 
 def library(name: str) -> str:
-    """The path of a shared library of the compiler."""
+    """Return the path of a shared library of the compiler."""
     compiler = os.environ.get("CXX", "c++")
     command = [compiler, f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

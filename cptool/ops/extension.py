@@ -1,4 +1,4 @@
-"""Loads the compiled extension, cptool._C, and says what to do when it is missing or stale."""
+"""Load the compiled extension, cptool._C, or report how to build it if it is missing or stale."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _REMEDY = "build it with `pip install .` (or `pip install -e .`) in the checkout
 
 
 def source_hash(csrc: Path) -> str:
-    """Hex digest of the names and contents of the sources under `csrc`, as setup.py bakes it in."""
+    """Return the hex digest of the names and contents of the sources under `csrc`.
+
+    setup.py compiles it into the extension.
+    """
     digest = hashlib.sha256()
     for path in sorted(path for path in csrc.rglob("*") if path.suffix in _SOURCES):
         digest.update(f"{path.relative_to(csrc).as_posix()}\0".encode())
@@ -25,7 +28,7 @@ def source_hash(csrc: Path) -> str:
 
 
 def _candidates(package: Path) -> Iterator[Path]:
-    """Extensions built beside the package, then installed ones.
+    """Yield the paths of extensions beside the package, then of installed ones.
 
     `python -m cptool` and `torchrun -m cptool` in a checkout import the checkout's package, which
     has no extension unless the install was editable: the one that `pip install .` put elsewhere
@@ -40,7 +43,7 @@ def _candidates(package: Path) -> Iterator[Path]:
 
 
 def _import(path: Path, attempt: int) -> ModuleType:
-    # Of a name, pybind11 makes one module in a process: every attempt needs its own.
+    # pybind11 creates one module per name in a process, so every attempt needs its own name.
     spec = importlib.util.spec_from_file_location(f"cptool.{attempt}._C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -65,10 +68,11 @@ def _mismatch(module: ModuleType, package: Path) -> str | None:
 
 
 def load() -> ModuleType:
-    """The extension module.
+    """Import and return the extension module.
 
-    Raises ImportError, one line, if there is none, or if each was built for another version than
-    the package's or from other sources than the checkout's.
+    Raises:
+        ImportError: There is none, or each was built for another version than the package's or from
+            other sources than the checkout's. The message is one line.
     """
     package = Path(__file__).resolve().parent.parent
     mismatches = []

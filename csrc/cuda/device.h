@@ -48,7 +48,7 @@ __device__ inline void store_float(void* to, ScalarType dtype, int64_t index, fl
   }
 }
 
-// Of the attention kernels: blocks of rows, KV heads.
+// Throws if an attention kernel would need a larger grid than CUDA allows.
 inline void check_grid(int64_t blocks, int64_t kv_heads) {
   if (blocks > INT32_MAX || kv_heads > UINT16_MAX) {
     throw std::invalid_argument("attention_partial on CUDA would need a grid of " +

@@ -1,9 +1,9 @@
-"""Runs a CUDA compilation and keeps what ptxas says of each kernel: registers and spills.
+"""Run a CUDA compilation and keep what ptxas reports about each kernel: registers and spills.
 
     python ptxas_report.py nvcc -Xptxas -v ... -o OBJECT
 
-CMake puts it before nvcc. Writes OBJECT.ptxas, one JSON object a kernel and architecture, prints
-one line a file and passes on whatever else the compiler says. Standard library only.
+CMake puts it before nvcc. Writes OBJECT.ptxas, one JSON object per kernel and architecture, prints
+one line per file and passes on everything else that the compiler prints. Standard library only.
 """
 
 import json
@@ -16,7 +16,7 @@ _NOISE = re.compile(r"ptxas info|\s*\d+ bytes stack frame")
 
 
 def kernels(log: str) -> list[dict]:
-    """What `ptxas -v` reports, in order."""
+    """Return what `ptxas -v` reports about each kernel, in order."""
     found: list[dict] = []
     for line in log.splitlines():
         if match := re.search(r"Compiling entry function '(.+)' for '(.+)'", line):

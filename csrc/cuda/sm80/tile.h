@@ -58,7 +58,8 @@ struct LaneRow {
       : start(tile + row * Layout<kHeadDim>::kRowBytes),
         chunk_bytes((odd_chunk ^ Layout<kHeadDim>::swizzle(row)) * 16) {}
 
-  // Of the tile of columns 16 k and on, `rows` (a multiple of 8) below.
+  // Returns the address for the tile of columns from 16 k on, `rows` (a multiple of 8) further
+  // down.
   __device__ __forceinline__ uint32_t at(int rows, int k) const {
     return start + rows * Layout<kHeadDim>::kRowBytes + (chunk_bytes ^ (32 * k));
   }
