@@ -1,6 +1,6 @@
-// Covers batches of every small shape with the blocks of csrc/cuda/query_blocks.h and complains
-// unless each packed row is in exactly one block, whatever the group and the size of a block; and
-// unless blocks stay within the tensors for offsets that make no sense.
+// Covers batches of every small shape with the blocks of csrc/cuda/query_blocks.h. Fails unless
+// each packed row is in exactly one block, for any group and block size, and unless blocks stay
+// within the tensors for invalid offsets.
 #include <cstdio>
 #include <random>
 #include <vector>

@@ -1,5 +1,5 @@
-// The sm_90a kernel's arithmetic of places, tiles, turns and descriptors (csrc/cuda/sm90/schedule.h
-// and descriptors.h) against plain counting. Complains and returns 1 where they differ.
+// Compares the sm_90a kernel's arithmetic of places, tiles, turns and descriptors
+// (csrc/cuda/sm90/schedule.h and descriptors.h) with plain counting. Fails where they differ.
 #include <algorithm>
 #include <cstdio>
 #include <functional>

@@ -1,6 +1,6 @@
-// Complains unless the pieces of csrc/cuda/splits.h hold every key exactly once, whatever the
-// numbers; unless their count is one where blocks fill the device and more where they don't; and
-// unless csrc/cuda/sm80/plan.h makes sense of the shapes that matter.
+// Fails unless the pieces of csrc/cuda/splits.h hold every key exactly once; unless there is one
+// piece where blocks fill the device and more where they do not; and unless csrc/cuda/sm80/plan.h
+// chooses well for the shapes that matter.
 #include <cstdio>
 #include <random>
 

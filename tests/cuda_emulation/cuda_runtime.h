@@ -1,5 +1,5 @@
-// In the place of CUDA's header, for g++: qualifiers, built-in variables, warp functions and the
-// few runtime calls that the kernels' files make.
+// Replaces CUDA's header for g++: qualifiers, built-in variables, warp functions and the few
+// runtime calls that the kernels' files make.
 #pragma once
 
 #include <algorithm>
@@ -144,7 +144,7 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, !vote) == 0; }
 
-// One CPU thread runs all: what is atomic, and seen by all at once, is so already.
+// One CPU thread runs everything, so every operation is atomic and visible to all threads.
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 template <class T>

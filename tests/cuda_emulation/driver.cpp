@@ -1,4 +1,4 @@
-// What tests/cuda_emulator.py calls through ctypes: the ops of csrc/cuda, emulated.
+// The emulated operations of csrc/cuda, which tests/helpers/cuda_emulator.py calls through ctypes.
 #include <exception>
 #include <string>
 #include <vector>
@@ -27,20 +27,20 @@ const char* caught(Run run) {
 
 extern "C" {
 
-// The kernel that later calls use at most.
+// Caps the kernel of later calls.
 bool emulated_force(const char* kernel) { return cptool::cuda::force_kernel(kernel); }
 
-// The kernel that would take the call.
+// Returns the kernel that would run the call.
 const char* emulated_kernel(const cptool::AttentionArgs* args) {
   return cptool::cuda::kernel_name(*args);
 }
 
-// Null, or what went wrong.
+// Returns null or an error message.
 const char* emulated_attention(const cptool::AttentionArgs* args, uint64_t seed,
                                bool with_workspace) {
   emulation::options.seed = seed;
   return caught([&] {
-    // Aligned like what torch allocates, and full of NaN.
+    // Aligned like torch's allocations, and filled with NaN.
     const int64_t bytes = cptool::cuda::attention_workspace(*args);
     std::vector<float4> workspace(bytes / 16 + 1, float4{NAN, NAN, NAN, NAN});
     const uintptr_t address = reinterpret_cast<uintptr_t>(workspace.data());
@@ -61,7 +61,7 @@ void emulated_readable(const uint8_t* const* ranges, int count) {
   }
 }
 
-// Counters since the last call.
+// Returns the counters since the last call.
 void emulated_counters(emulation::Counters* counters) {
   *counters = emulation::counters;
   emulation::counters = {};

@@ -138,7 +138,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
     run_one(residents);
     for (size_t i = 0; i < residents.size(); ++i) {
       if (residents[i]->block.running != 0) continue;
-      // What a block's asynchronous copies still have to do may reach its memory.
+      // Pending asynchronous copies of the block may still access its memory.
       while (!actions.empty()) take_any(actions)();
       residents.erase(residents.begin() + i);
       break;

@@ -1,12 +1,12 @@
 // A CUDA grid on one CPU thread: every CUDA thread is a fiber.
 //
 // A fiber runs until it waits: at a barrier, at a warp's collective, for an asynchronous copy. Then
-// the scheduler goes on with another one, drawn at random from a seed. So threads, warps and blocks
-// run in any order that the barriers allow, and a missing one shows: something reads what has not
-// been written, or overwrites what is still to be read. What no order can complete is reported as a
-// deadlock, with what the threads wait for.
+// the scheduler continues with another one, drawn at random from a seed. Threads, warps and blocks
+// therefore run in any order that the barriers allow, and a missing barrier has consequences:
+// something is read before it is written, or overwritten before it is read. If no thread can
+// continue, a deadlock is reported, with what the threads wait for.
 //
-// fail() ends the launch with an exception out of run_grid(), whatever thread finds the mistake.
+// fail() ends the launch with an exception from run_grid(), whichever thread calls it.
 #pragma once
 
 #include <cstddef>
@@ -34,8 +34,8 @@ constexpr int kBarriers = 16;
 
 struct Fiber;
 
-// Runs a warp's collective when all lanes of its mask are there: lanes[i] is what lane i brought,
-// null outside the mask.
+// Runs a warp's collective when all lanes of its mask have arrived: lanes[i] is the argument of
+// lane i, null outside the mask.
 using Collective = void (*)(void* const* lanes);
 
 struct Pending {
@@ -62,7 +62,7 @@ struct Block {
   size_t shared_bytes;
   Barrier barriers[kBarriers];
   std::vector<Warp> warps;
-  // What extensions keep per block (mbarriers, transactions): keyed by them, freed with the block.
+  // The state of extensions (mbarriers, transactions), freed with the block.
   std::shared_ptr<void> extension;
 };
 
@@ -95,7 +95,7 @@ struct Options {
   int compute_capability = 80;
 };
 
-// What a launch did, summed over launches until it is reset.
+// Counts over launches until they are reset.
 struct Counters {
   uint64_t blocks, switches, collectives;
   uint64_t bank_conflicts;  // of ldmatrix and the like: accesses beyond the one that is needed
@@ -110,11 +110,11 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
 
 [[noreturn]] void fail(const std::string& message);
 
-// The next 64 random bits.
+// Returns the next 64 random bits.
 uint64_t random_bits();
 
 // Lets other threads run. wait() returns after another thread or an action calls wake();
-// `waits_for`, a literal, is what a deadlock's message says.
+// `waits_for`, a literal, goes into the message of a deadlock.
 void yield();
 void wait(const char* waits_for);
 void wake(Fiber* fiber);

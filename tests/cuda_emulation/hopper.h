@@ -38,7 +38,7 @@ struct Product {
 };
 
 struct Warpgroup {
-  // A collective that some threads have arrived at.
+  // A collective at which some threads have arrived.
   const char* name = nullptr;
   int arrived = 0;
   void* threads[kWarpgroupThreads];
@@ -48,7 +48,8 @@ struct Warpgroup {
   bool late = false;  // the open group's products
   uint64_t issued = 0;
   std::deque<std::vector<Product>> groups;  // committed, oldest first; the last one is open
-  // Results that no wait has shown yet: the accumulators of thread i, by their place in thread 0.
+  // Results that no wait has made visible yet: the accumulators of thread i, by their address in
+  // thread 0.
   std::map<float*, std::vector<float>> results;
 
   Warpgroup() : groups(1) {}
@@ -92,8 +93,8 @@ inline void arrive_at(uint32_t address, uint32_t bytes) {
   end_phase_if_complete(barrier);
 }
 
-// The address at which a 128-byte-swizzled access to `address` ends: in every 1024 bytes, the
-// 16-byte chunk of a 128-byte row is exchanged for that whose number differs by the row's.
+// Returns the address that a 128-byte-swizzled access to `address` reaches: in every 1024 bytes,
+// 16-byte chunk c of 128-byte row r is exchanged with chunk c ^ r.
 inline uint32_t swizzled_128(uint32_t address) {
   const uint32_t row = address / 128 % 8, chunk = address / 16 % 8;
   return address / 128 * 128 + (row ^ chunk) * 16 + address % 16;

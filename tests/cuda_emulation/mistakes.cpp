@@ -1,5 +1,5 @@
-// Small kernels, right ones and wrong ones, that show what the emulation sees. Each function
-// returns null, "wrong result", or what the emulation found.
+// Small correct and wrong kernels, which show what the emulation detects. Each function returns
+// null, "wrong result", or the emulation's message.
 #include <stdexcept>
 
 #include "cuda/launch.h"
@@ -42,7 +42,7 @@ void reverse(const int32_t* input, int32_t* output, bool with_barrier) {
   output[i] = shared[kThreads - 1 - i];
 }
 
-// Four elements of another thread, copied in two groups of which `pending` may be under way.
+// Four elements of another thread, copied in two groups of which `pending` may be in flight.
 template <int kPending>
 void copy(const int32_t* input, int32_t* output, bool wait) {
   const int i = threadIdx.x, other = kThreads - 1 - i;

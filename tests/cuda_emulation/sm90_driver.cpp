@@ -1,4 +1,5 @@
-// What tests/test_sm90_emulation.py calls through ctypes: the kernel of csrc/cuda/sm90 alone.
+// The kernel of csrc/cuda/sm90, emulated, which tests/cuda/test_sm90_emulation.py calls through
+// ctypes.
 #include <cstring>
 #include <exception>
 #include <string>

@@ -1,6 +1,6 @@
-// One warpgroup and a warp beside it load two matrices by TMA and multiply them, in the right way
-// and in wrong ones: what the emulation of compute capability 9.0 sees. Each function returns null,
-// "wrong result", or what the emulation found.
+// One warpgroup and another warp load two matrices by TMA and multiply them, correctly and in wrong
+// ways, which shows what the emulation of compute capability 9.0 detects. Each function returns
+// null, "wrong result", or the emulation's message.
 #include <stdexcept>
 #include <vector>
 

@@ -22,8 +22,8 @@ constexpr size_t kStack = 128 * 1024;
 
 void* scheduler = nullptr;  // its stack pointer while a thread runs
 
-// Stacks, kept for later launches. A page without access ends each: an overflow is a fault here and
-// not a puzzle elsewhere.
+// Stacks, kept for later launches. Each ends in a page without access, so that an overflow faults
+// immediately.
 struct Stacks {
   std::vector<uint8_t*> all, unused;
 
@@ -46,8 +46,8 @@ struct Stacks {
 
 #if defined(__x86_64__)
 
-// Pushes what a function must preserve, leaves the stack pointer in *from and goes on where `to`
-// left off. swapcontext() would do, at the price of two system calls.
+// Pushes the registers that a function must preserve, stores the stack pointer in *from and
+// continues where `to` was left. swapcontext() would also work, but makes two system calls.
 extern "C" __attribute__((visibility("hidden"))) void emulation_switch(void** from, void* to);
 asm(R"(
 .text

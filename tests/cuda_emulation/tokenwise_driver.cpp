@@ -1,4 +1,4 @@
-// What tests/test_cuda_tokenwise.py calls through ctypes: csrc/cuda/tokenwise.cu, emulated.
+// csrc/cuda/tokenwise.cu, emulated, which tests/cuda/test_cuda_tokenwise.py calls through ctypes.
 #include <exception>
 #include <string>
 
@@ -10,7 +10,7 @@ namespace {
 
 std::string message;
 
-// Null, or what went wrong.
+// Returns null or an error message.
 template <class Args>
 const char* caught(void (*run)(const Args&, uintptr_t), const Args* args, uint64_t seed) {
   emulation::options.seed = seed;

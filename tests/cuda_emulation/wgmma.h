@@ -22,7 +22,7 @@ struct MatrixDescriptor {
         base_offset(bits >> 49 & 7),
         swizzle(bits >> 62) {
     if (swizzle != 1) fail("wgmma: the emulation knows the 128-byte swizzle alone");
-    // The pattern must start where the operand does, on a multiple of 1024 bytes.
+    // The swizzle pattern must start where the operand does, at a multiple of 1024 bytes.
     if (base_offset != 0 || start / 128 % 8 != 0) fail("wgmma: the swizzle is out of step");
   }
 
@@ -105,8 +105,8 @@ inline void execute_up_to(Block& block, Warpgroup& group, uint64_t last) {
       if (product.number <= last) execute(block, group, product);
 }
 
-// Ends all but the newest `pending` committed groups and shows the results that nothing in flight
-// still adds to.
+// Ends all but the newest `pending` committed groups, and makes the results visible to which no
+// product in flight adds.
 inline void end_groups(Block& block, Warpgroup& group, size_t pending) {
   if (!group.groups.back().empty()) fail("wgmma.wait_group: products were not committed");
   while (group.groups.size() - 1 > pending) {

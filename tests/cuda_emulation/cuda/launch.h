@@ -1,4 +1,4 @@
-// In the place of csrc/cuda/launch.h.
+// Replaces csrc/cuda/launch.h in the emulation.
 #pragma once
 
 #include "cuda_runtime.h"

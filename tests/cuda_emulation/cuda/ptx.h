@@ -1,4 +1,4 @@
-// In the place of csrc/cuda/ptx.h: the same wrappers on the CPU, after the PTX ISA manual.
+// Replaces csrc/cuda/ptx.h in the emulation: the same wrappers, written from the PTX ISA manual.
 #pragma once
 
 #include <cmath>
@@ -44,7 +44,7 @@ struct Ldmatrix {
       rows[i / 8][i % 8] = emulation::shared_pointer(address, 16, 16);
     }
     for (int j = 0; j < 4; ++j) {
-      // A matrix is fetched at once if its rows lie in different groups of four banks.
+      // A matrix is fetched in one step if its rows are in different groups of four banks.
       int times[8] = {}, most = 0;
       for (int i = 0; i < 8; ++i) {
         const uint32_t address = static_cast<Ldmatrix*>(lanes[8 * j + i])->row;

@@ -1,6 +1,5 @@
-// The tile registers of AMX in AVX-512, for machines that lack them: what csrc/cpu/amx_tiles.h
-// offers, found first on the include path of the test that runs the AMX kernel on them. Counts the
-// instructions that it stands for.
+// Replaces csrc/cpu/amx_tiles.h in tests/ops/test_emulated_amx.py: the tile registers of AMX,
+// emulated in AVX-512 for machines without them. Counts the emulated instructions.
 #pragma once
 
 #include <immintrin.h>
@@ -63,7 +62,7 @@ inline void multiply_tiles() {
   ++tile_counts.products;
 }
 
-// New tiles hold anything, as after the kernel of another thread.
+// New tiles hold garbage, as after the kernel of another thread.
 class TileConfig {
  public:
   TileConfig() { std::memset(&tiles, 0xff, sizeof(tiles)); }

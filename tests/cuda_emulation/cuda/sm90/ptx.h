@@ -1,11 +1,11 @@
-// In the place of csrc/cuda/sm90/ptx.h: mbarriers, TMA, wgmma and the fences between them, after
-// the PTX ISA manual and apart from what the kernel knows of layouts.
+// Replaces csrc/cuda/sm90/ptx.h in the emulation: mbarriers, TMA, wgmma and the fences between
+// them, written from the PTX ISA manual, independently of the layouts in the kernel.
 //
-// What is asynchronous happens at a random moment between its issue and the wait for it. Until then
-// what it writes is NaN: the destination of a copy, the accumulators of products. Operands are read
-// at that moment: shared memory that is filled anew too early, or a fragment that is overwritten
-// while in flight, shows. TMA and wgmma see shared memory through a proxy of their own, kept here
-// as a second copy: what threads write reaches it with their fence.proxy.async alone.
+// An asynchronous operation happens at a random moment between its issue and the wait for it. Until
+// then its results are NaN: the destination of a copy, the accumulators of products. Operands are
+// read at that moment, so that shared memory that is refilled too early, or a fragment that is
+// overwritten while in flight, gives a wrong result. TMA and wgmma see shared memory through a
+// proxy, which is a second copy here: writes of threads reach it only with their fence.proxy.async.
 #pragma once
 
 #include <cstring>

@@ -1,5 +1,5 @@
-// In the place of csrc/cuda/sm90/tensor_map.h: tensor maps in the clear, refused where
-// cuTensorMapEncodeTiled refuses them.
+// Replaces csrc/cuda/sm90/tensor_map.h in the emulation: readable tensor maps, rejected where
+// cuTensorMapEncodeTiled rejects them.
 #pragma once
 
 #include <stdexcept>
