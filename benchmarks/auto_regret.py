@@ -59,6 +59,7 @@ def measure(world, dtype: str, repeats: int, seconds: float, grid) -> list[dict]
     from cptool.calibration.rig import hold, predicted_s, random_model
     from cptool.engine.engine import Engine
     from cptool.engine.world_profile import world_profile
+    from cptool.planning.cost.forward import Forward
     from cptool.planning.strategy import Choice, choose
     from cptool.variants import names
 
@@ -71,15 +72,15 @@ def measure(world, dtype: str, repeats: int, seconds: float, grid) -> list[dict]
     for new, cached in grid:
         model = models[FEW_LAYERS if new <= FEW else MANY_LAYERS]
         config = model.config
-        auto = choose(
-            "auto",
+        forward = Forward(
+            config=config,
+            dtype=dtype,
             new=new,
             cached=cached,
             ranks=world.cp,
-            config=config,
-            dtype=dtype,
-            profile=profile,
+            active=world.cp,
         )
+        auto = choose("auto", forward, profile)
         active = {world.cp, auto.active} | {n for n in _halves(world.cp) if n < new <= 4096}
         choices = [Choice(v, n, "", 0.0) for n in sorted(active) for v in names()]
         engine = Engine(model, world, profile=profile)
@@ -94,9 +95,7 @@ def measure(world, dtype: str, repeats: int, seconds: float, grid) -> list[dict]
             rounds += 1
         world.report(f"{new} tokens over {cached}", len(cells), len(grid))
         predicted = {
-            f"{c.variant} on {c.active}": 1e3
-            * predicted_s(c, config, dtype, new, cached, world.cp, profile)
-            for c in choices
+            f"{c.variant} on {c.active}": 1e3 * predicted_s(c, forward, profile) for c in choices
         }
         cells.append(
             {"ranks": world.cp, "new": new, "cached": cached, "layers": config.num_hidden_layers}

@@ -62,6 +62,17 @@ def _in_a_run(measure: Callable[[], float]) -> Callable[[], float]:
     return run
 
 
+def shape_of(tokens: int, cached: int, heads: tuple[int, int], head_dim: int, dtype: str) -> Shape:
+    return Shape(
+        tokens=tokens,
+        cached=cached,
+        q_heads=heads[0],
+        kv_heads=heads[1],
+        head_dim=head_dim,
+        dtype=DTYPES[dtype],
+    )
+
+
 def _kernels(isas: tuple[str, ...], shape: Shape) -> list[str]:
     """Of `isas` ("all": every one) those that take the shape; without any, the op's own choice."""
     if not isas:
@@ -256,7 +267,7 @@ def main(
         decode_keys, merge_tokens = 8192, 2048
     log = Console(stderr=True, highlight=False)
     shapes = [
-        ("prefill", Shape(t, p, *h, d, DTYPES[dtype]))
+        ("prefill", shape_of(t, p, h, d, dtype))
         for d in head_dim
         for h in heads
         for dtype in dtypes
@@ -265,7 +276,7 @@ def main(
     ]
     if partial:
         shapes += [
-            ("prefill", Shape(t // 16, t - t // 16, *h, d, DTYPES[dtype]))
+            ("prefill", shape_of(t // 16, t - t // 16, h, d, dtype))
             for d in head_dim
             for h in heads
             for dtype in dtypes
@@ -274,7 +285,7 @@ def main(
         ]
     if decode_keys:
         shapes += [
-            ("decode", Shape(1, decode_keys - 1, *h, d, DTYPES[dtype]))
+            ("decode", shape_of(1, decode_keys - 1, h, d, dtype))
             for d in head_dim
             for h in heads
             for dtype in dtypes

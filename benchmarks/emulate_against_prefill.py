@@ -40,7 +40,14 @@ def compare(world, lengths, variant, dtype, rounds):
     results = []
     for tokens in lengths:
         scenario = Scenario(
-            MODEL, world.cp, 1, tokens, 0, variant, getattr(torch, dtype), world.device
+            config=MODEL,
+            cp=world.cp,
+            tp=1,
+            new=tokens,
+            cached=0,
+            variant=variant,
+            dtype=getattr(torch, dtype),
+            device=world.device,
         )
         measured, projected, exposed, told = [], [], [], []
         for _ in range(rounds + 1):

@@ -394,7 +394,7 @@ def ring(given) -> list[dict[str, object]]:
             transfers = CopyRing(0, ranks, device, beside, copies)
             for name in range(2):  # what is received before the first copy must be finite
                 transfers.buffer(name, tokens, kv.packed()).zero_()
-            return lambda: attend("pass-kv", q, kv, step, transfers, scale)
+            return lambda: attend("pass-kv", q, kv, step, ring=transfers, scale=scale)
 
         calls = {
             "pass-kv": forward(beside=True, copies=True),

@@ -83,18 +83,12 @@ def on_rank(world, plan: dict) -> dict[str, object]:
                         exposed.setdefault((name, variant), []).append(blocked)
         for name in rates:
             profile = profiles[name]
-            auto = choose(
-                "auto",
-                new=new,
-                cached=cached,
-                ranks=world.cp,
-                config=shape,
-                dtype=dtype,
-                profile=profile,
+            forward = Forward(
+                config=shape, dtype=dtype, new=new, cached=cached, ranks=world.cp, active=world.cp
             )
+            auto = choose("auto", forward, profile)
             medians = {v: summary(seconds[name, v])["median"] for v in plan["variants"]}
             best = min(medians, key=medians.get)
-            forward = Forward(shape, dtype, new, cached, world.cp, world.cp)
             cell = {
                 "rate": name,
                 "new": new,
@@ -114,9 +108,7 @@ def on_rank(world, plan: dict) -> dict[str, object]:
                 cell["variants"][variant] = {
                     "ttft_seconds": summary(seconds[name, variant]),
                     "exposed_seconds": summary(exposed[name, variant]),
-                    "predicted_s": predicted_s(
-                        _as(auto, variant, world.cp), shape, dtype, new, cached, world.cp, profile
-                    ),
+                    "predicted_s": predicted_s(_as(auto, variant, world.cp), forward, profile),
                     "predicted_exposed_s": layer.exposed_s,
                     "sent_bytes": layer.bytes,
                 }

@@ -69,13 +69,13 @@ RING_STEPS = [
 
 def on(new: int, cached: int, hosts: int, batch: int = 1, graph: bool = False) -> Forward:
     return Forward(
-        MODEL,
-        "bfloat16",
-        new,
-        cached,
-        hosts,
-        hosts,
-        batch,
+        config=MODEL,
+        dtype="bfloat16",
+        new=new,
+        cached=cached,
+        ranks=hosts,
+        active=hosts,
+        batch=batch,
         tp=8,
         feed_forward=PROFILE.feed_forward,
         partial_bytes=2,

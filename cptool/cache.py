@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from cptool.host import large_pages
-from cptool.parallel.step import LayerKV
 from cptool.sharding import Placement, concat
 
 NEVER = 2**31 - 1
@@ -22,13 +21,13 @@ NEVER = 2**31 - 1
 
 
 def nothing_held(batch: int, device: torch.device | str) -> Placement:
-    """What a rank holds of `batch` sequences before the first token."""
+    """Return what a rank holds of `batch` sequences before the first token."""
     return Placement.of([torch.empty(0, dtype=torch.int32)] * batch).to(device)
 
 
 def truncated(held: Placement, limits: Sequence[int]) -> Placement:
-    """The tokens of `held` whose position is less than `limits[b]`; positions ascend, so others are
-    a suffix.
+    """Return the tokens of `held` whose position is less than `limits[b]`, a prefix of each
+    sequence because positions ascend.
     """
     return Placement.of(
         [
@@ -50,6 +49,32 @@ class Slots:
     positions: torch.Tensor
 
 
+@dataclass(frozen=True)
+class LayerKV:
+    """Keys and values of one layer of a cache, as attention reads them.
+
+    `local` is `(k, v, k_pos, cu_k)`: k and v `[slots, kv_heads, head_dim]` strided views of the
+    slab, k_pos int32 `[slots]` with `NEVER` in slack slots, cu_k int32 `[batch + 1]`.
+    """
+
+    slab: torch.Tensor
+    k_pos: torch.Tensor
+    cu_k: torch.Tensor
+    held_slots: torch.Tensor | None
+
+    @property
+    def local(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """K, V, positions and sequence offsets, as `attention_partial` takes them."""
+        return self.slab[:, 0], self.slab[:, 1], self.k_pos, self.cu_k
+
+    def packed(self) -> torch.Tensor:
+        """Return K and V of the tokens held, `[tokens, 2, kv_heads, head_dim]`, contiguous.
+
+        A view if there is no slack.
+        """
+        return self.slab if self.held_slots is None else self.slab.index_select(0, self.held_slots)
+
+
 class KVCache:
     """The KV of `batch` sequences on this rank, for `layers` layers of `kv_heads` heads of
     `head_dim`.
@@ -59,18 +84,27 @@ class KVCache:
     """
 
     def __init__(
-        self, *, layers: int, kv_heads: int, head_dim: int, batch: int, dtype: torch.dtype, device
-    ):
+        self,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
         self.batch = batch
         self.held = nothing_held(batch, device)
         self._shape = (2, kv_heads, head_dim)
         self._slab = torch.empty((layers, 0, *self._shape), dtype=dtype, device=device)
         self._offsets = [0] * (batch + 1)
         self._new: slice | torch.Tensor = slice(0, 0)
+        self._held_slots: torch.Tensor | None = None
         self._index()
 
     @property
     def layers(self) -> int:
+        """Number of layers."""
         return self._slab.shape[0]
 
     @property
@@ -80,15 +114,17 @@ class KVCache:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the elements of K and V."""
         return self._slab.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where K and V lie."""
         return self._slab.device
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens held of each sequence."""
+        """Number of tokens held per sequence."""
         return self.held.cu_seqlens.diff().tolist()
 
     @property
@@ -97,9 +133,7 @@ class KVCache:
         return self._slab.nbytes
 
     def reserve(self, lengths: Sequence[int]) -> None:
-        """Makes sure that sequence b has room for `lengths[b]` tokens in all; what is held
-        stays.
-        """
+        """Make room for `lengths[b]` tokens in all of each sequence b, and keep what is held."""
         have = [stop - start for start, stop in itertools.pairwise(self._offsets)]
         if all(want <= room for want, room in zip(lengths, have, strict=True)):
             return
@@ -116,9 +150,7 @@ class KVCache:
         self._index()
 
     def extend(self, new: Placement) -> None:
-        """Appends the positions of new tokens; `store` then writes their K and V, layer by
-        layer.
-        """
+        """Append the positions of new tokens; `store` then writes their K and V layer by layer."""
         held, added = self.lengths, new.cu_seqlens.diff().tolist()
         total = [h + a for h, a in zip(held, added, strict=True)]
         room = [stop - start for start, stop in itertools.pairwise(self._offsets)]
@@ -141,21 +173,20 @@ class KVCache:
         self._index()
 
     def truncate(self, limits: Sequence[int]) -> None:
-        """Drops the tokens of sequence b whose position is `limits[b]` or more; their slots become
+        """Drop the tokens of sequence b at position `limits[b]` and beyond; their slots become
         slack.
         """
         self.held = truncated(self.held, limits)
         self._index()
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Writes K and V `[new tokens, kv_heads, head_dim]` of the tokens that `extend` announced
-        last.
-        """
+        """Write K and V `[new tokens, kv_heads, head_dim]` of the tokens of the last `extend`."""
         slab = self._slab[layer]
         slab[self._new, 0] = k
         slab[self._new, 1] = v
 
     def layer(self, layer: int) -> LayerKV:
+        """Return the keys and values of one layer, which stay valid until the next `extend`."""
         return LayerKV(self._slab[layer, : self._slots], self._k_pos, self._cu_k, self._held_slots)
 
     @property
@@ -164,7 +195,7 @@ class KVCache:
         return self._slab.data_ptr(), self._slab.shape, tuple(self._offsets)
 
     def slots(self) -> Slots:
-        """All memory as it lies now, for writing tokens to where `extend` will find them."""
+        """Return all memory as it lies now, to write tokens to where `extend` will find them."""
         positions = torch.full(
             (self._offsets[-1],), NEVER, dtype=torch.int32, device=self._slab.device
         )
@@ -173,24 +204,20 @@ class KVCache:
         return Slots(self._slab, tuple(self._offsets), positions)
 
     def tokens_from(self, layer: int, sequence: int, first: int) -> torch.Tensor:
-        """K and V of the sequence's tokens held at index `first` and after: `[tokens, 2, kv_heads,
+        """Return K and V of the sequence's tokens from index `first` on, `[tokens, 2, kv_heads,
         head_dim]`, a view.
         """
         start, held = self._offsets[sequence], self.lengths[sequence]
         return self._slab[layer, start + first : start + held]
 
     def _index(self) -> None:
-        """Works out once what every layer's view shares: slot positions, offsets and where the held
-        slots lie.
+        """Compute what the views of all layers share: positions and offsets of slots, and which
+        slots are held.
         """
         device, held = self._slab.device, self.lengths
         if self.batch == 1:  # slack lies at the end alone, so the exact view is a slice
-            self._slots, self._k_pos, self._cu_k = (
-                held[0],
-                self.held.positions,
-                self.held.cu_seqlens,
-            )
-            self._held_slots = None
+            self._slots, self._held_slots = held[0], None
+            self._k_pos, self._cu_k = self.held.positions, self.held.cu_seqlens
             return
         self._slots = self._offsets[-1]
         self._cu_k = torch.tensor(self._offsets, dtype=torch.int32, device=device)

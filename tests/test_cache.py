@@ -88,7 +88,7 @@ def test_truncate_drops_positions_and_what_follows_takes_their_place(steps, limi
     for lengths in steps:
         append(lengths)
     cache.truncate(limits[:batch])
-    kept = [row[row < limit] for row, limit in zip(kept, limits, strict=True)]
+    kept = [row[row < limit] for row, limit in zip(kept, limits[:batch], strict=True)]
     for _ in range(2):
         assert cache.lengths == list(map(len, kept))
         assert [row.tolist() for row in cache.held.sequences()] == [row.tolist() for row in kept]

@@ -40,7 +40,7 @@ def reference(lengths, ranks, starts, active):
 @given(BATCHES, st.integers(1, 7), st.integers(1, 7))
 def test_layout_follows_the_rule(batch, ranks, active):
     (lengths, starts), active = batch, min(active, ranks)
-    layout = balanced(lengths, ranks, starts, active=active)
+    layout = balanced(lengths, ranks, starts=starts, active=active)
     expected = reference(lengths, ranks, starts, active)
     new_tokens = [(s, p) for s, n in enumerate(lengths) for p in range(starts[s], starts[s] + n)]
     seen = []
@@ -68,7 +68,7 @@ def test_layout_follows_the_rule(batch, ranks, active):
 @given(BATCHES, st.integers(1, 5), st.integers(1, 5))
 def test_owner_agrees_with_the_placements(batch, ranks, active):
     lengths, starts = batch
-    layout = balanced(lengths, ranks, starts, active=min(active, ranks))
+    layout = balanced(lengths, ranks, starts=starts, active=min(active, ranks))
     for rank in range(ranks):
         for seq, positions in enumerate(layout.placement(rank).sequences()):
             for position in positions[:: max(1, len(positions) // 7)].tolist():
@@ -160,10 +160,10 @@ def test_concat_keeps_sequences_apart_and_ascending(sizes, ranks):
 @given(BATCHES.filter(lambda batch: batch[0]), st.integers(1, 5))
 def test_union_of_all_ranks_is_the_batch(batch, ranks):
     lengths, starts = batch
-    layout = balanced(lengths, ranks, starts)
+    layout = balanced(lengths, ranks, starts=starts)
     placements = layout.placements()
     whole, order = union(placements)
-    expected = balanced(lengths, 1, starts).placement(0)
+    expected = balanced(lengths, 1, starts=starts).placement(0)
     assert torch.equal(whole.positions, expected.positions)
     assert torch.equal(whole.cu_seqlens, expected.cu_seqlens)
     assert whole.positions.dtype == whole.cu_seqlens.dtype == torch.int32

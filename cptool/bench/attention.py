@@ -26,7 +26,7 @@ from cptool.ops.kernels import cpu_isa
 SAMPLED_ROWS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """`tokens` queries over `cached` keys and over themselves."""
 

@@ -22,6 +22,8 @@ from cptool.engine.sampling import Sampling
 from cptool.engine.world_profile import world_profile
 from cptool.model.config import LlamaConfig
 from cptool.planning.cost.counts import kv_bytes, weight_bytes
+from cptool.planning.cost.forward import Forward
+from cptool.planning.hardware import HardwareProfile
 from cptool.planning.strategy import AUTO, Choice
 
 
@@ -43,9 +45,9 @@ class Sweep:
     calibrated: bool = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Runs:
-    ranks: int
+    forward: Forward
     choices: dict[str, Choice]  # by the variant asked for
     engine: Engine | None
     seconds: dict[str, list[float]] = field(default_factory=dict)  # a token, by variant
@@ -63,31 +65,29 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
     ceiling, results = [], []
     for done, cached in enumerate(sweep.cached):
         world.report("measure decode, cached length", done, len(sweep.cached))
-        runs = [
-            _Runs(
-                ranks,
-                *prepare(
-                    model,
-                    worlds[ranks],
-                    ranks,
-                    sweep.variants,
-                    sweep.dtype,
-                    1,
-                    cached,
-                    profile,
-                    sweep.batch,
-                    world.tp,
-                )[:2],
+        runs = []
+        for ranks in sweep.ranks:
+            forward = Forward(
+                config=sweep.config,
+                dtype=sweep.dtype,
+                new=sweep.batch,
+                cached=sweep.batch * cached,
+                ranks=ranks,
+                active=ranks,
+                batch=sweep.batch,
+                tp=world.tp,
             )
-            for ranks in sweep.ranks
-        ]
+            choices, engine, _ = prepare(
+                model, worlds[ranks], forward, variants=sweep.variants, profile=profile
+            )
+            runs.append(_Runs(forward=forward, choices=choices, engine=engine))
         for repeat in range(sweep.repeats + 1):
             world.barrier()
             ceiling.append(min(world.gather(memory_rate(weight))))
             for run in runs:
                 _round(world, run, sweep, cached, keep=repeat > 0)
         for run in runs:
-            results += _results(run, sweep, profile, cached, world.tp)
+            results += _results(run, profile)
     rates = summary(ceiling[1:])
     for result in results:
         result["of_ceiling"] = result["bytes"] / rates["median"]
@@ -124,29 +124,20 @@ def _once(engine: Engine, variant: str, steps: int, cached: int) -> tuple[float,
     return took / steps, exposed / steps
 
 
-def _results(run, sweep, profile, cached, tp) -> list[dict[str, object]]:
-    config, size = sweep.config, getattr(torch, sweep.dtype).itemsize
+def _results(run: _Runs, profile: HardwareProfile) -> list[dict[str, object]]:
+    forward = run.forward
+    config, size = forward.config, getattr(torch, forward.dtype).itemsize
     medians = {variant: summary(times)["median"] for variant, times in run.seconds.items()}
-    best = min(medians, key=medians.get)
-    # A rank reads all its weights and its share of the KV.
-    read = weight_bytes(config, size) + kv_bytes(config, sweep.batch * cached // run.ranks, size)
+    best = min(medians, key=lambda variant: medians[variant])
+    # A rank reads all its weights and its part of the KV.
+    read = weight_bytes(config, size) + kv_bytes(config, forward.cached // forward.ranks, size)
     results = []
     for asked, choice in run.choices.items():
-        predicted = predicted_s(
-            choice,
-            config,
-            sweep.dtype,
-            sweep.batch,
-            sweep.batch * cached,
-            run.ranks,
-            profile,
-            batch=sweep.batch,
-            tp=tp,
-        )
+        predicted = predicted_s(choice, run.forward, profile)
         result = {
-            "ranks": run.ranks,
-            "cached": cached,
-            "batch": sweep.batch,
+            "ranks": run.forward.ranks,
+            "cached": forward.cached // forward.batch,
+            "batch": forward.batch,
             "asked": asked,
             "variant": run.ways.get(asked, choice.variant),
             "active": choice.active,
@@ -154,9 +145,9 @@ def _results(run, sweep, profile, cached, tp) -> list[dict[str, object]]:
             "predicted_s": predicted,
             "predicted_over_measured": predicted / medians[asked],
             "exposed_seconds": summary(run.exposed[asked]),
-            "bytes": read / tp / medians[asked],
+            "bytes": read / forward.tp / medians[asked],
         }
-        if asked == AUTO and run.ranks > 1:
+        if asked == AUTO and run.forward.ranks > 1:
             result |= {
                 "reason": choice.reason,
                 "best": best,

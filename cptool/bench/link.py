@@ -38,7 +38,15 @@ def measure(
     try:
         for done, size in enumerate(sizes):
             world.report("measure messages, size", done, len(sizes))
-            results += _of_size(world, ring, stream, size, patterns, repeats, overlap)
+            results += _of_size(
+                world,
+                ring,
+                stream=stream,
+                size=size,
+                patterns=patterns,
+                repeats=repeats,
+                overlap=overlap,
+            )
     finally:
         if stream is not None:
             stream.close()
@@ -74,7 +82,13 @@ def _of_size(world, ring, stream, size, patterns, repeats, overlap) -> list[dict
         )
         if name == "send-receive" and overlap:
             results[-1].update(
-                _overlap(world, ring, size, measured[name]["median"], max(3, repeats))
+                _overlap(
+                    world,
+                    ring,
+                    size=size,
+                    transfer_s=measured[name]["median"],
+                    repeats=max(3, repeats),
+                )
             )
     return results
 

@@ -17,7 +17,7 @@ from cptool.bench.timing import interleave, stopwatch
 from cptool.ops.attention import merge_partials
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """`partials` results [tokens, heads, head_dim] of `dtype`, each with log-sum-exps."""
 

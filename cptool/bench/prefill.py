@@ -24,6 +24,8 @@ from cptool.engine.state import Mark
 from cptool.engine.world_profile import world_profile
 from cptool.model.config import LlamaConfig
 from cptool.planning.cost.counts import attention_flops, linear_flops
+from cptool.planning.cost.forward import Forward
+from cptool.planning.hardware import HardwareProfile
 from cptool.planning.strategy import AUTO, Choice
 
 
@@ -47,11 +49,11 @@ class Sweep:
     calibrated: bool = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Runs:
     """The runs of one cell, N ranks at one context and miss rate, and their times."""
 
-    ranks: int
+    forward: Forward
     choices: dict[str, Choice]  # by the variant asked for
     engine: Engine | None
     mark: Mark | None
@@ -71,23 +73,21 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
     for done, (context, miss) in enumerate(cells):
         world.report("measure prefill, cell", done, len(cells))
         new = max(1, round(miss * context))
-        runs = [
-            _Runs(
-                ranks,
-                *prepare(
-                    model,
-                    worlds[ranks],
-                    ranks,
-                    sweep.variants,
-                    sweep.dtype,
-                    new,
-                    context - new,
-                    profile,
-                    tp=world.tp,
-                ),
+        runs = []
+        for ranks in sweep.ranks:
+            forward = Forward(
+                config=sweep.config,
+                dtype=sweep.dtype,
+                new=new,
+                cached=context - new,
+                ranks=ranks,
+                active=ranks,
+                tp=world.tp,
             )
-            for ranks in sweep.ranks
-        ]
+            choices, engine, mark = prepare(
+                model, worlds[ranks], forward, variants=sweep.variants, profile=profile
+            )
+            runs.append(_Runs(forward=forward, choices=choices, engine=engine, mark=mark))
         began, repeat = time.perf_counter(), 0
         while repeat <= sweep.repeats or _lasted(world, began) < sweep.seconds:
             world.barrier()
@@ -96,7 +96,7 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
                 _round(world, run, new, keep=repeat > 0)
             repeat += 1
         for run in runs:
-            results += _results(run, sweep, profile, new, context - new, world.tp)
+            results += _results(run, profile)
     rates = summary(ceiling[1:])
     for result in results:
         result["of_ceiling"] = result["flops"] / result["ranks"] / world.tp / rates["median"]
@@ -141,17 +141,17 @@ def _once(run: _Runs, choice: Choice, new: int) -> tuple[float, float, int]:
     return took, ring.exposed_s - exposed, ring.sent_bytes - sent
 
 
-def _results(run, sweep, profile, new, cached, tp) -> list[dict[str, object]]:
-    config = sweep.config
+def _results(run: _Runs, profile: HardwareProfile) -> list[dict[str, object]]:
+    config, new, cached = run.forward.config, run.forward.new, run.forward.cached
     flops = linear_flops(config, new, 1) + attention_flops(config, new, cached)
     medians = {key: summary(times)["median"] for key, times in run.seconds.items()}
-    best = min(medians, key=medians.get)
+    best = min(medians, key=lambda key: medians[key])
     results = []
     for asked, choice in run.choices.items():
         key = (choice.variant, choice.active)
-        predicted = predicted_s(choice, config, sweep.dtype, new, cached, run.ranks, profile, tp=tp)
+        predicted = predicted_s(choice, run.forward, profile)
         result = {
-            "ranks": run.ranks,
+            "ranks": run.forward.ranks,
             "context": new + cached,
             "tokens": new,
             "cached": cached,
@@ -166,7 +166,7 @@ def _results(run, sweep, profile, new, cached, tp) -> list[dict[str, object]]:
             "sent_bytes": run.sent[key],
             "flops": flops / medians[key],
         }
-        if asked == AUTO and run.ranks > 1:
+        if asked == AUTO and run.forward.ranks > 1:
             result |= {
                 "reason": choice.reason,
                 "best": list(best),

@@ -73,7 +73,9 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         link, steals = link_rates(Clock(world, joined, repeats), joined)
         joins = "network" if machines > 1 else "host_link"
         profile = dataclasses.replace(profile, transfer_steals=steals, **{joins: link})
-    profile = with_overheads(world, worlds, profile, dtypes[0], OVERHEAD_REPEATS * repeats)
+    profile = with_overheads(
+        world, worlds, profile=profile, dtype=dtypes[0], repeats=OVERHEAD_REPEATS * repeats
+    )
     rule = fit_rule(EXAMPLE, dtypes[0], max(2, world.cp), profile)
     return world.gather(dataclasses.replace(profile, rule=rule), *PARTS)[0]
 
@@ -86,7 +88,9 @@ def measure_more_ranks(
     take turns they may not be bound to cores, which would spoil the rest. Collective.
     """
     here = profile.for_ranks(torch.get_num_threads(), usable_processors(world))
-    more = with_overheads(world, {world.cp: world}, here, dtypes[0], OVERHEAD_REPEATS * repeats)
+    more = with_overheads(
+        world, {world.cp: world}, profile=here, dtype=dtypes[0], repeats=OVERHEAD_REPEATS * repeats
+    )
     both = {
         table: {**getattr(profile, table), **getattr(more, table)}
         for table in ("residual_s", "start_s")

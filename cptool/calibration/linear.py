@@ -42,7 +42,10 @@ def row_rates(clock: Clock, ranks: int, name: str) -> tuple[RowRates, float]:
         for count in rows:
             works[f"{config.hidden_size} {count}"] = layer(count, calls[count])
     times = clock.all(works)
-    forwards = [Forward(config, name, 1, 0, 1, 1) for config in (HALF, EXAMPLE)]
+    forwards = [
+        Forward(config=config, dtype=name, new=1, cached=0, ranks=1, active=1)
+        for config in (HALF, EXAMPLE)
+    ]
     sizes = [sum(count for count, _ in forward.linear_layers()) for forward in forwards]
     spent = [
         [times[f"{forward.config.hidden_size} {count}"] / calls[count] for count in rows]
@@ -65,7 +68,7 @@ def device_rates(clock: Clock, name: str, overhead: float) -> tuple[float, float
     few = 12
     layer = _layer(clock.device, EXAMPLE, getattr(torch, name))
     one, some, many = (clock(layer(rows), calls=max(1, 4 // rows)) for rows in (1, few, ROWS))
-    forward = Forward(EXAMPLE, name, 1, 0, 1, 1)
+    forward = Forward(config=EXAMPLE, dtype=name, new=1, cached=0, ranks=1, active=1)
     parameters = sum(count for count, _ in forward.linear_layers())
     weights = parameters * ELEMENT_BYTES[name] / max(one - overhead, 0.05 * one)
     small = elementwise_bytes(forward) / weights

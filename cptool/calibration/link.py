@@ -50,5 +50,11 @@ def link_rates(clock: Clock, part: World | None) -> tuple[Link, float]:
     times = clock.all({"alone": compute, "together": both})
     bandwidth = slope((SMALL_MESSAGE, latency), (LARGE_MESSAGE, whole))
     further = max(0.0, several - latency) / 4
-    link = Link(bandwidth, bandwidth, latency, further, latency + (ring.size - 2) * further)
+    link = Link(
+        bandwidth=bandwidth,
+        fan_out=bandwidth,
+        latency_s=latency,
+        message_overhead_s=further,
+        collective_latency_s=latency + (ring.size - 2) * further,
+    )
     return link, min(1.0, max(0.0, (times["together"] - times["alone"]) / whole))

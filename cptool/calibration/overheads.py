@@ -71,7 +71,9 @@ def with_overheads(
                 few = times[f"{variant} {new} {FEW_LAYERS}"]
                 more = times[f"{variant} {new} {MORE_LAYERS}"]
                 each = max(0.0, more - few) / (MORE_LAYERS - FEW_LAYERS)
-                forward = Forward(TINY, dtype, new, HELD, count, count)
+                forward = Forward(
+                    config=TINY, dtype=dtype, new=new, cached=HELD, ranks=count, active=count
+                )
                 paused = pause * max(1.0, forward.sources / (profile.ranks_at_once or count))
                 layer.append(each - paused - predict(variant, forward, here).seconds)
                 start.append(max(0.0, few - FEW_LAYERS * each))

@@ -111,51 +111,28 @@ def hold(engine: Engine, cached: int) -> Mark:
 def prepare(
     model: Llama,
     part: World | None,
-    ranks: int,
+    forward: Forward,
+    *,
     variants: tuple[str, ...],
-    dtype: str,
-    new: int,
-    cached: int,
     profile: HardwareProfile,
-    batch: int = 1,
-    tp: int = 1,
 ) -> tuple[dict[str, Choice], Engine | None, Mark | None]:
-    """For runs of `new` tokens over `cached` ones of each sequence on `part`, a world of `ranks`:
-    the choice by the variant asked for (one rank has none but auto's), an engine that holds what is
-    cached, and a mark of that state. Without a part in it, the choices alone.
+    """Prepare runs of `forward`, whose ranks are those of the world `part`.
+
+    Return the choice by the requested variant (one rank has none but auto's), an engine that holds
+    the cached tokens, and a mark of that state; on a rank without a part in it, the choices alone.
     """
     choices = {
-        variant: choose(
-            variant,
-            new=batch * new,
-            cached=batch * cached,
-            ranks=ranks,
-            config=model.config,
-            dtype=dtype,
-            profile=profile,
-            batch=batch,
-            tp=tp,
-        )
-        for variant in (variants if ranks > 1 else (AUTO,))
+        variant: choose(variant, forward, profile)
+        for variant in (variants if forward.ranks > 1 else (AUTO,))
     }
     if part is None:
         return choices, None, None
-    engine = Engine(model, part, batch=batch, profile=profile)
-    return choices, engine, hold(engine, cached)
+    engine = Engine(model, part, batch=forward.batch, profile=profile)
+    return choices, engine, hold(engine, forward.cached // forward.batch)
 
 
-def predicted_s(
-    choice: Choice,
-    config: LlamaConfig,
-    dtype: str,
-    new: int,
-    cached: int,
-    ranks: int,
-    profile: HardwareProfile,
-    batch: int = 1,
-    tp: int = 1,
-) -> float:
-    """Seconds of a forward of the cut model under `choice`, as the cost model sees it."""
-    forward = Forward(config, dtype, new, cached, ranks, choice.active, batch, tp)
-    estimate = decode_step if forward.decoding else prefill
-    return estimate(choice.variant, forward, profile).seconds
+def predicted_s(choice: Choice, forward: Forward, profile: HardwareProfile) -> float:
+    """Return the seconds of `forward` under `choice` that the cost model predicts."""
+    shared = dataclasses.replace(forward, active=choice.active)
+    estimate = decode_step if shared.decoding else prefill
+    return estimate(choice.variant, shared, profile).seconds

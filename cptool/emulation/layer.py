@@ -31,7 +31,7 @@ REDUCED = ("o_proj", "down_proj")
 OTHER = "norms, rotation, cache, activation"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scenario:
     """`new` tokens over `cached` ones on `cp` x `tp` ranks, one sequence.
 
@@ -89,7 +89,9 @@ def shards(scenario: Scenario, active: int) -> Shards:
     """New tokens in balance over a cache that is in balance."""
     cached = balanced([scenario.cached], scenario.cp).placements()
     held = [[placement.tokens] for placement in cached]
-    layout = balanced([scenario.new], scenario.cp, [scenario.cached], held, active)
+    layout = balanced(
+        [scenario.new], scenario.cp, starts=[scenario.cached], held=held, active=active
+    )
     queries = layout.placements()
     return Shards(
         cached, queries, tuple(concat(*pair) for pair in zip(cached, queries, strict=True))
@@ -138,7 +140,7 @@ def run_once(
     def attention(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         cache.store(0, k, v)
         timeline.mark("attention")
-        out = attend(variant, q, cache.layer(0), step, ring, config.head_dim**-0.5)
+        out = attend(variant, q, cache.layer(0), step, ring=ring, scale=config.head_dim**-0.5)
         timeline.mark(OTHER)
         return out
 

@@ -27,7 +27,7 @@ from cptool.planning.strategy import Choice, choose
 from cptool.variants import find
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """Time of one part of a layer over the repeats, and its `flops`, 0 where bytes count."""
 
@@ -47,7 +47,7 @@ class Segment:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Projection:
     """What was measured of rank `rank`, and what follows for the whole model.
 
@@ -110,16 +110,7 @@ def emulate(
     Raises UserError, one line, where the device has too little memory for it.
     """
     config, device = scenario.config, scenario.device
-    choice = choose(
-        scenario.variant,
-        new=scenario.new,
-        cached=scenario.cached,
-        ranks=scenario.cp,
-        config=config,
-        dtype=str(scenario.dtype).removeprefix("torch."),
-        profile=profile,
-        tp=scenario.tp,
-    )
+    choice = choose(scenario.variant, _forward(scenario, scenario.cp), profile)
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
         held = shards(scenario, choice.active).to(device)
@@ -132,7 +123,7 @@ def emulate(
     layer, passes = build(scenario), []
     for done in range(repeats + 1):
         progress(done, repeats + 1)
-        passes.append(run_once(scenario, layer, choice.variant, held, rank))
+        passes.append(run_once(scenario, layer, variant=choice.variant, held=held, rank=rank))
     del layer
     traces = [trace for trace, _, _ in passes[1:]]
     _, reduced, sent = passes[-1]
@@ -171,18 +162,23 @@ def emulate(
     )
 
 
-def _planned(scenario: Scenario, choice: Choice, profile: HardwareProfile) -> float:
-    """TTFT by `cptool.planning.cost`."""
-    forward = Forward(
-        scenario.config,
-        str(scenario.dtype).removeprefix("torch."),
-        scenario.new,
-        scenario.cached,
-        scenario.cp,
-        choice.active,
+def _forward(scenario: Scenario, active: int) -> Forward:
+    """Return the scenario's forward, for the cost model."""
+    return Forward(
+        config=scenario.config,
+        dtype=str(scenario.dtype).removeprefix("torch."),
+        new=scenario.new,
+        cached=scenario.cached,
+        ranks=scenario.cp,
+        active=active,
         tp=scenario.tp,
-        feed_forward="float8" if scenario.fp8 else None,
     )
+
+
+def _planned(scenario: Scenario, choice: Choice, profile: HardwareProfile) -> float:
+    """Return the TTFT that `cptool.planning.cost` predicts, in seconds."""
+    forward = _forward(scenario, choice.active)
+    forward = dataclasses.replace(forward, feed_forward="float8" if scenario.fp8 else None)
     return prefill(choice.variant, forward, profile).seconds
 
 
@@ -220,7 +216,15 @@ def _parts(scenario: Scenario, traces: list[Trace], tokens: int, pairs: int) -> 
             sum(e.seconds for e in trace if isinstance(e, Compute) and e.label == name)
             for trace in traces
         ]
-        parts.append(Part(name, statistics.median(spent), min(spent), max(spent), count))
+        parts.append(
+            Part(
+                name=name,
+                seconds=statistics.median(spent),
+                fastest_s=min(spent),
+                slowest_s=max(spent),
+                flops=count,
+            )
+        )
     return tuple(parts)
 
 

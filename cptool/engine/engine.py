@@ -23,6 +23,7 @@ from cptool.parallel.attention import attend
 from cptool.parallel.step import Step
 from cptool.parallel.transport import ring_of
 from cptool.planning.cost.exchange import ALL_Q
+from cptool.planning.cost.forward import Forward
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import AUTO, STATIC_ROWS, Choice, choose
@@ -125,18 +126,18 @@ class Engine(BatchState):
     def _chosen(self, variant: str | Choice, lengths: list[int]) -> Choice:
         if isinstance(variant, Choice):
             return variant
-        return choose(
-            variant,
+        forward = Forward(
+            config=self.model.config,
+            dtype=str(self.dtype).removeprefix("torch."),
             new=sum(lengths),
             cached=sum(self.computed),
             ranks=self.world.cp,
-            config=self.model.config,
-            dtype=str(self.dtype).removeprefix("torch."),
-            profile=self.profile,
+            active=self.world.cp,
             batch=sum(map(bool, lengths)),
             tp=self.world.tp,
             partial_bytes=self.partial_dtype.itemsize,
         )
+        return choose(variant, forward, self.profile)
 
     def _placed(self, queries: tuple[Placement, ...], reserve: int) -> Step:
         """Give each rank its new tokens and return the step in which they attend."""
@@ -172,7 +173,7 @@ class Engine(BatchState):
             self.cache.store(layer, k, v)
             with self._trace.span("attention", "attention"):
                 kv = self.cache.layer(layer)
-                out = attend(variant, q, kv, step, self.ring, scale)
+                out = attend(variant, q, kv, step, ring=self.ring, scale=scale)
             if self._observer is not None:
                 self._observer(layer, mine, q, out)
             return out

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cptool.host.processor import has_bfloat16_products
+from cptool.ops.processor import has_bfloat16_products
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint

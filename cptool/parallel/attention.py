@@ -2,9 +2,9 @@
 
 Every rank holds some new queries and some of the keys and values. A partial result over any part of
 the keys is (out, lse), and partials merge exactly (paper, appendix B), so each variant is a choice
-of messages. What travels is only q, K and V, or partials: positions are known to all from `Step`.
+of messages. Only q, K and V, or partials travel: `Step` tells every rank all positions.
 
-- pass-kv: KV blocks go round a ring, hidden under the attention on the block in hand (algorithm 2).
+- pass-kv: KV blocks go round a ring, hidden under attention over the previous one (algorithm 2).
 - gather-kv: all KV at once, then one attention; no overlap, but one kernel call.
 - pass-q: queries go round the ring, partials return to their owners on the way (algorithm 3).
 - pass-q-all2all: the paper's own form of it, all partials return at the end.
@@ -12,26 +12,34 @@ of messages. What travels is only q, K and V, or partials: positions are known t
 
 Partials are merged by the rank of their keys, 0 to N - 1, whatever the order of arrival: the same
 ranks and variant give the same bits in every run.
+
+The record of each variant, with its cost, stands in `cptool.planning.cost.exchange`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
+from cptool.cache import LayerKV
 from cptool.ops.attention import attention_partial, merge_partials
 from cptool.parallel.ring import Ring
 from cptool.parallel.step import Step
 from cptool.sharding import Placement
 from cptool.variants import unknown
 
-if TYPE_CHECKING:
-    from cptool.parallel.step import LayerKV
+Partial = tuple[torch.Tensor, torch.Tensor]
 
-Compute = Callable[[torch.Tensor, "LayerKV", "Step", Ring, float], torch.Tensor]
-"""compute(q, kv, step, ring, scale) -> [Tq, Hq, D]; the arguments are those of `attend`."""
+
+class Compute(Protocol):
+    """The function of a variant; arguments and result are those of `attend`."""
+
+    def __call__(
+        self, q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float
+    ) -> torch.Tensor: ...
+
 
 FUNCTIONS: dict[str, Compute] = {}
 """The function of each variant in `cptool.variants` that is not static."""
@@ -48,7 +56,7 @@ def computes(name: str) -> Callable[[Compute], Compute]:
 
 
 def attend(
-    variant: str, q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
+    variant: str, q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float
 ) -> torch.Tensor:
     """Compute attention of this rank's queries over the keys of all ranks. Collective.
 
@@ -61,13 +69,13 @@ def attend(
         raise unknown(variant)
     if ring.size == 1:
         mine = step.queries[step.rank]
-        return _over_local(q, mine, kv, scale, out_dtype=q.dtype)[0]
-    return FUNCTIONS[variant](q, kv, step, ring, scale)
+        return _over_local(q, mine, kv, scale=scale, out_dtype=q.dtype)[0]
+    return FUNCTIONS[variant](q, kv, step, ring=ring, scale=scale)
 
 
 @computes("pass-kv")
-def pass_kv(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -> torch.Tensor:
-    """Ring of KV blocks.
+def pass_kv(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float) -> torch.Tensor:
+    """Send KV blocks round a ring.
 
     Rank k sees sources k..N-1 and then 0..k-1. Each run ascends, so each has one running result,
     merged into by the kernel; joining the low run to the high one gives the order 0..N-1.
@@ -78,11 +86,11 @@ def pass_kv(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) 
         if not step.asking[step.rank] or not step.key_sizes[source]:
             continue  # only passed on
         if source == step.rank:
-            high = _over_local(q, mine, kv, scale)
+            high = _over_local(q, mine, kv, scale=scale)
         elif source > step.rank:
-            high = _over_block(q, mine, block, step.keys[source], scale, into=high)
+            high = _over_block(q, mine, block, step.keys[source], scale=scale, into=high)
         else:
-            low = _over_block(q, mine, block, step.keys[source], scale, into=low)
+            low = _over_block(q, mine, block, step.keys[source], scale=scale, into=low)
     partials = [partial for partial in (low, high) if partial is not None]
     if not partials:
         return torch.empty_like(q)
@@ -91,13 +99,15 @@ def pass_kv(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) 
 
 
 @computes("gather-kv")
-def gather_kv(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -> torch.Tensor:
-    """All KV, brought into sequence order, then one attention.
+def gather_kv(
+    q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float
+) -> torch.Tensor:
+    """Gather all KV, put it in sequence order, then compute one attention.
 
-    The op needs ascending positions, and the ranks' chunks interleave. So received blocks are put
-    in order by one row gather at the speed of memory: the wire takes several times as long, and
-    sending each stretch of positions straight into its place would take a message for each one.
-    Ranks without queries give their keys and are given none.
+    The op needs ascending positions, and the ranks' chunks interleave, so one row gather puts the
+    received blocks in order at the speed of memory. The wire takes several times as long, and
+    sending each run of positions straight into its place would take a message for each one.
+    Ranks without queries send their keys and receive none.
     """
     local = kv.packed()
     if not step.asking[step.rank]:
@@ -110,12 +120,13 @@ def gather_kv(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
     ring.gather(parts[step.rank], step.key_sizes, into=parts, readers=step.asking)
     ordered = ring.buffer("ordered", keys.tokens, local)
     torch.index_select(received.flatten(1), 0, order, out=ordered.flatten(1))
-    return _over_block(q, step.queries[step.rank], ordered, keys, scale, out_dtype=q.dtype)[0]
+    mine = step.queries[step.rank]
+    return _over_block(q, mine, ordered, keys, scale=scale, out_dtype=q.dtype)[0]
 
 
 @computes("pass-q")
-def pass_q(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -> torch.Tensor:
-    """Ring of queries; each partial leaves for its owner as soon as it is computed.
+def pass_q(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float) -> torch.Tensor:
+    """Send queries round a ring; each partial leaves for its owner as soon as it is computed.
 
     At step j rank k computes for the queries of k + j while rank k - j computes for those of k.
     """
@@ -123,7 +134,7 @@ def pass_q(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -
     messages: list[torch.Tensor] = [q.new_empty(0)] * size
     pending = []
     for source, block in ring.blocks(q.contiguous(), step.query_sizes):
-        message = _answer(block, kv, step, source, scale)
+        message = _answer(block, kv, step, source, scale=scale)
         if source == rank:
             messages[rank] = message
             continue
@@ -138,28 +149,28 @@ def pass_q(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -
 
 @computes("pass-q-all2all")
 def pass_q_all2all(
-    q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float
+    q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float
 ) -> torch.Tensor:
-    """Ring of queries, then one exchange of all partials, which nothing hides (paper, algorithm 3).
+    """Send queries round a ring, then exchange all partials, which nothing hides (algorithm 3).
 
-    The same bits as `pass_q`; it is here to measure what returning them early gains.
+    Gives the bits of `pass_q`: a baseline for what returning partials early gains.
     """
     outgoing: list[torch.Tensor] = [q.new_empty(0)] * ring.size
     for source, block in ring.blocks(q.contiguous(), step.query_sizes):
-        outgoing[source] = _answer(block, kv, step, source, scale)
+        outgoing[source] = _answer(block, kv, step, source, scale=scale)
     return merge_messages(_exchange(outgoing, step, ring), q)
 
 
 @computes("gather-q")
-def gather_q(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float) -> torch.Tensor:
-    """All queries, one attention on the local KV, one exchange of partials.
+def gather_q(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float) -> torch.Tensor:
+    """Gather all queries, compute one attention on the local KV, exchange partials once.
 
-    Two exposed transfers a layer, of few bytes where queries are few: the choice for decode.
+    Two exposed transfers per layer, of few bytes where queries are few: the choice for decode.
     """
     queries, order = step.all_queries
     gathered = torch.cat(ring.gather(q.contiguous(), step.query_sizes))
     gathered = gathered.index_select(0, order)
-    out, lse = _over_local(gathered, queries, kv, scale, step.partial_dtype)
+    out, lse = _over_local(gathered, queries, kv, scale=scale, out_dtype=step.partial_dtype)
     outgoing = [
         pack(out.index_select(0, rows), lse.index_select(0, rows)) if len(rows) else q.new_empty(0)
         for rows in step.rows
@@ -167,48 +178,76 @@ def gather_q(q: torch.Tensor, kv: LayerKV, step: Step, ring: Ring, scale: float)
     return merge_messages(_exchange(outgoing, step, ring), q)
 
 
-def _over_local(q, queries: Placement, kv: LayerKV, scale, out_dtype=None):
+def _over_local(
+    q: torch.Tensor,
+    queries: Placement,
+    kv: LayerKV,
+    *,
+    scale: float,
+    out_dtype: torch.dtype | None = None,
+) -> Partial:
+    """Attention of q over this rank's own keys."""
     k, v, k_pos, cu_k = kv.local
     return attention_partial(
-        q, k, v, queries.positions, k_pos, queries.cu_seqlens, cu_k, scale, out_dtype=out_dtype
+        q,
+        k,
+        v,
+        q_pos=queries.positions,
+        k_pos=k_pos,
+        cu_q=queries.cu_seqlens,
+        cu_k=cu_k,
+        scale=scale,
+        out_dtype=out_dtype,
     )
 
 
-def _over_block(q, queries: Placement, block, keys: Placement, scale, into=None, out_dtype=None):
-    """block: [Tk, 2, Hkv, D], K at index 0 and V at index 1."""
+def _over_block(
+    q: torch.Tensor,
+    queries: Placement,
+    block: torch.Tensor,
+    keys: Placement,
+    *,
+    scale: float,
+    into: Partial | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Partial:
+    """Attention of q over a block [Tk, 2, Hkv, D] that arrived: K at index 0 and V at index 1."""
     return attention_partial(
         q,
         block[:, 0],
         block[:, 1],
-        queries.positions,
-        keys.positions,
-        queries.cu_seqlens,
-        keys.cu_seqlens,
-        scale,
+        q_pos=queries.positions,
+        k_pos=keys.positions,
+        cu_q=queries.cu_seqlens,
+        cu_k=keys.cu_seqlens,
+        scale=scale,
         into=into,
         out_dtype=out_dtype,
     )
 
 
-def _answer(block, kv: LayerKV, step: Step, source: int, scale) -> torch.Tensor:
-    """The message to rank `source` over its queries `block`; an empty one if it has none."""
+def _answer(
+    block: torch.Tensor, kv: LayerKV, step: Step, source: int, *, scale: float
+) -> torch.Tensor:
+    """Return the message to rank `source` over its queries `block`, empty if it has none."""
     if not step.asking[source]:
         return block.new_empty(0)
-    return pack(*_over_local(block, step.queries[source], kv, scale, step.partial_dtype))
+    queries, dtype = step.queries[source], step.partial_dtype
+    return pack(*_over_local(block, queries, kv, scale=scale, out_dtype=dtype))
 
 
 def pack(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """A partial as one message in out's dtype: out [T, H, D], then the bits of lse [T, H]."""
+    """Return a partial as one message in out's dtype: out [T, H, D], then lse [T, H] as bits."""
     return torch.cat([out.flatten(), lse.view(out.dtype).flatten()])
 
 
 def _exchange(outgoing: list[torch.Tensor], step: Step, ring: Ring) -> list[torch.Tensor]:
-    """Give outgoing[r] to rank r; every rank's partial of this rank's queries, in rank order."""
+    """Send outgoing[r] to rank r; return every rank's partial of this rank's queries."""
     return ring.exchange(outgoing, [outgoing[step.rank].numel()] * ring.size)
 
 
 def merge_messages(messages: list[torch.Tensor], q: torch.Tensor) -> torch.Tensor:
-    """Merge packed partials of q's tokens in the order given; [T, H, D] in q's dtype."""
+    """Merge packed partials of q's tokens in the order given. Return [T, H, D] in q's dtype."""
     if not q.shape[0]:
         return torch.empty_like(q)
     outs = [message[: q.numel()].view(q.shape) for message in messages]

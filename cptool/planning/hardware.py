@@ -16,7 +16,7 @@ MEASURED = "measured on "
 """How the name of a profile of `cptool bench calibrate` begins."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Link:
     """What joins the ranks of one host, or those of different hosts; every rank uses it at once.
 
@@ -38,7 +38,7 @@ Beyond = dict[str, dict[str, tuple[float, float]]]
 """By number of ranks, then by variant: seconds for one new token, and for some on each rank."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
     """Rates of one rank, seconds and bytes; all that run at the same time reach them together.
 

@@ -21,7 +21,7 @@ from cptool.units import duration
 from cptool.variants import find, names, records
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """`batch` sequences of `context` tokens each (T + P), `cached` of them held already (P), and
     `answer` tokens to decode after it.
@@ -49,7 +49,7 @@ class Workload:
         return self.batch * (self.context - self.cached)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A layout, the variants in it, what they are predicted to take and what a rank must hold.
 
@@ -95,24 +95,25 @@ def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfil
     cached = work.batch * work.cached
     held = work.batch * (work.context + work.answer // 2)
     step = -(-work.batch // cp) * cp if work.published else work.batch
-    chosen = _choose(variant, work.new, cached, work, cp, tp, profile)
-    forward = _forward(work, work.new, cached, cp, tp, chosen.active)
+    everywhere = _forward(work, new=work.new, cached=cached, cp=cp, tp=tp)
+    chosen = _choose(variant, work, everywhere, profile)
+    forward = replace(everywhere, active=chosen.active)
     listed = dict.fromkeys((chosen.variant, *(_published() if work.published else names())))
     compared = listed if cp > 1 else [*listed][:1]
     others = {name: prefill(name, forward, profile) for name in compared}
 
     queued = profile.device != "cpu"
     static = queued and work.batch <= STATIC_ROWS and not work.published
-    one = _forward(work, step, held, cp, tp, cp, graph=work.graphs and queued)
+    step_forward = _forward(work, new=step, cached=held, cp=cp, tp=tp)
+    one = replace(step_forward, graph=work.graphs and queued)
     if work.published or (variant != AUTO and not find(variant).keys_travel):
         asked = _published()[-1] if work.published else variant
         decoding = Choice(asked, cp, "as asked", 0.0)
     elif static and cp > 1:
-        decoding = Choice(
-            ALL_Q.name, cp, "every rank has all new tokens, one all-gather a layer", 0.0
-        )
+        reason = "every rank has all new tokens, one all-gather a layer"
+        decoding = Choice(ALL_Q.name, cp, reason, 0.0)
     else:
-        decoding = replace(_choose(AUTO, step, held, work, cp, tp, profile), active=cp)
+        decoding = replace(_choose(AUTO, work, step_forward, profile), active=cp)
     listed = dict.fromkeys((decoding.variant, PASS_Q.name, GATHER_Q.name, *[ALL_Q.name] * static))
     compared = listed if cp > 1 else [*listed][:1]
     steps = {name: decode_step(name, one, profile) for name in compared}
@@ -209,41 +210,30 @@ def _remedy(p: Plan, fixed: Collection[str], fp8: bool) -> str:
     return remedy + ", or give `fp8`" * (heavy and fp8)
 
 
-def _forward(work, new, cached, cp, tp, active, graph=False) -> Forward:
+def _forward(work: Workload, *, new: int, cached: int, cp: int, tp: int) -> Forward:
+    """Return a forward of `work` in which all ranks share the new tokens."""
     return Forward(
-        work.config,
-        work.dtype,
-        new,
-        cached,
-        cp,
-        active,
-        work.batch,
-        tp,
-        feed_forward=work.feed_forward,
-        partial_bytes=2 if work.published else 4,
-        graph=graph,
-    )
-
-
-def _choose(variant, new, cached, work, cp, tp, profile) -> Choice:
-    if variant == AUTO and work.published and cp > 1:
-        forward = _forward(work, new, cached, cp, tp, cp)
-        times = {name: prefill(name, forward, profile).seconds for name in _published()}
-        variant, other = sorted(times, key=times.__getitem__)
-        reason = f"{variant} {duration(times[variant])}, {other} {duration(times[other])}"
-        return Choice(variant, cp, reason, 0.0)
-    return choose(
-        variant,
+        config=work.config,
+        dtype=work.dtype,
         new=new,
         cached=cached,
         ranks=cp,
-        config=work.config,
-        dtype=work.dtype,
-        profile=profile,
+        active=cp,
         batch=work.batch,
         tp=tp,
-        rule=work.rule,
+        feed_forward=work.feed_forward,
+        partial_bytes=2 if work.published else 4,
     )
+
+
+def _choose(variant: str, work: Workload, forward: Forward, profile: HardwareProfile) -> Choice:
+    if variant == AUTO and work.published and forward.ranks > 1:
+        times = {name: prefill(name, forward, profile).seconds for name in _published()}
+        variant, other = sorted(times, key=times.__getitem__)
+        reason = f"{variant} {duration(times[variant])}, {other} {duration(times[other])}"
+        return Choice(variant, forward.ranks, reason, 0.0)
+    plain = replace(forward, feed_forward=None, partial_bytes=4)
+    return choose(variant, plain, profile, work.rule)
 
 
 def _published() -> tuple[str, ...]:

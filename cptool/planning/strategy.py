@@ -1,15 +1,15 @@
 """Which variant of context-parallel attention, and how many ranks are worth using, now.
 
-A choice depends on nothing but its arguments, so ranks that share a profile choose alike.
+A choice depends on its arguments alone, so ranks that share a profile choose alike.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from cptool.model.config import LlamaConfig
 from cptool.planning.cost.exchange import PASS_KV, PASS_Q
-from cptool.planning.cost.forward import ELEMENT_BYTES, Forward
+from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.layer import predict
 from cptool.planning.hardware import HardwareProfile
 from cptool.units import duration
@@ -27,9 +27,10 @@ SHORT = 4096
 
 @dataclass(frozen=True)
 class Choice:
-    """A variant, the ranks that share the new tokens, and why, in words that the user is shown.
+    """A variant, the ranks that share the new tokens, and why, in words for the user.
 
-    predicted_s: of one layer on the busiest rank, with its share of what a forward costs once.
+    predicted_s: seconds of one layer on the busiest rank, with its part of what a forward costs
+        once.
     """
 
     variant: str
@@ -39,54 +40,46 @@ class Choice:
 
 
 def choose(
-    asked: str,
-    *,
-    new: int,
-    cached: int,
-    ranks: int,
-    config: LlamaConfig,
-    dtype: str,
-    profile: HardwareProfile,
-    rule: str = "predicted",
-    batch: int = 1,
-    tp: int = 1,
-    partial_bytes: int = 4,
+    asked: str, forward: Forward, profile: HardwareProfile, rule: str = "predicted"
 ) -> Choice:
-    """The variant for T = `new` tokens over P = `cached` ones on N = `ranks` CP ranks.
+    """Choose the variant for `forward`, and how many ranks share its new tokens.
 
-    asked: a variant, which is then taken, or "auto". batch: sequences that the tokens belong to.
-    partial_bytes: of an element of the partial outputs that return to their queries' rank.
+    asked: a variant, which is then taken, or "auto".
+    forward: its number of active ranks is not read.
     rule: "predicted" takes the variant and the number of active ranks that `cptool.planning.cost`
-    predicts to be fastest; the others choose between pass-kv and pass-q alone, on all ranks, by
-    the paper's `algorithm1`, `algorithm5` (section 3.4 and appendix C) or `fitted` rule
-    (appendix D).
+        predicts to be fastest. The others choose between pass-kv and pass-q, on all ranks, by the
+        paper's `algorithm1`, `algorithm5` (section 3.4 and appendix C) or `fitted` rule
+        (appendix D).
 
     Raises ValueError for another rule, or for "fitted" with a profile that has no coefficients.
     """
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}")
-    # Decode asks at every step, for one more cached token each time.
-    at = (_rounded(new), _rounded(cached))
-    sizes = (_rounded(batch), tp, partial_bytes)
-    return _choose(asked, *at, ranks, config, dtype, profile, rule, *sizes)
+    # Decode chooses at every step, for one more cached token each time.
+    rounded = replace(
+        forward,
+        new=_rounded(forward.new),
+        cached=_rounded(forward.cached),
+        batch=_rounded(forward.batch),
+        active=forward.ranks,
+    )
+    return _choose(asked, rounded, profile, rule)
 
 
 def _rounded(count: int) -> int:
-    """To five significant bits, up: within 7%, and few values over a whole decode."""
+    """Round up to five significant bits: within 7%, and few values over a whole decode."""
     unit = 1 << max(0, count.bit_length() - 5)
     return -(-count // unit) * unit
 
 
 @lru_cache(maxsize=1024)
-def _choose(
-    asked, new, cached, ranks, config, dtype, profile, rule, batch, tp, partial_bytes
-) -> Choice:
+def _choose(asked: str, forward: Forward, profile: HardwareProfile, rule: str) -> Choice:
+    ranks = forward.ranks
+
     def seconds(variant: str, active: int) -> float:
-        forward = Forward(
-            config, dtype, new, cached, ranks, active, batch, tp, partial_bytes=partial_bytes
-        )
-        start = profile.start(variant, ranks, forward.sources) / config.num_hidden_layers
-        return predict(variant, forward, profile).seconds + start
+        shared = replace(forward, active=active)
+        start = profile.start(variant, ranks, shared.sources) / forward.config.num_hidden_layers
+        return predict(variant, shared, profile).seconds + start
 
     if asked != AUTO:
         return Choice(asked, ranks, "as asked", seconds(asked, ranks))
@@ -95,44 +88,44 @@ def _choose(
     if rule == "predicted":
         times = [
             (seconds(variant, active), order, variant, active)
-            for active in _candidates(new, ranks)
+            for active in _candidates(forward.new, ranks)
             for order, variant in enumerate(names())
         ]
         best = min(times)
         following = min(time for time in times if time[2] != best[2])
         return Choice(best[2], best[3], _comparison(best, following, ranks), best[0])
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if rule == "fitted":
         if profile.rule is None:
             raise ValueError("profile has no coefficients of the fitted rule; calibrate it first")
-        keys_travel = fitted(new, cached, profile.rule) > 0
+        keys_travel = fitted(forward.new, forward.cached, profile.rule) > 0
         reason = "fitted rule"
     else:
         algorithm = algorithm1 if rule == "algorithm1" else algorithm5
         keys_travel = algorithm(
-            new,
-            cached,
-            ranks,
-            heads,
-            kv_heads,
-            ELEMENT_BYTES[dtype],
-            profile.attention_flops[dtype],
-            profile.link(ranks * tp).bandwidth,
+            forward.new,
+            forward.cached,
+            ranks=ranks,
+            heads=forward.config.num_attention_heads,
+            kv_heads=forward.config.num_key_value_heads,
+            element_bytes=forward.element,
+            flops=profile.attention_flops[forward.dtype],
+            bandwidth=profile.link(ranks * forward.tp).bandwidth,
         )
         reason = f"algorithm {rule[-1]}"
     variant = PASS_KV.name if keys_travel else PASS_Q.name
-    reason += f", miss rate {miss_rate(new, cached):.3g}"
+    reason += f", miss rate {miss_rate(forward.new, forward.cached):.3g}"
     return Choice(variant, ranks, reason, seconds(variant, ranks))
 
 
 def miss_rate(new: int, cached: int) -> float:
-    """T / (T + P)."""
+    """Return T / (T + P)."""
     return new / (new + cached)
 
 
 def algorithm1(
     new: int,
     cached: int,
+    *,
     ranks: int,
     heads: int,
     kv_heads: int,
@@ -140,11 +133,12 @@ def algorithm1(
     flops: float,
     bandwidth: float,
 ) -> bool:
-    """Whether keys and values travel: the paper's algorithm 1 (section 3.4).
+    """Return whether keys and values travel by the paper's algorithm 1 (section 3.4).
 
     They do where attention hides them, `T >= N C N_KV e / (2 N_H BW)` (equation 2), or where they
-    are the smaller message, `T / (T + P) >= 2 N_KV / N_H` (equation 1). flops: C of a rank, FLOP/s.
-    bandwidth: BW, B/s.
+    are the smaller message, `T / (T + P) >= 2 N_KV / N_H` (equation 1).
+
+    flops: C per rank, in FLOP/s. bandwidth: BW, in B/s.
     """
     hidden = new >= ranks * flops * kv_heads * element_bytes / (2 * heads * bandwidth)
     return hidden or miss_rate(new, cached) >= 2 * kv_heads / heads
@@ -153,6 +147,7 @@ def algorithm1(
 def algorithm5(
     new: int,
     cached: int,
+    *,
     ranks: int,
     heads: int,
     kv_heads: int,
@@ -160,10 +155,10 @@ def algorithm5(
     flops: float,
     bandwidth: float,
 ) -> bool:
-    """Whether keys and values travel: the paper's algorithm 5 (appendix C); see `algorithm1`.
+    """Return whether keys and values travel by the paper's algorithm 5 (appendix C).
 
     The exposed return of the partials lowers the miss rate at which queries stop paying by
-    `4 T BW / (N C e)` (equation 5).
+    `4 T BW / (N C e)` (equation 5). The arguments are those of `algorithm1`.
     """
     hidden = new >= ranks * flops * kv_heads * element_bytes / (2 * heads * bandwidth)
     returned = 4 * new * bandwidth / (ranks * flops * element_bytes)
@@ -171,7 +166,7 @@ def algorithm5(
 
 
 def fitted(new: int, cached: int, rule: tuple[float, float, float]) -> float:
-    """h(T, P) = alpha log T + beta log(T / (T + P)) + gamma, natural logs (appendix D).
+    """Return h(T, P) = alpha log T + beta log(T / (T + P)) + gamma, natural logs (appendix D).
 
     Keys and values travel where it is positive.
     """
@@ -182,16 +177,23 @@ def fitted(new: int, cached: int, rule: tuple[float, float, float]) -> float:
 def fit_rule(
     config: LlamaConfig, dtype: str, ranks: int, profile: HardwareProfile
 ) -> tuple[float, float, float]:
-    """(alpha, beta, gamma) such that h approximates log(time of pass-q / time of pass-kv).
+    """Fit (alpha, beta, gamma) such that h approximates log(time of pass-q / time of pass-kv).
 
-    Weighted least squares over a grid of T and miss rates; a point counts the more, the nearer the
-    two predicted times are, for the sign of h is all that matters.
+    Weighted least squares over a grid of T and miss rates. The nearer the two predicted times, the
+    larger the weight, because only the sign of h matters.
     """
     sums = [[0.0] * 4 for _ in range(3)]
     for exponent in range(4, 18):
         for miss in (0.003, 0.01, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0):
             new = 2**exponent
-            forward = Forward(config, dtype, new, round(new / miss) - new, ranks, ranks)
+            forward = Forward(
+                config=config,
+                dtype=dtype,
+                new=new,
+                cached=round(new / miss) - new,
+                ranks=ranks,
+                active=ranks,
+            )
             keys, queries = (
                 predict(v, forward, profile).seconds for v in (PASS_KV.name, PASS_Q.name)
             )
@@ -205,7 +207,7 @@ def fit_rule(
 
 
 def _solved(rows: list[list[float]]) -> tuple[float, float, float]:
-    """Of three linear equations, [A | b], A positive definite, by elimination."""
+    """Solve three linear equations [A | b], A positive definite, by elimination."""
     for i in range(3):
         rows[i] = [value / rows[i][i] for value in rows[i]]
         for j in range(3):
@@ -216,9 +218,9 @@ def _solved(rows: list[list[float]]) -> tuple[float, float, float]:
 
 
 def _candidates(new: int, ranks: int) -> list[int]:
-    """Numbers of active ranks worth a prediction: all, and for a short prompt, halves of it.
+    """Return the numbers of active ranks worth a prediction: all and, for a short prompt, halves.
 
-    A long one is worth all ranks for their memory alone.
+    A long prompt needs all ranks for their memory alone.
     """
     counts = [ranks]
     while new <= SHORT and counts[-1] > 1:
@@ -226,7 +228,9 @@ def _candidates(new: int, ranks: int) -> list[int]:
     return [count for count in counts if count == ranks or count < new]
 
 
-def _comparison(best: tuple, following: tuple, ranks: int) -> str:
+def _comparison(
+    best: tuple[float, int, str, int], following: tuple[float, int, str, int], ranks: int
+) -> str:
     few = f" on {best[3]} of {ranks} ranks" if best[3] < ranks else ""
     least, then = duration(best[0]), duration(following[0])
     return f"{best[2]} {least} a layer{few}, next {following[2]} {then}"

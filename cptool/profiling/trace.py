@@ -27,7 +27,7 @@ PHASES = ("linear", "attention", "exposed", "sampling", "small ops")
 picking a token; the rest of the model (norms, rotations, activations, storing KV)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Span:
     """Seconds of `time.perf_counter`. own_s: without the spans inside."""
 
@@ -92,7 +92,9 @@ class Recorder:
         name, phase, begin, inside = self._open.pop()
         if self._open:
             self._open[-1][3] += end - begin
-        self.spans.append(Span(name, phase, begin, end, end - begin - inside))
+        self.spans.append(
+            Span(name=name, phase=phase, begin=begin, end=end, own_s=end - begin - inside)
+        )
 
     def watch(self, work: Transfer, name: str, peer: int, count: int) -> Watched:
         """Record when a transfer of `count` bytes completes. Return what to wait for instead."""

@@ -214,7 +214,7 @@ def test_exposure_of_a_stream():
 def test_emulation(tiny_model, variant):
     config = find_shape(str(tiny_model))
     scenario = Scenario(
-        config,
+        config=config,
         cp=4,
         tp=2,
         new=999,

@@ -33,7 +33,9 @@ TINY = dataclasses.replace(
     num_key_value_heads=2,
     head_dim=16,
 )
-LINK = Link(1e9, 2e9, latency_s=1e-3, message_overhead_s=1e-4, collective_latency_s=2e-3)
+LINK = Link(
+    bandwidth=1e9, fan_out=2e9, latency_s=1e-3, message_overhead_s=1e-4, collective_latency_s=2e-3
+)
 PROFILE = dataclasses.replace(
     default_profile("cpu"), host_link=LINK, network=LINK, transfer_steals=0.0, wait_s=1e-5
 )
@@ -41,7 +43,7 @@ PROFILE = dataclasses.replace(
 
 def scenario(**changes) -> Scenario:
     base = Scenario(
-        TINY,
+        config=TINY,
         cp=1,
         tp=1,
         new=301,

@@ -47,7 +47,9 @@ class Case:
 
     def layout(self, ranks):
         held = [p.cu_seqlens.diff().tolist() for p in self.cached_placements(ranks)]
-        return balanced(self.new, ranks, self.cached, held, active=1 if self.one_takes else None)
+        return balanced(
+            self.new, ranks, starts=self.cached, held=held, active=1 if self.one_takes else None
+        )
 
     def cached_placements(self, ranks):
         if not self.scatter:
@@ -143,7 +145,7 @@ def attend_all_cases(world, cases, variants, jitter=False, narrow=False):
         for variant in variants:
             if jitter:
                 time.sleep(random.random() / 100)
-            out = attend(variant, q[indices], layer, step, ring, case.head_dim**-0.5)
+            out = attend(variant, q[indices], layer, step, ring=ring, scale=case.head_dim**-0.5)
             assert out.dtype == case.dtype
             # Bits in bytes: tensors of another process are mapped files, one for each.
             answers.append((indices.numpy(), out.view(torch.uint8).numpy()))
@@ -272,7 +274,7 @@ def bytes_sent(world, case, variant, narrow):
     step = Step(ring.rank, queries, keys, case.dtype if narrow else torch.float32)
     layer = stored(case, cached[ring.rank], queries[ring.rank])
     mine = case.tensors()[0][layout.indices(ring.rank)]
-    attend(variant, mine, layer, step, ring, case.head_dim**-0.5)
+    attend(variant, mine, layer, step, ring=ring, scale=case.head_dim**-0.5)
     return ring.sent_bytes
 
 
@@ -309,7 +311,10 @@ def local_only(world):
     layer = stored(case, cached, layout.placement(ring.rank))
     mine = case.tensors()[0][layout.indices(ring.rank)]
     scale = case.head_dim**-0.5
-    return [attend(variant, mine, layer, step, ring, scale).numpy() for variant in QUERIES_TRAVEL]
+    return [
+        attend(variant, mine, layer, step, ring=ring, scale=scale).numpy()
+        for variant in QUERIES_TRAVEL
+    ]
 
 
 def test_variants_that_move_queries_need_no_other_ranks_keys():
@@ -325,4 +330,4 @@ def test_variants_that_move_queries_need_no_other_ranks_keys():
 def test_unknown_variant_names_the_known_ones():
     step = Step(0, balanced([1], 1).placements(), ())
     with pytest.raises(UserError, match="`variant` ring: it must be one of pass-kv, gather-kv, pa"):
-        attend("ring", torch.zeros(1, 1, 64), None, step, Ring(), 1.0)
+        attend("ring", torch.zeros(1, 1, 64), None, step, ring=Ring(), scale=1.0)

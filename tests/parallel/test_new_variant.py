@@ -1,6 +1,7 @@
 """The recipe for a new attention variant: a record with its cost, and a function. Nothing else."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -37,7 +38,7 @@ def cost(rates):
     )
 
 
-def copy_kv(q, kv, step, ring, scale):
+def copy_kv(q, kv, step, *, ring, scale):
     """All KV at once, one attention per source, one merge in rank order."""
     mine, partials = step.queries[step.rank], []
     for block, keys in zip(ring.gather(kv.packed(), step.key_sizes), step.keys, strict=True):
@@ -76,7 +77,7 @@ def test_every_variant_has_a_function_and_a_cost():
     records = variants.records()
     assert {record.name for record in records if not record.static} == set(FUNCTIONS)
     profile = default_profile("cpu")
-    forward = Forward(CONFIG, "float32", 64, 64, 4, 4)
+    forward = Forward(config=CONFIG, dtype="float32", new=64, cached=64, ranks=4, active=4)
     for record in records:
         assert predict(record.name, forward, profile).bytes > 0
         assert memory_per_rank(record.name, forward)["messages"] > 0
@@ -99,10 +100,11 @@ def test_a_new_variant_is_priced_and_can_be_requested():
     profile = default_profile("cpu")
     with registered():
         assert NAME in variants.names() and variants.find(NAME).keys_travel
-        sizes = {"new": 64, "cached": 0, "ranks": 4, "config": CONFIG, "dtype": "float32"}
-        choice = choose(NAME, **sizes, profile=profile)
+        sizes = {"config": CONFIG, "dtype": "float32", "new": 64, "cached": 0}
+        forward = Forward(ranks=4, active=4, **sizes)
+        choice = choose(NAME, forward, profile)
         assert choice.variant == NAME and choice.predicted_s > 0
-        automatic = choose("auto", **sizes, profile=profile, partial_bytes=2)
+        automatic = choose("auto", replace(forward, partial_bytes=2), profile)
         assert automatic.variant in variants.names()
     assert NAME not in variants.names()
     with pytest.raises(UserError, match=f"`variant` {NAME}: it must be one of pass-kv, "):

@@ -44,7 +44,15 @@ tokens, cached, ranks = st.integers(1, 10**6), st.integers(0, 10**6), st.integer
 
 
 def on(ranks: int, new: int, cached: int = 0, active: int | None = None, **more) -> Forward:
-    return Forward(CONFIG, "bfloat16", new, cached, ranks, active or ranks, **more)
+    return Forward(
+        config=CONFIG,
+        dtype="bfloat16",
+        new=new,
+        cached=cached,
+        ranks=ranks,
+        active=active or ranks,
+        **more,
+    )
 
 
 def test_attention_flops_count_visible_pairs():
@@ -72,7 +80,16 @@ def test_seconds_are_compute_and_what_is_exposed(variant, profile, new, cached, 
 @free
 @given(variants, profiles, tokens, cached, st.integers(2, 16))
 def test_a_perfect_link_exposes_nothing(variant, profile, new, cached, ranks):
-    perfect = with_link(profile, Link(float("inf"), float("inf"), 0.0, 0.0, 0.0))
+    perfect = with_link(
+        profile,
+        Link(
+            bandwidth=float("inf"),
+            fan_out=float("inf"),
+            latency_s=0.0,
+            message_overhead_s=0.0,
+            collective_latency_s=0.0,
+        ),
+    )
     perfect = dataclasses.replace(perfect, skew_s=0.0)
     exposed = predict(variant, on(ranks, new, cached), perfect).exposed_s
     assert exposed == pytest.approx(0, abs=1e-12)
@@ -161,12 +178,9 @@ def test_what_a_forward_costs_once_is_shared_by_its_layers():
     profile, forward = dataclasses.replace(PROFILES["cpu"], start_s=slow), on(4, 8, 65536)
     bare = estimate.prefill("pass-kv", forward, PROFILES["cpu"]).seconds
     assert estimate.prefill("pass-kv", forward, profile).seconds == pytest.approx(bare + 0.4)
-    arguments = {"new": 8, "cached": 65536, "ranks": 4, "config": CONFIG, "dtype": "bfloat16"}
-    choice = choose("auto", **arguments, profile=profile)
+    choice = choose("auto", forward, profile)
     assert choice.variant == "pass-q"  # the rest costs 0.1 s more in each of four layers
-    asked = [
-        choose("pass-kv", **arguments, profile=p).predicted_s for p in (PROFILES["cpu"], profile)
-    ]
+    asked = [choose("pass-kv", forward, p).predicted_s for p in (PROFILES["cpu"], profile)]
     assert asked[1] - asked[0] == pytest.approx(0.1)
 
 
@@ -210,12 +224,12 @@ def test_few_rows_read_while_they_compute_and_many_pack_first():
         call_overhead_s=0.0,
     )
     forward = Forward(
-        llama_config(hidden=1024, layers=8, heads=8, kv_heads=2, ffn=3072),
-        "bfloat16",
-        1,
-        8192,
-        1,
-        1,
+        config=llama_config(hidden=1024, layers=8, heads=8, kv_heads=2, ffn=3072),
+        dtype="bfloat16",
+        new=1,
+        cached=8192,
+        ranks=1,
+        active=1,
     )
     rates = Rates(forward, profile)
     flops, read = 4 * 1024 * 8192, 8192 * 2 * 2 * 128 * 2

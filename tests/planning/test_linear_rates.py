@@ -57,7 +57,11 @@ def test_a_lone_rank_reads_faster_than_one_beside_another():
     alone = dataclasses.replace(RATES.scaled(2), ranks=1)
     config = llama_config(hidden=1024, layers=4, heads=8, kv_heads=2, ffn=4096)
     parts = [
-        predict("gather-kv", Forward(config, "bfloat16", 8, 512, 2, active), profile)
+        predict(
+            "gather-kv",
+            Forward(config=config, dtype="bfloat16", new=8, cached=512, ranks=2, active=active),
+            profile,
+        )
         for profile in (profile_of(alone, RATES), profile_of(RATES))
         for active in (1, 2)
     ]
@@ -65,7 +69,11 @@ def test_a_lone_rank_reads_faster_than_one_beside_another():
     assert seconds[0] == pytest.approx(seconds[2] / 2) and seconds[1] == seconds[3]
     # A rank of two threads has the rates of two ranks.
     two_threads = profile_of(alone, RATES).for_ranks(threads=2, processors=2)
-    together = predict("pass-kv", Forward(config, "bfloat16", 8, 512, 1, 1), two_threads)
+    together = predict(
+        "pass-kv",
+        Forward(config=config, dtype="bfloat16", new=8, cached=512, ranks=1, active=1),
+        two_threads,
+    )
     rows = RATES.product(1, 8) / RATES.product(1, 4)  # all of them on one rank
     assert together.linear_s == pytest.approx(rows * seconds[1] / 2)
 
@@ -75,7 +83,7 @@ def test_dtypes_that_were_not_measured_keep_the_roofline():
         default_profile("cpu"),
         llama_config(hidden=1024, layers=4, heads=8, kv_heads=2, ffn=4096),
     )
-    forward = Forward(config, "float32", 8, 512, 2, 2)
+    forward = Forward(config=config, dtype="float32", new=8, cached=512, ranks=2, active=2)
     profile = dataclasses.replace(bare, row_rates={"bfloat16": (RATES,)})
     assert predict("pass-kv", forward, profile) == predict("pass-kv", forward, bare)
 

@@ -81,7 +81,7 @@ def test_the_switch_lies_near_where_the_paper_measured_it():
 
 def test_slow_links_still_hide_pass_kv_at_long_contexts():
     """Full prefill over TCP scales as over RDMA up to 4 nodes (section 7)."""
-    work = Workload(LLAMA, 128_000, feed_forward="float8")
+    work = Workload(config=LLAMA, context=128_000, feed_forward="float8")
     for cp in (2, 4):
         fast, slow = (
             plan(work, cp, 8, "pass-kv", find_profile(name)).ttft.seconds
@@ -238,7 +238,13 @@ def test_an_answer_takes_no_torch():
 
 def test_tensor_parallelism_over_hosts_pays_for_their_link():
     one, two = (
-        predict("pass-kv", Forward(LLAMA, "bfloat16", 128_000, 0, 1, 1, tp=tp), GTT)
+        predict(
+            "pass-kv",
+            Forward(
+                config=LLAMA, dtype="bfloat16", new=128_000, cached=0, ranks=1, active=1, tp=tp
+            ),
+            GTT,
+        )
         for tp in (8, 16)
     )
     stream = 128_000 * LLAMA.hidden_size * 2
@@ -251,7 +257,17 @@ def test_tensor_parallelism_over_hosts_pays_for_their_link():
 def test_fp8_halves_the_feed_forward_alone():
     plain, small = (
         memory_per_rank(
-            "pass-kv", Forward(LLAMA, "bfloat16", 8000, 0, 1, 1, tp=8, feed_forward=dtype)
+            "pass-kv",
+            Forward(
+                config=LLAMA,
+                dtype="bfloat16",
+                new=8000,
+                cached=0,
+                ranks=1,
+                active=1,
+                tp=8,
+                feed_forward=dtype,
+            ),
         )["weights"]
         for dtype in (None, "float8")
     )
@@ -261,7 +277,7 @@ def test_fp8_halves_the_feed_forward_alone():
 def test_padding_queries_costs_a_step():
     plain, padded = (
         plan(
-            Workload(LLAMA, 128_000, feed_forward="float8", published=published),
+            Workload(config=LLAMA, context=128_000, feed_forward="float8", published=published),
             4,
             8,
             "pass-q-all2all",
@@ -273,13 +289,15 @@ def test_padding_queries_costs_a_step():
 
 
 def test_decode_takes_the_steps_that_the_engine_takes():
-    work = Workload(LLAMA, 128_000, feed_forward="float8")
+    work = Workload(config=LLAMA, context=128_000, feed_forward="float8")
     free = plan(work, 4, 8, "auto", GTT)
     assert free.decode_choice.variant == "all-q"
     assert free.ttit.seconds == min(e.seconds for e in free.other_steps.values())
     assert plan(work, 4, 8, "gather-q", GTT).decode_choice.variant == "gather-q"
     assert plan(work, 1, 8, "auto", GTT).decode_choice.variant == "pass-kv"
-    cpu = plan(Workload(SHAPES["llama3-1b"], 8000), 2, 1, "auto", find_profile("cpu-core"))
+    cpu = plan(
+        Workload(config=SHAPES["llama3-1b"], context=8000), 2, 1, "auto", find_profile("cpu-core")
+    )
     assert cpu.decode_choice.variant in ("pass-q", "gather-q")
 
 
@@ -298,14 +316,14 @@ def test_layouts_divide_the_model():
 
 
 def test_nothing_fits_names_the_nearest():
-    work = Workload(LLAMA, 1_000_000)
+    work = Workload(config=LLAMA, context=1_000_000)
     with pytest.raises(UserError, match=r"`cp` \d+, `tp` 8: a rank needs"):
         best(plan(work, cp, tp, "auto", GTT) for cp, tp in layouts(LLAMA, None, None, 8))
 
 
 def test_ranks_beyond_the_processors_gain_nothing():
     two = dataclasses.replace(find_profile("cpu-core"), ranks_at_once=2)
-    work = Workload(SHAPES["llama3-1b"], 16_000)
+    work = Workload(config=SHAPES["llama3-1b"], context=16_000)
     one = plan(work, 1, 1, "auto", two).ttft.seconds  # of two threads
     for cp, tp in ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4)):
         assert plan(work, cp, tp, "auto", two).ttft.seconds > 0.95 * one

@@ -18,11 +18,10 @@ LLAMA3_8B, LLAMA3_405B = SHAPES["llama3-8b"], SHAPES["llama3-405b"]
 GRAND_TETON = find_profile("gtt-h100")
 
 
-def ask(asked="auto", *, new, cached=0, ranks=4, config=LLAMA3_8B, device="cuda", **more):
-    more.setdefault("profile", default_profile(device))
-    return choose(
-        asked, new=new, cached=cached, ranks=ranks, config=config, dtype="bfloat16", **more
-    )
+def ask(asked="auto", *, ranks=4, cached=0, device="cuda", rule="predicted", **more):
+    profile = more.pop("profile", default_profile(device))
+    fields = {"config": LLAMA3_8B, "dtype": "bfloat16", "cached": cached, **more}
+    return choose(asked, Forward(ranks=ranks, active=ranks, **fields), profile, rule)
 
 
 def test_what_is_asked_for_is_taken_on_all_ranks():
@@ -71,7 +70,9 @@ def test_auto_is_the_fastest_of_what_is_predicted(new, cached, ranks):
     choice = ask(new=new, cached=cached, ranks=ranks)
     profile = default_profile("cuda")
     for variant in names():
-        forward = Forward(LLAMA3_8B, "bfloat16", new, cached, ranks, ranks)
+        forward = Forward(
+            config=LLAMA3_8B, dtype="bfloat16", new=new, cached=cached, ranks=ranks, active=ranks
+        )
         assert choice.predicted_s <= predict(variant, forward, profile).seconds
 
 
@@ -104,7 +105,9 @@ def test_algorithm_1_follows_equations_1_2(new, cached, ranks, kv_heads, group, 
     compute = 4 * new * width * (new + cached) / (ranks * flops)
     kv_transfer = 2 * (new + cached) * width * e * kv_heads / heads / bandwidth
     q_bytes, kv_bytes = new * width * e, 2 * (new + cached) * width * kv_heads / heads * e
-    chosen = strategy.algorithm1(new, cached, ranks, heads, kv_heads, e, flops, bandwidth)
+    sizes_of = {"ranks": ranks, "heads": heads, "kv_heads": kv_heads, "element_bytes": e}
+    sizes_of |= {"flops": flops, "bandwidth": bandwidth}
+    chosen = strategy.algorithm1(new, cached, **sizes_of)
     margin = 1e-9
     if compute > kv_transfer * (1 + margin) or q_bytes > kv_bytes * (1 + margin):
         assert chosen
@@ -121,7 +124,9 @@ def test_algorithm_5_follows_the_all_to_all(new, cached, ranks, kv_heads, group,
     kv_transfer = 2 * (new + cached) * width * e * kv_heads / heads / bandwidth
     exposed = (ranks - 1) * (kv_transfer - compute)
     all_to_all = (ranks - 1) * width * new * e / bandwidth
-    chosen = strategy.algorithm5(new, cached, ranks, heads, kv_heads, e, flops, bandwidth)
+    sizes_of = {"ranks": ranks, "heads": heads, "kv_heads": kv_heads, "element_bytes": e}
+    sizes_of |= {"flops": flops, "bandwidth": bandwidth}
+    chosen = strategy.algorithm5(new, cached, **sizes_of)
     slack = 1e-9 * (kv_transfer + compute + all_to_all) * ranks
     if exposed > all_to_all + slack:
         assert not chosen
@@ -146,7 +151,9 @@ def test_the_fitted_rule_agrees_with_what_it_was_fitted_to():
     for new in (64, 512, 4096, 32768):
         for miss in (0.003, 0.01, 0.1, 0.3, 1.0):
             cached = round(new / miss) - new
-            forward = Forward(LLAMA3_405B, "bfloat16", new, cached, 4, 4)
+            forward = Forward(
+                config=LLAMA3_405B, dtype="bfloat16", new=new, cached=cached, ranks=4, active=4
+            )
             q, kv = (predict(v, forward, profile).seconds for v in ("pass-q", "pass-kv"))
             total += 1
             same += (strategy.fitted(new, cached, rule) > 0) == (kv < q)

@@ -29,10 +29,10 @@ def test_intervals():
 def test_a_moment_belongs_to_the_innermost_span():
     recorder = Recorder()
     recorder.spans = [
-        Span("wait", "exposed", 2.0, 3.0, 1.0),
-        Span("attention", "attention", 1.0, 4.0, 2.0),
-        Span("model", "small ops", 0.5, 6.0, 2.5),
-        Span("of another section", "linear", 20.0, 21.0, 1.0),
+        Span(name="wait", phase="exposed", begin=2.0, end=3.0, own_s=1.0),
+        Span(name="attention", phase="attention", begin=1.0, end=4.0, own_s=2.0),
+        Span(name="model", phase="small ops", begin=0.5, end=6.0, own_s=2.5),
+        Span(name="of another section", phase="linear", begin=20.0, end=21.0, own_s=1.0),
     ]
     recorder.transfers = [moved("send", 1.5, 2.5), moved("receive", 1.2, 3.0)]
     wall, phases, hidden = phases_of(recorder, Section("x", 0.0, 10.0, steps=2))
@@ -65,7 +65,11 @@ def test_spans_nest_and_sums_over_ranks_are_communication():
 
 def test_transfers_at_the_same_time_lie_on_tracks_of_their_own(tmp_path):
     moves = [moved("send", t, t + 1.5) for t in (0.0, 1.0, 2.0)]
-    write_trace(tmp_path / "t", [([], [], []), ([Span("a", "linear", 5, 6, 1)], moves, [])], [0, 2])
+    write_trace(
+        tmp_path / "t",
+        [([], [], []), ([Span(name="a", phase="linear", begin=5, end=6, own_s=1)], moves, [])],
+        [0, 2],
+    )
     events = json.loads((tmp_path / "t").read_text())["traceEvents"]
     tracks = [e["tid"] for e in events if e.get("cat") == "transfer"]
     assert len(set(tracks)) == 2 and tracks[0] == tracks[2] and 0 not in tracks
@@ -74,7 +78,7 @@ def test_transfers_at_the_same_time_lie_on_tracks_of_their_own(tmp_path):
 
 def test_moments_without_a_kernel_are_idle():
     recorder = Recorder()
-    recorder.spans = [Span("sampling", "sampling", 7.0, 9.0, 2.0)]
+    recorder.spans = [Span(name="sampling", phase="sampling", begin=7.0, end=9.0, own_s=2.0)]
     recorder.kernels = [
         Kernel("sm90_xmma_gemm_bf16bf16", 7, 0.5, 2.0),  # began before the section
         Kernel("attention_sm90_kernel<128>", 7, 3.0, 5.0),

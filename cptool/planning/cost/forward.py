@@ -1,6 +1,6 @@
 """What is asked of the cost model, and what it answers for one layer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from cptool.model.config import LlamaConfig
@@ -9,7 +9,7 @@ from cptool.planning.cost import counts
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Forward:
     """T = `new` tokens over P = `cached` ones, all sequences together, on N = `ranks` CP ranks.
 
@@ -115,7 +115,7 @@ class Forward:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """Seconds of one layer on the busiest rank, by what takes them.
 
@@ -134,9 +134,9 @@ class Prediction:
     tensor_parallel_s: float = 0.0
     exposed_s: float = 0.0
     overhead_s: float = 0.0
-    hidden_s: float = field(default=0.0, kw_only=True)
-    bytes: float = field(default=0.0, kw_only=True)
-    tensor_parallel_bytes: float = field(default=0.0, kw_only=True)
+    hidden_s: float = 0.0
+    bytes: float = 0.0
+    tensor_parallel_bytes: float = 0.0
 
     @property
     def parts(self) -> dict[str, float]:

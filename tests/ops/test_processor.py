@@ -11,7 +11,7 @@ import torch
 from cptool.checkpoint import open_checkpoint
 from cptool.cli import options
 from cptool.engine.options import resolve_dtype
-from cptool.host import processor
+from cptool.ops import processor
 from cptool.ops.kernels import cpu_isas, cpu_linear_isa, force_cpu_isa
 
 CAPS = ("CPTOOL_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
@@ -88,7 +88,7 @@ def test_auto(monkeypatch, stored, with_products, without, cuda):
 
 def test_torch_is_not_imported():
     code = (
-        "import sys; from cptool.host.processor import has_bfloat16_products; "
+        "import sys; from cptool.ops.processor import has_bfloat16_products; "
         "print(has_bfloat16_products(), 'torch' in sys.modules)"
     )
     done = subprocess.run(
