@@ -42,6 +42,8 @@ MOST_PARAMETERS, MOST_POSITIONAL, MOST_FIELDS = 8, 4, 4
 
 UPWARD: set[tuple[str, str]] = set()
 LONG_FILES: set[str] = {
+    "engine.rank_server",
+    "llm",
     "session.manifest",
     "session.segments",
     "session.store",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cptool.checkpoint import open_checkpoint
-from cptool.cli import options
+from cptool.engine import options
 from cptool.engine.options import resolve_dtype
 from cptool.ops import processor
 from cptool.ops.kernels import cpu_isas, cpu_linear_isa, force_cpu_isa
