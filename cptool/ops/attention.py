@@ -46,7 +46,7 @@ def attention_partial(
     into: tuple[Tensor, Tensor] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of packed sequences over the keys at hand, as a partial result.
+    """Compute the attention of packed sequences over the keys at hand, as a partial result.
 
     Args:
         q: ``[Tq, Hq, D]``, float32, bfloat16 or float16; D a multiple of 8, at most 256.
@@ -91,7 +91,7 @@ def attention_partial(
 def merge_partials(
     outs: Sequence[Tensor], lses: Sequence[Tensor], out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Merges partials over disjoint sets of keys, in the order given.
+    """Merge partials over disjoint sets of keys, in the order given.
 
     Args:
         outs: S >= 1 tensors ``[T, H, D]``, contiguous, of one dtype; D a multiple of 8, at most
@@ -111,7 +111,20 @@ def merge_partials(
     return _merge_partials_op(outs, lses, out_dtype)
 
 
-def _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulate):
+def _run_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    accumulate: bool,
+) -> None:
     check_kernels("q", q.device, _C.cuda_archs)
     q_tokens, q_heads, head_dim = q.shape
     k_tokens, kv_heads, _ = k.shape
@@ -151,33 +164,77 @@ def _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulat
         _C.attention_partial_cpu(*arguments, torch.get_num_threads())
 
 
-def _attention_partial(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype=None):
+def _attention_partial(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
     out = torch.empty(q.shape, dtype=check_new_dtype(out_dtype, q), device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, False)
+    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulate=False)
     return out, lse
 
 
-def _attention_partial_fake(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype=None):
+def _attention_partial_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
     out = q.new_empty(q.shape, dtype=check_new_dtype(out_dtype, q))
     return out, q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-def _attention_partial_into(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse):
+def _attention_partial_into(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
     check_into(q, out, lse)
     check_apart(out, lse, q=q, k=k, v=v, q_pos=q_pos, k_pos=k_pos, cu_q=cu_q, cu_k=cu_k)
-    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, True)
+    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulate=True)
 
 
-def _attention_partial_into_fake(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse):
+def _attention_partial_into_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
     check_into(q, out, lse)
 
 
-def _merge_partials(outs, lses, out_dtype=None):
+def _merge_partials(
+    outs: Sequence[Tensor], lses: Sequence[Tensor], out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     dtype = check_merge(outs, lses, out_dtype)
     check_kernels("outs[0]", outs[0].device, _C.cuda_archs)
     tokens, heads, head_dim = outs[0].shape
@@ -201,7 +258,9 @@ def _merge_partials(outs, lses, out_dtype=None):
     return out, lse
 
 
-def _merge_partials_fake(outs, lses, out_dtype=None):
+def _merge_partials_fake(
+    outs: Sequence[Tensor], lses: Sequence[Tensor], out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     dtype = check_merge(outs, lses, out_dtype)
     return outs[0].new_empty(outs[0].shape, dtype=dtype), lses[0].new_empty(lses[0].shape)
 

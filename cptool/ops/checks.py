@@ -126,7 +126,7 @@ def check_into(q: Tensor, out: Tensor, lse: Tensor) -> None:
 
 
 def check_apart(out: Tensor, lse: Tensor, **inputs: Tensor) -> None:
-    """Refuses an `into` that a kernel would write while it reads the same memory as an input.
+    """Refuse an `into` that a kernel would write while it reads the same memory as an input.
 
     Every call comes through here, so an input that begins behind both costs one look at its
     address. `out` and `lse` have passed `check_into`.
@@ -148,7 +148,7 @@ def check_apart(out: Tensor, lse: Tensor, **inputs: Tensor) -> None:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element of a strided tensor to the end of its last."""
+    """Return the bytes from the first element of a strided tensor to the end of its last."""
     if not tensor.numel():
         return 0
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm_(hidden: Tensor, added: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """hidden += added, in place; returns `rms_norm` of the sum."""
+    """Add `added` to `hidden` in place and return `rms_norm` of the sum."""
     if _has_kernel(hidden, hidden.shape[-1]):
         return dispatch(_norm, _add_rms_norm_op, hidden, added, weight, eps)
     hidden += added
@@ -39,7 +39,7 @@ def add_rms_norm_(hidden: Tensor, added: Tensor, weight: Tensor, eps: float) -> 
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotates `heads` [T, H, D] in place; pair j is the elements (j, j + D/2) of a head.
+    """Rotate `heads` [T, H, D] in place; pair j is the elements (j, j + D/2) of a head.
 
     (a, b) -> (a cos - b sin, b cos + a sin), in float32, rounded once to the type of `heads`.
     `cos` and `sin` are float32 [T, 1, D/2].
@@ -54,7 +54,10 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def swiglu_(gate: Tensor, up: Tensor) -> Tensor:
-    """gate = silu(gate) * up, in place, each factor rounded; both [rows, width]. Returns gate."""
+    """Compute gate = silu(gate) * up in place, each factor rounded, and return it.
+
+    Both are [rows, width].
+    """
     if _has_kernel(gate, gate.shape[-1]):
         dispatch(_swiglu_, _swiglu_op, gate, up)
         return gate
@@ -68,7 +71,7 @@ def _has_kernel(x: Tensor, width: int) -> bool:
 
 
 def _run(name: str, device: torch.device, *arguments: object) -> None:
-    """The extension's function for the device, on its threads or its current stream."""
+    """Call the extension's function for the device, on its threads or its current stream."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream

@@ -39,12 +39,14 @@ def _candidates(package: Path) -> Iterator[Path]:
     for distribution in importlib.metadata.distributions(name="cptool"):
         for file in distribution.files or ():
             if file.parent.as_posix() == "cptool" and file.name.startswith("_C."):
-                yield Path(distribution.locate_file(file))
+                yield Path(str(distribution.locate_file(file)))
 
 
 def _import(path: Path, attempt: int) -> ModuleType:
     # pybind11 creates one module per name in a process, so every attempt needs its own name.
     spec = importlib.util.spec_from_file_location(f"cptool.{attempt}._C", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a module that Python can load; {_REMEDY}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -75,7 +77,7 @@ def load() -> ModuleType:
             other sources than the checkout's. The message is one line.
     """
     package = Path(__file__).resolve().parent.parent
-    mismatches = []
+    mismatches: list[str] = []
     for path in _candidates(package):
         if not path.is_file():
             continue

@@ -15,7 +15,7 @@ from cptool.ops.kernels import EXTENSION as _C
 from cptool.ops.linear import FEW_ROWS
 
 _MOST_ROWS = 64
-"""Beyond them the calls between the steps cost nothing, and the intermediates are large."""
+"""With more rows, the calls between the steps cost nothing and the intermediates are large."""
 
 
 def takes(hidden: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,12 +20,14 @@ EXTENSION = _C = extension.load()
 
 
 def cpu_isas() -> list[str]:
-    """Instruction sets whose CPU kernels this build has and this machine runs, slowest first."""
+    """Return the instruction sets whose CPU kernels this build has and this machine runs, slowest
+    first.
+    """
     return _C.cpu_isas()
 
 
 def cpu_isa(dtype: torch.dtype, head_dim: int = 128) -> str:
-    """The instruction set whose kernel takes CPU calls of this dtype and head dimension."""
+    """Return the instruction set whose kernel takes CPU calls of this dtype and head dimension."""
     return _C.cpu_isa(SCALAR_TYPES[dtype], head_dim)
 
 
@@ -37,13 +40,13 @@ def cpu_stream_rows(dtype: torch.dtype, head_dim: int = 128) -> int:
 
 
 def cpu_linear_isa(dtype: torch.dtype) -> str:
-    """The instruction set of the kernel that multiplies few rows of this type."""
+    """Return the instruction set of the kernel that multiplies few rows of this dtype."""
     return _C.cpu_linear_isa(SCALAR_TYPES[dtype])
 
 
 @contextmanager
 def force_cpu_isa(name: str) -> Iterator[None]:
-    """Uses no CPU kernel beyond `name` inside the context, in all threads.
+    """Use no CPU kernel beyond `name` inside the context, in all threads.
 
     The environment's CPTOOL_ISA does so for a whole process. A kernel that doesn't take a dtype or
     head dimension leaves the call to the next slower one (:func:`cpu_isa` tells). Raises ValueError
@@ -98,7 +101,7 @@ def cuda_kernel(dtype: torch.dtype, head_dim: int = 128, tokens: int = 4096) -> 
 
 @contextmanager
 def force_cuda_kernel(name: str) -> Iterator[None]:
-    """Uses no CUDA attention kernel beyond `name` inside the context, in all threads.
+    """Use no CUDA attention kernel beyond `name` inside the context, in all threads.
 
     The environment's CPTOOL_CUDA_KERNEL does so for a whole process. A kernel that doesn't take a
     call (its dtype, head dimension or alignment) leaves it to the next slower one. Raises
@@ -119,9 +122,9 @@ def force_cuda_kernel(name: str) -> Iterator[None]:
         _C.force_cuda_kernel(previous)
 
 
-def build_info() -> dict[str, object]:
-    """What was built: ``compiler``, CPU ``isas``, ``cuda_archs`` (empty: no CUDA kernels) and
-    ``cuda_kernels``.
+def build_info() -> dict[str, Any]:
+    """Return what was built: ``compiler``, CPU ``isas``, ``cuda_archs`` (empty: no CUDA kernels)
+    and ``cuda_kernels``.
     """
     return {
         "compiler": _C.compiler,
