@@ -17,6 +17,8 @@ All that is compared runs in turn in one process, round after round; figures are
 
 from __future__ import annotations
 
+import argparse
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -187,7 +189,7 @@ def told(
     return {"case": case, **facts, "unit": unit, "ceiling": ceiling, **more, "candidates": entries}
 
 
-def attention(given) -> list[dict[str, object]]:
+def attention(given: argparse.Namespace) -> list[dict[str, object]]:
     device, dtype = given.device, torch.bfloat16
     if cuda(device):
         total = 16384
@@ -203,31 +205,33 @@ def attention(given) -> list[dict[str, object]]:
         ]
     else:
         sizes = [(64, 0, 2, 4, 4, 128), (48, 33, 1, 4, 1, 64)]
-    run, flops = product(device, dtype)
-    results = []
-    for tokens, cached, batch, heads, kv_heads, head_dim in sizes:
-        inputs = Inputs(tokens, cached, batch, heads, kv_heads, head_dim, dtype, device)
-        window = 0.02 if cuda(device) else 0.0
-        calls = {"ours": inputs.ours}
-        for kernel in kernels(device)[:-1]:  # the last one is what the op chooses
-            if kernel != "simt":  # a hundred times slower, no peer of the others
-                calls[f"ours {kernel}"] = lambda kernel=kernel: inputs.ours(kernel)
-        for name, backend in BACKENDS.items():
-            calls[name] = sdpa(inputs, backend)
-        third = flash3(inputs)
-        if third is not None:
-            calls["flash3"] = third
-        calls["gemm"] = run
-        candidates = {name: Candidate(call, device, window) for name, call in calls.items()}
-        interleave(candidates, given.rounds)
-        work = {"": inputs.flops, "gemm": flops}
-        results.append(
-            told("attention", inputs.facts(), candidates, work, "gemm", error=inputs.error())
-        )
-    return results
+    ceiling = product(device, dtype)
+    return [attention_of(given, Inputs(*size, dtype, device), ceiling) for size in sizes]
 
 
-def decode(given) -> list[dict[str, object]]:
+def attention_of(
+    given: argparse.Namespace, inputs: Inputs, ceiling: tuple[Callable[[], object], float]
+) -> dict[str, object]:
+    """One call, and a matrix product beside it: `ceiling` is its call and its operations."""
+    run, flops = ceiling
+    window = 0.02 if cuda(given.device) else 0.0
+    calls = {"ours": inputs.ours}
+    for kernel in kernels(given.device)[:-1]:  # the last one is what the op chooses
+        if kernel != "simt":  # a hundred times slower than the others
+            calls[f"ours {kernel}"] = functools.partial(inputs.ours, kernel)
+    for name, backend in BACKENDS.items():
+        calls[name] = sdpa(inputs, backend)
+    third = flash3(inputs)
+    if third is not None:
+        calls["flash3"] = third
+    calls["gemm"] = run
+    candidates = {name: Candidate(call, given.device, window) for name, call in calls.items()}
+    interleave(candidates, given.rounds)
+    work = {"": inputs.flops, "gemm": flops}
+    return told("attention", inputs.facts(), candidates, work, "gemm", error=inputs.error())
+
+
+def decode(given: argparse.Namespace) -> list[dict[str, object]]:
     device, dtype = given.device, torch.bfloat16
     if cuda(device):
         sizes = [
@@ -244,57 +248,74 @@ def decode(given) -> list[dict[str, object]]:
         ]
     else:
         sizes = [(96, 1, 8, 2), (40, 3, 4, 1)]
-    run, moved = copy(device)
-    results = []
-    for keys, batch, heads, kv_heads in sizes:
-        first = Inputs(1, keys - 1, batch, heads, kv_heads, 128, dtype, device)
-        # Together several times the L2 cache, so that each call reads memory.
-        count = max(2, min(32, -(-(2**28) // first.kv.nbytes))) if cuda(device) else 2
-        others = [
-            Inputs(1, keys - 1, batch, heads, kv_heads, 128, dtype, device)
-            for _ in range(count - 1)
-        ]
-        sets = [first, *others]
+    ceiling = copy(device)
+    return [
+        decode_of(given, (1, keys - 1, batch, heads, kv_heads, 128, dtype, device), ceiling)
+        for keys, batch, heads, kv_heads in sizes
+    ]
 
-        def each(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
-            def run_all() -> None:
-                for call in calls:
-                    call()
 
-            return run_all
+def decode_of(
+    given: argparse.Namespace, size: tuple, ceiling: tuple[Callable[[], object], float]
+) -> dict[str, object]:
+    """A decode step over caches in turn, and a copy beside it: its call and its bytes."""
+    device = given.device
+    first = Inputs(*size)
+    # Together several times the L2 cache, so that each call reads memory.
+    count = max(2, min(32, -(-(2**28) // first.kv.nbytes))) if cuda(device) else 2
+    sets = [first, *(Inputs(*size) for _ in range(count - 1))]
+    window = 0.01 if cuda(device) else 0.0
+    candidates = {}
+    for name, make in _decode_calls(sets, device).items():
+        try:
+            call = make()
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            call = _raising(error)
+        candidates[name] = Candidate(call, device, window, per_run=count)
+    run, moved = ceiling
+    candidates["copy"] = Candidate(run, device, window)
+    interleave(candidates, given.rounds)
+    _, cached, batch, heads, kv_heads, head_dim, *_ = size
+    facts = {
+        "keys": cached + 1,
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+    }
+    work = {"": float(first.kv.nbytes), "copy": moved}
+    return told("decode", facts, candidates, work, "copy", error=first.error())
 
-        ours = each([inputs.ours for inputs in sets])
-        window = 0.01 if cuda(device) else 0.0
-        makers: dict[str, Callable[[], Callable[[], object]]] = {
-            "ours": lambda: ours,
-            "ours graph": lambda: graph(ours, device),
-        }
-        for kernel in kernels(device)[:-1]:
-            forced = each([lambda i=i, kernel=kernel: i.ours(kernel) for i in sets])
-            makers[f"{kernel} graph"] = lambda forced=forced: graph(forced, device)
-        for name, backend in BACKENDS.items():
-            makers[f"{name} graph"] = lambda backend=backend: graph(
-                each([sdpa(inputs, backend) for inputs in sets]), device
-            )
-        candidates = {}
-        for name, make in makers.items():
-            try:
-                call = make()
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                call = _raising(error)
-            candidates[name] = Candidate(call, device, window, per_run=count)
-        candidates["copy"] = Candidate(run, device, window)
-        interleave(candidates, given.rounds)
-        facts = {
-            "keys": keys,
-            "batch": batch,
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "head_dim": 128,
-        }
-        work = {"": float(first.kv.nbytes), "copy": moved}
-        results.append(told("decode", facts, candidates, work, "copy", error=first.error()))
-    return results
+
+def _decode_calls(
+    sets: Sequence[Inputs], device: torch.device
+) -> dict[str, Callable[[], Callable[[], object]]]:
+    """What makes each contestant's call over all `sets`; it may raise."""
+    ours = _each([inputs.ours for inputs in sets])
+    makers: dict[str, Callable[[], Callable[[], object]]] = {
+        "ours": lambda: ours,
+        "ours graph": lambda: graph(ours, device),
+    }
+    for kernel in kernels(device)[:-1]:
+        forced = _each([functools.partial(inputs.ours, kernel) for inputs in sets])
+        makers[f"{kernel} graph"] = functools.partial(graph, forced, device)
+    for name, backend in BACKENDS.items():
+        makers[f"{name} graph"] = functools.partial(_graph_of_sdpa, sets, backend, device)
+    return makers
+
+
+def _graph_of_sdpa(
+    sets: Sequence[Inputs], backend: SDPBackend, device: torch.device
+) -> Callable[[], object]:
+    return graph(_each([sdpa(inputs, backend) for inputs in sets]), device)
+
+
+def _each(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    def run_all() -> None:
+        for call in calls:
+            call()
+
+    return run_all
 
 
 def _raising(error: Exception) -> Callable[[], object]:
@@ -304,7 +325,7 @@ def _raising(error: Exception) -> Callable[[], object]:
     return run
 
 
-def merge(given) -> list[dict[str, object]]:
+def merge(given: argparse.Namespace) -> list[dict[str, object]]:
     device = given.device
     tokens, heads = (8192, 32) if cuda(device) else (16, 2)
     run, moved = copy(device)
@@ -371,59 +392,66 @@ class CopyRing(Ring):
             torch.cuda.current_stream().wait_event(event)
 
 
-def ring(given) -> list[dict[str, object]]:
+def ring(given: argparse.Namespace) -> list[dict[str, object]]:
     device, dtype = given.device, torch.bfloat16
     if cuda(device):
         sizes = [(8192, 8, 16, 16), (8192, 8, 16, 1), (2048, 8, 16, 1), (8192, 16, 16, 1)]
     else:
         sizes = [(24, 4, 4, 2)]
-    run, flops = product(device, dtype)
-    results = []
-    for tokens, ranks, heads, kv_heads in sizes:
-        placements = tuple(p.to(device) for p in balanced([tokens * ranks], ranks).placements())
-        step = Step(0, placements, placements)
-        q = torch.randn(tokens, heads, 128, device=device, dtype=dtype)
-        cache = KVCache(
-            layers=1, kv_heads=kv_heads, head_dim=128, batch=1, dtype=dtype, device=device
-        )
-        cache.extend(placements[0])
-        cache.store(0, *(torch.randn(2, tokens, kv_heads, 128, device=device, dtype=dtype)))
-        kv, scale = cache.layer(0), 128**-0.5
+    ceiling = product(device, dtype)
+    return [ring_of_size(given, *size, ceiling) for size in sizes]
 
-        def forward(beside: bool, copies: bool) -> Callable[[], object]:
-            transfers = CopyRing(0, ranks, device, beside, copies)
-            for name in range(2):  # what is received before the first copy must be finite
-                transfers.buffer(name, tokens, kv.packed()).zero_()
-            return lambda: attend("pass-kv", q, kv, step, ring=transfers, scale=scale)
 
-        calls = {
-            "pass-kv": forward(beside=True, copies=True),
-            "in turn": forward(beside=False, copies=True),
-            "kernels alone": forward(beside=False, copies=False),
-            "gemm": run,
-        }
-        window = 0.02 if cuda(device) else 0.0
-        candidates = {name: Candidate(call, device, window) for name, call in calls.items()}
-        interleave(candidates, given.rounds)
-        pairs = sum(
-            int(torch.searchsorted(keys.positions, placements[0].positions, right=True).sum())
-            for keys in placements
-        )
-        work = {"": 4.0 * 128 * heads * pairs, "gemm": flops}
-        facts = {
-            "tokens_per_rank": tokens,
-            "ranks": ranks,
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "block_bytes": kv.packed().nbytes,
-        }
-        alone, beside = (candidates[name].seconds for name in ("kernels alone", "pass-kv"))
-        hidden = alone["median"] / beside["median"] if alone and beside else float("nan")
-        copied = timed(lambda: kv.packed().clone(), device)
-        results.append(
-            told("ring", facts, candidates, work, "gemm", of_kernels_alone=hidden, copy_s=copied)
-        )
-    return results
+def ring_of_size(
+    given: argparse.Namespace,
+    tokens: int,
+    ranks: int,
+    heads: int,
+    kv_heads: int,
+    ceiling: tuple[Callable[[], object], float],
+) -> dict[str, object]:
+    """One layer of pass-KV as rank 0 of `ranks` computes it, its transfers copies on the device."""
+    device, dtype = given.device, torch.bfloat16
+    run, flops = ceiling
+    placements = tuple(p.to(device) for p in balanced([tokens * ranks], ranks).placements())
+    step = Step(0, placements, placements)
+    q = torch.randn(tokens, heads, 128, device=device, dtype=dtype)
+    cache = KVCache(layers=1, kv_heads=kv_heads, head_dim=128, batch=1, dtype=dtype, device=device)
+    cache.extend(placements[0])
+    cache.store(0, *(torch.randn(2, tokens, kv_heads, 128, device=device, dtype=dtype)))
+    kv, scale = cache.layer(0), 128**-0.5
+
+    def forward(beside: bool, copies: bool) -> Callable[[], object]:
+        transfers = CopyRing(0, ranks, device, beside, copies)
+        for name in range(2):  # what is received before the first copy must be finite
+            transfers.buffer(name, tokens, kv.packed()).zero_()
+        return lambda: attend("pass-kv", q, kv, step, ring=transfers, scale=scale)
+
+    calls = {
+        "pass-kv": forward(beside=True, copies=True),
+        "in turn": forward(beside=False, copies=True),
+        "kernels alone": forward(beside=False, copies=False),
+        "gemm": run,
+    }
+    window = 0.02 if cuda(device) else 0.0
+    candidates = {name: Candidate(call, device, window) for name, call in calls.items()}
+    interleave(candidates, given.rounds)
+    pairs = sum(
+        int(torch.searchsorted(keys.positions, placements[0].positions, right=True).sum())
+        for keys in placements
+    )
+    work = {"": 4.0 * 128 * heads * pairs, "gemm": flops}
+    facts = {
+        "tokens_per_rank": tokens,
+        "ranks": ranks,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "block_bytes": kv.packed().nbytes,
+    }
+    alone, beside = (candidates[name].seconds for name in ("kernels alone", "pass-kv"))
+    hidden = alone["median"] / beside["median"] if alone and beside else float("nan")
+    copied = timed(lambda: kv.packed().clone(), device)
+    return told("ring", facts, candidates, work, "gemm", of_kernels_alone=hidden, copy_s=copied)
 
 
 PARTS = {"attention": attention, "decode": decode, "merge": merge, "ring": ring}

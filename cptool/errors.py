@@ -1,4 +1,4 @@
-"""Errors that are told in one line, and what that line says of any other exception."""
+"""Errors that are reported in one line, and the line for any other exception."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: one line that says the value, the rule and the remedy.
+    """A mistake in the user's input: one line with the value, the rule and the remedy.
 
-    The command line prints it and exits with code 2; nothing was changed.
+    The command line prints it and exits with code 2. Nothing was changed.
     """
 
 
@@ -35,7 +35,7 @@ class OptionError(UserError):
 
 
 class RunError(RuntimeError):
-    """A failure while running, told in one line that is all there is to know: no traceback."""
+    """A failure while running that one line explains, so that no traceback is needed."""
 
 
 _PACKAGE = Path(__file__).parent
@@ -46,11 +46,11 @@ _THREADS = ("can't start new thread", "Resource temporarily unavailable")
 
 
 def explain(error: BaseException, during: str = "") -> str:
-    """One line that says what went wrong, for any exception.
+    """Return one line that says what went wrong, for any exception.
 
-    A UserError, a RunError and an error of the system speak for themselves. Memory or threads that
-    the system does not give are named as that, with `during`, what was being done, and the remedy.
-    Anything else is a defect: its type and place, to be reported.
+    The message of a UserError, a RunError or an OSError is that line. A lack of memory or threads
+    is named, with the remedy and with `during`, what was being done. Anything else is a defect,
+    with its type and place, to be reported.
     """
     text = text_of(error)
     where = f" during {during}" if during else f" in {_place(error)}"
@@ -59,13 +59,13 @@ def explain(error: BaseException, during: str = "") -> str:
     if is_out_of_memory(error):
         wanted = _WANTED.search(text)
         return (
-            f"out of memory{where}" + (f" ({wanted[1]} more were wanted)" if wanted else "") + "; "
+            f"out of memory{where}" + (f" ({wanted[1]} more were needed)" if wanted else "") + "; "
             "use a shorter prompt, more ranks or a smaller model, or raise the limit (ulimit -v, "
             "the control group's)"
         )
     if isinstance(error, RuntimeError) and any(sign in text for sign in _THREADS):
         return (
-            f"the system gives no further thread{where}; use fewer `threads`, or raise the limit "
+            f"the system allows no more threads{where}; use fewer `threads`, or raise the limit "
             "(ulimit -u, the control group's pids.max)"
         )
     if isinstance(error, OSError):
@@ -77,22 +77,22 @@ def explain(error: BaseException, during: str = "") -> str:
         return told
     if isinstance(error, ImportError) and text:
         return text
-    told = f": {text}" if text else ""
+    message = f": {text}" if text else ""
     return (
-        f"internal error: {type(error).__name__}{told} ({_place(error)}); please report this, with "
-        "what CPTOOL_TRACEBACK=1 shows"
+        f"internal error: {type(error).__name__}{message} ({_place(error)}); please report this, "
+        "with what CPTOOL_TRACEBACK=1 shows"
     )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be had: Python's, the system's, or torch's on any device."""
+    """Return whether memory ran out: Python's, the system's, or torch's on any device."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     return isinstance(error, RuntimeError) and any(sign in text_of(error) for sign in _MEMORY)
 
 
 def show_traceback(error: BaseException) -> None:
-    """On standard error, where CPTOOL_TRACEBACK is set: what a developer wants to see."""
+    """Print the traceback on standard error if CPTOOL_TRACEBACK is set."""
     if os.environ.get("CPTOOL_TRACEBACK"):
         traceback.print_exception(type(error), error, error.__traceback__)
 
@@ -103,7 +103,7 @@ def as_options(message: str) -> str:
 
 
 def text_of(error: BaseException) -> str:
-    """What the exception says, in one line of bounded length."""
+    """Return the message of an exception, in one line of bounded length."""
     try:
         text = str(error)
     except Exception:
@@ -113,7 +113,7 @@ def text_of(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """File, line and function of the innermost frame that is ours, else of the innermost."""
+    """File, line and function of the innermost frame in cptool, else of the innermost of all."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
     if not frames:

@@ -1,4 +1,4 @@
-"""Files of one's own: private, whole or not there, and read with a limit."""
+"""Private files that are written whole or not at all, and reading with a limit."""
 
 import errno
 import hashlib
@@ -16,7 +16,7 @@ _LONGEST_NUMBER = 20
 
 
 def make_private(directory: Path) -> None:
-    """Makes the directory and those above it, where they are missing, for this user alone."""
+    """Create the directory and its missing parents, readable by this user alone."""
     missing = [place for place in (directory, *directory.parents) if not place.exists()]
     for place in reversed(missing):
         try:
@@ -28,9 +28,9 @@ def make_private(directory: Path) -> None:
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file that this user alone can read and write, open for writing.
+    """Create a file that this user alone can read and write, and open it for writing.
 
-    Never follows a link and never takes over what is there: FileExistsError.
+    Raises FileExistsError if anything is there, a link included.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o600)
@@ -39,26 +39,24 @@ def create(path: Path) -> BinaryIO:
 
 
 def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
-    """Writes every byte of `data`, which is one row of bytes, however few the system takes at
-    once.
-    """
+    """Write every byte of the one-dimensional `data`, in as many steps as the system needs."""
     rest = memoryview(data)
     while len(rest):
         rest = rest[file.write(rest[: 1 << 30]) :]
 
 
 def replace_whole(path: Path, data: bytes) -> None:
-    """Makes `data` the contents of a private file, on disk, in one atomic step.
+    """Replace the contents of a private file by `data`, on disk, in one atomic step.
 
-    A kill leaves the file as it was, and perhaps a file of its name with 8 hex digits and ".tmp"
-    beside it.
+    If the process is killed, the file is as before; a file of its name with 8 hex digits and ".tmp"
+    may remain beside it.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with create(temporary) as file:
             write_all(file, data)
             os.fsync(file.fileno())
-        sync(path.parent)  # names of files that `data` speaks of come first
+        sync(path.parent)  # the files that `data` names come first
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -67,21 +65,21 @@ def replace_whole(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when the file or directory is on disk."""
+    """Block until the file or directory is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # no such thing for directories here
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # directories cannot be synced here
             raise
     finally:
         os.close(descriptor)
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The contents of a regular file; ValueError for anything else, or for more than `limit` bytes.
+    """Read a regular file; ValueError for anything else, or for more than `limit` bytes.
 
-    Neither a pipe nor a device is waited for.
+    Pipes and devices do not block.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -103,9 +101,9 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """What a JSON text says that holds integers, texts, lists and objects, each key once.
+    """Parse JSON that holds integers, strings, lists and objects, each key once.
 
-    ValueError for anything else, whatever the bytes.
+    Raises ValueError for anything else.
     """
     try:
         return json.loads(
@@ -122,8 +120,8 @@ def parse_json(data: bytes) -> Any:
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        keys = [key for key, _ in pairs]
+        twice = next(key for at, key in enumerate(keys) if key in keys[:at])
         raise ValueError(f"{twice[:40]!r} is given twice")
     return fields
 
@@ -139,11 +137,11 @@ def _no_number(text: str) -> None:
 
 
 def cache_dir() -> Path:
-    """The directory of downloaded models and measured profiles; it need not exist yet.
+    """Return the directory of downloaded models and measured profiles, which need not exist.
 
-    `$CPTOOL_CACHE`, else `$XDG_CACHE_HOME/cptool` where that is an absolute path, as its
-    specification wants it, else `~/.cache/cptool`. Raises UserError for a user without a home: what
-    can do without a cache catches it.
+    It is `$CPTOOL_CACHE`, else `$XDG_CACHE_HOME/cptool` if that is an absolute path, as its
+    specification requires, else `~/.cache/cptool`. Raises UserError for a user without a home;
+    callers that can do without a cache catch it.
     """
     if own := os.environ.get("CPTOOL_CACHE"):
         return expanded(own).absolute()
@@ -154,8 +152,10 @@ def cache_dir() -> Path:
 
 
 def home(instead: str) -> Path:
-    """The user's home directory. Raises UserError where there is none, as in a container whose user
-    has no entry in /etc/passwd; `instead` is the environment variable that makes do without it.
+    """Return the user's home directory.
+
+    Raises UserError if there is none, as in a container whose user has no entry in /etc/passwd;
+    `instead` is the environment variable that replaces it.
     """
     try:
         return Path.home()
@@ -167,7 +167,7 @@ def home(instead: str) -> Path:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """`path` with `~` replaced by a home directory. Raises UserError where that is not known."""
+    """Replace `~` in `path` by a home directory; UserError if that is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -177,7 +177,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's contents."""
+    """Return the SHA-256 of a file's contents, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 24):

@@ -2,7 +2,7 @@
 
 
 def duration(seconds: float) -> str:
-    """`1,205.30 s`, `12.02 s`, `195 ms`, `1.82 ms`, `47 us`."""
+    """Return seconds as `1,205.30 s`, `12.02 s`, `195 ms`, `1.82 ms` or `47 us`."""
     for unit, scale in (("us", 1e6), ("ms", 1e3)):
         shown = f"{scale * seconds:.3g}"
         if abs(float(shown)) < 1000:
@@ -11,7 +11,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """`700 B`, `1.5 MB`, `2 TB`: a number of bytes."""
+    """Return a number of bytes as `700 B`, `1.5 MB` or `2 TB`."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -20,5 +20,5 @@ def size(count: float) -> str:
 
 
 def some(count: int, noun: str) -> str:
-    """`1 token`, `2,000 tokens`."""
+    """Return a count and its noun, as `1 token` or `2,000 tokens`."""
     return f"{count:,} {noun}{'s' * (count != 1)}"

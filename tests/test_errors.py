@@ -92,7 +92,7 @@ def test_the_place_is_the_innermost_that_is_ours():
 )
 def test_memory_that_is_not_there(error, wanted):
     told = explain(raised(error), during="load the weights")
-    more = f" ({wanted} more were wanted)" if wanted else ""
+    more = f" ({wanted} more were needed)" if wanted else ""
     assert told.startswith(f"out of memory during load the weights{more}; use a shorter prompt")
     assert "in test_errors.py:" in explain(raised(error))
 

@@ -61,7 +61,6 @@ LONG_SIGNATURES: set[str] = {
 }
 POSITIONAL: set[str] = {
     "bench.attention: attention_partial",
-    "cli.verify: table.add_row",
     "distributed.status_board: _FAILURE.pack_into",
     "distributed.status_board: _STATUS.pack_into",
     "engine.static_decode: attention_partial",
@@ -82,7 +81,6 @@ POSITIONAL: set[str] = {
     "session.segments: _read",
 }
 POSITIONAL_DATACLASSES: set[str] = {
-    "cli.plot.Line",
     "engine.turn.Report",
     "exactness.verify.Measurement",
     "profiling.report.Phases",

@@ -54,8 +54,9 @@ def demo(question: str, ranks: RankRequest, attention: EngineOptions) -> None:
         raise UserError("cptool demo starts its own ranks; run it without a launcher")
     path = catalogue.pull(MODEL, lambda step: draw.say(f"{MODEL}: {step}"))
     checkpoint = open_model(str(path))
-    document = resources.files("cptool").joinpath("data", "lighthouse.txt").read_text("utf-8")
+    document = read_document()
     tokenizer = checkpoint.tokenizer()
+    assert tokenizer is not None  # this model has one
     prompt = tokenizer.chat([{"role": "user", "content": f"{document}\n{question}"}])
     check_context([len(prompt)], [0], ANSWER_TOKENS, checkpoint.config)
     many = dataclasses.replace(ranks, cp=ranks.cp or 2).resolve(checkpoint.config)
@@ -78,6 +79,11 @@ def demo(question: str, ranks: RankRequest, attention: EngineOptions) -> None:
         for placed in (many, dataclasses.replace(many, cp=1, tp=1))
     ]
     sys.exit(_compare(answers, many))
+
+
+def read_document() -> str:
+    """Return the logbook."""
+    return resources.files("cptool").joinpath("data", "lighthouse.txt").read_text("utf-8")
 
 
 def _run(turn: Turn, ranks: RankOptions, *, stream: bool) -> Report:

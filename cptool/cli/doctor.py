@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -56,7 +56,7 @@ def _build_rows() -> Rows:
     from cptool.ops.kernels import build_info, cpu_isa, cpu_linear_isa, cuda_kernels
     from cptool.ops.linear import FEW_ROWS
 
-    built = build_info()
+    built: dict[str, Any] = build_info()
     in_use = [
         f"{name}: {cpu_isa(getattr(torch, name))}" for name in ("float32", "bfloat16", "float16")
     ]
@@ -134,7 +134,7 @@ def _gpu_rows() -> tuple[Rows, str | None]:
 def _cuda() -> str:
     from cptool.ops.kernels import build_info
 
-    archs = build_info()["cuda_archs"]
+    archs: Any = build_info()["cuda_archs"]
     return f"CUDA for sm_{', sm_'.join(archs)}" if archs else "no CUDA"
 
 

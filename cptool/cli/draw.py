@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 Rows = list[tuple[str, str]]
 """Rows of a table without a frame: a name and what it is."""
 
-# Narrower terminals wrap a table themselves: in its own columns nothing would be left to read.
+# Narrower terminals wrap a table themselves: its own columns would be too narrow to read.
 NARROWEST = 40
 
 
 def prefill_rows(report: "Report") -> Rows:
-    """What a prefill did, chose and reached."""
+    """Return rows on what a prefill did, which variant it chose and what rate it reached."""
     rows = [
         (
             "prompt",
@@ -41,14 +41,14 @@ def prefill_rows(report: "Report") -> Rows:
         rows.append(
             (
                 "exchange",
-                f"{size(report.wire_bytes)} sent by a rank, {duration(report.exposed_s)} exposed",
+                f"{size(report.wire_bytes)} sent per rank, {duration(report.exposed_s)} exposed",
             )
         )
     return rows
 
 
 def decode_rows(report: "Report") -> Rows:
-    """What a decode did and reached; nothing where no further token was computed."""
+    """Return rows on what a decode did and reached; none if no further token was computed."""
     if report.ttit_ms is None:
         return []
     count = sum(map(len, report.token_ids))
@@ -57,13 +57,13 @@ def decode_rows(report: "Report") -> Rows:
         (
             "decode",
             f"{some(count, 'token')}, {duration(report.ttit_ms / 1e3)} each, {rate:.3g} GB/s of "
-            f"weights and KV a rank ({report.decode_variant}: {report.decode_reason})",
+            f"weights and KV per rank ({report.decode_variant}: {report.decode_reason})",
         )
     ]
 
 
 def table(rows: Rows, *, to_stderr: bool = False) -> None:
-    """Two columns, no frame: wrapped at a terminal's width, else one line a row."""
+    """Print two columns without a frame, wrapped to a terminal's width, else one line per row."""
     stream = sys.stderr if to_stderr else sys.stdout
     if stream is None or not stream.isatty():
         width = max(len(name) for name, _ in rows) if rows else 0
@@ -84,14 +84,14 @@ def table(rows: Rows, *, to_stderr: bool = False) -> None:
 
 
 def profile_fields(report: "Report") -> dict[str, object]:
-    """What JSON says of a profile: seconds by phase, one value a rank; nothing without one."""
+    """Return the profile for --json: seconds by phase, one per rank; empty without a profile."""
     if not report.phases:
         return {}
     return {"profile": {phases.name.partition(",")[0]: phases.fields() for phases in report.phases}}
 
 
 def phases(report: "Report", path: str | None, *, to_stderr: bool = False) -> None:
-    """Where the time of each rank went; nothing without a profile."""
+    """Print where the time of each rank went, if there is a profile."""
     from rich.console import Console
     from rich.table import Table
 
@@ -131,15 +131,13 @@ PHASE_NAMES = {
 
 
 def say(line: str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def counting(what: str, total: int) -> Iterator["Callable[[], None]"]:
-    """Yields what to call after each of `total` steps; draws only where standard error is a
-    terminal.
-    """
+    """Draw a progress bar, if standard error is a terminal; yield what to call after each step."""
     if not sys.stderr.isatty():
         yield lambda: None
         return
@@ -153,8 +151,9 @@ def counting(what: str, total: int) -> Iterator["Callable[[], None]"]:
 
 @contextmanager
 def progress(*, quiet: bool = False) -> Iterator["Callable[[Board], None] | None"]:
-    """Yields what to call with the ranks' status board now and then; None unless standard error is
-    a terminal.
+    """Draw a progress bar; yield what to call with the ranks' status board from time to time.
+
+    Yields None unless standard error is a terminal.
     """
     if quiet or not sys.stderr.isatty():
         yield None

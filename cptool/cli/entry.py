@@ -1,11 +1,10 @@
-"""Where the command begins: from here on a Ctrl-C is one line and exit code 130.
+"""The entry point: from here on a Ctrl-C is one line and exit code 130.
 
-Imports next to nothing, so that little happens before that holds.
+It imports almost nothing, so that this holds from the start.
 """
 
 import _signal  # what `signal` is made of, without the enumerations that take it milliseconds
 import os
-import sys
 
 
 def main() -> None:
@@ -25,8 +24,8 @@ def main() -> None:
         _leave(_signal.SIGINT, None)
 
 
-def _leave(number: int, frame) -> None:
-    """Nothing is begun that would have to be put in order."""
+def _leave(number: int, frame: object) -> None:
+    """End at once: nothing has begun that would have to be cleaned up."""
     newline = b"\n" if os.isatty(2) else b""  # after the ^C of a terminal
     try:
         os.write(2, newline + b"cptool: interrupted\n")
@@ -35,4 +34,4 @@ def _leave(number: int, frame) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

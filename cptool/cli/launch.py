@@ -1,4 +1,4 @@
-"""Runs a turn on the ranks that were asked for, and shows how far they are."""
+"""Running a turn on ranks, with its progress shown."""
 
 import os
 import sys
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def run_turn(turn: Turn, ranks: RankOptions, *, stream: bool = False) -> Report | None:
-    """The report of rank 0; None in the other processes of a launcher.
+    """Run the turn and return the report of rank 0; None in the other processes of a launcher.
 
-    With `stream`, rank 0 writes the answer to standard output as it comes, for a single sequence
-    with a tokenizer.
+    With `stream`, rank 0 writes the answer to standard output as it comes, which takes a single
+    sequence and a tokenizer.
     """
     with draw.progress(quiet=stream) as watch:
         report, rank = launch.run(
@@ -33,9 +33,9 @@ def run_turn(turn: Turn, ranks: RankOptions, *, stream: bool = False) -> Report 
         return None
     rate = report.flops / report.ttft_s / (report.cp * report.tp)
     if report.ceiling_flops is not None and rate > report.ceiling_flops:
-        # The mark of ranks that attend to their own tokens alone.
+        # Ranks that attend to their own tokens alone have such rates.
         draw.say(
-            f"{rate / 1e12:.3g} TFLOP/s a rank is more than this hardware can do "
+            f"{rate / 1e12:.3g} TFLOP/s per rank is more than this hardware can do "
             f"({report.ceiling_flops / 1e12:.3g}): something was not computed; check with: "
             "cptool verify MODEL"
         )
@@ -47,7 +47,9 @@ def _on_rank(world: "World", turn: Turn, stream: bool) -> tuple[Report, int]:
         return run(world, turn), world.rank
     from cptool.checkpoint import open_checkpoint
 
-    text, output = open_checkpoint(turn.model).tokenizer().stream(), Output()
+    tokenizer = open_checkpoint(turn.model).tokenizer()
+    assert tokenizer is not None  # the caller streams only with one
+    text, output = tokenizer.stream(), Output()
     report = run(world, turn, lambda sequence, token: output.write(text.push(token)))
     output.write(text.flush() + "\n")
     if output.fault:
@@ -56,9 +58,9 @@ def _on_rank(world: "World", turn: Turn, stream: bool) -> tuple[Report, int]:
 
 
 class Output:
-    """Standard output, or nowhere once it takes no more, for the turn is still to be saved.
+    """Standard output, or nowhere once it fails, because the turn is still to be saved.
 
-    `fault` is why it took no more, if not because its reader had enough.
+    `fault` is why it failed, None if its reader merely closed it.
     """
 
     def __init__(self) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from typing import Any
 
 import click
 
@@ -14,9 +15,8 @@ from cptool.distributed import signals
 from cptool.distributed.signals import orderly
 from cptool.errors import UserError, as_options, explain, show_traceback
 
-# Threads that spin while they wait take the cores from ranks and from our kernels' threads: on two
-# busy cores a decode step took 20 times as long. Read by OpenMP when torch is imported, so it is
-# set before.
+# Threads that spin while they wait take cores from ranks and from our kernels' threads: on two busy
+# cores a decode step took 20 times as long. OpenMP reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 COMMANDS = {
@@ -51,29 +51,29 @@ class Commands(click.Group):
             return None
         return getattr(importlib.import_module(f"cptool.cli.{COMMANDS[name]}"), name)
 
-    # click takes an end of file for a Ctrl-C, and any broken pipe for one of the output.
+    # click treats an end of file as a Ctrl-C, and any broken pipe as one of the output.
 
-    def make_context(self, *args, **kwargs) -> click.Context:
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:
             return super().make_context(*args, **kwargs)
         except (EOFError, KeyboardInterrupt, OSError) as error:
-            raise _Escaped from error
+            raise _Escaped(error) from error
 
-    def invoke(self, ctx: click.Context):
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             _check_directory()
             return super().invoke(ctx)
         except (EOFError, KeyboardInterrupt, OSError) as error:
-            raise _Escaped from error
+            raise _Escaped(error) from error
 
-    def main(self, *args, standalone_mode: bool = True, **kwargs):
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **kwargs)
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("standalone_mode", True):
+            return super().main(*args, **kwargs)
         try:
             code, line = self._run(*args, **kwargs)
         except KeyboardInterrupt:
             code, line = 130, "cptool: interrupted"
-        # It is decided: a Ctrl-C from here on would only break into Python's own end.
+        # The outcome is known: from here on a Ctrl-C would only interrupt Python's own shutdown.
         if isinstance(signal.getsignal(signal.SIGINT), signals.Interrupt):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         fault = streams.finish()
@@ -83,7 +83,7 @@ class Commands(click.Group):
             newline = "\n" if code == 130 and sys.stderr.isatty() else ""  # after the ^C
             click.echo(newline + " ".join(line.split()), err=True)
         if any(thread.name == "cptool-ranks" for thread in threading.enumerate()):
-            # A rank that computes in this process would do so while the interpreter is torn down.
+            # A rank in this process would go on computing while the interpreter is torn down.
             sys.stderr.flush()
             os._exit(code)
         # A KeyboardInterrupt that left the `exec` of a string, which importing a dataclass is full
@@ -91,11 +91,11 @@ class Commands(click.Group):
         exec("")
         sys.exit(code)
 
-    def _run(self, *args, **kwargs) -> tuple[int, str | None]:
-        """Exit code, and the line that says why if it is not 0."""
+    def _run(self, *args: Any, **kwargs: Any) -> tuple[int, str | None]:
+        """Run the command; return the exit code, and the line that explains one other than 0."""
         try:
             with orderly():
-                return super().main(*args, standalone_mode=False, **kwargs) or 0, None
+                return super().main(*args, **{**kwargs, "standalone_mode": False}) or 0, None
         except SystemExit as ended:
             return ended.code if isinstance(ended.code, int) else 0, None
         except _NO_ARGUMENTS as error:
@@ -108,8 +108,8 @@ class Commands(click.Group):
             return 2, f"cptool: {error.format_message()}"
         except click.Abort:
             return 130, "cptool: interrupted"
-        except BaseException as error:  # also what is no Exception, as a panic of Rust is
-            return self._failed(error.__cause__ if isinstance(error, _Escaped) else error)
+        except BaseException as error:  # a panic in Rust is not an Exception
+            return self._failed(error.cause if isinstance(error, _Escaped) else error)
 
     @staticmethod
     def _failed(error: BaseException) -> tuple[int, str | None]:
@@ -122,15 +122,18 @@ class Commands(click.Group):
 
 
 def _check_directory() -> None:
-    """UserError where the current directory was removed: some libraries end the process then."""
+    """Raise UserError if the current directory was removed: some libraries abort then."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise UserError("the current directory is gone; change to one that is there") from None
+        raise UserError("the current directory was removed; change to one that exists") from None
 
 
 class _Escaped(Exception):
-    """Carries an exception, its cause, past click."""
+    """Carries an exception past click."""
+
+    def __init__(self, cause: BaseException) -> None:
+        self.cause = cause
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -6,13 +6,14 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cptool.errors import OptionError, UserError
 
 FORMATS = (".png", ".svg", ".pdf")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Line:
     """A line of a plot.
 
@@ -62,7 +63,7 @@ def draw(
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    colour: str | None = None
+    colour: Any = None
     named: set[str] = set()
     for line in lines:
         label = f"_{line.label}" if line.label in named else line.label

@@ -1,4 +1,4 @@
-"""`cptool session`: shows, checks, compacts a session, or goes back in it."""
+"""`cptool session`: show, verify or compact a session, or take back turns."""
 
 import json
 import sys
@@ -16,15 +16,18 @@ directory_argument = click.argument("directory", metavar="SESSION", type=click.P
 
 @click.group()
 def session() -> None:
-    """Look after a session on disk."""
+    """Inspect and maintain a session on disk."""
 
 
 @session.command()
 @directory_argument
 @json_option
 def show(directory: Path, as_json: bool) -> None:
-    """What a SESSION holds."""
+    """Show what a SESSION holds."""
     manifest = sessions.load(directory)
+    tokens = [len(sequence.tokens) for sequence in manifest.sequences]
+    cached = [sequence.cached for sequence in manifest.sequences]
+    total = sum(segment.bytes for segment in manifest.segments)
     fields = {
         "model": manifest.model.path,
         "fingerprint": manifest.model.fingerprint,
@@ -33,10 +36,10 @@ def show(directory: Path, as_json: bool) -> None:
         "tp": manifest.tp,
         "revision": manifest.revision,
         "turns": [list(turn) for turn in manifest.turns],
-        "tokens": [len(sequence.tokens) for sequence in manifest.sequences],
-        "cached": [sequence.cached for sequence in manifest.sequences],
+        "tokens": tokens,
+        "cached": cached,
         "segments": len(manifest.segments),
-        "bytes": sum(segment.bytes for segment in manifest.segments),
+        "bytes": total,
     }
     if as_json:
         click.echo(json.dumps(fields))
@@ -49,13 +52,12 @@ def show(directory: Path, as_json: bool) -> None:
             ("last turn on", f"{manifest.cp} cp x {manifest.tp} tp, {manifest.dtype}"),
             (
                 "tokens",
-                f"{', '.join(map(str, fields['tokens']))}, {', '.join(map(str, fields['cached']))} "
-                "of them with KV",
+                f"{', '.join(map(str, tokens))}, {', '.join(map(str, cached))} of them with KV",
             ),
             ("after turns", turns),
             (
                 "on disk",
-                f"{units.some(fields['segments'], 'segment')}, {units.size(fields['bytes'])}, "
+                f"{units.some(len(manifest.segments), 'segment')}, {units.size(total)}, "
                 f"revision {manifest.revision}",
             ),
         ]
@@ -65,16 +67,16 @@ def show(directory: Path, as_json: bool) -> None:
 @session.command(short_help="Read every byte of a SESSION and check it.")
 @directory_argument
 def verify(directory: Path) -> None:
-    """Read every byte of a SESSION and check it; exits with 1 if something is wrong."""
+    """Read every byte of a SESSION and check it; exit with 1 if something is wrong."""
     from cptool.session.maintenance import problems
 
     try:
         manifest = sessions.read(directory)
         found = problems(directory, manifest)
-        if found and sessions.has_changed(directory, manifest):  # it was read while a run committed
+        if found and sessions.has_changed(directory, manifest):  # a run committed meanwhile
             manifest = sessions.read(directory)
             found = problems(directory, manifest)
-    except sessions.Damaged as error:  # for other commands a mistake, here what was asked
+    except sessions.Damaged as error:  # elsewhere a mistake, here the result
         found = [str(error)]
     for line in found:
         draw.say(line)
@@ -86,10 +88,10 @@ def verify(directory: Path) -> None:
     )
 
 
-@session.command(short_help="Rewrite a SESSION in few segments, without what went.")
+@session.command(short_help="Rewrite a SESSION in few segments, without what was removed.")
 @directory_argument
 def compact(directory: Path) -> None:
-    """Rewrite a SESSION in few segments without what does not count any more."""
+    """Rewrite a SESSION in few segments, without the KV of turns that were taken back."""
     from cptool.session.maintenance import compact as rewrite
 
     before = sessions.load(directory)

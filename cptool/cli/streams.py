@@ -1,6 +1,6 @@
 """Standard streams that are closed, full, abandoned by their reader, or of a narrow encoding.
 
-Imports nothing of weight: it is among the first code that the command runs.
+This is among the first code that the command runs, so it imports little.
 """
 
 import io
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 OUTPUT = "standard output"
-"""The file name of an OSError that came from there."""
+"""The file name of an OSError from standard output."""
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output; its errors have a name."""
+    """Standard output, whose errors have a file name."""
 
     def write(self, text: str) -> int:
         with _named():
@@ -35,7 +35,7 @@ def _named() -> Iterator[None]:
 
 
 class _Forgiving(io.TextIOWrapper):
-    """Standard error: where it cannot be written there is nobody to tell, and the work goes on."""
+    """Standard error, whose own errors are ignored: there is nowhere to report them."""
 
     def write(self, text: str) -> int:
         try:
@@ -53,8 +53,8 @@ class _Forgiving(io.TextIOWrapper):
 def prepare() -> None:
     """Make all three streams usable, whatever the command was started with.
 
-    A closed one becomes /dev/null. Left closed, its number would go to the next file that is
-    opened, a session's or a model's, and what is printed would go into that.
+    A closed one becomes /dev/null. Otherwise the next file to be opened, such as a session's, would
+    get its number, and output would be written into that file.
     """
     for number in range(3):
         try:
@@ -85,8 +85,9 @@ def replace_what_cannot_be_encoded() -> None:
 
 
 def finish() -> OSError | None:
-    """Write what standard output still holds; the error where that cannot be done, after which
-    output goes nowhere. A reader that has gone is no error: it had enough.
+    """Flush standard output, and return the error if that fails; output is then discarded.
+
+    A reader that has closed it is not an error.
     """
     try:
         if sys.stdout is not None:
@@ -98,7 +99,7 @@ def finish() -> OSError | None:
 
 
 def discard() -> None:
-    """Send all further standard output nowhere, and with it what is still held back."""
+    """Discard all further standard output, and what is still buffered."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

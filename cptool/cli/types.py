@@ -1,6 +1,9 @@
-"""Numbers of tokens, bytes and heads as people write them."""
+"""Types of options: numbers of tokens, bytes and heads, and durations, as people write them."""
+
+from __future__ import annotations
 
 import re
+from typing import Any
 
 import click
 
@@ -15,7 +18,7 @@ class TokenCount(click.ParamType):
     def __init__(self, least: int = 1) -> None:
         self.least = least
 
-    def convert(self, value, param, ctx) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([km]i?|)", value.strip().lower())
@@ -35,7 +38,7 @@ class Bytes(click.ParamType):
 
     name = "bytes"
 
-    def convert(self, value, param, ctx) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"(\d+)([kmg]?)", value.strip().lower())
@@ -50,7 +53,9 @@ class Heads(click.ParamType):
 
     name = "heads"
 
-    def convert(self, value, param, ctx) -> tuple[int, int]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
         match = re.fullmatch(r"(\d+)/(\d+)", value)
@@ -70,8 +75,12 @@ class Duration(click.ParamType):
 
     name = "duration"
 
-    def convert(self, value, param, ctx) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(ms|s|min)?", str(value))
         if not match or not float(match[1]):
-            self.fail(f"{value!r} is no duration; write seconds, as 10s, or 800ms", param, ctx)
+            self.fail(
+                f"{value!r} is not a duration; write seconds, such as 10s or 800ms", param, ctx
+            )
         return float(match[1]) * {"ms": 1e-3, "s": 1.0, "min": 60.0}[match[2] or "s"]

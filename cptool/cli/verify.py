@@ -191,12 +191,10 @@ def _draw(verdicts: list[Verdict]) -> None:
     for verdict in verdicts:
         m = verdict.measurement
         numbers = (f"{x:.3g}" for x in (m.error, m.one_call_error, m.allowed))
-        table.add_row(
-            str(m.ranks),
-            m.variant,
-            *numbers,
+        ends = (
             verdict.tokens,
             "yes" if m.repeated else "NO",
             "ok" if verdict.passed else "FAILED",
         )
+        table.add_row(str(m.ranks), m.variant, *numbers, *ends)
     Console(highlight=False).print(table)

@@ -35,12 +35,10 @@ def answer_all(world, path) -> list[list[int]]:
 
     checkpoint = open_checkpoint(str(path))
     model = load_model(checkpoint, torch.float32, world.device, world)
-    answers = []
-    for cell in prompts(checkpoint.tokenizer()):
-        engine = Engine(model, world)
-        engine.extend([cell], reserve=10)
-        answers += engine.decode(10, Sampling(), checkpoint.eos_ids)
-    return answers
+    cells = prompts(checkpoint.tokenizer())
+    engine = Engine(model, world, batch=len(cells))
+    engine.extend(cells, reserve=10)
+    return engine.decode(10, Sampling(), checkpoint.eos_ids)
 
 
 def test_every_cell_of_the_grid_agrees_with_one_rank(smollm2_path):

@@ -166,7 +166,7 @@ def test_what_a_plan_says_can_be_run():
         (("llama3-8b", "--context", "8K", "--hardware", "h1000"), "name one of"),
         (("llama3-8b", "--context", "8K", "--cached", "8K"), "less than --context"),
         (("llama3-8b", "--context", "8.5"), "whole number"),
-        (("llama3-8b", "--context", "8K", "--ttft-below", "soon"), "no duration"),
+        (("llama3-8b", "--context", "8K", "--ttft-below", "soon"), "not a duration"),
         (("llama3-8b", "--context", "8K", "--tp", "3"), "do not divide"),
         (("llama3-8b", "--context", "8K", "--hardware", "a100", "--fp8"), "no FP8"),
         (("llama3-8b", "--context", "8K", "--plot", "x.png"), "without --sweep"),

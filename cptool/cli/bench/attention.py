@@ -136,14 +136,14 @@ def _draw(path: Path, results: list[dict[str, Any]]) -> None:
     for name, rows in kinds.items():
         rows = sorted(rows, key=lambda r: (r["tokens"], r["cached"]))
         at = [r["tokens"] for r in rows]
-        lines.append(plots.Line(name, at, [r["flops"] / 1e12 for r in rows]))
+        lines.append(plots.Line(label=name, x=at, y=[r["flops"] / 1e12 for r in rows]))
         peer = [
             r["flops"] * r["seconds"]["median"] / r["torch_seconds"]["median"] / 1e12
             for r in rows
             if r["torch_seconds"]
         ]
         if len(peer) == len(rows):
-            lines.append(plots.Line("torch, the same", at, peer, dashed=True))
+            lines.append(plots.Line(label="torch, the same", x=at, y=peer, dashed=True))
     plots.draw(
         path,
         lines,

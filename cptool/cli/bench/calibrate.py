@@ -128,6 +128,7 @@ def _rows(profile: HardwareProfile, dtypes: tuple[str, ...], cp: int) -> list[tu
                 + ", ".join(f"{name} {duration(spent)}" for name, spent in beyond.items()),
             )
         )
+    assert profile.rule is not None  # it was measured
     alpha, beta, gamma = profile.rule
     rows.append(
         (

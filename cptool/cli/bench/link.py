@@ -151,7 +151,7 @@ def _row(r: dict[str, Any]) -> list[str]:
 def _draw(path: Path, results: list[dict[str, Any]]) -> None:
     kinds = grouped(results, lambda r: r["pattern"])
     lines = [
-        plots.Line(name, [r["size"] for r in rows], [r["rate"] / 1e9 for r in rows])
+        plots.Line(label=name, x=[r["size"] for r in rows], y=[r["rate"] / 1e9 for r in rows])
         for name, rows in kinds.items()
     ]
     tcp = [
@@ -160,7 +160,8 @@ def _draw(path: Path, results: list[dict[str, Any]]) -> None:
         if r["tcp_seconds"]
     ]
     if tcp:
-        lines.append(plots.Line("plain TCP", *zip(*tcp, strict=True), dashed=True))
+        sizes, rates = zip(*tcp, strict=True)
+        lines.append(plots.Line(label="plain TCP", x=sizes, y=rates, dashed=True))
     plots.draw(
         path,
         lines,

@@ -113,7 +113,7 @@ def _draw(path: Path, results: list[dict[str, Any]]) -> None:
         results, lambda r: f"{r['partials']} of {r['dtype']}, {r['heads']} heads of {r['head_dim']}"
     )
     lines = [
-        plots.Line(name, [r["tokens"] for r in rows], [r["bytes"] / 1e9 for r in rows])
+        plots.Line(label=name, x=[r["tokens"] for r in rows], y=[r["bytes"] / 1e9 for r in rows])
         for name, rows in kinds.items()
     ]
     plots.draw(

@@ -186,7 +186,7 @@ def curves(
         median, low, high = (
             [scale * r[time][key] for r in rows] for key in ("median", "min", "max")
         )
-        lines.append(Line(name, at, median, band=(low, high)))
+        lines.append(Line(label=name, x=at, y=median, band=(low, high)))
         predicted = [scale * r["predicted_s"] for r in rows]
-        lines.append(Line("predicted", at, predicted, dashed=True))
+        lines.append(Line(label="predicted", x=at, y=predicted, dashed=True))
     return lines

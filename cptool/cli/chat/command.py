@@ -28,6 +28,7 @@ from cptool.session.conversation import Conversation
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
+    from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
     from cptool.session.manifest import Manifest
 
 DEFAULT_TOKENS = 512
@@ -76,9 +77,10 @@ def chat(
     moved = model or (sessions.model_path(manifest) if manifest else source)
     checkpoint = open_model(moved, context_length)
     sampling = sampler.resolve(checkpoint)
-    conversation = _begin(checkpoint, system)
+    tokenizer = _find_tokenizer(checkpoint)
+    conversation = _begin(tokenizer, system)
     if directory is not None and manifest is not None:
-        conversation = _continue(directory, manifest, checkpoint)
+        conversation = _continue(directory, manifest, checkpoint, tokenizer)
         ranks = ranks.or_as_last(manifest)
     placed = ranks.resolve(checkpoint.config)
     setup = Setup(
@@ -93,7 +95,9 @@ def chat(
     if sampling.temperature:
         draw.say(f"sampling: {sampler.describe(sampling)}")
     with Resident(setup, placed) as resident:
-        answering = Answering(sampling=sampling, count=count, dtype=setup.dtype)
+        answering = Answering(
+            tokenizer=tokenizer, sampling=sampling, count=count, dtype=setup.dtype
+        )
         terminal = Terminal(resident, checkpoint, conversation, answering)
         if directory is not None and manifest is not None:
             terminal.continue_session(directory, manifest.revision)
@@ -126,16 +130,21 @@ def _check_options(
         )
 
 
-def _begin(checkpoint: Checkpoint, system: str | None) -> Conversation:
-    """Return a new conversation; UserError if the model's template cannot render it."""
-    from cptool.checkpoint.tokenizer.input_checks import check_text
-
+def _find_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """Return the model's tokenizer; UserError if it has none."""
     tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
         raise UserError(
             f"{checkpoint.path} has no tokenizer, so it cannot be talked with; "
             "use prefill with --token-ids"
         )
+    return tokenizer
+
+
+def _begin(tokenizer: Tokenizer, system: str | None) -> Conversation:
+    """Return a new conversation; UserError if the model's template cannot render it."""
+    from cptool.checkpoint.tokenizer.input_checks import check_text
+
     if system is not None:
         try:
             check_text(system)
@@ -150,8 +159,10 @@ def _begin(checkpoint: Checkpoint, system: str | None) -> Conversation:
     return conversation
 
 
-def _continue(directory: Path, manifest: Manifest, checkpoint: Checkpoint) -> Conversation:
+def _continue(
+    directory: Path, manifest: Manifest, checkpoint: Checkpoint, tokenizer: Tokenizer
+) -> Conversation:
     """Return the conversation of a session; UserError if it is of another model."""
     say_reading(checkpoint)
     sessions.check_model(manifest, sessions.identity(checkpoint))
-    return Conversation.read(directory, manifest, checkpoint.tokenizer())
+    return Conversation.read(directory, manifest, tokenizer)

@@ -22,6 +22,7 @@ from cptool.units import duration
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
+    from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
     from cptool.engine.rank_server import Resident
     from cptool.engine.sampling import Sampling
 
@@ -36,8 +37,9 @@ Ctrl-C stops an answer; what was written of it stays in the conversation."""
 
 @dataclass(frozen=True, kw_only=True)
 class Answering:
-    """How questions are answered: the sampling, at most `count` tokens, and the KV's dtype."""
+    """How questions are answered: in at most `count` tokens each; `dtype` is that of the KV."""
 
+    tokenizer: "Tokenizer"
     sampling: "Sampling"
     count: int
     dtype: str
@@ -59,7 +61,7 @@ class Terminal:
     ) -> None:
         self.resident, self.checkpoint, self.conversation = resident, checkpoint, conversation
         self.answering = answering
-        self.tokenizer = checkpoint.tokenizer()
+        self.tokenizer = answering.tokenizer
         self.stop_ids = tuple(dict.fromkeys((*checkpoint.eos_ids, *self.tokenizer.turn_ends)))
         self.saved: tuple[Path, int] | None = None
 
@@ -159,7 +161,7 @@ class Terminal:
             raise UserError("/save: name a directory to keep the conversation in: /save DIR")
         if not self.conversation.tokens:
             raise UserError("/save: nothing was said yet; ask something first")
-        directory = expanded(argument) if argument else self.saved[0]
+        directory = self.saved[0] if self.saved and not argument else expanded(argument)
         if self.saved is not None and directory.resolve() == self.saved[0].resolve():
             directory, revision = self.saved
             if store.load(directory).revision != revision:

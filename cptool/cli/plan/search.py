@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from cptool.errors import UserError
 from cptool.planning import planner
@@ -67,7 +68,7 @@ class Search:
         fp8_helps = self.work.feed_forward is None and "float8" in self.profile.linear_flops
         return planner.best(plans, ttft_below, list(fixed), fp8_helps)
 
-    def with_work(self, **changes: int) -> Workload:
+    def with_work(self, **changes: Any) -> Workload:
         """Return the workload with some fields changed."""
         return dataclasses.replace(self.work, **changes)
 

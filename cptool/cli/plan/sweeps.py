@@ -134,10 +134,17 @@ SWEEPS: dict[str, Callable[[Search], Table]] = {
 def show(table: Table, search: Search, plot: Path | None, as_json: bool) -> None:
     """Print a table, or its JSON."""
     if as_json:
-        fields = {"model": search.model, "hardware": search.profile.name, "sweep": table.kind}
-        fields |= {"axis": table.axis, "x": list(table.x)}
-        fields |= {"ttft_s": table.series, "ideal_s": table.ideal}
-        click.echo(json.dumps({**fields, "plot": str(plot) if plot else None}))
+        fields = {
+            "model": search.model,
+            "hardware": search.profile.name,
+            "sweep": table.kind,
+            "axis": table.axis,
+            "x": list(table.x),
+            "ttft_s": table.series,
+            "ideal_s": table.ideal,
+            "plot": str(plot) if plot else None,
+        }
+        click.echo(json.dumps(fields))
         return
     from rich.console import Console
     from rich.table import Table as Grid
@@ -148,9 +155,10 @@ def show(table: Table, search: Search, plot: Path | None, as_json: bool) -> None
         grid.add_column(name, justify="right")
     for name in table.ideal:
         grid.add_column(f"{name}, perfect", justify="right")
-    columns = [*table.series.values(), *table.ideal.values()]
-    for x, *times in zip(table.x, *columns, strict=True):
+    columns: list[Sequence[float | None]] = [*table.series.values(), *table.ideal.values()]
+    for row, x in enumerate(table.x):
         at = f"{x:.1%}" if table.kind == "miss-rates" else f"{x:,}"
+        times = [column[row] for column in columns]
         grid.add_row(at, *("no room" if t is None else duration(t) for t in times))
     Console(highlight=False).print(grid)
     for note in table.notes:
@@ -167,9 +175,10 @@ def draw_plot(table: Table, search: Search, path: Path) -> None:
         points = [(scale * x, t) for x, t in zip(table.x, times, strict=True) if t is not None]
         if points:
             x, y = zip(*points, strict=True)
-            lines.append(plots.Line(name, x, y))
+            lines.append(plots.Line(label=name, x=x, y=y))
         if name in table.ideal:
-            lines.append(plots.Line("perfect scaling", table.x, table.ideal[name], dashed=True))
+            perfect = table.ideal[name]
+            lines.append(plots.Line(label="perfect scaling", x=table.x, y=perfect, dashed=True))
     shown = TICKS if table.kind == "miss-rates" else table.x
     plots.draw(
         path,
