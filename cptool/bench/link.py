@@ -15,7 +15,7 @@ import statistics
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -53,7 +53,16 @@ def measure(
     return world.gather(results)[0]
 
 
-def _of_size(world, ring, stream, size, patterns, repeats, overlap) -> list[dict[str, object]]:
+def _of_size(
+    world: World,
+    ring: Ring,
+    *,
+    stream: _Stream | None,
+    size: int,
+    patterns: Sequence[str],
+    repeats: int,
+    overlap: bool,
+) -> list[dict[str, object]]:
     calls_of = _transfers(ring, size, world.device)
     works = {name: calls_of[name] for name in patterns}
     if stream is not None:

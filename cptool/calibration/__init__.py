@@ -24,6 +24,7 @@ from cptool.calibration.small_ops import positions, small_op, touch
 from cptool.distributed.world import World
 from cptool.engine.world_profile import usable_processors
 from cptool.planning.hardware import MEASURED, PARTS, HardwareProfile
+from cptool.planning.linear_rates import RowRates
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import fit_rule
 
@@ -71,8 +72,11 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         world.report("measure the link")
         joined = worlds[fitting if fitting > 1 else counts[-1]]
         link, steals = link_rates(Clock(world, joined, repeats), joined)
-        joins = "network" if machines > 1 else "host_link"
-        profile = dataclasses.replace(profile, transfer_steals=steals, **{joins: link})
+        profile = dataclasses.replace(profile, transfer_steals=steals)
+        if machines > 1:
+            profile = dataclasses.replace(profile, network=link)
+        else:
+            profile = dataclasses.replace(profile, host_link=link)
     profile = with_overheads(
         world, worlds, profile=profile, dtype=dtypes[0], repeats=OVERHEAD_REPEATS * repeats
     )
@@ -84,18 +88,20 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
 def measure_more_ranks(
     world: World, dtypes: tuple[str, ...], profile: HardwareProfile, repeats: int = 7
 ) -> HardwareProfile:
-    """`profile`, measured on fewer ranks, with what variants cost beyond it on these: where ranks
-    take turns they may not be bound to cores, which would spoil the rest. Collective.
+    """Return `profile`, measured on fewer ranks, with what variants cost beyond it on these.
+
+    Ranks that take turns may not be bound to cores, which would distort the rest. Collective.
     """
     here = profile.for_ranks(torch.get_num_threads(), usable_processors(world))
     more = with_overheads(
         world, {world.cp: world}, profile=here, dtype=dtypes[0], repeats=OVERHEAD_REPEATS * repeats
     )
-    both = {
-        table: {**getattr(profile, table), **getattr(more, table)}
-        for table in ("residual_s", "start_s")
-    }
-    return world.gather(dataclasses.replace(profile, **both), *PARTS)[0]
+    both = dataclasses.replace(
+        profile,
+        residual_s={**profile.residual_s, **more.residual_s},
+        start_s={**profile.start_s, **more.start_s},
+    )
+    return world.gather(both, *PARTS)[0]
 
 
 def _counts(world: World, at_once: int | None) -> list[int]:
@@ -123,7 +129,7 @@ def _compute(
     if first:
         tiny = tiny_layer(clock, name)
         profile = dataclasses.replace(profile, layer_overhead_s=tiny)
-    by_rows = ()
+    by_rows: tuple[RowRates, ...] = ()
     if clock.device.type == "cpu":
         found = [row_rates(clock, ranks, name) for ranks, clock in clocks.items()]
         by_rows = tuple(rates for rates, _ in found)

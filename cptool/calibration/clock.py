@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -19,11 +19,11 @@ class Clock:
         self.device = world.device
 
     def __call__(self, work: Callable[[], object], calls: int = 1) -> float:
-        """Seconds of one call of `work`, run `calls` times in a row."""
+        """Return the seconds of one call of `work`, run `calls` times in a row."""
         return self.all({"": work}, calls)[""]
 
-    def all(self, works: dict[str, Callable[[], object]], calls: int = 1) -> dict[str, float]:
-        """Of each of `works`, in turn, so that a drift of the machine meets all alike."""
+    def all(self, works: Mapping[str, Callable[[], object]], calls: int = 1) -> dict[str, float]:
+        """Return the seconds of each of `works`, in turn, so that drift affects all alike."""
         spent: dict[str, list[float]] = {name: [] for name in works}
         for repeat in range(self.repeats + 1):
             for name, work in works.items():

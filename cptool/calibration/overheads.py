@@ -64,9 +64,11 @@ def with_overheads(
                 for new in (1, 2 * count):
                     works[f"{variant} {new} {layers}"] = _forward(engine, mark, variant, new)
         times = clock.all(works)
-        found, started = {}, {}
+        found: dict[str, tuple[float, float]] = {}
+        started: dict[str, tuple[float, float]] = {}
         for variant in _measured(count):
-            layer, start = [], []
+            beyond: list[float] = []
+            starts: list[float] = []
             for new in (1, 2 * count):
                 few = times[f"{variant} {new} {FEW_LAYERS}"]
                 more = times[f"{variant} {new} {MORE_LAYERS}"]
@@ -75,9 +77,10 @@ def with_overheads(
                     config=TINY, dtype=dtype, new=new, cached=HELD, ranks=count, active=count
                 )
                 paused = pause * max(1.0, forward.sources / (profile.ranks_at_once or count))
-                layer.append(each - paused - predict(variant, forward, here).seconds)
-                start.append(max(0.0, few - FEW_LAYERS * each))
-            found[variant], started[variant] = tuple(layer), tuple(start)
+                beyond.append(each - paused - predict(variant, forward, here).seconds)
+                starts.append(max(0.0, few - FEW_LAYERS * each))
+            found[variant] = (beyond[0], beyond[1])
+            started[variant] = (starts[0], starts[1])
         once[count] = started
         if count > 1:
             residual[str(count)] = found
@@ -89,15 +92,15 @@ def with_overheads(
         for start in pair
     ]
     if undisturbed:
-        forward = statistics.median(undisturbed)
-        profile = dataclasses.replace(profile, forward_overhead_s=forward)
+        usual = statistics.median(undisturbed)
+        profile = dataclasses.replace(profile, forward_overhead_s=usual)
     usual = profile.forward_overhead_s
-    starts = {
+    beside = {
         str(count): {variant: (a - usual, b - usual) for variant, (a, b) in started.items()}
         for count, started in once.items()
         if count > 1
     }
-    return dataclasses.replace(profile, residual_s=residual, start_s=starts)
+    return dataclasses.replace(profile, residual_s=residual, start_s=beside)
 
 
 def _measured(ranks: int) -> tuple[str, ...]:

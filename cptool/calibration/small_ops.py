@@ -24,8 +24,8 @@ def touch(clock: Clock) -> float:
 
 
 def positions(clock: Clock) -> float:
-    """Seconds a key of putting the positions that four ranks hold in order."""
+    """Return the seconds per key to put the positions that four ranks hold in order."""
     tokens = 16384
-    placements = balanced([tokens], 4).placements()
-    placements = [placement.to(clock.device) for placement in placements]
+    layout = balanced([tokens], 4)
+    placements = [placement.to(clock.device) for placement in layout.placements()]
     return clock(lambda: union(placements)) / tokens

@@ -45,7 +45,7 @@ def launched() -> Seat | None:
 
 
 def _number(name: str, default: int | None = None) -> int:
-    value = os.environ.get(name, default)
+    value = os.environ.get(name, "" if default is None else str(default))
     try:
         return int(value)
     except ValueError:

@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cptool.distributed.environment import Seat, set_rendezvous_address
 from cptool.errors import UserError
@@ -84,7 +84,7 @@ def launchers_store(seat: Seat, timeout: float) -> dist.Store:
     import torch.distributed as dist
 
     def connect() -> dist.Store:
-        own = {} if listener is None else {"master_listen_fd": listener.detach()}
+        own: dict[str, Any] = {} if listener is None else {"master_listen_fd": listener.detach()}
         return dist.TCPStore(
             address[1][0],
             port,

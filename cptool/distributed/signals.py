@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 from cptool.distributed.environment import launched
 
@@ -43,12 +44,12 @@ def orderly() -> Iterator[None]:
 
 
 class _Held:
-    """The handler of `held_back`: keeps the numbers of the signals that came."""
+    """The handler of `held_back`: records the numbers of the signals that arrive."""
 
     def __init__(self) -> None:
         self.numbers: list[int] = []
 
-    def __call__(self, number: int, frame) -> None:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         self.numbers.append(number)
 
 
@@ -70,10 +71,10 @@ def held_back() -> Iterator[None]:
             signal.signal(number, held)
         yield
     finally:
-        for number, handler in handled.items():
-            signal.signal(number, handler)
-        for number in held.numbers[:1]:  # even after an exception, which it may have brought about
-            signal.raise_signal(number)
+        for handled_number, handler in handled.items():
+            signal.signal(handled_number, handler)
+        for arrived in held.numbers[:1]:  # even after an exception, which it may have caused
+            signal.raise_signal(arrived)
 
 
 def end_with_parent() -> None:
@@ -120,13 +121,13 @@ class Interrupt:
     def __init__(self) -> None:
         self.came = False
 
-    def __call__(self, number: int, frame) -> None:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         if not self.came:
             self.came = True
             raise KeyboardInterrupt
 
 
-def _end(number: int, frame) -> None:
+def _end(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
@@ -155,9 +156,10 @@ def leave(number: int) -> None:
         os._exit(128 + number)
 
 
-def _unraisable(found) -> None:
-    """What is raised where Python cannot raise, in a destructor say: a Ctrl-C is not lost, and of
-    anything else no traceback is shown.
+def _unraisable(found: sys.UnraisableHookArgs) -> None:
+    """Handle what is raised where Python cannot raise, as in a destructor.
+
+    A Ctrl-C is not lost, and nothing else shows a traceback.
     """
     if isinstance(found.exc_value, KeyboardInterrupt):
         leave(signal.SIGINT)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -57,11 +58,11 @@ class Timeline:
     def mark(self, label: str) -> None:
         """What follows, up to the next mark, is `label`."""
         if self.device.type == "cuda":
-            now = torch.cuda.Event(enable_timing=True)
-            now.record(torch.cuda.current_stream(self.device))
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            self._entries.append((label, event))
         else:
-            now = time.perf_counter()
-        self._entries.append((label, now))
+            self._entries.append((label, time.perf_counter()))
 
     def note(self, entry: Start | Wait) -> None:
         self._entries.append(entry)
@@ -81,7 +82,7 @@ class Timeline:
             label, began = entry
         return trace
 
-    def _between(self, began, ended) -> float:
+    def _between(self, began: Any, ended: Any) -> float:
         return 1e-3 * began.elapsed_time(ended) if self.device.type == "cuda" else ended - began
 
 
@@ -128,7 +129,7 @@ class EmulatedRing(Ring):
         self.timeline.note(Wait(tuple(numbers)))
 
 
-def replay(trace: Trace, link: Link, steals: float = 0.0) -> float:
+def replay(trace: Sequence[Compute | Start | Wait], link: Link, steals: float = 0.0) -> float:
     """Seconds that the transfers of `trace` add to its compute, over `link`.
 
     A transfer's latency is never hidden; its bytes follow those before it on the link, both ways at

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cptool.model.product import Product
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,5 +34,6 @@ def apply(model: Llama, group: Group) -> None:
         if partial.shape[0]:
             group.sum_(partial)
 
-    for layer in model.layers:
-        layer.self_attn.o_proj.reduce = layer.mlp.down_proj.reduce = reduce
+    for name, module in model.named_modules():
+        if isinstance(module, Product) and name.endswith((".o_proj", ".down_proj")):
+            module.reduce = reduce

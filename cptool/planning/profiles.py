@@ -126,7 +126,7 @@ def save_profile(profile: HardwareProfile) -> Path:
 
 
 def _parse(fields: dict[str, Any]) -> HardwareProfile:
-    """Raises TypeError, ValueError or KeyError for what no measurement gives."""
+    """Raise TypeError, ValueError or KeyError for values that no measurement gives."""
     links = {name: Link(**fields[name]) for name in ("host_link", "network")}
     row_rates = {
         dtype: tuple(
@@ -167,7 +167,8 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
             str(int(ranks)): {v: (float(one), float(each)) for v, (one, each) in found.items()}
             for ranks, found in getattr(profile, name).items()
         }
-        profile = dataclasses.replace(profile, **{name: seconds})
+        replaced: dict[str, Any] = {name: seconds}
+        profile = dataclasses.replace(profile, **replaced)
     if profile.rule is None:
         return profile
     alpha, beta, gamma = map(float, profile.rule)

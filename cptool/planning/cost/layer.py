@@ -57,7 +57,7 @@ def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Predict
 
 
 def elementwise_bytes(forward: Forward) -> float:
-    """Bytes that a token's norms, rotation, activation and residual sums read and write.
+    """Return the bytes that a token's norms, rotation, activation and residual sums read and write.
 
     One pass each (`cptool.ops.elementwise`). What has the width of the residual stream is not
     divided over tensor-parallel ranks.
@@ -65,7 +65,7 @@ def elementwise_bytes(forward: Forward) -> float:
     config, e = forward.config, forward.element
     feed_forward = config.intermediate_size / forward.tp
     rotated = forward.query_width + forward.kv_width / 2
-    moved = e * forward.kv_width * 2  # K and V into the cache
+    moved: float = e * forward.kv_width * 2  # K and V into the cache
     # A norm; a residual sum with the norm after it; a sum. Rotation; silu(gate) * up.
     moved += e * config.hidden_size * (2 + 4 + 3) + e * rotated * 2 + e * feed_forward * 3
     if forward.feed_forward == "float8":
