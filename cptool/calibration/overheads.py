@@ -67,20 +67,12 @@ def with_overheads(
         found: dict[str, tuple[float, float]] = {}
         started: dict[str, tuple[float, float]] = {}
         for variant in _measured(count):
-            beyond: list[float] = []
-            starts: list[float] = []
-            for new in (1, 2 * count):
-                few = times[f"{variant} {new} {FEW_LAYERS}"]
-                more = times[f"{variant} {new} {MORE_LAYERS}"]
-                each = max(0.0, more - few) / (MORE_LAYERS - FEW_LAYERS)
-                forward = Forward(
-                    config=TINY, dtype=dtype, new=new, cached=HELD, ranks=count, active=count
-                )
-                paused = pause * max(1.0, forward.sources / (profile.ranks_at_once or count))
-                beyond.append(each - paused - predict(variant, forward, here).seconds)
-                starts.append(max(0.0, few - FEW_LAYERS * each))
-            found[variant] = (beyond[0], beyond[1])
-            started[variant] = (starts[0], starts[1])
+            costs = [
+                _cost(times, variant, new, count=count, profile=here, dtype=dtype, pause=pause)
+                for new in (1, 2 * count)
+            ]
+            found[variant] = (costs[0][0], costs[1][0])
+            started[variant] = (costs[0][1], costs[1][1])
         once[count] = started
         if count > 1:
             residual[str(count)] = found
@@ -101,6 +93,25 @@ def with_overheads(
         if count > 1
     }
     return dataclasses.replace(profile, residual_s=residual, start_s=beside)
+
+
+def _cost(
+    times: dict[str, float],
+    variant: str,
+    new: int,
+    *,
+    count: int,
+    profile: HardwareProfile,
+    dtype: str,
+    pause: float,
+) -> tuple[float, float]:
+    """Return the seconds that a layer takes beyond the profile's, and that a forward takes once."""
+    few, more = (times[f"{variant} {new} {layers}"] for layers in (FEW_LAYERS, MORE_LAYERS))
+    each = max(0.0, more - few) / (MORE_LAYERS - FEW_LAYERS)
+    forward = Forward(config=TINY, dtype=dtype, new=new, cached=HELD, ranks=count, active=count)
+    paused = pause * max(1.0, forward.sources / (profile.ranks_at_once or count))
+    beyond = each - paused - predict(variant, forward, profile).seconds
+    return beyond, max(0.0, few - FEW_LAYERS * each)
 
 
 def _measured(ranks: int) -> tuple[str, ...]:
