@@ -8,7 +8,8 @@ is loaded at its first use.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cptool.llm import LLM, Generation, Session
+    from cptool.llm import LLM, Generation
+    from cptool.llm_session import Session
     from cptool.ops.attention import attention_partial, merge_partials
 
 __version__ = "0.1.0"
@@ -18,7 +19,7 @@ __all__ = ["LLM", "Generation", "Session", "attention_partial", "merge_partials"
 _HOMES = {
     "LLM": "cptool.llm",
     "Generation": "cptool.llm",
-    "Session": "cptool.llm",
+    "Session": "cptool.llm_session",
     "attention_partial": "cptool.ops.attention",
     "merge_partials": "cptool.ops.attention",
 }

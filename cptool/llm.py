@@ -19,27 +19,25 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast
 
 from cptool import variants
 from cptool.distributed.devices import resolve_device
 from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
 from cptool.engine.options import EngineOptions, resolve_dtype
-from cptool.engine.requests import Close, Continue, Open, Save
+from cptool.engine.requests import Continue
 from cptool.engine.sampling import Sampling
 from cptool.engine.turn import Setup
 from cptool.errors import OptionError, RunError, UserError, explain
-from cptool.files import expanded, make_private
 from cptool.model import shares
-from cptool.session import store
-from cptool.session.conversation import Conversation
-from cptool.session.manifest import DTYPES, Manifest
+from cptool.session.manifest import DTYPES
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
-    from cptool.checkpoint.tokenizer import Tokenizer
-    from cptool.engine.rank_server import Resident
+    from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
+    from cptool.engine.resident import Resident
+    from cptool.llm_session import Session
 
 Message: TypeAlias = Mapping[str, str]
 """A chat message: {"role": "user", "content": "..."}."""
@@ -99,7 +97,7 @@ class LLM:
         threads: int | None = None,
     ) -> None:
         from cptool.checkpoint import open_checkpoint
-        from cptool.engine.rank_server import Resident
+        from cptool.engine.resident import Resident
 
         if launched_size() is not None:
             raise UserError("cptool.LLM starts its own ranks; run the script without a launcher")
@@ -173,6 +171,8 @@ class LLM:
         A session that was saved on any number of ranks can be opened. Raises UserError if it is
         damaged, is another model's, or has KV of another dtype.
         """
+        from cptool.llm_session import Session
+
         return Session(self, directory)
 
     def _sampling(self, temperature: float | None, top_p: float | None, seed: int) -> Sampling:
@@ -197,9 +197,9 @@ class LLM:
                 if isinstance(prompt, str):
                     ids = self.tokenizer.encode(prompt, bos=begin) if prompt else []
                 elif prompt and isinstance(prompt[0], Mapping):
-                    ids = self.tokenizer.chat(prompt)
+                    ids = self.tokenizer.chat(cast("Sequence[Message]", prompt))
                 else:
-                    ids = [int(token) for token in prompt]
+                    ids = [int(token) for token in cast("Sequence[int]", prompt)]
                 if not ids:
                     raise UserError("it is empty; give at least one token")
                 check_ids(ids, self.checkpoint.config.vocab_size)
@@ -258,146 +258,6 @@ class LLM:
                     self._ended.detach()
                     self._resident.abandon()
                 raise
-
-
-class Session:
-    """Sequences that are kept on disk and continued on any number of ranks; see `LLM.session`.
-
-    Every call commits a turn before it returns, so a process that is killed loses at most the turn
-    under way. KV stays on the ranks until the session is closed, at the end of a `with` block or
-    with the LLM.
-
-    tokens: every token of each sequence so far, prompts and answers; empty in a new session.
-    """
-
-    def __init__(self, llm: LLM, directory: str | os.PathLike[str]) -> None:
-        self._llm, self.directory = llm, expanded(directory)
-        self._slot = str(next(llm._slots))
-        self._conversation: Conversation | None = None
-        self.tokens: tuple[tuple[int, ...], ...] = ()
-        store.check_writable(self.directory)
-        if not store.exists(self.directory):
-            store.check_new(self.directory)
-            return
-        manifest = store.load(self.directory)
-        store.check_model(manifest, store.identity(llm.checkpoint))
-        if manifest.dtype != llm.dtype:
-            raise UserError(
-                f"the KV of {self.directory} is {manifest.dtype}, this LLM computes in "
-                f'{llm.dtype}; make it with dtype="{manifest.dtype}"'
-            )
-        if manifest.chat:
-            with contextlib.suppress(UserError):  # continued since by other means than chat
-                self._conversation = Conversation.read(self.directory, manifest, llm.tokenizer)
-        request = Open(slot=self._slot, directory=str(self.directory), revision=manifest.revision)
-        llm._call(lambda ranks: ranks.open(request))
-        self._take(manifest)
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Drop the session's KV from the ranks; it stays on disk."""
-        if self._llm._ended.alive:
-            self._llm._call(lambda ranks: ranks.close_slot(Close(slot=self._slot)))
-
-    @property
-    def texts(self) -> list[str]:
-        """Everything said so far, as text. Raises UserError if the model has no tokenizer."""
-        return [self._llm.tokenizer.decode(list(said)) for said in self.tokens]
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt] | None = None,
-        *,
-        max_tokens: int = DEFAULT_TOKENS,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-    ) -> list[Generation]:
-        """Append a prompt to each sequence, then up to `max_tokens` tokens, and save the turn.
-
-        prompts: one per sequence; None goes on where the answers ended, except those that ended
-            with a stop token. The first call of a new session fixes the number of sequences.
-
-        The other arguments and the errors are those of `LLM.generate`; RunError also if another
-        process has continued the session meanwhile.
-        """
-        sampling = self._llm._sampling(temperature, top_p, seed)
-        if not self.tokens and not prompts:
-            raise UserError(f"{self.directory} is a new session; give it prompts")
-        new = [[] for _ in self.tokens]
-        if prompts is not None:
-            new = self._llm._encoded(prompts, begin=not self.tokens)
-        held = self.tokens or [()] * len(new)
-        if len(new) != len(held):
-            raise UserError(
-                f"{len(new)} prompts for a session of {len(held)} sequences; give one for each"
-            )
-        tokens = [[*said, *added] for said, added in zip(held, new, strict=True)]
-        results = self._continued(tokens, max_tokens, sampling)
-        self._save(tokens, results)
-        return results
-
-    def chat(
-        self,
-        question: str,
-        *,
-        system: str | None = None,
-        max_tokens: int = DEFAULT_TOKENS,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-    ) -> Generation:
-        """Answer a question in the model's chat template and save the conversation.
-
-        `cptool chat` continues it, and this continues what `cptool chat` saved. system: a system
-        message for the first question.
-        """
-        sampling = self._llm._sampling(temperature, top_p, seed)
-        if self._conversation is None and self.tokens:
-            raise UserError(f"{self.directory} holds no conversation; continue it with generate")
-        if system is not None and self.tokens:
-            raise UserError("`system` is for the first question of a new session; leave it out")
-        conversation = self._conversation or Conversation(self._llm.tokenizer, system)
-        context = conversation.ask(question)
-        (result,) = self._continued([context], max_tokens, sampling)
-        conversation.answered(question, context, list(result.token_ids))
-        self._conversation = conversation
-        self._save([context], [result], conversation)
-        return result
-
-    def _continued(
-        self, tokens: list[list[int]], limit: int, sampling: Sampling
-    ) -> list[Generation]:
-        return self._llm._continued(tokens, limit, sampling, slot=self._slot)
-
-    def _save(
-        self,
-        tokens: list[list[int]],
-        results: list[Generation],
-        conversation: Conversation | None = None,
-    ) -> None:
-        try:
-            make_private(self.directory)
-        except OSError as error:
-            raise RunError(f"{self.directory} cannot be written ({error.strerror})") from None
-        request = Save(
-            tokens=tuple(
-                (*said, *result.token_ids) for said, result in zip(tokens, results, strict=True)
-            ),
-            directory=str(self.directory),
-            fingerprint=self._llm.checkpoint.fingerprint,
-            chat=conversation.state() if conversation else None,
-            slot=self._slot,
-        )
-        self._take(self._llm._call(lambda ranks: ranks.save(request)))
-
-    def _take(self, manifest: Manifest) -> None:
-        self.tokens = tuple(sequence.tokens for sequence in manifest.sequences)
 
 
 def _end(resident: Resident) -> None:

@@ -104,7 +104,8 @@ class Engine(BatchState):
             held=self.holdings.counts,
             active=self.choice.active,
         )
-        step = self._placed(layout.placements(), reserve)
+        keys_travel = find(self.choice.variant).keys_travel
+        step = self._placed(layout.placements(), reserve, keys_travel=keys_travel)
         mine = step.queries[rank]
         flat = torch.tensor([token for tokens in todo for token in tokens], dtype=torch.int64)
         local = flat[layout.indices(rank)].to(device)
@@ -139,7 +140,7 @@ class Engine(BatchState):
         )
         return choose(variant, forward, self.profile)
 
-    def _placed(self, queries: tuple[Placement, ...], reserve: int) -> Step:
+    def _placed(self, queries: tuple[Placement, ...], reserve: int, *, keys_travel: bool) -> Step:
         """Give each rank its new tokens and return the step in which they attend."""
         world = self.world
         self.holdings.append(queries)
@@ -150,8 +151,7 @@ class Engine(BatchState):
         self.cache.extend(queries[world.cp_rank])
         if self._steps is not None and self._steps.moved:
             self._steps = None  # it keeps the memory that the cache has left
-        travels = world.cp > 1 and find(self.choice.variant).keys_travel
-        keys = self.holdings.placements() if travels else ()
+        keys = self.holdings.placements() if keys_travel and world.cp > 1 else ()
         return Step(
             rank=world.cp_rank,
             queries=queries,
@@ -253,8 +253,8 @@ class Engine(BatchState):
             new = [[picks[b]] if b in picks else [] for b in range(len(self.tokens))]
             self.extend(new, variant=variant)
             return
-        steps = self._steps
-        if not self._stepping or not steps.remaining or 2 * len(picks) <= len(steps.sequences):
+        steps = self._steps if self._stepping else None
+        if steps is None or not steps.remaining or 2 * len(picks) <= len(steps.sequences):
             steps = self._open_steps(sorted(picks), min(left, STATIC_STEPS))
         rows = steps.step(picks, {b: self.computed[b] for b in picks})
         for b, pick in picks.items():

@@ -42,7 +42,7 @@ class Recorded:
         self._graph = graph
 
     def __call__(self) -> torch.Tensor:
-        if self._graph is None:
+        if self._graph is None or self._result is None:
             return self._run()
         self._graph.replay()
         return self._result

@@ -1,25 +1,14 @@
-"""A model that stays on its ranks between requests of the process that started them.
+"""What every rank runs whose model stays loaded between requests (`cptool.engine.resident`).
 
-`Resident` is that process's side, `serve` what every rank runs. Each rank waits on a connection of
-its own, not in a collective: idle ranks use no CPU and meet no timeout, however long the next
-request takes to come. All ranks get the same requests and so make the same calls; rank 0 replies.
+All ranks get the same requests and so make the same calls; rank 0 replies.
 """
 
-import contextlib
-import multiprocessing
-import os
 import socket
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cptool.distributed import launch
-from cptool.distributed.failure import RankFailed
-from cptool.distributed.local import RANK_NAME
-from cptool.distributed.options import RankOptions
 from cptool.engine.requests import (
     END,
     STOP,
@@ -41,187 +30,6 @@ if TYPE_CHECKING:
     from cptool.engine.engine import Engine
     from cptool.model.llama import Llama
     from cptool.session.store import Manifest
-
-_PATIENCE_S = 5.0
-
-_starting = threading.Lock()
-"""Held while ranks start, so that those of two `Resident`s are told apart."""
-
-
-class Resident:
-    """Ranks at work for this process; a context manager that ends them.
-
-    The ranks run by `distributed.launch.run` in a thread. If they end before they are told to, the
-    call that waits for them raises what `run` raised.
-    """
-
-    def __init__(self, setup: Setup, ranks: RankOptions) -> None:
-        pairs = [socket.socketpair() for _ in range(ranks.count)]
-        self._connections = [Connection(ours) for ours, _ in pairs]
-        self._theirs = [theirs for _, theirs in pairs]
-        self._failure: BaseException | None = None
-        self._sending = self._stop_is_due = False
-        self._timeout = ranks.timeout
-        for connection in self._connections:
-            connection.limit_sending(self._timeout)
-        self._setup, self._ranks = setup, ranks
-        self._thread = threading.Thread(target=self._run, name="cptool-ranks", daemon=True)
-        self._others: set[BaseProcess] = set()
-        self._processes: set[BaseProcess] | None = None
-        self._owner = os.getpid()
-
-    def __enter__(self) -> "Resident":
-        self.start()
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None:
-            self.abandon()
-        else:
-            self.end()
-
-    def start(self) -> None:
-        """Start the ranks and block until all have loaded the model.
-
-        Raises what `distributed.launch.run` does; then no rank is left.
-        """
-        with _starting:
-            self._others = _rank_processes()
-            try:
-                if len(self._connections) > 1:
-                    from cptool.distributed import server_process
-
-                    server_process.start(serve)  # here, because its signals are this thread's
-                self._thread.start()
-                self._receive()  # that all are ready
-                self._processes = _rank_processes() - self._others
-            except BaseException:
-                self.abandon()
-                raise
-
-    @property
-    def serving(self) -> bool:
-        """Whether the ranks are running."""
-        return self._thread.is_alive()
-
-    def end(self) -> None:
-        """End idle ranks and block until they have ended."""
-        self._send(END)
-        self._thread.join()
-        self._close()
-
-    def end_within(self, seconds: float) -> None:
-        """End idle ranks and return after `seconds` at most, whatever became of them."""
-        if os.getpid() == self._owner:
-            with contextlib.suppress(Exception):  # they have ended by themselves
-                self._send(END)
-            self._thread.join(seconds)
-
-    def abandon(self) -> None:
-        """End ranks that may be in the middle of a computation, where they read no request."""
-        if os.getpid() != self._owner:  # a fork of the process that started them
-            return
-        for rank in self._running():
-            rank.terminate()
-        self._close()
-
-    def _running(self) -> set[BaseProcess]:
-        if self._processes is None:
-            return _rank_processes() - self._others
-        return self._processes & _rank_processes()
-
-    def _close(self) -> None:
-        for connection in self._connections:
-            connection.close()
-        for theirs in self._theirs:
-            theirs.close()
-        # A single rank is that thread: left at work, it would be torn down with the interpreter.
-        if self._thread.is_alive():
-            self._thread.join(_PATIENCE_S)
-
-    def answer(self, request: Continue, emit: Callable[[int, int], None]) -> Answer:
-        """Fulfil the request; emit(sequence, token) is called for each token as it comes."""
-        self._send(request)
-        while isinstance(reply := self._receive(), list):
-            emit(*reply)
-        return _unless_refused(reply)
-
-    def stop(self) -> None:
-        """End the running answer with its next token; a signal handler may call it."""
-        if self._sending:  # in the middle of a request, which must not be cut in two
-            self._stop_is_due = True
-        else:
-            self._connections[0].send(STOP)
-
-    def save(self, request: Save) -> "Manifest":
-        """Commit a session and return its manifest, without segments.
-
-        Raises RunError if that is not possible; the ranks go on.
-        """
-        self._send(request)
-        return _unless_refused(self._receive())
-
-    def open(self, request: Open) -> None:
-        """Load a session into a slot.
-
-        Raises UserError or RunError if that is not possible; the ranks go on.
-        """
-        self._send(request)
-        _unless_refused(self._receive())
-
-    def close_slot(self, request: Close) -> None:
-        """Drop what a slot holds."""
-        self._send(request)
-        _unless_refused(self._receive())
-
-    def _send(self, request: Any) -> None:
-        self._sending, taken = True, 0
-        try:
-            for connection in self._connections:
-                connection.send(request)
-                taken += 1
-        except BlockingIOError:
-            for process in self._running():
-                process.kill()  # a stopped process reacts to nothing else
-            reason = f"no answer from rank {taken}, which took no request for {self._timeout:g} s"
-            raise RankFailed(f"{reason}; all ranks were ended") from None
-        except OSError:
-            self._raise()
-        finally:
-            self._sending = False
-        if self._stop_is_due:
-            self._stop_is_due = False
-            self.stop()
-
-    def _receive(self) -> Any:
-        try:
-            return self._connections[0].receive()
-        except (EOFError, OSError):
-            self._raise()
-
-    def _raise(self) -> None:
-        self._thread.join()
-        raise self._failure or RunError("the ranks have ended")
-
-    def _run(self) -> None:
-        try:
-            launch.run(serve, self._setup, own=self._theirs, ranks=self._ranks)
-        except BaseException as failure:
-            self._failure = failure
-        finally:
-            for theirs in self._theirs:  # Ranks have copies. Whoever waits for a reply wakes up.
-                theirs.close()
-
-
-def _rank_processes() -> set[BaseProcess]:
-    """Return the ranks that this process has started; other children are not ours to end."""
-    return {p for p in multiprocessing.active_children() if p.name.startswith(RANK_NAME)}
-
-
-def _unless_refused(reply: Any) -> Any:
-    if isinstance(reply, Refused):
-        raise (UserError if reply.mistake else RunError)(reply.reason)
-    return reply
 
 
 def serve(world: "World", setup: Setup, end: socket.socket) -> None:
@@ -264,7 +72,12 @@ class _Server:
 
     def serve(self) -> None:
         """Fulfil one request after another until END."""
-        fulfil = {Open: self.open, Close: self.close, Continue: self.go_on, Save: self.save}
+        fulfil: dict[type, Callable[[Any], Any]] = {
+            Open: self.open,
+            Close: self.close,
+            Continue: self.go_on,
+            Save: self.save,
+        }
         self.world.barrier()
         self.reply("ready")
         while True:

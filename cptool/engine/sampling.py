@@ -23,7 +23,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise OptionError(
                 "temperature", self.temperature, "it must be 0 (greedy) or a positive number"
@@ -65,7 +65,7 @@ class Sampling:
         kept = ordered * (ordered.cumsum(-1) - ordered <= self.top_p)
         key = hashlib.sha256(f"{self.seed}/{sequence}/{position}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-        return int(tokens[torch.multinomial(kept.cpu(), 1, generator=generator).item()])
+        return int(tokens[int(torch.multinomial(kept.cpu(), 1, generator=generator))])
 
 
 def _likeliest(logits: "torch.Tensor") -> "torch.Tensor":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cptool import files
 from cptool.errors import RunError, explain
-from cptool.session import segments, store
+from cptool.session import committing, restoring, segments, store
 from cptool.session.manifest import Damaged, Manifest, ModelIdentity, Segment, Sequence
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def restore(engine: Engine, directory: Path, manifest: Manifest, *, reserve: int
     _verify_segments(world, directory, manifest)
     rows = {}
     with store.while_read(directory, manifest):
-        held = segments.restore(
+        held = restoring.restore(
             directory,
             manifest,
             engine.cache,
@@ -38,7 +38,7 @@ def restore(engine: Engine, directory: Path, manifest: Manifest, *, reserve: int
             reserve=-(-reserve // world.cp) + 1,
         )
         if world.cp_rank == 0:
-            rows = segments.read_logits(directory, manifest)
+            rows = restoring.read_logits(directory, manifest)
     engine.adopt(
         [sequence.tokens for sequence in manifest.sequences],
         held,
@@ -83,7 +83,7 @@ def save(
         fault = None
         if engine.world.rank == 0:
             try:
-                manifest = store.commit_or_keep(directory, manifest, chat)
+                manifest = committing.commit_or_keep(directory, manifest, chat)
             except (RunError, OSError) as error:
                 fault = error
         raise_everywhere(engine.world, fault)  # and no rank leaves before the turn is on disk

@@ -125,7 +125,8 @@ class BatchState:
         ended, logits: as the attributes; none by default.
         """
         self.tokens = [list(said) for said in tokens]
-        self.computed = sum(placement.cu_seqlens.diff() for placement in held).tolist()
+        counts = [placement.cu_seqlens.diff().tolist() for placement in held]
+        self.computed = [sum(row) for row in zip(*counts, strict=True)]
         self.ended = [False] * len(self.tokens) if ended is None else list(ended)
         self.logits = logits or {}
         self.holdings.replace(held)

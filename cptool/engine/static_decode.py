@@ -170,11 +170,11 @@ class StaticDecode:
                 q,
                 keys,
                 values,
-                q_pos,
-                self._k_pos,
-                self._cu_q,
-                self._cu_k,
-                scale,
+                q_pos=q_pos,
+                k_pos=self._k_pos,
+                cu_q=self._cu_q,
+                cu_k=self._cu_k,
+                scale=scale,
                 out_dtype=q.dtype if alone else self.context.partial_dtype,
             )
             if not alone:

@@ -5,7 +5,7 @@ with up to `max_new_tokens` tokens each, and may leave a session behind.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from cptool.distributed.world import World
     from cptool.engine.engine import Engine
     from cptool.model.llama import Llama
+    from cptool.profiling.device_trace import DeviceProfiler
+    from cptool.session.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +64,9 @@ class Turn(Setup):
     profile: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """What happened, the same on every rank but for the times, which are this rank's.
+    """What happened: the same on every rank, except the times, which are this rank's.
 
     `first_token` follows the new tokens (under the turn's sampling), whether or not it was
     appended. `token_ids` are the tokens appended. `ttft_s` runs from tokens and weights in memory
@@ -97,16 +99,16 @@ class Report:
     ceiling_flops: float | None
     phases: tuple[Phases, ...] = ()
 
-    def shared_fields(self) -> dict:
-        """What the JSON of every command says."""
+    def shared_fields(self) -> dict[str, object]:
+        """Return the fields of the JSON of every command."""
         names = ("cached", "cp", "tp", "device", "dtype", "variant", "reason")
         return {name: getattr(self, name) for name in names}
 
 
-def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Report:
-    """Runs the turn on this rank of `world` (a `cptool.distributed.world.World`).
+def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = None) -> Report:
+    """Run the turn on this rank of `world`. Collective.
 
-    `emit(sequence, token)` is called on rank 0 for each token as it is known.
+    emit: called as emit(sequence, token) on rank 0 for each token as it is known.
     """
     from cptool.engine import saving
     from cptool.session import store
@@ -114,24 +116,9 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     began = time.perf_counter()
     checkpoint, model = load_for(world, turn)
     engine = make_engine(world, turn, model, batch=len(turn.prompts))
-    directory, manifest = Path(turn.session) if turn.session else None, None
-    room = turn.max_new_tokens + max(map(len, turn.prompts), default=0)
-    if turn.resume is not None:
-        manifest = store.load(directory, turn.resume)
-        store.check_model(manifest, store.identity(checkpoint, turn.fingerprint))
-        if turn.keep is not None:
-            manifest = manifest.truncated(list(turn.keep))
-        saving.restore(engine, directory, manifest, reserve=room)
-    held = list(engine.computed)
-    recorder = Recorder() if turn.profile else None
-    device = None
-    if recorder:
-        engine.attach_recorder(recorder)
-        if world.device.type == "cuda":
-            from cptool.profiling.device_trace import DeviceProfiler
-
-            device = DeviceProfiler()
-            device.start()
+    manifest = _restored(engine, turn, checkpoint)
+    cached = list(engine.computed)
+    profile = _Profile(engine, Path(turn.profile)) if turn.profile else None
 
     world.barrier()
     loaded = time.perf_counter()
@@ -139,30 +126,23 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
     first = tuple(engine.next_tokens(turn.sampling))
     answered = time.perf_counter()
     choice, exposed, sent = engine.choice, engine.ring.exposed_s, engine.ring.sent_bytes
-    new = [computed - before for computed, before in zip(engine.computed, held, strict=True)]
-    config, size = checkpoint.config, engine.dtype.itemsize
-    flops = linear_flops(config, sum(new), sum(map(bool, new))) + sum(
-        attention_flops(config, added, before) for added, before in zip(new, held, strict=True)
-    )
-
+    new = [computed - before for computed, before in zip(engine.computed, cached, strict=True)]
     emit = emit if world.rank == 0 else None
     answers = engine.decode(turn.max_new_tokens, turn.sampling, turn.stop_ids, emit=emit)
     steps = max(map(len, answers), default=0) - 1
     ended = time.perf_counter()
-    if device:
-        recorder.kernels = device.stop()
-    if directory is not None and (any(new) or any(answers)):
+    if profile:
+        profile.stop()
+    if turn.session is not None and (any(new) or any(answers)):
         identity = store.identity(checkpoint, turn.fingerprint)
-        saving.save(engine, directory, manifest, identity)
-    phases = ()
-    if recorder:
-        sections = [Section("prefill", loaded, answered, 1)] if any(new) else []
-        if steps > 0:
-            sections.append(Section("decode, a token", answered, ended, steps))
-        phases = collect(world, recorder, sections, Path(turn.profile))
+        saving.save(engine, Path(turn.session), manifest, identity)
+    sections = [Section("prefill", loaded, answered, 1)] if any(new) else []
+    if steps > 0:
+        sections.append(Section("decode, a token", answered, ended, steps))
+    config, decoded = checkpoint.config, engine.choice if steps > 0 else None
     return Report(
         tokens=sum(new),
-        cached=sum(held),
+        cached=sum(cached),
         cp=world.cp,
         tp=world.tp,
         device=str(world.device),
@@ -172,21 +152,65 @@ def run(world, turn: Turn, emit: Callable[[int, int], None] | None = None) -> Re
         load_s=loaded - began,
         ttft_s=answered - loaded,
         ttit_ms=1e3 * (ended - answered) / steps if steps > 0 else None,
-        decode_variant=engine.choice.variant if steps > 0 else None,
-        decode_reason=engine.choice.reason if steps > 0 else None,
+        decode_variant=decoded.variant if decoded else None,
+        decode_reason=decoded.reason if decoded else None,
         first_token=first,
         token_ids=tuple(map(tuple, answers)),
         exposed_s=exposed,
         wire_bytes=sent,
-        flops=flops,
-        decode_bytes=(
-            weight_bytes(config, size)
-            + kv_bytes(config, -(-sum(engine.computed) // world.cp), size)
-        )
-        // world.tp,
+        flops=linear_flops(config, sum(new), sum(map(bool, new)))
+        + sum(attention_flops(config, n, before) for n, before in zip(new, cached, strict=True)),
+        decode_bytes=_decode_bytes(engine),
         ceiling_flops=engine.profile.ceiling(turn.dtype),
-        phases=phases,
+        phases=profile.phases(sections) if profile else (),
     )
+
+
+def _restored(engine: "Engine", turn: Turn, checkpoint: "Checkpoint") -> "Manifest | None":
+    """Restore the turn's session, if it continues one, and return its manifest."""
+    from cptool.engine import saving
+    from cptool.session import store
+
+    if turn.session is None or turn.resume is None:
+        return None
+    directory = Path(turn.session)
+    manifest = store.load(directory, turn.resume)
+    store.check_model(manifest, store.identity(checkpoint, turn.fingerprint))
+    if turn.keep is not None:
+        manifest = manifest.truncated(list(turn.keep))
+    room = turn.max_new_tokens + max(map(len, turn.prompts), default=0)
+    saving.restore(engine, directory, manifest, reserve=room)
+    return manifest
+
+
+def _decode_bytes(engine: "Engine") -> int:
+    """Return the bytes of weights and KV that one rank reads for one step of decode."""
+    config, size, world = engine.model.config, engine.dtype.itemsize, engine.world
+    kv = kv_bytes(config, -(-sum(engine.computed) // world.cp), size)
+    return (weight_bytes(config, size) + kv) // world.tp
+
+
+class _Profile:
+    """Records where the time of a turn goes, for a trace in the file `path`."""
+
+    def __init__(self, engine: "Engine", path: Path) -> None:
+        self.world, self.path, self.recorder = engine.world, path, Recorder()
+        self.device: DeviceProfiler | None = None
+        engine.attach_recorder(self.recorder)
+        if self.world.device.type == "cuda":
+            from cptool.profiling import device_trace
+
+            self.device = device_trace.DeviceProfiler()
+            self.device.start()
+
+    def stop(self) -> None:
+        """Stop recording the device."""
+        if self.device is not None:
+            self.recorder.kernels = self.device.stop()
+
+    def phases(self, sections: Sequence[Section]) -> tuple[Phases, ...]:
+        """Write the trace and return the phases of each section. Collective."""
+        return collect(self.world, self.recorder, sections, self.path)
 
 
 def load_for(world: "World", setup: Setup) -> "tuple[Checkpoint, Llama]":

@@ -52,16 +52,16 @@ def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
     """Every kernel that this machine can run, or `only` one: attention in every dtype, prefill and
     decode shapes; then the merge and the token-wise steps.
     """
-    force, head_dims = force_cpu_isa, (64, 128)
+    force, head_dims = force_cpu_isa, [64, 128]
     if device == "cuda":
-        force, head_dims = force_cuda_kernel, (64, 80, 96, 128)
+        force, head_dims = force_cuda_kernel, [64, 80, 96, 128]
     for kernel in kernels(device) if only is None else [only]:
         with force(kernel):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 for head_dim in head_dims:
                     for shape in (PREFILL, DECODE):
                         if _taken(device, dtype, head_dim, shape) == kernel:
-                            yield _attention(device, kernel, dtype, head_dim, shape)
+                            yield _attention(device, kernel, dtype, head_dim=head_dim, shape=shape)
     yield _merge(device)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield _tokenwise(device, dtype)
@@ -96,7 +96,9 @@ def _taken(device: str, dtype: torch.dtype, head_dim: int, shape: Shape) -> str:
     return cuda_kernel(dtype, head_dim, sum(map(len, shape.queries)))
 
 
-def _attention(device: str, kernel: str, dtype: torch.dtype, head_dim: int, shape: Shape) -> Check:
+def _attention(
+    device: str, kernel: str, dtype: torch.dtype, *, head_dim: int, shape: Shape
+) -> Check:
     """Two sequences with GQA 9 to 3 in a cache with slack."""
     generator = torch.Generator().manual_seed(head_dim)
     q_pos, k_pos, slack = shape.queries, shape.keys, 13
@@ -115,21 +117,31 @@ def _attention(device: str, kernel: str, dtype: torch.dtype, head_dim: int, shap
         parts = []
         for b in range(2):
             held = slice(starts[b], starts[b] + len(k_pos[b]))
-            tensors = (x.to(compute) for x in (q[rows[b] : rows[b + 1]], kv[held, 0], kv[held, 1]))
-            parts.append(attention(*tensors, q_pos[b], k_pos[b], scale))
+            part = attention(
+                q[rows[b] : rows[b + 1]].to(compute),
+                kv[held, 0].to(compute),
+                kv[held, 1].to(compute),
+                q_pos=q_pos[b],
+                k_pos=k_pos[b],
+                scale=scale,
+            )
+            parts.append(part)
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
     out, lse = whole(torch.float64)
     plain = whole(dtype)[0]
     # Twice the error of a plain implementation in the same type, and one rounding of the result.
     allowed = 2 * (plain - out).abs().max() + torch.finfo(dtype).eps * out.abs().max()
+    keys, values = kv.to(device).unbind(1)
     got, got_lse = attention_partial(
         q.to(device),
-        *kv.to(device).unbind(1),
-        *(torch.cat(p).int().to(device) for p in (q_pos, slots)),
-        rows.int().to(device),
-        starts.int().to(device),
-        scale,
+        keys,
+        values,
+        q_pos=torch.cat(q_pos).int().to(device),
+        k_pos=torch.cat(slots).int().to(device),
+        cu_q=rows.int().to(device),
+        cu_k=starts.int().to(device),
+        scale=scale,
         out_dtype=dtype,
     )
     seen, got, got_lse = ~lse.isinf(), got.cpu(), got_lse.cpu()

@@ -23,6 +23,7 @@ from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.exactness.reference import attention
+from cptool.model.llama import Llama
 from cptool.ops.attention import attention_partial
 from cptool.planning.cost.exchange import ALL_Q, PASS_KV
 from cptool.planning.strategy import AUTO
@@ -48,7 +49,7 @@ class Plan:
     steps: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """One variant on one number of ranks.
 
@@ -141,7 +142,7 @@ def measure(world: World, plan: Plan, variants: tuple[str, ...]) -> list[Measure
 
 
 @torch.inference_mode()
-def _measure(world: World, model, plan: Plan, variant: str) -> Measurement:
+def _measure(world: World, model: Llama, plan: Plan, variant: str) -> Measurement:
     layers = sorted({0, model.config.num_hidden_layers // 2, model.config.num_hidden_layers - 1})
     first = len(plan.turns[0])
     second = len(plan.turns[1])
@@ -153,11 +154,11 @@ def _measure(world: World, model, plan: Plan, variant: str) -> Measurement:
         prefill = PASS_KV.name if static else variant
         options = EngineOptions(variant=prefill, static=static)
         engine = Engine(model, world, options=options, progress=world.report)
-        sample = _Sample(layers, positions)
+        observed = _Observed(layers, positions)
         engine.extend([list(plan.turns[0])])
-        engine.attach_observer(sample)
+        engine.attach_observer(observed)
         engine.extend([list(plan.turns[1])], reserve=plan.steps)
-        facts: list = [_digest(engine, sample)]
+        facts: list = [_digest(engine, observed)]
         if static and not first_run:
             engine.attach_observer(None)  # so that steps can be replayed from a graph
         if first_run:
@@ -174,27 +175,27 @@ def _measure(world: World, model, plan: Plan, variant: str) -> Measurement:
         if static:
             facts.append(tokens)
         if first_run:
-            errors = [_errors(world, engine, sample, layer) for layer in layers]
+            errors = [_errors(world, engine, observed, layer) for layer in layers]
         runs.append(facts)
     error, one_call, rounding = max(errors, key=_over_bound)
     repeated = all(a == b for a, b in world.gather(tuple(runs)))
     return Measurement(
-        variant,
-        world.cp,
-        error,
-        one_call,
-        rounding,
-        tuple(tokens),
-        tuple(margins),
-        logits,
-        repeated,
+        variant=variant,
+        ranks=world.cp,
+        error=error,
+        one_call_error=one_call,
+        rounding=rounding,
+        tokens=tuple(tokens),
+        margins=tuple(margins),
+        logits=logits,
+        repeated=repeated,
     )
 
 
-class _Sample:
+class _Observed:
     """Queries and attention outputs of some layers and positions, as an engine computes them."""
 
-    def __init__(self, layers: list[int], positions: set[int]):
+    def __init__(self, layers: list[int], positions: set[int]) -> None:
         self.positions = torch.tensor(sorted(positions), dtype=torch.int32)
         self.rows: dict[int, list[tuple[torch.Tensor, ...]]] = {layer: [] for layer in layers}
 
@@ -212,22 +213,30 @@ class _Sample:
 
 
 def _errors(
-    world: World, engine: Engine, sample: _Sample, layer: int
+    world: World, engine: Engine, observed: _Observed, layer: int
 ) -> tuple[float, float, float]:
     """Errors of what the ranks computed, of one call on the same inputs, and of rounding the result
     once.
     """
     kv = engine.cache.tokens_from(layer, 0, 0).cpu()
-    gathered = world.gather((*sample.of(layer), engine.cache.held.positions.cpu(), kv))
+    gathered = world.gather((*observed.of(layer), engine.cache.held.positions.cpu(), kv))
     q_pos, q, out, k_pos, kv = map(torch.cat, zip(*gathered, strict=True))
     (q_pos, q_order), (k_pos, k_order) = q_pos.sort(), k_pos.sort()
     q, out, (k, v) = q[q_order], out[q_order], kv[k_order].unbind(1)
     scale = engine.model.config.head_dim**-0.5
-    truth, _ = attention(q.double(), k.double(), v.double(), q_pos, k_pos, scale)
+    truth, _ = attention(q.double(), k.double(), v.double(), q_pos=q_pos, k_pos=k_pos, scale=scale)
     device = world.device
-    offsets = (torch.tensor([0, len(x)], dtype=torch.int32, device=device) for x in (q_pos, k_pos))
-    tensors = (x.to(device) for x in (q, k, v, q_pos, k_pos))
-    one_call, _ = attention_partial(*tensors, *offsets, scale, out_dtype=q.dtype)
+    one_call, _ = attention_partial(
+        q.to(device),
+        k.to(device),
+        v.to(device),
+        q_pos=q_pos.to(device),
+        k_pos=k_pos.to(device),
+        cu_q=torch.tensor([0, len(q_pos)], dtype=torch.int32, device=device),
+        cu_k=torch.tensor([0, len(k_pos)], dtype=torch.int32, device=device),
+        scale=scale,
+        out_dtype=q.dtype,
+    )
     unit_roundoff = torch.finfo(q.dtype).eps / 2
     return _rms(out - truth), _rms(one_call.cpu() - truth), unit_roundoff * _rms(truth)
 
@@ -248,13 +257,13 @@ def _everywhere(world: World, engine: Engine) -> torch.Tensor:
     )
 
 
-def _digest(engine: Engine, sample: _Sample) -> str:
+def _digest(engine: Engine, observed: _Observed) -> str:
     """Of every bit that this rank has computed in the sampled layers, and of its logits."""
     digest = hashlib.sha256()
     tensors = [
         tensor
-        for layer in sample.rows
-        for tensor in (*sample.of(layer), engine.cache.tokens_from(layer, 0, 0))
+        for layer in observed.rows
+        for tensor in (*observed.of(layer), engine.cache.tokens_from(layer, 0, 0))
     ]
     for tensor in [*tensors, *engine.logits.values()]:
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -80,7 +80,9 @@ class DeviceProfiler:
             torch.cuda.synchronize()
         self._profiler.stop()
         # Events count from the beginning of the trace, which is told in time since the epoch.
-        began = 1e-9 * self._profiler.profiler.kineto_results.trace_start_ns()
+        recorded = self._profiler.profiler
+        assert recorded is not None and recorded.kineto_results is not None
+        began = 1e-9 * recorded.kineto_results.trace_start_ns()
         shift = began - (time.time() - time.perf_counter())
         kernels = [
             Kernel(

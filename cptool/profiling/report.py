@@ -35,9 +35,9 @@ class Section:
     steps: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Phases:
-    """Seconds of a step of `name`, by phase, one value a rank; and of transfers hidden beside."""
+    """Seconds per step of `name` by phase, one value per rank, and those of hidden transfers."""
 
     name: str
     steps: int
@@ -106,7 +106,14 @@ def collect(
     for index, section in enumerate(sections):
         walls, phases, hidden = zip(*(rank[0][index] for rank in ranks), strict=True)
         by_phase = {name: tuple(of[name] for of in phases) for name in phases[0]}
-        tables.append(Phases(section.name, section.steps, walls, by_phase, hidden))
+        table = Phases(
+            name=section.name,
+            steps=section.steps,
+            wall_s=walls,
+            phases=by_phase,
+            hidden_s=hidden,
+        )
+        tables.append(table)
     return tuple(tables)
 
 
@@ -127,6 +134,7 @@ def write_trace(
         what: Span | Kernel | TransferSpan,
         name: str,
         kind: str,
+        *,
         rank: int,
         track: int,
         **more: object,
@@ -152,11 +160,11 @@ def write_trace(
         name("process_name", rank, 0, f"rank {rank}")
         name("thread_name", rank, 0, "host" if kernels else "compute")
         for span in spans:
-            event(span, span.name, span.phase, rank, 0)
+            event(span, span.name, span.phase, rank=rank, track=0)
         for stream in sorted({kernel.stream for kernel in kernels}):
             name("thread_name", rank, 1000 + stream, f"device, stream {stream}")
         for kernel in kernels:
-            event(kernel, kernel.name, "kernel", rank, 1000 + kernel.stream)
+            event(kernel, kernel.name, "kernel", rank=rank, track=1000 + kernel.stream)
         lanes: list[tuple[str, float]] = []
         for move in sorted(transfers, key=lambda move: move.begin):
             kind = move.name
@@ -170,8 +178,8 @@ def write_trace(
                 move,
                 f"{kind}, rank {move.peer}",
                 "transfer",
-                rank,
-                1 + lane,
+                rank=rank,
+                track=1 + lane,
                 args={"bytes": move.bytes},
             )
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")

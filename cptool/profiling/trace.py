@@ -29,7 +29,7 @@ picking a token; the rest of the model (norms, rotations, activations, storing K
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Seconds of `time.perf_counter`. own_s: without the spans inside."""
+    """Work of a phase, in seconds of `time.perf_counter`. own_s: without the spans inside."""
 
     name: str
     phase: str

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cptool.errors import OptionError, RunError
-from cptool.session import chat_file, segments, store
+from cptool.session import chat_file, committing, restoring, segments, store
 from cptool.session.manifest import REMEDY, Damaged, Manifest
 
 
@@ -21,10 +21,10 @@ def problems(directory: Path, manifest: Manifest) -> list[str]:
             found.append(str(error))
     if not found:
         try:
-            faults = segments.position_faults(directory, manifest)
+            faults = restoring.position_faults(directory, manifest)
             found = [f"{fault}; {REMEDY}" for fault in faults]
             if not found:
-                segments.read_logits(directory, manifest)
+                restoring.read_logits(directory, manifest)
         except Damaged as error:
             found = [str(error)]
     return found + chat_file.problems(directory, manifest.chat)
@@ -61,7 +61,7 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
     cached = tuple(sequence.cached for sequence in manifest.sequences)
     with store.while_read(directory, manifest):
         segments.verify(directory, manifest.segments)
-        logits = segments.read_logits(directory, manifest)
+        logits = restoring.read_logits(directory, manifest)
     with ExitStack() as held:  # the lock of a living run, until it is committed
         for rank in range(manifest.cp):
             cache = KVCache(
@@ -73,7 +73,7 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
                 device="cpu",
             )
             with store.while_read(directory, manifest):
-                segments.restore(
+                restoring.restore(
                     directory, manifest, cache, rank=rank, ranks=manifest.cp, kv_heads=heads
                 )
             rewritten.append(
@@ -92,8 +92,9 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
                     held=held,
                 )
             )
+        holder = rewritten[0]
         sequences = tuple(
-            replace(s, logits=rewritten[0].file if b in logits else None)
+            replace(s, logits=holder.file if holder is not None and b in logits else None)
             for b, s in enumerate(manifest.sequences)
         )
         written = tuple(segment for segment in rewritten if segment is not None)
@@ -104,6 +105,6 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
 def _committed(directory: Path, manifest: Manifest) -> Manifest:
     """Commits what can be made again from the session, so that nothing need be kept of it."""
     try:
-        return store.commit(directory, manifest)
-    except store.Refused as error:
+        return committing.commit(directory, manifest)
+    except committing.Refused as error:
         raise RunError(f"{error}; nothing was changed, give the command again") from None

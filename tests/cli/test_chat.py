@@ -23,10 +23,10 @@ from cptool import files
 from cptool.checkpoint import open_checkpoint
 from cptool.cli.main import main
 from cptool.distributed.options import RankOptions
-from cptool.engine.rank_server import Resident
+from cptool.engine.resident import Resident
 from cptool.engine.turn import Setup
 from cptool.errors import UserError
-from cptool.session import chat_file, maintenance, store
+from cptool.session import chat_file, committing, maintenance, store
 from cptool.session.chat_file import FILE
 from cptool.session.conversation import Conversation
 from cptool.session.manifest import Manifest, ModelIdentity, Sequence
@@ -93,7 +93,14 @@ def manifest_of(revision: int, tokens: list[int], chat: tuple[str, ...] = ()) ->
     """A session that says `tokens` and has no KV of them yet."""
     return Manifest(
         session="5" * 16,
-        model=ModelIdentity("model", "f" * 64, 1, 1, 8, 50_000),
+        model=ModelIdentity(
+            path="model",
+            fingerprint="f" * 64,
+            layers=1,
+            kv_heads=1,
+            head_dim=8,
+            vocab_size=50_000,
+        ),
         dtype="float32",
         cp=1,
         tp=1,
@@ -113,12 +120,12 @@ def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_pat
         with monkeypatch.context() as killed:
             killed.setattr(Manifest, "dump", lambda self: exit())  # chat.json is written by then
             with pytest.raises(SystemExit):
-                store.commit(tmp_path, new, conversation.state())
+                committing.commit(tmp_path, new, conversation.state())
         if before is not None:
             found = Conversation.read(tmp_path, store.load(tmp_path), tokenizer)
             assert (found.tokens, found.messages) == told
             assert maintenance.problems(tmp_path, before) == []
-        before = store.commit(tmp_path, new, conversation.state())
+        before = committing.commit(tmp_path, new, conversation.state())
         told = conversation.tokens, conversation.messages
         found = Conversation.read(tmp_path, store.load(tmp_path), tokenizer)
         assert (found.tokens, found.messages) == told
@@ -131,7 +138,7 @@ def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_pat
         turns=(*before.turns, (len(told[0]) + 1,)),
         sequences=(Sequence((*told[0], 5), 0),),
     )
-    store.commit(tmp_path, decoded)
+    committing.commit(tmp_path, decoded)
     with pytest.raises(UserError, match="does not tell what"):
         Conversation.read(tmp_path, decoded, tokenizer)
     back = maintenance.roll_back(tmp_path, decoded, 1)
@@ -141,7 +148,9 @@ def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_pat
 def test_every_byte_of_a_conversation_is_sealed(tokenizer, tmp_path):
     conversation = Conversation(tokenizer, "Keep secrets.")
     conversation.answered("The number is 4711.", conversation.ask("The number is 4711."), [2])
-    manifest = store.commit(tmp_path, manifest_of(1, conversation.tokens), conversation.state())
+    manifest = committing.commit(
+        tmp_path, manifest_of(1, conversation.tokens), conversation.state()
+    )
     path = tmp_path / FILE
     whole = path.read_bytes()
     for at in range(len(whole)):

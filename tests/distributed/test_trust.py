@@ -122,7 +122,7 @@ RESIDENT = """
 from pathlib import Path
 import time
 from cptool.distributed.options import RankOptions
-from cptool.engine.rank_server import Resident
+from cptool.engine.resident import Resident
 from cptool.engine.requests import Continue
 from cptool.engine.sampling import Sampling
 from cptool.engine.turn import Setup

@@ -16,8 +16,10 @@ from test_session import DIM, HEADS, LAYERS, VOCABULARY, new_cache, save_turn
 
 from cptool.cli.main import main
 from cptool.errors import UserError
-from cptool.session import maintenance, segments, store
+from cptool.files import sha256
+from cptool.session import maintenance, restoring, store
 from cptool.session.manifest import Manifest, sealed
+from cptool.session.manifest_format import parse
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +125,12 @@ HARMLESS = {"session", "path", "cp", "tp", "ended", "fingerprint", "vocab_size",
 def test_every_mutation_is_refused_or_harmless(made):
     """At each place of a manifest, each wrong value: more than a thousand."""
     fields = fields_of(made)
-    whole = Manifest.parse(text_of(fields))
+    whole = parse(text_of(fields))
     count = 0
     for what, changed in mutations(fields):
         count += 1
         try:
-            found = Manifest.parse(text_of(changed))
+            found = parse(text_of(changed))
         except ValueError as error:
             assert len(str(error)) < 400 and "\n" not in str(error), what
             continue
@@ -274,7 +276,7 @@ def rewritten(directory, change):
     change(tensors)
     path.unlink()  # shared with other tests
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    segment["bytes"], segment["sha256"] = path.stat().st_size, segments.sha256(path)
+    segment["bytes"], segment["sha256"] = path.stat().st_size, sha256(path)
     (directory / store.MANIFEST).write_bytes(text_of(fields))
 
 
@@ -312,17 +314,17 @@ def test_what_a_segment_holds_is_checked_before_anything_is_taken_over(made, tmp
     assert maintenance.problems(directory, manifest)
     cache = new_cache(2)
     with pytest.raises(UserError) as told:
-        segments.restore(directory, manifest, cache, rank=0, ranks=1, kv_heads=(0, HEADS))
+        restoring.restore(directory, manifest, cache, rank=0, ranks=1, kv_heads=(0, HEADS))
     assert "\n" not in str(told.value)
     assert cache.lengths == [0, 0] and cache.nbytes == 0
 
 
 def test_kv_of_another_dtype_is_refused(made):
     fields = fields_of(made)
-    manifest = Manifest.parse(text_of({**fields, "dtype": "float16"}))
+    manifest = parse(text_of({**fields, "dtype": "float16"}))
     assert "kv.0 is F32" in maintenance.problems(made, manifest)[0]
     with pytest.raises(UserError, match=r"kv.0 is F32"):
-        segments.restore(made, manifest, new_cache(2), rank=0, ranks=1, kv_heads=(0, HEADS))
+        restoring.restore(made, manifest, new_cache(2), rank=0, ranks=1, kv_heads=(0, HEADS))
 
 
 def test_logits_of_another_vocabulary_are_refused(tmp_path):
@@ -330,7 +332,7 @@ def test_logits_of_another_vocabulary_are_refused(tmp_path):
     save_turn(directory, [4], [0], 1, 1, None)
     rewritten(directory, lambda t: t.update({"logits.0": torch.zeros(VOCABULARY - 1)}))
     with pytest.raises(UserError, match=r"logits.0 is F32 .999., the manifest makes it F32 .1000."):
-        segments.read_logits(directory, store.load(directory))
+        restoring.read_logits(directory, store.load(directory))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -342,7 +344,7 @@ def test_logits_that_choose_no_token_are_refused(tmp_path, value):
     (told,) = maintenance.problems(directory, manifest)
     assert "logits.0 has no finite largest value; restore it" in told
     with pytest.raises(UserError, match=r"logits.0 has no finite largest value"):
-        segments.read_logits(directory, manifest)
+        restoring.read_logits(directory, manifest)
 
 
 @settings(deadline=None, max_examples=200, derandomize=True)
@@ -351,7 +353,7 @@ def test_a_flipped_byte_of_a_manifest_is_refused(made, data):
     whole = bytearray((made / store.MANIFEST).read_bytes())
     whole[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises(ValueError):
-        Manifest.parse(bytes(whole))
+        parse(bytes(whole))
 
 
 def test_the_shape_of_the_example(made):

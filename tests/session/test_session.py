@@ -16,14 +16,21 @@ from hypothesis import strategies as st
 from cptool import files
 from cptool.cache import KVCache
 from cptool.errors import UserError
-from cptool.session import maintenance, segments
+from cptool.session import committing, maintenance, restoring, segments
 from cptool.session import store as session
 from cptool.session.manifest import Manifest, ModelIdentity, Sequence, sealed
 from cptool.sharding import balanced
 
 LAYERS, HEADS, DIM = 2, 4, 2
 VOCABULARY = 1000
-MODEL = ModelIdentity("model", "f" * 64, LAYERS, HEADS, DIM, VOCABULARY)
+MODEL = ModelIdentity(
+    path="model",
+    fingerprint="f" * 64,
+    layers=LAYERS,
+    kv_heads=HEADS,
+    head_dim=DIM,
+    vocab_size=VOCABULARY,
+)
 
 
 def new_cache(batch: int, heads: int = HEADS) -> KVCache:
@@ -104,7 +111,7 @@ def _save_turn(directory, lengths, starts, ranks, tp, previous, held):
         sequences=sequences,
         segments=(previous.segments if previous else ()) + tuple(written),
     )
-    return session.commit(directory, manifest)
+    return committing.commit(directory, manifest)
 
 
 turns = st.integers(1, 3).flatmap(
@@ -147,7 +154,7 @@ def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
         for part in range(tp):
             heads = (part * HEADS // tp, (part + 1) * HEADS // tp)
             cache = new_cache(batch, heads[1] - heads[0])
-            placements = segments.restore(
+            placements = restoring.restore(
                 directory, manifest, cache, rank=rank, ranks=ranks, kv_heads=heads
             )
             assert torch.equal(placements[rank].positions, cache.held.positions)
@@ -165,7 +172,7 @@ def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
     assert max(on_rank) - min(on_rank) <= 1
     assert [sorted(h) for h in held] == [list(range(s)) for s in starts]
     if any(starts):
-        assert set(segments.read_logits(directory, manifest)) == {
+        assert set(restoring.read_logits(directory, manifest)) == {
             b for b, s in enumerate(manifest.sequences) if s.logits
         }
 
@@ -229,7 +236,7 @@ def test_of_two_commits_at_the_same_time_one_fails(saved, monkeypatch):
 
     def second():
         with pytest.raises(RuntimeError, match="changed by another run"):
-            session.commit(directory, next_one.without_kv())
+            committing.commit(directory, next_one.without_kv())
         late.append(session.load(directory))
 
     def sync(path):
@@ -240,7 +247,7 @@ def test_of_two_commits_at_the_same_time_one_fails(saved, monkeypatch):
 
     thread = threading.Thread(target=second)
     monkeypatch.setattr(files, "sync", sync)
-    session.commit(directory, next_one)
+    committing.commit(directory, next_one)
     thread.join()
     assert late == [next_one]
 

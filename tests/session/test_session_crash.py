@@ -20,7 +20,7 @@ from cptool import files
 from cptool.distributed import launch
 from cptool.distributed.options import RankOptions
 from cptool.errors import RunError
-from cptool.session import maintenance, segments
+from cptool.session import committing, maintenance, segments
 from cptool.session import store as session
 from cptool.session.manifest import ModelIdentity
 
@@ -156,7 +156,14 @@ def tiny_llama():
     return model
 
 
-IDENTITY = ModelIdentity("model", "f" * 64, LAYERS, HEADS, 8, 31)
+IDENTITY = ModelIdentity(
+    path="model",
+    fingerprint="f" * 64,
+    layers=LAYERS,
+    kv_heads=HEADS,
+    head_dim=8,
+    vocab_size=31,
+)
 
 
 def tree_turn(model, rank: int, store: Path, directory: Path) -> None:
@@ -284,7 +291,7 @@ def save_where_one_rank_cannot(world, directory: str, failing: str) -> list[list
 
     engine = Engine(tiny_llama(), world, batch=1)
     engine.extend([[3, 4, 5, 6, 7]])
-    owner, name = (segments, "write_segment") if failing == "write" else (session, "commit")
+    owner, name = (segments, "write_segment") if failing == "write" else (committing, "commit")
     original = getattr(owner, name)
 
     def fail(*_, **__):

@@ -14,7 +14,7 @@ from test_cli import MQA_IDS, as_json, cptool
 from test_session import MODEL, new_cache, save_turn, store
 
 from cptool.errors import RunError
-from cptool.session import maintenance, segments
+from cptool.session import committing, maintenance, restoring, segments
 from cptool.session import store as session
 from cptool.session.manifest import Manifest, Sequence
 from cptool.sharding import balanced
@@ -70,7 +70,7 @@ def lose(directory, manifest: Manifest) -> Manifest:
     """What is kept of a turn that another run was faster than."""
     before = {p.name: p.read_bytes() for p in directory.iterdir()} if directory.exists() else {}
     with pytest.raises(RunError, match=r"this run's turn is kept in .* continue it with") as told:
-        session.commit_or_keep(directory, manifest)
+        committing.commit_or_keep(directory, manifest)
     (place,) = kept(directory)
     assert str(place) in str(told.value) and "\n" not in str(told.value)
     found = session.load(place)
@@ -137,7 +137,7 @@ def test_another_session_in_the_same_place(saved):
         other = began(directory, None, held)
         shutil.rmtree(directory)
         directory.mkdir()
-        session.commit(directory, Manifest.without_kv(other))
+        committing.commit(directory, Manifest.without_kv(other))
         lose(directory, slower)
     assert session.load(directory).session == other.session
 
@@ -163,7 +163,7 @@ def test_a_segment_that_is_gone(saved):
 def test_maintenance_that_lost_changes_nothing(saved, loser, monkeypatch):
     directory, manifest = saved
     before = save_turn(directory, [1, 1], [40, 7], 2, 1, manifest)
-    commit, winner = session.commit, []
+    commit, winner = committing.commit, []
 
     def after_another(directory, manifest):
         if not winner:
@@ -171,27 +171,30 @@ def test_maintenance_that_lost_changes_nothing(saved, loser, monkeypatch):
             winner.append(save_turn(directory, [2, 2], [41, 8], 1, 1, before))
         return commit(directory, manifest)
 
-    monkeypatch.setattr(session, "commit", after_another)
+    monkeypatch.setattr(committing, "commit", after_another)
     with pytest.raises(RunError, match=r"changed by another run .* nothing was changed"):
         loser(directory, before)
     assert session.load(directory) == winner[1] and kept(directory) == []
     assert maintenance.problems(directory, winner[1]) == []
 
 
-@pytest.mark.parametrize("step", ["check", "read_logits", "restore"])
-def test_a_session_that_changes_while_it_is_read(saved, step, monkeypatch):
+@pytest.mark.parametrize(
+    ("home", "step"),
+    [(segments, "verify"), (restoring, "read_logits"), (restoring, "restore")],
+)
+def test_a_session_that_changes_while_it_is_read(saved, home, step, monkeypatch):
     """Segments that another run has removed are not called damaged; those that nobody replaced
     are.
     """
     directory, manifest = saved
-    read = getattr(segments, step)
+    read = getattr(home, step)
 
     def after_another(*arguments, **named):
         monkeypatch.undo()
         maintenance.compact(directory, manifest)
         return read(*arguments, **named)
 
-    monkeypatch.setattr(segments, step, after_another)
+    monkeypatch.setattr(home, step, after_another)
     with pytest.raises(RunError, match="was changed by another run while it was read; give the"):
         maintenance.compact(directory, manifest)
     found = session.load(directory)
@@ -208,8 +211,8 @@ def test_what_a_living_run_has_written_stays(saved):
         written = directory / began(directory, manifest, held).segments[-1].file
         second = save_turn(directory, [1, 1], [40, 7], 2, 1, manifest)
         third = save_turn(directory, [1, 1], [41, 8], 2, 1, second)
-        assert written.exists() and session.is_held(written)
-    assert not session.is_held(written)
+        assert written.exists() and committing.is_held(written)
+    assert not committing.is_held(written)
     save_turn(directory, [1, 1], [42, 9], 2, 1, third)
     assert not written.exists()
 
@@ -229,7 +232,7 @@ def test_the_next_revision_of_a_run_that_waits_stays(saved):
         patch.setattr(session.files, "replace_whole", overtaken)
         save_turn(directory, [1, 1], [40, 7], 2, 1, manifest)
     waiting.close()  # as on a file system without locks
-    session.commit(directory, committed[0])
+    committing.commit(directory, committed[0])
     assert maintenance.problems(directory, session.load(directory)) == []
 
 

@@ -68,7 +68,7 @@ def chat(
     Only what a turn adds is computed. Where standard input is not a terminal, each line of it is a
     question. /help lists the commands.
     """
-    from cptool.engine.rank_server import Resident
+    from cptool.engine.resident import Resident
     from cptool.engine.turn import Setup
 
     directory = Path(source) if sessions.exists(Path(source)) else None

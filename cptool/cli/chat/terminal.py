@@ -23,7 +23,7 @@ from cptool.units import duration
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
-    from cptool.engine.rank_server import Resident
+    from cptool.engine.resident import Resident
     from cptool.engine.sampling import Sampling
 
 HELP = """\
