@@ -35,7 +35,7 @@ class Placement:
 
     @staticmethod
     def of(sequences: Sequence[torch.Tensor]) -> Placement:
-        """Placement of one int32 tensor of ascending positions per sequence."""
+        """Return the placement of one int32 tensor of ascending positions per sequence."""
         ends = list(accumulate(map(len, sequences), initial=0))
         return Placement(torch.cat(list(sequences)), torch.tensor(ends, dtype=torch.int32))
 
@@ -50,16 +50,16 @@ class Placement:
         return self.cu_seqlens.numel() - 1
 
     def sequences(self) -> tuple[torch.Tensor, ...]:
-        """One view of `positions` per sequence."""
+        """Return one view of `positions` per sequence."""
         return torch.split(self.positions, self.cu_seqlens.diff().tolist())
 
     def to(self, device: torch.device | str) -> Placement:
-        """The same placement with its tensors on `device`."""
+        """Return the same placement with its tensors on `device`."""
         return Placement(self.positions.to(device), self.cu_seqlens.to(device))
 
 
 def concat(first: Placement, *later: Placement) -> Placement:
-    """`first`, then `later`, sequence by sequence: what a rank holds after some steps.
+    """Return `first`, then `later`, sequence by sequence: what a rank holds after some steps.
 
     New positions lie after older ones of the same sequence, so the result ascends. Raises
     ValueError when they differ in their number of sequences.
@@ -78,7 +78,8 @@ def concat(first: Placement, *later: Placement) -> Placement:
 
 
 def union(placements: Sequence[Placement]) -> tuple[Placement, torch.Tensor]:
-    """All ranks' tokens as one placement, ascending within each sequence, and where they come from.
+    """Return all ranks' tokens as one placement, ascending within each sequence, and where they
+    come from.
 
     Returns the union and an int64 [T] `order`: the union's token i is token order[i] of the ranks'
     tokens concatenated in rank order.
@@ -115,7 +116,9 @@ class Layout:
         return len(self.bounds)
 
     def ranges(self, rank: int, seq: int) -> list[Range]:
-        """Ranges [start, stop) of sequence `seq` on `rank`, ascending, none empty or adjacent."""
+        """Return ranges [start, stop) of sequence `seq` on `rank`, ascending, none empty or
+        adjacent.
+        """
         first = (rank - self.rotation[seq]) % self.ranks
         bounds = self.bounds[seq]
         if first >= self.active or bounds[0] == bounds[-1]:
@@ -126,7 +129,7 @@ class Layout:
         return [piece for piece in pieces if piece[0] < piece[1]]
 
     def placement(self, rank: int) -> Placement:
-        """Positions of the new tokens on `rank`."""
+        """Return the positions of the new tokens on `rank`."""
         sequences = [self.ranges(rank, seq) for seq in range(self.batch)]
         ends = accumulate(map(_total, sequences), initial=0)
         return Placement(
@@ -135,11 +138,11 @@ class Layout:
         )
 
     def placements(self) -> tuple[Placement, ...]:
-        """`placement` of every rank, in rank order."""
+        """Return `placement` of every rank, in rank order."""
         return tuple(self.placement(rank) for rank in range(self.ranks))
 
     def indices(self, rank: int) -> torch.Tensor:
-        """int64 [T]: where this rank's tokens lie in the concatenation of all new tokens."""
+        """Return int64 [T]: where this rank's tokens lie in the concatenation of all new tokens."""
         ranges, before = [], 0
         for seq, bounds in enumerate(self.bounds):
             shift = before - bounds[0]
@@ -148,7 +151,9 @@ class Layout:
         return _members(ranges, torch.int64)
 
     def owner(self, seq: int, position: int) -> int:
-        """The rank that holds `position` of sequence `seq`; ValueError if it is no new token."""
+        """Return the rank that holds `position` of sequence `seq`. Raises ValueError if it is not a
+        new token.
+        """
         bounds = self.bounds[seq]
         if not bounds[0] <= position < bounds[-1]:
             raise ValueError(
@@ -159,7 +164,7 @@ class Layout:
         return (min(chunk, 2 * self.active - 1 - chunk) + self.rotation[seq]) % self.ranks
 
     def tokens(self, rank: int) -> int:
-        """Number of new tokens on `rank`, all sequences together."""
+        """Return the number of new tokens on `rank`, all sequences together."""
         return sum(_total(self.ranges(rank, seq)) for seq in range(self.batch))
 
 
@@ -235,7 +240,7 @@ def _total(ranges: Iterable[Range]) -> int:
 
 
 def _members(ranges: Iterable[Range], dtype: torch.dtype) -> torch.Tensor:
-    """The members of ranges, in order."""
+    """Return the members of ranges, in order."""
     ranges = list(ranges)
     if _total(ranges) <= _FEW_TOKENS * max(1, len(ranges)):
         members = [token for start, stop in ranges for token in range(start, stop)]

@@ -32,7 +32,7 @@ class Sampling:
             raise OptionError("top_p", self.top_p, "it must lie in (0, 1]", "1 keeps every token")
 
     def picks(self, logits: "dict[int, torch.Tensor]", positions: list[int]) -> dict[int, int]:
-        """`pick` for each sequence of `logits`, for its entry of `positions`.
+        """Return `pick` for each sequence of `logits`, at its entry of `positions`.
 
         Greedy picks come from the device together: each way there and back costs as much as a small
         kernel.
@@ -47,7 +47,8 @@ class Sampling:
         return {b: self.pick(row, sequence=b, position=positions[b]) for b, row in logits.items()}
 
     def pick(self, logits: "torch.Tensor", *, sequence: int, position: int) -> int:
-        """The token for `position` of sequence `sequence`, from its logits float32 [vocabulary].
+        """Return the token for `position` of sequence `sequence`, from its logits float32
+        [vocabulary].
 
         RunError where they have no finite largest.
         """
@@ -69,8 +70,8 @@ class Sampling:
 
 
 def _likeliest(logits: "torch.Tensor") -> "torch.Tensor":
-    """The index of the largest along the last dimension, -1 where it is not finite; a NaN counts as
-    the largest.
+    """Return the index of the largest value along the last dimension, -1 if it is not finite; a NaN
+    counts as the largest.
     """
     tokens = logits.argmax(-1, keepdim=True)
     return tokens.where(logits.gather(-1, tokens).isfinite(), -1).squeeze(-1)

@@ -12,7 +12,7 @@ from cptool.planning.hardware import PARTS, HardwareProfile
 
 
 def world_profile(world: World) -> HardwareProfile:
-    """The profile that all ranks of `world` go by: rank 0's, for the threads that ranks have.
+    """Return the profile that all ranks of `world` use: rank 0's, for the threads that ranks have.
 
     Collective. Raises UserError if the file is damaged.
     """
@@ -26,7 +26,8 @@ def world_profile(world: World) -> HardwareProfile:
 
 
 def usable_processors(world: World) -> int:
-    """Processors that the ranks of `world` may run on, all together; each may be bound to some.
+    """Return how many processors the ranks of `world` may run on in total; each may be bound to
+    some.
 
     Collective.
     """

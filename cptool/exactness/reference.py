@@ -11,8 +11,8 @@ def attention(
     k_pos: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one sequence, all scores in memory, computed in the type of q: `(out [Tq, Hq,
-    D], lse [Tq, Hq])`.
+    """Compute attention of one sequence with all scores in memory, in the dtype of q: `(out [Tq,
+    Hq, D], lse [Tq, Hq])`.
     """
     group = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))

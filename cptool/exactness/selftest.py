@@ -44,13 +44,13 @@ class Check:
 
 
 def kernels(device: str) -> list[str]:
-    """Attention kernels that this machine runs on `device`, slowest first."""
+    """Return the attention kernels that this machine runs on `device`, slowest first."""
     return cpu_isas() if device == "cpu" else cuda_kernels()
 
 
 def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
-    """Every kernel that this machine can run, or `only` one: attention in every dtype, prefill and
-    decode shapes; then the merge and the token-wise steps.
+    """Check every kernel that this machine can run, or `only` one: attention in every dtype for
+    prefill and decode shapes, then the merge and the token-wise steps.
     """
     force, head_dims = force_cpu_isa, [64, 128]
     if device == "cuda":
@@ -90,7 +90,7 @@ DECODE = Shape(
 
 
 def _taken(device: str, dtype: torch.dtype, head_dim: int, shape: Shape) -> str:
-    """The kernel that takes such a call as things are."""
+    """Return the kernel that runs such a call now."""
     if device == "cpu":
         return cpu_isa(dtype, head_dim)
     return cuda_kernel(dtype, head_dim, sum(map(len, shape.queries)))
@@ -99,7 +99,7 @@ def _taken(device: str, dtype: torch.dtype, head_dim: int, shape: Shape) -> str:
 def _attention(
     device: str, kernel: str, dtype: torch.dtype, *, head_dim: int, shape: Shape
 ) -> Check:
-    """Two sequences with GQA 9 to 3 in a cache with slack."""
+    """Check two sequences, with 9 query heads on 3 KV heads, in a cache with slack."""
     generator = torch.Generator().manual_seed(head_dim)
     q_pos, k_pos, slack = shape.queries, shape.keys, 13
     q = torch.randn(sum(map(len, q_pos)), 9, head_dim, generator=generator).to(dtype)
@@ -160,7 +160,7 @@ def _attention(
 
 
 def _merge(device: str) -> Check:
-    """Partials that saw nothing, and LSEs 1e4 apart, merged in order."""
+    """Check the merge of partials that saw no key and of LSEs that are 1e4 apart."""
     generator = torch.Generator().manual_seed(0)
     outs = torch.randn(3, 50, 5, 64, generator=generator)
     lses = torch.randn(3, 50, 5, generator=generator)
@@ -179,7 +179,9 @@ def _merge(device: str) -> Check:
 
 
 def _tokenwise(device: str, dtype: torch.dtype) -> Check:
-    """RMSNorm after a sum, rotation, SwiGLU: the one that is worst against what is allowed."""
+    """Check RMSNorm after a sum, rotation and SwiGLU, and return the worst of the three against its
+    bound.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> torch.Tensor:
@@ -214,8 +216,8 @@ def _tokenwise(device: str, dtype: torch.dtype) -> Check:
 
 
 def run_apart(device: str, kernel: str, patience_s: float = 120.0) -> list[Check]:
-    """`run` for one kernel in a process of its own, for what a wrong one does to the device does
-    not end with the call.
+    """Call `run` for one kernel in a separate process, because a wrong kernel can leave the device
+    in a bad state.
 
     Raises RuntimeError, one line, if that process does not end well.
     """
@@ -230,7 +232,7 @@ def run_apart(device: str, kernel: str, patience_s: float = 120.0) -> list[Check
 
 
 def main(arguments: list[str]) -> int:
-    """Prints each check as a line of JSON; `FAILED` if one is wrong."""
+    """Print each check as a line of JSON and return `FAILED` if one is wrong."""
     failed = False
     for check in run(*(arguments or ["cpu"])):
         print(json.dumps(asdict(check)), flush=True)

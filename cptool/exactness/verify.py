@@ -117,7 +117,7 @@ def verify(
 
 
 def compare(measurement: Measurement, reference: Measurement) -> str:
-    """Where the tokens part, and whether rounding alone explains it.
+    """Return where the tokens part, and whether rounding alone explains it.
 
     Logits that differ by d can only exchange two tokens whose distance is at most 2 d. What follows
     such a tie has no meaning for the comparison, for the two runs read different texts from there
@@ -135,7 +135,7 @@ def compare(measurement: Measurement, reference: Measurement) -> str:
 
 
 def measure(world: World, plan: Plan, variants: tuple[str, ...]) -> list[Measurement]:
-    """Runs on every rank; the measurements are rank 0's."""
+    """Run the plan under each variant on this rank; the measurements are those of rank 0."""
     world.report("load the weights")
     model = load_model(open_checkpoint(plan.model), getattr(torch, plan.dtype), world.device, world)
     return [_measure(world, model, plan, variant) for variant in variants]
@@ -208,15 +208,15 @@ class _Observed:
             self.rows[layer].append(tuple(tensor.cpu().clone() for tensor in found))
 
     def of(self, layer: int) -> tuple[torch.Tensor, ...]:
-        """Positions, queries and outputs seen in the layer."""
+        """Return positions, queries and outputs seen in the layer."""
         return tuple(map(torch.cat, zip(*self.rows[layer], strict=True)))
 
 
 def _errors(
     world: World, engine: Engine, observed: _Observed, layer: int
 ) -> tuple[float, float, float]:
-    """Errors of what the ranks computed, of one call on the same inputs, and of rounding the result
-    once.
+    """Return the error of what the ranks computed, that of one call on the same inputs, and that of
+    rounding the result once.
     """
     kv = engine.cache.tokens_from(layer, 0, 0).cpu()
     gathered = world.gather((*observed.of(layer), engine.cache.held.positions.cpu(), kv))
@@ -242,14 +242,14 @@ def _errors(
 
 
 def _rms(x: torch.Tensor) -> float:
-    """The largest error is decided by a few rows and varies by more than the bound allows; the mean
-    does not.
+    """Return the root mean square. The largest error depends on a few rows and varies by more than
+    the bound allows; the mean does not.
     """
     return x.square().mean().sqrt().item()
 
 
 def _everywhere(world: World, engine: Engine) -> torch.Tensor:
-    """The next-token logits of the one sequence, on every rank."""
+    """Return the next-token logits of the one sequence, on every rank."""
     return next(
         row
         for row in world.gather(engine.logits[0].cpu() if engine.logits else None)
@@ -258,7 +258,9 @@ def _everywhere(world: World, engine: Engine) -> torch.Tensor:
 
 
 def _digest(engine: Engine, observed: _Observed) -> str:
-    """Of every bit that this rank has computed in the sampled layers, and of its logits."""
+    """Return a digest of every bit that this rank computed in the observed layers, and of its
+    logits.
+    """
     digest = hashlib.sha256()
     tensors = [
         tensor

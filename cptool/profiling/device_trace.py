@@ -27,7 +27,9 @@ _WORDS = {
 
 
 def phase_of(name: str) -> str:
-    """The phase of a kernel, or TRANSFER, from its name: ours, NCCL's and the matrix libraries'."""
+    """Return the phase of a kernel, or TRANSFER, from its name: ours, NCCL's or a matrix
+    library's.
+    """
     lowered = name.lower()
     for phase, words in _WORDS.items():
         if any(word in lowered for word in words):
@@ -38,7 +40,8 @@ def phase_of(name: str) -> str:
 def device_phases(
     kernels: Sequence[Kernel], sampling: Sequence[Interval], begin: float, end: float
 ) -> tuple[dict[str, float], float]:
-    """Seconds of each of DEVICE_ROWS in [begin, end), which add up to it, and of hidden transfers.
+    """Return seconds of each of DEVICE_ROWS in [begin, end), which add up to it, and seconds of
+    hidden transfers.
 
     Where kernels of several phases run at once the moment counts as compute, and a transfer beside
     compute as hidden. Small kernels that start while the host samples are sampling.
@@ -75,7 +78,7 @@ class DeviceProfiler:
         self._profiler.start()
 
     def stop(self) -> list[Kernel]:
-        """The kernels, in order of their beginning; waits for the device."""
+        """Block until the device is done and return the kernels in order of their start."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._profiler.stop()

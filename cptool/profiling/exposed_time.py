@@ -39,7 +39,7 @@ class Exposure:
 
     @property
     def seconds(self) -> float:
-        """On CUDA this waits for the last of the waits."""
+        """Seconds so far. On CUDA, blocks until the last of the waits is over."""
         self._settle(len(self._pairs))
         return self._seconds
 

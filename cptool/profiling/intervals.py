@@ -8,7 +8,7 @@ Interval = tuple[float, float]
 
 
 def union(intervals: Sequence[Interval]) -> list[Interval]:
-    """The same moments in disjoint intervals, ascending."""
+    """Return the same moments as disjoint intervals, ascending."""
     merged: list[Interval] = []
     for begin, end in sorted(intervals):
         if merged and begin <= merged[-1][1]:
@@ -19,7 +19,7 @@ def union(intervals: Sequence[Interval]) -> list[Interval]:
 
 
 def subtract(first: Sequence[Interval], second: Sequence[Interval]) -> list[Interval]:
-    """The moments of `first` that are not in `second`."""
+    """Return the moments of `first` that are not in `second`."""
     rest, second = [], union(second)
     at = 0
     for begin, end in union(first):
@@ -37,10 +37,10 @@ def subtract(first: Sequence[Interval], second: Sequence[Interval]) -> list[Inte
 
 
 def length_s(intervals: Sequence[Interval]) -> float:
-    """Seconds of disjoint intervals."""
+    """Return the seconds of disjoint intervals."""
     return sum(end - begin for begin, end in intervals)
 
 
 def overlap_s(first: Sequence[Interval], second: Sequence[Interval]) -> float:
-    """Seconds that lie in both."""
+    """Return the seconds that lie in both."""
     return length_s(union(first)) - length_s(subtract(first, second))

@@ -55,7 +55,7 @@ class Phases:
 
 
 def phases_of(recorder: Recorder, section: Section) -> tuple[float, dict[str, float], float]:
-    """Wall, phases and hidden transfers of one rank, seconds a step.
+    """Return wall time, phases and hidden transfers of one rank, in seconds per step.
 
     On a CPU `host` is what no span covers: Python between the operations, and waiting for other
     processes of the machine. On CUDA the phases are those of the device's kernels.
@@ -81,7 +81,8 @@ def phases_of(recorder: Recorder, section: Section) -> tuple[float, dict[str, fl
 def collect(
     world: World, recorder: Recorder, sections: Sequence[Section], path: Path
 ) -> tuple[Phases, ...]:
-    """The table of each section over all ranks; rank 0 writes the trace of all to `path`.
+    """Return the table of each section over all ranks; rank 0 writes the trace of all of them to
+    `path`.
 
     Collective. Clocks of different hosts are brought together at a barrier, to within its skew.
     """
@@ -122,8 +123,8 @@ def write_trace(
     ranks: Sequence[tuple[Sequence[Span], Sequence[TransferSpan], Sequence[Kernel]]],
     shifts: Sequence[float],
 ) -> None:
-    """A Chrome trace: a process for every rank, with a track of what its thread does, tracks of
-    sends and receives, as many as there are at the same time, and one for each stream of a device.
+    """Write a Chrome trace: a process per rank, with a track for its thread, a track per stream of
+    its device, and as many tracks for sends and receives as run at the same time.
     """
     events: list[dict[str, object]] = []
 

@@ -77,7 +77,7 @@ class Recorder:
 
     @contextmanager
     def span(self, name: str, phase: str) -> Iterator[None]:
-        """What happens in the `with` block is `phase`, except in spans inside of it."""
+        """Record the `with` block as `phase`, except spans inside it."""
         self.start(name, phase)
         try:
             yield
@@ -111,7 +111,7 @@ class Recorder:
         return Watched(self._waiters.submit(wait))
 
     def between(self, begin: float, end: float) -> tuple[list[Span], list[TransferSpan]]:
-        """What lies in [begin, end)."""
+        """Return the spans and transfers that begin in [begin, end)."""
         spans = [span for span in self.spans if begin <= span.begin < end]
         return spans, [t for t in self.transfers if begin <= t.begin < end]
 

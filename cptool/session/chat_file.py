@@ -21,18 +21,20 @@ _LARGEST = 1 << 28
 
 
 def digest(tokens: Sequence[int]) -> str:
-    """A name for exactly these tokens."""
+    """Return a name for exactly these tokens."""
     return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()
 
 
 def seal(state: dict) -> str:
-    """The checksum of a state: the digest of its tokens, the system message, the exchanges."""
+    """Return the checksum of a state: of the digest of its tokens, the system message and the
+    exchanges.
+    """
     fields = {name: state[name] for name in ("tokens", "system", "exchanges")}
     return hashlib.sha256(json.dumps(fields, separators=(",", ":")).encode()).hexdigest()
 
 
 def dump(states: Iterable[dict]) -> bytes:
-    """The contents of the file, the newest state last."""
+    """Return the contents of the file, the newest state last."""
     listed = [
         {"sha256": seal(state), **{name: state[name] for name in ("tokens", "system", "exchanges")}}
         for state in states
@@ -41,7 +43,8 @@ def dump(states: Iterable[dict]) -> bytes:
 
 
 def read(directory: Path) -> dict[str, dict]:
-    """The states in the session's file by their seals, the newest last; none where it is missing.
+    """Return the states in the session's file by their seals, the newest last; none if the file is
+    missing.
 
     Damaged if a single byte of it is not as it was written.
     """
@@ -64,7 +67,9 @@ def read(directory: Path) -> dict[str, dict]:
 
 
 def problems(directory: Path, sealed: Sequence[str]) -> list[str]:
-    """What is wrong with the file of a session whose manifest seals these states, a line each."""
+    """Return what is wrong with the file of a session whose manifest seals these states, one line
+    each.
+    """
     path = directory / FILE
     try:
         states = read(directory)

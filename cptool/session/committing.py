@@ -19,8 +19,8 @@ from cptool.session.store import MANIFEST, changed, check_size, exists, is_lefto
 
 
 def commit(directory: Path, manifest: Manifest, chat: dict | None = None) -> Manifest:
-    """Makes `manifest` the state of the session in one atomic step, and `chat`, if there is one,
-    that of its conversation; then removes what no manifest names and no run holds. Returns what was
+    """Make `manifest` the state of the session in one atomic step, and `chat`, if given, that of
+    its conversation; then remove files that no manifest names and no process holds. Return what was
     committed.
 
     Raises Refused, and changes nothing, if another run has committed since this one began, or if a
@@ -41,7 +41,7 @@ def commit(directory: Path, manifest: Manifest, chat: dict | None = None) -> Man
 
 
 def _check_base(directory: Path, manifest: Manifest, previous: Manifest | None) -> None:
-    """Refused unless `manifest` continues `previous`."""
+    """Raise Refused unless `manifest` continues `previous`."""
     began = manifest.revision - 1
     if previous is None and began:
         raise Refused(f"{directory} holds no session any more (this run began at revision {began})")
@@ -52,7 +52,7 @@ def _check_base(directory: Path, manifest: Manifest, previous: Manifest | None) 
 
 
 def commit_or_keep(directory: Path, manifest: Manifest, chat: dict | None = None) -> Manifest:
-    """`commit`; where that is refused, the turn is kept as a session of its own beside this one.
+    """Call `commit`; if it is refused, keep the turn as a session of its own beside this one.
 
     RunError, with the line that says where, if so.
     """
@@ -96,7 +96,7 @@ def _replace(
 
 
 def _keep(directory: Path, manifest: Manifest, chat: dict | None) -> Path:
-    """Makes the turn a session of its own beside `directory`, and returns where.
+    """Make the turn a session of its own beside `directory`, and return where.
 
     Its KV is shared with the session where all of it is still there; otherwise the next turn
     computes it anew.
@@ -116,7 +116,7 @@ def _keep(directory: Path, manifest: Manifest, chat: dict | None) -> Path:
 
 
 def _fill(place: Path, directory: Path, manifest: Manifest, chat: dict | None) -> None:
-    """Makes `manifest` the first state of the session in `place`."""
+    """Make `manifest` the first state of the session in `place`."""
     try:
         for segment in manifest.segments:
             check_size(directory, segment)
@@ -145,8 +145,8 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _sweep(directory: Path, committed: Manifest) -> None:
-    """Removes files that runs have left: none that the manifest names, none that a run still
-    holds, and none of a revision to come.
+    """Remove files that earlier runs left: none that the manifest names, none that a running
+    process holds, and none of a later revision.
     """
     named = {segment.file for segment in committed.segments}
     for file in list(directory.iterdir()):
@@ -160,7 +160,7 @@ def _sweep(directory: Path, committed: Manifest) -> None:
 
 
 def is_held(file: Path) -> bool:
-    """Whether a living run holds the file that it has written and not yet committed."""
+    """Return whether a running process holds a file that it has written and not yet committed."""
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -178,7 +178,7 @@ def is_held(file: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> abc.Iterator[None]:
-    """Other commits to the session wait until the body is done."""
+    """Block other commits to the session while the body runs."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):  # some network file systems have no locks

@@ -39,7 +39,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """What the template is given."""
+        """The messages that the template is given."""
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for exchange in self.exchanges:
             messages.append({"role": "user", "content": exchange.question})
@@ -47,19 +47,22 @@ class Conversation:
         return messages
 
     def ask(self, question: str) -> list[int]:
-        """Token ids of the context in which to answer `question`, which is not added yet.
+        """Return the token ids of the context in which to answer `question`, which is not added
+        yet.
 
         UserError where the template refuses the messages.
         """
         return self._tokenizer.chat([*self.messages, {"role": "user", "content": question}])
 
     def answered(self, question: str, context: list[int], answer: list[int]) -> None:
-        """Adds a question and the tokens said in the `context` that `ask` gave for it."""
+        """Add a question and the tokens of its answer in the `context` that `ask` returned for
+        it.
+        """
         self.exchanges.append(Exchange(question, self._tokenizer.decode(answer)))
         self.tokens = context + answer
 
     def undo(self) -> str | None:
-        """Takes back the last question with its answer and returns it; None if there is none."""
+        """Take back the last question with its answer and return it; None if there is none."""
         if not self.exchanges:
             return None
         taken = self.exchanges.pop()
@@ -71,11 +74,11 @@ class Conversation:
         return taken.question
 
     def reset(self) -> None:
-        """Forgets everything but the system message."""
+        """Drop everything but the system message."""
         self.exchanges, self.tokens = [], []
 
     def state(self) -> dict:
-        """What `cptool.session.chat_file` keeps of it beside a session of these tokens."""
+        """Return what `cptool.session.chat_file` keeps beside a session of these tokens."""
         return {
             "tokens": chat_file.digest(self.tokens),
             "system": self.system,
@@ -84,7 +87,9 @@ class Conversation:
 
     @staticmethod
     def read(directory: Path, manifest: Manifest, tokenizer: "Tokenizer") -> "Conversation":
-        """The conversation of a session; UserError if it is not there, or not as it was written."""
+        """Return the conversation of a session. Raises UserError if it is missing or not as it was
+        written.
+        """
         path = directory / chat_file.FILE
         if not manifest.chat:
             raise UserError(

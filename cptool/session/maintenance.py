@@ -10,8 +10,8 @@ from cptool.session.manifest import REMEDY, Damaged, Manifest
 
 
 def problems(directory: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the session's files, a line each with the remedy: every byte is read.
-    Nothing where it is sound.
+    """Read every byte of the session's files and return what is wrong with them, one line each with
+    the remedy; nothing if they are sound.
     """
     found = []
     for segment in manifest.segments:
@@ -31,8 +31,8 @@ def problems(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def roll_back(directory: Path, manifest: Manifest, turns: int) -> Manifest:
-    """Goes back by `turns` turns and commits that; UserError if there are not so many before the
-    first.
+    """Go back by `turns` turns and commit that. Raises UserError if there are not as many before
+    the last.
     """
     if turns >= len(manifest.turns):
         raise OptionError(
@@ -47,7 +47,7 @@ def roll_back(directory: Path, manifest: Manifest, turns: int) -> Manifest:
 
 
 def compact(directory: Path, manifest: Manifest) -> Manifest:
-    """Rewrites what counts as one segment for each CP rank of the last turn, and commits that.
+    """Rewrite what counts as one segment per CP rank of the last turn, and commit that.
 
     The KV is read and checked rank by rank, so one rank's share must fit in memory. The old
     segments go once the new ones are committed.
@@ -103,7 +103,9 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
 
 
 def _committed(directory: Path, manifest: Manifest) -> Manifest:
-    """Commits what can be made again from the session, so that nothing need be kept of it."""
+    """Commit what can be computed again from the session, so that nothing need be kept if that is
+    refused.
+    """
     try:
         return committing.commit(directory, manifest)
     except committing.Refused as error:

@@ -65,13 +65,17 @@ class Segment:
 
     @property
     def live(self) -> bool:
-        """Whether any token of it can still count."""
+        """Whether any token of the segment can still count."""
         return any(n and a < z for n, a, z in zip(self.tokens, self.start, self.until, strict=True))
 
     @staticmethod
     def of(fields: dict[str, Any]) -> "Segment":
         """Return the segment of these fields, whose tuples may be lists, as JSON makes them."""
-        return Segment(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+        return Segment(**known)
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,14 @@ class Manifest:
         return sealed({"format": FORMAT, **asdict(self)})
 
     def row_bytes(self, heads: tuple[int, int]) -> int:
-        """Bytes of the KV of one token, for KV heads [heads[0], heads[1]) of all layers."""
+        """Return the bytes of the KV of one token, for KV heads [heads[0], heads[1]) of all
+        layers.
+        """
         model = self.model
         return 2 * model.layers * (heads[1] - heads[0]) * model.head_dim * DTYPES[self.dtype]
 
     def truncated(self, lengths: list[int]) -> "Manifest":
-        """The state in which sequence b has said its first `lengths[b]` tokens alone; nothing on
+        """Return the state in which sequence b has its first `lengths[b]` tokens alone; nothing on
         disk changes.
 
         Where a sequence gets shorter, what follows its new end is not known any more: the KV of its
@@ -141,9 +147,9 @@ class Manifest:
         )
 
     def rewrite_from(self, start: abc.Sequence[int], until: abc.Sequence[int]) -> list[int]:
-        """From which position of each sequence on the next turn, whose own KV is that of positions
-        [start[b], until[b]), should write KV anew, so that segments stay few: `start` itself while
-        they are.
+        """Return the position of each sequence from which the next turn should write KV again, so
+        that segments stay few. Its own KV is that of positions [start[b], until[b]); the result is
+        `start` while segments are few.
 
         Beyond `MANY_REVISIONS`, what is newer than a revision is merged with it once it is as much:
         each token is written again a number of times that grows with the logarithm of the tokens,
@@ -167,7 +173,7 @@ class Manifest:
         return first
 
     def without_kv(self) -> "Manifest":
-        """The same turns, all of whose KV is still to be computed."""
+        """Return the same turns without KV, all of which is to be computed again."""
         sequences = (replace(s, cached=0, logits=None) for s in self.sequences)
         return replace(self, sequences=tuple(sequences), segments=())
 

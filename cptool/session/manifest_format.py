@@ -31,8 +31,8 @@ _LARGEST_HEADER = 100_000_000  # of a safetensors file, by the rules of that for
 
 
 def parse(data: bytes) -> Manifest:
-    """Raises ValueError, in words for the user, if the bytes are not a manifest of this format
-    as it was written, or say what cannot be.
+    """Return the manifest that these bytes are. Raises ValueError, in words for the user, if they
+    are not a manifest of this format as it was written, or say what cannot be.
     """
     found = parse_json(data)
     _require(isinstance(found, dict), "it is not an object")
@@ -89,9 +89,9 @@ def parse(data: bytes) -> Manifest:
 
 
 def validate(manifest: Manifest) -> None:
-    """ValueError, in words for the user, unless every field is of its type and in its range,
-    and the segments hold each cached position of every sequence and KV head exactly once, as
-    far as can be known without their contents.
+    """Raise ValueError, in words for the user, unless every field is of its type and in its range,
+    and the segments hold each cached position of every sequence and KV head exactly once, as far as
+    that can be known without their contents.
     """
     model, batch = manifest.model, len(manifest.sequences)
     _require(
@@ -219,7 +219,9 @@ def _check_counts(manifest: Manifest, counts: tuple, where: str, most: int) -> N
 
 
 def _check_coverage(manifest: Manifest) -> None:
-    """Each cached position of each KV head once, by ranges and by numbers of tokens."""
+    """Check that each cached position of each KV head is held once, by ranges and by numbers of
+    tokens.
+    """
     groups: dict[tuple[int, int], list[Segment]] = {}
     for segment in manifest.segments:
         if segment.live:
@@ -268,7 +270,7 @@ def _check_coverage(manifest: Manifest) -> None:
 
 
 def _made(kind: type, found: Any, where: str) -> Any:
-    """A dataclass of exactly its fields; their values are checked later."""
+    """Return a dataclass of exactly its fields; their values are checked later."""
     _require(isinstance(found, dict), f"{where} is {_quoted(found)}, it must be an object")
     names = {field.name for field in fields(kind)}
     for name in sorted(found.keys() - names):
@@ -299,7 +301,7 @@ def _require(holds: Any, told: str) -> None:
 
 
 def _quoted(value: Any) -> str:
-    """The value in a few printable characters."""
+    """Return the value in a few printable characters."""
     if isinstance(value, (list, tuple, dict)):
         return f"a {type(value).__name__} of {len(value)}"
     text = ascii(value[:64] if isinstance(value, str) else value)

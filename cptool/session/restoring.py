@@ -26,7 +26,7 @@ def restore(
     kv_heads: tuple[int, int],
     reserve: int = 0,
 ) -> "tuple[Placement, ...]":
-    """Fills an empty cache with this rank's share of the session and returns what every rank holds.
+    """Fill an empty cache with this rank's part of the session and return what every rank holds.
 
     KV heads [kv_heads[0], kv_heads[1]) are read, and room is kept for `reserve` more tokens of each
     sequence. The caller has called `verify` on the segments. Damaged, before the cache is
@@ -85,8 +85,8 @@ def restore(
 
 
 def read_logits(directory: Path, manifest: Manifest) -> "dict[int, torch.Tensor]":
-    """The next-token logits, float32 [vocabulary], of the sequences whose KV is complete. Damaged
-    where no token can be chosen by them: a turn that ends so is not saved.
+    """Return the next-token logits, float32 [vocabulary], of the sequences whose KV is complete.
+    Raises Damaged if no token can be chosen by them: a turn that ends so is not saved.
     """
     wanted = {s.logits for s in manifest.sequences if s.logits is not None}
     found = {}
@@ -104,7 +104,8 @@ def read_logits(directory: Path, manifest: Manifest) -> "dict[int, torch.Tensor]
 
 
 def position_faults(directory: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the positions that the segments hold, a line each without a remedy.
+    """Return what is wrong with the positions that the segments hold, one line each without a
+    remedy.
 
     Damaged where a file does not have the tensors that it must have.
     """
@@ -113,7 +114,9 @@ def position_faults(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def _faults(manifest: Manifest, pieces: "list[_Piece]") -> Iterator[str]:
-    """What keeps the pieces from holding each cached position of every sequence exactly once."""
+    """Yield what keeps the pieces from holding each cached position of every sequence exactly
+    once.
+    """
     import torch
 
     held: list[list[torch.Tensor]] = [[] for _ in manifest.sequences]
@@ -175,8 +178,8 @@ class _Piece:
 
 
 def _groups(manifest: Manifest) -> list[tuple[Segment, ...]]:
-    """Segments by the revision and rank that wrote them: each group has the same tokens and other
-    KV heads.
+    """Return segments by the revision and rank that wrote them: those of a group have the same
+    tokens and different KV heads.
     """
     groups: dict[tuple[int, int], list[Segment]] = {}
     for segment in manifest.segments:
@@ -186,8 +189,8 @@ def _groups(manifest: Manifest) -> list[tuple[Segment, ...]]:
 
 
 def _share(pieces: list[_Piece], b: int, rank: int, ranks: int) -> list[tuple[_Piece, int, int]]:
-    """Which rows of which pieces rank `rank` takes of sequence b: an equal, contiguous part of all
-    its tokens.
+    """Return which rows of which pieces rank `rank` takes of sequence b: an equal, contiguous part
+    of all its tokens.
 
     Tokens that do not divide go one each to the ranks that follow those which took the previous
     sequence's, so that ranks differ by at most one token over the whole batch.

@@ -132,7 +132,7 @@ def _contents(
 
 
 def _held_file(path: Path) -> BinaryIO:
-    """A new file with the lock of a living run on it."""
+    """Return a new file with the lock of a running process on it."""
     while True:
         file = files.create(path)
         try:
@@ -146,7 +146,7 @@ def _held_file(path: Path) -> BinaryIO:
 
 
 def _header(tensors: "list[tuple[str, torch.dtype, tuple[int, ...]]]") -> bytes:
-    """The beginning of a safetensors file with these tensors, one after the other.
+    """Return the beginning of a safetensors file with these tensors, one after the other.
 
     The format's own writer is not used: it writes to a file under a name of its own.
     """
@@ -164,7 +164,7 @@ def _header(tensors: "list[tuple[str, torch.dtype, tuple[int, ...]]]") -> bytes:
 
 
 def _bytes_of(tensor: "torch.Tensor") -> memoryview:
-    """The bytes of a contiguous tensor in host memory; nothing is copied."""
+    """Return the bytes of a contiguous tensor in host memory; nothing is copied."""
     import torch
 
     return tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -174,8 +174,8 @@ def _bytes_of(tensor: "torch.Tensor") -> memoryview:
 def opened(
     directory: Path, manifest: Manifest, names: Container[str] | None = None
 ) -> Iterator[dict]:
-    """The segments' files by name, or those in `names`, each with the tensors that the manifest
-    makes it have. Damaged otherwise.
+    """Open the segments' files, or those in `names`, by name. Raises Damaged unless each has the
+    tensors that the manifest says.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -196,7 +196,7 @@ def opened(
 
 
 def _check_tensors(manifest: Manifest, segment: Segment, file: Any) -> None:
-    """ValueError unless the file has the tensors of a segment, in their dtypes and shapes."""
+    """Raise ValueError unless the file has the tensors of a segment, in their dtypes and shapes."""
     model, rows = manifest.model, sum(segment.tokens)
     heads = segment.kv_heads[1] - segment.kv_heads[0]
     stored = STORED_AS[manifest.dtype]

@@ -54,8 +54,8 @@ _LIBRARY_FILE = re.compile(r"\.tmp[0-9A-Za-z]{6}")
 
 
 def load(directory: Path, revision: int | None = None) -> Manifest:
-    """Reads the manifest and checks that every segment is there in full length. UserError in one
-    line otherwise; RunError if another run has taken the session on from `revision`.
+    """Read the manifest and check that every segment is there in full length. Raises UserError
+    otherwise; RunError if another process has continued the session from `revision`.
     """
     for attempt in range(_RELOADS):
         manifest = read(directory)
@@ -75,8 +75,8 @@ def load(directory: Path, revision: int | None = None) -> Manifest:
 
 
 def read(directory: Path) -> Manifest:
-    """The manifest, checked, whatever became of its segments. UserError where there is none,
-    Damaged where it is not as it was written or says what cannot be.
+    """Return the manifest, checked, whatever became of its segments. Raises UserError if there is
+    none, Damaged if it is not as it was written or says what cannot be.
     """
     path = directory / MANIFEST
     try:
@@ -91,7 +91,7 @@ def read(directory: Path) -> Manifest:
 
 
 def has_changed(directory: Path, manifest: Manifest) -> bool:
-    """Whether the session is at another revision than that of `manifest` by now."""
+    """Return whether the session has left the revision of `manifest`."""
     try:
         found = read(directory)
     except (UserError, OSError):
@@ -101,8 +101,8 @@ def has_changed(directory: Path, manifest: Manifest) -> bool:
 
 @contextlib.contextmanager
 def while_read(directory: Path, manifest: Manifest) -> abc.Iterator[None]:
-    """The body reads the segments of `manifest`. Where it finds them damaged or gone because
-    another run has committed in the meantime, that is what is raised, a RunError.
+    """Raise RunError if the body finds the segments of `manifest` damaged or missing because
+    another process has committed meanwhile.
     """
     try:
         yield
@@ -115,7 +115,7 @@ def while_read(directory: Path, manifest: Manifest) -> abc.Iterator[None]:
 
 
 def check_size(directory: Path, segment: Segment) -> None:
-    """Damaged unless the segment's file is there in full length."""
+    """Raise Damaged unless the segment's file is there in full length."""
     file = directory / segment.file
     size = file.stat().st_size if file.is_file() else None
     if size != segment.bytes:
@@ -124,7 +124,7 @@ def check_size(directory: Path, segment: Segment) -> None:
 
 
 def exists(directory: Path) -> bool:
-    """Whether there is a session, sound or not."""
+    """Return whether there is a session, sound or not."""
     return os.path.lexists(directory / MANIFEST)
 
 
@@ -137,7 +137,7 @@ def common_prefix(first: abc.Sequence[int], second: abc.Sequence[int]) -> int:
 def shared_prefixes(
     directory: Path, manifest: Manifest, prompts: list[list[int]], rewind: bool
 ) -> list[int]:
-    """How many tokens each whole prompt shares with the session.
+    """Return how many tokens each whole prompt shares with the session.
 
     UserError if a prompt does not begin with all that its sequence says, unless `rewind`.
     """
@@ -162,7 +162,7 @@ def shared_prefixes(
 
 
 def check_writable(directory: Path) -> None:
-    """Refuses a place where the next turn could not be saved."""
+    """Raise UserError for a directory in which the next turn could not be saved."""
     places = (directory, *directory.absolute().parents)
     place = next(p for p in places if os.path.lexists(p))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
@@ -175,7 +175,7 @@ def check_writable(directory: Path) -> None:
 
 
 def check_new(directory: Path) -> None:
-    """Refuses a directory that a new session would mix with other files."""
+    """Raise UserError for a directory in which a new session would mix with other files."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, a session needs a directory; name another place")
     foreign = (
@@ -189,7 +189,7 @@ def check_new(directory: Path) -> None:
 
 
 def model_path(manifest: Manifest) -> str:
-    """Where the session's model was; UserError if it has gone from there."""
+    """Return the path of the session's model. Raises UserError if nothing is there any more."""
     path = manifest.model.path
     try:
         gone = not Path(path).exists()
@@ -204,8 +204,8 @@ def model_path(manifest: Manifest) -> str:
 
 
 def identity(checkpoint: "Checkpoint", fingerprint: str | None = None) -> ModelIdentity:
-    """What a session remembers of its model; `fingerprint` is the checkpoint's, where the caller
-    knows it.
+    """Return what a session records of its model; `fingerprint` is that of the checkpoint if the
+    caller knows it.
     """
     config = checkpoint.config
     return ModelIdentity(
@@ -219,7 +219,7 @@ def identity(checkpoint: "Checkpoint", fingerprint: str | None = None) -> ModelI
 
 
 def check_model(manifest: Manifest, model: ModelIdentity) -> None:
-    """Refuses another model's KV."""
+    """Raise UserError if the session's KV is another model's."""
     ours = manifest.model
     if ours.fingerprint != model.fingerprint:
         raise UserError(
@@ -236,12 +236,12 @@ def check_model(manifest: Manifest, model: ModelIdentity) -> None:
 
 
 def printable(path: str) -> str:
-    """A path out of a file, without characters that a terminal would obey."""
+    """Return a path read from a file, without characters that a terminal would interpret."""
     return path if path.isprintable() else ascii(path)
 
 
 def changed(directory: Path, found: int, began: int) -> str:
-    """What is said where two runs continued the same revision."""
+    """Return the message for two processes that continued the same revision."""
     return (
         f"{directory} was changed by another run (it is at revision {found}, this run began at "
         f"{began})"
@@ -249,8 +249,8 @@ def changed(directory: Path, found: int, began: int) -> str:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a run of ours may have left this in a directory without a session, or before its
-    turn was committed.
+    """Return whether a run of cptool may have left this in a directory without a session, or before
+    its turn was committed.
     """
     if path.name == chat_file.FILE or _LEFT.fullmatch(path.name):
         return True
@@ -258,7 +258,7 @@ def is_leftover(path: Path) -> bool:
 
 
 def _is_segment_like(path: Path) -> bool:
-    """Whether a file begins as a segment does, or is empty."""
+    """Return whether a file begins as a segment does, or is empty."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             return False
