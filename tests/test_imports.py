@@ -31,7 +31,7 @@ ORDER = [
     {"engine"},
     {"exactness", "emulation", "calibration"},
     {"bench"},
-    {"llm"},
+    {"llm", "llm_session"},
     {"cli"},
     {"__main__"},
 ]
@@ -41,16 +41,8 @@ MOST_FILES, MOST_LINES, MOST_FUNCTION_LINES, MOST_COMMAND_LINES = 20, 350, 70, 4
 MOST_PARAMETERS, MOST_POSITIONAL, MOST_FIELDS = 8, 4, 4
 
 UPWARD: set[tuple[str, str]] = set()
-LONG_FILES: set[str] = {
-    "engine.rank_server",
-    "llm",
-    "session.manifest",
-    "session.segments",
-    "session.store",
-}
-LONG_FUNCTIONS: set[str] = {
-    "engine.turn.run",
-}
+LONG_FILES: set[str] = set()
+LONG_FUNCTIONS: set[str] = set()
 LONG_SIGNATURES: set[str] = {
     "ops.attention._attention_partial",
     "ops.attention._attention_partial_fake",
@@ -61,11 +53,6 @@ LONG_SIGNATURES: set[str] = {
 }
 POSITIONAL: set[str] = {
     "bench.attention: attention_partial",
-    "engine.static_decode: attention_partial",
-    "exactness.selftest: _attention",
-    "exactness.selftest: attention_partial",
-    "exactness.verify: Measurement",
-    "exactness.verify: attention",
     "ops.attention: check_attention",
     "ops.attention: merge",
     "ops.attention: new",
@@ -74,17 +61,8 @@ POSITIONAL: set[str] = {
     "ops.elementwise: dispatch",
     "ops.linear: _onednn",
     "ops.linear: check_tensor",
-    "profiling.report: Phases",
-    "profiling.report: event",
-    "session.segments: _read",
 }
-POSITIONAL_DATACLASSES: set[str] = {
-    "engine.turn.Report",
-    "exactness.verify.Measurement",
-    "profiling.report.Phases",
-    "session.manifest.ModelIdentity",
-    "session.manifest.Segment",
-}
+POSITIONAL_DATACLASSES: set[str] = set()
 
 
 @cache

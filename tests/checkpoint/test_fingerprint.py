@@ -13,7 +13,7 @@ from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.tensors import byte_ranges
 from cptool.distributed import launch
 from cptool.distributed.options import RankOptions
-from cptool.engine.turn import Setup, open_engine
+from cptool.engine.turn import Setup, load_for
 from cptool.errors import RunError
 
 
@@ -143,7 +143,7 @@ def test_a_file_that_another_one_replaces(saved):
         _ = checkpoint.fingerprint
     setup = Setup(model=str(saved), dtype="float32", state=before)
     with pytest.raises(RunError, match="was changed while it was loaded"):
-        launch.run(open_engine, setup, ranks=RankOptions(cp=1, tp=1, device="cpu", threads=1))
+        launch.run(load_for, setup, ranks=RankOptions(cp=1, tp=1, device="cpu", threads=1))
     assert open_checkpoint(str(saved)).state != before
 
 
