@@ -499,7 +499,7 @@ def test_ranks_that_do_not_fill_the_launchers_world(monkeypatch, cp, tp):
 
 
 def test_sizes_below_one():
-    for sizes, name in (((0, 1), "--cp 0"), ((1, -2), "--tp -2")):
+    for sizes, name in (((0, 1), "`cp` 0"), ((1, -2), "`tp` -2")):
         with pytest.raises(UserError, match=f"^{name}: it must be at least 1"):
             check_size(*sizes)
 
