@@ -328,7 +328,7 @@ def driver(entry, *arguments, **options):
     in one write: those of a launcher share a pipe, and `print` may write the line's end apart."""
     return f"""
 import sys
-sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(launch.__file__).parents[1])!r}]
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(launch.__file__).parents[2])!r}]
 import test_launch as tests
 from cptool.distributed.launch import RankFailed, run
 from cptool.distributed.options import RankOptions
@@ -617,9 +617,11 @@ def test_a_rank_that_comes_too_late_leaves_nothing_and_says_nothing(tmp_path):
 import os
 from cptool.distributed import local
 local._die_with_launcher = lambda: None
-local._rank_main(local.Seat(0, 2, 0, 2), print, (), (), {missing!r}, "", None)
+ranks = local.RankOptions(cp=2)
+seat = local.Seat(0, 2, 0, 2)
+local._rank_main(seat, print, (), ranks=ranks, path={missing!r}, folder="", answer=None)
 """,
-        env={**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[2])},
     )
     assert process.communicate(timeout=GENEROUS_S) == ("", "") and process.returncode == 1
     assert list((tmp_path / "gone").iterdir()) == []
