@@ -75,7 +75,7 @@ def test_a_directory_that_is_gone_is_one_line(tmp_path):
     path = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = shell(command, "plan", "llama3-8b", "--context", "8K", env=path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "cptool: the current directory is gone; change to one that is there\n"
+    assert done.stderr == "cptool: the current directory was removed; change to one that exists\n"
 
 
 def interrupted(script: str, number: int, **options) -> subprocess.CompletedProcess:
