@@ -52,7 +52,6 @@ LONG_SIGNATURES: set[str] = {
     "ops.attention.attention_partial",
 }
 POSITIONAL: set[str] = {
-    "bench.attention: attention_partial",
     "ops.attention: check_attention",
     "ops.attention: merge",
     "ops.attention: new",

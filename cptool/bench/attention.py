@@ -9,9 +9,10 @@ tokens: these go without a peer, but for a single query, which sees all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -65,10 +66,10 @@ class Inputs:
         self.k_pos = torch.arange(keys, dtype=torch.int32, device=device)
         self.cu_q = torch.tensor([0, shape.tokens], dtype=torch.int32, device=device)
         self.cu_k = torch.tensor([0, keys], dtype=torch.int32, device=device)
-        self._torch = [
+        self._q, self._k, self._v = (
             self._in_large_pages(x.transpose(0, 1)[None])
             for x in (self.q, self.slab[:, 0], self.slab[:, 1])
-        ]
+        )
 
     @staticmethod
     def _in_large_pages(x: torch.Tensor) -> torch.Tensor:
@@ -78,10 +79,17 @@ class Inputs:
 
     def ours(self) -> torch.Tensor:
         k, v = self.slab.unbind(1)
-        positions = (self.q_pos, self.k_pos, self.cu_q, self.cu_k)
-        return attention_partial(self.q, k, v, *positions, self.scale, out_dtype=self.shape.dtype)[
-            0
-        ]
+        return attention_partial(
+            self.q,
+            k,
+            v,
+            q_pos=self.q_pos,
+            k_pos=self.k_pos,
+            cu_q=self.cu_q,
+            cu_k=self.cu_k,
+            scale=self.scale,
+            out_dtype=self.shape.dtype,
+        )[0]
 
     @property
     def torch_can(self) -> bool:
@@ -93,7 +101,9 @@ class Inputs:
         on_cpu = self.device == "cpu"
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if on_cpu else nullcontext():
             out = scaled_dot_product_attention(
-                *self._torch,
+                self._q,
+                self._k,
+                self._v,
                 is_causal=shape.tokens > 1,
                 scale=self.scale,
                 enable_gqa=shape.q_heads != shape.kv_heads,
@@ -127,13 +137,13 @@ def measure(shapes: list[Shape], device: str, repeats: int) -> Iterator[dict[str
         # Short calls need more of them: 20 ms a sample.
         calls = max(1, min(1000, round(0.02 / max(1e-6, stopwatch(inputs.ours, device)))))
 
-        def repeated(call, calls=calls):
+        def repeated(call: Callable[[], object], calls: int = calls) -> Callable[[], float]:
             return lambda: stopwatch(lambda: [call() for _ in range(calls)], device) / calls
 
-        measures = {
+        measures: dict[str, Callable[[], float]] = {
             "ours": repeated(inputs.ours),
-            "matmul": lambda shape=shape: matmul_rate(shape.dtype, device),
-            "memory": lambda slab=inputs.slab: memory_rate(slab),
+            "matmul": partial(matmul_rate, shape.dtype, device),
+            "memory": partial(memory_rate, inputs.slab),
         }
         if inputs.torch_can:
             measures["torch"] = repeated(inputs.torch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -62,7 +63,8 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
     model = random_model(sweep.config, dtype, world)
     worlds = smaller_worlds(world, list(sweep.ranks))
     weight = max(model.parameters(), key=lambda parameter: parameter.numel()).detach()
-    ceiling, results = [], []
+    ceiling: list[float] = []
+    results: list[dict[str, Any]] = []
     for done, cached in enumerate(sweep.cached):
         world.report("measure decode, cached length", done, len(sweep.cached))
         runs = []
@@ -104,7 +106,9 @@ def _round(world: World, run: _Runs, sweep: Sweep, cached: int, keep: bool) -> N
         took = exposed = 0.0
         if run.engine is not None:
             took, exposed = _once(run.engine, variant, sweep.steps, cached)
-            run.ways[variant] = run.engine.choice.variant
+            taken = run.engine.choice
+            assert taken is not None, "a decode step has chosen"
+            run.ways[variant] = taken.variant
         ranks = world.gather((took, exposed))
         if keep:
             took, exposed = (max(values) for values in zip(*ranks, strict=True))
@@ -124,7 +128,7 @@ def _once(engine: Engine, variant: str, steps: int, cached: int) -> tuple[float,
     return took / steps, exposed / steps
 
 
-def _results(run: _Runs, profile: HardwareProfile) -> list[dict[str, object]]:
+def _results(run: _Runs, profile: HardwareProfile) -> list[dict[str, Any]]:
     forward = run.forward
     config, size = forward.config, getattr(torch, forward.dtype).itemsize
     medians = {variant: summary(times)["median"] for variant, times in run.seconds.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -69,7 +70,8 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
     model = random_model(sweep.config, dtype, world)
     worlds = smaller_worlds(world, list(sweep.ranks))
     cells = [(context, miss) for context in sweep.contexts for miss in sweep.miss_rates]
-    ceiling, results = [], []
+    ceiling: list[float] = []
+    results: list[dict[str, Any]] = []
     for done, (context, miss) in enumerate(cells):
         world.report("measure prefill, cell", done, len(cells))
         new = max(1, round(miss * context))
@@ -117,8 +119,8 @@ def _round(world: World, run: _Runs, new: int, *, keep: bool) -> None:
     for key, choice in {(c.variant, c.active): c for c in run.choices.values()}.items():
         world.barrier()
         took = exposed = sent = 0.0
-        if run.engine is not None:
-            took, exposed, sent = _once(run, choice, new)
+        if run.engine is not None and run.mark is not None:
+            took, exposed, sent = _once(run.engine, run.mark, choice, new)
         ranks = world.gather((took, exposed, sent))
         if keep:
             took, exposed, sent = (max(values) for values in zip(*ranks, strict=True))
@@ -127,10 +129,10 @@ def _round(world: World, run: _Runs, new: int, *, keep: bool) -> None:
             run.sent[key] = sent
 
 
-def _once(run: _Runs, choice: Choice, new: int) -> tuple[float, float, int]:
+def _once(engine: Engine, mark: Mark, choice: Choice, new: int) -> tuple[float, float, int]:
     """Seconds to the first token, of these exposed, and bytes sent."""
-    engine, ring = run.engine, run.engine.ring
-    engine.rewind(run.mark)
+    ring = engine.ring
+    engine.rewind(mark)
     exposed, sent = ring.exposed_s, ring.sent_bytes
     # Only auto leaves ranks without new tokens.
     variant = choice.variant if choice.active == engine.world.cp else AUTO
@@ -141,7 +143,7 @@ def _once(run: _Runs, choice: Choice, new: int) -> tuple[float, float, int]:
     return took, ring.exposed_s - exposed, ring.sent_bytes - sent
 
 
-def _results(run: _Runs, profile: HardwareProfile) -> list[dict[str, object]]:
+def _results(run: _Runs, profile: HardwareProfile) -> list[dict[str, Any]]:
     config, new, cached = run.forward.config, run.forward.new, run.forward.cached
     flops = linear_flops(config, new, 1) + attention_flops(config, new, cached)
     medians = {key: summary(times)["median"] for key, times in run.seconds.items()}

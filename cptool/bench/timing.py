@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -47,19 +47,17 @@ def summary(samples: list[float]) -> dict[str, float]:
 
 
 def interleave(
-    measures: dict[str, Callable[[], float | None]], repeats: int
-) -> dict[str, dict[str, float] | None]:
-    """Calls every measure in turn, `repeats` times round, so that a drift of the machine meets all.
+    measures: Mapping[str, Callable[[], float]], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Return the `summary` of each measure over `repeats` rounds, after one that warms up.
 
-    One more round before is not counted. A measure that gives None has no summary.
+    Each round calls every measure once, so that drift of the machine affects all alike.
     """
-    samples: dict[str, list[float | None]] = {name: [] for name in measures}
+    samples: dict[str, list[float]] = {name: [] for name in measures}
     for _ in range(repeats + 1):
         for name, measure in measures.items():
             samples[name].append(measure())
-    return {
-        name: None if None in values else summary(values[1:]) for name, values in samples.items()
-    }
+    return {name: summary(values[1:]) for name, values in samples.items()}
 
 
 def _cpu_model() -> str:

@@ -62,7 +62,7 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         notes={},
         peak_flops={},  # of another device, perhaps
     )
-    if device == "cpu":
+    if at_once is not None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / at_once
         profile = dataclasses.replace(profile, threads=threads, memory_bytes=memory)
     for done, name in enumerate(dtypes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import cycle
+from typing import Any
 
 import torch
 
@@ -16,42 +17,23 @@ from cptool.ops.kernels import cpu_stream_rows
 from cptool.planning.cost.forward import ELEMENT_BYTES
 
 BLOCK = 16
-"""Queries of a block for which a CPU packs keys and values, as for many: of EXAMPLE 64 rows of a KV
-head."""
+"""Queries of a block, 64 rows per KV head of EXAMPLE: a CPU packs keys and values for them, as for
+many queries."""
+
+_WIDTHS = EXAMPLE.num_attention_heads, EXAMPLE.num_key_value_heads, EXAMPLE.head_dim
 
 
-def attention_rates(clock: Clock, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
-    """FLOP/s of visible pairs, and the fields of the profile that tell of reading keys and of what
-    a call costs.
+def attention_rates(clock: Clock, dtype: torch.dtype) -> tuple[float, dict[str, Any]]:
+    """Measure attention in `dtype`.
+
+    Return the FLOP/s of visible pairs, and the other fields of the profile that describe attention:
+    how fast keys and values are read, and what a call costs.
     """
     few_rows = cpu_stream_rows(dtype, EXAMPLE.head_dim) if clock.device.type == "cpu" else 0
-    heads, kv_heads, dim = (
-        EXAMPLE.num_attention_heads,
-        EXAMPLE.num_key_value_heads,
-        EXAMPLE.head_dim,
-    )
+    heads, kv_heads, dim = _WIDTHS
 
     def call(queries: int, keys: int, first: int) -> Callable[[], object]:
-        q = torch.randn(queries, heads, dim, device=clock.device).to(dtype)
-        size = keys, 2, kv_heads, dim
-        copies = 1 + COLD_BYTES // (math.prod(size) * dtype.itemsize) if queries < ROWS else 1
-        blocks = [large_pages.empty(size, dtype, clock.device).normal_() for _ in range(copies)]
-        q_pos, k_pos = (
-            torch.arange(start, start + count, dtype=torch.int32, device=clock.device)
-            for start, count in ((first, queries), (0, keys))
-        )
-        cu_q, cu_k = (
-            torch.tensor([0, count], dtype=torch.int32, device=clock.device)
-            for count in (queries, keys)
-        )
-        rest = (q_pos, k_pos, cu_q, cu_k, dim**-0.5)
-        following = cycle(blocks)
-
-        def attend() -> None:
-            kv = next(following)
-            attention_partial(q, kv[:, 0], kv[:, 1], *rest)
-
-        return attend
+        return _attend(clock.device, dtype, queries=queries, keys=keys, first=first)
 
     few_queries = max(1, few_rows * kv_heads // heads)
     empty = clock(call(1, 1, 1), calls=32)
@@ -85,3 +67,40 @@ def attention_rates(clock: Clock, dtype: torch.dtype) -> tuple[float, dict[str, 
         "call_overhead_s": empty,
         "attention_ramp": min(max(0.0, cut), ROWS / 2),
     }
+
+
+def _attend(
+    device: torch.device, dtype: torch.dtype, *, queries: int, keys: int, first: int
+) -> Callable[[], object]:
+    """Return an attention call with EXAMPLE's heads: queries from position `first` on over `keys`.
+
+    With few queries, `COLD_BYTES` of other keys and values are read before the same ones again.
+    """
+    heads, kv_heads, dim = _WIDTHS
+    q = torch.randn(queries, heads, dim, device=device).to(dtype)
+    size = keys, 2, kv_heads, dim
+    copies = 1 + COLD_BYTES // (math.prod(size) * dtype.itemsize) if queries < ROWS else 1
+    blocks = [large_pages.empty(size, dtype, device).normal_() for _ in range(copies)]
+    q_pos, k_pos = (
+        torch.arange(start, start + count, dtype=torch.int32, device=device)
+        for start, count in ((first, queries), (0, keys))
+    )
+    cu_q, cu_k = (
+        torch.tensor([0, count], dtype=torch.int32, device=device) for count in (queries, keys)
+    )
+    following = cycle(blocks)
+
+    def attend() -> None:
+        kv = next(following)
+        attention_partial(
+            q,
+            kv[:, 0],
+            kv[:, 1],
+            q_pos=q_pos,
+            k_pos=k_pos,
+            cu_q=cu_q,
+            cu_k=cu_k,
+            scale=dim**-0.5,
+        )
+
+    return attend

@@ -130,7 +130,14 @@ def _pause(_: DecoderLayer, inputs: tuple) -> None:
 def _forward(
     engine: Engine | None, mark: Mark | None, variant: str, new: int
 ) -> Callable[[], object]:
+    """Return the work of one forward of `new` tokens over those that `mark` holds.
+
+    Without an engine it is none: the clock runs nothing on a rank that has no part.
+    """
+
     def work() -> None:
+        if engine is None or mark is None:
+            return
         engine.rewind(mark)
         engine.extend([[1] * (new - 1)], variant=variant)
         engine.next_tokens(Sampling())

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from cptool.cache import KVCache
-from cptool.emulation.ring import EmulatedRing, Timeline, Trace
+from cptool.emulation.ring import Compute, EmulatedRing, Timeline, Trace
 from cptool.model.config import LlamaConfig
 from cptool.model.fp8 import RowwiseFp8
 from cptool.model.llama import DecoderLayer
@@ -107,8 +107,8 @@ def build(scenario: Scenario) -> DecoderLayer:
         weights[name] = values.fill_(1.0) if values.dim() == 1 else values.normal_(std=0.02)
     layer.load_state_dict(weights, assign=True)
     if scenario.fp8:
-        layer.mlp.gate_up_proj = RowwiseFp8(layer.mlp.gate_up_proj.weight)
-        layer.mlp.down_proj = RowwiseFp8(layer.mlp.down_proj.weight)
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(layer.mlp, name, RowwiseFp8(layer.mlp.get_parameter(f"{name}.weight")))
     return layer.eval()
 
 
@@ -171,13 +171,13 @@ def time_once(scenario: Scenario, mine: Placement) -> dict[str, float]:
     frequencies, row = inverse_frequencies(config).to(device), table[:1].clone()
 
     def timed(work: Callable[[], object]) -> float:
-        spent = []
+        spent: list[float] = []
         for _ in range(4):
             timeline = Timeline(device)
             timeline.mark("work")
             work()
             timeline.mark("end")
-            spent.append(timeline.trace()[0].seconds)
+            spent += [entry.seconds for entry in timeline.trace() if isinstance(entry, Compute)]
         return statistics.median(spent[1:])
 
     return {

@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from cptool.planning.linear_rates import RowRates
-
-if TYPE_CHECKING:
-    pass
 
 MEASURED = "measured on "
 """How the name of a profile of `cptool bench calibrate` begins."""

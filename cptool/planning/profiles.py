@@ -129,10 +129,7 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
     """Raise TypeError, ValueError or KeyError for values that no measurement gives."""
     links = {name: Link(**fields[name]) for name in ("host_link", "network")}
     row_rates = {
-        dtype: tuple(
-            RowRates(**{name: tuple(v) if isinstance(v, list) else v for name, v in m.items()})
-            for m in measured
-        )
+        dtype: tuple(_row_rates(columns) for columns in measured)
         for dtype, measured in fields.get("row_rates", {}).items()
     }
     profile = HardwareProfile(**{**fields, **links, "row_rates": row_rates})
@@ -173,6 +170,14 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
         return profile
     alpha, beta, gamma = map(float, profile.rule)
     return dataclasses.replace(profile, rule=(alpha, beta, gamma))
+
+
+def _row_rates(columns: dict[str, Any]) -> RowRates:
+    """Return the `RowRates` of the fields that `save_profile` wrote: JSON has lists for tuples."""
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in columns.items()
+    }
+    return RowRates(**fields)
 
 
 def check_place() -> None:
