@@ -35,7 +35,7 @@ from ceilings import STEPS, Ceilings
 from rich.console import Console
 from rich.table import Table
 
-from cptool.bench.attention import Inputs, Shape
+from cptool.bench.attention import AttentionProblem, Inputs
 from cptool.bench.timing import circumstances, clock_name, interleave, stopwatch
 from cptool.cli.types import Heads
 from cptool.ops.attention import merge_partials
@@ -62,8 +62,10 @@ def _in_a_run(measure: Callable[[], float]) -> Callable[[], float]:
     return run
 
 
-def shape_of(tokens: int, cached: int, heads: tuple[int, int], head_dim: int, dtype: str) -> Shape:
-    return Shape(
+def problem_of(
+    tokens: int, cached: int, heads: tuple[int, int], head_dim: int, dtype: str
+) -> AttentionProblem:
+    return AttentionProblem(
         tokens=tokens,
         cached=cached,
         q_heads=heads[0],
@@ -73,25 +75,31 @@ def shape_of(tokens: int, cached: int, heads: tuple[int, int], head_dim: int, dt
     )
 
 
-def _kernels(isas: tuple[str, ...], shape: Shape) -> list[str]:
-    """Of `isas` ("all": every one) those that take the shape; without any, the op's own choice."""
+def _kernels(isas: tuple[str, ...], problem: AttentionProblem) -> list[str]:
+    """Return those of `isas` ("all": every one) that take the problem; if none are given, the op's
+    own choice.
+    """
     if not isas:
-        return [cpu_isa(shape.dtype, shape.head_dim)]
+        return [cpu_isa(problem.dtype, problem.head_dim)]
     taking = []
     for isa in cpu_isas() if "all" in isas else isas:
         with force_cpu_isa(isa):
-            taking += [isa] if cpu_isa(shape.dtype, shape.head_dim) == isa else []
+            taking += [isa] if cpu_isa(problem.dtype, problem.head_dim) == isa else []
     return taking
 
 
 def attention(
-    kind: str, shape: Shape, isas: tuple[str, ...], ceilings: Ceilings | None, repeats: int
+    kind: str,
+    problem: AttentionProblem,
+    isas: tuple[str, ...],
+    ceilings: Ceilings | None,
+    repeats: int,
 ) -> list[dict[str, object]]:
-    """Measures one shape: a result per instruction set."""
-    inputs = Inputs(shape)
+    """Measure one problem: a result per instruction set."""
+    inputs = Inputs(problem)
     copies = 1 + math.ceil(COLD_BYTES / inputs.slab.nbytes) if kind == "decode" else 1
-    turns = cycle([inputs, *(Inputs(shape) for _ in range(copies - 1))])
-    kernels = _kernels(isas, shape)
+    turns = cycle([inputs, *(Inputs(problem) for _ in range(copies - 1))])
+    kernels = _kernels(isas, problem)
     measures: dict[str, Callable[[], float]] = {}
     for isa in kernels:
         measures[f"ours {isa}"] = lambda isa=isa: _timed_on(isa, next(turns).ours)
@@ -114,14 +122,14 @@ def attention(
         if kind == "decode":
             ceiling, rate = "read", inputs.slab.nbytes / time
         else:
-            ceiling, rate = CEILINGS.get(isa, "fma"), shape.flops / time
+            ceiling, rate = CEILINGS.get(isa, "fma"), problem.flops / time
         limit = measured.get(ceiling)
         with force_cpu_isa(isa):
             errors = inputs.errors()
         results.append(
             {
                 "case": kind,
-                **shape.facts(),
+                **problem.facts(),
                 "threads": torch.get_num_threads(),
                 "isa": isa,
                 "seconds": ours,
@@ -239,7 +247,7 @@ POSITIVE = click.IntRange(min=1)
     "--decode-keys",
     type=click.IntRange(min=0),
     default=32768,
-    help="Keys of the decode shape; 0 leaves it out.",
+    help="Keys of the decode call; 0 leaves it out.",
 )
 @click.option(
     "--merge-tokens",
@@ -267,8 +275,8 @@ def main(
         tokens, head_dim, heads = (2048,), (64, 128), [(8, 2)]
         decode_keys, merge_tokens = 8192, 2048
     log = Console(stderr=True, highlight=False)
-    shapes = [
-        ("prefill", shape_of(t, p, h, d, dtype))
+    problems = [
+        ("prefill", problem_of(t, p, h, d, dtype))
         for d in head_dim
         for h in heads
         for dtype in dtypes
@@ -276,8 +284,8 @@ def main(
         for p in cached
     ]
     if partial:
-        shapes += [
-            ("prefill", shape_of(t // 16, t - t // 16, h, d, dtype))
+        problems += [
+            ("prefill", problem_of(t // 16, t - t // 16, h, d, dtype))
             for d in head_dim
             for h in heads
             for dtype in dtypes
@@ -285,8 +293,8 @@ def main(
             if t >= 16
         ]
     if decode_keys:
-        shapes += [
-            ("decode", shape_of(1, decode_keys - 1, h, d, dtype))
+        problems += [
+            ("decode", problem_of(1, decode_keys - 1, h, d, dtype))
             for d in head_dim
             for h in heads
             for dtype in dtypes
@@ -302,12 +310,12 @@ def main(
             log.print(f"No ceilings: {error}")
             ceilings = None
         with log.status("") as status:
-            for kind, shape in shapes:
-                facts = " ".join(f"{name}={value}" for name, value in shape.facts().items())
+            for kind, problem in problems:
+                facts = " ".join(f"{name}={value}" for name, value in problem.facts().items())
                 status.update(f"{kind} {facts}, {count} thread(s)")
                 # A call of decode takes about a millisecond, one of prefill about a second.
                 rounds = 5 * repeats if kind == "decode" else repeats
-                results += attention(kind, shape, isas, ceilings, rounds)
+                results += attention(kind, problem, isas, ceilings, rounds)
             if merge_tokens:
                 for dtype in dtypes:
                     for partials in (2, 4):

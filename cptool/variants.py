@@ -51,6 +51,8 @@ class Variant:
     baseline: measured against, never chosen by "auto".
     static: the steps of `cptool.engine.static_decode`, which cannot be requested by name.
     published: one of the two that the paper's own system runs.
+    published_form: name of the variant that the paper's own system runs in place of this one; empty
+        if there is none.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Variant:
     baseline: bool = False
     static: bool = False
     published: bool = False
+    published_form: str = ""
 
 
 _REGISTERED: dict[str, Variant] = {}

@@ -28,7 +28,7 @@ SAMPLED_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class AttentionProblem:
     """`tokens` queries over `cached` keys and over themselves."""
 
     tokens: int
@@ -49,22 +49,22 @@ class Shape:
 
 
 class Inputs:
-    """Random arguments of one shape, and the calls of ours and torch's on them."""
+    """Random arguments of one problem, and the calls of ours and torch's on them."""
 
-    def __init__(self, shape: Shape, device: str = "cpu") -> None:
-        self.shape, self.device = shape, device
-        keys = shape.cached + shape.tokens
+    def __init__(self, problem: AttentionProblem, device: str = "cpu") -> None:
+        self.problem, self.device = problem, device
+        keys = problem.cached + problem.tokens
         generator = torch.Generator().manual_seed(0)
 
         def random(*size: int) -> torch.Tensor:
-            return torch.randn(size, generator=generator).to(device, shape.dtype)
+            return torch.randn(size, generator=generator).to(device, problem.dtype)
 
-        self.q = self._in_large_pages(random(shape.tokens, shape.q_heads, shape.head_dim))
-        self.slab = self._in_large_pages(random(keys, 2, shape.kv_heads, shape.head_dim))
-        self.scale = shape.head_dim**-0.5
-        self.q_pos = torch.arange(shape.cached, keys, dtype=torch.int32, device=device)
+        self.q = self._in_large_pages(random(problem.tokens, problem.q_heads, problem.head_dim))
+        self.slab = self._in_large_pages(random(keys, 2, problem.kv_heads, problem.head_dim))
+        self.scale = problem.head_dim**-0.5
+        self.q_pos = torch.arange(problem.cached, keys, dtype=torch.int32, device=device)
         self.k_pos = torch.arange(keys, dtype=torch.int32, device=device)
-        self.cu_q = torch.tensor([0, shape.tokens], dtype=torch.int32, device=device)
+        self.cu_q = torch.tensor([0, problem.tokens], dtype=torch.int32, device=device)
         self.cu_k = torch.tensor([0, keys], dtype=torch.int32, device=device)
         self._q, self._k, self._v = (
             self._in_large_pages(x.transpose(0, 1)[None])
@@ -88,36 +88,36 @@ class Inputs:
             cu_q=self.cu_q,
             cu_k=self.cu_k,
             scale=self.scale,
-            out_dtype=self.shape.dtype,
+            out_dtype=self.problem.dtype,
         )[0]
 
     @property
     def torch_can(self) -> bool:
-        return self.shape.cached == 0 or self.shape.tokens == 1
+        return self.problem.cached == 0 or self.problem.tokens == 1
 
     def torch(self) -> torch.Tensor:
         """On a CPU by its flash attention, on CUDA by what it picks."""
-        shape = self.shape
+        problem = self.problem
         on_cpu = self.device == "cpu"
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if on_cpu else nullcontext():
             out = scaled_dot_product_attention(
                 self._q,
                 self._k,
                 self._v,
-                is_causal=shape.tokens > 1,
+                is_causal=problem.tokens > 1,
                 scale=self.scale,
-                enable_gqa=shape.q_heads != shape.kv_heads,
+                enable_gqa=problem.q_heads != problem.kv_heads,
             )
         return out[0].transpose(0, 1)
 
     def errors(self) -> dict[str, float | None]:
         """Largest distances from float64 over sampled rows, the first and the last among them."""
-        group = self.shape.q_heads // self.shape.kv_heads
-        rows = torch.linspace(0, self.shape.tokens - 1, SAMPLED_ROWS).long().unique()
+        group = self.problem.q_heads // self.problem.kv_heads
+        rows = torch.linspace(0, self.problem.tokens - 1, SAMPLED_ROWS).long().unique()
         q, (k, v) = self.q.cpu(), self.slab.cpu().repeat_interleave(group, 2).unbind(1)
         exact = torch.empty(len(rows), *q.shape[1:], dtype=torch.float64)
         for i, row in enumerate(rows):
-            end = self.shape.cached + int(row) + 1
+            end = self.problem.cached + int(row) + 1
             scores = torch.einsum("hd,khd->hk", q[row].double(), k[:end].double()) * self.scale
             exact[i] = torch.einsum("hk,khd->hd", scores.softmax(-1), v[:end].double())
 
@@ -130,10 +130,12 @@ class Inputs:
         }
 
 
-def measure(shapes: list[Shape], device: str, repeats: int) -> Iterator[dict[str, object]]:
-    """Ours, torch's and the ceilings, interleaved, one result a shape. Rates are per second."""
-    for shape in shapes:
-        inputs = Inputs(shape, device)
+def measure(
+    problems: list[AttentionProblem], device: str, repeats: int
+) -> Iterator[dict[str, object]]:
+    """Ours, torch's and the ceilings, interleaved, one result a problem. Rates are per second."""
+    for problem in problems:
+        inputs = Inputs(problem, device)
         # Short calls need more of them: 20 ms a sample.
         calls = max(1, min(1000, round(0.02 / max(1e-6, stopwatch(inputs.ours, device)))))
 
@@ -142,7 +144,7 @@ def measure(shapes: list[Shape], device: str, repeats: int) -> Iterator[dict[str
 
         measures: dict[str, Callable[[], float]] = {
             "ours": repeated(inputs.ours),
-            "matmul": partial(matmul_rate, shape.dtype, device),
+            "matmul": partial(matmul_rate, problem.dtype, device),
             "memory": partial(memory_rate, inputs.slab),
         }
         if inputs.torch_can:
@@ -150,13 +152,13 @@ def measure(shapes: list[Shape], device: str, repeats: int) -> Iterator[dict[str
         measured = interleave(measures, repeats)
         ours, peer = measured["ours"], measured.get("torch")
         time = ours["median"]
-        compute_s = shape.flops / measured["matmul"]["median"]
+        compute_s = problem.flops / measured["matmul"]["median"]
         memory_s = inputs.slab.nbytes / measured["memory"]["median"]
         yield {
-            **shape.facts(),
-            "kernel": cpu_isa(shape.dtype, shape.head_dim) if device == "cpu" else "cuda",
+            **problem.facts(),
+            "kernel": cpu_isa(problem.dtype, problem.head_dim) if device == "cpu" else "cuda",
             "seconds": ours,
-            "flops": shape.flops / time,
+            "flops": problem.flops / time,
             "kv_bytes": inputs.slab.nbytes / time,
             "bound": "compute" if compute_s >= memory_s else "memory",
             "of_ceiling": max(compute_s, memory_s) / time,

@@ -18,7 +18,7 @@ from cptool.ops.attention import merge_partials
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class MergeProblem:
     """`partials` results [tokens, heads, head_dim] of `dtype`, each with log-sum-exps."""
 
     partials: int
@@ -40,14 +40,14 @@ def by_torch(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> torch.Tensor
     return merged.to(outs[0].dtype)
 
 
-def measure(shapes: list[Shape], device: str, repeats: int) -> Iterator[dict[str, object]]:
-    """Ours, torch's and the ceiling, interleaved, one result a shape. Rates are per second."""
-    for shape in shapes:
-        size = (shape.tokens, shape.heads, shape.head_dim)
-        outs = [torch.randn(size, device=device).to(shape.dtype) for _ in range(shape.partials)]
-        lses = [torch.randn(size[:2], device=device) for _ in range(shape.partials)]
+def measure(problems: list[MergeProblem], device: str, repeats: int) -> Iterator[dict[str, object]]:
+    """Ours, torch's and the ceiling, interleaved, one result a problem. Rates are per second."""
+    for problem in problems:
+        size = (problem.tokens, problem.heads, problem.head_dim)
+        outs = [torch.randn(size, device=device).to(problem.dtype) for _ in range(problem.partials)]
+        lses = [torch.randn(size[:2], device=device) for _ in range(problem.partials)]
         moved = sum(t.nbytes for t in (*outs, *lses)) + outs[0].nbytes + lses[0].nbytes
-        ours = partial(merge_partials, outs, lses, shape.dtype)
+        ours = partial(merge_partials, outs, lses, problem.dtype)
         once = stopwatch(ours, device)
         calls = max(1, min(1000, round(0.02 / max(1e-6, once))))
 
@@ -68,9 +68,9 @@ def measure(shapes: list[Shape], device: str, repeats: int) -> Iterator[dict[str
             torch.stack(lses).double().softmax(0),
             torch.stack(outs).double(),
         )
-        merged = merge_partials(outs, lses, shape.dtype)[0]
+        merged = merge_partials(outs, lses, problem.dtype)[0]
         yield {
-            **shape.facts(),
+            **problem.facts(),
             "seconds": measured["ours"],
             "bytes": moved / time,
             "of_ceiling": moved / time / measured["memory"]["median"],

@@ -39,7 +39,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Segment:
+class AttentionBlock:
     """Attention between two transfers; source None: of no single source. The last one merges."""
 
     source: int | None
@@ -51,7 +51,7 @@ class Segment:
 class Projection:
     """What was measured of rank `rank`, and what follows for the whole model.
 
-    parts, segments: of one layer, measured. transfer_s: of its transfers, of which exposed_s is not
+    parts, blocks: of one layer, measured. transfer_s: of its transfers, of which exposed_s is not
     hidden; waiting_s: of ranks for each other; allreduce_s: of its tensor-parallel sums; all from
     the profile. once: what a forward does once, measured but for its overhead, the profile's.
     flops: of the whole model, a causal pair counted once. planned_s: what the cost model predicts
@@ -64,7 +64,7 @@ class Projection:
     variant: str
     reason: str
     parts: tuple[Part, ...]
-    segments: tuple[Segment, ...]
+    blocks: tuple[AttentionBlock, ...]
     sent_bytes: int
     transfer_s: float
     exposed_s: float
@@ -141,7 +141,7 @@ def emulate(
         variant=choice.variant,
         reason=choice.reason,
         parts=_parts(scenario, traces, held.queries[rank].tokens, sum(pairs)),
-        segments=_segments(trace, choice.variant, rank, pairs),
+        blocks=_blocks(trace, choice.variant, rank, pairs),
         sent_bytes=sent,
         transfer_s=replay(transfers, link),
         exposed_s=replay(trace, link, profile.transfer_steals),
@@ -228,8 +228,8 @@ def _parts(scenario: Scenario, traces: list[Trace], tokens: int, pairs: int) -> 
     return tuple(parts)
 
 
-def _segments(trace: Trace, variant: str, rank: int, pairs: list[int]) -> tuple[Segment, ...]:
-    """Attention as waits cut it: in a ring, one segment a source."""
+def _blocks(trace: Trace, variant: str, rank: int, pairs: list[int]) -> tuple[AttentionBlock, ...]:
+    """Attention as waits cut it: in a ring, one block a source."""
     spent, current = [], 0.0
     for entry in trace:
         if isinstance(entry, Wait):
@@ -240,7 +240,9 @@ def _segments(trace: Trace, variant: str, rank: int, pairs: list[int]) -> tuple[
     spent.append(current)
     size = len(pairs)
     if size > 1 and not find(variant).ring:
-        return (Segment(None, sum(pairs), sum(spent)),)
-    ring = [Segment((rank + i) % size, pairs[(rank + i) % size], spent[i]) for i in range(size)]
+        return (AttentionBlock(None, sum(pairs), sum(spent)),)
+    ring = [
+        AttentionBlock((rank + i) % size, pairs[(rank + i) % size], spent[i]) for i in range(size)
+    ]
     rest = sum(spent[size:])
-    return (*ring, Segment(None, 0, rest)) if len(spent) > size else tuple(ring)
+    return (*ring, AttentionBlock(None, 0, rest)) if len(spent) > size else tuple(ring)

@@ -33,7 +33,7 @@ from cptool.variants import unknown
 Partial = tuple[torch.Tensor, torch.Tensor]
 
 
-class Compute(Protocol):
+class AttentionFunction(Protocol):
     """The function of a variant; arguments and result are those of `attend`."""
 
     def __call__(
@@ -41,14 +41,14 @@ class Compute(Protocol):
     ) -> torch.Tensor: ...
 
 
-FUNCTIONS: dict[str, Compute] = {}
+FUNCTIONS: dict[str, AttentionFunction] = {}
 """The function of each variant in `cptool.variants` that is not static."""
 
 
-def computes(name: str) -> Callable[[Compute], Compute]:
+def computes(name: str) -> Callable[[AttentionFunction], AttentionFunction]:
     """Register the decorated function as that of the variant `name`."""
 
-    def register(function: Compute) -> Compute:
+    def register(function: AttentionFunction) -> AttentionFunction:
         FUNCTIONS[name] = function
         return function
 

@@ -236,6 +236,11 @@ def _choose(variant: str, work: Workload, forward: Forward, profile: HardwarePro
     return choose(variant, plain, profile, work.rule)
 
 
+def as_published(variant: str) -> str:
+    """Return what the paper's own system runs for `variant`: its published form, or the same."""
+    return AUTO if variant == AUTO else find(variant).published_form or variant
+
+
 def _published() -> tuple[str, ...]:
     """The variants of the paper's own system, the one for queries last."""
     return tuple(record.name for record in records() if record.published)

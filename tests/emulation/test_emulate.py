@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from cptool.cli.main import main
 from cptool.cli.types import TokenCount
 from cptool.emulation.layer import OTHER, Scenario, shards
-from cptool.emulation.projection import _segments, emulate
+from cptool.emulation.projection import _blocks, emulate
 from cptool.emulation.ring import Compute, EmulatedRing, Start, Timeline, Wait, replay
 from cptool.model.fp8 import RowwiseFp8
 from cptool.model.shapes import SHAPES
@@ -82,9 +82,9 @@ def test_compute_lies_before_the_wait_that_ends_it():
         assert block.shape == ([4, 5, 6][source], 2)
         time.sleep(0.002 * (1 + source))
     timeline.mark("end")
-    segments = _segments(timeline.trace(), "pass-kv", 1, [0, 0, 0])
-    assert [segment.source for segment in segments] == [1, 2, 0]
-    slept = [segment.seconds for segment in segments]
+    blocks = _blocks(timeline.trace(), "pass-kv", 1, [0, 0, 0])
+    assert [block.source for block in blocks] == [1, 2, 0]
+    slept = [block.seconds for block in blocks]
     assert slept[0] >= 0.004 and slept[1] >= 0.006 and slept[2] >= 0.002
 
 
@@ -127,13 +127,13 @@ def test_a_rank_of_four(variant, cached):
         sum(int((k.positions <= p).sum()) for p in q.positions)
         for q, k in zip(asking, holding, strict=True)
     ]
-    assert sum(segment.pairs for segment in result.segments) == sum(expected)
-    for segment in result.segments:
-        if segment.source is not None:
-            assert segment.pairs == expected[segment.source] and segment.seconds > 0
+    assert sum(block.pairs for block in result.blocks) == sum(expected)
+    for block in result.blocks:
+        if block.source is not None:
+            assert block.pairs == expected[block.source] and block.seconds > 0
     attention = next(part for part in result.parts if part.name == "attention")
     assert attention.flops == 4 * 4 * 16 * sum(expected)
-    assert sum(s.seconds for s in result.segments) == pytest.approx(attention.seconds, rel=0.6)
+    assert sum(s.seconds for s in result.blocks) == pytest.approx(attention.seconds, rel=0.6)
     assert 0 < result.exposed_s <= result.transfer_s * 1.001
     assert result.allreduce_bytes == 2 * 4 * 96 * result.queries
     assert result.allreduce_s == pytest.approx(

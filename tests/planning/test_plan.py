@@ -16,7 +16,7 @@ from cptool.model.shapes import SHAPES
 from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.layer import predict
 from cptool.planning.cost.memory import memory_per_rank
-from cptool.planning.planner import Workload, best, layouts, plan
+from cptool.planning.planner import Workload, as_published, best, layouts, plan
 from cptool.planning.profiles import find_profile, known_profiles
 
 LLAMA, GTT = SHAPES["llama3-405b"], find_profile("gtt-h100")
@@ -299,6 +299,11 @@ def test_decode_takes_the_steps_that_the_engine_takes():
         Workload(config=SHAPES["llama3-1b"], context=8000), 2, 1, "auto", find_profile("cpu-core")
     )
     assert cpu.decode_choice.variant in ("pass-q", "gather-q")
+
+
+def test_the_published_system_runs_its_own_form_of_pass_q():
+    forms = {"auto": "auto", "pass-kv": "pass-kv", "pass-q": "pass-q-all2all"}
+    assert {name: as_published(name) for name in forms} == forms
 
 
 def test_the_published_system_has_two_variants():

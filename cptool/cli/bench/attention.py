@@ -69,10 +69,10 @@ def attention(
 
     import torch
 
-    from cptool.bench.attention import Shape, measure
+    from cptool.bench.attention import AttentionProblem, measure
 
-    shapes = [
-        Shape(
+    problems = [
+        AttentionProblem(
             tokens=t,
             cached=p,
             q_heads=q_heads,
@@ -86,7 +86,7 @@ def attention(
         for t in tokens
         for p in cached or ((32767,) if t == 1 else (0,))
     ]
-    fields = collect("attention", measure, shapes, measuring)
+    fields = collect("attention", measure, problems, measuring)
     emit(fields, as_json=measuring.as_json, columns=_COLUMNS, row=_row, caption=_CAPTION)
     if measuring.plot:
         _draw(measuring.plot, fields["results"])

@@ -130,12 +130,12 @@ class Report:
             ],
             "attention": [
                 {
-                    "source": segment.source,
-                    "pairs": segment.pairs,
-                    "seconds": segment.seconds,
-                    "tflops": self._attention_rate(segment.pairs, segment.seconds),
+                    "source": block.source,
+                    "pairs": block.pairs,
+                    "seconds": block.seconds,
+                    "tflops": self._attention_rate(block.pairs, block.seconds),
                 }
-                for segment in result.segments
+                for block in result.blocks
             ],
             "compute_s": result.compute_s,
             "wire_bytes": result.sent_bytes,
@@ -163,7 +163,7 @@ class Report:
 
     def _ring_rows(self) -> Rows:
         """The steps of the ring whose rates are the lowest and the highest."""
-        ring = [segment for segment in self.result.segments if segment.source is not None]
+        ring = [block for block in self.result.blocks if block.source is not None]
         if len(ring) < 2:
             return []
         ring.sort(key=lambda s: s.pairs / s.seconds if s.seconds else 0.0)

@@ -60,17 +60,17 @@ def merge(
 
     import torch
 
-    from cptool.bench.merge import Shape, measure
+    from cptool.bench.merge import MergeProblem, measure
 
-    shapes = [
-        Shape(partials=n, tokens=t, heads=h, head_dim=d, dtype=getattr(torch, dtype))
+    problems = [
+        MergeProblem(partials=n, tokens=t, heads=h, head_dim=d, dtype=getattr(torch, dtype))
         for d in kernel.head_dim
         for h in heads
         for dtype in kernel.dtypes
         for n in partials
         for t in tokens
     ]
-    fields = collect("merge", measure, shapes, measuring)
+    fields = collect("merge", measure, problems, measuring)
     emit(fields, as_json=measuring.as_json, columns=_COLUMNS, row=_row, caption=_CAPTION)
     if measuring.plot:
         _draw(measuring.plot, fields["results"])

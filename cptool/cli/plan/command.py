@@ -231,7 +231,7 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
         profile=profile,
         cp=on.cp,
         tp=on.tp,
-        variant="pass-q-all2all" if run.as_published and on.variant == "pass-q" else on.variant,
+        variant=planner.as_published(on.variant) if run.as_published else on.variant,
         ranks=on.max_gpus or max(least, profile.ranks_per_host or profile.ranks_at_once or 1),
     )
 

@@ -239,6 +239,7 @@ PASS_Q = register(
         cost=_pass_q,
         buffers=_query_buffers,
         ring=True,
+        published_form="pass-q-all2all",
     )
 )
 GATHER_Q = register(
