@@ -77,7 +77,7 @@ def _plain(value: Any, types: dict[str, type], buffers: list[bytes]) -> Any:
         return {"dict": [[_plain(part, types, buffers) for part in item] for item in items]}
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
-    if types.get(type(value).__name__) is type(value):
+    if dataclasses.is_dataclass(value) and types.get(type(value).__name__) is type(value):
         fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
         return {type(value).__name__: [_plain(field, types, buffers) for field in fields]}
 

@@ -195,6 +195,7 @@ def _die_with_launcher() -> None:
     """
     end_with_parent()
     launcher = multiprocessing.parent_process()
+    assert launcher is not None  # ranks are started by multiprocessing
 
     def watch() -> None:
         launcher.join()

@@ -49,17 +49,17 @@ def listen_on_loopback() -> None:
 
 def check_loopback() -> None:
     """UserError where the loopback interface, which local ranks need, is down."""
-    failure = None
+    failures: list[OSError] = []
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
                 probe.connect((address, 9))  # nothing is sent
                 return
         except OSError as error:
-            failure = failure or error
+            failures.append(error)
     raise UserError(
-        f"ranks talk over the loopback interface, which does not work here ({failure.strerror}); "
-        f"bring it up (ip link set {LOOPBACK} up), or use one rank"
+        "ranks communicate over the loopback interface, which does not work here "
+        f"({failures[0].strerror}); bring it up (ip link set {LOOPBACK} up), or use one rank"
     )
 
 

@@ -35,7 +35,7 @@ def start(entry: Callable[..., Any]) -> None:
     """
     # Until 3.10.8 and 3.11.0 Python gave the server's socket a name in no directory, to which any
     # user of the machine could connect and have code run (CVE-2022-42919).
-    util.abstract_sockets_supported = False
+    util.abstract_sockets_supported = False  # type: ignore[misc]  # final, and no other way
     _choose_folder()
     modules = ["torch.distributed", entry.__module__]
     # The end that it is tied to is that of the thread that starts it.
@@ -75,12 +75,13 @@ def _choose_folder() -> None:
     _folder = make_folder(base)
     util.Finalize(None, _folder.cleanup, exitpriority=-100)  # after all of its users
     # Else multiprocessing makes a folder of its own, with a traceback if that is gone at exit.
-    multiprocessing.current_process()._config["tempdir"] = _folder.name
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # private
+    config["tempdir"] = _folder.name
 
 
 def pid() -> int:
     """The process that ranks are forked from, which must be running."""
-    return forkserver._forkserver._forkserver_pid
+    return forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]  # private
 
 
 def described() -> str:

@@ -67,6 +67,7 @@ def _map(
         end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
     # Grows the file to `end` bytes if no other rank has; pages come into being when written.
     storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=max(end, _ALIGNMENT))
+    assert isinstance(storage, torch.UntypedStorage)  # the method's annotation is wider
     flat = torch.empty(0, dtype=dtype).set_(storage)
     return {
         key: flat[offset : offset + math.prod(shapes[key])].view(shapes[key])

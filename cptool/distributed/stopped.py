@@ -19,9 +19,9 @@ _WORLD = (
 _PLACE = ("RANK", "SLURM_PROCID")
 
 
-def is_stopped(pid: int) -> bool:
-    """Whether the process is stopped. False for one that has ended."""
-    return _state_and_parent(pid)[0] == "T"
+def is_stopped(pid: int | None) -> bool:
+    """Whether the process is stopped. False for one that has ended, or has not started (None)."""
+    return pid is not None and _state_and_parent(pid)[0] == "T"
 
 
 def kill_stopped_peers() -> None:

@@ -62,7 +62,7 @@ class Supervision:
         over: float | None = None
         while self.running:
             self._look(_POLL_S)
-            if any(self.ranks[rank].exitcode for rank in self.ended):
+            if any(self._exitcode(rank) for rank in self.ended):
                 until = time.monotonic() + _GRACE_S
                 while self.running and not self._killed() and time.monotonic() < until:
                     self._look(max(0.0, until - time.monotonic()))
@@ -85,7 +85,14 @@ class Supervision:
 
     def _look(self, patience: float) -> None:
         """Note which ranks ended, within `patience` seconds."""
-        self.ended += [self.running.pop(ready) for ready in wait(list(self.running), patience)]
+        ready = wait(list(self.running), patience)
+        self.ended += [self.running.pop(end) for end in list(self.running) if end in ready]
+
+    def _exitcode(self, rank: int) -> int:
+        """Exit code of a rank that has ended; the negative number of the signal that killed it."""
+        code = self.ranks[rank].exitcode
+        assert code is not None
+        return code
 
     def _value(self) -> Any:
         """What rank 0 returned; RankFailed where that did not arrive whole."""
@@ -102,7 +109,7 @@ class Supervision:
     def _killed(self) -> list[int]:
         """Ranks that ended by a signal or, without a word on the board, by an exit of their own."""
         recorded = {failure.rank for failure in self.board.failures()}
-        codes = [(rank, self.ranks[rank].exitcode) for rank in self.ended]
+        codes = [(rank, self._exitcode(rank)) for rank in self.ended]
         return [rank for rank, code in codes if code < 0 or (code and rank not in recorded)]
 
     def _all_stopped(self) -> bool:
@@ -121,14 +128,14 @@ class Supervision:
         exception comes before it. If there are errors of communication alone, ranks that recorded
         nothing are the ones that hang.
         """
-        if any(self.ranks[rank].exitcode == -signal.SIGINT for rank in self.ended):
+        if any(self._exitcode(rank) == -signal.SIGINT for rank in self.ended):
             return KeyboardInterrupt()
         failures, killed = self.board.failures(), self._killed()
         own = [failure for failure in failures if failure.kind != "communication"]
         if own and own[0].kind == "user":
             return UserError(own[0].message)
-        outright = [rank for rank in killed if self.ranks[rank].exitcode != -signal.SIGABRT]
-        lost = any(self.ranks[rank].exitcode == _UNKNOWN for rank in killed)
+        outright = [rank for rank in killed if self._exitcode(rank) != -signal.SIGABRT]
+        lost = any(self._exitcode(rank) == _UNKNOWN for rank in killed)
         if lost and server_process.ends_within(_GRACE_S):
             told = f"{server_process.described()} has ended"
         elif outright or (killed and not own):
@@ -144,7 +151,7 @@ class Supervision:
 
     def _death(self, rank: int) -> str:
         """How a rank ended that recorded no exception."""
-        pid, exitcode = self.ranks[rank].pid, self.ranks[rank].exitcode
+        pid, exitcode = self.ranks[rank].pid, self._exitcode(rank)
         doing = self.board.read(rank)
         if exitcode >= 0:
             return f"rank {rank} (pid {pid}) exited with code {exitcode} during {doing}"

@@ -11,12 +11,11 @@ import contextlib
 import os
 import shutil
 import stat
+import sys
 import time
 
-try:
+if sys.platform != "win32":  # No ranks run on Windows, but plan and pull do.
     import fcntl
-except ImportError:  # Not a system on which ranks run, but plan and pull do.
-    fcntl = None
 
 PREFIX = "cptool-"
 _LOCK = "lock"
@@ -45,7 +44,7 @@ def lock(folder: str) -> int:
     """
     new = os.path.join(folder, f"{_LOCK}.new")
     descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    if fcntl is not None:
+    if sys.platform != "win32":
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     os.rename(new, os.path.join(folder, _LOCK))
     return descriptor
@@ -68,9 +67,11 @@ def remove(folder: str) -> None:
 
 
 def _is_left(path: str) -> bool:
-    """Whether the folder was a dead process's of this user. OSError where that cannot be said."""
+    """Whether a dead process of this user left the folder. OSError if that cannot be determined."""
+    if sys.platform == "win32":
+        return False
     found = os.stat(path, follow_symlinks=False)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or fcntl is None:
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         return False
     if stat.S_IMODE(found.st_mode) != 0o700:
         return False
