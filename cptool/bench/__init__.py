@@ -1,1 +1,1 @@
-"""What `cptool bench` and the scripts under benchmarks/ measure, and how."""
+"""The measurements of `cptool bench` and of the scripts under benchmarks/."""

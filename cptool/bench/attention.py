@@ -1,10 +1,10 @@
-"""One call of attention on one device, held against torch's and against the device's ceilings.
+"""One call of attention on one device, compared with torch's and with the device's ceilings.
 
 A call takes at least the time of its operations at the rate of a large matrix product in the same
-dtype, and at least that of reading its keys and values: the larger is the ceiling that it is held
-against. Torch gets contiguous [heads, tokens, D]; our op [tokens, heads, D] and a slab of K and V
-as the KV cache holds them; both lie in large pages. torch's causal mask has no form for cached
-tokens: these go without a peer, but for a single query, which sees all.
+dtype, and at least that of reading its keys and values: the larger is its ceiling. torch gets
+contiguous [heads, tokens, D]; our op [tokens, heads, D] and a slab of K and V as the KV cache holds
+them; both lie in large pages. torch's causal mask has no form for cached tokens, so these have no
+torch time, except for a single query, which sees all.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ class AttentionProblem:
 
     @property
     def flops(self) -> float:
-        """4 D a visible pair and query head."""
+        """Operations: 4 D per visible pair and query head."""
         pairs = self.tokens * self.cached + self.tokens * (self.tokens + 1) / 2
         return 4.0 * self.head_dim * self.q_heads * pairs
 
     def facts(self) -> dict[str, object]:
+        """Return the fields, as a result states them."""
         return {**vars(self), "dtype": str(self.dtype).removeprefix("torch.")}
 
 
 class Inputs:
-    """Random arguments of one problem, and the calls of ours and torch's on them."""
+    """Random arguments for one problem, and our op's and torch's calls on them."""
 
     def __init__(self, problem: AttentionProblem, device: str = "cpu") -> None:
         self.problem, self.device = problem, device
@@ -78,6 +79,7 @@ class Inputs:
         return large_pages.empty(x.shape, x.dtype).copy_(x)
 
     def ours(self) -> torch.Tensor:
+        """Return the result of our op, [tokens, heads, D]."""
         k, v = self.slab.unbind(1)
         return attention_partial(
             self.q,
@@ -93,10 +95,11 @@ class Inputs:
 
     @property
     def torch_can(self) -> bool:
+        """Whether torch's causal mask covers the problem."""
         return self.problem.cached == 0 or self.problem.tokens == 1
 
     def torch(self) -> torch.Tensor:
-        """On a CPU by its flash attention, on CUDA by what it picks."""
+        """Return torch's result: on a CPU of its flash attention, on CUDA of what it picks."""
         problem = self.problem
         on_cpu = self.device == "cpu"
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if on_cpu else nullcontext():
@@ -111,7 +114,7 @@ class Inputs:
         return out[0].transpose(0, 1)
 
     def errors(self) -> dict[str, float | None]:
-        """Largest distances from float64 over sampled rows, the first and the last among them."""
+        """Return the largest distances from float64 over sampled rows, first and last included."""
         group = self.problem.q_heads // self.problem.kv_heads
         rows = torch.linspace(0, self.problem.tokens - 1, SAMPLED_ROWS).long().unique()
         q, (k, v) = self.q.cpu(), self.slab.cpu().repeat_interleave(group, 2).unbind(1)
@@ -133,7 +136,10 @@ class Inputs:
 def measure(
     problems: list[AttentionProblem], device: str, repeats: int
 ) -> Iterator[dict[str, object]]:
-    """Ours, torch's and the ceilings, interleaved, one result a problem. Rates are per second."""
+    """Measure our op, torch's and the ceilings, interleaved; yield one result per problem.
+
+    Rates are per second.
+    """
     for problem in problems:
         inputs = Inputs(problem, device)
         # Short calls need more of them: 20 ms a sample.

@@ -1,4 +1,4 @@
-"""What a device can do at most, by torch's own means: no compiler is needed."""
+"""The most that a device can do, measured by torch's own operations: no compiler is needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ROWS = {"cpu": 1024, "cuda": 8192}
 
 
 def matmul_rate(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of one large square matrix product."""
+    """Return the FLOP/s of one large square matrix product."""
     rows = _ROWS[device]
     key = (dtype, device)
     if key not in _operands:
@@ -23,13 +23,14 @@ _operands: dict[tuple[torch.dtype, str], list[torch.Tensor]] = {}
 
 
 def memory_rate(tensor: torch.Tensor) -> float:
-    """Bytes/s of the better of summing a contiguous tensor and copying it (read and written)."""
+    """Return the bytes/s of summing a contiguous tensor or of copying it, the higher one."""
     device = tensor.device.type
     words = tensor.flatten().view(torch.uint8)
     words = words[: words.numel() // 8 * 8].view(torch.float32 if device == "cuda" else torch.int64)
     target = torch.empty_like(words)
     target.copy_(words)
     calls = max(1, min(200, (64 << 20) // max(1, words.nbytes)))
+    # A copy reads and writes every byte.
     copied = stopwatch(lambda: [target.copy_(words) for _ in range(calls)], device)
     summed = stopwatch(lambda: [words.sum() for _ in range(calls)], device)
     return calls * words.nbytes * max(2 / copied, 1 / summed)

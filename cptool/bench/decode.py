@@ -1,5 +1,5 @@
-"""Time per token over cached lengths, ranks and variants, measured beside what the cost model
-predicts and what reading the weights and the KV takes.
+"""Time per token over cached lengths, ranks and variants, compared with the cost model's prediction
+and with the time to read the weights and the KV.
 
 Rounds are interleaved as in `cptool.bench.prefill`.
 """
@@ -30,7 +30,7 @@ from cptool.planning.strategy import AUTO, Choice
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What to measure: a model of `config`, already cut, over every combination.
+    """What to measure: a model of `config`, its layers already cut, over every combination.
 
     cached: tokens of each of `batch` sequences before the first step; `steps` follow.
     """
@@ -48,16 +48,18 @@ class Sweep:
 
 @dataclass(kw_only=True)
 class _Runs:
+    """The runs of N ranks at one cached length, and their times."""
+
     forward: Forward
-    choices: dict[str, Choice]  # by the variant asked for
+    choices: dict[str, Choice]  # by the requested variant
     engine: Engine | None
-    seconds: dict[str, list[float]] = field(default_factory=dict)  # a token, by variant
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # per token, by variant
     exposed: dict[str, list[float]] = field(default_factory=dict)
-    ways: dict[str, str] = field(default_factory=dict)  # what the steps then were
+    ways: dict[str, str] = field(default_factory=dict)  # the variant that the steps then used
 
 
 def measure(world: World, sweep: Sweep) -> dict[str, object]:
-    """The profile that `auto` chose by, the ceiling, and one result for every run. Collective."""
+    """Return the profile that `auto` chose by, the ceiling and one result per run. Collective."""
     dtype = getattr(torch, sweep.dtype)
     profile = calibrate(world, (sweep.dtype,)) if sweep.calibrated else world_profile(world)
     model = random_model(sweep.config, dtype, world)
@@ -117,7 +119,7 @@ def _round(world: World, run: _Runs, sweep: Sweep, cached: int, keep: bool) -> N
 
 
 def _once(engine: Engine, variant: str, steps: int, cached: int) -> tuple[float, float]:
-    """Seconds a token, of these exposed, of `steps` steps; the engine is as it was."""
+    """Return seconds and exposed seconds per token over `steps` steps; then rewind the engine."""
     batch = len(engine.tokens)
     engine.extend([[] for _ in range(batch)], reserve=steps, variant=variant)  # what is pending
     exposed, began = engine.ring.exposed_s, time.perf_counter()
@@ -133,7 +135,7 @@ def _results(run: _Runs, profile: HardwareProfile) -> list[dict[str, Any]]:
     config, size = forward.config, getattr(torch, forward.dtype).itemsize
     medians = {variant: summary(times)["median"] for variant, times in run.seconds.items()}
     best = min(medians, key=lambda variant: medians[variant])
-    # A rank reads all its weights and its part of the KV.
+    # Each rank reads all its weights and its part of the KV.
     read = weight_bytes(config, size) + kv_bytes(config, forward.cached // forward.ranks, size)
     results = []
     for asked, choice in run.choices.items():

@@ -1,9 +1,9 @@
 """The links between the ranks as they were launched, by the transfers that attention makes.
 
-Sizes are bytes that a rank gives to one other rank. Times are those of the slowest rank; rates are
-bytes a second that leave a rank, which all do at the same time. On CPUs the ceiling is a plain TCP
-stream between the same neighbours over the same interface. One more measurement is of compute
-beside a transfer: what the transfer takes from it is the part of its time that cannot be hidden.
+Sizes are bytes from one rank to one other rank. Times are those of the slowest rank; rates are
+bytes per second that leave each rank while all ranks send. On CPUs the ceiling is a plain TCP
+stream between the same neighbours over the same interface. Another measurement runs compute beside
+a transfer: what compute loses to it is the part of the transfer's time that cannot be hidden.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SAMPLE_S = 0.02
 def measure(
     world: World, sizes: list[int], patterns: list[str], repeats: int, overlap: bool
 ) -> list[dict[str, object]]:
-    """One result for every size and pattern, the patterns of a size interleaved. Collective."""
+    """Return one result per size and pattern, the patterns of a size interleaved. Collective."""
     ring = ring_of(world.cp_group)
     results = []
     stream = _Stream(world) if world.device.type == "cpu" else None
@@ -115,7 +115,7 @@ def _transfers(ring: Ring, size: int, device: torch.device) -> dict[str, Callabl
 
 
 def _seconds(world: World, work: Callable[[], object], calls: int) -> float:
-    """Of one of `calls` calls in a row, on the slowest rank."""
+    """Return the seconds per call of `calls` calls in a row, on the slowest rank."""
     world.barrier()
     began = time.perf_counter()
     for _ in range(calls):
@@ -126,18 +126,18 @@ def _seconds(world: World, work: Callable[[], object], calls: int) -> float:
 
 
 def _calls(world: World, work: Callable[[], object]) -> int:
-    """Calls that fill a sample, the same on every rank."""
+    """Return how many calls fill a sample, the same on every rank."""
     return max(1, min(200, round(_SAMPLE_S / _seconds(world, work, 3))))
 
 
 def _overlap(
     world: World, ring: Ring, size: int, transfer_s: float, repeats: int
 ) -> dict[str, object]:
-    """Compute that takes twice the transfer, alone and beside it, interleaved."""
+    """Time compute that takes twice as long as the transfer, alone and beside it, interleaved."""
     ahead, behind = (ring.rank - 1) % ring.size, (ring.rank + 1) % ring.size
     mine = torch.zeros(size, dtype=torch.uint8, device=world.device)
     theirs = torch.empty_like(mine)
-    # Small products, so that the cores and not the memory are what both want.
+    # Small products, so that compute and transfer compete for the cores and not for memory.
     x = torch.randn(256, 256, device=world.device)
     unit = _seconds(world, lambda: torch.mm(x, x), 20)
     count = max(1, round(2 * transfer_s / unit))
@@ -201,7 +201,9 @@ class _Stream:
 
 
 def _own_address() -> str:
-    """Of the interface that gloo is told to use, or that leads to the meeting point."""
+    """Return the address of the interface that gloo is configured to use; by default, of the one
+    that leads to the rendezvous.
+    """
     name = os.environ.get("GLOO_SOCKET_IFNAME")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         if name:

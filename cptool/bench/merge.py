@@ -1,4 +1,4 @@
-"""Merging partials on one device, held against a copy and against torch's own operations.
+"""Merging partials on one device, compared with a copy and with torch's own operations.
 
 The merge reads each partial once and writes one result, so its ceiling is a copy of as many bytes,
 read and written.
@@ -28,11 +28,12 @@ class MergeProblem:
     dtype: torch.dtype
 
     def facts(self) -> dict[str, object]:
+        """Return the fields, as a result states them."""
         return {**vars(self), "dtype": str(self.dtype).removeprefix("torch.")}
 
 
 def by_torch(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> torch.Tensor:
-    """The same result by torch's operations, each of which passes over memory."""
+    """Return the same result by torch's operations, each of which passes over memory."""
     weights = torch.stack(lses).softmax(0)
     merged = weights[0, :, :, None] * outs[0]
     for weight, out in zip(weights[1:], outs[1:], strict=True):
@@ -41,7 +42,10 @@ def by_torch(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> torch.Tensor
 
 
 def measure(problems: list[MergeProblem], device: str, repeats: int) -> Iterator[dict[str, object]]:
-    """Ours, torch's and the ceiling, interleaved, one result a problem. Rates are per second."""
+    """Measure our op, torch's and the ceiling, interleaved; yield one result per problem.
+
+    Rates are per second.
+    """
     for problem in problems:
         size = (problem.tokens, problem.heads, problem.head_dim)
         outs = [torch.randn(size, device=device).to(problem.dtype) for _ in range(problem.partials)]

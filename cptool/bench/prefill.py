@@ -1,8 +1,8 @@
-"""Time to the first token over contexts, miss rates, ranks and variants, measured beside what the
-cost model predicts, and what `auto` loses by its choice.
+"""Time to the first token over contexts, miss rates, ranks and variants, compared with the cost
+model's prediction, and what `auto` loses by its choice.
 
 All ranks of the launched world take part in every round: the variants of all N are interleaved, so
-that a drift of the machine meets them alike, and the ranks beyond N wait.
+that drift of the machine affects them alike, and the ranks beyond N wait.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from cptool.planning.strategy import AUTO, Choice
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What to measure: a model of `config`, already cut, over every combination.
+    """What to measure: a model of `config`, its layers already cut, over every combination.
 
-    contexts: tokens in all, T + P. miss_rates: T / (T + P). variants: for more than one rank; one
-    rank has nothing to choose. repeats: rounds of a cell at least; more until it has had `seconds`.
-    calibrated: whether the profile is measured first, on these ranks.
+    contexts: tokens in all, T + P. miss_rates: T / (T + P). variants: used where there is more than
+    one rank; one rank has nothing to choose. repeats: the fewest rounds per cell; more follow until
+    the cell has taken `seconds`. calibrated: whether the profile is measured first, on these ranks.
     """
 
     config: LlamaConfig
@@ -55,7 +55,7 @@ class _Runs:
     """The runs of one cell, N ranks at one context and miss rate, and their times."""
 
     forward: Forward
-    choices: dict[str, Choice]  # by the variant asked for
+    choices: dict[str, Choice]  # by the requested variant
     engine: Engine | None
     mark: Mark | None
     seconds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class _Runs:
 
 
 def measure(world: World, sweep: Sweep) -> dict[str, object]:
-    """The profile that `auto` chose by, the ceiling, and one result for every run. Collective."""
+    """Return the profile that `auto` chose by, the ceiling and one result per run. Collective."""
     dtype = getattr(torch, sweep.dtype)
     profile = calibrate(world, (sweep.dtype,)) if sweep.calibrated else world_profile(world)
     model = random_model(sweep.config, dtype, world)
@@ -110,12 +110,12 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
 
 
 def _lasted(world: World, began: float) -> float:
-    """Seconds since, the same on every rank."""
+    """Return the seconds since `began` on the slowest rank, the same on every rank. Collective."""
     return max(world.gather(time.perf_counter() - began))
 
 
 def _round(world: World, run: _Runs, new: int, *, keep: bool) -> None:
-    """Each distinct choice once: what auto picks is often one of the variants asked for."""
+    """Run each distinct choice once: what auto picks is often one of the requested variants."""
     for key, choice in {(c.variant, c.active): c for c in run.choices.values()}.items():
         world.barrier()
         took = exposed = sent = 0.0
@@ -130,7 +130,7 @@ def _round(world: World, run: _Runs, new: int, *, keep: bool) -> None:
 
 
 def _once(engine: Engine, mark: Mark, choice: Choice, new: int) -> tuple[float, float, int]:
-    """Seconds to the first token, of these exposed, and bytes sent."""
+    """Return the seconds to the first token, those of them exposed, and the bytes sent."""
     ring = engine.ring
     engine.rewind(mark)
     exposed, sent = ring.exposed_s, ring.sent_bytes

@@ -1,4 +1,4 @@
-"""What every measurement shares: interleaved timing, and the facts without which it is none."""
+"""What all measurements share: interleaved timing, and the circumstances that a result states."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ import cptool
 
 
 def clock_name() -> str:
-    """Which time `stopwatch` and the ceilings take, as torch's number of threads says."""
+    """Return the name of the clock of `stopwatch`, which depends on torch's number of threads."""
     return "wall time" if torch.get_num_threads() > 1 else "CPU time of the thread"
 
 
 def stopwatch(run: Callable[[], object], device: str = "cpu") -> float:
-    """Seconds that a call takes; on CUDA until the device is done.
+    """Return the seconds that a call takes, on CUDA until the device is done.
 
-    On one thread, of that thread's CPU time: on an idle machine it is the time on the wall, and on
-    a busy one it leaves out the turns of other processes.
+    With one thread it is that thread's CPU time: on an idle machine that equals wall time, and on a
+    busy one it leaves out the time that other processes take.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -42,7 +42,7 @@ def stopwatch(run: Callable[[], object], device: str = "cpu") -> float:
 
 
 def summary(samples: list[float]) -> dict[str, float]:
-    """Median with its spread."""
+    """Return the median and the range."""
     return {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}
 
 
@@ -61,7 +61,7 @@ def interleave(
 
 
 def _cpu_model() -> str:
-    """The name that the processor gives itself, with the numbers that tell generations apart."""
+    """Return the processor's own name, with the numbers that distinguish generations."""
     fields: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
@@ -76,7 +76,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file belongs to; None for an installed package."""
+    """Return the commit of the checkout that this file is in; None for an installed package."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -98,9 +98,9 @@ def _command() -> str:
 
 
 def circumstances(kernels: bool = True) -> dict[str, object]:
-    """Machine, date, commit, command and versions: the head of every file of results.
+    """Return machine, date, commit, command and versions, which head every file of results.
 
-    kernels: with what the compiled extension says of itself; else it need not be built.
+    kernels: whether to add what the compiled extension reports; without, it need not be built.
     """
     isas, compiler = {}, {}
     if kernels:

@@ -1,9 +1,9 @@
-"""Measures a hardware profile on the ranks as they were launched.
+"""Measuring a hardware profile on the ranks as they were launched.
 
-As many ranks as the processors serve at the full rate measure at the same time, because that is how
-they work: what cores, memory or links share, they share here too. Each time is the median of some
-repetitions on the slowest rank. What a layer costs whatever its tokens is measured on all numbers
-of ranks, those included that take turns.
+As many ranks as the processors serve at the full rate measure at the same time, as they do at work,
+so that they share cores, memory and links in the same way. Each time is the median of several
+repetitions on the slowest rank. The fixed cost of a layer is measured for every number of ranks,
+including those that take turns on the processors.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import fit_rule
 
 OVERHEAD_REPEATS = 10
-"""Small costs want more repetitions than the rest, that many times as many."""
+"""Factor on the repetitions of the small costs, whose times vary more than the rest."""
 
 
 @torch.inference_mode()
 def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> HardwareProfile:
-    """The profile of this world's ranks, the same on each; the link's figures need two ranks.
+    """Measure the profile of this world's ranks, the same on each; the link needs two ranks.
 
-    Rates of dtypes that are not measured keep the default's ratio to the first that is. Collective.
+    Rates of dtypes that are not measured keep the default's ratio to the first measured dtype.
+    Collective.
     """
     device, threads = world.device.type, torch.get_num_threads()
     machines = world.size // world.local_size
@@ -60,7 +61,7 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         ranks_per_host=world.local_size if machines > 1 else None,
         ranks_at_once=at_once,
         notes={},
-        peak_flops={},  # of another device, perhaps
+        peak_flops={},  # the default's may be of another device
     )
     if at_once is not None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / at_once
@@ -90,7 +91,8 @@ def measure_more_ranks(
 ) -> HardwareProfile:
     """Return `profile`, measured on fewer ranks, with what variants cost beyond it on these.
 
-    Ranks that take turns may not be bound to cores, which would distort the rest. Collective.
+    Ranks that take turns may not be bound to cores, which would distort all other figures.
+    Collective.
     """
     here = profile.for_ranks(torch.get_num_threads(), usable_processors(world))
     more = with_overheads(
@@ -105,11 +107,11 @@ def measure_more_ranks(
 
 
 def _counts(world: World, at_once: int | None) -> list[int]:
-    """Numbers of ranks to look at, ascending: two, four, .. and all."""
+    """Return the numbers of ranks to measure, ascending: powers of two, and all."""
     powers = [1 << n for n in range(1, world.cp.bit_length()) if 1 << n < world.cp]
     if at_once == 1:
         powers = [1, *powers]
-    # TP ranks and processes on other machines are there all the time.
+    # TP ranks always compute together, so with them only the whole world is measured.
     return sorted({*powers, world.cp}) if world.tp == 1 else [world.cp]
 
 
@@ -120,10 +122,11 @@ def _compute(
     name: str,
     first: bool,
 ) -> HardwareProfile:
-    """`profile` with what linear layers and attention reach in a dtype.
+    """Return `profile` with the measured rates of linear layers and attention in a dtype.
 
-    clocks: by the number of ranks that compute, ascending; the rates are those of the most. The
-    first dtype says what memory gives, and scales those that are not measured.
+    clocks: by the number of ranks that compute, ascending; the rates are those of the most ranks.
+    first: whether this is the first dtype, which also sets the memory's rates and scales the rates
+    of dtypes that are not measured.
     """
     clock = clocks[max(clocks)]
     if first:

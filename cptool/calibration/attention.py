@@ -1,4 +1,4 @@
-"""What attention reaches, and how it reads keys."""
+"""Measuring attention: its FLOP/s, and how fast it reads keys and values."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def attention_rates(clock: Clock, dtype: torch.dtype) -> tuple[float, dict[str, 
         for queries, spent in ((1, few["one"]), (BLOCK, times["block"]))
     )
     reading, share = one, 1.0
-    if few_rows:  # which are read and computed at the same time
+    if few_rows:  # for few rows a CPU reads while it computes
         alone, several = (max(spent - empty, 0.05 * spent) for spent in few.values())
         reading = width * 8192 / alone
         share = pair * few_queries * 8192 / rate / several

@@ -19,11 +19,14 @@ class Clock:
         self.device = world.device
 
     def __call__(self, work: Callable[[], object], calls: int = 1) -> float:
-        """Return the seconds of one call of `work`, run `calls` times in a row."""
+        """Return the seconds per call of `work`, run `calls` times in a row."""
         return self.all({"": work}, calls)[""]
 
     def all(self, works: Mapping[str, Callable[[], object]], calls: int = 1) -> dict[str, float]:
-        """Return the seconds of each of `works`, in turn, so that drift affects all alike."""
+        """Return the seconds per call of each of `works`, interleaved: drift affects all alike.
+
+        Each is the median over the repeats on the slowest rank. Collective over `world`.
+        """
         spent: dict[str, list[float]] = {name: [] for name in works}
         for repeat in range(self.repeats + 1):
             for name, work in works.items():
@@ -42,6 +45,9 @@ class Clock:
 
 
 def slope(low: tuple[float, float], high: tuple[float, float]) -> float:
-    """Units a second from (units, seconds) of a small and a large run: constant costs cancel."""
+    """Return units per second from (units, seconds) of a small and a large run.
+
+    Fixed costs cancel in the difference.
+    """
     seconds = max(high[1] - low[1], 0.05 * high[1])
     return (high[0] - low[0]) / seconds

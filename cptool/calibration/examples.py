@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from cptool.model.shapes import llama_config
 
-# A GQA model of common proportions: the layer that is timed, and the model on which the rule's
-# coefficients are fitted.
+# A GQA model of common proportions: its layer is timed, and the coefficients of the fitted rule are
+# computed for it.
 EXAMPLE = llama_config(
     hidden=1024,
     layers=8,
@@ -15,7 +15,8 @@ EXAMPLE = llama_config(
     max_position_embeddings=131072,
     tie_word_embeddings=True,
 )
-# Half of its widths, by which what a layer costs whatever its widths is told from the rest.
+# Half of its widths: comparing the two separates the part of a layer's time that does not depend on
+# widths.
 HALF = llama_config(
     hidden=512,
     layers=8,
@@ -25,7 +26,7 @@ HALF = llama_config(
     max_position_embeddings=131072,
     tie_word_embeddings=True,
 )
-# One whose every product takes no time.
+# A model whose products take next to no time.
 TINY = llama_config(
     hidden=64,
     layers=8,
@@ -39,7 +40,7 @@ TINY = llama_config(
 )
 
 ROWS = 512
-"""Rows, or queries, of what is bound by arithmetic."""
+"""Rows, or queries, at which arithmetic is the bound."""
 COLD_BYTES = 128 << 20
-"""What is read between two uses of weights or of keys, so that no cache keeps them: those of a
-model with many layers come from memory every time."""
+"""Bytes read between two uses of the same weights or keys, so that no cache keeps them: in a model
+with many layers they come from memory every time."""

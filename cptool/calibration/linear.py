@@ -1,4 +1,4 @@
-"""What the linear layers reach, and the memory that gives them their weights."""
+"""Measuring linear layers: their FLOP/s by rows, and how fast they read weights."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from cptool.planning.cost.layer import elementwise_bytes
 from cptool.planning.linear_rates import RowRates, fitted
 
 MOST_ROWS = ROWS_AT_ONCE_CPU
-"""Of the layers that a CPU is timed at: more go through the feed-forward network in pieces."""
+"""The most rows that a CPU is timed at: more go through the feed-forward network in pieces."""
 
 
 def tiny_layer(clock: Clock, name: str) -> float:
-    """Seconds of a layer whose products take no time."""
+    """Return the seconds of a layer whose products take next to no time."""
     return clock(_layer(clock.device, TINY, getattr(torch, name))(1), calls=16)
 
 
 def row_rates(clock: Clock, ranks: int, name: str) -> tuple[RowRates, float]:
-    """What linear layers reach by rows while `ranks` ranks compute, and B/s of reading weights.
+    """Return the rates of linear layers by rows while `ranks` ranks compute, and B/s of weights.
 
-    From two layers of different widths: what both take alike is no width's.
+    Two layers of different widths are timed: what both take alike does not depend on widths.
     """
     dtype = getattr(torch, name)
-    edge = min(FEW_ROWS[dtype], ROWS // 16)  # beyond it another kernel computes
+    edge = min(FEW_ROWS[dtype], ROWS // 16)  # beyond it another kernel is used
     rows = sorted({1 << n for n in range(MOST_ROWS.bit_length())} | {edge, edge + 1})
-    # Some calls in a row, as in a model: the first one wakes the core up.
+    # Several calls in a row, as in a model: the first one wakes the core.
     calls = {count: max(1, min(16, 128 // count)) for count in rows}
     works = {}
     for config in (HALF, EXAMPLE):
@@ -64,7 +64,9 @@ def row_rates(clock: Clock, ranks: int, name: str) -> tuple[RowRates, float]:
 
 
 def device_rates(clock: Clock, name: str, overhead: float) -> tuple[float, float]:
-    """FLOP/s of products of many rows, and B/s of reading weights, where one kernel serves all."""
+    """Return the FLOP/s of products of many rows and the B/s of reading weights, where one kernel
+    computes any number of rows.
+    """
     few = 12
     layer = _layer(clock.device, EXAMPLE, getattr(torch, name))
     one, some, many = (clock(layer(rows), calls=max(1, 4 // rows)) for rows in (1, few, ROWS))
@@ -79,8 +81,9 @@ def device_rates(clock: Clock, name: str, overhead: float) -> tuple[float, float
 def _layer(
     device: torch.device, config: LlamaConfig, dtype: torch.dtype
 ) -> Callable[..., Callable[[], None]]:
-    """Work of a number of rows, and of calls in a row, on a layer as the model has it, without
-    attention, its weights not in any cache.
+    """Return a function of (rows, calls) that returns the work of `calls` calls in a row.
+
+    A call runs a decoder layer of the model without its attention; weights lie in no cache.
     """
 
     def made() -> DecoderLayer:

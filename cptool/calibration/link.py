@@ -1,4 +1,4 @@
-"""What the link between ranks gives, and what it takes from compute."""
+"""Measuring the link between ranks, and what compute loses to its transfers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL_MESSAGE, LARGE_MESSAGE = 1 << 10, 4 << 20
 
 
 def link_rates(clock: Clock, part: World | None) -> tuple[Link, float]:
-    """The link, and of a transfer's time the part that compute loses to it."""
+    """Return the link, and the part of a transfer's time that compute loses to it, 0 to 1."""
     device, ring = clock.device, ring_of(part.cp_group) if part else Ring()
     ahead, behind = (ring.rank - 1) % ring.size, (ring.rank + 1) % ring.size
 
@@ -33,7 +33,7 @@ def link_rates(clock: Clock, part: World | None) -> tuple[Link, float]:
     several = clock(lambda: transfer(*small, messages=5), calls=8)
     whole = clock(lambda: transfer(*large), calls=4)
 
-    # Compute that takes somewhat longer than the transfer, alone and with it.
+    # Compute that takes about twice as long as the transfer, alone and beside it.
     x = torch.randn(1024, 1024, device=device)
     unit = clock(lambda: torch.mm(x, x))
     count = max(1, round(2 * whole / unit))

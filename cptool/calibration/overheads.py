@@ -1,4 +1,4 @@
-"""What forwards and layers cost whatever their tokens, by the number of ranks and the variant."""
+"""Measuring the fixed costs of forwards and layers, by number of ranks and variant."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from cptool.variants import names
 
 FEW_LAYERS, MORE_LAYERS, HELD = 2, 8, 64
 PAUSE_S = 200e-6
-"""What a layer of a small model computes between two exchanges, roughly: long enough for ranks that
-wait to go to sleep."""
+"""Roughly the time that a layer of a small model computes between two exchanges: long enough for
+waiting ranks to go to sleep."""
 
 
 def with_overheads(
@@ -35,17 +35,17 @@ def with_overheads(
     dtype: str,
     repeats: int,
 ) -> HardwareProfile:
-    """`profile` with what a forward costs once, and what it and the layers of each variant cost
-    beyond what the rest of the profile says, where they have next to nothing to compute.
+    """Return `profile` with the cost of a forward once, and with what forwards and layers of each
+    variant cost beyond the rest of the profile when they have next to nothing to compute.
 
-    A whole engine runs a tiny model of few and of more layers: the difference is the layers', the
-    rest the forward's. On a CPU its layers pause as if they computed, because ranks that sleep
-    answer later than those that have just begun to wait.
+    A whole engine runs a tiny model of few and of more layers: the difference is the layers' cost,
+    the rest the forward's. On a CPU its layers pause as if they computed, because ranks that sleep
+    respond later than those that have just begun to wait.
     """
     pause = PAUSE_S if world.device.type == "cpu" else 0.0
     once: dict[int, dict[str, tuple[float, float]]] = {}
     residual: dict[str, dict[str, tuple[float, float]]] = {}
-    # Without `row_rates`: they tell of layers whose products take time.
+    # Without `row_rates`, which describe layers whose products take time.
     here = dataclasses.replace(profile, residual_s={}, start_s={}, row_rates={})
     world.report("measure the overheads")
     for count, part in worlds.items():
@@ -121,7 +121,7 @@ def _measured(ranks: int) -> tuple[str, ...]:
 
 
 def _pause(_: DecoderLayer, inputs: tuple) -> None:
-    """Keeps the core of a rank that has tokens busy."""
+    """Keep the core of a rank that has tokens busy."""
     end = time.perf_counter() + (PAUSE_S if inputs[0].shape[0] else 0.0)
     while time.perf_counter() < end:
         pass
@@ -132,7 +132,7 @@ def _forward(
 ) -> Callable[[], object]:
     """Return the work of one forward of `new` tokens over those that `mark` holds.
 
-    Without an engine it is none: the clock runs nothing on a rank that has no part.
+    Without an engine it does nothing: the clock never calls it on a rank that has no part.
     """
 
     def work() -> None:

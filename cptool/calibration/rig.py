@@ -1,5 +1,5 @@
-"""What prefill and decode benches share: a model of random weights, KV that nobody computed, and
-worlds of fewer ranks inside the launched one.
+"""What prefill and decode benches share: a model of random weights, random KV, and worlds of fewer
+ranks inside the launched one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ VOCABULARY = 1024
 
 
 def cut(config: LlamaConfig, layers: int) -> LlamaConfig:
-    """The shape with at most `layers` layers and a small vocabulary: all layers take the same time,
-    and embedding and output head are no part of what is compared."""
+    """Return `config` with at most `layers` layers and a small vocabulary: all layers take the same
+    time, and embedding and output head are not part of the comparison.
+    """
     return dataclasses.replace(
         config,
         num_hidden_layers=min(layers, config.num_hidden_layers),
@@ -36,7 +37,7 @@ def cut(config: LlamaConfig, layers: int) -> LlamaConfig:
 
 
 def random_model(config: LlamaConfig, dtype: torch.dtype, world: World) -> Llama:
-    """A model, or this rank's share of it, whose every parameter repeats one block of noise."""
+    """Return a model, or this rank's part of it, whose parameters all repeat one block of noise."""
     model = Llama(config, device="meta", tp=world.tp)
     generator = torch.Generator().manual_seed(0)
     noise = (torch.randn(1 << 20, generator=generator) * config.hidden_size**-0.5).to(dtype)
@@ -62,10 +63,11 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, world: World) -> Llama
 
 
 def smaller_worlds(world: World, counts: list[int]) -> dict[int, World | None]:
-    """Worlds of the first N x TP ranks for each N of `counts`; None where this rank has no part.
+    """Return the world of the first N x TP ranks for each N of `counts`; None if this rank is not
+    in it.
 
-    Collective over the launched world. Ranks keep their device and threads, so that N ranks are
-    always N of the same.
+    Collective over the launched world. Ranks keep their device and threads, so that results differ
+    in the number of ranks alone.
     """
     worlds: dict[int, World | None] = {}
     for count in counts:
@@ -91,7 +93,8 @@ def smaller_worlds(world: World, counts: list[int]) -> dict[int, World | None]:
 @torch.inference_mode()
 def hold(engine: Engine, cached: int) -> Mark:
     """Give each sequence `cached` tokens of random KV, dealt to the ranks in balance, and one more
-    token whose KV is pending. Return this state, for `Engine.rewind`."""
+    token whose KV is pending. Return this state, for `Engine.rewind`.
+    """
     batch, ranks = len(engine.tokens), engine.world.cp
     placements = balanced([cached] * batch, ranks).placements()
     mine = placements[engine.world.cp_rank].to(engine.world.device)

@@ -1,4 +1,4 @@
-"""What goes on around products and attention: small ops, messages put in order, positions."""
+"""Measuring small ops around products and attention: copies, reordering, positions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from cptool.sharding import balanced, union
 
 
 def small_op(clock: Clock) -> float:
-    """Seconds of copying a few bytes."""
+    """Return the seconds to copy a few bytes."""
     few = torch.zeros(64, device=clock.device)
     return clock(few.clone, calls=64)
 
 
 def touch(clock: Clock) -> float:
-    """B/s of bringing rows of a message's size into another order, again and again."""
+    """Return the B/s, read and written, of repeatedly reordering rows of a message's size."""
     rows, width = 4096, 256
     given = torch.zeros(rows, width, device=clock.device)
     order = torch.arange(rows, device=clock.device).view(8, -1).T.flatten()
