@@ -1,4 +1,4 @@
-"""Joining the process group: the rank's device, cores, groups, and its leaving in order."""
+"""Joining the process group, with the rank's device, cores and groups, and leaving it in order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def connect(
 ) -> World:
     """Join the process group whose ranks meet in `store`, and build its CP and TP groups.
 
-    place: what the error appends if some ranks do not arrive.
+    place: appended to the error that is raised if some ranks do not arrive.
     """
     import torch
     import torch.distributed as dist
@@ -42,23 +42,24 @@ def connect(
         torch.cuda.set_device(where)  # before any group exists, or all ranks open device 0
     if staged and device == "cuda" and seat.rank == 0:
         print("cptool: messages between ranks go through host memory", file=sys.stderr, flush=True)
-    # Less would end a sound run on a busy machine, where a rank may get no core for so long.
+    # A shorter timeout could end a sound run on a busy machine, where a rank may get no core for
+    # that long.
     patience = datetime.timedelta(seconds=max(timeout, START_S))
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" and not staged else "gloo"
-    # Transfers must start beside an attention kernel that fills the device, not behind it.
+    # Transfers must start beside an attention kernel that fills the device, not after it.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     meet(store, seat, timeout + START_S, place)
     dist.init_process_group(
         backend, store=store, rank=seat.rank, world_size=seat.size, timeout=patience
     )
 
-    if device == "cpu":  # threads that are started from here on inherit where this one is bound
+    if device == "cpu":  # threads that are started from here on inherit this one's affinity
         torch.set_num_threads(bind(gather_values, seat.rank, ranks.threads))
     else:
         torch.set_num_threads(ranks.threads or max(1, cores() // seat.local_size))
 
     grid = torch.arange(seat.size).view(cp, tp)
-    # Not by a DeviceMesh: the groups that one makes have the library's timeout, half an hour.
+    # Not by a DeviceMesh: the groups that it makes have the library's timeout, half an hour.
     cp_members, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=patience)
     tp_members, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=patience)
     carry = {"staged": staged, "direct": ranks.transport == "direct"}
@@ -88,10 +89,10 @@ def connect(
 
 
 def call_entry(entry: Callable[..., Any], args: tuple, world: World) -> Any:
-    """Run `entry` and leave the world in order."""
+    """Run `entry`, leave the world in order, and return what `entry` returned."""
     import torch.distributed as dist
 
     value = entry(world, *args)
-    world.barrier()  # the host of the store must not leave while others still use it
+    world.barrier()  # the rank that hosts the store must not leave while others still use it
     dist.destroy_process_group()
     return value

@@ -8,11 +8,11 @@ from cptool.errors import OptionError, UserError
 
 
 def resolve_device(device: str, local_size: int = 1) -> str:
-    """What "auto", "cpu" or "cuda" is, "cpu" or "cuda", where a machine runs `local_size` ranks.
+    """Resolve "auto", "cpu" or "cuda" to "cpu" or "cuda" on a machine that runs `local_size` ranks.
 
-    "auto" is CUDA where every rank has a GPU of its own; asked for by name, ranks share GPUs where
-    there are fewer. Raises UserError when CUDA is asked for and the build has no CUDA kernels, or
-    the machine no GPU.
+    "auto" is CUDA if every rank has a GPU of its own. With "cuda", ranks share GPUs if there are
+    fewer GPUs than ranks. Raises UserError for "cuda" if the build has no CUDA kernels or the
+    machine has no GPU.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise OptionError("device", device, "it must be auto, cpu or cuda")
@@ -31,24 +31,26 @@ def resolve_device(device: str, local_size: int = 1) -> str:
     return "cuda" if gpus >= local_size or device == "cuda" else "cpu"
 
 
-def transport(device: str, local_size: int, asked: str = "auto") -> str:
-    """How messages travel: "direct", by NCCL from GPU to GPU, from memory to memory between the CPU
-    ranks of a machine (`cptool.parallel.shared_ring`; by gloo where "direct" is asked for) and by
-    gloo from machine to machine; "staged" through host memory where ranks share a GPU, which NCCL
-    does not support, or where that is asked for.
+def transport(device: str, local_size: int, requested: str = "auto") -> str:
+    """Return how messages travel, "direct" or "staged".
 
-    asked: "auto", or one of these (CPTOOL_TRANSPORT). Raises UserError for a value that is unknown,
-    or cannot be.
+    "direct": by NCCL from GPU to GPU; from memory to memory between the CPU ranks of a machine
+    (`cptool.parallel.shared_ring`, or gloo if "direct" is requested); by gloo from machine to
+    machine. "staged": through host memory, if ranks share a GPU, which NCCL does not support, or
+    if it is requested.
+
+    requested: "auto", "direct" or "staged" (CPTOOL_TRANSPORT). Raises UserError for an unknown
+        value, and for "direct" if ranks share a GPU.
     """
-    if asked not in ("auto", "direct", "staged"):
-        raise UserError(f"CPTOOL_TRANSPORT is {asked!r}; it must be auto, direct or staged")
+    if requested not in ("auto", "direct", "staged"):
+        raise UserError(f"CPTOOL_TRANSPORT is {requested!r}; it must be auto, direct or staged")
     shared = device == "cuda" and _gpus() < local_size
-    if shared and asked == "direct":
+    if shared and requested == "direct":
         raise UserError(
             f"CPTOOL_TRANSPORT is 'direct', but {local_size} ranks share {_gpus()} GPUs and NCCL "
-            "takes one rank a GPU; unset it, or use fewer ranks"
+            "takes one rank per GPU; unset it, or use fewer ranks"
         )
-    return "staged" if shared or asked == "staged" else "direct"
+    return "staged" if shared or requested == "staged" else "direct"
 
 
 def _gpus() -> int:
@@ -68,7 +70,7 @@ def _cuda_kernels() -> bool:
 
 
 def cores() -> int:
-    """Threads that this process can keep busy: see `cptool.host.affinity`."""
+    """Return the number of threads that this process can keep busy; see `cptool.host.affinity`."""
     from cptool.host import affinity
 
     return affinity.cores()

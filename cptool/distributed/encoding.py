@@ -1,8 +1,8 @@
-"""Values as bytes, for ranks and processes to exchange, and back, without pickle.
+"""Encoding of values that ranks and processes exchange as bytes, and decoding, without pickle.
 
-What another process sends is data and can only become data: None, booleans, numbers, strings,
-bytes, lists, tuples, sets, dictionaries, tensors, and those dataclasses that the receiver lists.
-Nothing is looked up by a name that the sender chose.
+What another process sends can only become data: None, booleans, numbers, strings, bytes, lists,
+tuples, sets, dictionaries, tensors, and the dataclasses that the receiver lists. Nothing is looked
+up by a name that the sender chose.
 
 An encoded value is 8 bytes of length, that many bytes of JSON, and the contents of its tensors one
 after another. JSON has no tuples, sets, bytes or keys other than strings; these, tensors and
@@ -37,8 +37,10 @@ _DTYPES = (
 
 
 def encode(value: Any, types: Iterable[type] = ()) -> bytes:
-    """`value` as bytes. types: the dataclasses that may occur in it. TypeError for anything else
-    that is not in this module's list, ValueError for a tensor of another dtype.
+    """Return `value` as bytes.
+
+    types: the dataclasses that may occur in it. Raises TypeError for any other type that the
+    module's docstring does not list, and ValueError for a tensor of an unsupported dtype.
     """
     buffers: list[bytes] = []
     text = json.dumps(_plain(value, {kind.__name__: kind for kind in types}, buffers)).encode()
@@ -46,8 +48,9 @@ def encode(value: Any, types: Iterable[type] = ()) -> bytes:
 
 
 def decode(data: bytes | bytearray | memoryview, types: Iterable[type] = ()) -> Any:
-    """The value that `encode` made `data` of; tensors are on the CPU. ValueError for bytes that no
-    value encodes to, or that name a dataclass not in `types`.
+    """Return the value that `encode` encoded as `data`; tensors are on the CPU.
+
+    Raises ValueError for bytes that no value encodes to, or that name a dataclass not in `types`.
     """
     data = memoryview(data)
     try:
@@ -88,14 +91,17 @@ def _plain(value: Any, types: dict[str, type], buffers: list[bytes]) -> Any:
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
         raise ValueError(f"a tensor of {dtype} cannot be sent to another process")
-    # A clone, because one element or none may keep strides with which no view as bytes is possible.
+    # Cloned: a tensor of one element or none may keep strides that rule out a view as bytes.
     flat = value.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
     buffers.append(flat.view(torch.uint8).numpy().tobytes())
     return {"tensor": [dtype, list(value.shape)]}
 
 
 class _Reader:
-    """rest: the contents of tensors that were not read yet."""
+    """Decodes JSON values and takes the tensors' contents from `rest` in order.
+
+    rest: the contents of the tensors that were not read yet.
+    """
 
     def __init__(self, rest: memoryview, types: dict[str, type]) -> None:
         self.rest, self.types = rest, types

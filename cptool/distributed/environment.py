@@ -1,4 +1,4 @@
-"""What torchrun or srun says in the environment of the world that it started this process in."""
+"""The world of a launcher, torchrun or srun, as the environment of this process describes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cptool.errors import UserError
 
 @dataclass(frozen=True)
 class Seat:
-    """What a launcher says about this process, in its environment."""
+    """This process's rank in its world and on its machine, and the sizes of both."""
 
     rank: int
     size: int
@@ -20,8 +20,9 @@ class Seat:
 
 
 def launched() -> Seat | None:
-    """This process's seat in the world of torchrun or srun; None outside of one. UserError where
-    the environment does not make sense.
+    """Return this process's seat in the world of torchrun or srun; None outside of one.
+
+    Raises UserError if the environment is inconsistent.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -34,8 +35,8 @@ def launched() -> Seat | None:
                 "torchrun or srun, or unset RANK"
             )
         return Seat(rank, size, local_rank, local_size)
-    # Only the tasks of srun are told of a step; a batch script, or a shell in an allocation, has
-    # SLURM_NTASKS and SLURM_PROCID too, but is alone.
+    # Only srun's tasks have the variables of a step; a batch script, or a shell in an allocation,
+    # has SLURM_NTASKS and SLURM_PROCID too, but is alone.
     size = int(env.get("SLURM_STEP_NUM_TASKS", 1))
     if "SLURM_PROCID" in env and size > 1:
         counts = _slurm_counts(env["SLURM_STEP_TASKS_PER_NODE"])
@@ -56,13 +57,13 @@ def _number(name: str, default: int | None = None) -> int:
 
 
 def launched_size() -> int | None:
-    """Ranks of the world that torchrun or srun started this process in; None outside of one."""
+    """Return the number of ranks of the launcher's world; None outside of one."""
     seat = launched()
     return seat.size if seat else None
 
 
 def _slurm_counts(listed: str) -> list[int]:
-    """Tasks of each node from a list such as "4(x2),3"."""
+    """Return the number of tasks of each node from a list such as "4(x2),3"."""
     counts: list[int] = []
     for item in listed.split(","):
         count, _, repeat = item.rstrip(")").partition("(x")
@@ -71,7 +72,10 @@ def _slurm_counts(listed: str) -> list[int]:
 
 
 def set_rendezvous_address() -> None:
-    """Sees that the environment says where the ranks meet, as torchrun's already does."""
+    """Set MASTER_ADDR and MASTER_PORT if they are missing, as under srun; torchrun sets them.
+
+    Raises UserError if the first node cannot be determined.
+    """
     env = os.environ
     # Jobs that share a node, and steps of one job, must not meet each other.
     job, step = (int(env.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
@@ -88,6 +92,6 @@ def set_rendezvous_address() -> None:
         env["MASTER_ADDR"] = shown.stdout.split()[0]
     except (OSError, KeyError, IndexError, subprocess.CalledProcessError):
         raise UserError(
-            "MASTER_ADDR is not set and scontrol does not tell the first node; "
+            "MASTER_ADDR is not set and scontrol does not name the first node; "
             "set it to the host of rank 0"
         ) from None

@@ -1,4 +1,4 @@
-"""What a rank's failure is called, and whether it is only the echo of another rank's."""
+"""How a rank's failure is described, and whether it only follows from another rank's failure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RankFailed(RunError):
 
 
 def is_communication(error: BaseException) -> bool:
-    """Whether a transfer failed, most often as the echo of another rank's end."""
+    """Whether the error is that of a transfer, most often a consequence of another rank's end."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or (
@@ -24,7 +24,7 @@ def is_communication(error: BaseException) -> bool:
 
 
 def describe(rank: int, board: Board, error: BaseException) -> str:
-    """One line: the rank, what it was doing, the error without the library's source path."""
+    """Return one line: the rank, what it was doing, the error without the library's source path."""
     broke_off = is_communication(error)
-    told = f"{type(error).__name__}: {text_of(error)}" if broke_off else explain(error)
-    return f"rank {rank} failed during {board.read(rank)}: {told}"
+    reason = f"{type(error).__name__}: {text_of(error)}" if broke_off else explain(error)
+    return f"rank {rank} failed during {board.read(rank)}: {reason}"

@@ -1,5 +1,6 @@
-"""What the process that ranks are forked from imports first. From here on it ends with the
-launching process, however that goes, and even where it is stopped.
+"""The first import of the process that ranks are forked from.
+
+From here on the process ends with the launching process, however that ends, even if it is stopped.
 """
 
 import os
@@ -10,7 +11,7 @@ from cptool.distributed.signals import end_with_parent
 
 
 def _quiet(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A launching process that ends in the midst of a request for a rank is no news."""
+    """Show no traceback if the launching process ends in the middle of a request for a rank."""
     if not issubclass(kind, (EOFError, OSError)) or os.environ.get("CPTOOL_TRACEBACK"):
         sys.__excepthook__(kind, error, trace)
 

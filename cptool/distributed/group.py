@@ -15,7 +15,7 @@ class Group:
 
     rank, size: of this rank within the group, and of the group.
     device: where the ranks' tensors lie; None for a group of one rank, which sends nothing.
-    staged: the process group carries tensors of the CPU alone, so tensors of a device go through
+    staged: the process group carries CPU tensors alone, so tensors of a device go through
         host memory, here and in `cptool.parallel.staged_ring`.
     direct: the process group's library carries all messages, as CPTOOL_TRANSPORT requested.
     """
@@ -41,7 +41,7 @@ class Group:
 
         carried = tensor.cpu() if self.staged else tensor
         dist.all_reduce(carried, group=self.process_group)
-        if carried is not tensor:  # the same for a tensor of the CPU
+        if carried is not tensor:  # they are the same for a tensor on the CPU
             tensor.copy_(carried)
 
     def sum_of(self, values: Sequence[int]) -> list[int]:

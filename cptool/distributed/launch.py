@@ -1,7 +1,7 @@
 """Running an entry on all ranks: in this process, in local ones, or in a launcher's world.
 
-Nothing here imports torch before it is needed: a local launch starts importing it in the process
-that ranks are forked from and in this one at the same time.
+Nothing here imports torch before it is needed: a local launch imports it in the process that ranks
+are forked from and in this one at the same time.
 """
 
 from __future__ import annotations
@@ -46,16 +46,17 @@ def run(
     (`cptool.distributed.local`); then `entry` must be importable by name and `args` picklable, and
     the ranks share this process's standard output and error.
 
-    ranks: how many, where and how. Without `threads`, each rank is bound to its share of the cores
-        (`cptool.host.affinity`). A timeout below 5 s is raised to 5 s between running ranks.
+    ranks: how many ranks to run, where and how. Without `threads`, each rank is bound to its share
+        of the cores (`cptool.host.affinity`). A timeout below 5 s is raised to 5 s between running
+        ranks.
     watch: called with the status board about ten times a second while ranks work (on rank 0).
     own: one last argument per rank that no other rank receives, such as its end of a connection;
         only for ranks that are started here.
 
-    Raises the UserError that a rank raised; RankFailed when a rank died or raised anything else
-    (with CPTOOL_TRACEBACK set, its traceback is on standard error); after all ranks are ended,
-    KeyboardInterrupt for SIGINT and SystemExit for SIGTERM. With one rank, exceptions pass through
-    as they are, but RunError where memory ran out.
+    Raises the UserError that a rank raised; RankFailed if a rank died or raised anything else
+    (with CPTOOL_TRACEBACK set, its traceback is on standard error); once all ranks are ended,
+    KeyboardInterrupt for SIGINT and SystemExit for SIGTERM. With one rank, exceptions propagate
+    unchanged, except that RunError replaces those of exhausted memory.
     """
     ranks = ranks or RankOptions()
     ranks.check()
@@ -83,7 +84,7 @@ def run(
 
 
 def _alone(ranks: RankOptions, board: Board) -> World:
-    """The world of one rank, which is this process."""
+    """Return the world whose single rank is this process."""
     device = resolve_device(ranks.device)
     with held_back():
         import torch
@@ -101,8 +102,8 @@ def _joined(
     from cptool.distributed.stopped import kill_stopped_peers
 
     def give_up() -> None:
-        told = f"rank {seat.rank} did not meet the others at {launchers_address()}"
-        print(f"cptool: {told} in {ranks.timeout:g} s", file=sys.stderr, flush=True)
+        absence = f"rank {seat.rank} did not meet the others at {launchers_address()}"
+        print(f"cptool: {absence} in {ranks.timeout:g} s", file=sys.stderr, flush=True)
         kill_stopped_peers()
         os._exit(1)
 
@@ -113,9 +114,9 @@ def _joined(
         return call_entry(entry, args, world)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # also what is no Exception, as a panic of Rust is
+    except BaseException as error:  # also what is not an Exception, such as a panic in Rust
         if is_communication(error):
-            # Last of all, for the launcher ends this rank too when it sees one die.
+            # Last, because the launcher ends this rank too once it sees a rank die.
             atexit.register(kill_stopped_peers)
         else:
             show_traceback(error)

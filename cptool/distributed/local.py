@@ -1,10 +1,10 @@
 """Starting and ending the ranks of one machine.
 
-Ranks are forked from a server that has imported torch. Nothing of a run listens except on loopback
+Ranks are forked from a server that has imported torch. A run listens on loopback alone
 (`cptool.distributed.rendezvous`), and what a rank is started with, and what it returns, goes
-through pipes that it inherits: no other process can have written it. torch's elastic agent, which
+through pipes that it inherits, which no other process can write to. torch's elastic agent, which
 torchrun uses, is not used here: its store listens on all interfaces without a password, it
-unpickles what it finds there, and it gives a stopped rank 30 s.
+unpickles what it finds there, and it waits 30 s for a stopped rank.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from cptool.distributed.supervision import ENDED, Supervision
 from cptool.errors import UserError, show_traceback
 
 RANK_NAME = "cptool-rank-"
-"""Names of the processes that are ranks begin so."""
+"""Prefix of the names of the processes that are ranks."""
 
-# For ranks to end in order after SIGTERM; a stopped one does not hear it.
+# How long ranks may take to end in order after SIGTERM, which a stopped rank does not handle.
 _ORDERLY_S = 2.0
-# A process that waits for a disk ends only when the disk answers.
+# How long killed ranks may take: a process that waits for a disk ends only when the disk responds.
 _KILLED_S = 2.0
 
 
@@ -63,8 +63,8 @@ def launch(
 
     Fulfils the contract of `cptool.distributed.launch.run`; if ranks fail, raises the first cause.
 
-    board: in a file of `folder`, one record per rank.
-    folder: private; the ranks meet there.
+    board: the status board, in a file of `folder`.
+    folder: a private folder in which the ranks meet.
     own: one last argument per rank.
     """
     check_loopback()
@@ -98,7 +98,7 @@ def launch(
                 started.append(process)
             answer.close()
         return Supervision(started, receiver, board, timeout=ranks.timeout).result()
-    except FileNotFoundError:  # of the server's socket
+    except FileNotFoundError:  # the server's socket is gone
         raise RankFailed(f"{server_process.folder()} was removed while the run used it") from None
     except EOFError:
         raise RankFailed(
@@ -120,7 +120,8 @@ def _rank_main(
 ) -> None:
     """Connect a local rank and call `entry`; record an exception on the board, and end.
 
-    path: the file of the status board. answer: where rank 0 sends what `entry` returned.
+    path: the file of the status board.
+    answer: the connection by which rank 0 sends what `entry` returned; None on other ranks.
     """
     _die_with_launcher()
     for name, value in (
@@ -133,10 +134,10 @@ def _rank_main(
     try:
         board = Board(seat.size, path, make=False)
         store = file_store(folder, seat.size)
-    except FileNotFoundError:  # the launching process is ending, and has put its folder away
+    except FileNotFoundError:  # the launching process is ending, and has removed its folder
         os._exit(1)
-    # Ctrl-C reaches every process of the terminal, and the launching one tells of it. Python's own
-    # handler would never run in a rank that is blocked in a transfer.
+    # Ctrl-C reaches every process of the terminal, and the launching process reports it. Python's
+    # own handler would never run in a rank that is blocked in a transfer.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `server_process`
     listen_on_loopback()
@@ -150,27 +151,27 @@ def _rank_main(
             world = connect(seat, ranks, board, store)
         value = call_entry(entry, args, world)
         if answer is not None:
-            # Not by `send`: with it torch shares a tensor's memory, which ends with this process.
+            # Not by `send`: torch would share a tensor's memory, which ends with this process.
             answer.send_bytes(pickle.dumps(value))
         return
     except (KeyboardInterrupt, SystemExit):
         raise
     except UserError as error:
         board.fail(seat.rank, "user", str(error))
-    except BaseException as error:  # also what is no Exception, as a panic of Rust is
+    except BaseException as error:  # also what is not an Exception, such as a panic in Rust
         kind = "communication" if is_communication(error) else "error"
         board.fail(seat.rank, kind, describe(seat.rank, board, error))
         if kind == "error":
             show_traceback(error)
-    with contextlib.suppress(OSError, AttributeError):  # closed from the beginning, or full
+    with contextlib.suppress(OSError, AttributeError):  # never opened, or full
         sys.stdout.flush()
         sys.stderr.flush()
-    # Not sys.exit: leaving in order would wait for groups whose other ranks are stuck.
+    # Not sys.exit: an orderly exit would wait for groups whose other ranks are stuck.
     os._exit(1)
 
 
 def _end(ranks: Sequence[BaseProcess]) -> None:
-    """End what still runs: in order where that takes no time, else at once."""
+    """End the ranks that still run: by SIGTERM, and by SIGKILL if they do not end in time."""
     server_process.kill_if_stopped()
     running = [process for process in ranks if process.is_alive()]
     for process in running:
@@ -187,11 +188,12 @@ def _end(ranks: Sequence[BaseProcess]) -> None:
 
 
 def _die_with_launcher() -> None:
-    """End this process when the launching one is gone, however that went.
+    """Have this process end when the launching process ends, however that ends.
 
-    The kernel kills it when its parent, the fork server, ends, which does so with its own
-    (`cptool.distributed.fork_server`). That ends even a stopped rank. A thread watches too, for a
-    server that a thread started, which outlives its client for as long as ranks do.
+    The kernel kills it when its parent ends, the fork server, which itself ends with the launching
+    process (`cptool.distributed.fork_server`). That ends even a stopped rank. A thread watches the
+    launching process too, because a server that was started outside the main thread lives as long
+    as its ranks do.
     """
     end_with_parent()
     launcher = multiprocessing.parent_process()

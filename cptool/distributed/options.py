@@ -1,4 +1,4 @@
-"""The options of a run's ranks, and the limits that they keep to."""
+"""The options of a run's ranks, and their limits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from cptool.distributed.environment import launched_size
 from cptool.errors import OptionError, UserError
 
 DEFAULT_TIMEOUT_S = 300.0
-# More on one machine is a mistake: they are processes, each connected to all others.
+# More on one machine are a mistake: ranks are processes, each connected to all others.
 MOST_LOCAL_RANKS = 128
-# OpenMP aborts the process, without an error of ours, where it cannot start as many as requested.
+# OpenMP aborts the process, without an error of ours, if it cannot start the requested threads.
 MOST_THREADS = 1024
 
 
@@ -42,18 +42,19 @@ class RankOptions:
 
     @property
     def count(self) -> int:
-        """Number of ranks in all."""
+        """The total number of ranks."""
         return self.cp * self.tp
 
     def check(self) -> None:
-        """Raise UserError for a number of ranks or threads, or a timeout, that cannot be."""
+        """Raise UserError for an impossible number of ranks or threads or an impossible timeout."""
         check_size(self.cp, self.tp)
         check_limits(self.threads, self.timeout)
 
 
 def check_size(cp: int, tp: int) -> None:
-    """Raise UserError unless cp and tp are at least 1 and, under a launcher, fill its world, or
-    are few enough to be started here.
+    """Raise UserError unless cp and tp are at least 1 and their product is right.
+
+    Under a launcher, cp * tp must be the size of its world; otherwise at most MOST_LOCAL_RANKS.
     """
     for name, value in (("cp", cp), ("tp", tp)):
         if value < 1:

@@ -1,8 +1,8 @@
-"""The removal of temporary folders that killed runs left behind.
+"""Removal of the temporary folders that killed runs left behind.
 
 A run's folder has a random name, is closed to other users (mode 0700), and holds a file that its
-process keeps locked. The lock goes with the process however it ends, so a folder whose lock is free
-is what a dead one left: the next run removes it.
+process keeps locked. The system releases the lock however the process ends, so a folder whose lock
+is free belongs to a dead process: the next run removes it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ if sys.platform != "win32":  # No ranks run on Windows, but plan and pull do.
 
 PREFIX = "cptool-"
 _LOCK = "lock"
-# A folder without a lock belongs to a process that is about to make one, or was killed before.
+# A folder without a lock belongs to a process that is about to create one, or was killed before it
+# could.
 _UNLOCKED_FOR_S = 3600.0
 
 
 def sweep(base: str) -> None:
-    """Remove the folders of this user's dead processes in `base`. Nothing is followed through a
-    link, and what cannot be removed stays.
+    """Remove the folders in `base` that dead processes of this user left.
+
+    Links are not followed, and what cannot be removed stays.
     """
     try:
         with os.scandir(base) as entries:
@@ -39,8 +41,10 @@ def sweep(base: str) -> None:
 
 
 def lock(folder: str) -> int:
-    """The descriptor of the folder's lock. The file has its name only once it is locked, so that
-    nobody can take it for one that was left.
+    """Create and lock the folder's lock file and return its descriptor.
+
+    The file gets its final name only once it is locked, so that no other process mistakes the
+    folder for an abandoned one.
     """
     new = os.path.join(folder, f"{_LOCK}.new")
     descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -51,8 +55,10 @@ def lock(folder: str) -> int:
 
 
 def remove(folder: str) -> None:
-    """Remove a run's folder, as far as that can be done. Its lock goes last: by it the next run
-    knows what is left if this process is killed meanwhile.
+    """Remove a run's folder as far as possible.
+
+    The lock is removed last: if this process is killed meanwhile, the next run recognizes the rest
+    by it.
     """
     with contextlib.suppress(OSError):
         with os.scandir(folder) as entries:
@@ -81,7 +87,7 @@ def _is_left(path: str) -> bool:
         names = set(os.listdir(path))
         return names <= {f"{_LOCK}.new"} and time.time() - found.st_mtime > _UNLOCKED_FOR_S
     try:
-        # BlockingIOError while its process lives.
+        # Raises BlockingIOError while the process lives.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     finally:

@@ -1,11 +1,12 @@
-"""Which cores a CPU rank runs on, and how many threads that makes.
+"""Affinity of CPU ranks: which cores each rank runs on, and how many threads it has.
 
-Ranks of a machine that may all run on the same cores divide them: each is bound to its own, next to
-each other on a NUMA node, so that no rank's threads take turns with another's or lose their memory
-to a move. Ranks that must take turns do so on one core, as many on each. Where something else has
-given ranks different cores already (srun's or mpirun's binding, numactl, the cgroups of
-containers), that stays, and no core is divided a second time. Where control groups limit the time
-on CPUs, ranks have no more threads in all than that gives CPUs, or one each.
+Ranks of a machine that may all run on the same cores divide them: each is bound to its own cores,
+next to each other on a NUMA node, so that no rank's threads alternate with another's on a core or
+move away from their memory. If there are more ranks than cores, the same number of ranks shares
+each core. If something else has already given ranks different cores (the binding of srun or mpirun,
+numactl, the cgroups of containers), that binding stays, and no core is divided a second time. If
+control groups limit CPU time, the ranks together have no more threads than the limit gives CPUs, or
+one thread each.
 """
 
 from __future__ import annotations
@@ -25,14 +26,18 @@ _CPUS = Path("/sys/devices/system/cpu")
 
 @dataclass(frozen=True)
 class Share:
-    """Of one rank: `cpus` to bind it to, None to leave it where it is, and its threads."""
+    """One rank's part of a machine.
+
+    cpus: the CPUs to bind the rank to; None leaves its affinity unchanged.
+    threads: its number of threads.
+    """
 
     cpus: frozenset[int] | None
     threads: int
 
 
 class Place(NamedTuple):
-    """Where a rank is: its machine, the CPUs that it may run on, and the limit on their time."""
+    """Where a rank runs: its machine, the CPUs that it may use, and the limit on their time."""
 
     machine: str
     cpus: frozenset[int]
@@ -40,7 +45,10 @@ class Place(NamedTuple):
 
 
 def places(gather: Callable[[Any], list[Any]]) -> list[Place]:
-    """The place of every rank, in order. Collective: `gather` returns the values of all ranks."""
+    """Return the place of every rank, in rank order. Collective.
+
+    gather: returns the values that all ranks pass to it, in rank order.
+    """
     return [
         Place(name, frozenset(cpus), quota and CpuQuota(*quota))
         for name, cpus, quota in gather((machine(), sorted(usable_cpus()), cpu_quota()))
@@ -48,14 +56,14 @@ def places(gather: Callable[[Any], list[Any]]) -> list[Place]:
 
 
 def usable_cpus() -> frozenset[int]:
-    """The CPUs that this process may run on."""
+    """Return the CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
 
 
 def core_of(cpu: int) -> tuple[int, str]:
-    """The NUMA node and the physical core of a CPU: two threads of one core share its units."""
+    """Return the NUMA node and the physical core of a CPU; hardware threads of a core share it."""
     try:
         core = (_CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
     except OSError:
@@ -65,15 +73,15 @@ def core_of(cpu: int) -> tuple[int, str]:
 
 
 def cores() -> int:
-    """Physical cores that this process may run on, or fewer where a control group limits the time
-    on them.
+    """Return the number of physical cores that this process may run on, or less if a control group
+    limits its CPU time.
     """
     count, quota = len({core_of(cpu) for cpu in usable_cpus()}), cpu_quota()
     return count if quota is None else min(count, quota.threads())
 
 
 def processors(ranks: Sequence[Place]) -> int:
-    """CPUs that ranks can keep busy together."""
+    """Return the number of CPUs that `ranks` can keep busy together."""
     groups: dict[tuple[str, CpuQuota | None], set[int]] = {}
     for name, cpus, quota in ranks:
         groups.setdefault((name, quota), set()).update(cpus)
@@ -87,12 +95,15 @@ def divide(
     rank: int,
     core: Callable[[int], tuple[int, Any]] = core_of,
 ) -> Share:
-    """The share of `rank` of those on a machine; usable[r]: the CPUs that rank r may run on.
+    """Return the share of one rank of a machine.
 
-    Ranks with the same CPUs divide the cores among them. Of more ranks than cores each has one
-    thread, and if they are a multiple, its core: rank after rank, so that the first few, which a
-    short prompt is left to, do not take turns. If not, some cores would have more to do than
-    others, and nobody is bound.
+    usable: usable[r] is the set of CPUs that rank r may run on.
+    core: returns the NUMA node and the core of a CPU.
+
+    Ranks with the same CPUs divide the cores among them. If there are more ranks than cores, each
+    has one thread. If the ranks are then a multiple of the cores, they are dealt to the cores in
+    turn, so that the first few ranks, which alone work on a short prompt, do not share a core. If
+    they are not, some cores would have more work than others, and no rank is bound.
     """
     mine = usable[rank]
     overlapping = [r for r, cpus in enumerate(usable) if cpus & mine]
@@ -113,15 +124,18 @@ def divide(
 
 
 def bind(gather: Callable[[Any], list[Any]], rank: int, threads: int | None) -> int:
-    """Binds this rank and returns the threads that it is to have; collective over all ranks.
+    """Bind this rank to its cores and return its number of threads. Collective over all ranks.
 
-    gather: the values of all ranks, in order, of which this one is `rank`. threads: as asked for;
-    a rank that is to have more than its cores is not bound. CPTOOL_BIND=none in the environment
-    leaves all ranks where they are. Raises UserError for another value.
+    gather: returns the values that all ranks pass to it, in rank order; this is rank `rank`.
+    threads: the number requested, None for this rank's share. A rank with more threads than its
+        share is not bound.
+
+    CPTOOL_BIND=none in the environment leaves the affinity of all ranks unchanged. Raises UserError
+    for any value other than auto and none.
     """
-    asked = os.environ.get("CPTOOL_BIND") or "auto"
-    if asked not in ("auto", "none"):
-        raise UserError(f"CPTOOL_BIND is {asked!r}; it must be auto or none")
+    binding = os.environ.get("CPTOOL_BIND") or "auto"
+    if binding not in ("auto", "none"):
+        raise UserError(f"CPTOOL_BIND is {binding!r}; it must be auto or none")
     found = places(gather)
     own = found[rank]
     here = [r for r, place in enumerate(found) if place.machine == own.machine]
@@ -130,13 +144,13 @@ def bind(gather: Callable[[Any], list[Any]], rank: int, threads: int | None) -> 
     if not threads and own.quota is not None:
         sharing = sum(found[r].quota == own.quota for r in here)
         wanted = min(wanted, own.quota.threads(sharing))
-    if asked == "auto" and share.cpus is not None and wanted <= share.threads:
+    if binding == "auto" and share.cpus is not None and wanted <= share.threads:
         os.sched_setaffinity(0, share.cpus)
     return wanted
 
 
 def machine() -> str:
-    """What ranks of one machine have in common, whatever their containers call it."""
+    """Return an identifier that all ranks of a machine share, even from different containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

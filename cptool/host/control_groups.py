@@ -1,4 +1,4 @@
-"""The control groups that this process is in: what containers and batch systems limit."""
+"""The control groups of this process, by which containers and batch systems limit resources."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ _SELF = Path("/proc/self")
 
 
 def folders(controller: str) -> Iterator[tuple[int, Path]]:
-    """(version, folder) of the group that limits this process by `controller` ("cpu", "memory") and
-    of each of its parents up to the mount point; nothing where the system has no such groups.
+    """Yield (version, folder) of the control group that limits this process, and of its parents.
 
-    A folder need not exist: a container may see the path that its group has outside, of which its
-    own root is the end.
+    controller: "cpu" or "memory". The folders run from the group up to the mount point; there are
+    none if the system has no control groups.
+
+    A folder need not exist: inside a container, the listed path may be the one that the group has
+    outside, and the container's own root then stands for the end of that path.
     """
     try:
         mounts = (_SELF / "mountinfo").read_text().splitlines()
@@ -29,7 +31,7 @@ def folders(controller: str) -> Iterator[tuple[int, Path]]:
         for mounted, shown, root in roots:
             if version != mounted:
                 continue
-            # A mount may begin below the hierarchy's root, and paths count from that one.
+            # A mount may show only a part of the hierarchy, and paths start at the whole's root.
             below = group[len(shown) :] if (group + "/").startswith(shown + "/") else group
             inside = root.joinpath(*(part for part in below.split("/") if part not in ("", "..")))
             for folder in (inside, *inside.parents):
@@ -39,7 +41,7 @@ def folders(controller: str) -> Iterator[tuple[int, Path]]:
 
 
 def _mounted(lines: list[str], controller: str) -> Iterator[tuple[int, str, Path]]:
-    """Version, the group that the mount shows ("" for the root) and the mount point."""
+    """Yield the version, the group that the mount shows ("" for the root) and the mount point."""
     for line in lines:
         before, dash, after = line.partition(" - ")
         kind, options = after.split(" ")[0], after.split(" ")[-1].split(",")
@@ -56,22 +58,26 @@ def _unescaped(field: str) -> str:
 
 
 class CpuQuota(NamedTuple):
-    """`cpus`: CPUs' worth of time that a group gets. `group`: a number of the group that all
-    processes of a machine agree on, for those of one group share its time.
+    """The CPU time of a control group, which its processes share.
+
+    cpus: CPUs' worth of time that the group gets.
+    group: a number of the group that is the same in all processes of a machine.
     """
 
     cpus: float
     group: int
 
     def threads(self, processes: int = 1) -> int:
-        """Threads of each of `processes` in the group: no more than have a CPU's time, for the
-        group stops whole where it runs out, in the midst of what threads wait for each other in.
+        """Return the threads that each of `processes` in the group should have, at least 1.
+
+        Every thread gets a CPU's time: when the group has used its time up, the system suspends all
+        of it, even while threads wait for each other.
         """
         return max(1, math.floor(self.cpus / processes))
 
 
 def cpu_quota() -> CpuQuota | None:
-    """The tightest limit on CPU time (`cpu.max`, `cpu.cfs_quota_us`) that this process is under."""
+    """Return the tightest limit on this process's CPU time (`cpu.max`, `cpu.cfs_quota_us`)."""
     found = []
     for version, folder in folders("cpu"):
         try:

@@ -1,9 +1,9 @@
-"""Host memory in large pages, for what is read from front to back again and again.
+"""Host memory in large pages, for data that is read from front to back again and again.
 
-Linux gives a process small pages (4 KB) unless it asks, and reading across them costs a walk of the
-page table each, dearer in a virtual machine, and stops the processor's own prefetching at every
-edge. In pages of 2 MB a core was measured to read a tenth faster, and a decode step's attention a
-sixth.
+Linux gives a process small pages (4 KB) unless it requests large ones. Reading across small pages
+costs one walk of the page table per page, which is more expensive in a virtual machine, and stops
+the processor's prefetching at every page boundary. With pages of 2 MB, one core was measured to
+read a tenth faster, and the attention of a decode step to run a sixth faster.
 """
 
 import math
@@ -24,17 +24,18 @@ _SYSTEM = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def empty(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """`torch.empty`; on a CPU, and from 4 MB on, in large pages where the system has them.
+    """Return an uninitialized tensor, like `torch.empty`.
 
-    Pages come into being when they are written first, each filled up to 2 MB at most. Raises
-    MemoryError where there is no room.
+    On a CPU, tensors of 4 MB or more are in large pages if the system offers them. The system
+    allocates a page when it is first written; rounding up to whole pages adds less than 2 MB.
+    Raises MemoryError if the memory cannot be allocated.
     """
     count = math.prod(shape)
     size = count * dtype.itemsize
     if torch.device(device).type != "cpu" or size < _WORTHWHILE_BYTES or not there_are():
         return torch.empty(shape, dtype=dtype, device=device)
-    # Memory of one's own: what processes share gets large pages only where an administrator says.
-    # Whole pages, for the system aligns no other sizes.
+    # Private memory: shared memory gets large pages only if an administrator enables them.
+    # Whole pages: the system aligns no other sizes.
     whole = -(-size // _PAGE_BYTES) * _PAGE_BYTES
     try:
         memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -46,7 +47,7 @@ def empty(
 
 @lru_cache(maxsize=1)
 def there_are() -> bool:
-    """Whether the system gives large pages to who asks."""
+    """Whether the system gives large pages to a process that requests them."""
     try:
         return hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in _SYSTEM.read_text()
     except OSError:
@@ -54,8 +55,8 @@ def there_are() -> bool:
 
 
 def worth_copying(size: int) -> bool:
-    """Whether `size` bytes that lie in small pages should be copied into large ones: there are
-    some, and these are at most half of what the process can still have.
+    """Whether to copy `size` bytes from small pages into large ones: the system offers large pages,
+    and the copy takes at most half of the memory that is still available.
     """
     try:
         return there_are() and 2 * size <= host_memory.available()

@@ -8,8 +8,8 @@ from pathlib import Path
 from cptool.host import control_groups
 
 _PROC = Path("/proc")
-# Of control groups: version, then the files of the limit and of what is used, and in `memory.stat`
-# the pages of files that can be dropped, which are used too.
+# Version of the control group: the files of its limit and of its usage, and the field of
+# `memory.stat` that counts cached file pages, which are part of the usage but can be dropped.
 _FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -17,11 +17,13 @@ _FILES = {
 
 
 def available() -> int:
-    """Bytes that can be taken without swapping: of the machine, and of the control groups (as
-    containers have them) that this process is in. Raises OSError where the system does not tell.
+    """Return the bytes that this process can allocate without swapping.
+
+    That is the least of what the machine has and what the process's control groups (as containers
+    have them) allow. Raises OSError if the system does not report it.
     """
-    told = _numbers(_PROC / "meminfo")
-    return min([1024 * told["MemAvailable"], *_left_in_groups()])
+    reported = _numbers(_PROC / "meminfo")
+    return min([1024 * reported["MemAvailable"], *_left_in_groups()])
 
 
 def _left_in_groups() -> Iterator[int]:
@@ -36,6 +38,6 @@ def _left_in_groups() -> Iterator[int]:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Lines `name number` or `name: number unit`."""
+    """Return the numbers of a file of lines `name number` or `name: number unit`, by name."""
     fields = (line.replace(":", " ").split() for line in path.read_text().splitlines())
     return {name: int(number) for name, number, *_ in fields}

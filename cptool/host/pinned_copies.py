@@ -1,8 +1,9 @@
-"""Copies between a GPU and ordinary host memory, by way of pinned memory.
+"""Copies between a GPU and pageable host memory through pinned memory.
 
-A copy from or to pageable memory holds up the caller and reaches a fraction of the bus. Here the
-bus works on one tensor while the host copies, reads or writes another. torch keeps pinned memory
-for its next use once copies on a stream are done with it, so a few tensors' worth is ever there.
+A copy from or to pageable memory blocks the caller and reaches a fraction of the bus's bandwidth.
+Here the bus transfers one tensor while the host copies, reads or writes another. torch reuses
+pinned memory once the copies on a stream are done with it, so only a few tensors' worth exists at a
+time.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ import torch
 
 
 def to_host(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Each tensor in pageable memory, in order; those that lie there are yielded as they are."""
+    """Yield each tensor in pageable memory, in order; tensors already there are not copied."""
     waiting: tuple[torch.Tensor, torch.cuda.Event] | None = None
     for tensor in tensors:
         if not tensor.is_cuda:
@@ -21,7 +22,7 @@ def to_host(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         copied.copy_(tensor, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        if waiting is not None:  # while this one crosses the bus
+        if waiting is not None:  # copied while this one crosses the bus
             yield _pageable(*waiting)
         waiting = copied, done
     if waiting is not None:
@@ -34,7 +35,7 @@ def _pageable(copied: torch.Tensor, done: torch.cuda.Event) -> torch.Tensor:
 
 
 def to_device(tensors: Iterable[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
-    """Each tensor on `device`, in order; the next is fetched while one crosses the bus."""
+    """Yield each tensor on `device`, in order; the next is fetched while one crosses the bus."""
     for tensor in tensors:
         if device.type == "cuda" and not tensor.is_cuda:
             tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

@@ -10,15 +10,16 @@ import weakref
 from cptool.errors import RunError
 from cptool.host import abandoned
 
-# What the processes of a run write there: where they meet, what they do, addresses of sockets.
+# Bytes for what the processes of a run write there: their store, status board and socket names.
 _ROOM = 1 << 20
 
 _folders: weakref.WeakSet[Folder] = weakref.WeakSet()
 
 
 class Folder:
-    """A new folder in `place` that only its user can enter, and that is removed by the next run if
-    this process is killed; a context manager that removes it.
+    """A new folder in `place` that only this user can enter; a context manager that removes it.
+
+    If this process is killed, the next run removes the folder.
     """
 
     def __init__(self, place: str) -> None:
@@ -38,7 +39,7 @@ class Folder:
         self.cleanup()
 
     def cleanup(self) -> None:
-        """Remove the folder; once is enough."""
+        """Remove the folder. Further calls have no effect."""
         abandoned.remove(self.name)
         if self._lock is not None:
             os.close(self._lock)
@@ -46,25 +47,25 @@ class Folder:
 
 
 def others_can_replace(place: str) -> bool:
-    """Whether any user may rename what is in the directory, and put something else there."""
+    """Whether any user may rename what is in the directory and put something else in its place."""
     try:
         mode = os.stat(place).st_mode
-    except OSError:  # told where it is used
+    except OSError:  # reported where the directory is used
         return False
     return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
 
 def _place() -> str:
-    """The temporary directory, or where other users could replace a folder in it, /tmp."""
+    """Return the temporary directory, or /tmp if other users could replace a folder in it."""
     place = tempfile.gettempdir()
     return "/tmp" if others_can_replace(place) else place
 
 
 def make_folder(place: str | None = None) -> Folder:
-    """A folder of this run's own in `place`, by default the temporary directory. What killed runs
-    of this user left there is removed first.
+    """Return a folder of this run's own in `place`, by default the temporary directory.
 
-    Raises RunError, one line with the place and the remedy, where there is none, or no room in it.
+    Folders that killed runs of this user left there are removed first. Raises RunError, one line
+    with the place and the remedy, if the directory does not exist, is full, or is not safe.
     """
     remedy = "set TMPDIR to a directory that has room and can be written to"
     try:
@@ -91,6 +92,6 @@ def make_folder(place: str | None = None) -> Folder:
 
 
 def remove_folders() -> None:
-    """Remove all folders that are still there, for a process that ends without unwinding."""
+    """Remove all folders that still exist, for a process that ends without unwinding."""
     for folder in list(_folders):
         folder.cleanup()

@@ -227,7 +227,7 @@ def test_transports(monkeypatch):
     assert [transport("cuda", n) for n in (2, 3)] == ["direct", "staged"]
     assert transport("cpu", 3) == "direct"
     assert transport("cuda", 2, "staged") == transport("cpu", 2, "staged") == "staged"
-    with pytest.raises(UserError, match="3 ranks share 2 GPUs and NCCL takes one rank a GPU"):
+    with pytest.raises(UserError, match="3 ranks share 2 GPUs and NCCL takes one rank per GPU"):
         transport("cuda", 3, "direct")
     with pytest.raises(UserError, match="it must be auto, direct or staged"):
         transport("cpu", 1, "nccl")
