@@ -1,4 +1,4 @@
-"""A whole forward: layers, embedding, logits, sampling, and what happens once."""
+"""The time of a whole forward: layers, embedding, logits, sampling, and fixed costs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cptool.planning.hardware import HardwareProfile
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a forward on the busiest rank, by what takes them.
+    """Seconds of a forward on the busiest rank, by cause.
 
     layer: one decoder layer. layers: how many. logits_s: embedding, final norm and output head.
-    once_s: what a forward costs once, whatever its size.
+    once_s: fixed costs, whatever the size.
     """
 
     layer: Prediction
@@ -43,29 +43,29 @@ class Estimate:
 
     @property
     def wire_bytes(self) -> float:
-        """Sent by a rank to other CP ranks."""
+        """Bytes that a rank sends to other CP ranks."""
         return self.layers * self.layer.bytes
 
     @property
     def tensor_parallel_bytes(self) -> float:
-        """Sent by a rank to other TP ranks."""
+        """Bytes that a rank sends to other TP ranks."""
         return self.layers * self.layer.tensor_parallel_bytes
 
 
 def prefill(variant: str, forward: Forward, profile: HardwareProfile) -> Estimate:
-    """From the tokens to the first answer: TTFT without loading weights."""
+    """Predict the time to the first token (TTFT), without loading weights."""
     return _estimate(variant, forward, profile, profile.forward_overhead_s)
 
 
 def decode_step(variant: str, forward: Forward, profile: HardwareProfile) -> Estimate:
-    """One more token for each sequence: TTIT."""
+    """Predict the time of one more token for each sequence (TTIT)."""
     once = profile.forward_overhead_s if profile.device == "cpu" else profile.step_overhead_s
     return _estimate(variant, forward, profile, once)
 
 
 def _estimate(variant: str, forward: Forward, profile: HardwareProfile, once: float) -> Estimate:
     rates, config = Rates(forward, profile), forward.config
-    # The rank that owns most of the last tokens; the head is replicated over TP ranks.
+    # Rows of the rank that owns most of the last tokens; the head is replicated over TP ranks.
     rows = -(-forward.batch // forward.sources)
     head = config.hidden_size * config.vocab_size
     logits = rates.product(head, forward.dtype, rows, forward.sources)

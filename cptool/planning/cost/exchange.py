@@ -1,7 +1,7 @@
 """The variants of context-parallel attention: the record of each, with its cost.
 
 A cost is that of one layer on the busiest rank, from what the variant's code in
-`cptool.parallel.attention` computes and sends. The records stand last, in the order that decides
+`cptool.parallel.attention` computes and sends. The records come last, in the order that decides
 between equal predictions.
 """
 
@@ -53,7 +53,10 @@ def _alone(rates: Rates) -> AttentionCost:
 
 
 def _pass_kv(rates: Rates) -> AttentionCost:
-    """A step lasts as long as the longer of its attention and its transfer (section 3.3)."""
+    """Return the cost of pass-kv.
+
+    A step lasts as long as the longer of its attention and its transfer (paper, section 3.3).
+    """
     forward, crowd, cost = rates.forward, rates.crowd(rates.forward.sources), AttentionCost()
     block = forward.keys * forward.kv_width * forward.element
     for step in range(forward.ranks):
@@ -73,13 +76,13 @@ def _pass_kv(rates: Rates) -> AttentionCost:
 
 
 def _gather_kv(rates: Rates) -> AttentionCost:
-    """Ranks without queries send their keys and receive none."""
+    """Return the cost of gather-kv: ranks without queries send their keys and receive none."""
     forward, sources = rates.forward, rates.forward.sources
     width = forward.kv_width * forward.element
     everything = (forward.cached + forward.new) * width
     own = forward.keys * width
-    # The own block is copied in, and all are brought into order. Positions are put in order once
-    # for all layers.
+    # This rank's own block is copied in, and all blocks are sorted by position. The order itself is
+    # computed once for all layers.
     ordering = rates.touch(2 * own + 2 * everything, calls=2)
     tokens = forward.cached + forward.new
     ordering += tokens * rates.profile.position_s / forward.config.num_hidden_layers
@@ -99,18 +102,20 @@ def _gather_kv(rates: Rates) -> AttentionCost:
 
 
 def _pass_q(rates: Rates, early: bool = True) -> AttentionCost:
-    """early: partials return while the ring goes round, and only the last is late; otherwise all
-    return at its end.
+    """Return the cost of pass-q.
+
+    early: partials return while queries go round the ring, and only the last one is late; otherwise
+    all return at the end.
     """
     forward, cost = rates.forward, AttentionCost()
     ranks, sources = forward.ranks, forward.sources
     crowd = rates.crowd(ranks if forward.cached else sources)
     block = forward.queries * forward.query_width * forward.element
     partial = forward.partial(forward.queries)
-    arrived = 0.0  # when the partials that left so far are with their owners
+    arrived = 0.0  # when the partials sent so far reach their owners
     for step in range(ranks):
-        # Other ranks have no queries, but pass queries on; the last one that answers this rank
-        # begins only once its queries are there.
+        # Other ranks have no queries, but pass queries on; the last one that computes for this rank
+        # begins only once the queries have arrived there.
         spent = packed = 0.0
         if step < sources or step == ranks - 1:
             pairs = forward.cached_pairs + forward.new_pairs
@@ -152,7 +157,7 @@ def _gather_q(rates: Rates) -> AttentionCost:
     copied = rates.touch(4 * asked, calls=2) + rates.touch(4 * partials, calls=3 * sources)
     mine = asked / sources
     queries_out = (ranks - 1) * mine
-    # Idle ranks answer for all queries, and each active one receives from all others.
+    # Idle ranks return partials of all queries, and each active one receives from all others.
     answers = max((ranks - 1) * partials / sources, partials if ranks > sources else 0.0)
     return AttentionCost(
         attention_s=crowd * spent,
@@ -164,7 +169,10 @@ def _gather_q(rates: Rates) -> AttentionCost:
 
 
 def _all_q(rates: Rates) -> AttentionCost:
-    """A static decode step: every rank has all queries, and one all-gather brings the partials."""
+    """Return the cost of a static decode step.
+
+    Every rank has all queries, and one all-gather returns the partials.
+    """
     forward, ranks = rates.forward, rates.forward.ranks
     partial = forward.partial(forward.new)
     pairs = forward.new * forward.cached_keys / forward.batch + forward.new

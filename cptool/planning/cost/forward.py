@@ -1,4 +1,4 @@
-"""What is asked of the cost model, and what it answers for one layer."""
+"""The arguments of the cost model, and its result for one layer."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ class Forward:
     sequences, taken as equally long. tp: tensor-parallel ranks that divide each CP rank's heads and
     widths. feed_forward: dtype of gate, up and down where it is not `dtype` ("float8": row-wise,
     activations rounded on the way in). partial_bytes: of an element of a partial output that
-    travels. graph: replayed as one CUDA graph, so that the host has no share in it.
+    travels. graph: replayed as one CUDA graph, so that the host takes no time.
     """
 
     config: LlamaConfig
@@ -32,7 +32,7 @@ class Forward:
     partial_bytes: int = 4
     graph: bool = False
 
-    # What rank 0 of the active ones holds and asks, the most that any rank does.
+    # Below: what rank 0 of the active ones holds and computes, the most of any rank.
 
     @property
     def element(self) -> int:
@@ -41,12 +41,12 @@ class Forward:
 
     @property
     def decoding(self) -> bool:
-        """Whether this is a decode step: a token a sequence, or replayed as one."""
+        """Whether this is a decode step: one token per sequence, or a replayed graph."""
         return self.graph or self.new <= self.batch
 
     @cached_property
     def heads(self) -> int:
-        """Query heads of a rank."""
+        """Query heads per rank."""
         return max(1, self.config.num_attention_heads // self.tp)
 
     @cached_property
@@ -89,23 +89,24 @@ class Forward:
     def new_pairs(self) -> float:
         """Pairs that this rank's queries see of one active rank's new keys.
 
-        Of two chunks an early and a late one, either both see the early one or the late one sees
-        both; on the own block, the late sees the early, and half of each its own: always half of
-        all pairs (paper, section 4.2 and appendix A).
+        Every rank has an early and a late chunk. Of another rank's two chunks, either both of this
+        rank's see the early one or its late one sees both; in its own block, the late chunk sees
+        the early one, and half of each chunk itself: always half of all pairs (paper, section 4.2
+        and appendix A).
         """
         return self.new * (self.new / self.batch + 1) / 2 / self.sources**2
 
     @property
     def pairs(self) -> float:
-        """Of this rank's queries over everything."""
+        """Pairs that this rank's queries see of all keys."""
         return self.ranks * self.cached_pairs + self.sources * self.new_pairs
 
     def partial(self, queries: float) -> float:
-        """Bytes of outputs and float32 log-sum-exps (paper, appendix C, one LSE a head)."""
+        """Return the bytes of outputs and float32 LSEs, one per head (paper, appendix C)."""
         return queries * (self.query_width * self.partial_bytes + self.heads * 4)
 
     def linear_layers(self) -> tuple[tuple[float, str], tuple[float, str]]:
-        """(parameters of a rank, dtype) of the attention's and the feed-forward's products."""
+        """Return (parameters per rank, dtype) of attention's and the feed-forward's products."""
         return (
             (counts.attention_parameters(self.config) / self.tp, self.dtype),
             (
@@ -117,7 +118,7 @@ class Forward:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Seconds of one layer on the busiest rank, by what takes them.
+    """Seconds of one layer on the busiest rank, by cause.
 
     linear_s, elementwise_s (norms, rotation, activation, residual), attention_s, merge_s (copies
     and merging of partials), tensor_parallel_s (all-reduces), exposed_s (transfers between CP ranks
@@ -148,7 +149,7 @@ class Prediction:
 
     @property
     def compute_s(self) -> float:
-        """All but what is exposed."""
+        """Seconds of all parts but exposed transfers."""
         return self.seconds - self.exposed_s
 
 

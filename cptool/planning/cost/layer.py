@@ -7,13 +7,13 @@ from cptool.planning.hardware import HardwareProfile
 from cptool.variants import find
 
 SMALL_OPS, QUANTISING_OPS = 8, 2
-"""Kernels of a layer beside products and attention: two norms, rotation, storing K and V,
-activation, a residual sum, a copy of attention's result; and what FP8 products want of their input.
-"""
+"""Kernels per layer beside products and attention: two norms, rotation, storing K and V,
+activation, a residual sum, a copy of attention's result; and those that quantise the inputs of FP8
+products."""
 
 
 def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Prediction:
-    """Time of one layer under a variant of `cptool.parallel.attention`, on the busiest rank.
+    """Predict one layer under a variant of `cptool.parallel.attention`, on the busiest rank.
 
     Linear layers and attention are counted as `linear_flops` and `attention_flops` do, each plus
     its bytes at the memory's rate. Transfers are those of the variant's code, and hide where it

@@ -1,15 +1,15 @@
-"""What a rank must hold, so that what does not fit is refused before anything starts."""
+"""The memory that a rank needs, so that what does not fit is rejected before anything starts."""
 
 from cptool.model.row_limits import ROWS_AT_ONCE
 from cptool.planning.cost.forward import ELEMENT_BYTES, Forward
 from cptool.variants import MessageBytes, find
 
 RESERVED = 0.04
-"""Of a device's memory: its context, the allocator's fragments, the links' own buffers."""
+"""Part of a device's memory taken by its context, fragmentation and the buffers of links."""
 
 
 def memory_per_rank(variant: str, forward: Forward) -> dict[str, float]:
-    """Bytes of the fullest rank by what they hold: weights, kv, workspace, messages.
+    """Return the bytes on the fullest rank by use: weights, kv, workspace, messages.
 
     Embedding and output head are replicated over tensor-parallel ranks, weights over CP ranks.
     """
@@ -29,8 +29,9 @@ def memory_per_rank(variant: str, forward: Forward) -> dict[str, float]:
 
 
 def _workspace(forward: Forward) -> float:
-    """Live at the same time: the residual stream, a normed copy of it, q, k and v, attention's
-    result in float32 and in the working dtype, and a slice of the feed-forward network."""
+    """Return the bytes live at the same time: the residual stream, a normed copy of it, q, k and v,
+    attention's result in float32 and in the working dtype, and a slice of the feed-forward network.
+    """
     config, e = forward.config, forward.element
     rows = forward.queries
     streams = 3 * config.hidden_size * e
@@ -43,7 +44,7 @@ def _workspace(forward: Forward) -> float:
 
 
 def _messages(variant: str, forward: Forward) -> float:
-    """Buffers that blocks are received in, and partials on their way."""
+    """Return the bytes of receive buffers and of partials under way."""
     if forward.ranks == 1:
         return 0.0
     block = forward.keys * forward.kv_width * forward.element

@@ -1,4 +1,4 @@
-"""How long the pieces of a layer take on a rank of given hardware."""
+"""The time of the pieces of a layer on a rank of given hardware."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ class Rates:
 
     @property
     def queued(self) -> bool:
-        """Whether the host runs ahead of the device, so that its share hides under compute."""
+        """Whether the host runs ahead of the device, so that its time hides under compute."""
         return self.profile.device != "cpu"
 
     @property
     def link(self) -> Link:
-        """Between neighbours of the context-parallel ring, which lie `tp` ranks apart."""
+        """The link between neighbours of the context-parallel ring, which lie `tp` ranks apart."""
         return self.profile.link(self.forward.ranks * self.forward.tp)
 
     def crowd(self, ranks: int) -> float:
-        """How much longer compute takes when `ranks` ranks compute at the same time."""
+        """Return the factor on compute time when `ranks` ranks compute at the same time."""
         at_once = self.profile.ranks_at_once
         return 1.0 if at_once is None else max(1.0, ranks / at_once)
 
     def row_rates(self, dtype: str, ranks: int) -> RowRates | None:
-        """What was measured of linear layers while as many of `ranks` ranks compute as can."""
+        """Return the measured rates of linear layers while as many of `ranks` compute as can."""
         at_once = self.profile.ranks_at_once or ranks
         return nearest(self.profile.row_rates.get(dtype, ()), min(ranks, at_once))
 
     def product(self, parameters: float, dtype: str, rows: float, ranks: int) -> float:
-        """Of `rows` rows and a matrix, on each of `ranks` ranks.
+        """Return the seconds of `rows` rows times a matrix, on each of `ranks` ranks.
 
-        As measured; else a roofline whose ends add: few rows wait for the matrix, and many still do
-        while it starts.
+        As measured; else a roofline whose two terms add: few rows wait for the matrix, and many
+        rows still wait for the first part of it.
         """
         measured = self.row_rates(dtype, ranks)
         if measured:
@@ -53,7 +53,7 @@ class Rates:
     def attention(
         self, pairs: float, keys: float, queries: float, calls: int = 1, received: bool = False
     ) -> float:
-        """Calls in which `queries` see `pairs` of `keys` keys in all.
+        """Return the seconds of calls in which `queries` see `pairs` of `keys` keys in all.
 
         received: whether the keys have just come from other ranks, so that a cache may hold them.
         """
@@ -75,15 +75,15 @@ class Rates:
         return calls * profile.call_overhead_s + busy
 
     def touch(self, count: float, calls: int = 1) -> float:
-        """Calls that read or write `count` bytes of memory."""
+        """Return the seconds of calls that read or write `count` bytes of memory."""
         bandwidth = self.profile.touch_bandwidth or self.profile.memory_bandwidth
         return calls * self.profile.op_overhead_s + count / bandwidth
 
     def message(
         self, count: float, messages: int = 1, receivers: int | None = None
     ) -> tuple[float, float]:
-        """Latency and moving time of a batch of messages of `count` bytes in all, one way, to each
-        of `receivers`, by default all ranks.
+        """Return the seconds of latency and of transmission of a batch of `messages`, `count` bytes
+        in all, one way, to each of `receivers`, by default all ranks.
         """
         link, crowd = self.link, self.crowd(self.forward.ranks)
         latency = link.latency_s + (messages - 1) * link.message_overhead_s
@@ -92,11 +92,11 @@ class Rates:
         return latency * crowd, count / bandwidth * moving
 
     def exposed(self, cover: float, latency: float, moving: float) -> float:
-        """What a transfer under `cover` seconds of compute adds to it."""
+        """Return the seconds that a transfer adds to the `cover` seconds of compute beside it."""
         return latency + max(moving - cover, self.profile.transfer_steals * moving)
 
     def collective(self, count: float, messages: int, receivers: int | None = None) -> float:
-        """Exchange of `count` bytes in all with several ranks at once, which nothing hides."""
+        """Return the seconds to exchange `count` bytes with several ranks; nothing hides them."""
         if not self.queued:
             return sum(self.message(count, messages, receivers))
         link = self.link
@@ -104,15 +104,16 @@ class Rates:
         return link.collective_latency_s + skew + count / link.fan_out
 
     def all_reduce(self, count: float) -> tuple[float, float]:
-        """`all_reduce` over the tensor-parallel ranks."""
+        """Return seconds and bytes sent of `all_reduce` over the tensor-parallel ranks."""
         seconds, sent = all_reduce(count, self.forward.tp, self.profile)
         return seconds * self.crowd(self.forward.tp * self.forward.ranks), sent
 
 
 def all_reduce(count: float, tp: int, profile: HardwareProfile) -> tuple[float, float]:
-    """Seconds and bytes sent by a rank of a sum of `count` bytes over `tp` neighbouring ranks.
+    """Return the seconds, and the bytes that each rank sends, to sum `count` bytes over `tp`
+    neighbouring ranks.
 
-    Over several hosts: a reduce-scatter in each, an all-reduce of each rank's share over its own
+    Over several hosts: a reduce-scatter in each, an all-reduce of each rank's part over its own
     network card, an all-gather in each.
     """
     if tp == 1:
