@@ -1,4 +1,4 @@
-"""What the ranks and the links between them can do: the numbers that the cost model reads."""
+"""The rates of ranks and of the links between them, which the cost model reads."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from cptool.planning.linear_rates import RowRates
 
 MEASURED = "measured on "
-"""How the name of a profile of `cptool bench calibrate` begins."""
+"""Prefix of the names of profiles from `cptool bench calibrate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """What joins the ranks of one host, or those of different hosts; every rank uses it at once.
+    """The link between ranks of one host, or of different hosts, while all ranks use it at once.
 
-    bandwidth: B/s one way of a rank that sends to one other.
-    fan_out: B/s one way of a rank that sends to several at once.
-    latency_s: of a message, from the call to its end; compute does not hide it.
-    message_overhead_s: of each further message of the same batch.
-    collective_latency_s: of an all-reduce or an exchange of few bytes.
+    bandwidth: B/s one way, per rank that sends to one other.
+    fan_out: B/s one way, per rank that sends to several at once.
+    latency_s: seconds of a message, from the call to its end, which compute does not hide.
+    message_overhead_s: seconds of each further message of the same batch.
+    collective_latency_s: seconds of an all-reduce or an exchange of few bytes.
     """
 
     bandwidth: float
@@ -36,47 +36,48 @@ Beyond = dict[str, dict[str, tuple[float, float]]]
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
-    """Rates of one rank, seconds and bytes; all that run at the same time reach them together.
+    """Rates, times and memory of one rank while all ranks run at the same time.
 
-    peak_flops: FLOP/s by dtype name that the maker states, where known; nothing depends on it.
+    peak_flops: FLOP/s by dtype name that the manufacturer states, if known; predictions do not use
+        it.
     linear_flops, attention_flops: FLOP/s by dtype name, where rows are many; attention counts
-        visible pairs only, `4 D_H` a pair and head. "float8" is for feed-forward layers alone.
-    attention_ramp: keys that a query costs beyond those it sees, in each call: the tiles that the
-        mask cuts, filling and draining the pipeline. Shorter blocks run slower by it.
-    row_rates: by dtype name what linear layers reach from one row to many, alone and beside other
-        ranks, where it was measured; else products reach `linear_flops` and read their weights at
+        visible pairs only, `4 D_H` per pair and head. "float8" is for feed-forward layers alone.
+    attention_ramp: keys that a query costs beyond those it sees, in each call: tiles that the mask
+        cuts, filling and draining the pipeline. It makes shorter blocks slower.
+    row_rates: measured rates of linear layers by dtype name, from one row to many, alone and beside
+        other ranks; without them, products reach `linear_flops` and read their weights at
         `memory_bandwidth`.
-    memory_bytes: of a rank. memory_bandwidth: B/s at which linear layers read weights and small
-        ops read and write. cache_bandwidth: B/s at which attention reads keys and values, as it
-        does once a call.
+    memory_bytes: memory per rank. memory_bandwidth: B/s at which linear layers read weights and
+        small ops read and write. cache_bandwidth: B/s at which attention reads keys and values,
+        once per call.
     few_query_rows: rows of a KV head up to which a CPU reads keys and values while it computes, at
         `few_query_rate` times the FLOP/s of many.
-    block_bandwidth: the rate of reading them for a block of more queries than one and than these
-        rows, for which a CPU packs them first; None for that of one query.
-    touch_bandwidth: B/s at which a step reads and writes what it has just made or been sent, a few
-        megabytes; None for `memory_bandwidth`.
-    host_link, network: between ranks of one host, and of different hosts.
+    block_bandwidth: B/s of reading them for more than one query and more than these rows, for which
+        a CPU packs them first; None for `cache_bandwidth`.
+    touch_bandwidth: B/s at which a step reads and writes what it has just computed or received, a
+        few megabytes; None for `memory_bandwidth`.
+    host_link, network: the links between ranks of one host, and of different hosts.
     feed_forward: dtype in which the cluster runs gate, up and down, None for that of the rest.
     ranks_per_host: None where a host holds any number.
-    call_overhead_s: of one call of attention. op_overhead_s: of a copy or another small op.
-    layer_overhead_s: of what else a layer does whatever its tokens (projections, norms, the host's
-        share): on a device with a queue, of the host alone, which runs ahead while the device
-        computes. forward_overhead_s: of a prefill, once. step_overhead_s: of a decode step on a
-        device with a queue, once. wait_s: of a layer of a prefill,
-        for each CP rank, beside compute and transfers. skew_s: how far apart ranks come to an
-        exchange in a prefill.
-    position_s: of bringing the position of one key into sequence order among those of all ranks,
-        once a forward.
-    transfer_steals: of a transfer's time, the part that compute loses meanwhile: 0 where copy
+    call_overhead_s: seconds per call of attention. op_overhead_s: seconds of a copy or another
+        small op. layer_overhead_s: fixed seconds per layer (projections, norms, the host's part);
+        on a device with a queue, of the host alone, which runs ahead while the device computes.
+        forward_overhead_s: seconds of a prefill, once. step_overhead_s: seconds of a decode step on
+        a device with a queue, once. wait_s: seconds per layer of a prefill and CP rank, beside
+        compute and transfers. skew_s: seconds by which ranks arrive at an exchange apart, in a
+        prefill.
+    position_s: seconds per key to sort the positions of all ranks into sequence order, once per
+        forward.
+    transfer_steals: the part of a transfer's time that compute loses meanwhile: 0 where copy
         engines move it, up to 1 where the cores that compute do.
-    ranks_at_once: how many ranks the processors serve at the full rate, None for one device a rank;
-        beyond it, ranks take turns.
-    threads: CPU threads of a rank that the rates hold for; 0 for another device.
-    residual_s: by number of ranks, then by variant: what a layer costs beyond what all else here
-        says where it has next to nothing to compute, for one new token and for some on each rank.
-        Where it was measured it makes the small costs of messages and calls right for these ranks.
-    start_s: likewise, what a forward costs once beyond `forward_overhead_s`: ranks do not come to
-        the first layer together, and variants wait for each other differently.
+    ranks_at_once: how many ranks the processors serve at the full rate, None for one device per
+        rank; beyond it, ranks take turns.
+    threads: CPU threads per rank that the rates hold for; 0 for another device.
+    residual_s: by number of ranks, then by variant: seconds of a layer with next to nothing to
+        compute beyond what the other fields predict, for one new token and for some on each rank.
+        If measured, it corrects the small costs of messages and calls for these ranks.
+    start_s: likewise, seconds of a forward once beyond `forward_overhead_s`: ranks do not reach the
+        first layer together, and variants wait for each other differently.
     rule: (alpha, beta, gamma) of the fitted rule of `cptool.planning.strategy`, or None.
     notes: where each number comes from, by field.
     """
@@ -116,10 +117,10 @@ class HardwareProfile:
     notes: dict[str, str] = field(default_factory=dict, hash=False, compare=False)
 
     def ceiling(self, dtype: str) -> float | None:
-        """FLOP/s above which a rank did not do what it is said to have done; None where unknown.
+        """Return the FLOP/s that a rank cannot exceed; None if unknown.
 
-        What the maker states; else half as much again as the best that was measured here, which
-        another day's clock may reach.
+        What the manufacturer states; else 1.5 times the best rate measured here, since another
+        day's clock may be faster.
         """
         if dtype in self.peak_flops:
             return self.peak_flops[dtype]
@@ -128,25 +129,25 @@ class HardwareProfile:
         return 1.5 * max(self.linear_flops[dtype], self.attention_flops[dtype])
 
     def link(self, span: int) -> Link:
-        """What joins a group of ranks whose first and last lie `span` ranks apart, both counted."""
+        """Return the link of a group of ranks that spans `span` ranks, first and last included."""
         inside = self.ranks_per_host is None or span <= self.ranks_per_host
         return self.host_link if inside else self.network
 
     def residual(self, variant: str, ranks: int, sources: int) -> float:
-        """Of a layer on `ranks` ranks of which `sources` have queries."""
+        """Return `residual_s` per layer on `ranks` ranks of which `sources` have queries."""
         return _beyond(self.residual_s, variant, ranks, sources)
 
     def start(self, variant: str, ranks: int, sources: int) -> float:
-        """Of a forward, once."""
+        """Return `start_s` per forward on `ranks` ranks of which `sources` have queries."""
         return _beyond(self.start_s, variant, ranks, sources)
 
     def for_ranks(self, threads: int, processors: int) -> HardwareProfile:
-        """The same processors with `threads` for each rank, of `processors` for all ranks."""
+        """Return the profile with `threads` for each rank, of `processors` for all ranks."""
         if not self.threads:
             return self
         scale = threads / self.threads
         scaled = self.scaled(scale)
-        # As many threads compute at the same time in fewer ranks.
+        # The same number of threads compute at the same time, in fewer ranks.
         row_rates = {
             dtype: tuple(dataclasses.replace(m, ranks=m.ranks / scale) for m in measured)
             for dtype, measured in scaled.row_rates.items()
@@ -160,7 +161,7 @@ class HardwareProfile:
         )
 
     def scaled(self, factor: float) -> HardwareProfile:
-        """With compute and memory that many times as fast."""
+        """Return the profile with compute and memory `factor` times as fast."""
         names = [f.name for f in dataclasses.fields(self) if f.name.endswith("_bandwidth")]
         rates = {name: getattr(self, name) for name in names}
         return dataclasses.replace(
@@ -180,7 +181,7 @@ PARTS = (HardwareProfile, Link, RowRates)
 
 
 def _beyond(measured: Beyond, variant: str, ranks: int, sources: int) -> float:
-    """As on the nearest number of ranks that was measured, in proportion to the other ranks."""
+    """Scale what was measured on the nearest number of ranks by the number of other ranks."""
     if ranks == 1 or not measured:
         return 0.0
     nearest = min(map(int, measured), key=lambda n: abs(math.log(n / ranks)))

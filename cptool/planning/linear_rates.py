@@ -1,8 +1,8 @@
-"""How long the linear layers of a decoder layer take from one row to many, as it was measured.
+"""The measured time of a decoder layer's linear layers, from one row to many.
 
-Their rate depends on the rows in no simple way. One row waits for the weights. A few more are as
-many multiplications on the way. From some number on another kernel is called, which packs the
-weights first, and only hundreds of rows bring it near its peak.
+Their rate depends on the rows in no simple way. One row waits for the weights; a few more rows
+multiply while the weights arrive. From some number on another kernel is used, which packs the
+weights first and needs hundreds of rows to come near its peak.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BEYOND = 2
-"""How many entries before the last one the line begins that tells of more rows."""
+"""Where the line that extrapolates to more rows begins: this many entries before the last one."""
 
 
 @dataclass(frozen=True)
 class RowRates:
-    """Of one rank while `ranks` of them compute at the same time, with weights that no cache holds.
+    """Rates per rank while `ranks` ranks compute at the same time, with weights in no cache.
 
-    ranks: in ranks of the profile's threads; a fraction after a rank was given more of them.
-    rows: ascending, from 1 on, at least three. layer_s: seconds of a layer with so many rows
-    whatever its widths: calls, and what small matrices lose. flops: FLOP/s of its products
+    ranks: counted in ranks of the profile's threads; a fraction after ranks got more threads.
+    rows: ascending, from 1, at least three. layer_s: seconds per layer at each number of rows that
+    do not depend on widths: calls, and what small matrices lose. flops: FLOP/s of its products
     otherwise, reading the weights included.
     """
 
@@ -33,7 +33,7 @@ class RowRates:
     flops: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what no measurement gives."""
+        """Raise ValueError for values that no measurement gives."""
         lengths = {len(self.rows), len(self.layer_s), len(self.flops)}
         if len(lengths) > 1 or len(self.rows) <= BEYOND:
             raise ValueError("row_rates have columns of different lengths, or fewer than 3 rows")
@@ -45,35 +45,35 @@ class RowRates:
             raise ValueError(f"row_rates.layer_s are {self.layer_s}; they must not be negative")
 
     def layer(self, rows: float) -> float:
-        """Seconds of a layer whatever its widths."""
+        """Return the seconds per layer that do not depend on its widths."""
         return self._at(rows, self.layer_s)
 
     def product(self, parameters: float, rows: float) -> float:
-        """Seconds of `rows` rows and a matrix."""
+        """Return the seconds of `rows` rows times a matrix of `parameters` elements."""
         return parameters * self._at(rows, self._seconds)
 
     @property
     def flops_of_many(self) -> float:
-        """FLOP/s at which further rows come, where they are many."""
+        """FLOP/s of further rows where rows are many."""
         more, fewer = -1, -1 - BEYOND
         seconds = max(self._seconds[more] - self._seconds[fewer], 0.05 * self._seconds[more])
         return 2 * (self.rows[more] - self.rows[fewer]) / seconds
 
     def scaled(self, factor: float) -> RowRates:
-        """With compute and memory that many times as fast."""
+        """Return the rates with compute and memory `factor` times as fast."""
         return RowRates(
             self.ranks, self.rows, self.layer_s, tuple(factor * rate for rate in self.flops)
         )
 
     @property
     def _seconds(self) -> tuple[float, ...]:
-        """Of a parameter."""
+        """Seconds per parameter, by rows."""
         return tuple(2 * rows / rate for rows, rate in zip(self.rows, self.flops, strict=True))
 
     def _at(self, rows: float, seconds: Sequence[float]) -> float:
-        """On the line between the measured numbers of rows around `rows`.
+        """Interpolate `seconds` linearly between the measured numbers of rows around `rows`.
 
-        The busiest rank has a whole number of rows.
+        `rows` is rounded up: the busiest rank has a whole number of them.
         """
         rows = max(1, math.ceil(rows))
         high = bisect_left(self.rows, rows)
@@ -92,7 +92,7 @@ def fitted(
     small: tuple[float, Sequence[float]],
     large: tuple[float, Sequence[float]],
 ) -> RowRates:
-    """From (parameters of a layer, its seconds by row) of a small one and of a large one."""
+    """Fit rates to (parameters, seconds by number of rows) of a small layer and of a large one."""
     each = [
         max(more - less, 0.05 * more) / (large[0] - small[0])
         for less, more in zip(small[1], large[1], strict=True)
@@ -106,5 +106,5 @@ def fitted(
 
 
 def nearest(measured: Sequence[RowRates], ranks: float) -> RowRates | None:
-    """What holds while `ranks` ranks compute; None where nothing was measured."""
+    """Return the rates measured nearest to `ranks` computing ranks; None if there are none."""
     return min(measured, key=lambda m: abs(math.log(m.ranks / ranks)), default=None)

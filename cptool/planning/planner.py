@@ -1,6 +1,6 @@
-"""Which layout and variant to run a prompt with, and why: the cost model asked for every layout.
+"""Which layout and variant to run a prompt with, and why: the cost model evaluated on every layout.
 
-Pure arithmetic, no torch: an answer takes milliseconds.
+Pure arithmetic, no torch: it takes milliseconds.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Workload:
     """`batch` sequences of `context` tokens each (T + P), `cached` of them held already (P), and
     `answer` tokens to decode after it.
 
-    published: as the paper's system works, which pads the queries of a decode step to a multiple of
-    N, sends partials in 16 bits, and knows pass-KV and, with one exchange at its end, pass-Q.
-    graphs: replay a decode step as one CUDA graph where the device has them.
-    rule: how "auto" chooses a variant, see `cptool.planning.strategy.choose`.
-    The rest as in `cptool.planning.cost.forward.Forward`.
+    published: work as the paper's system does, which pads the queries of a decode step to a
+    multiple of N, sends partials in 16 bits, and has two variants: pass-KV, and pass-Q with one
+    exchange at its end. graphs: replay a decode step as one CUDA graph where the device has them.
+    rule: how "auto" chooses a variant, see `cptool.planning.strategy.choose`. The other fields are
+    those of `cptool.planning.cost.forward.Forward`.
     """
 
     config: LlamaConfig
@@ -53,9 +53,8 @@ class Workload:
 class Plan:
     """A layout, the variants in it, what they are predicted to take and what a rank must hold.
 
-    ttft, ttit: of the chosen variants; others, other_steps: variant -> prefill and decode step
-    under it, chosen one included.
-    memory: bytes of a rank by what they hold; capacity: what a rank has for them.
+    ttft, ttit: of the chosen variants; others, other_steps: prefill and decode step by variant, the
+    chosen one included. memory: bytes per rank by use; capacity: bytes available on each rank.
     """
 
     cp: int
@@ -80,12 +79,12 @@ class Plan:
 
     @property
     def excess_bytes(self) -> float:
-        """By how much a rank's memory is too small; 0 if it is not."""
+        """Bytes by which a rank's memory is too small; 0 if it is not."""
         return max(0.0, self.memory_bytes - self.capacity)
 
 
 def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfile) -> Plan:
-    """The plan of one layout; `variant` is one of `cptool.parallel.attention` or "auto".
+    """Plan one layout; `variant` is one of `cptool.parallel.attention` or "auto".
 
     Raises UserError if the model does not divide into `tp` parts.
     """
@@ -136,7 +135,7 @@ def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfil
 def layouts(
     config: LlamaConfig, cp: int | None, tp: int | None, max_ranks: int
 ) -> list[tuple[int, int]]:
-    """(cp, tp) worth a prediction: what is given, else powers of two up to `max_ranks` in all."""
+    """Return the (cp, tp) to predict: those given, else powers of two up to `max_ranks` in all."""
     powers = [1 << n for n in range(max_ranks.bit_length()) if 1 << n <= max_ranks]
     pairs = [(c, t) for t in ([tp] if tp else powers) for c in ([cp] if cp else powers)]
     if cp and tp:
@@ -159,11 +158,16 @@ def best(
     fixed: Collection[str] = (),
     fp8: bool = False,
 ) -> Answer:
-    """Of those that fit: the fewest ranks that reach the target, the fastest of them; without a
-    target, or where none reaches it, the fastest.
+    """Choose among the plans that fit in memory.
 
-    Raises UserError where nothing fits, saying by how much and what would help: of what is fixed,
-    of "cp" and "tp", and of FP8 where the hardware has it and the plans do not use it.
+    Of the plans that reach the target `ttft_below`, in seconds, take the one on the fewest ranks,
+    and of these the fastest. Without a target, or if no plan reaches it, take the fastest plan.
+
+    fixed: which of "cp" and "tp" the user has fixed. fp8: whether the hardware has FP8 that the
+    plans do not use.
+
+    Raises UserError if nothing fits, with the bytes missing and a remedy that `fixed` and `fp8`
+    allow.
     """
     plans = list(plans)
     fitting = [p for p in plans if not p.excess_bytes]
@@ -182,7 +186,7 @@ def best(
 
     def against(p: Plan) -> str:
         if p.excess_bytes:
-            return f"needs {_size(p.memory_bytes)} a rank, {_size(p.excess_bytes)} too much"
+            return f"needs {_size(p.memory_bytes)} per rank, {_size(p.excess_bytes)} too much"
         if ttft_below is not None and time(p) > ttft_below:
             return f"misses the target by {duration(time(p) - ttft_below)}"
         if reaching and p.ranks > chosen.ranks:
@@ -194,7 +198,7 @@ def best(
 
 
 def misfit(p: Plan) -> str:
-    """Why a layout cannot run, in one line."""
+    """Return why a layout cannot run, in one line."""
     parts = ", ".join(f"{name} {_size(count)}" for name, count in p.memory.items())
     return (
         f"`cp` {p.cp}, `tp` {p.tp}: a rank needs {_size(p.memory_bytes)} ({parts}), "
@@ -203,7 +207,7 @@ def misfit(p: Plan) -> str:
 
 
 def _remedy(p: Plan, fixed: Collection[str], fp8: bool) -> str:
-    """What makes a layout fit. Every number of ranks that is not fixed was tried."""
+    """Return what makes a layout fit. Every number of ranks that is not fixed was tried."""
     heavy = p.memory["weights"] > p.capacity / 2
     raised = "tp" if heavy else "cp"
     remedy = f"raise `{raised}`" if raised in fixed else "raise `max_gpus`"
@@ -242,14 +246,15 @@ def as_published(variant: str) -> str:
 
 
 def _published() -> tuple[str, ...]:
-    """The variants of the paper's own system, the one for queries last."""
+    """Return the variants of the paper's own system, the one in which queries travel last."""
     return tuple(record.name for record in records() if record.published)
 
 
 def _for_ranks(profile: HardwareProfile, cp: int, tp: int) -> HardwareProfile:
-    """The processors of a CPU shared out as `cptool` shares them; `ranks_at_once` counts CP ranks.
+    """Return the profile with a CPU's processors divided as `cptool` divides them among ranks.
 
-    Where the TP ranks of one CP rank are more than the processors, they take turns too.
+    `ranks_at_once` then counts CP ranks. If one CP rank has more TP ranks than there are
+    processors, these take turns too.
     """
     if not profile.threads or profile.ranks_at_once is None:
         return profile
@@ -261,7 +266,7 @@ def _for_ranks(profile: HardwareProfile, cp: int, tp: int) -> HardwareProfile:
 
 
 def _memory_part(profile: HardwareProfile, ranks: int) -> float:
-    """Of what a rank of the profile has, the part that each of so many on one machine has."""
+    """Return the fraction of the profile's memory that each of `ranks` on one machine has."""
     return profile.ranks_at_once / ranks if profile.ranks_at_once else 1.0
 
 

@@ -1,7 +1,7 @@
 """Hardware profiles by name and by file, and the one that was measured on this machine.
 
-`cptool bench calibrate` measures a profile and keeps it in the user's cache; without one there are
-defaults of the right order.
+`cptool bench calibrate` measures a profile and saves it in the user's cache; without it, defaults
+of the right order of magnitude are used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DEFAULTS = {"cpu": "cpu-core", "cuda": "h100-sxm"}
 
 @lru_cache
 def default_profile(device: str) -> HardwareProfile:
-    """A plausible machine: ranks of one CPU core each, or of one H100 each over NVLink."""
+    """Return a plausible profile: one CPU core per rank, or one H100 per rank over NVLink."""
     profile = find_profile(_DEFAULTS["cpu" if device == "cpu" else "cuda"])
     if device != "cpu":
         return profile
@@ -34,15 +34,15 @@ def default_profile(device: str) -> HardwareProfile:
 
 
 def known_profiles() -> list[str]:
-    """Names that `find_profile` knows."""
+    """Return the names that `find_profile` accepts."""
     return sorted(path.stem for path in PROFILES.glob("*.json"))
 
 
 def find_profile(name: str) -> HardwareProfile:
-    """The profile of a name, or of a JSON file with the fields of `HardwareProfile`.
+    """Return the profile by name, or from a JSON file with the fields of `HardwareProfile`.
 
     "measured" is what `cptool bench calibrate` measured on this machine. Raises UserError, one
-    line, where there is none, or it is damaged.
+    line, if there is none or it is damaged.
     """
     if name == "measured":
         devices = _saved()
@@ -50,7 +50,7 @@ def find_profile(name: str) -> HardwareProfile:
             raise OptionError(
                 "hardware",
                 name,
-                "nothing was measured yet",
+                "nothing has been measured yet",
                 f"run `cptool bench calibrate`, or name one of {', '.join(known_profiles())}",
             )
         return devices["cuda" if "cuda" in devices else "cpu"]
@@ -68,18 +68,18 @@ def find_profile(name: str) -> HardwareProfile:
         return _parse(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path} is no hardware profile ({type(error).__name__}: {error}); "
+            f"{path} is not a hardware profile ({type(error).__name__}: {error}); "
             f"compare it with those in {PROFILES}"
         ) from None
 
 
 def profile_path() -> Path:
-    """Where the measured profile of this machine lies."""
+    """Return the path of the measured profile of this machine."""
     return cache_dir() / "hardware.json"
 
 
 def load_profile(device: str) -> HardwareProfile:
-    """The measured profile if there is one of this device ("cpu" or "cuda"), else the default.
+    """Return the measured profile of `device` ("cpu" or "cuda") if there is one, else the default.
 
     Raises UserError if the file is damaged.
     """
@@ -87,7 +87,7 @@ def load_profile(device: str) -> HardwareProfile:
 
 
 def _saved() -> dict[str, HardwareProfile]:
-    """Measured profiles by device. Raises UserError if the file is damaged."""
+    """Return the measured profiles by device. Raise UserError if the file is damaged."""
     try:
         path = profile_path()
     except UserError:  # a user without a home has no cache
@@ -110,12 +110,12 @@ def _saved() -> dict[str, HardwareProfile]:
 
 
 def save_profile(profile: HardwareProfile) -> Path:
-    """Keeps a measured profile, beside those of other devices, and returns the path."""
+    """Save a measured profile beside those of other devices, and return the path."""
     path = profile_path()
     try:
         devices = _saved()
     except UserError:
-        devices = {}  # what could not be read is what this replaces
+        devices = {}  # a file that cannot be read is replaced
     devices[profile.device] = profile
     fields = {device: dataclasses.asdict(kept) for device, kept in devices.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,9 @@ def save_profile(profile: HardwareProfile) -> Path:
 
 
 def _parse(fields: dict[str, Any]) -> HardwareProfile:
-    """Raise TypeError, ValueError or KeyError for values that no measurement gives."""
+    """Return the profile. Raise TypeError, ValueError or KeyError for values that no measurement
+    gives.
+    """
     links = {name: Link(**fields[name]) for name in ("host_link", "network")}
     row_rates = {
         dtype: tuple(_row_rates(columns) for columns in measured)
@@ -181,7 +183,7 @@ def _row_rates(columns: dict[str, Any]) -> RowRates:
 
 
 def check_place() -> None:
-    """UserError where a profile could not be kept, which is known before minutes of measuring."""
+    """Raise UserError if a profile could not be saved, before minutes of measuring."""
     path = profile_path()
     place = next(p for p in path.parents if os.path.exists(p))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
@@ -189,5 +191,5 @@ def check_place() -> None:
 
 
 def is_measured() -> bool:
-    """Whether `cptool bench calibrate` measured this machine. UserError if the file is damaged."""
+    """Return whether this machine has a measured profile. Raise UserError if it is damaged."""
     return bool(_saved())

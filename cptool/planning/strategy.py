@@ -1,4 +1,4 @@
-"""Which variant of context-parallel attention, and how many ranks are worth using, now.
+"""Choosing the variant of context-parallel attention and the number of active ranks.
 
 A choice depends on its arguments alone, so ranks that share a profile choose alike.
 """
@@ -17,20 +17,20 @@ from cptool.variants import names
 
 AUTO = "auto"
 STATIC_ROWS = 128
-"""Sequences up to which the steps of `cptool.engine.static_decode` are taken: a step's linear
-layers take the time of reading their weights, so that every rank may compute all new tokens."""
+"""The most sequences for the steps of `cptool.engine.static_decode`: for so few, a step's linear
+layers take as long as reading their weights, so that every rank may compute all new tokens."""
 RULES = ("predicted", "algorithm1", "algorithm5", "fitted")
 
 SHORT = 4096
-"""New tokens up to which fewer ranks may share them; others found the break-even near 8K."""
+"""The most new tokens that fewer than all ranks may share; others found the break-even near 8K."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A variant, the ranks that share the new tokens, and why, in words for the user.
+    """A variant, the number of ranks that share the new tokens, and the reason shown to the user.
 
-    predicted_s: seconds of one layer on the busiest rank, with its part of what a forward costs
-        once.
+    predicted_s: seconds per layer on the busiest rank, with a layer's part of a forward's fixed
+        costs.
     """
 
     variant: str
@@ -44,7 +44,7 @@ def choose(
 ) -> Choice:
     """Choose the variant for `forward`, and how many ranks share its new tokens.
 
-    asked: a variant, which is then taken, or "auto".
+    asked: a variant, which is then used, or "auto".
     forward: its number of active ranks is not read.
     rule: "predicted" takes the variant and the number of active ranks that `cptool.planning.cost`
         predicts to be fastest. The others choose between pass-kv and pass-q, on all ranks, by the

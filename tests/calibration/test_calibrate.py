@@ -88,7 +88,7 @@ def test_a_profile_may_be_a_file(tmp_path):
         with pytest.raises(UserError, match=reason):
             find_profile(name)
     own.write_text('{"name": 1}')
-    with pytest.raises(UserError, match="is no hardware profile"):
+    with pytest.raises(UserError, match="is not a hardware profile"):
         find_profile(str(own))
     save_profile(find_profile("cpu-core"))
     assert find_profile("measured") == find_profile("cpu-core")
