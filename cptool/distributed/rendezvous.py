@@ -1,8 +1,8 @@
 """Where ranks meet, and on which interfaces they listen.
 
-Ranks that this machine's launching process starts meet in a file of its private folder, and all
-their sockets are on loopback. Under a launcher they meet at the address that it names, and listen
-there and on the interface that leads there.
+Local ranks meet in a file of their run's private folder, and all their sockets are on loopback.
+Under a launcher, ranks meet at the address that it names, and listen there and on the interface
+that leads there.
 """
 
 from __future__ import annotations
@@ -28,27 +28,25 @@ if TYPE_CHECKING:
 
 LOOPBACK = "lo"
 START_S = 5.0
-"""What ranks are given beyond their timeout to be started and come, on a machine that is busy."""
-_SLACK_S = 3.0  # for the calls that keep to a deadline by themselves to say why it passed
+"""Time that ranks have beyond their timeout to start and meet, on a busy machine."""
+_SLACK_S = 3.0  # for the calls that keep to a deadline by themselves to report why it passed
 _RETRY_S = 0.2
 
 
 def file_store(folder: str, size: int) -> dist.Store:
-    """The store of `size` local ranks, in their run's private folder. Opens no socket."""
+    """Return the store of `size` local ranks, in their run's private folder. Opens no socket."""
     import torch.distributed as dist
 
     return dist.FileStore(os.path.join(folder, "store"), size)
 
 
 def listen_on_loopback() -> None:
-    """Let gloo and NCCL, which exchange even between processes of one machine by TCP, listen on
-    loopback alone.
-    """
+    """Have gloo and NCCL, which use TCP even within one machine, listen on loopback alone."""
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK
 
 
 def check_loopback() -> None:
-    """UserError where the loopback interface, which local ranks need, is down."""
+    """Raise UserError if the loopback interface, which local ranks need, is down."""
     failures: list[OSError] = []
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         try:
@@ -64,10 +62,10 @@ def check_loopback() -> None:
 
 
 def launchers_store(seat: Seat, timeout: float) -> dist.Store:
-    """The store at the MASTER_ADDR and MASTER_PORT of a launcher, kept by torchrun's agent or else
-    by rank 0, which listens on that address alone.
+    """Return the store at the MASTER_ADDR and MASTER_PORT of a launcher.
 
-    UserError that names both where this does not succeed within `timeout` seconds.
+    torchrun's agent hosts it, or else rank 0, which listens on that address alone. Raises
+    UserError, with both names, if the store is not reached within `timeout` seconds.
     """
     set_rendezvous_address()
     host, port = os.environ["MASTER_ADDR"], _port(os.environ["MASTER_PORT"])
@@ -95,7 +93,7 @@ def launchers_store(seat: Seat, timeout: float) -> dist.Store:
             **own,
         )
 
-    # A service that accepts and does not answer would keep the call for ever.
+    # A service that accepts a connection and does not respond would block the call forever.
     store = _within(max(1.0, deadline - time.monotonic()), connect)
     if store is None:
         raise UserError(
@@ -107,15 +105,18 @@ def launchers_store(seat: Seat, timeout: float) -> dist.Store:
 
 
 def meet(store: dist.Store, seat: Seat, timeout: float, where: str = "") -> None:
-    """Block until every rank is here; DistStoreError that names those who did not come, and where
-    they did not.
+    """Block until every rank is here.
+
+    Raises DistStoreError that names the ranks that are missing after `timeout` seconds.
+
+    where: appended to their names, such as " to ADDRESS".
     """
     import torch.distributed as dist
 
     keys = [f"here/{rank}" for rank in range(seat.size)]
     store.set(keys[seat.rank], "here")
     deadline, pause = time.monotonic() + timeout, 0.005
-    # Not the store's own wait, which fills the screen when its time is over.
+    # Not the store's own wait, which fills the screen when it times out.
     while not store.check(keys):
         if time.monotonic() > deadline:
             missing = [f"rank {r}" for r, key in enumerate(keys) if not store.check([key])]
@@ -125,14 +126,16 @@ def meet(store: dist.Store, seat: Seat, timeout: float, where: str = "") -> None
 
 
 def launchers_address() -> str:
-    """MASTER_ADDR and MASTER_PORT, as messages name them."""
+    """Return MASTER_ADDR and MASTER_PORT as messages name them."""
     return f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
 
 
 @contextlib.contextmanager
 def start_deadline(timeout: float, give_up: Callable[[], None]) -> Iterator[None]:
-    """Call `give_up`, which ends the process, from a thread if the body is not done in time: some
-    calls of the library know no deadline.
+    """Call `give_up`, which ends the process, from a thread if the body is not done in time.
+
+    The body has `timeout` seconds and some slack. This is for calls of the library that have no
+    deadline of their own.
     """
     timer = threading.Timer(timeout + START_S + _SLACK_S, give_up)
     timer.daemon = True
@@ -150,7 +153,10 @@ def _port(text: str) -> int:
 
 
 def _resolved(host: str, port: int, deadline: float) -> tuple[int, tuple]:
-    """Family and socket address of the host; a name may be known only in a moment."""
+    """Return family and socket address of the host.
+
+    A name may become known only in a moment, so this retries until `deadline`.
+    """
     while True:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -196,7 +202,7 @@ def _listener(seat: Seat, host: str, address: tuple[int, tuple]) -> socket.socke
 
 
 def _reach(host: str, address: tuple[int, tuple], deadline: float) -> None:
-    """Block until something listens at the address: torch's own attempts fill the screen."""
+    """Block until something listens at the address; torch's own attempts fill the screen."""
     family, where = address
     while True:
         left = max(_RETRY_S, deadline - time.monotonic())
@@ -215,7 +221,7 @@ def _reach(host: str, address: tuple[int, tuple], deadline: float) -> None:
 
 
 def _within(seconds: float, call: Callable[[], dist.Store]) -> dist.Store | None:
-    """What `call` returns; None where it fails, or has not returned in time."""
+    """Return what `call` returns; None if it fails or does not return in time."""
     results: queue.SimpleQueue = queue.SimpleQueue()
 
     def work() -> None:
@@ -232,14 +238,15 @@ def _within(seconds: float, call: Callable[[], dist.Store]) -> dist.Store | None
 
 
 def _choose_interface(seat: Seat, address: tuple[int, tuple]) -> None:
-    """Unless the user names an interface, ranks listen on loopback where all are on this machine,
-    and else on the interface that leads to MASTER_ADDR.
+    """Choose the interface that ranks listen on, unless the user names one.
+
+    It is loopback if all ranks are on this machine, otherwise the one that leads to MASTER_ADDR.
     """
     family, where = address
     loopback = ipaddress.ip_address(where[0].split("%")[0]).is_loopback
-    # Ranks started by hand may have no LOCAL_WORLD_SIZE, and then it says nothing of hosts.
-    told = "LOCAL_WORLD_SIZE" in os.environ or "RANK" not in os.environ
-    if loopback or (told and seat.local_size == seat.size):
+    # Ranks started by hand may have no LOCAL_WORLD_SIZE, and then `local_size` is only assumed.
+    known = "LOCAL_WORLD_SIZE" in os.environ or "RANK" not in os.environ
+    if loopback or (known and seat.local_size == seat.size):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
     elif "GLOO_SOCKET_IFNAME" not in os.environ and (name := _interface_to(family, where)):
@@ -247,8 +254,9 @@ def _choose_interface(seat: Seat, address: tuple[int, tuple]) -> None:
 
 
 def _interface_to(family: int, where: tuple) -> str | None:
-    """The interface by which packets to an IPv4 address leave; None where that is not known, and
-    gloo's own rule, the address of this host's name, holds.
+    """Return the interface through which packets to an IPv4 address leave.
+
+    None if it is unknown; then gloo's own rule holds, the address of this host's name.
     """
     if family != socket.AF_INET:
         return None

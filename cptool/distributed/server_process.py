@@ -27,22 +27,22 @@ _LONGEST_BASE = 55
 
 
 def start(entry: Callable[..., Any]) -> None:
-    """Start what ranks that call `entry` are forked from, if it does not run yet.
+    """Start the process that ranks which call `entry` are forked from, if it does not run yet.
 
     It has imported torch and started no thread of ours: four ranks are up in 0.3 s, against 3 to
     5 s when each imports torch by itself. It imports while this process does. `launch` starts it
-    too. It hears no Ctrl-C.
+    too. It ignores Ctrl-C.
     """
-    # Until 3.10.8 and 3.11.0 Python gave the server's socket a name in no directory, to which any
-    # user of the machine could connect and have code run (CVE-2022-42919).
+    # Before 3.10.8 and 3.11.0 Python gave the server's socket a name outside any directory, to
+    # which any user of the machine could connect and have code run (CVE-2022-42919).
     util.abstract_sockets_supported = False  # type: ignore[misc]  # final, and no other way
     _choose_folder()
     modules = ["torch.distributed", entry.__module__]
-    # The end that it is tied to is that of the thread that starts it.
+    # The server ends with the thread that starts it, so only the main thread may tie it to itself.
     if threading.current_thread() is threading.main_thread():
         modules.insert(0, "cptool.distributed.fork_server")
     forkserver.set_forkserver_preload(modules)
-    with _deaf():
+    with interrupts_blocked():
         forkserver.ensure_running()
 
 
@@ -50,14 +50,15 @@ _folder: Folder | None = None
 
 
 def folder() -> str:
-    """The private folder of the server's socket; `start` has made it."""
+    """Return the private folder of the server's socket, which `start` has made."""
     assert _folder is not None
     return _folder.name
 
 
 def _choose_folder() -> None:
-    """Have the server's socket in a private folder that goes with this process, or is swept after
-    it, and whose path is short enough for a socket.
+    """Choose a private folder for the server's socket, with a path that is short enough for it.
+
+    It is removed when this process ends, or by the next run if this process is killed.
     """
     global _folder
     if _folder is not None:
@@ -74,44 +75,50 @@ def _choose_folder() -> None:
         )
     _folder = make_folder(base)
     util.Finalize(None, _folder.cleanup, exitpriority=-100)  # after all of its users
-    # Else multiprocessing makes a folder of its own, with a traceback if that is gone at exit.
+    # Otherwise multiprocessing makes a folder of its own, with a traceback if that is gone at exit.
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # private
     config["tempdir"] = _folder.name
 
 
 def pid() -> int:
-    """The process that ranks are forked from, which must be running."""
+    """Return the pid of the process that ranks are forked from, which must be running."""
     return forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]  # private
 
 
 def described() -> str:
+    """Return how messages name the process that ranks are forked from."""
     return f"the process that ranks are forked from (pid {pid()})"
 
 
 def ends_within(seconds: float) -> bool:
+    """Whether the process that ranks are forked from ends within `seconds`. Blocks as long."""
     until = time.monotonic() + seconds  # its pipes are closed a moment before it has ended
     try:
         while not os.waitid(os.P_PID, pid(), os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if time.monotonic() > until:
                 return False
             time.sleep(0.01)
-    except ChildProcessError:  # somebody has waited for it
+    except ChildProcessError:  # it has been waited for elsewhere
         pass
     return True
 
 
 def kill_if_stopped() -> None:
-    """Kill it, and its ranks with it, if it is stopped: it hears nothing else."""
+    """Kill the process that ranks are forked from, and thereby its ranks, if it is stopped.
+
+    A stopped process handles no other signal.
+    """
     if is_stopped(pid()):
         os.kill(pid(), signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def without_main_module(entry: Callable[..., Any]) -> Iterator[None]:
-    """Have a process that starts within not import this one's main module, if `entry` is cptool's.
+    """Keep processes that the body starts from importing this one's main module, for cptool's
+    own `entry`.
 
-    multiprocessing imports it for the sake of what is pickled by its name, which is nothing then.
-    So a script needs no `if __name__ == "__main__"` to use ranks.
+    multiprocessing imports it for objects that are pickled by its name, of which there are none
+    then. So a script needs no `if __name__ == "__main__"` to use ranks.
     """
     main = sys.modules["__main__"]
     if entry.__module__.partition(".")[0] != __name__.partition(".")[0]:
@@ -126,14 +133,13 @@ def without_main_module(entry: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Block Ctrl-C, which then waits, and so has a process that is started here blocked from its
-    beginning.
+def interrupts_blocked() -> Iterator[None]:
+    """Defer Ctrl-C while the body runs; a process that the body starts has it blocked from birth.
 
-    It reaches every process of the terminal, and the fork server, which ignores it once it serves,
-    would tell of it while it still imports.
+    Ctrl-C reaches every process of the terminal, and the fork server, which ignores it once it
+    serves, would show a traceback while it still imports.
     """
-    resource_tracker.ensure_running()  # as the server would; starting it unblocks
+    resource_tracker.ensure_running()  # the server would start it, which unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

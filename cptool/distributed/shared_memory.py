@@ -24,12 +24,14 @@ def shared_tensors(
     dtype: torch.dtype,
     key_types: Sequence[type] = (),
 ) -> Iterator[tuple[dict[Key, torch.Tensor], list[Key]]]:
-    """Maps one tensor for every key that any rank of this machine asks for with `shapes`.
+    """Map one tensor for every key that any rank of this machine requests. Collective.
 
-    key_types: the dataclasses that keys are made of. Collective over all ranks of `world`. Yields
-    the tensors by key, and the keys that this rank is to fill: each key falls to one rank of the
-    machine, balanced by size. At the normal end of the
-    `with` block all ranks wait for each other, so that afterwards every tensor is filled.
+    shapes: the shape of each tensor that this rank requests, by key.
+    key_types: the dataclasses that keys are made of.
+
+    Yields the tensors by key, and the keys that this rank must fill: each key falls to one rank of
+    the machine, balanced by size. A `with` block that ends normally blocks until all ranks of
+    `world` reach its end, so that afterwards every tensor is filled.
 
     The memory is a file without a name (memfd_create): it needs no room in /dev/shm or on a disk,
     and vanishes with the last process that maps it, however that ends.
@@ -37,7 +39,7 @@ def shared_tensors(
     name = f"cptool-{uuid.uuid4().hex}"
     fd = os.memfd_create(name)
     try:
-        # All offer a file and take the first that they see: that of their machine's first rank.
+        # Each rank offers a file and takes the first it finds: that of its machine's first rank.
         offers = world.gather((f"/proc/{os.getpid()}/fd/{fd}", name))
         path, name = next(offer for offer in offers if is_here(*offer))
         everyone = world.gather((name, dict(shapes)), *key_types)
@@ -51,7 +53,7 @@ def shared_tensors(
 
 
 def is_here(path: str, name: str) -> bool:
-    """Whether the file is on this machine, that is in its /proc."""
+    """Whether the file is on this machine, that is, in its /proc."""
     try:
         return os.readlink(path).startswith(f"/memfd:{name}")
     except OSError:
@@ -65,7 +67,7 @@ def _map(
     for key, shape in shapes.items():
         offsets[key] = end // dtype.itemsize
         end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    # Grows the file to `end` bytes if no other rank has; pages come into being when written.
+    # Grows the file to `end` bytes if no other rank has; pages are allocated when written.
     storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=max(end, _ALIGNMENT))
     assert isinstance(storage, torch.UntypedStorage)  # the method's annotation is wider
     flat = torch.empty(0, dtype=dtype).set_(storage)
@@ -76,7 +78,7 @@ def _map(
 
 
 def _deal(shapes: Mapping[Key, tuple[int, ...]], ranks: int) -> list[list[Key]]:
-    """Keys for each of `ranks`: the largest first, each to the rank with the least so far."""
+    """Return the keys of each rank: dealt largest first, each to the rank with the least so far."""
     shares: list[list[Key]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for key in sorted(shapes, key=lambda key: math.prod(shapes[key]), reverse=True):

@@ -1,5 +1,5 @@
-"""Signals as exceptions, where what a process has begun can be put in order, and an end within
-seconds where no exception comes through.
+"""Signals as exceptions, so that a process can clean up, and an end within seconds if no exception
+gets through.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def orderly() -> Iterator[None]:
-    """While the body runs, SIGTERM and SIGHUP raise SystemExit, with the code by which a shell
-    tells of them, instead of ending the process on the spot: temporary folders would stay.
+    """While the body runs, have SIGTERM and SIGHUP raise SystemExit with a shell's exit code.
 
-    Nothing changes where somebody handles or ignores them already, nor for a rank of a launcher: it
-    may be blocked in a transfer, where Python handles no signal, and its launcher wants it gone.
+    By default they end the process at once, and its temporary folders stay. Signals that are
+    already handled or ignored keep their handlers. So do those of a rank of a launcher, which may
+    be blocked in a transfer, where Python handles no signal, and which must end at once.
     """
     if threading.current_thread() is not threading.main_thread() or launched() is not None:
         yield
@@ -55,11 +55,11 @@ class _Held:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """While the body runs, signals that Python handles wait; the first takes effect after it,
-    in place of an exception of the body's.
+    """Defer the signals that Python handles while the body runs.
 
-    For imports of torch, which takes whatever is raised while it imports NumPy for a sign that
-    there is none: a Ctrl-C would be forgotten.
+    Afterwards the first takes effect, in place of an exception of the body's. This is for imports
+    of torch, which takes any exception during its import of NumPy to mean that NumPy is missing:
+    a Ctrl-C would be lost.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -78,19 +78,19 @@ def held_back() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends; Linux alone can."""
-    import ctypes  # not among the first imports of a command
+    """Have the kernel kill this process when the thread that started it ends. Linux only."""
+    import ctypes  # here, to keep a command's start quick
 
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def guard(early: Callable) -> None:
-    """For the process of a command: end it by Ctrl-C, SIGTERM or SIGHUP within PATIENCE_S seconds,
-    whatever it is doing. To be called once, in the main thread.
+    """Have Ctrl-C, SIGTERM or SIGHUP end a command's process within PATIENCE_S seconds, whatever it
+    is doing. Call it once, in the main thread.
 
-    SIGINT raises KeyboardInterrupt in place of `early`, the handler until now; a second one changes
-    nothing. Python runs handlers between two operations of the main thread only, and a layer of a
+    SIGINT raises KeyboardInterrupt in place of `early`, the handler so far; further ones have no
+    effect. Python runs handlers only between two operations of the main thread, and a layer of a
     long prompt is one operation that may take minutes. So a thread watches for signals too, and
     ends the process itself if the exception did not. A rank of a launcher keeps Python's own
     handler.
@@ -114,8 +114,10 @@ def _has_seat() -> bool:
 
 
 class Interrupt:
-    """The first raises KeyboardInterrupt; those after it must not break into what the first one
-    makes put in order, for which time is limited anyway.
+    """A handler that raises KeyboardInterrupt for the first signal alone.
+
+    Later signals must not interrupt the cleanup that the first one causes, whose time is limited
+    anyway.
     """
 
     def __init__(self) -> None:
@@ -134,20 +136,20 @@ def _end(number: int, frame: FrameType | None) -> None:
 def _watch(reading: int) -> None:
     while True:
         for number in os.read(reading, 64):
-            # Where somebody else handles it, as `cptool chat` does a Ctrl-C, it is not the end.
+            # With another handler, such as that of `cptool chat` for Ctrl-C, the process goes on.
             handler = signal.getsignal(number) if number in _SIGNALS else None
             if handler is _end or isinstance(handler, (Interrupt, _Held)):
-                # An import has begun nothing that would have to be put in order.
+                # An import leaves nothing to clean up, so it gets less time.
                 time.sleep(1.0 if isinstance(handler, _Held) else PATIENCE_S)
                 leave(number)
 
 
 def leave(number: int) -> None:
-    """End this process as signal `number` asks for, without unwinding; temporary folders go."""
+    """End this process as signal `number` requires, without unwinding; remove temporary folders."""
     from cptool.host.scratch import remove_folders
 
     if sys.stderr.isatty():
-        os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+        os.write(2, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
     if number == signal.SIGINT:
         os.write(2, b"cptool: interrupted\n")
     try:
@@ -157,9 +159,9 @@ def leave(number: int) -> None:
 
 
 def _unraisable(found: sys.UnraisableHookArgs) -> None:
-    """Handle what is raised where Python cannot raise, as in a destructor.
+    """Handle an exception where Python cannot raise it, such as in a destructor.
 
-    A Ctrl-C is not lost, and nothing else shows a traceback.
+    A Ctrl-C ends the process; other exceptions show a traceback only with CPTOOL_TRACEBACK set.
     """
     if isinstance(found.exc_value, KeyboardInterrupt):
         leave(signal.SIGINT)

@@ -22,7 +22,7 @@ _MESSAGE_AT = _FAILURE_AT + _FAILURE.size
 
 @dataclass(frozen=True)
 class Status:
-    """`done` of `total` steps of `phase` are done; total 0 where steps are not counted."""
+    """`done` of `total` steps of `phase` are done; `total` is 0 if steps are not counted."""
 
     phase: str
     done: int
@@ -37,8 +37,9 @@ class Status:
 class Failure:
     """The exception that ended a rank.
 
-    kind: "user" for a UserError, "communication" for an error of a transfer, which may only be the
-    echo of another rank's end, else "error".
+    kind: "user" for a UserError; "communication" for an error of a transfer, which may only be a
+        consequence of another rank's end; otherwise "error".
+    time: seconds of the monotonic clock, which the processes of a machine share.
     """
 
     rank: int
@@ -48,9 +49,12 @@ class Failure:
 
 
 class Board:
-    """Records of `ranks` ranks, in the file `path`, which processes share, or, without a path, in
-    memory of this process. Not `make`: FileNotFoundError where the file is missing. OSError
-    where the file system has no room for it.
+    """Records of `ranks` ranks, in a file that processes share or in memory of this process.
+
+    path: the file; None for memory of this process.
+    make: create the file; otherwise FileNotFoundError is raised if it is missing.
+
+    Raises OSError if the file system has no room for the file.
     """
 
     def __init__(
@@ -62,7 +66,8 @@ class Board:
         else:
             with open(path, "x+b" if make else "r+b") as file:
                 if make:
-                    # Written, not only sized: a mapped page without room ends a process by SIGBUS.
+                    # Written, not only sized: SIGBUS ends a process that touches a mapped page for
+                    # which the file system has no room.
                     file.write(bytes(ranks * _RECORD))
                     file.flush()
                 self._memory = mmap.mmap(file.fileno(), ranks * _RECORD)
@@ -72,12 +77,12 @@ class Board:
         _STATUS.pack_into(self._memory, rank * _RECORD, done, total, phase.encode())
 
     def read(self, rank: int) -> Status:
-        """What `rank` wrote last; an empty phase before its first write."""
+        """Return what `rank` wrote last; the phase is empty before its first write."""
         done, total, phase = _STATUS.unpack_from(self._memory, rank * _RECORD)
         return Status(phase.rstrip(b"\0").decode(errors="replace"), done, total)
 
     def fail(self, rank: int, kind: str, message: str) -> None:
-        """Record the exception that ends `rank`, as Failure has it; a long message is cut."""
+        """Record the exception that ends `rank`; see `Failure`. A long message is cut."""
         text = message.encode()[: _RECORD - _MESSAGE_AT]
         base = rank * _RECORD
         self._memory[base + _MESSAGE_AT : base + _MESSAGE_AT + len(text)] = text
@@ -86,7 +91,7 @@ class Board:
         )
 
     def failures(self) -> list[Failure]:
-        """Failures recorded so far, the earliest first."""
+        """Return the failures recorded so far, the earliest first."""
         found = []
         for rank in range(self.ranks):
             base = rank * _RECORD

@@ -1,4 +1,4 @@
-"""Processes that were stopped (SIGSTOP) and so hear no signal but SIGKILL."""
+"""Processes that were stopped (SIGSTOP) and so respond to no signal but SIGKILL."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-# What ranks of one world have in common in the environment that a launcher gave them.
+# Variables that have the same values in all ranks that a launcher started for one world.
 _WORLD = (
     "MASTER_ADDR",
     "MASTER_PORT",
@@ -27,9 +27,9 @@ def is_stopped(pid: int | None) -> bool:
 def kill_stopped_peers() -> None:
     """Kill the stopped ranks of this rank's world on this machine.
 
-    A launcher ends the ranks that are left when one has failed, but torchrun waits 30 s before it
-    sends the only signal that a stopped process takes. Ranks of one world are children of one
-    process and were given the same world in their environment.
+    A launcher ends the remaining ranks once one has failed, but torchrun waits 30 s before it sends
+    the only signal that a stopped process responds to. Ranks of one world are recognized as
+    children of one process with the same world in their environment.
     """
     own, parent = _environment(os.getpid()), os.getppid()
     if not any(name in own for name in _PLACE):
@@ -39,7 +39,7 @@ def kill_stopped_peers() -> None:
         if _state_and_parent(pid) != ("T", parent):
             continue
         with contextlib.suppress(OSError):
-            process = os.pidfd_open(pid)  # from here on the number cannot become another's
+            process = os.pidfd_open(pid)  # names this process even if its pid is reused
             try:
                 peer = _environment(pid)
                 same = all(own.get(name) == peer.get(name) for name in _WORLD)
@@ -60,7 +60,7 @@ def _state_and_parent(pid: int) -> tuple[str, int]:
 
 
 def _environment(pid: int) -> dict[str, str]:
-    """The environment that a process was started with; empty for one of another user."""
+    """Return the environment a process was started with; empty for another user's process."""
     try:
         content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
     except OSError:

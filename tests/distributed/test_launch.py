@@ -462,7 +462,7 @@ def test_a_signal_that_is_held_back_comes_in_place_of_an_exception_of_the_body()
 
 def test_ctrl_c_while_the_server_of_ranks_starts_is_not_lost():
     with pytest.raises(KeyboardInterrupt):
-        with server_process._deaf():
+        with server_process.interrupts_blocked():
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)  # until another thread of this process has told of it
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
