@@ -122,7 +122,7 @@ def compare() -> list[dict]:
         rates = Rates(decoding(context, batch, hosts), PROFILE)
         forward, where = rates.forward, f"{context} tokens, batch {batch}, CP{hosts} x TP8"
         pairs = forward.cached_pairs + forward.new_pairs
-        predicted = 1e6 * rates.attention(pairs, forward.asked_keys, forward.queries)
+        predicted = 1e6 * rates.attention(pairs, forward.queried_keys, forward.queries)
         add("decode attention", f"one attention, {where}", one, predicted, "us")
         if hosts > 1:
             predicted = 1e6 * attention_cost(PASS_Q, rates).now

@@ -1,6 +1,6 @@
 """Keys and values in memory: what one rank holds of every sequence, in every layer.
 
-Positions say what a slot is, so a rank may hold any tokens of any sequence. Each layer is one
+Positions identify the slots, so a rank may hold any tokens of any sequence. Each layer is one
 token-major slab `[slots, 2, kv_heads, head_dim]` (K at index 0, V at index 1), so that K and V of a
 token travel in one message and a single sequence's message is a view. Sequence b owns a run of
 slots; the tokens it holds come first, then slack for growth, whose position is `NEVER`: no query

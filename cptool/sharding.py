@@ -1,7 +1,8 @@
 """Which rank holds which positions.
 
-Pure arithmetic on lengths: every rank computes every other rank's share by itself, so no size and
-no position ever travels. A share is described by ranges first; tensors are built from ranges.
+Pure arithmetic on lengths: every rank computes every other rank's placement by itself, so no size
+and no position ever travels. A placement is described by ranges first; tensors are built from
+ranges.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Held = list[list[int]]
 """Held[r][b]: tokens of sequence b that rank r holds."""
 
 _FEW_TOKENS = 64
-"""In a range on average, up to which Python expands ranges faster than torch."""
+"""Average tokens per range up to which Python expands ranges faster than torch."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Layout:
     bounds: of each sequence, the 2 * active + 1 absolute positions where its chunks begin and end.
     rotation: of each sequence, the rank that takes its first and its last chunk.
 
-    Plain integers: a decode step asks for a handful, where each operation of torch takes as long as
+    Plain integers: a decode step needs a handful, where each operation of torch takes as long as
     all of this.
     """
 

@@ -1,4 +1,4 @@
-"""One rank's share of one layer on one device: what it holds, its passes, what it computes once.
+"""One rank's part of one layer on one device: the tokens that it holds, and its timed passes.
 
 The layer is the model's own, at its tensor-parallel width, with random weights; its attention is
 the variant's own code over blocks of the exact sizes and positions of every source.
@@ -63,13 +63,14 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Shards:
-    """What every CP rank holds: cached tokens, the new ones (its queries), both (its keys)."""
+    """The tokens of every CP rank: cached ones, new ones (its queries), and both (its keys)."""
 
     cached: tuple[Placement, ...]
     queries: tuple[Placement, ...]
     keys: tuple[Placement, ...]
 
     def to(self, device: torch.device) -> Shards:
+        """Return the same shards with their tensors on `device`."""
         sides = (self.cached, self.queries, self.keys)
         return Shards(*(tuple(p.to(device) for p in side) for side in sides))
 
@@ -79,14 +80,14 @@ class Shards:
         visible = [int((p.positions.long() + 1).sum()) for p in self.queries]
         return visible.index(max(visible))
 
-    def pairs(self, asking: int, holding: int) -> int:
-        """Visible pairs of one rank's queries and another's keys."""
-        queries, keys = self.queries[asking].positions, self.keys[holding].positions
+    def pairs(self, querying: int, holding: int) -> int:
+        """Return the number of visible pairs of rank `querying`'s queries and `holding`'s keys."""
+        queries, keys = self.queries[querying].positions, self.keys[holding].positions
         return int(torch.searchsorted(keys, queries, right=True).sum())
 
 
 def shards(scenario: Scenario, active: int) -> Shards:
-    """New tokens in balance over a cache that is in balance."""
+    """Return the balanced shards of new tokens over a balanced cache."""
     cached = balanced([scenario.cached], scenario.cp).placements()
     held = [[placement.tokens] for placement in cached]
     layout = balanced(
@@ -99,7 +100,7 @@ def shards(scenario: Scenario, active: int) -> Shards:
 
 
 def build(scenario: Scenario) -> DecoderLayer:
-    """The model's layer with random weights in place of those of "meta"."""
+    """Return the model's layer with random weights."""
     layer = DecoderLayer(scenario.config, 0, scenario.tp, "meta").requires_grad_(False)
     weights = {}
     for name, parameter in layer.named_parameters():
@@ -115,7 +116,7 @@ def build(scenario: Scenario) -> DecoderLayer:
 def run_once(
     scenario: Scenario, layer: DecoderLayer, variant: str, held: Shards, rank: int
 ) -> tuple[Trace, list[int], int]:
-    """One pass: its trace, the bytes of each all-reduce, the bytes sent."""
+    """Run one pass. Return its trace, the bytes of each all-reduce, and the bytes sent."""
     config, device, dtype = scenario.config, scenario.device, scenario.dtype
     timeline = Timeline(device)
     reduced: list[int] = []
@@ -163,7 +164,7 @@ def run_once(
 
 
 def time_once(scenario: Scenario, mine: Placement) -> dict[str, float]:
-    """Seconds of what a forward does once: embedding, rotary tables, logits of one row."""
+    """Return the seconds of work outside layers: embedding, rotary tables, logits of one row."""
     config, device = scenario.config, scenario.device
     size = (config.vocab_size, config.hidden_size)
     table = torch.empty(size, dtype=scenario.dtype, device=device).normal_(std=0.02)

@@ -1,4 +1,4 @@
-"""Memory that an emulated rank takes on its device, told before anything is allocated."""
+"""The memory that an emulated rank takes on its device, known before anything is allocated."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _FLOAT32 = 4
 
 
 def check(scenario: Scenario, variant: str, held: Shards) -> int:
-    """Bytes that the emulation needs; UserError if the device has not as many free."""
+    """Return the bytes that the emulation needs. Raise UserError if the device has fewer free."""
     needed, free = needs(scenario, variant, held), available(scenario.device)
     if needed > free:
         raise UserError(
-            f"one rank's share of {scenario.cached + scenario.new:,} tokens needs "
+            f"one rank's part of {scenario.cached + scenario.new:,} tokens needs "
             f"{needed / 1e9:.1f} GB on {scenario.device}, {free / 1e9:.1f} GB are free, "
             f"{(needed - free) / 1e9:.1f} GB too few; use more `cp` or `tp`, or a shorter `context`"
         )
@@ -31,15 +31,15 @@ def check(scenario: Scenario, variant: str, held: Shards) -> int:
 
 
 def available(device: torch.device) -> int:
-    """Bytes that can be allocated on `device` now."""
+    """Return the bytes that can be allocated on `device` now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return memory.available()
 
 
 def needs(scenario: Scenario, variant: str, held: Shards) -> int:
-    """Bytes at the peak: weights of a layer and the embedding, the residual stream, and the larger
-    of what attention and the feed-forward network hold beside it.
+    """Return the bytes at the peak: weights of a layer and the embedding, the residual stream, and
+    the larger of what attention and the feed-forward network hold beside it.
     """
     config, size, rank = scenario.config, scenario.dtype.itemsize, held.busiest
     embedding = config.vocab_size * config.hidden_size * size

@@ -1,8 +1,8 @@
 """One rank of one layer of a prefill, run alone on one device: the projection of a whole run.
 
-The layer (`cptool.emulation.layer`) is measured; what other ranks would send takes its time from a
-hardware profile (`cptool.emulation.ring`). So one device tells what N x M of them would take, and
-which part of that was measured.
+The layer (`cptool.emulation.layer`) is measured; messages from other ranks take the time that a
+hardware profile gives them (`cptool.emulation.ring`). So one device predicts the time of N x M
+ranks, and the result states which part of it was measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cptool.variants import find
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Time of one part of a layer over the repeats, and its `flops`, 0 where bytes count."""
+    """Time of one part of a layer over the repeats, and its `flops`; 0 if it is bound by memory."""
 
     name: str
     seconds: float
@@ -40,7 +40,10 @@ class Part:
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """Attention between two transfers; source None: of no single source. The last one merges."""
+    """Attention between two waits: `pairs` visible pairs in `seconds`.
+
+    source: the rank whose block it is, None if it is of no single rank. The last block merges.
+    """
 
     source: int | None
     pairs: int
@@ -49,13 +52,13 @@ class AttentionBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """What was measured of rank `rank`, and what follows for the whole model.
+    """What was measured on rank `rank`, and what follows for the whole model.
 
-    parts, blocks: of one layer, measured. transfer_s: of its transfers, of which exposed_s is not
-    hidden; waiting_s: of ranks for each other; allreduce_s: of its tensor-parallel sums; all from
-    the profile. once: what a forward does once, measured but for its overhead, the profile's.
-    flops: of the whole model, a causal pair counted once. planned_s: what the cost model predicts
-    on the profile's own devices.
+    parts, blocks: of one layer, measured. The profile gives the rest of a layer, in seconds:
+    transfer_s of its transfers, of which exposed_s is not hidden; waiting_s of ranks for each
+    other; allreduce_s of its tensor-parallel sums. once: seconds of what a forward does once,
+    measured except for the overhead, which is the profile's. flops: of the whole model, each causal
+    pair counted once. planned_s: the cost model's prediction for the profile's own devices.
     """
 
     rank: int
@@ -80,21 +83,22 @@ class Projection:
 
     @property
     def compute_s(self) -> float:
-        """Of a layer."""
+        """Seconds of compute per layer."""
         return sum(part.seconds for part in self.parts)
 
     @property
     def layer_s(self) -> float:
+        """Seconds per layer."""
         return self.compute_s + self.exposed_s + self.waiting_s + self.allreduce_s
 
     @property
     def ttft_s(self) -> float:
-        """Of the whole model."""
+        """Seconds to the first token, of the whole model."""
         return self.layers * self.layer_s + sum(self.once.values())
 
     @property
     def flops_per_rank(self) -> float:
-        """FLOP/s of a rank over the whole forward."""
+        """FLOP/s per rank over the whole forward."""
         return self.flops / self.ttft_s / self.ranks
 
 
@@ -105,9 +109,9 @@ def emulate(
     repeats: int = 5,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Projection:
-    """Runs the layer once to warm up and then `repeats` times, and projects the medians.
+    """Run the layer once to warm up and then `repeats` times, and project the medians.
 
-    Raises UserError, one line, where the device has too little memory for it.
+    Raises UserError, one line, if the device has too little memory for it.
     """
     config, device = scenario.config, scenario.device
     choice = choose(scenario.variant, _forward(scenario, scenario.cp), profile)
@@ -183,14 +187,14 @@ def _planned(scenario: Scenario, choice: Choice, profile: HardwareProfile) -> fl
 
 
 def _waiting(scenario: Scenario, variant: str, profile: HardwareProfile) -> float:
-    """What ranks that do not keep pace cost in a layer: each of them, and each exchange."""
+    """Return the seconds per layer that ranks wait for each other: per rank, and per exchange."""
     if scenario.cp == 1:
         return 0.0
     return scenario.cp * profile.wait_s + find(variant).collectives * profile.skew_s
 
 
 def _median(traces: list[Trace]) -> Trace:
-    """The entries of a pass with the median of each compute."""
+    """Return the entries of one pass, with the median of each compute."""
     return [
         dataclasses.replace(same[0], seconds=statistics.median(entry.seconds for entry in same))
         if isinstance(same[0], Compute)
@@ -229,7 +233,7 @@ def _parts(scenario: Scenario, traces: list[Trace], tokens: int, pairs: int) -> 
 
 
 def _blocks(trace: Trace, variant: str, rank: int, pairs: list[int]) -> tuple[AttentionBlock, ...]:
-    """Attention as waits cut it: in a ring, one block a source."""
+    """Return attention as waits divide it: in a ring, one block per source."""
     spent, current = [], 0.0
     for entry in trace:
         if isinstance(entry, Wait):

@@ -1,8 +1,8 @@
-"""A ring in which one rank is alone: the variants' own code runs on it, and what would travel is
-noted instead of sent.
+"""A ring with one real rank: the variants' own code runs on it, and messages are recorded instead
+of sent.
 
-The time of the compute between transfers is measured; `replay` then puts the transfers over a link
-in their places and tells what of them nothing hides.
+The compute between transfers is timed; `replay` then inserts the time of the transfers over a link
+and returns the part of it that compute does not hide.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cptool.parallel.ring import Ring, Transfer
 from cptool.planning.hardware import Link
 
 PAUSE = "pause"
-"""Label of time that a run on real ranks would not spend."""
+"""Label of time that a run on real ranks does not spend."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Start:
-    """A batch of `messages` that leaves, while as many bytes or fewer arrive."""
+    """The start of transfer `transfer`: a batch of `messages`, `bytes` in the busier direction."""
 
     transfer: int
     bytes: int
@@ -40,7 +40,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Wait:
-    """The rank goes on when these transfers are done."""
+    """The rank blocks until these transfers complete."""
 
     transfers: tuple[int, ...]
 
@@ -49,14 +49,14 @@ Trace = list[Compute | Start | Wait]
 
 
 class Timeline:
-    """Marks on a device's stream of work; on CUDA they are events, so that nothing waits."""
+    """Marks on a device's stream of work; on CUDA they are events, so that marking never blocks."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._entries: list[tuple[str, object] | Start | Wait] = []
 
     def mark(self, label: str) -> None:
-        """What follows, up to the next mark, is `label`."""
+        """Begin time under `label`, up to the next mark."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.device))
@@ -65,10 +65,11 @@ class Timeline:
             self._entries.append((label, time.perf_counter()))
 
     def note(self, entry: Start | Wait) -> None:
+        """Record the start of a transfer, or a wait."""
         self._entries.append(entry)
 
     def trace(self) -> Trace:
-        """What happened between the first mark and the last, pauses left out."""
+        """Return what happened between the first mark and the last, without pauses."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         trace: Trace = []
@@ -88,18 +89,19 @@ class Timeline:
 
 @dataclass(frozen=True)
 class _Noted:
-    """A batch of messages that is noted instead of sent."""
+    """A batch of messages that is recorded instead of sent."""
 
     number: int
 
     def wait(self) -> None:
-        """Do nothing: what would arrive is there already."""
+        """Do nothing: received tensors are filled already."""
 
 
 class EmulatedRing(Ring):
     """The transfers of rank `rank` of `size`, whose peers keep pace with it.
 
-    What arrives are random values of the right shape; writing them is a pause of the timeline.
+    Received tensors are filled with random values; the time to write them is a pause of the
+    timeline.
     """
 
     def __init__(self, rank: int, size: int, timeline: Timeline) -> None:
@@ -130,11 +132,11 @@ class EmulatedRing(Ring):
 
 
 def replay(trace: Sequence[Compute | Start | Wait], link: Link, steals: float = 0.0) -> float:
-    """Seconds that the transfers of `trace` add to its compute, over `link`.
+    """Return the seconds that the transfers of `trace`, over `link`, add to its compute.
 
-    A transfer's latency is never hidden; its bytes follow those before it on the link, both ways at
-    once, and cost what is left of them where they are waited for, or `steals` of their time if that
-    is more: the part that compute lost meanwhile, as in `cptool.planning.cost`.
+    A transfer's latency is never hidden. Its bytes follow those before it on the link, both ways at
+    once; a wait costs the time left of them, or `steals` times their whole time if that is more:
+    the part that compute loses meanwhile, as in `cptool.planning.cost`.
     """
     clock = busy = exposed = 0.0
     flowing: dict[int, tuple[float, float]] = {}

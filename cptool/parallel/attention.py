@@ -2,7 +2,7 @@
 
 Every rank holds some new queries and some of the keys and values. A partial result over any part of
 the keys is (out, lse), and partials merge exactly (paper, appendix B), so each variant is a choice
-of messages. Only q, K and V, or partials travel: `Step` tells every rank all positions.
+of messages. Only q, K and V, or partials travel: `Step` gives every rank all positions.
 
 - pass-kv: KV blocks go round a ring, hidden under attention over the previous one (algorithm 2).
 - gather-kv: all KV at once, then one attention; no overlap, but one kernel call.
@@ -13,7 +13,7 @@ of messages. Only q, K and V, or partials travel: `Step` tells every rank all po
 Partials are merged by the rank of their keys, 0 to N - 1, whatever the order of arrival: the same
 ranks and variant give the same bits in every run.
 
-The record of each variant, with its cost, stands in `cptool.planning.cost.exchange`.
+The record of each variant, with its cost, is in `cptool.planning.cost.exchange`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def pass_kv(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: floa
     mine = step.queries[step.rank]
     low = high = None
     for source, block in ring.blocks(kv.packed(), step.key_sizes):
-        if not step.asking[step.rank] or not step.key_sizes[source]:
+        if not step.has_queries[step.rank] or not step.key_sizes[source]:
             continue  # only passed on
         if source == step.rank:
             high = _over_local(q, mine, kv, scale=scale)
@@ -110,14 +110,14 @@ def gather_kv(
     Ranks without queries send their keys and receive none.
     """
     local = kv.packed()
-    if not step.asking[step.rank]:
-        ring.gather(local, step.key_sizes, readers=step.asking)
+    if not step.has_queries[step.rank]:
+        ring.gather(local, step.key_sizes, readers=step.has_queries)
         return torch.empty_like(q)
     keys, order = step.all_keys
     received = ring.buffer("received", keys.tokens, local)
     parts = received.split(step.key_sizes)
     parts[step.rank].copy_(local)
-    ring.gather(parts[step.rank], step.key_sizes, into=parts, readers=step.asking)
+    ring.gather(parts[step.rank], step.key_sizes, into=parts, readers=step.has_queries)
     ordered = ring.buffer("ordered", keys.tokens, local)
     torch.index_select(received.flatten(1), 0, order, out=ordered.flatten(1))
     mine = step.queries[step.rank]
@@ -230,7 +230,7 @@ def _answer(
     block: torch.Tensor, kv: LayerKV, step: Step, source: int, *, scale: float
 ) -> torch.Tensor:
     """Return the message to rank `source` over its queries `block`, empty if it has none."""
-    if not step.asking[source]:
+    if not step.has_queries[source]:
         return block.new_empty(0)
     queries, dtype = step.queries[source], step.partial_dtype
     return pack(*_over_local(block, queries, kv, scale=scale, out_dtype=dtype))

@@ -97,7 +97,7 @@ class Channel:
             if self.process.poll(0) and not _C.wait_word(address, value, 0, 0):
                 raise Gone(f"rank {self.peer} of the ring (pid {self.pid}) has ended")
             if time.monotonic() > deadline:
-                raise Gone(f"rank {self.peer} of the ring did not come within {patience:g} s")
+                raise Gone(f"rank {self.peer} of the ring did not respond within {patience:g} s")
 
 
 class Send:
@@ -165,7 +165,7 @@ class SharedRing(Ring):
             [message for message in receives if message[0] not in self._out],
         )
         # Sends are posted first: that takes no time, and a peer may be waiting. They are waited for
-        # last: a rank that waited for them first would wait for a rank that does the same.
+        # last: two ranks that wait for their sends first would wait for each other.
         near_sends = [m for m in sends if m[0] in self._out and m[1].numel()]
         near_receives = [m for m in receives if m[0] in self._out and m[1].numel()]
         posted: list[Transfer] = [Send(self._out[p], t, self._patience) for p, t in near_sends]

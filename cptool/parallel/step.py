@@ -38,7 +38,7 @@ class Step:
         return [placement.tokens for placement in self.queries]
 
     @cached_property
-    def asking(self) -> list[bool]:
+    def has_queries(self) -> list[bool]:
         """Whether rank r has queries."""
         return [size > 0 for size in self.query_sizes]
 

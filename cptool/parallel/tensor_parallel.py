@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def apply(model: Llama, group: Group) -> None:
-    """Make every o_proj and down_proj of `model`, a rank's share, sum its result over `group`.
+    """Make every o_proj and down_proj of `model`, this rank's part, sum its result over `group`.
 
     Sums are taken in the type of the weights, as Megatron-LM and vLLM do: the matmul has rounded
     each term to it already, so tp terms add at most tp - 1 roundings of the same size (one for

@@ -119,7 +119,7 @@ def _pass_q(rates: Rates, early: bool = True) -> AttentionCost:
         spent = packed = 0.0
         if step < sources or step == ranks - 1:
             pairs = forward.cached_pairs + forward.new_pairs
-            spent = crowd * rates.attention(pairs, forward.asked_keys, forward.queries)
+            spent = crowd * rates.attention(pairs, forward.queried_keys, forward.queries)
             packed = crowd * rates.touch(2 * partial)
         cost.attention_s += spent
         cost.merge_s += packed

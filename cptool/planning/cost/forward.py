@@ -71,7 +71,7 @@ class Forward:
         return self.cached_keys + self.queries
 
     @property
-    def asked_keys(self) -> float:
+    def queried_keys(self) -> float:
         """Keys of a rank in the sequences that another rank's queries belong to."""
         return self.keys * min(1.0, self.queries / self.batch)
 
