@@ -45,7 +45,7 @@ void keep(Vector& value) { asm volatile("" : "+v"(value)); }
 #endif
 
 // What work(thread) on every thread makes in a second. One thread is timed by its own CPU time, as
-// in cptool/bench/measure.py.
+// in cptool/bench/ceilings.py.
 double rate(int threads, double work_of_one, const std::function<void(int)>& work) {
   auto seconds = [=] {
     timespec now;

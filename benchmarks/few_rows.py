@@ -43,7 +43,7 @@ def measure(
     calls, following = -(-TURN // each), itertools.cycle(weights)
 
     def rate(x: torch.Tensor, few_rows: int) -> float:
-        """Of `linear` with its own kernel, or with none of it."""
+        """Return the rate of `linear` if its own kernel takes calls of up to `few_rows` rows."""
 
         def run() -> None:
             for _ in range(calls):

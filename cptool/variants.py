@@ -81,14 +81,16 @@ def register(variant: Variant) -> Variant:
 
 
 def records() -> tuple[Variant, ...]:
-    """All variants, in the order that decides between equal predictions."""
+    """Return all variants, in the order that decides between equal predictions."""
     import cptool.planning.cost.exchange  # noqa: F401  registers those of this package
 
     return tuple(_REGISTERED.values())
 
 
 def names(*, baselines: bool = False) -> tuple[str, ...]:
-    """Variants that "auto" chooses from; with `baselines`, all that can be requested by name."""
+    """Return the variants that "auto" chooses from; with `baselines`, all that can be requested by
+    name.
+    """
     return tuple(v.name for v in records() if not v.static and (baselines or not v.baseline))
 
 
@@ -101,5 +103,5 @@ def find(name: str) -> Variant:
 
 
 def unknown(name: str) -> OptionError:
-    """The error for a name that is no variant's."""
+    """Return the error for a name that is no variant's."""
     return OptionError("variant", name, f"it must be one of {', '.join(names(baselines=True))}")

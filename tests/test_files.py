@@ -15,7 +15,7 @@ from cptool.planning.profiles import check_place, is_measured
 
 @pytest.fixture
 def homeless(monkeypatch):
-    """As in a container whose user has no entry in /etc/passwd."""
+    """Imitate a container whose user has no entry in /etc/passwd."""
 
     def unknown(uid):
         raise KeyError(uid)

@@ -115,7 +115,7 @@ def _cost(
 
 
 def _measured(ranks: int) -> tuple[str, ...]:
-    """The variants to measure; all are the same on one rank."""
+    """Return the variants to measure; all are the same on one rank."""
     every = names(baselines=True)
     return every if ranks > 1 else every[:1]
 

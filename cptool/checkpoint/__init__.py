@@ -59,7 +59,7 @@ def _open_file(path: Path, name: str | None = None) -> Checkpoint:
 
 
 def _download(hub_id: str) -> Path:
-    """The local snapshot of a hub repository, fetched if it is not there yet."""
+    """Return the local snapshot of a hub repository, fetched if it is not there yet."""
     if not any(os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")):
         home("HF_HOME")  # without one the library would make a folder `~` here
     from huggingface_hub import snapshot_download

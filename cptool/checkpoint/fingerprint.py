@@ -148,7 +148,7 @@ def _configuration(checkpoint: Model) -> str:
 
 
 def _identities(paths: list[Path]) -> list[tuple[int, ...]]:
-    """What identifies each file and its last change.
+    """Return what identifies each file and its last change.
 
     The time of the last change of status cannot be set by a program, as that of the last write can.
     """
@@ -157,7 +157,7 @@ def _identities(paths: list[Path]) -> list[tuple[int, ...]]:
 
 
 def _settled(identities: list[tuple[int, ...]], began: int) -> bool:
-    """Whether every write since `began`, when these were taken, shows in the files' times."""
+    """Return whether the files' times show every write since `began`, when these were taken."""
     settled = began - _SETTLED_NS
     return all(written < settled and changed < settled for *_, written, changed in identities)
 

@@ -89,17 +89,17 @@ def speaks_of_the_model(name: str) -> bool:
 
 
 def _same(value: Any, allowed: Any) -> bool:
-    """Whether two values are equal, and both or neither of them are booleans."""
+    """Return whether two values are equal, and both or neither of them are booleans."""
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
 
 
 def _is_unset(value: Any) -> bool:
-    """Whether a value says nothing. False and 0 do say something: `is_causal` is a field."""
+    """Return whether a value says nothing. False and 0 do say something: `is_causal` is a field."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is one that a field of most kinds has if nothing is set."""
+    """Return whether a value is one that a field of most kinds has if nothing is set."""
     return _is_unset(value) or (
         isinstance(value, bool | int | float) and value in (0, 1) and (value is not True)
     )

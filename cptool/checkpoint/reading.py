@@ -71,7 +71,7 @@ class TensorReader:
         return torch.cat(pieces, tensor.dim) if len(pieces) > 1 else pieces[0]
 
     def _values(self, tensor: StoredTensor) -> torch.Tensor:
-        """The whole tensor, a view of the mapped file if it is aligned there."""
+        """Return the whole tensor, a view of the mapped file if it is aligned there."""
         import torch
 
         mapping: Any = self._mapping(tensor.file)  # torch's types leave this kind of storage out
@@ -86,7 +86,7 @@ class TensorReader:
         return values.view(tensor.shape)
 
     def _mapping(self, file: Path) -> Any:
-        """The file as an untyped storage."""
+        """Return the file as an untyped storage."""
         import torch
 
         if file not in self._mappings:
@@ -108,7 +108,7 @@ def _bytes_of(mapping: Any, tensor: StoredTensor) -> torch.Tensor:
 
 
 def _dequantize(stored_bytes: torch.Tensor, tensor: StoredTensor) -> torch.Tensor:
-    """The float32 values of a tensor in a quantised GGML encoding."""
+    """Return the float32 values of a tensor in a quantised GGML encoding."""
     import torch
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize

@@ -55,7 +55,7 @@ def select_tensors(
 
 
 def _why_missing(name: str, found: Iterable[str], count: int) -> str:
-    """What may be wrong with files that lack a tensor, with the remedy.
+    """Return what may be wrong with files that lack a tensor, with the remedy.
 
     A name with the same parts in the same order and others between them is that of another library
     or of a training run.

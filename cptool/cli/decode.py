@@ -147,13 +147,13 @@ def _tokens_to_append(
 
 
 def _texts(report: Report, checkpoint: Checkpoint) -> list[str | None]:
-    """The answers as text, None without a tokenizer."""
+    """Return the answers as text, None without a tokenizer."""
     tokenizer = checkpoint.tokenizer()
     return [tokenizer.decode(list(ids)) if tokenizer else None for ids in report.token_ids]
 
 
 def _fields(report: Report, turn: Turn, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What --json prints."""
+    """Return what --json prints."""
     return {
         "tokens": report.tokens,
         **report.shared_fields(),

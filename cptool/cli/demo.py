@@ -14,11 +14,7 @@ import click
 
 from cptool.cli import draw
 from cptool.cli.models import open_model
-from cptool.cli.options import (
-    RankRequest,
-    attention_options,
-    ranks_by_default,
-)
+from cptool.cli.options import RankRequest, attention_options, ranks_by_default
 from cptool.cli.prompts import check_context
 from cptool.distributed.options import RankOptions
 from cptool.engine.options import EngineOptions, resolve_dtype

@@ -49,7 +49,7 @@ _WRONG = "WRONG"
 
 
 def _build_rows() -> Rows:
-    """What was built, and which of it this machine uses."""
+    """Return what was built, and which of it this machine uses."""
     import torch
 
     import cptool
@@ -87,7 +87,7 @@ def _machine_rows() -> Rows:
 
 
 def _remedy(best: str | None) -> str:
-    """What to do about wrong kernels of the GPU, of which `best` is the fastest to use."""
+    """Return what to do about wrong kernels of the GPU, of which `best` is the fastest to use."""
     from cptool.ops.kernels import cuda_kernels
 
     if best is None:

@@ -101,7 +101,7 @@ json_option = click.option(
 
 @dataclass(frozen=True, kw_only=True)
 class RankRequest:
-    """The ranks that the user asks for; `cp` and `tp` are None where that is left to cptool."""
+    """The ranks that the user requested; `cp` and `tp` are None where that is left to cptool."""
 
     cp: int | None = None
     tp: int | None = None
@@ -128,8 +128,8 @@ class RankRequest:
         return dataclasses.replace(ranks, device=device)
 
     def or_as_last(self, manifest: Manifest) -> RankRequest:
-        """Where neither the user nor a launcher gave a number, take that of the session's last
-        turn.
+        """Return the request with the numbers of the session's last turn, unless the user or a
+        launcher gave one.
         """
         from cptool.distributed.environment import launched_size
 
@@ -140,9 +140,9 @@ class RankRequest:
 
 
 def ranks_by_default(cp: str, tp: str = "1") -> Decorator:
-    """Options whose values are a RankRequest, the argument `ranks`.
+    """Return a decorator with the options of a RankRequest, the argument `ranks`.
 
-    cp, tp: what help says of a command that these options are not given to.
+    cp, tp: the defaults, as help states them.
     """
     return as_object(
         "ranks",
@@ -190,7 +190,7 @@ attention_options = as_object(
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRequest:
-    """How the user asks to sample; None where that is left to the model's author."""
+    """The sampling that the user requested; None where that is left to the model's author."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -214,7 +214,7 @@ class SamplingRequest:
         )
 
     def describe(self, sampling: Sampling) -> str:
-        """One line that says what `sampling`, which this resolved to, is and whose choice it is."""
+        """Return one line with the values of `sampling`, the result of `resolve`, and who chose."""
         if not sampling.temperature:
             return "greedy"
         line = f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"

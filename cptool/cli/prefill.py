@@ -143,7 +143,7 @@ def _open_session(directory: Path, dtype: str) -> Manifest | None:
 
 
 def _fields(report: Report, lengths: list[int], session: str | None) -> dict[str, Any]:
-    """What --json prints."""
+    """Return what --json prints."""
     return {
         "tokens": report.tokens,
         "tokens_per_sequence": lengths,

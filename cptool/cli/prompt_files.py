@@ -13,7 +13,7 @@ _ID_BYTES, _IDS_FILE_BYTES = 64, 64 << 20
 
 
 def read_text(path: Path, context: int) -> str:
-    """The text as it stands: no line end is changed; a byte order mark is none of it."""
+    """Return the text as it stands: no line end is changed; a byte order mark is none of it."""
     # No vocabulary has tokens of so many bytes that a text of this size is of `context` tokens.
     data = _read_regular(path, "a text file", (context << 10) + (1 << 20), context)
     try:
@@ -25,7 +25,7 @@ def read_text(path: Path, context: int) -> str:
 
 
 def _read_regular(path: Path, kind: str, limit: int, context: int) -> bytes:
-    """The bytes of a file of at most `limit`; others are refused before they are read."""
+    """Return the bytes of a file of at most `limit`; others are refused before they are read."""
     try:
         # A FIFO that nobody writes to would block.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:

@@ -105,7 +105,7 @@ class Prompts:
         return [tokens for _, tokens in sequences]
 
     def _encode_texts(self, checkpoint: "Checkpoint", begin: bool) -> list[tuple[str, list[int]]]:
-        """Names and token ids of the prompts that are text."""
+        """Return names and token ids of the prompts that are text."""
         context = checkpoint.config.max_position_embeddings
         texts = [(f"--prompt {number}", text) for number, text in enumerate(self.texts, 1)]
         texts += [(str(path), read_text(path, context)) for path in self.files]

@@ -1,4 +1,4 @@
-"""`cptool pull`: gets a model of the catalogue."""
+"""`cptool pull`: get a model of the catalogue."""
 
 import click
 

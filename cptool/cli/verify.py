@@ -131,7 +131,7 @@ def _default_length(checkpoint: Checkpoint) -> int:
 
 
 def _fields(plan: Plan, verdicts: list[Verdict]) -> dict[str, Any]:
-    """What --json prints."""
+    """Return what --json prints."""
     return {
         "model": plan.model,
         "dtype": plan.dtype,
@@ -154,7 +154,7 @@ def _fields(plan: Plan, verdicts: list[Verdict]) -> dict[str, Any]:
 
 
 def _summary(plan: Plan, verdicts: list[Verdict], device: str) -> str:
-    """One line: what was run, and whether it is exact."""
+    """Return one line: what was run, and whether it is exact."""
     failed = sum(not verdict.passed for verdict in verdicts)
     said = (
         f"NOT exact: {failed} of {len(verdicts)} runs failed"

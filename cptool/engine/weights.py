@@ -84,7 +84,7 @@ def load_model(
 
 
 def _sources(config: LlamaConfig, held: dict[Size, Bounds]) -> dict[str, Source]:
-    """Every parameter with the blocks that it is made of, on a rank that holds `held`."""
+    """Return every parameter with the blocks that it is made of, on a rank that holds `held`."""
     sources: dict[str, Source] = {}
     for weight, layer in find_family(config.family).tensors(config):
         parameter = weight.parameter.format(layer)
@@ -94,7 +94,8 @@ def _sources(config: LlamaConfig, held: dict[Size, Bounds]) -> dict[str, Source]
 
 
 def _mapped(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> torch.Tensor | None:
-    """The parameter as a view of the file, None if it is not stored in one piece and in `dtype`.
+    """Return the parameter as a view of the file, None if it is not stored in one piece and in
+    `dtype`.
 
     A block of columns is a strided view, which matmul takes as it is.
     """

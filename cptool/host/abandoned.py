@@ -73,7 +73,7 @@ def remove(folder: str) -> None:
 
 
 def _is_left(path: str) -> bool:
-    """Whether a dead process of this user left the folder. OSError if that cannot be determined."""
+    """Return whether a dead process of this user left the folder; OSError if that is unknown."""
     if sys.platform == "win32":
         return False
     found = os.stat(path, follow_symlinks=False)

@@ -47,7 +47,7 @@ def empty(
 
 @lru_cache(maxsize=1)
 def there_are() -> bool:
-    """Whether the system gives large pages to a process that requests them."""
+    """Return whether the system gives large pages to a process that requests them."""
     try:
         return hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in _SYSTEM.read_text()
     except OSError:
@@ -55,8 +55,8 @@ def there_are() -> bool:
 
 
 def worth_copying(size: int) -> bool:
-    """Whether to copy `size` bytes from small pages into large ones: the system offers large pages,
-    and the copy takes at most half of the memory that is still available.
+    """Return whether to copy `size` bytes from small pages into large ones: the system offers large
+    pages, and the copy takes at most half of the memory that is still available.
     """
     try:
         return there_are() and 2 * size <= host_memory.available()

@@ -47,7 +47,9 @@ class Folder:
 
 
 def others_can_replace(place: str) -> bool:
-    """Whether any user may rename what is in the directory and put something else in its place."""
+    """Return whether any user may rename what is in the directory and put something else in its
+    place.
+    """
     try:
         mode = os.stat(place).st_mode
     except OSError:  # reported where the directory is used

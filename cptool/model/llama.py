@@ -60,7 +60,7 @@ class BiasedLinear(Linear):
 
 
 def _projection(shapes: Shapes, name: str, device: torch.device | str) -> Linear:
-    """The product with the matrix `name` of a layer, plus a bias if the family has one for it."""
+    """Return the linear layer `name` of a decoder layer, with a bias if the family has one."""
     out, width = shapes[f"{name}.weight"]
     kind = BiasedLinear if f"{name}.bias" in shapes else Linear
     return kind(width, out, device)
@@ -181,7 +181,7 @@ class DecoderLayer(nn.Module):
         )
 
     def _fuses(self) -> bool:
-        """Whether all products are plain, and none is timed or completed by a caller."""
+        """Return whether all products are plain, and none is timed or completed by a caller."""
         attention, mlp = self.self_attn, self.mlp
         products = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
         return all(type(module) is Linear and not module.observed for module in products)

@@ -15,12 +15,13 @@ from cptool.ops.kernels import EXTENSION as _C
 from cptool.ops.linear import FEW_ROWS
 
 _MOST_ROWS = 64
-"""With more rows, the calls between the steps cost nothing and the intermediates are large."""
+"""Rows up to which the fused layer is used; with more, the calls between the steps cost nothing and
+the intermediates are large."""
 
 
 def takes(hidden: Tensor) -> bool:
-    """Whether `hidden` [rows, width] is few rows on a CPU, of which the extension computes all
-    products.
+    """Return whether `hidden` [rows, width] is few rows on a CPU, of which the extension computes
+    all products.
     """
     rows, dtype = hidden.shape[0], hidden.dtype
     return (

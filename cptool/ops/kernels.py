@@ -32,9 +32,9 @@ def cpu_isa(dtype: torch.dtype, head_dim: int = 128) -> str:
 
 
 def cpu_stream_rows(dtype: torch.dtype, head_dim: int = 128) -> int:
-    """Rows of a KV head (query tokens times query heads that share it) up to which CPU calls of
-    this dtype and head dimension read keys and values as they lie, without packing them; 0 where
-    the kernel in use has one way to read them.
+    """Return the rows of a KV head (query tokens times query heads that share it) up to which CPU
+    calls of this dtype and head dimension read keys and values as they lie, without packing them; 0
+    where the kernel in use has one way to read them.
     """
     return _C.cpu_stream_rows(SCALAR_TYPES[dtype], head_dim)
 
@@ -67,15 +67,15 @@ def force_cpu_isa(name: str) -> Iterator[None]:
 
 
 def cuda_kernels() -> list[str]:
-    """The CUDA attention kernels that this build has and the current device runs, slowest first:
-    "simt", "sm80", "sm90". Empty without a device or without CUDA kernels.
+    """Return the CUDA attention kernels that this build has and the current device runs, slowest
+    first: "simt", "sm80", "sm90". Empty without a device or without CUDA kernels.
     """
     return _C.cuda_kernels() if _C.cuda_archs else []
 
 
 def cuda_kernel(dtype: torch.dtype, head_dim: int = 128, tokens: int = 4096) -> str:
-    """The CUDA attention kernel that takes a call of this dtype and head dimension, contiguous, of
-    one sequence with `tokens` queries and keys of 8 heads; on the current device.
+    """Return the CUDA attention kernel that takes a call of this dtype and head dimension,
+    contiguous, of one sequence with `tokens` queries and keys of 8 heads; on the current device.
     """
     stride = 8 * head_dim, head_dim
     return _C.cuda_kernel(

@@ -21,7 +21,8 @@ _BELOW_BFLOAT16 = {
 
 
 def has_bfloat16_products() -> bool:
-    """Whether products of bfloat16 run at least as fast as those of float32 on this processor.
+    """Return whether products of bfloat16 run at least as fast as those of float32 on this
+    processor.
 
     They do where it has AVX512-BF16 (every processor with AMX-BF16 has it too), unless a variable
     of the environment caps the instructions in use below that: CPTOOL_ISA, ATEN_CPU_CAPABILITY or

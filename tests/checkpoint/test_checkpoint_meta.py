@@ -251,7 +251,7 @@ def test_files_that_are_missing_are_named(saved, gqa):
 
 
 def test_a_directory_that_holds_both_layouts(llama, tmp_path):
-    """With Hugging Face's own weights they are read; a hint leads to what lies in `original`."""
+    """Hugging Face's own weights are read if present; else a hint names those in `original`."""
     model, directory = llama
     path = Path(shutil.copytree(directory, tmp_path / "both"))
     save_meta(model, path)

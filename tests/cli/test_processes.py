@@ -189,7 +189,7 @@ def test_ctrl_c_while_ranks_start_is_one_line(mqa_path, smollm2_path, command):
 
 
 def test_ctrl_c_while_a_dataclass_is_made_exits_130(tmp_path):
-    """As one of an import is: under `python -m`, CPython would end by SIGINT, not by the code."""
+    """Imports make dataclasses, which use `exec`; there CPython would end by SIGINT instead."""
     (tmp_path / "interrupted.py").write_text("""
 import cptool.cli.main as cli
 def interrupted(name):

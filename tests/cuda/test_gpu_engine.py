@@ -45,7 +45,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def through_the_host(monkeypatch):
-    """As it is by itself where ranks share a GPU; on a machine with several, too."""
+    """Stage messages, the default where ranks share a GPU, on a machine with several GPUs too."""
     monkeypatch.setenv("CPTOOL_TRANSPORT", "staged")
 
 

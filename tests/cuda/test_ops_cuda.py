@@ -1,4 +1,4 @@
-"""The matrix of tests/test_ops.py on a CUDA device, for every attention kernel that it runs."""
+"""The matrix of tests/ops/test_ops.py on a CUDA device, for every attention kernel that it runs."""
 
 from dataclasses import replace
 
@@ -296,8 +296,9 @@ def test_merge_of_unaligned_rows():
     "queries, keys", [(4096, 4096), (1000, 9001), (1, 30001), (3, 12345)], ids=str
 )
 def test_kernels_agree(kernel, dtype, head_dim, queries, keys):
-    """With the reference kernel, whose weights are not rounded: rounding each to u changes a result
-    by at most u max|v|, and the two kernels' float32 sums differ far less. Twice that is allowed.
+    """Compare with the reference kernel, whose weights are not rounded: rounding each to u changes
+    a result by at most u max|v|, and the two kernels' float32 sums differ far less. Twice that is
+    allowed.
     """
     generator = torch.Generator(DEVICE).manual_seed(0)
 

@@ -62,7 +62,7 @@ def test_the_same_tokens_as_step_by_step(mqa_path, n):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_sequences_that_stop_leave(mqa_path, n):
-    """With a stop token and draws; fewer rows than half open a new set of them."""
+    """Stop tokens and draws end sequences early; fewer rows than half open a new set of steps."""
     options = {"stop": tuple(range(40)), "sampling": Sampling(temperature=2.0, seed=5)}
     expected = run_ranks(1, say, mqa_path, False, TURNS, 24, **options)[0]
     assert len({len(answer) for answer in expected[0][0]}) > 3

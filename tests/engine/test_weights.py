@@ -173,7 +173,7 @@ def test_local_ranks_share_one_copy(cp, tp, tmp_path):
 
 
 def load_on_two_machines(world, path):
-    """As if ranks 0 and 1 were on one machine and ranks 2 and 3 on another."""
+    """Load as if ranks 0 and 1 were on one machine and ranks 2 and 3 on another."""
     machine = range(world.rank // 2 * 2, world.rank // 2 * 2 + 2)
     pids = dict(enumerate(world.gather(os.getpid())))
     elsewhere = {f"/proc/{pids[rank]}/" for rank in pids if rank not in machine}

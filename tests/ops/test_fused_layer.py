@@ -51,7 +51,7 @@ def run(made, hidden, positions):
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, "most"])
 @pytest.mark.parametrize("isa", cpu_isas())
 def test_the_same_bits(dtype, rows, isa, monkeypatch):
-    """With weights, tables and hidden rows that are parts of larger ones, on two threads."""
+    """Weights, tables and hidden rows are parts of larger tensors; two threads."""
     made = layer(dtype)
     most = min(64, fused_layer.FEW_ROWS[dtype])
     rows = most if rows == "most" else min(rows, most)

@@ -78,7 +78,7 @@ def test_pairs_out_of_reach_go_by_gloo():
 
 
 def many_under_way(world):
-    """As many messages as there are slots, twice over, waited for in another order than begun."""
+    """Start as many messages as there are slots, three times; wait for them in another order."""
     ring, peer = SharedRing(world.cp_group), 1 - world.rank
     for turn in range(3):
         incoming = [torch.empty(5, dtype=torch.int64) for _ in range(SLOTS)]

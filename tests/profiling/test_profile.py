@@ -107,7 +107,7 @@ def test_moments_without_a_kernel_are_idle():
 
 
 def test_the_profilers_clock_is_ours():
-    """Of the CPU's operators, which need no GPU."""
+    """The profiler observes the operators of the CPU, which need no GPU."""
     profiler, x = DeviceProfiler("CPU"), torch.ones(300, 300)
     profiler.start()
     torch.mm(x, x)

@@ -121,7 +121,7 @@ def _check_kind(path: Path, metadata: dict[str, Any]) -> Family:
 def _read_model(
     path: Path, header: Header, family: Family, notes: Notes
 ) -> tuple[LlamaConfig, dict[str, AnyTensor]]:
-    """The model's shape, and its tensors by their Hugging Face names."""
+    """Return the model's shape, and its tensors by their Hugging Face names."""
     found = {family.huggingface_name(key, "gguf"): t for key, t in header.tensors.items()}
     check_names(path, found, family)
     divisors = found.pop(ROPE_DIVISORS, None)

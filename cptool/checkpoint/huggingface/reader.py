@@ -76,7 +76,7 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
 
 
 def _with_prefix(family: Family, found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors under their names in a model that generates text.
+    """Return the tensors under their names in a model that generates text.
 
     Those of a bare model lack a prefix, which transformers adds when it reads them.
     """
@@ -90,7 +90,7 @@ def _with_prefix(family: Family, found: dict[str, StoredTensor]) -> dict[str, St
 
 
 def _read_optional(file: Path, known: FieldList, notes: Notes) -> dict[str, Any]:
-    """The checked fields of a file that may be missing."""
+    """Return the checked fields of a file that may be missing."""
     if not file.is_file():
         if (why := dangling(file)) is not None:
             raise UserError(f"{file}: {why}")
@@ -133,7 +133,7 @@ class _NamedTokens:
 
 
 def _sampling(source: Path, generation: dict[str, Any], notes: Notes) -> SamplingDefaults:
-    """The author's temperature and top-p, which count only if `do_sample` is set.
+    """Return the author's temperature and top-p, which count only if `do_sample` is set.
 
     The temperature is then 1 if it is not stated, as in transformers.
     """

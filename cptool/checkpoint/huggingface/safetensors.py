@@ -90,7 +90,7 @@ def _tensor(path: Path, data: int, name: str, entry: Any) -> StoredTensor:
 
 
 def _check_cover(tensors: dict[str, StoredTensor], start: int) -> int:
-    """The end of the data; ValueError if entries overlap or leave bytes out."""
+    """Return the end of the data; ValueError if entries overlap or leave bytes out."""
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != start:
             does = "overlaps the one before" if tensor.offset < start else "leaves a hole before it"

@@ -67,7 +67,7 @@ def read_config(
 
 
 def _context(source: Path, params: dict[str, Any], theta: float, eps: float) -> int:
-    """The number of positions that the release was made for.
+    """Return the number of positions that the release was made for.
 
     It is `max_seq_len`, which no release has and users may add, or follows from the rotary
     embedding.
@@ -87,7 +87,7 @@ def _context(source: Path, params: dict[str, Any], theta: float, eps: float) -> 
 def _read_scaling(
     source: Path, params: dict[str, Any], shape: tuple[int, int]
 ) -> RopeScaling | None:
-    """The rotary scaling of a model of a `shape` (width, layers)."""
+    """Return the rotary scaling of a model of a `shape` (width, layers)."""
     if flag(source, params, "use_scaled_rope"):
         usual = _SCALING_FACTORS.get(shape, _SCALING_FACTOR)
         factor = number(source, params, "rope_scaling_factor", usual)

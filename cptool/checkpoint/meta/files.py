@@ -80,7 +80,7 @@ def join_files(
 
 
 def _divided_dim(weight: Weight, part: tuple[int, ...], hidden: int) -> int | None:
-    """The dimension along which files divide a weight; None if each has it whole.
+    """Return the dimension along which files divide a weight; None if each has it whole.
 
     It is that of tensor parallelism, and of the embedding and the output matrix the vocabulary, or
     the width (the embedding of Llama 1 and 2). `part` is the shape in one file.

@@ -73,7 +73,7 @@ def open_meta(path: Path, name: str | None = None) -> Checkpoint:
 
 
 def _read_tokenizer(path: Path, vocab_size: int) -> TokenizerModel | None:
-    """The tokenizer.model beside the weights, or one directory up; None if there is none."""
+    """Return the tokenizer.model beside the weights, or one directory up; None if there is none."""
     for directory in (path, path.resolve().parent):
         file = directory / "tokenizer.model"
         if not file.is_file():

@@ -102,7 +102,7 @@ class _Archive:
         )
 
     def _data_of(self, record: zipfile.ZipInfo) -> int:
-        """The offset in the file at which the data of a record begins."""
+        """Return the offset in the file at which the data of a record begins."""
         file = self.archive.fp
         assert file is not None  # open as long as this object is used
         file.seek(record.header_offset)
@@ -114,7 +114,7 @@ class _Archive:
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a contiguous tensor, in elements."""
+    """Return the strides of a contiguous tensor, in elements."""
     strides, step = [], 1
     for extent in reversed(shape):
         strides.append(step)

@@ -119,7 +119,7 @@ class ChatFormat:
         return self._marked | rendered
 
     def _examples(self, template: str) -> list[str]:
-        """Renderings of short conversations, without those that the template refuses."""
+        """Return the renderings of short conversations, without those that the template refuses."""
         texts = []
         for messages in _EXAMPLES:
             try:

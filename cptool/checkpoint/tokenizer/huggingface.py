@@ -127,7 +127,7 @@ def _read_backend(path: Path) -> Backend:
 
 
 def _class_of(path: Path, settings: dict[str, Any]) -> str:
-    """The class with which transformers would read the files if it matters, else ""."""
+    """Return the class with which transformers would read the files if it matters, else ""."""
     if settings.get("split_special_tokens") is True:
         raise UserError(
             f"{path.parent}: split_special_tokens is true, so that a chat's control tokens would "
@@ -231,7 +231,7 @@ def _add(
     roles: dict[str, str | AddedToken],
     extra: list[str | AddedToken],
 ) -> None:
-    """Adds what the vocabulary has not, in the order in which ids are given out."""
+    """Add tokens that the vocabulary lacks, in the order in which they get ids."""
     present = backend.get_added_tokens_decoder()
     described = {repr(token) for token in present.values()}
     new = [token for _, token in sorted(listed.items()) if repr(token) not in described]
@@ -248,7 +248,7 @@ def _add(
 
 
 def _as_llama(fields: dict[str, Any], backend: Backend, if_legacy: str) -> Backend:
-    """The vocabulary under the rules of transformers' LlamaTokenizer, which keeps no others.
+    """Return the vocabulary under the rules of transformers' LlamaTokenizer, which keeps no others.
 
     `if_legacy` says before which parts of a text a space goes if the files are `legacy`.
     """
@@ -270,7 +270,7 @@ def _as_llama(fields: dict[str, Any], backend: Backend, if_legacy: str) -> Backe
 
 
 def _as_gpt_neox(fields: dict[str, Any], backend: Backend) -> Backend:
-    """The vocabulary under the rules of transformers' GPTNeoXTokenizer: nothing goes around."""
+    """Return the vocabulary under the rules of transformers' GPTNeoXTokenizer."""
     model = backend.model
     if not isinstance(model, models.BPE):
         raise TypeError(f"a GPTNeoXTokenizer over {type(model).__name__}, it must be BPE")
@@ -286,7 +286,7 @@ def _as_gpt_neox(fields: dict[str, Any], backend: Backend) -> Backend:
 
 
 def _token(value: Any, **more: Any) -> str | AddedToken:
-    """A token as files write one: a text, or an object of its text and flags."""
+    """Return a token as files write one: a text, or an object of its text and flags."""
     if isinstance(value, dict):
         return AddedToken(**{k: v for k, v in value.items() if k != "__type"} | more)
     if isinstance(value, str | AddedToken):
@@ -302,7 +302,7 @@ def _text(token: str | AddedToken | dict[str, Any]) -> str:
 def _template(
     directory: Path, settings: dict[str, Any], given: str | None
 ) -> tuple[str | None, str | None]:
-    """The template for chats, or None and why."""
+    """Return the template for chats, or None and why."""
     named = sorted((directory / "additional_chat_templates").glob("*.jinja"))
     if given is not None:
         return given, None

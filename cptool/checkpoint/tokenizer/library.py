@@ -102,7 +102,7 @@ def _raise(error: BaseException) -> None:
 
 
 def _resident() -> int:
-    """Bytes of memory that this process holds."""
+    """Return the bytes of memory that this process holds."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 

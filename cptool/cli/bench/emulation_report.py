@@ -35,7 +35,7 @@ class Report:
     result: Projection
 
     def fields(self) -> dict[str, Any]:
-        """What --json prints; seconds and bytes as the names say."""
+        """Return what --json prints; seconds and bytes as the names say."""
         scenario, result = self.scenario, self.result
         return {
             "shape": self.shape,
@@ -66,7 +66,7 @@ class Report:
         }
 
     def rows(self) -> Rows:
-        """Rows of the table."""
+        """Return the rows of the table."""
         scenario, result = self.scenario, self.result
         memory = self._memory()
         return [
@@ -110,7 +110,7 @@ class Report:
         return f"CPU, {torch.get_num_threads()} threads"
 
     def _attention_rate(self, pairs: int, seconds: float) -> float | None:
-        """TFLOP/s of attention over `pairs` of a query and a key: 4 D per pair and head."""
+        """Return TFLOP/s of attention over `pairs` of queries and keys: 4 D per pair and head."""
         heads, head_dim = self.scenario.heads, self.scenario.config.head_dim
         return _rate(4 * heads * head_dim * pairs, seconds)
 
@@ -162,7 +162,7 @@ class Report:
         return rows
 
     def _ring_rows(self) -> Rows:
-        """The steps of the ring whose rates are the lowest and the highest."""
+        """Return the steps of the ring whose rates are the lowest and the highest."""
         ring = [block for block in self.result.blocks if block.source is not None]
         if len(ring) < 2:
             return []
@@ -193,7 +193,7 @@ class Report:
         return rows
 
     def _memory(self) -> dict[str, int]:
-        """Bytes that the weights and the KV of a real rank take."""
+        """Return the bytes that the weights and the KV of a real rank take."""
         scenario, config = self.scenario, self.scenario.config
         item = scenario.dtype.itemsize
         ffn = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
@@ -204,7 +204,7 @@ class Report:
         return {"weights": shared + tables * item, "kv": kv // config.num_key_value_heads}
 
     def _assumptions(self) -> list[str]:
-        """What the projection assumes without measuring it here."""
+        """Return what the projection assumes without measuring it here."""
         scenario, profile, result = self.scenario, self.profile, self.result
         told = [
             f"all {result.layers} layers take what this one took, and all ranks at most what rank "

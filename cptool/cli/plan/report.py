@@ -30,7 +30,7 @@ class Report:
     target: float | None
 
     def fields(self) -> dict[str, Any]:
-        """What --json prints; seconds, milliseconds and bytes as the names say."""
+        """Return what --json prints; seconds, milliseconds and bytes as the names say."""
         work, best = self.search.work, self.answer.best
         return {
             "model": self.search.model,
@@ -127,7 +127,7 @@ class Report:
         return line + f" in each of {work.batch} sequences" * (work.batch > 1)
 
     def _beyond_context(self) -> Rows:
-        """A row where the workload is longer than the model's own context."""
+        """Return a row where the workload is longer than the model's own context."""
         work = self.search.work
         own = work.config.max_position_embeddings
         if work.context + work.answer <= own:
@@ -136,7 +136,7 @@ class Report:
         return [("", f"{beyond} without --context-length")]
 
     def _missed(self) -> str:
-        """What the table says of the requested time to the first token."""
+        """Return what the table says of the requested time to the first token."""
         if self.target is None:
             return ""
         target = duration(self.target)
@@ -145,7 +145,7 @@ class Report:
         return f"; no layout here reaches the target of {target}, raise --max-gpus"
 
     def _command(self) -> str:
-        """What runs this plan: one command on one host, torchrun on each of several."""
+        """Return what runs this plan: one command on one host, torchrun on each of several."""
         best, work, model = self.answer.best, self.search.work, self.search.model
         options = [f"--cp {best.cp}"] * (best.cp > 1) + [f"--tp {best.tp}"] * (best.tp > 1)
         if best.choice.reason == "as asked":
@@ -169,7 +169,7 @@ class Report:
 
 
 def _layout_fields(plan: Plan) -> dict[str, Any]:
-    """What JSON says of each layout."""
+    """Return what JSON says of each layout."""
     return {
         "cp": plan.cp,
         "tp": plan.tp,
@@ -182,7 +182,7 @@ def _layout_fields(plan: Plan) -> dict[str, Any]:
 
 
 def _time_fields(best: Plan) -> dict[str, Any]:
-    """The parts of the times, and the times of the other variants on the same layout."""
+    """Return the parts of the times, and the times of the other variants on the same layout."""
     parts = best.ttft.parts
     return {
         **parts,
@@ -225,7 +225,7 @@ def _layout(best: Plan, work: Workload) -> str:
 
 
 def _steps(best: Plan) -> str:
-    """The variant of a decode step, and the times of the others."""
+    """Return the variant of a decode step, and the times of the others."""
     others = (
         f"{name} {duration(e.seconds)}"
         for name, e in best.other_steps.items()
@@ -235,7 +235,7 @@ def _steps(best: Plan) -> str:
 
 
 def _shares(parts: dict[str, float]) -> str:
-    """The parts that count, the largest first."""
+    """Return the parts that count, the largest first."""
     whole = sum(parts.values())
     named = sorted(parts.items(), key=lambda part: -part[1])
     return ", ".join(

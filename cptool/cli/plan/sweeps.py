@@ -39,7 +39,7 @@ class Table:
 
 
 def contexts(search: Search) -> Table:
-    """Contexts up to the requested one, doubling, with a series for each number of CP ranks."""
+    """Return contexts that double up to the requested one, with a series per number of CP ranks."""
     tp = search.tensor_parallel()
     counts = [search.cp] if search.cp else search.cp_counts(tp)
     lengths = [search.work.context]
@@ -62,7 +62,7 @@ def contexts(search: Search) -> Table:
 
 
 def ranks(search: Search) -> Table:
-    """Numbers of CP ranks, beside what perfect scaling of the first would give."""
+    """Return the numbers of CP ranks, beside what perfect scaling of the first would give."""
     tp = search.tensor_parallel()
     counts = search.cp_counts(tp)
     times = [search.seconds(count, tp) for count in counts]
@@ -85,7 +85,7 @@ def ranks(search: Search) -> Table:
 
 
 def miss_rates(search: Search) -> Table:
-    """Miss rates T / (T + P) at one context, with a series for each variant."""
+    """Return miss rates T / (T + P) at one context, with a series for each variant."""
     tp, context = search.tensor_parallel(), search.work.context
     cp = search.cp or max(1, search.ranks // tp)
     if cp == 1:
@@ -111,7 +111,7 @@ def miss_rates(search: Search) -> Table:
 
 
 def _fastest(rates: list[float], series: dict[str, list[float | None]]) -> list[str]:
-    """The fastest variant of each stretch of miss rates."""
+    """Return the fastest variant of each stretch of miss rates."""
     stretches: list[tuple[str, list[float]]] = []
     for rate, *times in zip(rates, *series.values(), strict=True):
         fitting = [(t, name) for t, name in zip(times, series, strict=True) if t is not None]
