@@ -142,7 +142,7 @@ def measure(
     """
     for problem in problems:
         inputs = Inputs(problem, device)
-        # Short calls need more of them: 20 ms a sample.
+        # Short calls are repeated: a sample takes about 20 ms.
         calls = max(1, min(1000, round(0.02 / max(1e-6, stopwatch(inputs.ours, device)))))
 
         def repeated(call: Callable[[], object], calls: int = calls) -> Callable[[], float]:

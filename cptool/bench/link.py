@@ -196,6 +196,7 @@ class _Stream:
         sender.join()
 
     def close(self) -> None:
+        """Close both connections."""
         self._ahead.close()
         self._behind.close()
 

@@ -50,14 +50,17 @@ class Scenario:
 
     @property
     def heads(self) -> int:
+        """Query heads per rank."""
         return self.config.num_attention_heads // self.tp
 
     @property
     def kv_heads(self) -> int:
+        """KV heads per rank; replicated where `tp` exceeds them."""
         return max(1, self.config.num_key_value_heads // self.tp)
 
     @property
     def ffn(self) -> int:
+        """Width of the feed-forward network per rank."""
         return self.config.intermediate_size // self.tp
 
 

@@ -126,6 +126,7 @@ class EmulatedRing(Ring):
         return [_Noted(self._transfers)]
 
     def wait(self, pending: Sequence[Transfer]) -> None:
+        """Record that the rank waits for `pending`."""
         self.timeline.mark("attention")  # ends what ran before, which belongs before the wait
         numbers = (transfer.number for transfer in pending if isinstance(transfer, _Noted))
         self.timeline.note(Wait(tuple(numbers)))

@@ -186,7 +186,7 @@ def _over_local(
     scale: float,
     out_dtype: torch.dtype | None = None,
 ) -> Partial:
-    """Attention of q over this rank's own keys."""
+    """Compute attention of q over this rank's own keys."""
     k, v, k_pos, cu_k = kv.local
     return attention_partial(
         q,
@@ -211,7 +211,7 @@ def _over_block(
     into: Partial | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Partial:
-    """Attention of q over a block [Tk, 2, Hkv, D] that arrived: K at index 0 and V at index 1."""
+    """Compute attention of q over a received block [Tk, 2, Hkv, D]: K at index 0, V at index 1."""
     return attention_partial(
         q,
         block[:, 0],

@@ -62,6 +62,7 @@ class Ring:
 
     @property
     def exposed_s(self) -> float:
+        """Seconds stood waiting so far; synchronizes with the device."""
         return self._exposure.seconds
 
     def blocks(

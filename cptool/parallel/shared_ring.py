@@ -87,6 +87,7 @@ class Channel:
         return self.begun, self.start + self.begun % SLOTS * _SLOT_BYTES
 
     def signal(self, word: int, number: int) -> None:
+        """Set the word to `number` and wake the peer."""
         _C.signal_word(self.address + word, number % _WORD)
 
     def wait(self, word: int, number: int, patience: float) -> None:

@@ -35,6 +35,7 @@ class Step:
 
     @cached_property
     def query_sizes(self) -> list[int]:
+        """Number of new tokens per rank."""
         return [placement.tokens for placement in self.queries]
 
     @cached_property
@@ -44,14 +45,17 @@ class Step:
 
     @cached_property
     def key_sizes(self) -> list[int]:
+        """Number of keys per rank."""
         return [placement.tokens for placement in self.keys]
 
     @cached_property
     def all_queries(self) -> tuple[Placement, torch.Tensor]:
+        """`union` of the new tokens of all ranks."""
         return union(self.queries)
 
     @cached_property
     def all_keys(self) -> tuple[Placement, torch.Tensor]:
+        """`union` of the keys of all ranks."""
         return union(self.keys)
 
     @cached_property

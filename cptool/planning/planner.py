@@ -46,6 +46,7 @@ class Workload:
 
     @property
     def new(self) -> int:
+        """New tokens, all sequences together (T)."""
         return self.batch * (self.context - self.cached)
 
 
@@ -71,10 +72,12 @@ class Plan:
 
     @property
     def ranks(self) -> int:
+        """Ranks in all, CP times TP."""
         return self.cp * self.tp
 
     @property
     def memory_bytes(self) -> float:
+        """Bytes needed on each rank."""
         return sum(self.memory.values())
 
     @property

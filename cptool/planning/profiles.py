@@ -94,7 +94,11 @@ def _saved() -> dict[str, HardwareProfile]:
         return {}
     try:
         text = path.read_text()
-    except (FileNotFoundError, NotADirectoryError, PermissionError):  # or one in another's home
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        PermissionError,
+    ):  # or a cache in another user's home
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); {REMEDY}") from None

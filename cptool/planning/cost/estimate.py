@@ -31,14 +31,17 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
+        """Seconds of the whole forward."""
         return sum(self.parts.values())
 
     @property
     def exposed_s(self) -> float:
+        """Seconds of transfers that compute does not hide."""
         return self.layers * self.layer.exposed_s
 
     @property
     def hidden_s(self) -> float:
+        """Seconds of transfers under compute."""
         return self.layers * self.layer.hidden_s
 
     @property

@@ -188,17 +188,17 @@ def _all_q(rates: Rates) -> AttentionCost:
 
 
 def _running(rates: Rates) -> float:
-    """Seconds to read and write the running float32 result that a kernel merges into."""
+    """Return the seconds to read and write the running float32 result that a kernel merges into."""
     return rates.touch(2 * _local_partial(rates.forward), calls=0)
 
 
 def _local_partial(forward: Forward) -> float:
-    """Bytes of a partial of this rank's queries that stays here: float32."""
+    """Return the bytes of a partial of this rank's queries that stays here: float32."""
     return forward.queries * (forward.query_width + forward.heads) * 4
 
 
 def _merged(rates: Rates, partials: int, each: float | None = None) -> float:
-    """Seconds to merge partials of this rank's queries: all are read, the result is written.
+    """Return the seconds to merge partials of this rank's queries: read all, write the result.
 
     each: bytes of one partial; by default, of one as it travels.
     """

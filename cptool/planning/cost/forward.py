@@ -51,6 +51,7 @@ class Forward:
 
     @cached_property
     def query_width(self) -> int:
+        """Elements of q of a token on a rank."""
         return self.heads * self.config.head_dim
 
     @cached_property
@@ -60,14 +61,17 @@ class Forward:
 
     @cached_property
     def queries(self) -> float:
+        """New tokens of this rank, at least 1."""
         return self.new / self.active if self.new > self.active else 1
 
     @cached_property
     def cached_keys(self) -> float:
+        """Cached tokens of each rank."""
         return self.cached / self.ranks
 
     @cached_property
     def keys(self) -> float:
+        """Tokens of this rank, cached and new."""
         return self.cached_keys + self.queries
 
     @property
@@ -141,10 +145,12 @@ class Prediction:
 
     @property
     def parts(self) -> dict[str, float]:
+        """Seconds by part; they add up to `seconds`."""
         return {name: getattr(self, name) for name in PARTS}
 
     @property
     def seconds(self) -> float:
+        """Seconds of the layer."""
         return sum(self.parts.values())
 
     @property
