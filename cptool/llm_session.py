@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cptool.llm import LLM, Generation, Prompt
 
 DEFAULT_TOKENS = 128
-"""What a call generates at most if nothing else is asked for."""
+"""Tokens that a call generates at most by default."""
 
 
 class Session:

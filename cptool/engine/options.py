@@ -1,4 +1,4 @@
-"""How an engine computes, as a command or a caller asks for it. Imports no torch."""
+"""Options of how an engine computes, set by a command or a caller. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

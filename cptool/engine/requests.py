@@ -1,4 +1,4 @@
-"""What the starting process and its ranks say to each other, and how it travels.
+"""The messages between the starting process and its ranks, and how they travel.
 
 Each rank has a connection of its own: a pair of sockets without a name, of which the rank inherits
 one end, so that no other process can connect. It carries typed data, never pickles

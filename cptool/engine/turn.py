@@ -74,7 +74,7 @@ class Report:
     `exposed_s` is time that attention waited for other ranks during the prefill, `wire_bytes` what
     this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank reads
     for one step of decode. `ceiling_flops` is what a rank of this hardware can reach, None where
-    that is unknown. `phases` tells where the time went if the turn asked for a profile.
+    that is unknown. `phases` holds the time per phase if the turn requested a profile.
     """
 
     tokens: int

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Block:
-    """A checkpoint's tensor, or what lies within `bounds` [start, stop) of its dimension `dim`."""
+    """A checkpoint's tensor, or the part within `bounds` [start, stop) of its dimension `dim`."""
 
     name: str
     dim: int = 0

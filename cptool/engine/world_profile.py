@@ -1,14 +1,14 @@
-"""The hardware profile that all ranks of a world go by."""
+"""The hardware profile that all ranks of a world use."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cptool.planning.hardware import PARTS, HardwareProfile
 from cptool.planning.profiles import load_profile
 
 if TYPE_CHECKING:
     from cptool.distributed.world import World
-from cptool.planning.hardware import PARTS, HardwareProfile
 
 
 def world_profile(world: World) -> HardwareProfile:
@@ -26,10 +26,9 @@ def world_profile(world: World) -> HardwareProfile:
 
 
 def usable_processors(world: World) -> int:
-    """Return how many processors the ranks of `world` may run on in total; each may be bound to
-    some.
+    """Return how many processors the ranks of `world` may run on in total. Collective.
 
-    Collective.
+    Each rank may be bound to some of them.
     """
     from cptool.host import affinity
 

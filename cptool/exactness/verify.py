@@ -36,12 +36,12 @@ checked all.
 """
 
 ALLOWED_GROWTH = 1.1
-"""What merging partials may add to the error of one rank, beside one rounding of the result."""
+"""Factor by which merging may raise the error of one rank, beside one rounding of the result."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every run does: two turns of tokens, then greedy decode steps."""
+    """The work of every run: two turns of tokens, then greedy decode steps."""
 
     model: str
     dtype: str
@@ -82,8 +82,9 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A measurement held against one rank. `tokens`: "same", "tie at token I", or "differ at token
-    I".
+    """A measurement compared with one rank.
+
+    tokens: "same", "tie at token I", or "differ at token I".
     """
 
     measurement: Measurement

@@ -202,7 +202,7 @@ def rows_of(x: Tensor, name: str = "x") -> torch.Size:
 
 
 def check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, device: torch.device
 ) -> None:
     """Raise ValueError unless shape, dtype and device are these and the innermost stride is 1."""
     if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
@@ -218,4 +218,4 @@ def check_tensor(
 
 def check_matrix(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """`check_tensor` for a matrix on the CPU."""
-    check_tensor(name, tensor, shape, dtype, torch.device("cpu"))
+    check_tensor(name, tensor, shape, dtype, device=torch.device("cpu"))

@@ -86,9 +86,9 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _norm(hidden: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     (rows, width), dtype = rows_of(hidden, "hidden"), hidden.dtype
-    check_tensor("weight", weight, (width,), dtype, hidden.device)
+    check_tensor("weight", weight, (width,), dtype, device=hidden.device)
     if added is not None:
-        check_tensor("added", added, (rows, width), dtype, hidden.device)
+        check_tensor("added", added, (rows, width), dtype, device=hidden.device)
         added = added.contiguous()
     out = torch.empty((rows, width), dtype=dtype, device=hidden.device)
     _run(
@@ -115,7 +115,7 @@ def _rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
     tokens, count, head_dim = heads.shape
     for name, table in (("cos", cos), ("sin", sin)):
-        check_tensor(name, table, (tokens, 1, head_dim // 2), torch.float32, heads.device)
+        check_tensor(name, table, (tokens, 1, head_dim // 2), torch.float32, device=heads.device)
     cos, sin = cos.contiguous(), sin.contiguous()
     _run(
         "rotate",
@@ -134,7 +134,7 @@ def _rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 def _swiglu_(gate: Tensor, up: Tensor) -> None:
     rows, width = rows_of(gate, "gate")
-    check_tensor("up", up, (rows, width), gate.dtype, gate.device)
+    check_tensor("up", up, (rows, width), gate.dtype, device=gate.device)
     _run(
         "swiglu",
         gate.device,

@@ -53,7 +53,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     (rows, depth), columns = rows_of(x), weight.shape[0]
-    check_tensor("weight", weight, (columns, depth), x.dtype, x.device)
+    check_tensor("weight", weight, (columns, depth), x.dtype, device=x.device)
     out = torch.empty((rows, columns), dtype=x.dtype)
     _C.linear_cpu(
         x.data_ptr(),

@@ -74,7 +74,7 @@ def commit_or_keep(directory: Path, manifest: Manifest, chat: dict | None = None
 
 
 class Refused(RunError):
-    """A commit on top of what is no longer there."""
+    """A commit on top of a state that no longer exists."""
 
 
 def _replace(

@@ -28,7 +28,7 @@ SEGMENT_NAME = re.compile(r"segment-(\d{5,10})-(\d{3,5})-(\d{3,5})-[0-9a-f]{8}\.
 
 
 class Damaged(UserError):
-    """A session's files are not what was written there."""
+    """A session's files do not hold what was written."""
 
 
 @dataclass(frozen=True, kw_only=True)
