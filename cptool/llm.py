@@ -270,7 +270,7 @@ def _end(resident: Resident) -> None:
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """Raise what is neither a UserError nor a RunError as a RunError that says it in one line."""
+    """Raise any exception but UserError and RunError as a RunError of one line."""
     try:
         yield
     except (UserError, RunError):

@@ -24,6 +24,7 @@ from cptool.host.scratch import Folder, make_folder, others_can_replace
 
 # Longest temporary directory with room for the name of the server's socket (107 bytes in all).
 _LONGEST_BASE = 55
+_KILLED_S = 2.0
 
 
 def start(entry: Callable[..., Any]) -> None:
@@ -106,10 +107,12 @@ def ends_within(seconds: float) -> bool:
 def kill_if_stopped() -> None:
     """Kill the process that ranks are forked from, and thereby its ranks, if it is stopped.
 
-    A stopped process handles no other signal.
+    A stopped process handles no other signal. Blocks until it has ended, for up to _KILLED_S, or
+    the next run would take it for a running one.
     """
     if is_stopped(pid()):
         os.kill(pid(), signal.SIGKILL)
+        ends_within(_KILLED_S)
 
 
 @contextlib.contextmanager

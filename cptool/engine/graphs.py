@@ -11,12 +11,11 @@ class Recorded:
     """`run`, whose kernels read and write the same memory at every call.
 
     Calling it replays the graph and returns what `run` returned when it was recorded: the same
-    tensors with new values. On a CPU, or where recording fails, it calls `run` itself; `reason`
-    says why.
+    tensors with new values. On a CPU, or if recording fails, it calls `run` itself; `reason` holds
+    the cause.
 
-    run: must wait for nothing and depend on no value that the host knows. It is called twice
-    beforehand, for libraries that set themselves up at first use, so two calls more must do no
-    harm.
+    run: must not block and not depend on values on the host. It is called twice before recording,
+        for libraries that initialize at first use, so two additional calls must do no harm.
     """
 
     def __init__(self, run: Callable[[], torch.Tensor], device: torch.device) -> None:
@@ -33,7 +32,7 @@ class Recorded:
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            # Thread-local, because NCCL's watchdog asks for events in a thread of its own.
+            # Thread-local, because NCCL's watchdog queries events in a thread of its own.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._result = run()
         except RuntimeError as error:

@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 _PATIENCE_S = 5.0
 
 _starting = threading.Lock()
-"""Held while ranks start, so that those of two `Resident`s are told apart."""
+"""Held while ranks start, so that those of two `Resident`s can be distinguished."""
 
 
 class Resident:
     """Ranks at work for this process; a context manager that ends them.
 
-    The ranks run by `distributed.launch.run` in a thread. If they end before they are told to, the
-    call that waits for them raises what `run` raised.
+    `distributed.launch.run` runs the ranks, in a thread. If they end before END is sent, the call
+    that waits for them raises what `run` raised.
     """
 
     def __init__(self, setup: Setup, ranks: RankOptions) -> None:

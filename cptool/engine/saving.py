@@ -66,8 +66,8 @@ def save(
         engine was; None saves everything as a new session.
     chat: the state of the conversation that the turn belongs to.
 
-    Raises RunError or OSError on every rank if the turn cannot be saved; the message says what
-    became of it. The engine is then as it was, and can save elsewhere.
+    Raises RunError or OSError on every rank if the turn cannot be saved, with what became of it in
+    the message. The engine is then unchanged and can save elsewhere.
     """
     engine.report("save the session", 0, 0)
     with ExitStack() as held:  # the lock of a running process, until the turn is committed

@@ -1,8 +1,8 @@
-"""The device's side of a profile: kernels as torch.profiler saw them, by phase, and idle time.
+"""The device's side of a profile: kernels as torch.profiler recorded them, by phase, and idle time.
 
-On CUDA the host only launches: a span of its own thread says when, and the kernels themselves say
-how long. A moment in which no kernel runs is idle, mostly because the host is late: small decode
-steps are made of such moments.
+On CUDA the host only launches: a span of its thread gives the time of the launch, and the kernel
+itself gives the duration. The device is idle while no kernel runs, mostly because the host is late;
+small decode steps consist mostly of such idle time.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class DeviceProfiler:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._profiler.stop()
-        # Events count from the beginning of the trace, which is told in time since the epoch.
+        # Events count from the beginning of the trace, which is given in time since the epoch.
         recorded = self._profiler.profiler
         assert recorded is not None and recorded.kineto_results is not None
         began = 1e-9 * recorded.kineto_results.trace_start_ns()

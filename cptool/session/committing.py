@@ -54,7 +54,7 @@ def _check_base(directory: Path, manifest: Manifest, previous: Manifest | None) 
 def commit_or_keep(directory: Path, manifest: Manifest, chat: dict | None = None) -> Manifest:
     """Call `commit`; if it is refused, keep the turn as a session of its own beside this one.
 
-    RunError, with the line that says where, if so.
+    Raises RunError in that case; its message names the place.
     """
     try:
         return commit(directory, manifest, chat)

@@ -1,7 +1,4 @@
-"""Reading a manifest, and whether what it says can be.
-
-`parse` and `validate` are what every reader and every commit goes through.
-"""
+"""Parsing and validation of manifests, which every reader and every commit goes through."""
 
 import re
 from dataclasses import fields, replace
@@ -31,8 +28,10 @@ _LARGEST_HEADER = 100_000_000  # of a safetensors file, by the rules of that for
 
 
 def parse(data: bytes) -> Manifest:
-    """Return the manifest that these bytes are. Raises ValueError, in words for the user, if they
-    are not a manifest of this format as it was written, or say what cannot be.
+    """Return the manifest encoded in `data`.
+
+    Raises ValueError, with a message for users, if it is not a manifest of this format, was
+    changed after it was written, or is inconsistent.
     """
     found = parse_json(data)
     _require(isinstance(found, dict), "it is not an object")
@@ -295,9 +294,9 @@ def _digest(value: Any, where: str) -> None:
         raise ValueError(f"{where} is {_quoted(value)}, it must be 64 hex digits")
 
 
-def _require(holds: Any, told: str) -> None:
+def _require(holds: Any, message: str) -> None:
     if not holds:
-        raise ValueError(told)
+        raise ValueError(message)
 
 
 def _quoted(value: Any) -> str:

@@ -29,8 +29,8 @@ def restore(
     """Fill an empty cache with this rank's part of the session and return what every rank holds.
 
     KV heads [kv_heads[0], kv_heads[1]) are read, and room is kept for `reserve` more tokens of each
-    sequence. The caller has called `verify` on the segments. Damaged, before the cache is
-    touched, if their contents are not what the manifest says.
+    sequence. The caller has called `verify` on the segments. Raises Damaged, before the cache is
+    changed, if their contents do not match the manifest.
     """
     import torch
 

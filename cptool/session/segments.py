@@ -174,8 +174,9 @@ def _bytes_of(tensor: "torch.Tensor") -> memoryview:
 def opened(
     directory: Path, manifest: Manifest, names: Container[str] | None = None
 ) -> Iterator[dict]:
-    """Open the segments' files, or those in `names`, by name. Raises Damaged unless each has the
-    tensors that the manifest says.
+    """Open the segments' files, or those in `names`, and yield them by name.
+
+    Raises Damaged unless each has the tensors that the manifest lists.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -4,10 +4,10 @@ A session directory holds `manifest.json` and safetensors segments. A segment is
 computed in one turn: for every layer the K and V of its tokens, with their positions, and perhaps
 the logits that follow a sequence's last token. A turn writes new segments, syncs them to disk, and
 only then replaces the manifest, so a kill at any moment leaves the previous turn whole. Going back
-writes a manifest alone: it says from which position on a segment no longer counts. Nothing is ever
-unpickled.
+writes only a manifest, which records the position from which a segment no longer counts. Nothing is
+ever unpickled.
 
-Positions say what a segment is, so a session saved on any number of ranks resumes on any other: a
+Positions identify a segment's tokens, so a session saved on any number of ranks resumes on any: a
 sequence's tokens, in the order of the segments, are dealt to the new ranks in equal contiguous
 shares.
 
@@ -75,8 +75,9 @@ def load(directory: Path, revision: int | None = None) -> Manifest:
 
 
 def read(directory: Path) -> Manifest:
-    """Return the manifest, checked, whatever became of its segments. Raises UserError if there is
-    none, Damaged if it is not as it was written or says what cannot be.
+    """Return the manifest, validated. Its segments are not looked at.
+
+    Raises UserError if there is none, Damaged if it was changed or is inconsistent.
     """
     path = directory / MANIFEST
     try:
@@ -139,7 +140,7 @@ def shared_prefixes(
 ) -> list[int]:
     """Return how many tokens each whole prompt shares with the session.
 
-    UserError if a prompt does not begin with all that its sequence says, unless `rewind`.
+    Raises UserError if a prompt does not begin with all tokens of its sequence, unless `rewind`.
     """
     if len(prompts) != len(manifest.sequences):
         raise UserError(
