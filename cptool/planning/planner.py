@@ -112,7 +112,7 @@ def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfil
         asked = _published()[-1] if work.published else variant
         decoding = Choice(asked, cp, "as asked", 0.0)
     elif static and cp > 1:
-        reason = "every rank has all new tokens, one all-gather a layer"
+        reason = "every rank has all new tokens, one all-gather per layer"
         decoding = Choice(ALL_Q.name, cp, reason, 0.0)
     else:
         decoding = replace(_choose(AUTO, work, step_forward, profile), active=cp)

@@ -233,4 +233,4 @@ def _comparison(
 ) -> str:
     few = f" on {best[3]} of {ranks} ranks" if best[3] < ranks else ""
     least, then = duration(best[0]), duration(following[0])
-    return f"{best[2]} {least} a layer{few}, next {following[2]} {then}"
+    return f"{best[2]} {least} per layer{few}, next {following[2]} {then}"

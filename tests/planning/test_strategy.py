@@ -60,7 +60,7 @@ def test_decode_over_a_long_context_gathers_queries(device, ranks):
 
 def test_the_reason_says_the_two_best():
     reason = ask(new=131072).reason
-    assert " a layer" in reason and ", next " in reason
+    assert " per layer" in reason and ", next " in reason
 
 
 @settings(deadline=None, max_examples=60)
