@@ -27,9 +27,10 @@ from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
 from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.engine.requests import Continue
-from cptool.engine.sampling import Sampling
+from cptool.engine.sampling import Sampling, resolve
 from cptool.engine.turn import Setup
 from cptool.errors import OptionError, RunError, UserError, explain
+from cptool.llm_session import DEFAULT_TOKENS, Session
 from cptool.model import shares
 from cptool.session.manifest import DTYPES
 
@@ -37,15 +38,12 @@ if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
     from cptool.engine.resident import Resident
-    from cptool.llm_session import Session
 
 Message: TypeAlias = Mapping[str, str]
 """A chat message: {"role": "user", "content": "..."}."""
 
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
 """A text, token ids taken as they are, or chat messages for the model's own template."""
-
-DEFAULT_TOKENS = 128
 
 _T = TypeVar("_T")
 
@@ -171,19 +169,10 @@ class LLM:
         A session that was saved on any number of ranks can be opened. Raises UserError if it is
         damaged, is another model's, or has KV of another dtype.
         """
-        from cptool.llm_session import Session
-
         return Session(self, directory)
 
     def _sampling(self, temperature: float | None, top_p: float | None, seed: int) -> Sampling:
-        author = self.checkpoint.sampling
-        temperature = author.temperature if temperature is None else temperature
-        top_p = author.top_p if top_p is None else top_p
-        return Sampling(
-            temperature=0.0 if temperature is None else temperature,
-            top_p=1.0 if top_p is None else top_p,
-            seed=seed,
-        )
+        return resolve(self.checkpoint.sampling, temperature, top_p, seed=seed)
 
     def _encoded(self, prompts: Sequence[Prompt], *, begin: bool) -> list[list[int]]:
         """Return the token ids of each prompt; `begin`: texts take the BOS that the model uses."""

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from cptool.bench.ceilings import matmul_rate, memory_rate
-from cptool.bench.timing import interleave, stopwatch
+from cptool.bench.timing import calls_per_sample, interleave, mean_of_calls
 from cptool.host import large_pages
 from cptool.ops.attention import attention_partial
 from cptool.ops.kernels import cpu_isa
@@ -142,19 +142,16 @@ def measure(
     """
     for problem in problems:
         inputs = Inputs(problem, device)
-        # Short calls are repeated: a sample takes about 20 ms.
-        calls = max(1, min(1000, round(0.02 / max(1e-6, stopwatch(inputs.ours, device)))))
-
-        def repeated(call: Callable[[], object], calls: int = calls) -> Callable[[], float]:
-            return lambda: stopwatch(lambda: [call() for _ in range(calls)], device) / calls
-
+        repeated = partial(
+            mean_of_calls, calls=calls_per_sample(inputs.ours, device), device=device
+        )
         measures: dict[str, Callable[[], float]] = {
-            "ours": repeated(inputs.ours),
+            "ours": partial(repeated, inputs.ours),
             "matmul": partial(matmul_rate, problem.dtype, device),
             "memory": partial(memory_rate, inputs.slab),
         }
         if inputs.torch_can:
-            measures["torch"] = repeated(inputs.torch)
+            measures["torch"] = partial(repeated, inputs.torch)
         measured = interleave(measures, repeats)
         ours, peer = measured["ours"], measured.get("torch")
         time = ours["median"]

@@ -6,14 +6,14 @@ read and written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from cptool.bench.ceilings import memory_rate
-from cptool.bench.timing import interleave, stopwatch
+from cptool.bench.timing import calls_per_sample, interleave, mean_of_calls
 from cptool.ops.attention import merge_partials
 
 
@@ -52,16 +52,11 @@ def measure(problems: list[MergeProblem], device: str, repeats: int) -> Iterator
         lses = [torch.randn(size[:2], device=device) for _ in range(problem.partials)]
         moved = sum(t.nbytes for t in (*outs, *lses)) + outs[0].nbytes + lses[0].nbytes
         ours = partial(merge_partials, outs, lses, problem.dtype)
-        once = stopwatch(ours, device)
-        calls = max(1, min(1000, round(0.02 / max(1e-6, once))))
-
-        def repeated(call: Callable[[], object], calls: int = calls) -> Callable[[], float]:
-            return lambda: stopwatch(lambda: [call() for _ in range(calls)], device) / calls
-
+        repeated = partial(mean_of_calls, calls=calls_per_sample(ours, device), device=device)
         measured = interleave(
             {
-                "ours": repeated(ours),
-                "torch": repeated(partial(by_torch, outs, lses)),
+                "ours": partial(repeated, ours),
+                "torch": partial(repeated, partial(by_torch, outs, lses)),
                 "memory": partial(memory_rate, torch.cat(outs)),
             },
             repeats,

@@ -41,6 +41,16 @@ def stopwatch(run: Callable[[], object], device: str = "cpu") -> float:
     return clock() - begin
 
 
+def calls_per_sample(call: Callable[[], object], device: str) -> int:
+    """Return how often to repeat a short call so that a sample takes 20 ms, at most 1000 times."""
+    return max(1, min(1000, round(0.02 / max(1e-6, stopwatch(call, device)))))
+
+
+def mean_of_calls(call: Callable[[], object], *, calls: int, device: str) -> float:
+    """Return the seconds per call over `calls` calls in a row."""
+    return stopwatch(lambda: [call() for _ in range(calls)], device) / calls
+
+
 def summary(samples: list[float]) -> dict[str, float]:
     """Return the median and the range."""
     return {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}

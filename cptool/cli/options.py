@@ -202,16 +202,9 @@ class SamplingRequest:
         Greedy where the author gives no temperature either. Raises UserError for a value out of
         range.
         """
-        from cptool.engine.sampling import Sampling
+        from cptool.engine.sampling import resolve
 
-        own = checkpoint.sampling
-        temperature = own.temperature if self.temperature is None else self.temperature
-        top_p = own.top_p if self.top_p is None else self.top_p
-        return Sampling(
-            temperature=0.0 if temperature is None else temperature,
-            top_p=1.0 if top_p is None else top_p,
-            seed=self.seed,
-        )
+        return resolve(checkpoint.sampling, self.temperature, self.top_p, seed=self.seed)
 
     def describe(self, sampling: Sampling) -> str:
         """Return one line with the values of `sampling`, the result of `resolve`, and who chose."""

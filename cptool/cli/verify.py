@@ -28,7 +28,7 @@ from cptool.errors import OptionError, UserError
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
-    from cptool.exactness.verify import Plan, Verdict
+    from cptool.exactness.verify import Trial, Verdict
 
 TOKENS = 768
 STEPS = 8
@@ -76,7 +76,7 @@ def verify(
     from cptool.exactness import verify as verifier
 
     half = max(1, len(tokens) * 2 // 3)
-    plan = verifier.Plan(
+    trial = verifier.Trial(
         model=str(checkpoint.path),
         dtype=resolve_dtype(dtype, checkpoint, device),
         turns=(tuple(tokens[:half]), tuple(tokens[half:])),
@@ -84,12 +84,12 @@ def verify(
     )
     each = RankOptions(device=device, threads=ranks.threads, timeout=ranks.timeout)
     with draw.progress() as watch:
-        verdicts = list(verifier.verify(plan, list(range(2, most + 1)), each, watch))
+        verdicts = list(verifier.verify(trial, list(range(2, most + 1)), each, watch))
     if as_json:
-        click.echo(json.dumps(_fields(plan, verdicts)))
+        click.echo(json.dumps(_fields(trial, verdicts)))
     else:
         _draw(verdicts)
-        click.echo(_summary(plan, verdicts, device))
+        click.echo(_summary(trial, verdicts, device))
     sys.exit(0 if all(verdict.passed for verdict in verdicts) else 1)
 
 
@@ -130,12 +130,12 @@ def _default_length(checkpoint: Checkpoint) -> int:
     return min(TOKENS, limit - STEPS)
 
 
-def _fields(plan: Plan, verdicts: list[Verdict]) -> dict[str, Any]:
+def _fields(trial: Trial, verdicts: list[Verdict]) -> dict[str, Any]:
     """Return what --json prints."""
     return {
-        "model": plan.model,
-        "dtype": plan.dtype,
-        "tokens": [*map(len, plan.turns), plan.steps],
+        "model": trial.model,
+        "dtype": trial.dtype,
+        "tokens": [*map(len, trial.turns), trial.steps],
         "passed": all(verdict.passed for verdict in verdicts),
         "runs": [
             {
@@ -153,7 +153,7 @@ def _fields(plan: Plan, verdicts: list[Verdict]) -> dict[str, Any]:
     }
 
 
-def _summary(plan: Plan, verdicts: list[Verdict], device: str) -> str:
+def _summary(trial: Trial, verdicts: list[Verdict], device: str) -> str:
     """Return one line: what was run, and whether it is exact."""
     failed = sum(not verdict.passed for verdict in verdicts)
     said = (
@@ -161,9 +161,9 @@ def _summary(plan: Plan, verdicts: list[Verdict], device: str) -> str:
         if failed
         else "exact: all within the bound, same tokens"
     )
-    first, second = map(len, plan.turns)
+    first, second = map(len, trial.turns)
     return (
-        f"{plan.model}, {plan.dtype}, {first} + {second} tokens and {plan.steps} steps on "
+        f"{trial.model}, {trial.dtype}, {first} + {second} tokens and {trial.steps} steps on "
         f"{device}: {said}"
     )
 

@@ -9,6 +9,8 @@ from cptool.errors import OptionError, RunError
 if TYPE_CHECKING:
     import torch
 
+    from cptool.checkpoint.sampling import SamplingDefaults
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -67,6 +69,22 @@ class Sampling:
         key = hashlib.sha256(f"{self.seed}/{sequence}/{position}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
         return int(tokens[int(torch.multinomial(kept.cpu(), 1, generator=generator))])
+
+
+def resolve(
+    author: "SamplingDefaults", temperature: float | None, top_p: float | None, *, seed: int
+) -> Sampling:
+    """Return the sampling with the author's temperature and top-p in place of None.
+
+    Greedy if the author gives no temperature either. Raises OptionError for a value out of range.
+    """
+    temperature = author.temperature if temperature is None else temperature
+    top_p = author.top_p if top_p is None else top_p
+    return Sampling(
+        temperature=0.0 if temperature is None else temperature,
+        top_p=1.0 if top_p is None else top_p,
+        seed=seed,
+    )
 
 
 def _likeliest(logits: "torch.Tensor") -> "torch.Tensor":

@@ -59,17 +59,17 @@ def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
         with force(kernel):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 for head_dim in head_dims:
-                    for shape in (PREFILL, DECODE):
-                        if _taken(device, dtype, head_dim, shape) == kernel:
-                            yield _attention(device, kernel, dtype, head_dim=head_dim, shape=shape)
+                    for case in (PREFILL, DECODE):
+                        if _taken(device, dtype, head_dim, case) == kernel:
+                            yield _attention(device, kernel, dtype, head_dim=head_dim, case=case)
     yield _merge(device)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield _tokenwise(device, dtype)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Positions of the queries and of the keys of each sequence."""
+class Case:
+    """Positions of the queries and of the keys of each sequence, in a call that is checked."""
 
     name: str
     queries: tuple[torch.Tensor, ...]
@@ -77,31 +77,29 @@ class Shape:
 
 
 # Two sequences in two chunks, as ring shards are; and single tokens over many keys.
-PREFILL = Shape(
+PREFILL = Case(
     "",
     (torch.cat([torch.arange(0, 37), torch.arange(400, 461)]), torch.arange(5, 6)),
     (torch.cat([torch.arange(30, 131), torch.arange(300, 500)]), torch.arange(0, 70)),
 )
-DECODE = Shape(
+DECODE = Case(
     ", decode",
     (torch.arange(1501, 1502), torch.arange(300, 301)),
     (torch.arange(0, 1505), torch.arange(1, 301, 3)),
 )
 
 
-def _taken(device: str, dtype: torch.dtype, head_dim: int, shape: Shape) -> str:
+def _taken(device: str, dtype: torch.dtype, head_dim: int, case: Case) -> str:
     """Return the kernel that runs such a call now."""
     if device == "cpu":
         return cpu_isa(dtype, head_dim)
-    return cuda_kernel(dtype, head_dim, sum(map(len, shape.queries)))
+    return cuda_kernel(dtype, head_dim, sum(map(len, case.queries)))
 
 
-def _attention(
-    device: str, kernel: str, dtype: torch.dtype, *, head_dim: int, shape: Shape
-) -> Check:
+def _attention(device: str, kernel: str, dtype: torch.dtype, *, head_dim: int, case: Case) -> Check:
     """Check two sequences, with 9 query heads on 3 KV heads, in a cache with slack."""
     generator = torch.Generator().manual_seed(head_dim)
-    q_pos, k_pos, slack = shape.queries, shape.keys, 13
+    q_pos, k_pos, slack = case.queries, case.keys, 13
     q = torch.randn(sum(map(len, q_pos)), 9, head_dim, generator=generator).to(dtype)
     kv = torch.randn(sum(map(len, k_pos)) + 2 * slack, 2, 3, head_dim, generator=generator).to(
         dtype
@@ -155,7 +153,7 @@ def _attention(
     error, allowed = max(pairs, key=lambda pair: float(pair[0] / pair[1]))
     if got.isnan().any() or not torch.equal(got_lse.isinf(), ~seen):
         error = torch.tensor(torch.inf)  # a query saw what it must not see, or not what it must
-    name = f"attention {kernel}, {str(dtype)[6:]}, D {head_dim}{shape.name}"
+    name = f"attention {kernel}, {str(dtype)[6:]}, D {head_dim}{case.name}"
     return Check(name, float(error), float(allowed))
 
 

@@ -1,4 +1,4 @@
-"""Is the word "exact" true here? A user's own checkpoint and devices, every variant and every
+"""Whether results are exact with a user's own checkpoint and devices: every variant on every
 number of ranks.
 
 Each run reads a prompt in two turns (so that the second meets cached keys) and then decodes. In
@@ -40,7 +40,7 @@ ALLOWED_GROWTH = 1.1
 
 
 @dataclass(frozen=True)
-class Plan:
+class Trial:
     """The work of every run: two turns of tokens, then greedy decode steps."""
 
     model: str
@@ -100,20 +100,23 @@ class Verdict:
 
 
 def verify(
-    plan: Plan, counts: list[int], ranks: RankOptions, watch: Callable[[Board], None] | None = None
+    trial: Trial,
+    counts: list[int],
+    ranks: RankOptions,
+    watch: Callable[[Board], None] | None = None,
 ) -> Iterator[Verdict]:
-    """Run `plan` on one rank and then on each of `counts`, every variant.
+    """Run `trial` on one rank and then on each of `counts`, every variant.
 
     ranks: as `cptool.distributed.launch.run` takes it, as is `watch`; each count replaces its `cp`.
     """
     variants: tuple[str, ...] = (PASS_KV.name, ALL_Q.name)
-    reference, steps = run(measure, plan, variants, ranks=replace(ranks, cp=1), watch=watch)
+    reference, steps = run(measure, trial, variants, ranks=replace(ranks, cp=1), watch=watch)
     yield Verdict(reference, "same")
     yield Verdict(steps, compare(steps, reference))
     variants = (*names(), ALL_Q.name)
     for count in counts:
         of_count = replace(ranks, cp=count)
-        for measurement in run(measure, plan, variants, ranks=of_count, watch=watch):
+        for measurement in run(measure, trial, variants, ranks=of_count, watch=watch):
             yield Verdict(measurement, compare(measurement, reference))
 
 
@@ -135,20 +138,22 @@ def compare(measurement: Measurement, reference: Measurement) -> str:
     return "same"
 
 
-def measure(world: World, plan: Plan, variants: tuple[str, ...]) -> list[Measurement]:
-    """Run the plan under each variant on this rank; the measurements are those of rank 0."""
+def measure(world: World, trial: Trial, variants: tuple[str, ...]) -> list[Measurement]:
+    """Run the trial under each variant on this rank; the measurements are those of rank 0."""
     world.report("load the weights")
-    model = load_model(open_checkpoint(plan.model), getattr(torch, plan.dtype), world.device, world)
-    return [_measure(world, model, plan, variant) for variant in variants]
+    model = load_model(
+        open_checkpoint(trial.model), getattr(torch, trial.dtype), world.device, world
+    )
+    return [_measure(world, model, trial, variant) for variant in variants]
 
 
 @torch.inference_mode()
-def _measure(world: World, model: Llama, plan: Plan, variant: str) -> Measurement:
+def _measure(world: World, model: Llama, trial: Trial, variant: str) -> Measurement:
     layers = sorted({0, model.config.num_hidden_layers // 2, model.config.num_hidden_layers - 1})
-    first = len(plan.turns[0])
-    second = len(plan.turns[1])
+    first = len(trial.turns[0])
+    second = len(trial.turns[1])
     positions = {first + i * (second - 1) // (ROWS - 1) for i in range(ROWS)}
-    positions |= set(range(first + second, first + second + plan.steps))
+    positions |= set(range(first + second, first + second + trial.steps))
     static = variant == ALL_Q.name
     runs = []
     for first_run in (True, False):
@@ -156,9 +161,9 @@ def _measure(world: World, model: Llama, plan: Plan, variant: str) -> Measuremen
         options = EngineOptions(variant=prefill, static=static)
         engine = Engine(model, world, options=options, progress=world.report)
         observed = _Observed(layers, positions)
-        engine.extend([list(plan.turns[0])])
+        engine.extend([list(trial.turns[0])])
         engine.attach_observer(observed)
-        engine.extend([list(plan.turns[1])], reserve=plan.steps)
+        engine.extend([list(trial.turns[1])], reserve=trial.steps)
         facts: list = [_digest(engine, observed)]
         if static and not first_run:
             engine.attach_observer(None)  # so that steps can be replayed from a graph
@@ -166,7 +171,7 @@ def _measure(world: World, model: Llama, plan: Plan, variant: str) -> Measuremen
             logits, margins = _everywhere(world, engine), []
         if first_run or static:
             tokens = []
-            for left in range(plan.steps, 0, -1):
+            for left in range(trial.steps, 0, -1):
                 if first_run:
                     best = _everywhere(world, engine).topk(2).values
                     margins.append(float(best[0] - best[1]))
