@@ -19,7 +19,7 @@ while (($#)); do
     --out) out=${2:?--out needs a folder}; shift 2 ;;
     -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     *)
-      [[ " $known " == *" $1 "* ]] || { echo "gpu_suite.sh: $1 is no part; parts: $known" >&2; exit 2; }
+      [[ " $known " == *" $1 "* ]] || { echo "gpu_suite.sh: $1 is not a part; parts: $known" >&2; exit 2; }
       parts+=("$1"); shift ;;
   esac
 done
@@ -42,7 +42,7 @@ build() {
   for tool in cmake ninja; do command -v "$tool" >/dev/null || missing+=("$tool"); done
   [[ $device == cpu ]] || command -v nvcc >/dev/null || [[ -x ${CUDACXX:-} ]] || missing+=(nvcc)
   if ((${#missing[@]})); then
-    echo "the build needs ${missing[*]}, which this machine has not"
+    echo "the build needs ${missing[*]}, which this machine lacks"
     return 1
   fi
   for module in click rich safetensors tokenizers gguf jinja2 huggingface_hub pytest hypothesis transformers; do

@@ -28,7 +28,7 @@ def test_every_benchmark_runs_at_tiny_sizes(tmp_path):
 
 def test_a_part_that_is_none_is_refused():
     done = subprocess.run(["bash", SUITE, "nope"], capture_output=True, text=True)
-    assert done.returncode == 2 and "nope is no part; parts: build" in done.stderr
+    assert done.returncode == 2 and "nope is not a part; parts: build" in done.stderr
 
 
 def test_the_engine_needs_torch_and_numpy_alone():

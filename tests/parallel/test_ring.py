@@ -130,7 +130,7 @@ def memory_is_kept(world):
             if source != ring.rank:
                 places.add(block.data_ptr())
     assert len(places) <= 2
-    # Per pass: the own block and all received ones but the last are sent on.
+    # Per pass: this rank's own block and all received ones but the last are sent on.
     kept_for_successor = sizes[(ring.rank - 1) % ring.size]
     assert ring.sent_bytes == 4 * 24 * (sum(sizes) - kept_for_successor)
     assert ring.exposed_s >= 0

@@ -177,7 +177,7 @@ def test_profile_of_prefill_and_decode(mqa_path, token_file, tmp_path):
         received = [e for e in mine if e["name"] == f"receive, rank {1 - rank}"]
         assert len(blocks) == 2 * 3 and len(received) == 3  # three layers
         assert all(e["args"]["bytes"] == 450 * 2 * 64 * 4 for e in received)
-        # The block of the other rank is under way before attention over the own one begins.
+        # The block of the other rank is under way before attention over this rank's own begins.
         for own, arriving in zip(
             blocks[::2], sorted(received, key=lambda e: e["ts"]), strict=False
         ):

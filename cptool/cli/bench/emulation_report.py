@@ -80,7 +80,7 @@ class Report:
             *self._part_rows(),
             *self._ring_rows(),
             *self._exchange_rows(),
-            ("a layer", duration(result.layer_s)),
+            ("per layer", duration(result.layer_s)),
             ("once", ", ".join(f"{name} {duration(s)}" for name, s in result.once.items())),
             (
                 "first token",

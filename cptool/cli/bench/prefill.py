@@ -66,7 +66,7 @@ def prefill(
     MODEL is a directory, a .gguf file, a name such as llama3-8b or a config.json. Only its shape
     counts: the weights are random, cut to a few layers and a small vocabulary, and so are cached
     tokens. All N take turns in one world, so that they are measured interleaved, with the same
-    threads a rank.
+    threads per rank.
     """
     measuring.check()
     config = find_shape(model)

@@ -92,7 +92,7 @@ class Terminal:
                 commands[command](argument.strip())
             elif command.startswith("/") and not command.startswith("//"):
                 raise UserError(
-                    f"{command} is not a command; /help lists them, and //... asks what begins "
+                    f"{command} is not a command; /help lists them, and //... sends what begins "
                     "with /"
                 )
             elif line.strip():
