@@ -570,7 +570,7 @@ def test_slurm_ranks_meet_on_the_first_node(monkeypatch, tmp_path):
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"^MASTER_ADDR is not set and scontrol does not tell"):
+    with pytest.raises(UserError, match=r"^MASTER_ADDR is not set and scontrol does not name"):
         set_rendezvous_address()
     tool = tmp_path / "scontrol"
     tool.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-3]" ] && printf "n1\\nn2\\nn3\\n"\n')
