@@ -625,3 +625,9 @@ local._rank_main(seat, print, (), ranks=ranks, path={missing!r}, folder="", answ
     )
     assert process.communicate(timeout=GENEROUS_S) == ("", "") and process.returncode == 1
     assert list((tmp_path / "gone").iterdir()) == []
+
+
+def test_ranks_are_a_call_away_for_programs_of_users():
+    from cptool import distributed
+
+    assert distributed.run(lambda world, x: (world.cp, x), 3, cp=1, device="cpu") == (1, 3)
