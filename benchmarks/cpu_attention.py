@@ -37,7 +37,7 @@ from rich.table import Table
 
 from cptool.bench.attention import AttentionProblem, Inputs
 from cptool.bench.timing import circumstances, clock_name, interleave, stopwatch
-from cptool.cli.types import Heads
+from cptool.cli.options.types import Heads
 from cptool.ops.attention import merge_partials
 from cptool.ops.kernels import cpu_isa, cpu_isas, force_cpu_isa
 

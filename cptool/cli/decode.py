@@ -11,26 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cptool import units
-from cptool.cli import draw
-from cptool.cli.models import (
+from cptool.cli import draw, turn_report
+from cptool.cli.options.common import check_profile, json_option, moved_option, profile_option
+from cptool.cli.options.models import (
     check_turn_room,
     context_option,
     open_model,
     say_reading,
     session_fields,
 )
-from cptool.cli.options import (
-    RankRequest,
-    SamplingRequest,
-    attention_options,
-    check_profile,
-    json_option,
-    moved_option,
-    profile_option,
-    ranks_by_default,
-    sampling_options,
-)
-from cptool.cli.prompts import Prompts, check_context, prompt_options
+from cptool.cli.options.prompts import Prompts, check_context, prompt_options
+from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
+from cptool.cli.options.sampling import SamplingRequest, sampling_options
 from cptool.engine.options import EngineOptions
 from cptool.errors import UserError
 from cptool.session import store as sessions
@@ -170,7 +162,7 @@ def _fields(report: Report, turn: Turn, checkpoint: Checkpoint) -> dict[str, Any
             for ids in report.token_ids
         ],
         "session": turn.session,
-        **draw.profile_fields(report),
+        **turn_report.profile_fields(report),
     }
 
 
@@ -186,11 +178,11 @@ def _draw(report: Report, turn: Turn, sampling: str) -> None:
     for b, ids in enumerate(report.token_ids, 1):
         if turn.max_new_tokens and not ids:
             draw.say(f"sequence {b}: its answer has ended; give it a next turn, as with --prompt")
-    rows = draw.prefill_rows(report) if report.tokens else []
-    rows += draw.decode_rows(report)
+    rows = turn_report.prefill_rows(report) if report.tokens else []
+    rows += turn_report.decode_rows(report)
     if turn.max_new_tokens:
         rows.append(("sampling", sampling))
     draw.table(rows, to_stderr=True)
-    draw.phases(report, turn.profile, to_stderr=True)
+    turn_report.phases(report, turn.profile, to_stderr=True)
     if sys.stdout is not None:  # closed from the beginning
         sys.stdout.flush()

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cptool.cli import draw
-from cptool.cli.models import open_model
-from cptool.cli.options import RankRequest, attention_options, ranks_by_default
-from cptool.cli.prompts import check_context
+from cptool.cli import draw, turn_report
+from cptool.cli.options.models import open_model
+from cptool.cli.options.prompts import check_context
+from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.distributed.options import RankOptions
 from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.errors import UserError
@@ -91,7 +91,7 @@ def _run(turn: Turn, ranks: RankOptions, *, stream: bool) -> Report:
     assert report is not None  # there is no launcher
     taken = duration(time.perf_counter() - began)
     total = f"{ranks.count} rank(s), {taken} with start and loading"
-    draw.table([("", total), *draw.prefill_rows(report), *draw.decode_rows(report)])
+    draw.table([("", total), *turn_report.prefill_rows(report), *turn_report.decode_rows(report)])
     return report
 
 

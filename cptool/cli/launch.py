@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cptool.cli import draw
+from cptool.cli.progress import progress
 from cptool.cli.streams import replace_what_cannot_be_encoded
 from cptool.distributed import launch
 from cptool.distributed.options import RankOptions
@@ -21,7 +22,7 @@ def run_turn(turn: Turn, ranks: RankOptions, *, stream: bool = False) -> Report 
     With `stream`, rank 0 writes the answer to standard output as it comes, which takes a single
     sequence and a tokenizer.
     """
-    with draw.progress(quiet=stream) as watch:
+    with progress(quiet=stream) as watch:
         report, rank = launch.run(
             _on_rank,
             turn,

@@ -11,24 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cptool.cli import draw
-from cptool.cli.models import (
+from cptool.cli import draw, turn_report
+from cptool.cli.options.common import check_profile, dtype_option, json_option, profile_option
+from cptool.cli.options.models import (
     check_turn_room,
     context_option,
     open_model,
     say_reading,
     session_fields,
 )
-from cptool.cli.options import (
-    RankRequest,
-    attention_options,
-    check_profile,
-    dtype_option,
-    json_option,
-    profile_option,
-    ranks_by_default,
-)
-from cptool.cli.prompts import Prompts, chat_prompt_options, check_context
+from cptool.cli.options.prompts import Prompts, chat_prompt_options, check_context
+from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.errors import OptionError
 from cptool.session import store as sessions
@@ -155,7 +148,7 @@ def _fields(report: Report, lengths: list[int], session: str | None) -> dict[str
         "wire_bytes": report.wire_bytes,
         "first_token": list(report.first_token),
         "session": session,
-        **draw.profile_fields(report),
+        **turn_report.profile_fields(report),
     }
 
 
@@ -163,9 +156,9 @@ def _draw(report: Report, turn: Turn, checkpoint: Checkpoint) -> None:
     """Print a table of what was done, and of the profile if there is one."""
     tokenizer = checkpoint.tokenizer()
     named = [repr(tokenizer.decode([t])) if tokenizer else f"id {t}" for t in report.first_token]
-    rows = [*draw.prefill_rows(report), ("continues", ", ".join(named))]
+    rows = [*turn_report.prefill_rows(report), ("continues", ", ".join(named))]
     if turn.session is not None:
         command = f"cptool decode {shlex.quote(turn.session)}"
         rows.append(("session", f"{turn.session}; continue with: {command}"))
     draw.table(rows)
-    draw.phases(report, turn.profile)
+    turn_report.phases(report, turn.profile)

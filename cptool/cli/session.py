@@ -8,7 +8,7 @@ import click
 
 from cptool import units
 from cptool.cli import draw
-from cptool.cli.options import json_option
+from cptool.cli.options.common import json_option
 from cptool.session import store as sessions
 
 directory_argument = click.argument("directory", metavar="SESSION", type=click.Path(path_type=Path))

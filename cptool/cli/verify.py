@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cptool.cli import draw
-from cptool.cli.models import context_option, open_model
-from cptool.cli.options import (
-    RankRequest,
-    as_object,
+from cptool.cli.options.common import (
     device_option,
     dtype_option,
     json_option,
     threads_option,
     timeout_option,
 )
-from cptool.cli.prompts import Prompts, check_context, prompt_options
+from cptool.cli.options.models import context_option, open_model
+from cptool.cli.options.prompts import Prompts, check_context, prompt_options
+from cptool.cli.options.ranks import RankRequest
+from cptool.cli.options.records import as_object
+from cptool.cli.progress import progress
 from cptool.engine.options import resolve_dtype
 from cptool.errors import OptionError, UserError
 
@@ -83,7 +83,7 @@ def verify(
         steps=STEPS,
     )
     each = RankOptions(device=device, threads=ranks.threads, timeout=ranks.timeout)
-    with draw.progress() as watch:
+    with progress() as watch:
         verdicts = list(verifier.verify(trial, list(range(2, most + 1)), each, watch))
     if as_json:
         click.echo(json.dumps(_fields(trial, verdicts)))

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from cptool.checkpoint.tokenizer import templates
 from cptool.checkpoint.tokenizer.gguf import from_gguf
 from cptool.checkpoint.tokenizer.huggingface import from_tokenizer_json
-from cptool.cli.prompts import Prompts
+from cptool.cli.options.prompts import Prompts
 from cptool.errors import UserError
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

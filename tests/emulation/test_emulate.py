@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from cptool.cli.main import main
-from cptool.cli.types import TokenCount
+from cptool.cli.options.types import TokenCount
 from cptool.emulation.layer import OTHER, Scenario, shards
 from cptool.emulation.projection import _blocks, emulate
 from cptool.emulation.ring import Compute, EmulatedRing, Start, Timeline, Wait, replay

@@ -17,7 +17,7 @@ from cptool.cli.bench.options import (
     percent,
     spread,
 )
-from cptool.cli.types import Heads, TokenCount
+from cptool.cli.options.types import Heads, TokenCount
 from cptool.distributed.options import check_threads
 from cptool.errors import OptionError
 

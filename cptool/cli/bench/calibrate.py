@@ -10,7 +10,8 @@ import click
 
 from cptool import units
 from cptool.cli import draw
-from cptool.cli.options import DTYPES, json_option
+from cptool.cli.options.common import DTYPES, json_option
+from cptool.cli.progress import progress
 from cptool.units import duration
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def calibrate(cp: int | None, threads: int | None, device: str, dtype: str, as_j
     check_place()
     dtypes = ("bfloat16", "float32") if dtype == "auto" else (dtype,)
     ranks = RankOptions(cp=cp, device=device, threads=threads)
-    with draw.progress() as watch:
+    with progress() as watch:
         profile, path, rank = launch.run(_on_rank, dtypes, None, ranks=ranks, watch=watch)
         if more:
             ranks = replace(ranks, cp=2 * cp)

@@ -28,7 +28,7 @@ from cptool.cli.bench.options import (
     percent,
     spread,
 )
-from cptool.cli.types import TokenCount
+from cptool.cli.options.types import TokenCount
 
 
 @click.command(short_help="Decode steps over cached lengths, ranks and variants.")

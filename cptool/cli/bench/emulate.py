@@ -10,8 +10,10 @@ import click
 
 from cptool.checkpoint.shapes import find_shape
 from cptool.cli import draw
-from cptool.cli.options import VARIANTS, as_object, json_option
-from cptool.cli.types import TokenCount
+from cptool.cli.options.common import json_option
+from cptool.cli.options.ranks import VARIANTS
+from cptool.cli.options.records import as_object
+from cptool.cli.options.types import TokenCount
 from cptool.distributed.options import check_threads
 from cptool.errors import OptionError
 from cptool.model import shares

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from cptool.cli import draw
 from cptool.cli.bench.options import KINDS, MeasureOptions
-from cptool.cli.options import as_object
+from cptool.cli.options.records import as_object
+from cptool.cli.progress import counting
 from cptool.distributed.options import check_threads
 
 
@@ -61,7 +61,7 @@ def collect(
 
     torch.set_num_threads(measuring.threads or devices.cores())
     results = []
-    with draw.counting(what, len(shapes)) as advance:
+    with counting(what, len(shapes)) as advance:
         for result in measure(shapes, device, measuring.repeats):
             results.append(result)
             advance()

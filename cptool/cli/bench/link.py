@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cptool import units
-from cptool.cli import draw
 from cptool.cli import plot as plots
 from cptool.cli.bench.options import (
     MeasureOptions,
@@ -19,7 +18,8 @@ from cptool.cli.bench.options import (
     percent,
     spread,
 )
-from cptool.cli.types import Bytes
+from cptool.cli.options.types import Bytes
+from cptool.cli.progress import progress
 from cptool.distributed.options import DEFAULT_TIMEOUT_S, RankOptions, check_size
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def link(
     asked = Transfers(
         sizes=list(sizes), patterns=list(patterns), repeats=measuring.repeats, overlap=overlap
     )
-    with draw.progress() as watch:
+    with progress() as watch:
         results, facts, rank = launch.run(_on_rank, asked, ranks=ranks, watch=watch)
     if rank:
         return

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cptool.cli import draw
 from cptool.cli.bench.options import KINDS, MeasureOptions
-from cptool.cli.options import VARIANTS, as_object
+from cptool.cli.options.ranks import VARIANTS
+from cptool.cli.options.records import as_object
+from cptool.cli.progress import progress
 from cptool.variants import names
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def measured(
     ranks = RankOptions(
         cp=sweep.ranks[-1], tp=tp, device=measuring.device, threads=measuring.threads
     )
-    with draw.progress() as watch:
+    with progress() as watch:
         fields, rank = launch.run(_on_rank, measure, sweep, ranks=ranks, watch=watch)
     return None if rank else fields
 

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from cptool.cli import plot as plots
-from cptool.cli.options import DTYPES, as_object, json_option
+from cptool.cli.options.common import DTYPES, json_option
+from cptool.cli.options.records import as_object
 
 KINDS = DTYPES[1:]
 

@@ -29,7 +29,7 @@ from cptool.cli.bench.options import (
     percent,
     spread,
 )
-from cptool.cli.types import TokenCount
+from cptool.cli.options.types import TokenCount
 
 
 @click.command(short_help="Prefill over contexts, miss rates, ranks and variants.")

@@ -11,16 +11,10 @@ import click
 from cptool.cli import draw
 from cptool.cli.chat.lines import lines
 from cptool.cli.chat.terminal import Answering, Terminal
-from cptool.cli.models import context_option, open_model, say_reading, session_fields
-from cptool.cli.options import (
-    RankRequest,
-    SamplingRequest,
-    attention_options,
-    dtype_option,
-    moved_option,
-    ranks_by_default,
-    sampling_options,
-)
+from cptool.cli.options.common import dtype_option, moved_option
+from cptool.cli.options.models import context_option, open_model, say_reading, session_fields
+from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
+from cptool.cli.options.sampling import SamplingRequest, sampling_options
 from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.errors import OptionError, UserError
 from cptool.session import store as sessions

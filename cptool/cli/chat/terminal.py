@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from cptool.checkpoint.tokenizer.library import LimitError
 from cptool.cli import draw
-from cptool.cli.models import say_reading
-from cptool.cli.options import check_room
+from cptool.cli.options.models import check_room, say_reading
 from cptool.distributed.failure import RankFailed
 from cptool.errors import RunError, UserError, as_options
 from cptool.files import expanded

@@ -10,9 +10,11 @@ import click
 
 from cptool.checkpoint.shapes import find_shape
 from cptool.cli import draw
-from cptool.cli.options import VARIANTS, as_object, json_option
+from cptool.cli.options.common import json_option
+from cptool.cli.options.ranks import VARIANTS
+from cptool.cli.options.records import as_object
+from cptool.cli.options.types import Duration, TokenCount
 from cptool.cli.plan.search import Search
-from cptool.cli.types import Duration, TokenCount
 from cptool.errors import OptionError, UserError
 from cptool.model import shares
 from cptool.planning import planner

@@ -1,5 +1,6 @@
 """The model and the session that a command names."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,8 +9,7 @@ import click
 
 from cptool import units
 from cptool.cli import draw
-from cptool.cli.options import check_room
-from cptool.cli.types import TokenCount
+from cptool.cli.options.types import TokenCount
 from cptool.errors import OptionError, UserError
 
 if TYPE_CHECKING:
@@ -99,3 +99,22 @@ def check_turn_room(turn: "Turn", config: "LlamaConfig") -> None:
     tokens = sum(map(len, turn.prompts)) + batch * turn.max_new_tokens
     if turn.session is not None:
         check_room(Path(turn.session), config, tokens=tokens, batch=batch, dtype=turn.dtype)
+
+
+def check_room(
+    directory: Path, config: "LlamaConfig", *, tokens: int, batch: int, dtype: str
+) -> None:
+    """Raise UserError for a disk without room for the KV of `tokens` more tokens of a batch, and
+    the logits after them.
+    """
+    from cptool.planning.cost.counts import kv_bytes
+    from cptool.planning.cost.forward import ELEMENT_BYTES
+
+    needed = kv_bytes(config, tokens, ELEMENT_BYTES[dtype]) + 4 * config.vocab_size * batch
+    place = next(p for p in (directory, *directory.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{directory} has {units.size(free)} free, the KV of {tokens:,} tokens needs "
+            f"{units.size(needed)}; make room, or name another directory"
+        )

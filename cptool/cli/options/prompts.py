@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool.cli import draw
-from cptool.cli.options import as_object
-from cptool.cli.prompt_files import read_text, read_token_ids
-from cptool.cli.types import TokenCount
+from cptool.cli.options.prompt_files import read_text, read_token_ids
+from cptool.cli.options.records import as_object
+from cptool.cli.options.types import TokenCount
 from cptool.errors import UserError
 
 if TYPE_CHECKING:

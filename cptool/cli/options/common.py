@@ -1,0 +1,75 @@
+"""Single options that several subcommands share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from cptool.distributed.options import DEFAULT_TIMEOUT_S
+from cptool.errors import OptionError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="Where to run.  [default: auto]",
+)
+
+
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="CPU threads per rank.  [default: the cores divided among the ranks]",
+)
+
+
+timeout_option = click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=DEFAULT_TIMEOUT_S,
+    metavar="S",
+    help="Seconds to wait for another rank.  [default: 300]",
+)
+
+
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    help="Compute and cache in this type.  [default: auto, the checkpoint's own; float32 on a "
+    "CPU that is slow in it]",
+)
+
+
+moved_option = click.option("--model", help="Where the session's model is now, if it moved.")
+
+
+profile_option = click.option(
+    "--profile",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Report where the time went, and trace all ranks to this file, for ui.perfetto.dev.",
+)
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print exactly one JSON object on standard output."
+)
+
+
+def check_profile(profile: str | None) -> None:
+    """Raise UserError, before the run, for a trace file that could not be written."""
+    if profile is None:
+        return
+    path = Path(profile).absolute()
+    if not path.parent.is_dir():
+        parent = Path(profile).parent
+        raise OptionError("profile", profile, f"{parent} is not a directory", "create it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OptionError("profile", profile, "it cannot be written", "name another file")

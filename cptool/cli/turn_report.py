@@ -1,0 +1,98 @@
+"""What a turn did, as rows of a table, fields of JSON, and the phases of a profile."""
+
+from typing import TYPE_CHECKING
+
+from cptool.cli.draw import Rows, say
+from cptool.units import duration, size, some
+
+if TYPE_CHECKING:
+    from cptool.engine.turn import Report
+
+
+def prefill_rows(report: "Report") -> Rows:
+    """Return rows on what a prefill did, which variant it chose and what rate it reached."""
+    rows = [
+        (
+            "prompt",
+            some(report.tokens, "token")
+            + (f" after {report.cached:,} cached" if report.cached else ""),
+        ),
+        ("ranks", f"{report.cp} cp x {report.tp} tp on {report.device}, {report.dtype}"),
+        ("variant", f"{report.variant or 'none'} ({report.reason})"),
+        (
+            "first token",
+            f"{duration(report.ttft_s)}, {report.tokens / report.ttft_s:,.0f} tokens/s, "
+            f"{report.flops / report.ttft_s / 1e12:.3g} TFLOP/s in all (weights loaded in "
+            f"{duration(report.load_s)})",
+        ),
+    ]
+    if report.cp > 1:
+        rows.append(
+            (
+                "exchange",
+                f"{size(report.wire_bytes)} sent per rank, {duration(report.exposed_s)} exposed",
+            )
+        )
+    return rows
+
+
+def decode_rows(report: "Report") -> Rows:
+    """Return rows on what a decode did and reached; none if no further token was computed."""
+    if report.ttit_ms is None:
+        return []
+    count = sum(map(len, report.token_ids))
+    rate = report.decode_bytes / report.ttit_ms / 1e6
+    return [
+        (
+            "decode",
+            f"{some(count, 'token')}, {duration(report.ttit_ms / 1e3)} each, {rate:.3g} GB/s of "
+            f"weights and KV per rank ({report.decode_variant}: {report.decode_reason})",
+        )
+    ]
+
+
+def profile_fields(report: "Report") -> dict[str, object]:
+    """Return the profile for --json: seconds by phase, one per rank; empty without a profile."""
+    if not report.phases:
+        return {}
+    return {"profile": {phases.name.partition(",")[0]: phases.fields() for phases in report.phases}}
+
+
+def phases(report: "Report", path: str | None, *, to_stderr: bool = False) -> None:
+    """Print where the time of each rank went, if there is a profile."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for part in report.phases:
+        ranks = len(part.wall_s)
+        table = Table(
+            box=None,
+            padding=(0, 1),
+            header_style="bold",
+            title=f"{part.name}: ms",
+            title_justify="left",
+        )
+        shown = range(ranks) if ranks <= 8 else ()
+        for column in ("phase", "mean", "of wall", *(f"rank {r}" for r in shown)):
+            table.add_column(column, justify="left" if column == "phase" else "right")
+        wall = sum(part.wall_s) / ranks
+        rows = [(PHASE_NAMES.get(name, name), values) for name, values in part.phases.items()]
+        rows += [("wall", part.wall_s), ("(communication hidden)", part.hidden_s)]
+        for name, values in rows:
+            mean = sum(values) / ranks
+            table.add_row(
+                name,
+                f"{1e3 * mean:.4g}",
+                f"{mean / wall:.1%}",
+                *(f"{1e3 * values[r]:.4g}" for r in shown),
+            )
+        Console(stderr=to_stderr, highlight=False).print(table)
+    if report.phases:
+        say(f"trace: {path} (open it in ui.perfetto.dev)")
+
+
+PHASE_NAMES = {
+    "exposed": "communication exposed",
+    "host": "host (no operation)",
+    "idle": "idle (no kernel)",
+}
