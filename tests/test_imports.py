@@ -180,6 +180,15 @@ def test_nothing_imports_the_command_line():
     assert found == [("__main__", "cli.entry")]
 
 
+def test_one_module_writes_the_json_of_all_commands():
+    writing = {
+        name
+        for name, (_, tree) in modules().items()
+        if within(name, "cli") and "json.dump" in ast.unparse(tree)
+    }
+    assert writing == {"cli.json_output"}
+
+
 def test_arrows_go_down():
     level = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
     upward = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 
 from cptool import units
 from cptool.cli import draw, turn_report
+from cptool.cli.json_output import print_object
 from cptool.cli.options.common import check_profile, json_option, moved_option, profile_option
 from cptool.cli.options.models import (
     check_turn_room,
@@ -102,7 +102,7 @@ def decode(
     if report is None:
         return
     if as_json:
-        click.echo(json.dumps(_fields(report, turn, checkpoint)))
+        print_object(_fields(report, turn, checkpoint))
     else:
         if not stream:
             _print_answers(report, checkpoint)

@@ -4,7 +4,6 @@ KV on request.
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cptool.cli import draw, turn_report
+from cptool.cli.json_output import print_object
 from cptool.cli.options.common import check_profile, dtype_option, json_option, profile_option
 from cptool.cli.options.models import (
     check_turn_room,
@@ -101,7 +101,7 @@ def prefill(
     if report is None:
         return
     if as_json:
-        click.echo(json.dumps(_fields(report, lengths, turn.session)))
+        print_object(_fields(report, lengths, turn.session))
     else:
         _draw(report, turn, checkpoint)
 

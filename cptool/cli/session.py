@@ -1,6 +1,5 @@
 """`cptool session`: show, verify or compact a session, or take back turns."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import click
 
 from cptool import units
 from cptool.cli import draw
+from cptool.cli.json_output import print_object
 from cptool.cli.options.common import json_option
 from cptool.session import store as sessions
 
@@ -42,7 +42,7 @@ def show(directory: Path, as_json: bool) -> None:
         "bytes": total,
     }
     if as_json:
-        click.echo(json.dumps(fields))
+        print_object(fields)
         return
     model = manifest.model
     turns = " -> ".join("+".join(map(str, turn)) for turn in manifest.turns)

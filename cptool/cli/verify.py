@@ -4,13 +4,13 @@ user's machine.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cptool.cli.json_output import print_object
 from cptool.cli.options.common import (
     device_option,
     dtype_option,
@@ -86,7 +86,7 @@ def verify(
     with progress() as watch:
         verdicts = list(verifier.verify(trial, list(range(2, most + 1)), each, watch))
     if as_json:
-        click.echo(json.dumps(_fields(trial, verdicts)))
+        print_object(_fields(trial, verdicts))
     else:
         _draw(verdicts)
         click.echo(_summary(trial, verdicts, device))

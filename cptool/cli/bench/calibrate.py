@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import click
 
 from cptool import units
 from cptool.cli import draw
+from cptool.cli.json_output import print_object
 from cptool.cli.options.common import DTYPES, json_option
 from cptool.cli.progress import progress
 from cptool.units import duration
@@ -62,7 +62,7 @@ def calibrate(cp: int | None, threads: int | None, device: str, dtype: str, as_j
     if rank:
         return
     if as_json:
-        click.echo(json.dumps({"path": path, **asdict(profile)}))
+        print_object({"path": path, **asdict(profile)})
         return
     draw.table([*_rows(profile, dtypes, cp), ("kept in", path)])
 

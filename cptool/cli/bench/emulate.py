@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import click
 
 from cptool.checkpoint.shapes import find_shape
 from cptool.cli import draw
+from cptool.cli.json_output import print_object
 from cptool.cli.options.common import json_option
 from cptool.cli.options.ranks import VARIANTS
 from cptool.cli.options.records import as_object
@@ -145,6 +145,6 @@ def emulate(
         result=project(scenario, profile, repeats),
     )
     if as_json:
-        click.echo(json.dumps(report.fields()))
+        print_object(report.fields())
     else:
         draw.table(report.rows())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import click
 
 from cptool.cli import plot as plots
+from cptool.cli.json_output import print_object
 from cptool.cli.options.common import DTYPES, json_option
 from cptool.cli.options.records import as_object
 
@@ -73,7 +73,7 @@ def emit(
     from cptool.bench.timing import circumstances
 
     if as_json:
-        click.echo(json.dumps({**circumstances(), **fields}))
+        print_object({**circumstances(), **fields})
         return
     from rich.console import Console
     from rich.table import Table

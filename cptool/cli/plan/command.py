@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import click
 
 from cptool.checkpoint.shapes import find_shape
 from cptool.cli import draw
+from cptool.cli.json_output import print_object
 from cptool.cli.options.common import json_option
 from cptool.cli.options.ranks import VARIANTS
 from cptool.cli.options.records import as_object
@@ -178,7 +178,7 @@ def plan(
     if swept.sweep is None:
         found = report.Report(search=search, answer=search.answer(ttft_below), target=ttft_below)
         if as_json:
-            click.echo(json.dumps(found.fields()))
+            print_object(found.fields())
         else:
             found.draw()
         return

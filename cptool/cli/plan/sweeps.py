@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ import click
 
 from cptool import variants
 from cptool.cli import plot as plots
+from cptool.cli.json_output import print_object
 from cptool.cli.plan.search import Search
 from cptool.errors import UserError
 from cptool.planning import planner
@@ -144,7 +144,7 @@ def show(table: Table, search: Search, plot: Path | None, as_json: bool) -> None
             "ideal_s": table.ideal,
             "plot": str(plot) if plot else None,
         }
-        click.echo(json.dumps(fields))
+        print_object(fields)
         return
     from rich.console import Console
     from rich.table import Table as Grid

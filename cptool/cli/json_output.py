@@ -1,0 +1,37 @@
+"""The one JSON object that --json prints; `docs/json.md` documents its fields for every command."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+SCHEMA = 1
+"""Version of all objects: it grows when a field is removed, renamed, or means something else."""
+
+
+def print_object(fields: Mapping[str, Any]) -> None:
+    """Print exactly one JSON object, in one line on standard output, that begins with "schema"."""
+    click.echo(line(fields))
+
+
+def line(fields: Mapping[str, Any]) -> str:
+    """Return `fields` after "schema" as one line of JSON; JSON has no infinities and no NaN, so
+    these are null.
+    """
+    if "schema" in fields:
+        raise ValueError('"schema" is the version of the object; give the field another name')
+    return json.dumps({"schema": SCHEMA, **_finite(fields)}, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return value
