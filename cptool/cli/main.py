@@ -11,6 +11,7 @@ import click
 
 import cptool
 from cptool.cli import streams
+from cptool.cli.options.variables import with_origins
 from cptool.distributed import signals
 from cptool.distributed.signals import orderly
 from cptool.errors import UserError, as_options, explain, show_traceback
@@ -69,8 +70,9 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("standalone_mode", True):
             return super().main(*args, **kwargs)
+        origins: dict[str, str] = {}  # options whose values are from the environment, and variables
         try:
-            code, line = self._run(*args, **kwargs)
+            code, line = self._run(*args, **{**kwargs, "obj": origins})
         except KeyboardInterrupt:
             code, line = 130, "cptool: interrupted"
         # The outcome is known: from here on a Ctrl-C would only interrupt Python's own shutdown.
@@ -81,7 +83,8 @@ class Commands(click.Group):
             code, line = 1, f"cptool: {streams.OUTPUT}: {fault.strerror}"
         if line is not None:
             newline = "\n" if code == 130 and sys.stderr.isatty() else ""  # after the ^C
-            click.echo(newline + " ".join(line.split()), err=True)
+            line = with_origins(" ".join(line.split()), origins)
+            click.echo(newline + line, err=True)
         if any(thread.name == "cptool-ranks" for thread in threading.enumerate()):
             # A rank in this process would go on computing while the interpreter is torn down.
             sys.stderr.flush()
@@ -136,7 +139,14 @@ class _Escaped(Exception):
         self.cause = cause
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+_EPILOG = """\b
+Variables of the environment give options a default: CPTOOL_CP, CPTOOL_TP,
+CPTOOL_DEVICE, CPTOOL_DTYPE, CPTOOL_THREADS, CPTOOL_TIMEOUT, CPTOOL_VARIANT.
+docs/environment.md lists all variables that cptool reads.
+"""
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
 @click.version_option(cptool.__version__, prog_name="cptool")
 def main() -> None:
     """Exact long-context inference of Llama-family models, split over ranks by context."""

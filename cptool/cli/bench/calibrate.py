@@ -10,7 +10,7 @@ import click
 from cptool import units
 from cptool.cli import draw
 from cptool.cli.json_output import print_object
-from cptool.cli.options.common import DTYPES, json_option
+from cptool.cli.options.common import DTYPES, device_option, json_option, threads_option
 from cptool.cli.progress import progress
 from cptool.units import duration
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     metavar="N",
     help="Ranks.  [default: 2, and on a CPU 4 as well]",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads per rank.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@threads_option
+@device_option
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),

@@ -10,7 +10,7 @@ import click
 from cptool.checkpoint.shapes import find_shape
 from cptool.cli import draw
 from cptool.cli.json_output import print_object
-from cptool.cli.options.common import json_option
+from cptool.cli.options.common import device_option, json_option, threads_option
 from cptool.cli.options.ranks import VARIANTS
 from cptool.cli.options.records import as_object
 from cptool.cli.options.types import TokenCount
@@ -95,7 +95,7 @@ class EmulationOptions:
         click.option(
             "--variant", type=click.Choice(VARIANTS), default="pass-kv", show_default=True
         ),
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+        device_option,
         click.option(
             "--dtype",
             type=click.Choice(["bfloat16", "float16", "float32"]),
@@ -110,7 +110,7 @@ class EmulationOptions:
     metavar="NAME|FILE",
     help="Whose links, such as gtt-h100.  [default: measured here, or the device's default]",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@threads_option
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
 @json_option
 def emulate(

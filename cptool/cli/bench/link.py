@@ -18,9 +18,10 @@ from cptool.cli.bench.options import (
     percent,
     spread,
 )
+from cptool.cli.options.common import timeout_option
 from cptool.cli.options.types import Bytes
 from cptool.cli.progress import progress
-from cptool.distributed.options import DEFAULT_TIMEOUT_S, RankOptions, check_size
+from cptool.distributed.options import RankOptions, check_size
 
 if TYPE_CHECKING:
     from cptool.distributed.world import World
@@ -57,13 +58,7 @@ PATTERNS = ("send-receive", "all-gather", "all-to-all")
     default=True,
     help="Whether to measure compute beside a transfer.  [default: it is]",
 )
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=1),
-    default=DEFAULT_TIMEOUT_S,
-    metavar="S",
-    help="Seconds to wait for another rank.  [default: 300]",
-)
+@timeout_option
 @measure_options
 def link(
     cp: int | None,

@@ -11,7 +11,7 @@ import click
 
 from cptool.cli import plot as plots
 from cptool.cli.json_output import print_object
-from cptool.cli.options.common import DTYPES, json_option
+from cptool.cli.options.common import DTYPES, device_option, json_option, threads_option
 from cptool.cli.options.records import as_object
 
 KINDS = DTYPES[1:]
@@ -36,10 +36,8 @@ measure_options = as_object(
     "measuring",
     MeasureOptions,
     [
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
-        click.option(
-            "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads per rank."
-        ),
+        device_option,
+        threads_option,
         click.option(
             "--repeats",
             type=click.IntRange(min=1),

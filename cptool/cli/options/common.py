@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cptool.cli.options.variables import VariableOption
 from cptool.distributed.options import DEFAULT_TIMEOUT_S
 from cptool.errors import OptionError
 
@@ -15,6 +16,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 device_option = click.option(
     "--device",
+    cls=VariableOption,
+    envvar="CPTOOL_DEVICE",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     help="Where to run.  [default: auto]",
@@ -23,6 +26,8 @@ device_option = click.option(
 
 threads_option = click.option(
     "--threads",
+    cls=VariableOption,
+    envvar="CPTOOL_THREADS",
     type=click.IntRange(min=1),
     metavar="N",
     help="CPU threads per rank.  [default: the cores divided among the ranks]",
@@ -31,6 +36,8 @@ threads_option = click.option(
 
 timeout_option = click.option(
     "--timeout",
+    cls=VariableOption,
+    envvar="CPTOOL_TIMEOUT",
     type=click.FloatRange(min=1),
     default=DEFAULT_TIMEOUT_S,
     metavar="S",
@@ -40,6 +47,8 @@ timeout_option = click.option(
 
 dtype_option = click.option(
     "--dtype",
+    cls=VariableOption,
+    envvar="CPTOOL_DTYPE",
     type=click.Choice(DTYPES),
     default="auto",
     help="Compute and cache in this type.  [default: auto, the checkpoint's own; float32 on a "

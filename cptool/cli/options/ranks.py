@@ -11,6 +11,7 @@ import click
 from cptool import variants
 from cptool.cli.options.common import device_option, threads_option, timeout_option
 from cptool.cli.options.records import Decorator, as_object
+from cptool.cli.options.variables import VariableOption
 from cptool.distributed.options import DEFAULT_TIMEOUT_S, RankOptions
 from cptool.engine.options import EngineOptions
 
@@ -76,12 +77,16 @@ def ranks_by_default(cp: str, tp: str = "1") -> Decorator:
         [
             click.option(
                 "--cp",
+                cls=VariableOption,
+                envvar="CPTOOL_CP",
                 type=click.IntRange(min=1),
                 metavar="N",
                 help=f"Context-parallel ranks.  [default: {cp}]",
             ),
             click.option(
                 "--tp",
+                cls=VariableOption,
+                envvar="CPTOOL_TP",
                 type=click.IntRange(min=1),
                 metavar="M",
                 help=f"Tensor-parallel ranks for each of them.  [default: {tp}]",
@@ -99,6 +104,8 @@ attention_options = as_object(
     [
         click.option(
             "--variant",
+            cls=VariableOption,
+            envvar="CPTOOL_VARIANT",
             type=click.Choice(VARIANTS),
             default="auto",
             help="How attention crosses ranks.  [default: auto]",
