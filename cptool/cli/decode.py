@@ -12,6 +12,7 @@ import click
 from cptool import units
 from cptool.cli import draw, turn_report
 from cptool.cli.json_output import print_object
+from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, json_option, moved_option, profile_option
 from cptool.cli.options.models import (
     check_turn_room,
@@ -36,7 +37,7 @@ DEFAULT_TOKENS = 128
 
 
 @click.command(short_help="Append tokens to a session, and save it.")
-@click.argument("session", type=click.Path(path_type=Path))
+@click.argument("session", type=click.Path(path_type=Path), shell_complete=completion.sessions)
 @prompt_options
 @click.option(
     "-n",

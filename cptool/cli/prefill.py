@@ -12,6 +12,7 @@ import click
 
 from cptool.cli import draw, turn_report
 from cptool.cli.json_output import print_object
+from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, dtype_option, json_option, profile_option
 from cptool.cli.options.models import (
     check_turn_room,
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=completion.models)
 @chat_prompt_options
 @click.option(
     "--session",
     type=click.Path(path_type=Path),
+    shell_complete=completion.sessions,
     metavar="DIR",
     help="Keep the KV here; of a session that is here, compute only what the prompt adds.",
 )

@@ -3,10 +3,11 @@
 import click
 
 from cptool.cli import draw
+from cptool.cli.options import completion
 
 
 @click.command(short_help="Get a model of the catalogue, checked by its hash.")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.models_to_pull)
 def pull(name: str) -> None:
     """Get the model NAME and check it against its hash; MODEL then accepts the name.
 

@@ -8,10 +8,16 @@ import click
 from cptool import units
 from cptool.cli import draw
 from cptool.cli.json_output import print_object
+from cptool.cli.options import completion
 from cptool.cli.options.common import json_option
 from cptool.session import store as sessions
 
-directory_argument = click.argument("directory", metavar="SESSION", type=click.Path(path_type=Path))
+directory_argument = click.argument(
+    "directory",
+    metavar="SESSION",
+    type=click.Path(path_type=Path),
+    shell_complete=completion.sessions,
+)
 
 
 @click.group()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cptool.cli.json_output import print_object
+from cptool.cli.options import completion
 from cptool.cli.options.common import (
     device_option,
     dtype_option,
@@ -35,7 +36,7 @@ STEPS = 8
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=completion.models)
 @prompt_options
 @click.option(
     "--max-cp",

@@ -28,11 +28,12 @@ from cptool.cli.bench.options import (
     percent,
     spread,
 )
+from cptool.cli.options import completion
 from cptool.cli.options.types import TokenCount
 
 
 @click.command(short_help="Decode steps over cached lengths, ranks and variants.")
-@click.argument("model", metavar="MODEL|SHAPE")
+@click.argument("model", metavar="MODEL|SHAPE", shell_complete=completion.shapes)
 @click.option(
     "--cached",
     type=TokenCount(0),

@@ -10,6 +10,7 @@ import click
 from cptool.checkpoint.shapes import find_shape
 from cptool.cli import draw
 from cptool.cli.json_output import print_object
+from cptool.cli.options import completion
 from cptool.cli.options.common import device_option, json_option, threads_option
 from cptool.cli.options.ranks import VARIANTS
 from cptool.cli.options.records import as_object
@@ -76,6 +77,7 @@ class EmulationOptions:
     [
         click.option(
             "--shape",
+            shell_complete=completion.shapes,
             required=True,
             metavar="NAME",
             help="A shape such as llama3-405b, a config.json, or a model.",
@@ -107,6 +109,7 @@ class EmulationOptions:
 )
 @click.option(
     "--hardware",
+    shell_complete=completion.hardware,
     metavar="NAME|FILE",
     help="Whose links, such as gtt-h100.  [default: measured here, or the device's default]",
 )

@@ -29,11 +29,12 @@ from cptool.cli.bench.options import (
     percent,
     spread,
 )
+from cptool.cli.options import completion
 from cptool.cli.options.types import TokenCount
 
 
 @click.command(short_help="Prefill over contexts, miss rates, ranks and variants.")
-@click.argument("model", metavar="MODEL|SHAPE")
+@click.argument("model", metavar="MODEL|SHAPE", shell_complete=completion.shapes)
 @click.option(
     "--context",
     "contexts",

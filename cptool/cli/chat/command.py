@@ -11,6 +11,7 @@ import click
 from cptool.cli import draw
 from cptool.cli.chat.lines import lines
 from cptool.cli.chat.terminal import Answering, Terminal
+from cptool.cli.options import completion
 from cptool.cli.options.common import dtype_option, moved_option
 from cptool.cli.options.models import context_option, open_model, say_reading, session_fields
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
@@ -29,7 +30,7 @@ DEFAULT_TOKENS = 512
 
 
 @click.command(short_help="Talk with a model, or continue a saved session.")
-@click.argument("source", metavar="MODEL|SESSION")
+@click.argument("source", metavar="MODEL|SESSION", shell_complete=completion.models_or_sessions)
 @click.option("--system", metavar="TEXT", help="A system message to begin with.")
 @click.option(
     "-n",

@@ -10,6 +10,7 @@ import click
 from cptool.checkpoint.shapes import find_shape
 from cptool.cli import draw
 from cptool.cli.json_output import print_object
+from cptool.cli.options import completion
 from cptool.cli.options.common import json_option
 from cptool.cli.options.ranks import VARIANTS
 from cptool.cli.options.records import as_object
@@ -60,7 +61,7 @@ class SweepOptions:
 
 
 @click.command(short_help="Predict times, memory and communication; nothing is run.")
-@click.argument("model", metavar="MODEL|SHAPE")
+@click.argument("model", metavar="MODEL|SHAPE", shell_complete=completion.shapes)
 @as_object(
     "run",
     WorkOptions,
@@ -117,6 +118,7 @@ class SweepOptions:
     [
         click.option(
             "--hardware",
+            shell_complete=completion.hardware,
             metavar="NAME|FILE",
             help="A profile such as gtt-h100, h200 or measured.  [default: what `bench calibrate` "
             "measured here, else h100-sxm]",
