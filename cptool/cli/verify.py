@@ -97,7 +97,7 @@ def verify(
 def _prompt(asked: Prompts, checkpoint: Checkpoint) -> list[int]:
     """Return the tokens of the one prompt; UserError for several, or one without room for STEPS."""
     if not asked:
-        asked = replace(asked, synthetic=(_default_length(checkpoint),))
+        asked = replace(asked, given=(("--synthetic", _default_length(checkpoint)),))
     sequences = asked.encode(checkpoint, begin=True)
     if len(sequences) != 1 or len(sequences[0]) < 2:
         raise UserError("cptool verify takes one prompt of at least 2 tokens")

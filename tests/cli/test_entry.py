@@ -218,26 +218,25 @@ def test_prompt_files_that_are_none(tmp_path):
     (tmp_path / "long").write_bytes(b"x" * (2 << 20))
     (tmp_path / "ids").write_text("[1, 262]")
     for name, option, reason in (
-        ("fifo", "files", "not a regular file"),
-        ("fifo", "token_files", "not a regular file"),
-        ("/dev/zero", "files", "not a regular file"),
-        ("t", "files", "cannot be read .Is a directory"),
-        ("missing", "token_files", "cannot be read"),
-        ("long", "files", "more than 1,114,112 bytes"),
-        ("ids", "token_files", "ids: token id 262 is not in the model's vocabulary"),
+        ("fifo", "--prompt-file", "not a regular file"),
+        ("fifo", "--token-ids", "not a regular file"),
+        ("/dev/zero", "--file", "not a regular file"),
+        ("t", "--prompt-file", "cannot be read .Is a directory"),
+        ("missing", "--token-ids", "cannot be read"),
+        ("long", "--prompt-file", "more than 1,114,112 bytes"),
+        ("ids", "--token-ids", "ids: token id 262 is not in the model's vocabulary"),
     ):
-        given = {"texts": (), "files": (), "token_files": (), "synthetic": (), "chat": False}
-        asked = Prompts(**given | {option: (tmp_path / name,)})
+        asked = Prompts(given=((option, str(tmp_path / name)),))
         with pytest.raises(UserError, match=reason):
             asked.encode(model, begin=True)
 
 
 def test_a_plain_prompt_that_spells_a_control_token_says_so(tmp_path, capsys):
     model = OneByteModel(directory(tmp_path))
-    given = {"files": (), "token_files": (), "synthetic": (), "chat": False}
-    (ids,) = Prompts(texts=("<|turn|>user\nhi<|done|>",), **given).encode(model, begin=True)
+    given = (("--prompt", "<|turn|>user\nhi<|done|>"),)
+    (ids,) = Prompts(given=given).encode(model, begin=True)
     assert TURN not in ids
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "<|turn|> and 1 more" in said and "letters" in said
-    (ids,) = Prompts(texts=("<|turn|>",), **given, parse=True).encode(model, begin=True)
+    (ids,) = Prompts(given=(("--prompt", "<|turn|>"),), parse=True).encode(model, begin=True)
     assert ids == [BOS, TURN] and capsys.readouterr().err == ""

@@ -3,13 +3,19 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cptool.cli import draw
-from cptool.cli.options.prompt_files import read_text, read_token_ids
+from cptool.cli.options.ordered import ordered
+from cptool.cli.options.prompt_files import (
+    STANDARD_INPUT,
+    join_parts,
+    read_stdin,
+    read_text,
+    read_token_ids,
+)
 from cptool.cli.options.records import as_object
 from cptool.cli.options.types import TokenCount
 from cptool.errors import UserError
@@ -19,116 +25,162 @@ if TYPE_CHECKING:
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
     from cptool.model.config import LlamaConfig
 
-_PROMPTS = (
-    click.option(
-        "--prompt",
-        "texts",
-        multiple=True,
-        metavar="TEXT",
-        help="A prompt.",
-    ),
-    click.option(
+_GIVEN: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--prompt", {"metavar": "TEXT", "help": "A prompt; - reads it from standard input."}),
+    (
         "--prompt-file",
-        "files",
-        multiple=True,
-        type=click.Path(path_type=Path),
-        help="A UTF-8 text file as a prompt, its line ends as they are.",
+        {
+            "type": click.Path(),
+            "metavar": "FILE",
+            "help": "A UTF-8 text file as a prompt, its line ends as they are; - is standard "
+            "input.",
+        },
     ),
-    click.option(
+    (
+        "--file",
+        {
+            "type": click.Path(),
+            "metavar": "FILE",
+            "help": "A text file that the next --prompt or --prompt-file begins with, a blank line "
+            "after it, such as a document before a question.",
+        },
+    ),
+    (
         "--token-ids",
-        "token_files",
-        multiple=True,
-        type=click.Path(path_type=Path),
-        help="A JSON file: a list of token ids, taken as they are, or a list of such lists.",
+        {
+            "type": click.Path(),
+            "metavar": "FILE",
+            "help": "A JSON file: a list of token ids, taken as they are, or a list of such lists.",
+        },
     ),
-    click.option(
+    (
         "--synthetic",
-        multiple=True,
-        type=TokenCount(),
-        metavar="N",
-        help="A prompt of N pseudo-random tokens, such as 8192, 128K or 1M.",
+        {
+            "type": TokenCount(),
+            "metavar": "N",
+            "help": "A prompt of N pseudo-random tokens, such as 8192, 128K or 1M.",
+        },
     ),
-    click.option(
-        "--parse-control-tokens",
-        "parse",
-        is_flag=True,
-        help="Read control tokens in --prompt and --prompt-file as such, for prompts that a chat "
-        "template has rendered already. Without it they are letters.",
-    ),
+)
+_PARSE = click.option(
+    "--parse-control-tokens",
+    "parse",
+    is_flag=True,
+    help="Read control tokens in texts as such, for prompts that a chat template has rendered "
+    "already. Without it they are letters.",
 )
 _CHAT = click.option(
     "--chat",
     is_flag=True,
     help="Put each text prompt into the model's chat template, as a user's message.",
 )
+_SYSTEM = click.option(
+    "--system", metavar="TEXT", help="With --chat, a system message before each prompt."
+)
+
+
+_TEXTS = ("--prompt", "--prompt-file", "--file")
+_FILES = ("--prompt-file", "--file", "--token-ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt, read and encoded.
+
+    name: as the command line gives it, for errors. text: what it says; None for token ids.
+    messages: what the chat template was given, if it was.
+    """
+
+    name: str
+    tokens: list[int]
+    text: str | None = None
+    messages: list[dict[str, str]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
     """The prompt options as they were given.
 
-    chat: whether each text goes into the model's chat template, as a user's message.
+    given: options and their values, in the command line's order.
+    chat: whether each text goes into the model's chat template, as a user's message after `system`.
     parse: whether control tokens in a text are read as such.
     """
 
-    texts: tuple[str, ...] = ()
-    files: tuple[Path, ...] = ()
-    token_files: tuple[Path, ...] = ()
-    synthetic: tuple[int, ...] = ()
+    given: tuple[tuple[str, Any], ...] = ()
     chat: bool = False
+    system: str | None = None
     parse: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.texts or self.files or self.token_files or self.synthetic)
+        return bool(self.given)
 
     def encode(self, checkpoint: "Checkpoint", *, begin: bool) -> list[list[int]]:
-        """Return the token ids of each prompt.
+        """Return the token ids of each prompt; see `read`."""
+        return [prompt.tokens for prompt in self.read(checkpoint, begin=begin)]
+
+    def read(self, checkpoint: "Checkpoint", *, begin: bool) -> list[Prompt]:
+        """Return each prompt, in the order of the command line. Standard input is read once.
 
         `begin` says whether a text starts a sequence and so takes the BOS that the model asks for.
         Raises UserError for a prompt that is empty, unreadable or not of the model's vocabulary.
         """
         from cptool.checkpoint.tokenizer.input_checks import check_ids
 
-        config = checkpoint.config
-        context = config.max_position_embeddings
-        sequences = self._encode_texts(checkpoint, begin)
-        sequences += [entry for path in self.token_files for entry in read_token_ids(path, context)]
-        check_context(list(self.synthetic), [0] * len(self.synthetic), 0, config)
-        sequences += [
-            (f"--synthetic {n}", _synthetic(n, config.vocab_size)) for n in self.synthetic
-        ]
-        for name, tokens in sequences:
-            if not tokens:
-                raise UserError(f"{name}: the prompt is empty; give at least one token")
-            with _named(name):
-                check_ids(tokens, config.vocab_size)
-        return [tokens for _, tokens in sequences]
-
-    def _encode_texts(self, checkpoint: "Checkpoint", begin: bool) -> list[tuple[str, list[int]]]:
-        """Return names and token ids of the prompts that are text."""
-        context = checkpoint.config.max_position_embeddings
-        texts = [(f"--prompt {number}", text) for number, text in enumerate(self.texts, 1)]
-        texts += [(str(path), read_text(path, context)) for path in self.files]
-        self._check_text_options(bool(texts))
-        if not texts:
-            return []
+        self._check_options()
+        prompts: list[Prompt] = []
+        parts: list[str] = []  # of the next text prompt
+        for name, option, value in self._named_values():
+            if option in _TEXTS:
+                parts.append(self._text(name, option, value, checkpoint))
+                if option != "--file":
+                    prompts.append(self._encoded(name, join_parts(parts), checkpoint, begin))
+                    parts = []
+                continue
+            if parts:
+                raise UserError(
+                    f"{option} after --file: token ids do not join a text; give the --prompt of "
+                    "the file first"
+                )
+            rows = _tokens(option, value, checkpoint.config, before=len(prompts))
+            prompts += [Prompt(name=name, tokens=tokens) for name, tokens in rows]
+        if parts:
+            prompts.append(self._encoded(name, join_parts(parts), checkpoint, begin))
         tokenizer = checkpoint.tokenizer()
-        if tokenizer is None:
-            raise UserError(
-                f"{checkpoint.path} has no tokenizer, so a text prompt cannot be read; give "
-                "--token-ids"
-            )
-        sequences = []
-        for name, text in texts:
-            if not text:
-                raise UserError(f"{name}: the prompt is empty; give at least one character")
-            sequences.append((name, self._enter(tokenizer, name, text, begin)))
-        return sequences
+        if self.system is not None and tokenizer is not None and tokenizer.leaves_out("system"):
+            draw.say("--system: the model's chat template leaves the text out")
+        for prompt in prompts:
+            if not prompt.tokens:
+                raise UserError(f"{prompt.name}: the prompt is empty; give at least one token")
+            with _named(prompt.name):
+                check_ids(prompt.tokens, checkpoint.config.vocab_size)
+        return prompts
 
-    def _check_text_options(self, has_text: bool) -> None:
+    def _named_values(self) -> Iterator[tuple[str, str, Any]]:
+        """Yield what to call each value in errors, its option, and the value."""
+        count = 0
+        for option, value in self.given:
+            count += option == "--prompt"
+            if option == "--prompt":
+                yield f"--prompt {count}", option, value
+            else:
+                yield str(value) if option in _FILES else f"{option} {value}", option, value
+
+    def _text(self, name: str, option: str, value: str, checkpoint: "Checkpoint") -> str:
+        """Return a text as it is given, or as its file or standard input holds it."""
+        context = checkpoint.config.max_position_embeddings
+        if value == STANDARD_INPUT:
+            text = read_stdin(context)
+        else:
+            text = value if option == "--prompt" else read_text(value, context)
+        if not text:
+            raise UserError(f"{name}: the prompt is empty; give at least one character")
+        return text
+
+    def _check_options(self) -> None:
         """Raise UserError for options about text that are given without any, or exclude each
         other.
         """
+        has_text = any(option in _TEXTS for option, _ in self.given)
         if self.parse and not has_text:
             raise UserError(
                 "--parse-control-tokens: it applies to text; give --prompt or --prompt-file, or "
@@ -143,27 +195,68 @@ class Prompts:
             raise UserError(
                 "--chat: it needs a text prompt; give --prompt or --prompt-file, or leave it out"
             )
+        if self.system is not None and not self.chat:
+            raise UserError("--system: it is a message of the chat template; add --chat")
+        dashes = [o for o, value in self.given if o in _TEXTS and value == STANDARD_INPUT]
+        if len(dashes) > 1:
+            raise UserError(
+                f"{dashes[1]} -: standard input is read once, by {dashes[0]} -; name a file"
+            )
 
-    def _enter(self, tokenizer: "Tokenizer", name: str, text: str, begin: bool) -> list[int]:
-        """Return the token ids of one text; say so if it spells control tokens (letters)."""
+    def _encoded(self, name: str, text: str, checkpoint: "Checkpoint", begin: bool) -> Prompt:
+        """Return the prompt of one text; say so if it spells control tokens (letters)."""
+        tokenizer = checkpoint.tokenizer()
+        if tokenizer is None:
+            raise UserError(
+                f"{checkpoint.path} has no tokenizer, so a text prompt cannot be read; give "
+                "--token-ids"
+            )
         with _named(name):
             if self.chat:
-                tokens = tokenizer.chat([{"role": "user", "content": text}])
+                messages = [] if self.system is None else [_message("system", self.system)]
+                messages.append(_message("user", text))
+                tokens = tokenizer.chat(messages)
                 if tokenizer.leaves_out("user"):
                     draw.say(f"{name}: the model's chat template leaves the text out")
-                return tokens
+                return Prompt(name=name, tokens=tokens, text=text, messages=messages)
             tokens = tokenizer.encode(text, bos=begin, parse=self.parse)
-        if not self.parse and (spelled := tokenizer.spelled(text)):
-            more = f" and {len(spelled) - 1} more" if len(spelled) > 1 else ""
-            draw.say(
-                f"{name}: {spelled[0]}{more} in it read as letters, not as control tokens; --chat "
-                "renders a message, --parse-control-tokens reads a prompt that was rendered"
-            )
-        return tokens
+        if not self.parse:
+            _say_what_is_spelled(name, text, tokenizer)
+        return Prompt(name=name, tokens=tokens, text=text)
 
 
-prompt_options = as_object("asked", Prompts, _PROMPTS)
-chat_prompt_options = as_object("asked", Prompts, (*_PROMPTS, _CHAT))
+prompt_options = as_object("asked", Prompts, (ordered("given", _GIVEN), _PARSE))
+chat_prompt_options = as_object(
+    "asked", Prompts, (ordered("given", _GIVEN), _PARSE, _CHAT, _SYSTEM)
+)
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _say_what_is_spelled(name: str, text: str, tokenizer: "Tokenizer") -> None:
+    """Say which control tokens a text spells, which are letters in it."""
+    if spelled := tokenizer.spelled(text):
+        more = f" and {len(spelled) - 1} more" if len(spelled) > 1 else ""
+        draw.say(
+            f"{name}: {spelled[0]}{more} in it read as letters, not as control tokens; --chat "
+            "renders a message, --parse-control-tokens reads a prompt that was rendered"
+        )
+
+
+def _tokens(
+    option: str, value: Any, config: "LlamaConfig", *, before: int
+) -> list[tuple[str, list[int]]]:
+    """Return names and token ids of the prompts of an option that gives no text.
+
+    before: the number of prompts before them.
+    """
+    if option == "--token-ids":
+        return read_token_ids(value, config.max_position_embeddings)
+    zeros = [0] * before
+    check_context([*zeros, value], [*zeros, 0], 0, config)
+    return [(f"{option} {value}", _synthetic(value, config.vocab_size))]
 
 
 @contextmanager
