@@ -11,6 +11,7 @@ import click
 
 from cptool import units
 from cptool.cli import draw, turn_report
+from cptool.cli.answer_stream import AnswerStream
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, json_option, moved_option, profile_option
@@ -98,14 +99,18 @@ def decode(
     )
     placed = ranks.or_as_last(manifest).resolve(checkpoint.config)
     check_turn_room(turn, checkpoint.config)
-    stream = not as_json and len(sequences) == 1 and checkpoint.tokenizer() is not None
-    report = run_turn(turn, placed, stream=stream)
+    tokenizer = checkpoint.tokenizer()
+    one = not as_json and len(sequences) == 1
+    stream = AnswerStream(tokenizer) if one and tokenizer is not None else None
+    report = run_turn(turn, placed, emit=stream.emit if stream else None)
     if report is None:
         return
+    if stream is not None:
+        stream.finish()
     if as_json:
         print_object(_fields(report, turn, checkpoint))
     else:
-        if not stream:
+        if stream is None:
             _print_answers(report, checkpoint)
         _draw(report, turn, sampler.describe(sampling))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool.cli import draw, turn_report
+from cptool.cli.answer_stream import AnswerStream
 from cptool.cli.options.models import open_model
 from cptool.cli.options.prompts import check_context
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
@@ -22,6 +23,7 @@ from cptool.errors import UserError
 from cptool.units import duration
 
 if TYPE_CHECKING:
+    from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
     from cptool.engine.turn import Report, Turn
 
 MODEL = "smollm2-135m-instruct"
@@ -68,10 +70,9 @@ def demo(question: str, ranks: RankRequest, attention: EngineOptions) -> None:
         f"{MODEL} reads {len(document.split()):,} words ({len(prompt):,} tokens) on "
         f"{many.count} ranks."
     )
-    click.echo(f"Q: {question}\nA: ", nl=False)
-    sys.stdout.flush()
+    click.echo(f"Q: {question}")
     answers = [
-        list(_run(turn, placed, stream=placed is many).token_ids[0])
+        list(_run(turn, placed, tokenizer if placed is many else None).token_ids[0])
         for placed in (many, dataclasses.replace(many, cp=1, tp=1))
     ]
     sys.exit(_compare(answers, many))
@@ -82,13 +83,16 @@ def read_document() -> str:
     return resources.files("cptool").joinpath("data", "lighthouse.txt").read_text("utf-8")
 
 
-def _run(turn: Turn, ranks: RankOptions, *, stream: bool) -> Report:
-    """Run the turn and print what it did."""
+def _run(turn: Turn, ranks: RankOptions, tokenizer: Tokenizer | None) -> Report:
+    """Run the turn and print what it did; with a tokenizer, the answer as it comes."""
     from cptool.cli.launch import run_turn
 
     began = time.perf_counter()
-    report = run_turn(turn, ranks, stream=stream)
+    stream = AnswerStream(tokenizer, lead="A: ") if tokenizer is not None else None
+    report = run_turn(turn, ranks, emit=stream.emit if stream else None)
     assert report is not None  # there is no launcher
+    if stream is not None:
+        stream.finish()
     taken = duration(time.perf_counter() - began)
     total = f"{ranks.count} rank(s), {taken} with start and loading"
     draw.table([("", total), *turn_report.prefill_rows(report), *turn_report.decode_rows(report)])

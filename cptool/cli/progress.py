@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from cptool.distributed.status_board import Board
 
 
@@ -23,14 +25,54 @@ def counting(what: str, total: int) -> Iterator["Callable[[], None]"]:
         yield lambda: bar.advance(task)
 
 
+class Bar:
+    """A progress bar of the ranks; `hidden` if it is not drawn."""
+
+    def __init__(self, drawn: "Progress | None") -> None:
+        self._drawn, self.hidden = drawn, drawn is None
+        if drawn is not None:
+            self._task = drawn.add_task("start the ranks", total=None)
+
+    def watch(self, board: "Board") -> None:
+        """Draw what the ranks' status board says; to be called from time to time."""
+        bar, status = self._drawn, board.read(0)
+        if bar is None:
+            return
+        if status.phase and status.phase != bar.tasks[self._task].description:
+            bar.reset(self._task, description=status.phase, total=status.total or None)
+        bar.update(self._task, completed=status.done)
+
+    def before(self, emit: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """Return `emit` with the bar taken away before its first call."""
+
+        def first(sequence: int, token_id: int) -> None:
+            self.end()
+            emit(sequence, token_id)
+
+        return first
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._drawn is not None:
+            self._drawn.stop()
+            self._drawn = None
+
+
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator["Callable[[Board], None] | None"]:
+def progress() -> Iterator["Callable[[Board], None] | None"]:
     """Draw a progress bar; yield what to call with the ranks' status board from time to time.
 
     Yields None unless standard error is a terminal.
     """
-    if quiet or not sys.stderr.isatty():
-        yield None
+    with drawn_bar() as bar:
+        yield None if bar.hidden else bar.watch
+
+
+@contextmanager
+def drawn_bar() -> Iterator[Bar]:
+    """Draw a progress bar while the body runs, if standard error is a terminal."""
+    if not sys.stderr.isatty():
+        yield Bar(None)
         return
     from rich.console import Console
     from rich.progress import (
@@ -47,13 +89,9 @@ def progress(*, quiet: bool = False) -> Iterator["Callable[[Board], None] | None
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("start the ranks", total=None)
-
-        def watch(board: "Board") -> None:
-            status = board.read(0)
-            if status.phase and status.phase != bar.tasks[task].description:
-                bar.reset(task, description=status.phase, total=status.total or None)
-            bar.update(task, completed=status.done)
-
-        yield watch
+    with Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
+        bar = Bar(drawn)
+        try:
+            yield bar
+        finally:
+            bar.end()

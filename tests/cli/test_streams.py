@@ -181,3 +181,23 @@ def test_a_byte_order_mark_before_the_first_line_is_none_of_it(monkeypatch):
     given = io.TextIOWrapper(io.BytesIO(codecs.BOM_UTF8 + b"hi\r\n" + codecs.BOM_UTF8 + b"you"))
     monkeypatch.setattr(sys, "stdin", given)
     assert list(lines()) == ["hi", "\ufeffyou"]
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_tokens_arrive_in_the_process_that_prints(tiny_model, cp):
+    """And what fails there is raised once the turn is over, and stops no rank."""
+    from cptool.cli.launch import run_turn
+    from cptool.distributed.options import RankOptions
+    from cptool.engine.turn import Turn
+
+    turn = Turn(model=str(tiny_model), prompts=((1, 2, 3), (4,)), dtype="float32", max_new_tokens=5)
+    came, ranks = [], RankOptions(cp=cp, device="cpu")
+    report = run_turn(turn, ranks, emit=lambda *token: came.append((*token, os.getpid())))
+    assert came == [(b, report.token_ids[b][i], os.getpid()) for i in range(5) for b in (0, 1)]
+
+    def fail(sequence, token):
+        came.append(token)
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        run_turn(turn, ranks, emit=fail)

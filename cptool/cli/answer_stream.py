@@ -1,0 +1,62 @@
+"""An answer as text on standard output while its tokens arrive."""
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from cptool.errors import RunError
+
+if TYPE_CHECKING:
+    from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
+
+
+class AnswerStream:
+    """Writes the tokens of one sequence as text; `emit` is for `cptool.cli.launch.run_turn`.
+
+    Output that fails stops no turn: `finish` reports it once the turn has been saved.
+
+    lead: written before the first token, when the progress bar has gone.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", *, lead: str = "") -> None:
+        self._text, self._output, self._lead = tokenizer.stream(), Output(), lead
+
+    def emit(self, sequence: int, token_id: int) -> None:
+        """Write the text that is certain with this token."""
+        self._write(self._text.push(token_id))
+
+    def finish(self) -> None:
+        """Write the text that was held back and end the line.
+
+        Raises RunError if standard output could not be written.
+        """
+        self._write(self._text.flush() + "\n")
+        if self._output.fault:
+            raise RunError(
+                f"standard output cannot be written ({self._output.fault}); the turn was computed"
+            )
+
+    def _write(self, text: str) -> None:
+        self._output.write(self._lead + text)
+        self._lead = ""
+
+
+class Output:
+    """Standard output, or nowhere once it fails, because the turn is still to be saved.
+
+    `fault` is why it failed, None if its reader merely closed it.
+    """
+
+    def __init__(self) -> None:
+        self.fault: str | None = None
+
+    def write(self, text: str) -> None:
+        if sys.stdout is None:  # closed from the beginning
+            return
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.fault = error.strerror
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
