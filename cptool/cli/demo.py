@@ -20,7 +20,7 @@ from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_de
 from cptool.distributed.options import RankOptions
 from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.errors import UserError
-from cptool.units import duration
+from cptool.units import duration, some
 
 if TYPE_CHECKING:
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ def _run(turn: Turn, ranks: RankOptions, tokenizer: Tokenizer | None) -> Report:
     if stream is not None:
         stream.finish()
     taken = duration(time.perf_counter() - began)
-    total = f"{ranks.count} rank(s), {taken} with start and loading"
+    total = f"{some(ranks.count, 'rank')}, {taken} with start and loading"
     draw.table([("", total), *turn_report.prefill_rows(report), *turn_report.decode_rows(report)])
     return report
 

@@ -14,6 +14,7 @@ from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
 from cptool.engine.requests import Connection
 from cptool.engine.turn import Report, Turn, run
+from cptool.units import flop_rate
 
 if TYPE_CHECKING:
     from cptool.distributed.world import World
@@ -45,8 +46,8 @@ def run_turn(turn: Turn, ranks: RankOptions, *, emit: Emit | None = None) -> Rep
     if report.ceiling_flops is not None and rate > report.ceiling_flops:
         # Ranks that attend to their own tokens alone have such rates.
         draw.say(
-            f"{rate / 1e12:.3g} TFLOP/s per rank is more than this hardware can do "
-            f"({report.ceiling_flops / 1e12:.3g}): something was not computed; check with: "
+            f"{flop_rate(rate)} per rank is more than this hardware can do "
+            f"({flop_rate(report.ceiling_flops)}): something was not computed; check with: "
             "cptool verify MODEL"
         )
     return report

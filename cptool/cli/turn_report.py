@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from cptool.cli.draw import Rows, say
-from cptool.units import duration, size, some
+from cptool.units import byte_rate, duration, flop_rate, size, some, token_rate
 
 if TYPE_CHECKING:
     from cptool.engine.turn import Report
@@ -21,8 +21,8 @@ def prefill_rows(report: "Report") -> Rows:
         ("variant", f"{report.variant or 'none'} ({report.reason})"),
         (
             "first token",
-            f"{duration(report.ttft_s)}, {report.tokens / report.ttft_s:,.0f} tokens/s, "
-            f"{report.flops / report.ttft_s / 1e12:.3g} TFLOP/s in all (weights loaded in "
+            f"{duration(report.ttft_s)}, {token_rate(report.tokens / report.ttft_s)}, "
+            f"{flop_rate(report.flops / report.ttft_s)} on all ranks together (weights loaded in "
             f"{duration(report.load_s)})",
         ),
     ]
@@ -41,13 +41,17 @@ def decode_rows(report: "Report") -> Rows:
     if report.ttit_ms is None:
         return []
     count = sum(map(len, report.token_ids))
-    rate = report.decode_bytes / report.ttit_ms / 1e6
+    step_s = report.ttit_ms / 1e3
+    each = f"{duration(step_s)} each"
+    if len(report.token_ids) > 1:
+        each = f"{duration(step_s)} per step of the batch"
     return [
         (
             "decode",
-            f"{some(count, 'token')}, {duration(report.ttit_ms / 1e3)} each, {rate:.3g} GB/s of "
-            f"weights and KV per rank ({report.decode_variant}: {report.decode_reason})",
-        )
+            f"{some(count, 'token')}, {each}, {byte_rate(report.decode_bytes / step_s)} of "
+            "weights and KV per rank",
+        ),
+        ("", f"{report.decode_variant} ({report.decode_reason})"),
     ]
 
 

@@ -17,7 +17,7 @@ from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.memory import RESERVED, memory_per_rank
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.strategy import AUTO, STATIC_ROWS, Choice, choose
-from cptool.units import duration
+from cptool.units import duration, size
 from cptool.variants import find, names, records
 
 
@@ -189,7 +189,7 @@ def best(
 
     def against(p: Plan) -> str:
         if p.excess_bytes:
-            return f"needs {_size(p.memory_bytes)} per rank, {_size(p.excess_bytes)} too much"
+            return f"needs {size(p.memory_bytes)} per rank, {size(p.excess_bytes)} too much"
         if ttft_below is not None and time(p) > ttft_below:
             return f"misses the target by {duration(time(p) - ttft_below)}"
         if reaching and p.ranks > chosen.ranks:
@@ -202,10 +202,10 @@ def best(
 
 def misfit(p: Plan) -> str:
     """Return why a layout cannot run, in one line."""
-    parts = ", ".join(f"{name} {_size(count)}" for name, count in p.memory.items())
+    parts = ", ".join(f"{name} {size(count)}" for name, count in p.memory.items())
     return (
-        f"`cp` {p.cp}, `tp` {p.tp}: a rank needs {_size(p.memory_bytes)} ({parts}), "
-        f"{_size(p.excess_bytes)} more than the {_size(p.capacity)} that it has"
+        f"`cp` {p.cp}, `tp` {p.tp}: a rank needs {size(p.memory_bytes)} ({parts}), "
+        f"{size(p.excess_bytes)} more than the {size(p.capacity)} that it has"
     )
 
 
@@ -237,7 +237,7 @@ def _choose(variant: str, work: Workload, forward: Forward, profile: HardwarePro
     if variant == AUTO and work.published and forward.ranks > 1:
         times = {name: prefill(name, forward, profile).seconds for name in _published()}
         variant, other = sorted(times, key=times.__getitem__)
-        reason = f"{variant} {duration(times[variant])}, {other} {duration(times[other])}"
+        reason = f"{duration(times[variant])}, next {other} {duration(times[other])}"
         return Choice(variant, forward.ranks, reason, 0.0)
     plain = replace(forward, feed_forward=None, partial_bytes=4)
     return choose(variant, plain, profile, work.rule)
@@ -279,7 +279,3 @@ def _divides(config: LlamaConfig, tp: int) -> bool:
     except UserError:
         return False
     return True
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.3g} GB" if count < 1e12 else f"{count / 1e9:,.0f} GB"

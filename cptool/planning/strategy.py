@@ -19,6 +19,8 @@ AUTO = "auto"
 STATIC_ROWS = 128
 """The most sequences for the steps of `cptool.engine.static_decode`: for so few, a step's linear
 layers take as long as reading their weights, so that every rank may compute all new tokens."""
+EQUAL = 0.01
+"""Variants whose predicted times differ by less than this part are called equal."""
 RULES = ("predicted", "algorithm1", "algorithm5", "fitted")
 
 SHORT = 4096
@@ -92,8 +94,7 @@ def _choose(asked: str, forward: Forward, profile: HardwareProfile, rule: str) -
             for order, variant in enumerate(names())
         ]
         best = min(times)
-        following = min(time for time in times if time[2] != best[2])
-        return Choice(best[2], best[3], _comparison(best, following, ranks), best[0])
+        return Choice(best[2], best[3], _comparison(best, times, ranks), best[0])
     if rule == "fitted":
         if profile.rule is None:
             raise ValueError("profile has no coefficients of the fitted rule; calibrate it first")
@@ -229,8 +230,20 @@ def _candidates(new: int, ranks: int) -> list[int]:
 
 
 def _comparison(
-    best: tuple[float, int, str, int], following: tuple[float, int, str, int], ranks: int
+    best: tuple[float, int, str, int], times: list[tuple[float, int, str, int]], ranks: int
 ) -> str:
+    """Return the seconds of the best of `times` beside those of the next variant.
+
+    times: (seconds, order, variant, active ranks).
+    """
     few = f" on {best[3]} of {ranks} ranks" if best[3] < ranks else ""
-    least, then = duration(best[0]), duration(following[0])
-    return f"{best[2]} {least} per layer{few}, next {following[2]} {then}"
+    fastest: dict[str, float] = {}
+    for spent, _, name, _ in sorted(times):
+        fastest.setdefault(name, spent)
+    _, *others = fastest.items()
+    equal = [name for name, spent in others if spent <= (1 + EQUAL) * best[0]]
+    if equal:
+        compared = f"{' and '.join(equal)} equal within {EQUAL:.0%}"
+    else:
+        compared = f"next {others[0][0]} {duration(others[0][1])}"
+    return f"{duration(best[0])} per layer{few}, {compared}"

@@ -126,7 +126,7 @@ def test_link_between_ranks_of_torchrun(tmp_path):
     assert (fields["ranks"], fields["ranks_of_a_host"], fields["backend"]) == (3, 3, "gloo")
     assert [(r["pattern"], r["size"], r["sent_bytes"]) for r in fields["results"]] == [
         (pattern, size, size * others)
-        for size in (1024, 70000)
+        for size in (1000, 70000)
         for pattern, others in (("send-receive", 1), ("all-gather", 2), ("all-to-all", 2))
     ]
     for row in fields["results"]:

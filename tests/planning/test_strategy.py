@@ -59,8 +59,18 @@ def test_decode_over_a_long_context_gathers_queries(device, ranks):
 
 
 def test_the_reason_says_the_two_best():
-    reason = ask(new=131072).reason
-    assert " per layer" in reason and ", next " in reason
+    choice = ask(new=131072)
+    assert choice.reason.endswith(" per layer, pass-kv equal within 1%")
+    assert choice.variant not in choice.reason  # it is printed beside it
+
+
+def test_variants_that_differ_by_less_than_one_percent_are_called_equal():
+    times = [(1.0, 0, "pass-kv", 2), (1.009, 1, "gather-kv", 2), (1.02, 2, "pass-q", 2)]
+    said = strategy._comparison(times[0], times, 2)
+    assert said == "1 s per layer, gather-kv equal within 1%"
+    assert strategy._comparison(times[0], [times[0], times[2]], 2) == (
+        "1 s per layer, next pass-q 1.02 s"
+    )
 
 
 @settings(deadline=None, max_examples=60)

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cptool import units
 from cptool.cli import draw
 from cptool.cli.json_output import print_object
 from cptool.cli.options.common import DTYPES, device_option, json_option, threads_option
 from cptool.cli.progress import progress
-from cptool.units import duration
+from cptool.units import byte_rate, duration, flop_rate, percent
 
 if TYPE_CHECKING:
     from cptool.distributed.world import World
@@ -87,16 +86,16 @@ def _rows(profile: HardwareProfile, dtypes: tuple[str, ...], cp: int) -> list[tu
     rows = [
         (
             name,
-            f"linear layers {profile.linear_flops[name] / 1e12:.3g} TFLOP/s, "
-            f"attention {profile.attention_flops[name] / 1e12:.3g} TFLOP/s per rank",
+            f"linear layers {flop_rate(profile.linear_flops[name])}, "
+            f"attention {flop_rate(profile.attention_flops[name])} per rank",
         )
         for name in dtypes
     ]
     rows.append(
         (
             "memory",
-            f"weights {units.size(profile.memory_bandwidth)}/s, "
-            f"keys and values {units.size(profile.cache_bandwidth)}/s per rank",
+            f"weights {byte_rate(profile.memory_bandwidth)}, "
+            f"keys and values {byte_rate(profile.cache_bandwidth)} per rank",
         )
     )
     if cp > 1:
@@ -104,10 +103,10 @@ def _rows(profile: HardwareProfile, dtypes: tuple[str, ...], cp: int) -> list[tu
         rows.append(
             (
                 "link",
-                f"{units.size(link.bandwidth)}/s one way, "
+                f"{byte_rate(link.bandwidth)} one way, "
                 f"{duration(link.latency_s)} per message, "
                 f"{duration(link.message_overhead_s)} each further one; "
-                f"compute loses {profile.transfer_steals:.0%} of a transfer's time",
+                f"compute beside a transfer loses {percent(profile.transfer_steals)} of its time",
             )
         )
     else:

@@ -12,7 +12,7 @@ from cptool.emulation.layer import Scenario
 from cptool.emulation.projection import Projection
 from cptool.planning.cost.counts import kv_bytes, matrix_parameters
 from cptool.planning.hardware import HardwareProfile
-from cptool.units import duration, size
+from cptool.units import byte_rate, duration, flop_rate, percent, size
 from cptool.variants import find
 
 
@@ -85,7 +85,7 @@ class Report:
             (
                 "first token",
                 f"{duration(result.ttft_s)} projected for {result.layers} layers, "
-                f"{result.flops_per_rank / 1e12:.4g} TFLOP/s per rank; cptool plan predicts "
+                f"{flop_rate(result.flops_per_rank)} per rank; cptool plan predicts "
                 f"{duration(result.planned_s)} on {self.profile.name}",
             ),
             (
@@ -150,13 +150,16 @@ class Report:
     def _part_rows(self) -> Rows:
         rows = []
         for part in self.result.parts:
-            rate = _rate(part.flops, part.seconds)
             spread = f"{duration(part.fastest_s)} to {duration(part.slowest_s)}"
             rows.append(
                 (
                     part.name.partition(",")[0] if part.flops else "other",
                     f"{duration(part.seconds)} ({spread})"
-                    + (f", {rate:.4g} TFLOP/s" if rate else f": {part.name}"),
+                    + (
+                        f", {flop_rate(part.flops / part.seconds)}"
+                        if part.flops and part.seconds
+                        else f": {part.name}"
+                    ),
                 )
             )
         return rows
@@ -170,7 +173,7 @@ class Report:
         what = "keys" if find(self.result.variant).keys_travel else "queries"
         told = [
             f"{word} {duration(s.seconds)} over source {s.source}'s {what} "
-            f"({self._attention_rate(s.pairs, s.seconds) or 0:.4g} TFLOP/s)"
+            f"({flop_rate(1e12 * (self._attention_rate(s.pairs, s.seconds) or 0))})"
             for word, s in (("slowest rate", ring[0]), ("fastest", ring[-1]))
         ]
         return [("ring steps", f"{len(ring)}, {', '.join(told)}")]
@@ -213,13 +216,13 @@ class Report:
         if scenario.cp > 1:
             link = profile.link(scenario.cp * scenario.tp)
             told.append(
-                f"links of {profile.name}: {size(link.bandwidth)}/s one way, "
+                f"links of {profile.name}: {byte_rate(link.bandwidth)} one way, "
                 f"{duration(link.latency_s)} per message"
             )
         if scenario.tp > 1:
             link = profile.link(scenario.tp)
             told.append(
-                f"two all-reduces per layer in ring form at {size(link.bandwidth)}/s, not hidden"
+                f"two all-reduces per layer in ring form at {byte_rate(link.bandwidth)}, not hidden"
             )
         told.append(
             "feed-forward in row-wise FP8, activations scaled as they come"
@@ -227,5 +230,7 @@ class Report:
             else f"linear layers in {_name(scenario.dtype)}"
         )
         if scenario.cp > 1 and profile.transfer_steals:
-            told.append(f"a transfer takes {profile.transfer_steals:.0%} of its time from compute")
+            told.append(
+                f"a transfer takes {percent(profile.transfer_steals)} of its time from compute"
+            )
         return told

@@ -17,7 +17,7 @@ from cptool.distributed.failure import RankFailed
 from cptool.errors import RunError, UserError, as_options
 from cptool.files import expanded
 from cptool.session.conversation import Conversation
-from cptool.units import duration
+from cptool.units import duration, some, token_rate
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -137,7 +137,7 @@ class Terminal:
             ended = time.perf_counter()
         _write(text.flush() + "\n")
         self.conversation.answered(question, context, list(answer.token_ids[0]))
-        rate = f", then {(len(ids) - 1) / (ended - first):.1f} tokens/s" if len(ids) > 1 else ""
+        rate = f", then {token_rate((len(ids) - 1) / (ended - first))}" if len(ids) > 1 else ""
         cut = (
             ""
             if ids[-1] in self.stop_ids
@@ -146,7 +146,7 @@ class Terminal:
             else ", cut at the limit of tokens"
         )
         draw.say(
-            f"[{len(ids)} tokens{cut}; {answer.reused[0]:,} of {len(context):,} reused; "
+            f"[{some(len(ids), 'token')}{cut}; {answer.reused[0]:,} of {len(context):,} reused; "
             f"first after {duration(first - began)}{rate}; "
             f"{len(self.conversation.tokens):,} of {limit:,} in context]"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "ki": 2**10, "mi": 2**20}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 class TokenCount(click.ParamType):
@@ -34,17 +34,19 @@ class TokenCount(click.ParamType):
 
 
 class Bytes(click.ParamType):
-    """A size such as 1K, 4M or 65536; units are powers of two."""
+    """A size such as 1K, 4M or 65536: decimal, as tables show them; 4Mi is a power of two."""
 
     name = "bytes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+)([kmg]?)", value.strip().lower())
-        size = int(match[1]) << 10 * " kmg".index(match[2] or " ") if match else 0
+        match = re.fullmatch(r"(\d+)([kmg]i?|)", value.strip().lower())
+        size = int(match[1]) * _UNITS[match[2]] if match else 0
         if size < 1:
-            self.fail(f"{value!r} must be a positive number of bytes, such as 1K or 4M", param, ctx)
+            self.fail(
+                f"{value!r} must be a positive number of bytes, such as 1K, 4M or 4Mi", param, ctx
+            )
         return size
 
 
