@@ -183,7 +183,10 @@ def _draw(report: Report, turn: Turn, sampling: str) -> None:
     """Print a table on standard error: what was done, and how tokens were sampled."""
     for b, ids in enumerate(report.token_ids, 1):
         if turn.max_new_tokens and not ids:
-            draw.say(f"sequence {b}: its answer has ended; give it a next turn, as with --prompt")
+            draw.say(
+                f"sequence {b}: its answer has ended; give it a next turn, as with --prompt",
+                always=True,
+            )
     rows = turn_report.prefill_rows(report) if report.tokens else []
     rows += turn_report.decode_rows(report)
     if turn.max_new_tokens:

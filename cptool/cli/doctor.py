@@ -40,7 +40,8 @@ def doctor() -> None:
     if failed:
         draw.say(
             f"cptool doctor: {failed} of {len(rows)} checks failed; results on this machine are "
-            f"not to be trusted{remedy}"
+            f"not to be trusted{remedy}",
+            always=True,
         )
         sys.exit(1)
 

@@ -4,6 +4,8 @@ import sys
 
 import click
 
+from cptool.cli import verbosity
+
 Rows = list[tuple[str, str]]
 """Rows of a table without a frame: a name and what it is."""
 
@@ -12,7 +14,12 @@ NARROWEST = 40
 
 
 def table(rows: Rows, *, to_stderr: bool = False) -> None:
-    """Print two columns without a frame, wrapped to a terminal's width, else one line per row."""
+    """Print two columns without a frame, wrapped to a terminal's width, else one line per row.
+
+    Prints nothing on standard error if -q was given.
+    """
+    if to_stderr and verbosity.quiet():
+        return
     stream = sys.stderr if to_stderr else sys.stdout
     if stream is None or not stream.isatty():
         width = max(len(name) for name, _ in rows) if rows else 0
@@ -32,6 +39,15 @@ def table(rows: Rows, *, to_stderr: bool = False) -> None:
     console.print(grid)
 
 
-def say(line: str) -> None:
-    """Print one line on standard error."""
-    print(line, file=sys.stderr, flush=True)
+def say(line: str, *, always: bool = False) -> None:
+    """Print one line on standard error; with -q only if it is `always` to be seen, as a warning
+    about a result is.
+    """
+    if always or not verbosity.quiet():
+        print(line, file=sys.stderr, flush=True)
+
+
+def detail(line: str) -> None:
+    """Print one line on standard error if -v was given: what was chosen, and why."""
+    if verbosity.verbose():
+        print(line, file=sys.stderr, flush=True)

@@ -48,7 +48,8 @@ def run_turn(turn: Turn, ranks: RankOptions, *, emit: Emit | None = None) -> Rep
         draw.say(
             f"{flop_rate(rate)} per rank is more than this hardware can do "
             f"({flop_rate(report.ceiling_flops)}): something was not computed; check with: "
-            "cptool verify MODEL"
+            "cptool verify MODEL",
+            always=True,
         )
     return report
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import cptool
-from cptool.cli import streams
+from cptool.cli import streams, verbosity
 from cptool.cli.options.variables import with_origins
 from cptool.distributed import signals
 from cptool.distributed.signals import orderly
@@ -50,7 +50,9 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(f"cptool.cli.{COMMANDS[name]}"), name)
+        command = getattr(importlib.import_module(f"cptool.cli.{COMMANDS[name]}"), name)
+        verbosity.add_options(command)
+        return command
 
     # click treats an end of file as a Ctrl-C, and any broken pipe as one of the output.
 
@@ -70,6 +72,7 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("standalone_mode", True):
             return super().main(*args, **kwargs)
+        verbosity.reset()
         origins: dict[str, str] = {}  # options whose values are from the environment, and variables
         try:
             code, line = self._run(*args, **{**kwargs, "obj": origins})
@@ -150,3 +153,6 @@ docs/environment.md lists all variables that cptool reads.
 @click.version_option(cptool.__version__, prog_name="cptool")
 def main() -> None:
     """Exact long-context inference of Llama-family models, split over ranks by context."""
+
+
+verbosity.add_options(main)

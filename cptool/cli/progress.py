@@ -1,9 +1,10 @@
 """Progress bars, drawn while ranks work or a command counts its steps."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from cptool.cli.verbosity import draws_bars
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def counting(what: str, total: int) -> Iterator["Callable[[], None]"]:
-    """Draw a progress bar, if standard error is a terminal; yield what to call after each step."""
-    if not sys.stderr.isatty():
+    """Draw a progress bar, if standard error is a terminal and -q was not given; yield what to call
+    after each step.
+    """
+    if not draws_bars():
         yield lambda: None
         return
     from rich.console import Console
@@ -62,7 +65,7 @@ class Bar:
 def progress() -> Iterator["Callable[[Board], None] | None"]:
     """Draw a progress bar; yield what to call with the ranks' status board from time to time.
 
-    Yields None unless standard error is a terminal.
+    Yields None unless standard error is a terminal, or if -q was given.
     """
     with drawn_bar() as bar:
         yield None if bar.hidden else bar.watch
@@ -70,8 +73,10 @@ def progress() -> Iterator["Callable[[Board], None] | None"]:
 
 @contextmanager
 def drawn_bar() -> Iterator[Bar]:
-    """Draw a progress bar while the body runs, if standard error is a terminal."""
-    if not sys.stderr.isatty():
+    """Draw a progress bar while the body runs, if standard error is a terminal and -q was not
+    given.
+    """
+    if not draws_bars():
         yield Bar(None)
         return
     from rich.console import Console

@@ -85,7 +85,7 @@ def verify(directory: Path) -> None:
     except sessions.Damaged as error:  # elsewhere a mistake, here the result
         found = [str(error)]
     for line in found:
-        draw.say(line)
+        draw.say(line, always=True)
     if found:
         sys.exit(1)
     click.echo(

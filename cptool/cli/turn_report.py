@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from cptool.cli import verbosity
 from cptool.cli.draw import Rows, say
 from cptool.units import byte_rate, duration, flop_rate, size, some, token_rate
 
@@ -64,6 +65,8 @@ def profile_fields(report: "Report") -> dict[str, object]:
 
 def phases(report: "Report", path: str | None, *, to_stderr: bool = False) -> None:
     """Print where the time of each rank went, if there is a profile."""
+    if to_stderr and verbosity.quiet():
+        return
     from rich.console import Console
     from rich.table import Table
 

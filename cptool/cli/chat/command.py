@@ -150,7 +150,7 @@ def _begin(tokenizer: Tokenizer, system: str | None) -> Conversation:
     conversation.ask("Hello")
     for role, name in (("system", "--system"), ("user", "questions")):
         if (role == "user" or system is not None) and tokenizer.leaves_out(role):
-            draw.say(f"{name}: the model's chat template leaves the text out")
+            draw.say(f"{name}: the model's chat template leaves the text out", always=True)
     return conversation
 
 

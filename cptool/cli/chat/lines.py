@@ -25,7 +25,8 @@ def _piped() -> Iterator[str]:
     while line := sys.stdin.buffer.readline(_LINE_BYTES):
         if len(line) == _LINE_BYTES and not line.endswith(b"\n"):
             draw.say(
-                f"a line of more than {_LINE_BYTES:,} bytes was left out; ask in a shorter one"
+                f"a line of more than {_LINE_BYTES:,} bytes was left out; ask in a shorter one",
+                always=True,
             )
             while (line := sys.stdin.buffer.readline(_LINE_BYTES)) and not line.endswith(b"\n"):
                 pass

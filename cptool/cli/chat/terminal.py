@@ -99,7 +99,7 @@ class Terminal:
         except LimitError:  # What takes too much goes on taking it until the program ends.
             raise
         except UserError as error:
-            draw.say(as_options(str(error)))
+            draw.say(as_options(str(error)), always=True)
         return True
 
     def ask(self, question: str) -> None:

@@ -52,7 +52,7 @@ def open_model(model: str, context_length: int | None = None) -> "Checkpoint":
     seat = launched()
     if checkpoint.notes and (seat is None or seat.rank == 0) and _has_sound_tokenizer(checkpoint):
         for note in checkpoint.notes:
-            draw.say(note)
+            draw.say(note, always=True)
     return checkpoint
 
 

@@ -147,7 +147,7 @@ class Prompts:
             prompts.append(self._encoded(name, join_parts(parts), checkpoint, begin))
         tokenizer = checkpoint.tokenizer()
         if self.system is not None and tokenizer is not None and tokenizer.leaves_out("system"):
-            draw.say("--system: the model's chat template leaves the text out")
+            draw.say("--system: the model's chat template leaves the text out", always=True)
         for prompt in prompts:
             if not prompt.tokens:
                 raise UserError(f"{prompt.name}: the prompt is empty; give at least one token")
@@ -217,7 +217,7 @@ class Prompts:
                 messages.append(_message("user", text))
                 tokens = tokenizer.chat(messages)
                 if tokenizer.leaves_out("user"):
-                    draw.say(f"{name}: the model's chat template leaves the text out")
+                    draw.say(f"{name}: the model's chat template leaves the text out", always=True)
                 return Prompt(name=name, tokens=tokens, text=text, messages=messages)
             tokens = tokenizer.encode(text, bos=begin, parse=self.parse)
         if not self.parse:
@@ -241,7 +241,8 @@ def _say_what_is_spelled(name: str, text: str, tokenizer: "Tokenizer") -> None:
         more = f" and {len(spelled) - 1} more" if len(spelled) > 1 else ""
         draw.say(
             f"{name}: {spelled[0]}{more} in it read as letters, not as control tokens; --chat "
-            "renders a message, --parse-control-tokens reads a prompt that was rendered"
+            "renders a message, --parse-control-tokens reads a prompt that was rendered",
+            always=True,
         )
 
 

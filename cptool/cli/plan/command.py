@@ -207,7 +207,7 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
     notes: list[str] = []
     config, profile = find_shape(model, notes), _profile(on.hardware)
     for note in notes:
-        draw.say(note)
+        draw.say(note, always=True)
     shares.check(config, on.tp or 1)
     if on.rule == "fitted" and profile.rule is None:
         raise OptionError(
