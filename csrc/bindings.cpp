@@ -11,6 +11,7 @@
 #include "cpu/decoder_layer.h"
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
+#include "cpu/schedule.h"
 #include "peer_memory.h"
 #if defined(CPTOOL_HAS_CUDA)
 #include "cuda/kernels.h"
@@ -224,6 +225,9 @@ void define_cpu_dispatch(py::module_& m) {
   });
   m.def("cpu_linear_isa",
         [](int dtype) { return cptool::cpu::few_rows_isa(static_cast<ScalarType>(dtype)).name; });
+  m.def("watch_attention_cpu", [](uintptr_t pairs, uintptr_t cancelled) {
+    cptool::cpu::watch_attention({pointer<int64_t>(pairs), pointer<const int64_t>(cancelled)});
+  });
   m.def("force_cpu_isa", cptool::cpu::force_isa, py::arg("name").none(true));
 }
 

@@ -182,6 +182,7 @@ inline void run(const AttentionArgs& args, int threads, const Context&... contex
     RowBlock<Kernel::kRows> block;
     while (const WorkItem* item = schedule.next()) {
       run_item(args, schedule, *item, kernel, block, reinterpret_cast<float*>(scratch));
+      schedule.count(args, *item);
     }
   };
   using Body = decltype(body);

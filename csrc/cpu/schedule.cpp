@@ -21,6 +21,8 @@ constexpr int64_t kBusyRows = 8;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+thread_local Watch thread_watch;
+
 struct Group {
   std::vector<WorkItem> items;
   std::atomic<int32_t> pending{0};
@@ -45,7 +47,10 @@ void find_limits(const int32_t* q_pos, int64_t queries, const int32_t* k_pos, in
 
 }  // namespace
 
+void watch_attention(const Watch& watch) { thread_watch = watch; }
+
 struct Schedule::State {
+  Watch watch = thread_watch;  // of the thread that makes the call
   std::vector<int64_t> limits;
   std::vector<WorkItem> items;
   std::unique_ptr<Group[]> groups;
@@ -151,8 +156,21 @@ Schedule::Schedule(const AttentionArgs& args, int block_rows, int block_heads) :
 Schedule::~Schedule() { delete state_; }
 
 const WorkItem* Schedule::next() {
+  const int64_t* cancelled = state_->watch.cancelled;
+  if (cancelled != nullptr && __atomic_load_n(cancelled, __ATOMIC_RELAXED) != 0) return nullptr;
   const size_t index = state_->next.fetch_add(1, std::memory_order_relaxed);
   return index < state_->items.size() ? &state_->items[index] : nullptr;
+}
+
+void Schedule::count(const AttentionArgs& args, const WorkItem& item) const {
+  if (state_->watch.pairs == nullptr) return;
+  const int64_t group = args.q_heads / args.kv_heads;
+  const int64_t* seen = state_->limits.data() + args.cu_q[item.sequence];
+  int64_t pairs = 0;
+  for (int64_t row = item.row_begin; row < item.row_begin + item.rows; ++row) {
+    pairs += std::max<int64_t>(0, std::min(seen[row / group], item.key_end) - item.key_begin);
+  }
+  __atomic_fetch_add(state_->watch.pairs, pairs * item.kv_heads, __ATOMIC_RELAXED);
 }
 
 bool Schedule::complete(const WorkItem& item) {

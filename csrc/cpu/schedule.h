@@ -23,6 +23,17 @@ struct WorkItem {
   float* partial_lse;  // [kv_heads * rows]
 };
 
+// Where the calling thread's attention calls report and are told to stop, in memory that another
+// process may share. Both words are accessed atomically; either may be null.
+struct Watch {
+  int64_t* pairs = nullptr;  // grows by the pairs (query head's row, visible key) computed
+  const int64_t* cancelled =
+      nullptr;  // once nonzero, no further item begins: results are undefined
+};
+
+// Sets it for the calling thread, whose calls pass it on to the threads that help with them.
+void watch_attention(const Watch& watch);
+
 // The work items of one call, longest first. They depend on the shapes and positions alone, not on
 // the number of threads, and therefore so do the results.
 class Schedule {
@@ -33,8 +44,11 @@ class Schedule {
   Schedule(const Schedule&) = delete;
   Schedule& operator=(const Schedule&) = delete;
 
-  // Returns the next item for the calling thread, or null when none is left. Thread-safe.
+  // Returns the next item for the calling thread, or null when none is left or the call was
+  // cancelled. Thread-safe.
   const WorkItem* next();
+  // Adds the visible pairs of `item`, which has been computed, to the watch. Thread-safe.
+  void count(const AttentionArgs& args, const WorkItem& item) const;
   // Records that the partial of `item`, one of a group, is written. Returns true for the last item
   // of the group, whose caller then merges the group.
   bool complete(const WorkItem& item);
