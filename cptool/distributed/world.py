@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cptool.distributed.group import Group
-from cptool.distributed.status_board import Board
+from cptool.distributed.status_board import Board, Work
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +34,23 @@ class World:
     cp_group: Group = field(default_factory=Group)
     tp_group: Group = field(default_factory=Group)
 
-    def report(self, phase: str, done: int = 0, total: int = 0) -> None:
+    def report(
+        self, phase: str, done: int = 0, total: int = 0, *, work: Work | None = None
+    ) -> None:
         """Record on the status board what this rank is doing; about a microsecond."""
-        self.board.write(self.rank, phase, done, total)
+        self.board.write(self.rank, phase, done, total, work=work)
+
+    def agree_to_stop(self) -> bool:
+        """Return whether the launching process has requested a stop, the same on every rank.
+
+        Collective. Under a launcher no process can request it, and nothing is exchanged.
+        """
+        if not self.board.shared:
+            return False
+        stop = bool(self.group.sum_of([int(self.board.cancelled)])[0])
+        if stop:
+            self.board.notice()
+        return stop
 
     def gather(self, value: Any, *types: type) -> list[Any]:
         """Return the `value` of every rank, in rank order. Tensors arrive on the CPU.

@@ -9,12 +9,23 @@ placement of the cached ones; positions are the mask.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
 from cptool.cache import KVCache
 from cptool.distributed.world import World
 from cptool.engine.options import EngineOptions
+from cptool.engine.reading import (
+    LONG,
+    Interrupted,
+    Layers,
+    Reading,
+    Report,
+    attention_pairs,
+    silent,
+)
 from cptool.engine.sampling import Sampling
 from cptool.engine.state import BatchState
 from cptool.engine.static_decode import Observer, StaticDecode, StepContext
@@ -24,14 +35,13 @@ from cptool.parallel.step import Step
 from cptool.parallel.transport import ring_of
 from cptool.planning.cost.exchange import ALL_Q
 from cptool.planning.cost.forward import Forward
+from cptool.planning.cost.layer import predict
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import AUTO, STATIC_ROWS, Choice, choose
 from cptool.profiling.trace import SILENT, Recorder, Silent
 from cptool.sharding import Placement, balanced
 from cptool.variants import find
-
-Progress = Callable[[str, int, int], None]
 
 STATIC_STEPS = 1024
 """Decode steps that room is made for at once."""
@@ -53,7 +63,7 @@ class Engine(BatchState):
         batch: int = 1,
         options: EngineOptions | None = None,
         profile: HardwareProfile | None = None,
-        progress: Progress | None = None,
+        progress: Report | None = None,
     ) -> None:
         options = options or EngineOptions()
         self.model, self.world, self.variant = model, world, options.variant
@@ -62,7 +72,7 @@ class Engine(BatchState):
         self.partial_dtype = self.dtype if options.partials == "working" else torch.float32
         self.static = world.device.type == "cuda" if options.static is None else options.static
         self.ring = ring_of(world.cp_group)
-        self.report = progress or (lambda phase, done, total: None)
+        self.report = progress or silent
         self.choice: Choice | None = None
         cache = KVCache(
             layers=model.config.num_hidden_layers,
@@ -78,7 +88,6 @@ class Engine(BatchState):
         self._trace: Recorder | Silent = SILENT
         self._observer: Observer | None = None
 
-    @torch.inference_mode()
     def extend(
         self, new: list[list[int]], *, reserve: int = 0, variant: str | Choice | None = None
     ) -> None:
@@ -89,7 +98,18 @@ class Engine(BatchState):
 
         reserve: keep room in the cache for that many further tokens.
         variant: used for this forward instead of the engine's; a Choice is used as it is.
+
+        Raises Interrupted on all ranks, and leaves everything as it was, if the launching process
+        requests a stop while more than `reading.LONG` tokens are computed.
         """
+        if sum(map(len, new)) <= LONG:
+            self._extend(new, reserve, variant)
+            return
+        with self.undone_by(Interrupted):
+            self._extend(new, reserve, variant)
+
+    @torch.inference_mode()
+    def _extend(self, new: list[list[int]], reserve: int, variant: str | Choice | None) -> None:
         self.append(new)
         todo = [said[done:] for said, done in zip(self.tokens, self.computed, strict=True)]
         lengths = [len(tokens) for tokens in todo]
@@ -109,9 +129,23 @@ class Engine(BatchState):
         mine = step.queries[rank]
         flat = torch.tensor([token for tokens in todo for token in tokens], dtype=torch.int64)
         local = flat[layout.indices(rank)].to(device)
+        reading = None
+        if self.report is not silent and max(lengths) > 1:
+            forward = replace(self._forward(lengths), active=self.choice.active)
+            reading = Reading(
+                self.world,
+                self.report,
+                forward,
+                shares=Layers(forward.config, predict(self.choice.variant, forward, self.profile)),
+                pairs=self.model.num_heads
+                * attention_pairs(layout, rank, None if keys_travel else self.holdings),
+            )
         with self._trace.span("model", "small ops"):
-            attention = self._attention(step, self.choice.variant, prefilling=max(lengths) > 1)
-            hidden = self.model(local, mine.positions, attention)
+            attention = self._attention(step, self.choice.variant, reading)
+            passed = None if reading is None else reading.passed
+            hidden = self.model(local, mine.positions, attention, passed=passed)
+        if reading is not None:
+            reading.end()
         ends = mine.cu_seqlens[1:].tolist()
         owned = [
             b
@@ -127,7 +161,10 @@ class Engine(BatchState):
     def _chosen(self, variant: str | Choice, lengths: list[int]) -> Choice:
         if isinstance(variant, Choice):
             return variant
-        forward = Forward(
+        return choose(variant, self._forward(lengths), self.profile)
+
+    def _forward(self, lengths: list[int]) -> Forward:
+        return Forward(
             config=self.model.config,
             dtype=str(self.dtype).removeprefix("torch."),
             new=sum(lengths),
@@ -138,7 +175,6 @@ class Engine(BatchState):
             tp=self.world.tp,
             partial_bytes=self.partial_dtype.itemsize,
         )
-        return choose(variant, forward, self.profile)
 
     def _placed(self, queries: tuple[Placement, ...], reserve: int, *, keys_travel: bool) -> Step:
         """Give each rank its new tokens and return the step in which they attend."""
@@ -159,19 +195,17 @@ class Engine(BatchState):
             partial_dtype=self.partial_dtype,
         )
 
-    def _attention(self, step: Step, variant: str, *, prefilling: bool) -> Callable:
+    def _attention(self, step: Step, variant: str, reading: Reading | None) -> Callable:
         """Return the attention that the model calls in each layer of a forward."""
-        config = self.model.config
-        scale, layers = config.head_dim**-0.5, config.num_hidden_layers
+        scale = self.model.config.head_dim**-0.5
         mine = step.queries[step.rank]
 
         def attention(
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         ) -> torch.Tensor:
-            if prefilling:
-                self.report("prefill, layer", layer, layers)
             self.cache.store(layer, k, v)
-            with self._trace.span("attention", "attention"):
+            seen = nullcontext() if reading is None else reading.attention(layer)
+            with seen, self._trace.span("attention", "attention"):
                 kv = self.cache.layer(layer)
                 out = attend(variant, q, kv, step, ring=self.ring, scale=scale)
             if self._observer is not None:

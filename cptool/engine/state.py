@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,22 @@ class BatchState:
         self.cache.truncate(mark.computed)
         self.holdings.replace(mark.held)
         self.on_disk.truncate(self.cache.lengths, self.computed)
+
+    @contextmanager
+    def undone_by(self, error: type[BaseException]) -> Iterator[None]:
+        """Go back to this very state, logits included, if the body raises `error`; it only adds."""
+        mark = Mark(
+            lengths=tuple(map(len, self.tokens)),
+            computed=tuple(self.computed),
+            held=tuple(self.holdings.placements()),
+        )
+        ended, logits = list(self.ended), dict(self.logits)
+        try:
+            yield
+        except error:
+            self.rewind(mark)
+            self.ended, self.logits = ended, logits
+            raise
 
     def adopt(
         self,

@@ -29,6 +29,10 @@ q and k are rotated already. All three are strided views of one projection, and 
 until the call returns. Scores are scaled by D^-1/2.
 """
 
+Passed = Callable[[int, int], bool]
+"""passed(done, rows) is called as the feed-forward of a layer has passed `done` of its `rows`; it
+returns whether to go on. If not, the result is undefined."""
+
 
 def _row_slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     rows = tensors[0].shape[0]
@@ -142,7 +146,13 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(shapes, device)
 
     def forward(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attend: Attend,
+        *,
+        passed: Passed | None = None,
     ) -> None:
         if not hidden.shape[0]:
             self.self_attn.without_tokens(hidden, attend)
@@ -151,8 +161,12 @@ class DecoderLayer(nn.Module):
             self._in_two_calls(hidden, cos, sin, attend)
             return
         attended = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
+        done = 0
         for rows, added in _row_slices(hidden, attended):
             rows += self.mlp(self.post_attention_layernorm.after_adding(rows, added))
+            done += rows.shape[0]
+            if passed is not None and not passed(done, hidden.shape[0]):
+                return
 
     def _in_two_calls(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
@@ -221,6 +235,13 @@ class Llama(nn.Module):
         self.requires_grad_(False)
 
     @property
+    def num_heads(self) -> int:
+        """Query heads that this model projects to."""
+        attention = self.layers[0].self_attn
+        assert isinstance(attention, Attention)
+        return attention.num_heads
+
+    @property
     def num_kv_heads(self) -> int:
         """Key-value heads that this model projects to, and that its caches hold."""
         attention = self.layers[0].self_attn
@@ -228,17 +249,23 @@ class Llama(nn.Module):
         return attention.num_kv_heads
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        *,
+        passed: Passed | None = None,
     ) -> torch.Tensor:
         """Return the residual stream after the last layer, before the norm that `logits` applies.
 
         `tokens` int64 [T] and their absolute `positions` int32 [T]; T may be 0, and `attend` is
         called once for every layer all the same. Returns [T, hidden] in the type of the weights.
+        `passed` is for prompts, whose layers take long.
         """
         hidden = self.embed_tokens(tokens)
         cos, sin = rotary_tables(positions, self.inverse_frequencies)
         for layer in self.layers:
-            layer(hidden, cos, sin, attend)
+            layer(hidden, cos, sin, attend, passed=passed)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

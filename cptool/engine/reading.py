@@ -1,0 +1,193 @@
+"""How far the forward over a prompt is, and its end on request, within a layer too.
+
+Progress is the share of the work that is done, in time. A layer is its attention, counted in pairs
+of a query and a key that it sees (the kernels count them, `cptool.ops.watch`), and the rest,
+counted in rows. The cost model says which of the two takes which part of a layer, until layers of
+this very forward have said it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from cptool.distributed.status_board import Work
+from cptool.distributed.world import World
+from cptool.engine.holdings import Holdings
+from cptool.ops.watch import watched_attention
+from cptool.planning.cost.counts import attention_parameters, feed_forward_parameters
+from cptool.sharding import Layout
+
+if TYPE_CHECKING:
+    from cptool.model.config import LlamaConfig
+    from cptool.planning.cost.forward import Forward, Prediction
+
+LONG = 512
+"""Forwards over more new tokens than this end within a layer when that is requested."""
+
+
+class Report(Protocol):
+    """Takes what a rank is doing, as `World.report` does."""
+
+    def __call__(
+        self, phase: str, done: int, total: int, *, work: Work | None = None
+    ) -> object: ...
+
+
+def silent(phase: str, done: int, total: int, *, work: Work | None = None) -> None:
+    """Report nothing."""
+
+
+class Interrupted(Exception):
+    """A forward was stopped because the launching process requested it; it has left no trace."""
+
+
+class Layers:
+    """Where the borders within a layer lie, as shares of its time.
+
+    before: of the products ahead of attention. attention. The rest is what follows it.
+    """
+
+    def __init__(self, config: LlamaConfig, predicted: Prediction) -> None:
+        first = attention_parameters(config)
+        heads = config.num_attention_heads
+        kept = 2 * heads + 2 * config.num_key_value_heads  # of q, k, v and o, in heads
+        # Of the products' time, that of q, k and v, and that of the feed-forward network.
+        self._qkv = first * (kept - heads) / kept / (first + feed_forward_parameters(config))
+        self._rest = 1 - first / (first + feed_forward_parameters(config))
+        attention = predicted.attention_s + predicted.merge_s + predicted.exposed_s
+        self.attention = attention / predicted.seconds if predicted.seconds else 0.5
+
+    def measured(self, attention_s: float, others_s: float) -> None:
+        """Take the shares from what whole layers took."""
+        if attention_s + others_s > 0:
+            self.attention = attention_s / (attention_s + others_s)
+
+    @property
+    def before(self) -> float:
+        return self._qkv * (1 - self.attention)
+
+    def after_rows(self, done: int, rows: int) -> float:
+        """Return the share of a layer that is done once `done` of `rows` have passed all of it."""
+        return 1 - self._rest * (1 - self.attention) * (1 - done / rows)
+
+
+class Reading:
+    """The progress of one forward over a prompt, and its end on request.
+
+    pairs: what this rank's attention of a layer counts.
+    """
+
+    def __init__(
+        self, world: World, report: Report, forward: Forward, *, shares: Layers, pairs: int
+    ) -> None:
+        self.world, self.report = world, report
+        self.layers, self.tokens = forward.config.num_hidden_layers, forward.new
+        self.shares, self.pairs = shares, pairs
+        self.stoppable = self.tokens > LONG and world.board.shared
+        self.began = time.monotonic()
+        self._layer, self._share = 0, 0.0
+        self._attention_s = self._others_s = 0.0
+        self._at = self.began
+        self._events: list[torch.cuda.Event] = []
+
+    @contextmanager
+    def attention(self, layer: int) -> Iterator[None]:
+        """Count what the body, the attention of a layer, computes.
+
+        Raises Interrupted afterwards, on all ranks, if that was requested. Collective.
+        """
+        self._layer = layer
+        self._limit_queue()
+        now = time.monotonic()
+        if layer:
+            self._others_s += now - self._at
+            # Kernels on CUDA are only queued here: the clock says nothing of them.
+            if self.world.device.type == "cpu":
+                self.shares.measured(self._attention_s, self._others_s)
+        self._at = now
+        if self.world.device.type == "cpu":
+            board, rank = self.world.board, self.world.rank
+            stop = board.cancelled_address() if self.stoppable else 0
+            self._write(self.shares.before, running=self.shares.attention)
+            with watched_attention(board.pairs_address(rank), stop):
+                yield
+        else:
+            self._write(0.0)
+            yield
+        now = time.monotonic()
+        self._attention_s += now - self._at
+        self._at = now
+        self.check()
+        if self.world.device.type == "cpu":
+            self._write(self.shares.before + self.shares.attention)
+
+    def passed(self, done: int, rows: int) -> bool:
+        """Record that `done` of `rows` have passed a layer; return whether to go on with it.
+
+        Tensor-parallel ranks add up their results row by row, so none of them stops here.
+        """
+        if self.world.device.type == "cpu":
+            self._write(self.shares.after_rows(done, rows))
+        return self.world.tp > 1 or not (self.stoppable and self.world.board.cancelled)
+
+    def check(self) -> None:
+        """Raise Interrupted on all ranks if the launching process has requested a stop.
+
+        Collective.
+        """
+        if self.stoppable and self.world.agree_to_stop():
+            raise Interrupted
+
+    def end(self) -> None:
+        """Record that the forward is over. Raises Interrupted as `check` does. Collective."""
+        self.check()
+        self._layer = self.layers
+        self._write(0.0)
+
+    def _write(self, within: float, running: float = 0.0) -> None:
+        share = (self._layer + within) / self.layers
+        # New weights of a layer's parts may put what is done a little lower.
+        self._share = max(self._share, min(1.0, share))
+        work = Work(
+            tokens=self.tokens,
+            began=self.began,
+            share=self._share,
+            running=running / self.layers,
+            pairs=self.pairs,
+            since=self.world.board.pairs(self.world.rank),
+        )
+        self.report("prefill, layer", min(self._layer, self.layers - 1), self.layers, work=work)
+
+    def _limit_queue(self) -> None:
+        """Have the host no more than a layer ahead of a CUDA device, so that progress is true."""
+        if self.world.device.type != "cuda" or self.tokens <= LONG:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._events.append(event)
+        if len(self._events) > 1:
+            self._events[-2].synchronize()
+            self._layer -= 1
+
+
+def attention_pairs(layout: Layout, rank: int, holdings: Holdings | None) -> int:
+    """Return the pairs of a new token and a key at or before it that the attention of `rank` has
+    in a layer.
+
+    holdings: given where queries travel; then the keys are those that the rank holds, and the new
+        tokens those of all ranks. Where keys travel it is the other way round.
+    """
+    if holdings is None or layout.ranks == 1:
+        ranges = (piece for b in range(layout.batch) for piece in layout.ranges(rank, b))
+        return sum((stop - start) * (start + stop + 1) // 2 for start, stop in ranges)
+    pairs = 0
+    for bounds, keys in zip(layout.bounds, holdings.placements()[rank].sequences(), strict=True):
+        start, stop = bounds[0], bounds[-1]
+        if start < stop:
+            pairs += int((stop - keys.to(torch.int64).clamp(min=start)).sum())
+    return pairs
