@@ -1,15 +1,30 @@
-"""Progress bars, drawn while ranks work or a command counts its steps."""
+"""Progress bars, drawn while ranks work or a command counts its steps.
 
+Time left is elapsed x (1 - share) / share, from the share of the work that is done, and not from
+the steps of the last seconds: a step, such as a layer of a long prompt, may take minutes.
+"""
+
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cptool.cli.verbosity import draws_bars
+from cptool.distributed.status_board import IDLE
+from cptool.units import some, token_rate
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from cptool.distributed.status_board import Board
+    from cptool.distributed.status_board import Board, Status
+
+_SOONEST = 0.02
+"""The share from which on time left is shown: before, it would be a guess."""
+
+_NARROWEST_BAR = 8
+_PHASES = {"decode, token": "answering, token"}
+"""Names of phases for users, where they differ from those in error messages."""
 
 
 @contextmanager
@@ -17,33 +32,83 @@ def counting(what: str, total: int) -> Iterator["Callable[[], None]"]:
     """Draw a progress bar, if standard error is a terminal and -q was not given; yield what to call
     after each step.
     """
-    if not draws_bars():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
+    done, began = 0, time.monotonic()
+    with drawn_bar(what) as bar:
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+        def draw() -> None:
+            step = f"{what}, {min(done + 1, total)} of {total}"
+            bar.draw(step, done / total, figures(done / total, time.monotonic() - began))
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            draw()
+
+        over = threading.Event()
+
+        def tick() -> None:
+            while not over.wait(0.5):
+                draw()
+
+        thread = threading.Thread(target=tick, name="cptool-bar", daemon=True)
+        if not bar.hidden:
+            draw()
+            thread.start()
+        try:
+            yield advance
+        finally:
+            over.set()
+            if thread.is_alive():
+                thread.join()
 
 
 class Bar:
-    """A progress bar of the ranks; `hidden` if it is not drawn."""
+    """A progress bar; `hidden` if it is not drawn."""
 
-    def __init__(self, drawn: "Progress | None") -> None:
+    def __init__(self, drawn: "Progress | None", first: str) -> None:
         self._drawn, self.hidden = drawn, drawn is None
+        self._phase, self._began, self._share = "", time.monotonic(), 0.0
         if drawn is not None:
-            self._task = drawn.add_task("start the ranks", total=None)
+            self._task = drawn.add_task(first, total=None, figures="")
 
     def watch(self, board: "Board") -> None:
-        """Draw what the ranks' status board says; to be called from time to time."""
-        bar, status = self._drawn, board.read(0)
+        """Draw what the board says of rank 0; to be called from time to time.
+
+        Rank 0 stands for all: they share each layer's work in balance and end it together, and
+        under a launcher the other ranks' records are on other machines.
+        """
+        status, now = board.read(0), time.monotonic()
+        if not status.phase or status.phase == IDLE:
+            return
+        if status.phase != self._phase:
+            self._phase, self._began, self._share = status.phase, now, 0.0
+        if status.work is not None:
+            self._began = status.work.began
+        share = status.work.share if status.work else status.done / max(1, status.total)
+        self._share = max(self._share, share)
+        tokens = status.work.tokens if status.work else 0
+        if self._phase in _PHASES:
+            tokens = status.total
+        shown = figures(self._share, now - self._began, tokens) if status.total else ""
+        self.draw(described(status), self._share if status.total else None, shown)
+
+    def draw(self, what: str, share: float | None, shown: str) -> None:
+        """Draw a line: what is done, how much of it is done (None: unknown), and figures."""
+        bar = self._drawn
         if bar is None:
             return
-        if status.phase and status.phase != bar.tasks[self._task].description:
-            bar.reset(self._task, description=status.phase, total=status.total or None)
-        bar.update(self._task, completed=status.done)
+        parts = shown.split(", ")
+        while len(parts) > 1 and bar.console.width < (
+            len(what) + len(", ".join(parts)) + _NARROWEST_BAR + 2
+        ):
+            parts.pop(1)
+        bar.update(
+            self._task,
+            description=what,
+            total=None if share is None else 1.0,
+            completed=share or 0.0,
+            figures=", ".join(parts),
+        )
 
     def before(self, emit: Callable[[int, int], None]) -> Callable[[int, int], None]:
         """Return `emit` with the bar taken away before its first call."""
@@ -57,8 +122,36 @@ class Bar:
     def end(self) -> None:
         """Take the bar away."""
         if self._drawn is not None:
-            self._drawn.stop()
-            self._drawn = None
+            drawn, self._drawn = self._drawn, None
+            drawn.stop()
+
+
+def described(status: "Status") -> str:
+    """Return what a rank is doing, as a user reads it: `reading 3,812 tokens, layer 7 of 30`."""
+    phase, step = _PHASES.get(status.phase, status.phase), min(status.done + 1, status.total)
+    if status.work is not None:
+        phase = f"reading {some(status.work.tokens, 'token')}, layer"
+    return f"{phase} {step} of {status.total}" if status.total else phase
+
+
+def figures(share: float, elapsed: float, tokens: int = 0) -> str:
+    """Return percent, tokens per second so far, time elapsed and time left; `share` of `tokens`
+    were computed in `elapsed` seconds.
+    """
+    shown = [f"{int(100 * share)}%"]  # 100% is the end
+    if tokens and share and elapsed:
+        shown.append(token_rate(tokens * share / elapsed))
+    shown.append(clock(elapsed))
+    if _SOONEST <= share < 1:
+        shown.append(f"{clock(elapsed * (1 - share) / share)} left")
+    return ", ".join(shown)
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as `0:07`, `12:30` or `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 @contextmanager
@@ -72,30 +165,26 @@ def progress() -> Iterator["Callable[[Board], None] | None"]:
 
 
 @contextmanager
-def drawn_bar() -> Iterator[Bar]:
+def drawn_bar(first: str = "start the ranks") -> Iterator[Bar]:
     """Draw a progress bar while the body runs, if standard error is a terminal and -q was not
     given.
+
+    first: what it says before anything is known.
     """
     if not draws_bars():
-        yield Bar(None)
+        yield Bar(None, first)
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[figures]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
-        bar = Bar(drawn)
+    console = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=console, transient=True, expand=True) as drawn:
+        bar = Bar(drawn, first)
         try:
             yield bar
         finally:

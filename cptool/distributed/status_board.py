@@ -15,6 +15,9 @@ import struct
 import time
 from dataclasses import dataclass
 
+IDLE = "wait for a request"
+"""The phase of ranks that have nothing to do."""
+
 _RECORD = 4096
 _STATUS = struct.Struct("<qq64s")  # done, total, phase
 _WORK_AT = _STATUS.size

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cptool.distributed.status_board import IDLE
 from cptool.engine.requests import (
     END,
     STOP,
@@ -81,7 +82,7 @@ class _Server:
         self.world.barrier()
         self.reply("ready")
         while True:
-            self.world.report("wait for a request")
+            self.world.report(IDLE)
             request = self.connection.receive()
             if request == END:
                 return
