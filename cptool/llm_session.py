@@ -127,7 +127,8 @@ class Session:
         conversation = self._conversation or Conversation(self._llm.tokenizer, system)
         context = conversation.ask(question)
         (result,) = self._continued([context], max_tokens, sampling)
-        conversation.answered(question, context, list(result.token_ids))
+        ended = result.stopped == "eos"
+        conversation.answered(question, context, list(result.token_ids), ended=ended)
         self._conversation = conversation
         self._save([context], [result], conversation)
         return result
@@ -153,7 +154,7 @@ class Session:
             ),
             directory=str(self.directory),
             fingerprint=self._llm.checkpoint.fingerprint,
-            chat=conversation.state() if conversation else None,
+            chat=(conversation.dialogue,) if conversation else None,
             slot=self._slot,
         )
         self._take(self._llm._call(lambda ranks: ranks.save(request)))

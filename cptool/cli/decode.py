@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cptool import units
 from cptool.cli import draw, turn_report
 from cptool.cli.answer_stream import AnswerStream
 from cptool.cli.json_output import print_object
+from cptool.cli.next_turn import NextTurn, next_turn
 from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, json_option, moved_option, profile_option
 from cptool.cli.options.models import (
@@ -26,13 +26,11 @@ from cptool.cli.options.prompts import Prompts, check_context, prompt_options
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.options.sampling import SamplingRequest, sampling_options
 from cptool.engine.options import EngineOptions
-from cptool.errors import UserError
 from cptool.session import store as sessions
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.engine.turn import Report, Turn
-    from cptool.session.manifest import Manifest
 
 DEFAULT_TOKENS = 128
 
@@ -40,6 +38,11 @@ DEFAULT_TOKENS = 128
 @click.command(short_help="Append tokens to a session, and save it.")
 @click.argument("session", type=click.Path(path_type=Path), shell_complete=completion.sessions)
 @prompt_options
+@click.option(
+    "--raw",
+    is_flag=True,
+    help="Append the prompt as it is, not in the conversation's chat template.",
+)
 @click.option(
     "-n",
     "--tokens",
@@ -60,6 +63,7 @@ DEFAULT_TOKENS = 128
 def decode(
     session: Path,
     asked: Prompts,
+    raw: bool,
     count: int | None,
     sampler: SamplingRequest,
     model: str | None,
@@ -72,10 +76,12 @@ def decode(
     """Append tokens to a SESSION that `cptool prefill --session` made, and save it.
 
     With prompt options, one for each sequence, their tokens are the next turn and are read first.
+    In a conversation (prefill --chat), texts are messages in the model's chat template; one that
+    follows a message without an answer, such as a document, joins it.
     A sequence whose answer has ended gets no tokens until it is given a next turn. Without --cp
     and --tp, as many ranks as last time.
     """
-    from cptool.cli.launch import check_whole, run_turn
+    from cptool.cli.launch import run_turn
     from cptool.engine.turn import Turn
 
     check_profile(profile)
@@ -85,23 +91,23 @@ def decode(
     sampling = sampler.resolve(checkpoint)
     say_reading(checkpoint)
     sessions.check_model(manifest, sessions.identity(checkpoint))
-    sequences = _next_turns(asked, checkpoint, manifest)
+    following = next_turn(session, manifest, checkpoint, asked, raw=raw)
     turn = Turn(
         model=str(checkpoint.path),
-        prompts=tuple(map(tuple, sequences)),
         dtype=manifest.dtype,
         options=attention,
-        max_new_tokens=_tokens_to_append(count, sequences, checkpoint, manifest),
-        stop_ids=checkpoint.answer_ends(*(s.tokens for s in manifest.sequences), *sequences),
+        max_new_tokens=_tokens_to_append(count, following, checkpoint),
+        stop_ids=checkpoint.answer_ends(
+            *(s.tokens for s in manifest.sequences), *following.prompts
+        ),
         sampling=sampling,
         profile=profile,
+        **following.fields(),
         **session_fields(session, manifest, checkpoint),
     )
     placed = ranks.or_as_last(manifest).resolve(checkpoint.config)
     check_turn_room(turn, checkpoint.config)
-    tokenizer = checkpoint.tokenizer()
-    one = not as_json and len(sequences) == 1
-    stream = AnswerStream(tokenizer) if one and tokenizer is not None else None
+    stream = None if as_json else _stream(turn, checkpoint)
     report = run_turn(turn, placed, emit=stream.emit if stream else None)
     if report is None:
         return
@@ -112,32 +118,21 @@ def decode(
     else:
         if stream is None:
             _print_answers(report, checkpoint)
-        check_whole(report, turn)
         _draw(report, turn, sampler.describe(sampling))
-    check_whole(report, turn)
 
 
-def _next_turns(asked: Prompts, checkpoint: Checkpoint, manifest: Manifest) -> list[list[int]]:
-    """Return the new tokens of each sequence of the session, none without prompts."""
-    batch = len(manifest.sequences)
-    sequences = asked.encode(checkpoint, begin=False)
-    if sequences and len(sequences) != batch:
-        raise UserError(
-            f"{units.some(len(sequences), 'prompt')} for a session of "
-            f"{units.some(batch, 'sequence')}; give one for each, or none"
-        )
-    return sequences or [[] for _ in range(batch)]
+def _stream(turn: Turn, checkpoint: Checkpoint) -> AnswerStream | None:
+    """Return what writes the answer as it comes, None for a batch or without a tokenizer."""
+    tokenizer = checkpoint.tokenizer()
+    return AnswerStream(tokenizer) if len(turn.prompts) == 1 and tokenizer is not None else None
 
 
-def _tokens_to_append(
-    count: int | None, sequences: list[list[int]], checkpoint: Checkpoint, manifest: Manifest
-) -> int:
+def _tokens_to_append(count: int | None, following: NextTurn, checkpoint: Checkpoint) -> int:
     """Return `count`, or by default what the context has room for, up to DEFAULT_TOKENS.
 
     Raises UserError if the context has no room for the new tokens.
     """
-    held = [len(sequence.tokens) for sequence in manifest.sequences]
-    lengths = list(map(len, sequences))
+    held, lengths = list(following.keep), list(map(len, following.prompts))
     if count is None:
         longest = max(h + n for h, n in zip(held, lengths, strict=True))
         room = checkpoint.config.max_position_embeddings - longest
@@ -165,7 +160,10 @@ def _fields(report: Report, turn: Turn, checkpoint: Checkpoint) -> dict[str, Any
         "ttit_ms": report.ttit_ms,
         "token_ids": [list(ids) for ids in report.token_ids],
         "text": _texts(report, checkpoint),
-        "stopped": list(report.stopped),
+        "stopped": [
+            "eos" if turn.max_new_tokens and (not ids or ids[-1] in turn.stop_ids) else "length"
+            for ids in report.token_ids
+        ],
         "session": turn.session,
         **turn_report.profile_fields(report),
     }

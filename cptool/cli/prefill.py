@@ -12,6 +12,7 @@ import click
 
 from cptool.cli import draw, turn_report
 from cptool.cli.json_output import print_object
+from cptool.cli.next_turn import begun
 from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, dtype_option, json_option, profile_option
 from cptool.cli.options.models import (
@@ -78,7 +79,8 @@ def prefill(
     check_profile(profile)
     manifest = None if session is None else _open_session(session, dtype)
     checkpoint = open_model(model, context_length)
-    sequences = asked.encode(checkpoint, begin=True)
+    prompts = asked.read(checkpoint, begin=True)
+    sequences = [prompt.tokens for prompt in prompts]
     lengths = list(map(len, sequences))
     check_context(lengths, [0] * len(lengths), 0, checkpoint.config)
     if session is not None:
@@ -96,6 +98,7 @@ def prefill(
         options=attention,
         keep=keep,
         profile=profile,
+        chat=begun(prompts, asked, session, manifest),
         **session_fields(session, manifest, checkpoint),
     )
     check_turn_room(turn, checkpoint.config)

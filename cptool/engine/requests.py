@@ -13,6 +13,7 @@ from typing import Any
 
 from cptool.distributed.encoding import decode, encode
 from cptool.engine.sampling import Sampling
+from cptool.session.dialogue import Dialogue
 
 STOP, END = "stop", "end"
 """Requests without contents: end the running answer; end the ranks."""
@@ -57,13 +58,13 @@ class Continue:
 class Save:
     """Make the sequences of `slot` hold `tokens`, computing nothing, and commit them to a session.
 
-    chat: the state of the conversation, if it is one. fingerprint: the model's.
+    chat: the messages of each sequence, if they are conversations. fingerprint: the model's.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     directory: str
     fingerprint: str
-    chat: dict | None = None
+    chat: tuple[Dialogue, ...] | None = None
     slot: str = ""
 
 
@@ -142,6 +143,6 @@ class Connection:
 def _messages() -> tuple[type, ...]:
     from cptool.session.manifest import Manifest, ModelIdentity, Segment, Sequence
 
-    requests = (Open, Close, Continue, Save, Sampling)
+    requests = (Open, Close, Continue, Save, Sampling, Dialogue)
     replies = (Answer, Done, Refused, Manifest, ModelIdentity, Segment, Sequence)
     return requests + replies

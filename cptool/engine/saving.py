@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cptool import files
-from cptool.distributed.status_board import SAVING
 from cptool.errors import RunError, explain
 from cptool.session import committing, restoring, segments, store
+from cptool.session.dialogue import Dialogue
 from cptool.session.manifest import Damaged, Manifest, ModelIdentity, Segment, Sequence
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def save(
     previous: Manifest | None,
     model: ModelIdentity,
     *,
-    chat: dict | None = None,
+    chat: tuple[Dialogue, ...] | None = None,
 ) -> Manifest:
     """Write what was added since `previous` as the session's next turn and return its manifest.
 
@@ -65,12 +65,12 @@ def save(
 
     previous: the manifest that the engine was restored from or last saved as, cut back where the
         engine was; None saves everything as a new session.
-    chat: the state of the conversation that the turn belongs to.
+    chat: the messages of each sequence after the turn, if they are conversations.
 
     Raises RunError or OSError on every rank if the turn cannot be saved, with what became of it in
     the message. The engine is then unchanged and can save elsewhere.
     """
-    engine.report(SAVING, 0, 0)
+    engine.report("save the session", 0, 0)
     with ExitStack() as held:  # the lock of a running process, until the turn is committed
         addition = _addition(engine, directory, previous)
         segment = _write(engine, directory, addition, held)

@@ -4,7 +4,6 @@ A turn takes new tokens for each sequence of a batch, on top of a session or of 
 with up to `max_new_tokens` tokens each, and may leave a session behind.
 """
 
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,12 @@ from cptool.errors import RunError
 from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops, weight_bytes
 from cptool.profiling.report import Phases, Section, collect
 from cptool.profiling.trace import Recorder
+from cptool.session.dialogue import Dialogue
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.distributed.world import World
     from cptool.engine.engine import Engine
-    from cptool.model.config import LlamaConfig
     from cptool.model.llama import Llama
     from cptool.profiling.device_trace import DeviceProfiler
     from cptool.session.manifest import Manifest
@@ -56,6 +55,8 @@ class Turn(Setup):
     max_new_tokens: append up to this many tokens to each sequence.
     stop_ids: tokens that end an answer.
     profile: file to write a trace of all ranks to.
+    chat: the messages of each sequence, if they are conversations: those that are answered, or
+        whose last answer goes on.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -64,6 +65,7 @@ class Turn(Setup):
     stop_ids: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
     profile: str | None = None
+    chat: tuple[Dialogue, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,6 @@ class Report:
     this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank reads
     for one step of decode. `ceiling_flops` is what a rank of this hardware can reach, None where
     that is unknown. `phases` holds the time per phase if the turn requested a profile.
-    `stopped` says how each answer ended: `how_stopped`.
     """
 
     tokens: int
@@ -95,7 +96,6 @@ class Report:
     decode_reason: str | None
     first_token: tuple[int, ...]
     token_ids: tuple[tuple[int, ...], ...]
-    stopped: tuple[str, ...]
     exposed_s: float
     wire_bytes: int
     flops: int
@@ -113,9 +113,6 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     """Run the turn on this rank of `world`. Collective.
 
     emit: called as emit(sequence, token) on rank 0 for each token as it is known.
-
-    Once the launching process requests a stop, the next token of each answer is its last, and the
-    session is saved; Interrupted is raised, and nothing saved, if the prompt was still being read.
     """
     from cptool.engine import saving
     from cptool.session import store
@@ -127,7 +124,7 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     cached = list(engine.computed)
     profile = _Profile(engine, Path(turn.profile)) if turn.profile else None
 
-    _allow_cancelling(world)
+    world.barrier()
     loaded = time.perf_counter()
     engine.extend([list(prompt) for prompt in turn.prompts], reserve=turn.max_new_tokens)
     first = tuple(engine.next_tokens(turn.sampling))
@@ -135,22 +132,15 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     choice, exposed, sent = engine.choice, engine.ring.exposed_s, engine.ring.sent_bytes
     new = [computed - before for computed, before in zip(engine.computed, cached, strict=True)]
     emit = emit if world.rank == 0 else None
-    answers = engine.decode(
-        turn.max_new_tokens,
-        turn.sampling,
-        turn.stop_ids,
-        emit=emit,
-        interrupted=(lambda: world.board.cancelled) if world.board.shared else None,
-    )
-    if world.board.cancelled:
-        world.board.notice()
+    answers = engine.decode(turn.max_new_tokens, turn.sampling, turn.stop_ids, emit=emit)
     steps = max(map(len, answers), default=0) - 1
     ended = time.perf_counter()
     if profile:
         profile.stop()
-    if turn.session is not None and (any(new) or any(answers)):
+    if turn.session is not None and (any(new) or any(answers) or turn.chat is not None):
         identity = store.identity(checkpoint, turn.fingerprint)
-        saving.save(engine, Path(turn.session), manifest, identity)
+        chat = _messages_after(engine, turn, checkpoint, answers)
+        saving.save(engine, Path(turn.session), manifest, identity, chat=chat)
     sections = [Section("prefill", loaded, answered, 1)] if any(new) else []
     if steps > 0:
         sections.append(Section("decode, a token", answered, ended, steps))
@@ -171,39 +161,14 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
         decode_reason=decoded.reason if decoded else None,
         first_token=first,
         token_ids=tuple(map(tuple, answers)),
-        stopped=tuple(how_stopped(ids, turn.max_new_tokens, turn.stop_ids) for ids in answers),
         exposed_s=exposed,
         wire_bytes=sent,
-        flops=_prefill_flops(config, new, cached),
+        flops=linear_flops(config, sum(new), sum(map(bool, new)))
+        + sum(attention_flops(config, n, before) for n, before in zip(new, cached, strict=True)),
         decode_bytes=_decode_bytes(engine),
         ceiling_flops=engine.profile.ceiling(turn.dtype),
         phases=profile.phases(sections) if profile else (),
     )
-
-
-def _prefill_flops(config: "LlamaConfig", new: list[int], cached: list[int]) -> int:
-    """Return the operations of a prefill of `new[b]` tokens over `cached[b]`, on all ranks."""
-    pairs = zip(new, cached, strict=True)
-    linear = linear_flops(config, sum(new), sum(map(bool, new)))
-    return linear + sum(attention_flops(config, n, before) for n, before in pairs)
-
-
-def how_stopped(token_ids: Sequence[int], limit: int, stop_ids: Sequence[int]) -> str:
-    """Return how an answer of `token_ids` ended: "eos" (one without tokens had ended before),
-    "length" at the limit of tokens, or "interrupted".
-    """
-    if limit and (not token_ids or token_ids[-1] in stop_ids):
-        return "eos"
-    return "length" if len(token_ids) == limit else "interrupted"
-
-
-def _allow_cancelling(world: "World") -> None:
-    """Have Ctrl-C reach the ranks through the status board alone from here on. Collective."""
-    if world.board.path is not None:  # this rank is a local process of its own
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    world.barrier()
-    if world.rank == 0 and world.board.shared:
-        world.board.allow_cancelling()
 
 
 def _restored(engine: "Engine", turn: Turn, checkpoint: "Checkpoint") -> "Manifest | None":
@@ -221,6 +186,22 @@ def _restored(engine: "Engine", turn: Turn, checkpoint: "Checkpoint") -> "Manife
     room = turn.max_new_tokens + max(map(len, turn.prompts), default=0)
     saving.restore(engine, directory, manifest, reserve=room)
     return manifest
+
+
+def _messages_after(
+    engine: "Engine", turn: Turn, checkpoint: "Checkpoint", answers: list[list[int]]
+) -> tuple[Dialogue, ...] | None:
+    """Return the messages of each sequence once it was answered, on the rank that commits them."""
+    if turn.chat is None or engine.world.rank:
+        return None
+    tokenizer = checkpoint.tokenizer()
+    assert tokenizer is not None  # it has rendered the messages
+    return tuple(
+        dialogue.answered(said, len(answer), tokenizer.decode, ended=ended)
+        for dialogue, said, answer, ended in zip(
+            turn.chat, engine.tokens, answers, engine.ended, strict=True
+        )
+    )
 
 
 def _decode_bytes(engine: "Engine") -> int:

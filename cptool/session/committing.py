@@ -7,21 +7,25 @@ import secrets
 import shlex
 import shutil
 from collections import abc
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from cptool import files
 from cptool.errors import RunError
 from cptool.session import chat_file
+from cptool.session.chat_history import advanced
+from cptool.session.chat_state import State
+from cptool.session.dialogue import Dialogue
 from cptool.session.manifest import SEGMENT_NAME, Damaged, Manifest
 from cptool.session.manifest_format import validate
 from cptool.session.store import MANIFEST, changed, check_size, exists, is_leftover, read
 
 
-def commit(directory: Path, manifest: Manifest, chat: dict | None = None) -> Manifest:
+def commit(directory: Path, manifest: Manifest, chat: Sequence[Dialogue] | None = None) -> Manifest:
     """Make `manifest` the state of the session in one atomic step, and `chat`, if given, that of
-    its conversation; then remove files that no manifest names and no process holds. Return what was
-    committed.
+    its conversation, by sequence; then remove files that no manifest names and no process holds.
+    Return what was committed.
 
     Raises Refused, and changes nothing, if another run has committed since this one began, or if a
     segment that the manifest names is not there.
@@ -51,7 +55,9 @@ def _check_base(directory: Path, manifest: Manifest, previous: Manifest | None) 
         raise Refused(f"{directory} holds another session by now")
 
 
-def commit_or_keep(directory: Path, manifest: Manifest, chat: dict | None = None) -> Manifest:
+def commit_or_keep(
+    directory: Path, manifest: Manifest, chat: Sequence[Dialogue] | None = None
+) -> Manifest:
     """Call `commit`; if it is refused, keep the turn as a session of its own beside this one.
 
     Raises RunError in that case; its message names the place.
@@ -78,24 +84,23 @@ class Refused(RunError):
 
 
 def _replace(
-    directory: Path, manifest: Manifest, chat: dict | None, previous: Manifest | None
+    directory: Path, manifest: Manifest, chat: Sequence[Dialogue] | None, previous: Manifest | None
 ) -> Manifest:
     if chat is not None:
-        states: dict[str, dict] = {}
+        states: dict[str, State] = {}
         with contextlib.suppress(Damaged):  # what cannot be read cannot be kept
             states = chat_file.read(directory)
-        kept = [s for s in (previous.chat if previous else ()) if s in states]
-        seal = chat_file.seal(chat)
-        rest = [states[s] for s in kept if s != seal]
-        files.replace_whole(directory / chat_file.FILE, chat_file.dump([*rest, chat]))
-        said = chat_file.digest(previous.sequences[0].tokens) if previous else None
-        fitting = [s for s in kept if s != seal and states[s]["tokens"] == said]
-        manifest = replace(manifest, chat=(*fitting[-1:], seal))
+        kept = {s: states[s] for s in (previous.chat if previous else ()) if s in states}
+        turns, known = advanced(manifest, previous, list(kept.values()), chat)
+        new = {state.seal(): state for state in known}
+        rest = [state for seal, state in kept.items() if seal not in new]
+        files.replace_whole(directory / chat_file.FILE, chat_file.dump([*rest, *known]))
+        manifest = replace(manifest, turns=turns, chat=tuple(new))
     files.replace_whole(directory / MANIFEST, manifest.dump().encode())
     return manifest
 
 
-def _keep(directory: Path, manifest: Manifest, chat: dict | None) -> Path:
+def _keep(directory: Path, manifest: Manifest, chat: Sequence[Dialogue] | None) -> Path:
     """Make the turn a session of its own beside `directory`, and return where.
 
     Its KV is shared with the session where all of it is still there; otherwise the next turn
@@ -115,7 +120,9 @@ def _keep(directory: Path, manifest: Manifest, chat: dict | None) -> Path:
     return place
 
 
-def _fill(place: Path, directory: Path, manifest: Manifest, chat: dict | None) -> None:
+def _fill(
+    place: Path, directory: Path, manifest: Manifest, chat: Sequence[Dialogue] | None
+) -> None:
     """Make `manifest` the first state of the session in `place`."""
     try:
         for segment in manifest.segments:

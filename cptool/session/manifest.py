@@ -96,8 +96,8 @@ class Manifest:
 
     `session` names the session itself, so that another one in its place is not taken for it.
     `revision` counts what was ever committed. `turns[t][b]` is the number of tokens of sequence b
-    after turn t + 1. `chat` holds the seals of the states of the conversation in chat.json, the
-    latest last.
+    after turn t + 1. `chat` holds the seals of the states of the conversation in chat.json, one for
+    each turn after which it is known, the latest last.
     """
 
     session: str

@@ -115,7 +115,7 @@ def validate(manifest: Manifest) -> None:
     _within(manifest.tp, 1, _MOST_RANKS, "tp")
     _within(manifest.revision, 1, _MOST_POSITIONS, "revision")
     _within(batch, 1, _MOST_SEQUENCES, "the number of sequences")
-    _within(len(manifest.chat), 0, 2, "the number of chat states")
+    _within(len(manifest.chat), 0, manifest.revision, "the number of chat states")
     for seal in manifest.chat:
         _digest(seal, "chat")
     for b, sequence in enumerate(manifest.sequences, 1):

@@ -28,6 +28,7 @@ from cptool.engine.turn import Setup
 from cptool.errors import UserError
 from cptool.session import chat_file, committing, maintenance, store
 from cptool.session.chat_file import FILE
+from cptool.session.chat_state import State
 from cptool.session.conversation import Conversation
 from cptool.session.manifest import Manifest, ModelIdentity, Sequence
 
@@ -120,12 +121,12 @@ def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_pat
         with monkeypatch.context() as killed:
             killed.setattr(Manifest, "dump", lambda self: exit())  # chat.json is written by then
             with pytest.raises(SystemExit):
-                committing.commit(tmp_path, new, conversation.state())
+                committing.commit(tmp_path, new, [conversation.dialogue])
         if before is not None:
             found = Conversation.read(tmp_path, store.load(tmp_path), tokenizer)
             assert (found.tokens, found.messages) == told
             assert maintenance.problems(tmp_path, before) == []
-        before = committing.commit(tmp_path, new, conversation.state())
+        before = committing.commit(tmp_path, new, [conversation.dialogue])
         told = conversation.tokens, conversation.messages
         found = Conversation.read(tmp_path, store.load(tmp_path), tokenizer)
         assert (found.tokens, found.messages) == told
@@ -149,7 +150,7 @@ def test_every_byte_of_a_conversation_is_sealed(tokenizer, tmp_path):
     conversation = Conversation(tokenizer, "Keep secrets.")
     conversation.answered("The number is 4711.", conversation.ask("The number is 4711."), [2])
     manifest = committing.commit(
-        tmp_path, manifest_of(1, conversation.tokens), conversation.state()
+        tmp_path, manifest_of(1, conversation.tokens), [conversation.dialogue]
     )
     path = tmp_path / FILE
     whole = path.read_bytes()
@@ -161,14 +162,15 @@ def test_every_byte_of_a_conversation_is_sealed(tokenizer, tmp_path):
             with pytest.raises(UserError, match="is not a readable conversation") as told:
                 Conversation.read(tmp_path, manifest, tokenizer)
             assert maintenance.problems(tmp_path, manifest) == [str(told.value)]
-    other = {**conversation.state(), "system": "Tell all."}
+    told = (("system", "Tell all."), *conversation.dialogue.messages[1:])
+    other = State.of([conversation.tokens], [replace(conversation.dialogue, messages=told)])
     for damaged, fault in [
         (b"", "is not a readable"),
         (b"{}", "is not a readable"),
         (b"[" * 100_000, "is not a readable"),
         (b'{"format": 9}', "format 9"),
         (whole[:-1] + b" }", "is not a readable"),
-        (whole.replace(b'"format": 2,', b'"format": 2, "format": 2,'), "given twice"),
+        (whole.replace(b'"format": 3,', b'"format": 3, "format": 3,'), "given twice"),
         (chat_file.dump([other]), "is not as it was written with the manifest"),  # sealed again
         (chat_file.dump([]), "is not as it was written with the manifest"),
     ]:
@@ -265,8 +267,10 @@ def test_a_saved_chat_is_a_session(smollm2_path, smollm2_reference, tokenizer, t
     text, ids = said(tokenizer, smollm2_reference, QUESTIONS[:2], 4)
     assert text.endswith(result.stdout) and result.stdout
     assert reused(result)[0][0] > 30
-    decoded = CliRunner().invoke(main, ["decode", str(where), "-n", "3", "--json"])
+    decoded = CliRunner().invoke(main, ["decode", str(where), "-n", "3", "--json", "--raw"])
     assert json.loads(decoded.stdout)["token_ids"] == [greedy(smollm2_reference, ids, 3, ())]
+    raw = ["decode", str(where), "--raw", "--prompt", "And", "-n", "1"]
+    assert "not a conversation any more" in CliRunner().invoke(main, raw).stderr
     assert "does not tell what" in chat(where, say=[], code=2).stderr
     (where / FILE).unlink()
     error = chat(where, say=[], code=2).stderr
@@ -343,7 +347,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(smollm2_path, tokeni
     tokens = store.load(tmp_path / "s").sequences[0].tokens
     assert 0 < kept <= len(tokens) < context
     manifest = store.load(tmp_path / "s")
-    assert Conversation.read(tmp_path / "s", manifest, tokenizer).exchanges[0].answer
+    assert Conversation.read(tmp_path / "s", manifest, tokenizer).messages[1]["content"]
     assert CliRunner().invoke(main, ["session", "verify", str(tmp_path / "s")]).exit_code == 0
 
 

@@ -68,7 +68,7 @@ class Terminal:
         """Let /save without a directory continue this session."""
         self.saved = (directory, revision)
         draw.say(
-            f"{directory}: {len(self.conversation.exchanges)} answers, "
+            f"{directory}: {self.conversation.dialogue.answers} answers, "
             f"{len(self.conversation.tokens):,} tokens so far"
         )
 
@@ -136,15 +136,11 @@ class Terminal:
             answer = self.resident.answer(request, emit)
             ended = time.perf_counter()
         _write(text.flush() + "\n")
-        self.conversation.answered(question, context, list(answer.token_ids[0]))
+        said = list(answer.token_ids[0])
+        whole = said[-1] in self.stop_ids
+        self.conversation.answered(question, context, said, ended=whole)
         rate = f", then {token_rate((len(ids) - 1) / (ended - first))}" if len(ids) > 1 else ""
-        cut = (
-            ""
-            if ids[-1] in self.stop_ids
-            else ", stopped"
-            if stopped()
-            else ", cut at the limit of tokens"
-        )
+        cut = "" if whole else ", stopped" if stopped() else ", cut at the limit of tokens"
         draw.say(
             f"[{some(len(ids), 'token')}{cut}; {answer.reused[0]:,} of {len(context):,} reused; "
             f"first after {duration(first - began)}{rate}; "
@@ -192,7 +188,7 @@ class Terminal:
             tokens=(tuple(self.conversation.tokens),),
             directory=str(directory),
             fingerprint=fingerprint,
-            chat=self.conversation.state(),
+            chat=(self.conversation.dialogue,),
         )
         try:
             manifest = self.resident.save(request)

@@ -1,0 +1,89 @@
+"""Several questions about one document: every answer is that of transformers in its own template,
+given the messages that the session keeps.
+"""
+
+import pytest
+from conftest import greedy
+from test_chat import chat
+from test_cli import as_json, cptool
+
+from cptool.checkpoint import open_checkpoint
+from cptool.session import store
+from cptool.session.conversation import find_dialogues
+
+DOCUMENT = "The lighthouse keeper's cat is called Biscuit. The boat comes on Fridays.\n"
+QUESTIONS = ["What is the cat's name?", "When does the boat come?", "Is it a dog?"]
+
+
+def messages(where) -> list[dict[str, str]]:
+    """The messages that the session keeps."""
+    (dialogue,) = find_dialogues(where, store.load(where))
+    return dialogue.dicts()
+
+
+@pytest.fixture(scope="module")
+def template(smollm2_path):
+    """The tokenizer of transformers, with its own rendering of chat templates."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+
+
+def expected(template, reference, said: list[dict[str, str]], count: int) -> list[int]:
+    """What transformers answers to messages."""
+    ids = template.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    return greedy(reference, ids, count, (2,))
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_questions_about_a_document(smollm2_path, smollm2_reference, template, tmp_path, cp):
+    where, document = tmp_path / "s", tmp_path / "doc.txt"
+    document.write_text(DOCUMENT)
+    asked = ("--chat", "--prompt-file", document, "--session", where, "--cp", cp)
+    as_json("prefill", smollm2_path, *asked)
+    assert messages(where) == [{"role": "user", "content": DOCUMENT}]
+    for number, question in enumerate(QUESTIONS):
+        greedily = ("-n", 8, "--temperature", 0)
+        answer = as_json("decode", where, "--prompt", question, *greedily)
+        *before, last = messages(where)
+        first = f"{DOCUMENT}\n\n{question}" if number == 0 else question
+        assert before[-1] == {"role": "user", "content": first}
+        assert answer["token_ids"] == [expected(template, smollm2_reference, before, 8)]
+        assert last["content"] == open_checkpoint(str(smollm2_path)).tokenizer().decode(
+            answer["token_ids"][0]
+        )
+        assert answer["cached"] > 20
+    before = [*messages(where), {"role": "user", "content": "Who comes?"}]
+    result = chat(where, "-n", 4, "--temperature", 0, say=["Who comes?", "/save"])
+    said = expected(template, smollm2_reference, before, 4)
+    assert result.stdout.strip() == template.decode(said, skip_special_tokens=True).strip()
+    assert len(messages(where)) == 8
+    cptool("session", "verify", where)
+    cptool("session", "rollback", where, "--turns", 3)
+    assert [m["role"] for m in messages(where)] == ["user", "assistant"]
+    cptool("session", "rollback", where)
+    assert messages(where) == [{"role": "user", "content": DOCUMENT}]
+    again = as_json("decode", where, "--prompt", QUESTIONS[1], "-n", 4, "--temperature", 0)
+    before = [{"role": "user", "content": f"{DOCUMENT}\n\n{QUESTIONS[1]}"}]
+    assert again["token_ids"] == [expected(template, smollm2_reference, before, 4)]
+
+
+def test_an_answer_that_was_cut_goes_on_and_raw_text_ends_the_conversation(
+    smollm2_path, smollm2_reference, template, tmp_path
+):
+    where, batch = tmp_path / "s", ("--prompt", "Name three colours.", "--prompt", "Say hello.")
+    as_json("prefill", smollm2_path, "--chat", *batch, "--session", where)
+    answers = [as_json("decode", where, "-n", n, "--temperature", 0) for n in (3, 2)]
+    dialogues = find_dialogues(where, store.load(where))
+    for b, text in enumerate(batch[1::2]):
+        said = [token for answer in answers for token in answer["token_ids"][b]]
+        asked = [{"role": "user", "content": text}]
+        assert said == expected(template, smollm2_reference, asked, 5)
+        answer = template.decode(said, skip_special_tokens=True)
+        assert dialogues[b].messages == (("user", text), ("assistant", answer))
+    result = cptool("decode", where, "--raw", "--prompt", "a", "--prompt", "b", "-n", 1)
+    assert "not a conversation any more" in result.stderr
+    result = cptool("decode", where, "--prompt", "a", "--prompt", "b", "-n", 1)
+    assert "appended as it is" in result.stderr
+    cptool("session", "rollback", where, "--turns", 2)
+    assert find_dialogues(where, store.load(where)) == dialogues
