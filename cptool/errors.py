@@ -34,6 +34,13 @@ class OptionError(UserError):
         return f"`{self.name}` {self.value}: {self.rule}" + (self.remedy and f"; {self.remedy}")
 
 
+class Interrupted(Exception):
+    """A prompt was being read, and the launching process requested a stop; no trace of it is left.
+
+    Raised on all ranks.
+    """
+
+
 class RunError(RuntimeError):
     """A failure while running that one line explains, so that no traceback is needed."""
 

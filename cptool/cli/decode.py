@@ -81,7 +81,7 @@ def decode(
     A sequence whose answer has ended gets no tokens until it is given a next turn. Without --cp
     and --tp, as many ranks as last time.
     """
-    from cptool.cli.launch import run_turn
+    from cptool.cli.launch import check_whole, run_turn
     from cptool.engine.turn import Turn
 
     check_profile(profile)
@@ -118,7 +118,9 @@ def decode(
     else:
         if stream is None:
             _print_answers(report, checkpoint)
+        check_whole(report, turn)
         _draw(report, turn, sampler.describe(sampling))
+    check_whole(report, turn)
 
 
 def _stream(turn: Turn, checkpoint: Checkpoint) -> AnswerStream | None:
@@ -160,10 +162,7 @@ def _fields(report: Report, turn: Turn, checkpoint: Checkpoint) -> dict[str, Any
         "ttit_ms": report.ttit_ms,
         "token_ids": [list(ids) for ids in report.token_ids],
         "text": _texts(report, checkpoint),
-        "stopped": [
-            "eos" if turn.max_new_tokens and (not ids or ids[-1] in turn.stop_ids) else "length"
-            for ids in report.token_ids
-        ],
+        "stopped": list(report.stopped),
         "session": turn.session,
         **turn_report.profile_fields(report),
     }

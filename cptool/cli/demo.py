@@ -85,7 +85,7 @@ def read_document() -> str:
 
 def _run(turn: Turn, ranks: RankOptions, tokenizer: Tokenizer | None) -> Report:
     """Run the turn and print what it did; with a tokenizer, the answer as it comes."""
-    from cptool.cli.launch import run_turn
+    from cptool.cli.launch import check_whole, run_turn
 
     began = time.perf_counter()
     stream = AnswerStream(tokenizer, lead="A: ") if tokenizer is not None else None
@@ -93,6 +93,7 @@ def _run(turn: Turn, ranks: RankOptions, tokenizer: Tokenizer | None) -> Report:
     assert report is not None  # there is no launcher
     if stream is not None:
         stream.finish()
+    check_whole(report, turn)
     taken = duration(time.perf_counter() - began)
     total = f"{some(ranks.count, 'rank')}, {taken} with start and loading"
     draw.table([("", total), *turn_report.prefill_rows(report), *turn_report.decode_rows(report)])

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cptool.cli import draw
-from cptool.cli.progress import drawn_bar
+from cptool.cli.progress import Bar, drawn_bar
 from cptool.distributed import launch
 from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
+from cptool.distributed.signals import stopping
+from cptool.distributed.status_board import SAVING, Board
 from cptool.engine.requests import Connection
 from cptool.engine.turn import Report, Turn, run
-from cptool.units import flop_rate
+from cptool.errors import Interrupted
+from cptool.units import flop_rate, some
 
 if TYPE_CHECKING:
     from cptool.distributed.world import World
@@ -28,20 +31,29 @@ def run_turn(turn: Turn, ranks: RankOptions, *, emit: Emit | None = None) -> Rep
     emit: called as emit(sequence, token) for each token as it is known, in the process that
         returns the report: this one, or rank 0 of a launcher. It may be called from another thread
         than this one, one call at a time. What it raises is raised here, once the turn has ended.
+
+    The first Ctrl-C ends the turn in order, and a second one at once. Answers keep what was said
+    (`check_whole` tells); KeyboardInterrupt is raised if the prompt was still being read.
     """
     with drawn_bar() as bar:
         if emit is not None:
             emit = bar.before(emit)
-        watch = None if bar.hidden else bar.watch
-        if emit is None or (launched_size() or 1) > 1 or ranks.count == 1:
-            entry = functools.partial(_on_rank, emit=emit) if emit is not None else _on_rank
-            report, rank = launch.run(entry, turn, ranks=ranks, watch=watch)
-        else:
-            with _relay(emit) as end:
-                own = [end, *[None] * (ranks.count - 1)]
-                report, rank = launch.run(_on_local_rank, turn, own=own, ranks=ranks, watch=watch)
+        with _stopped_by_ctrl_c(bar) as watch:
+            if emit is None or (launched_size() or 1) > 1 or ranks.count == 1:
+                here = _on_rank if emit is None else functools.partial(_on_rank, emit=emit)
+                report, rank = launch.run(here, turn, ranks=ranks, watch=watch)
+            else:
+                with _relay(emit) as end:
+                    own = [end, *[None] * (ranks.count - 1)]
+                    there = _on_local_rank
+                    report, rank = launch.run(there, turn, own=own, ranks=ranks, watch=watch)
     if rank:
         return None
+    if report is None:
+        kept = "nothing was kept"
+        if turn.session is not None and turn.resume is not None:
+            kept = f"session {turn.session} is as it was"
+        raise KeyboardInterrupt(f"interrupted while the prompt was read; {kept}")
     rate = report.flops / report.ttft_s / (report.cp * report.tp)
     if report.ceiling_flops is not None and rate > report.ceiling_flops:
         # Ranks that attend to their own tokens alone have such rates.
@@ -54,11 +66,48 @@ def run_turn(turn: Turn, ranks: RankOptions, *, emit: Emit | None = None) -> Rep
     return report
 
 
-def _on_rank(world: "World", turn: Turn, emit: Emit | None = None) -> tuple[Report, int]:
-    return run(world, turn, emit), world.rank
+def check_whole(report: Report, turn: Turn) -> None:
+    """Raise KeyboardInterrupt, saying what was kept, if Ctrl-C ended the turn's answers."""
+    if "interrupted" in report.stopped:
+        count = some(sum(map(len, report.token_ids)), "token")
+        kept = "" if turn.session is None else f"; session {turn.session} keeps them"
+        raise KeyboardInterrupt(f"interrupted after {count}{kept}")
 
 
-def _on_local_rank(world: "World", turn: Turn, end: socket.socket | None) -> tuple[Report, int]:
+@contextlib.contextmanager
+def _stopped_by_ctrl_c(bar: Bar) -> Iterator[Callable[[Board], None]]:
+    """Have the first Ctrl-C request the ranks to stop; yield what is to see their board."""
+    boards: list[Board] = []
+
+    def watch(board: Board) -> None:
+        if not boards:
+            boards.append(board)
+        bar.watch(board)
+
+    def request() -> bool:
+        heard = bool(boards) and boards[0].cancellable
+        if heard:
+            boards[0].cancel()
+        return heard
+
+    def noticed() -> bool:
+        return boards[0].noticed or boards[0].read(0).phase == SAVING
+
+    with stopping(request, noticed):
+        yield watch
+
+
+def _on_rank(world: "World", turn: Turn, emit: Emit | None = None) -> tuple[Report | None, int]:
+    """Return the report, None if Ctrl-C came while the prompt was read, and this rank's number."""
+    try:
+        return run(world, turn, emit), world.rank
+    except Interrupted:
+        return None, world.rank
+
+
+def _on_local_rank(
+    world: "World", turn: Turn, end: socket.socket | None
+) -> tuple[Report | None, int]:
     """Run the turn on a rank that is a process of its own; rank 0 sends its tokens to `end`."""
     if end is None:
         return _on_rank(world, turn)

@@ -120,7 +120,7 @@ class Commands(click.Group):
     @staticmethod
     def _failed(error: BaseException) -> tuple[int, str | None]:
         if isinstance(error, KeyboardInterrupt):
-            return 130, "cptool: interrupted"
+            return 130, f"cptool: {str(error) or 'interrupted'}"
         if isinstance(error, BrokenPipeError) and error.filename == streams.OUTPUT:
             return 1, None
         show_traceback(error)

@@ -132,6 +132,7 @@ def _watching(watch: Callable[[Board], None] | None, board: Board) -> Iterator[N
     over = threading.Event()
 
     def loop() -> None:
+        watch(board)
         while not over.wait(0.1):
             watch(board)
 

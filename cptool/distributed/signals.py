@@ -129,6 +129,66 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
+class Stop(Interrupt):
+    """A handler whose first signal requests an end in order, and whose second one raises
+    KeyboardInterrupt.
+
+    request: makes the request and returns whether it will be heard. If not, the first signal raises
+        already.
+    noticed: returns whether it was heard, so that the process may take its time.
+    """
+
+    def __init__(self, request: Callable[[], bool], noticed: Callable[[], bool]) -> None:
+        super().__init__()
+        self.noticed = noticed
+        self._request, self._lock = request, threading.RLock()
+        self._heard: bool | None = None
+        self._handled = self._arrived = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._handled += 1
+        # Signals in quick succession are handled once.
+        if max(self._handled, self._arrived) > 1 or not self._requested():
+            super().__call__(number, frame)
+
+    def arrived(self) -> bool:
+        """Return whether a signal that has just arrived leaves the process its time.
+
+        The first one makes the request here: the main thread may be inside a layer for minutes.
+        """
+        self._arrived += 1
+        return self._arrived == 1 and self._requested()
+
+    def _requested(self) -> bool:
+        with self._lock:
+            if self._heard is None:
+                self._heard = self._request()
+            return self._heard
+
+
+@contextlib.contextmanager
+def stopping(request: Callable[[], bool], noticed: Callable[[], bool]) -> Iterator[None]:
+    """While the body runs, have the first Ctrl-C of a guarded process call `request`; see `Stop`.
+
+    If `noticed` does not return True within PATIENCE_S, the process ends as `guard` says.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or type(before) is not Interrupt:
+        yield
+        return
+    signal.signal(signal.SIGINT, Stop(request, noticed))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave_unless_noticed(handler: Stop, number: int) -> None:
+    time.sleep(PATIENCE_S)
+    if not handler.noticed() and signal.getsignal(number) is handler:
+        leave(number)
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
@@ -138,7 +198,10 @@ def _watch(reading: int) -> None:
         for number in os.read(reading, 64):
             # With another handler, such as that of `cptool chat` for Ctrl-C, the process goes on.
             handler = signal.getsignal(number) if number in _SIGNALS else None
-            if handler is _end or isinstance(handler, (Interrupt, _Held)):
+            if isinstance(handler, Stop) and handler.arrived():
+                arguments = (handler, number)
+                threading.Thread(target=_leave_unless_noticed, args=arguments, daemon=True).start()
+            elif handler is _end or isinstance(handler, (Interrupt, _Held)):
                 # An import leaves nothing to clean up, so it gets less time.
                 time.sleep(1.0 if isinstance(handler, _Held) else PATIENCE_S)
                 leave(number)

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 IDLE = "wait for a request"
 """The phase of ranks that have nothing to do."""
 
+SAVING = "save the session"
+"""The phase of ranks whose turn is over and being kept."""
+
 _RECORD = 4096
 _STATUS = struct.Struct("<qq64s")  # done, total, phase
 _WORK_AT = _STATUS.size

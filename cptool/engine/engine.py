@@ -19,7 +19,6 @@ from cptool.distributed.world import World
 from cptool.engine.options import EngineOptions
 from cptool.engine.reading import (
     LONG,
-    Interrupted,
     Layers,
     Reading,
     Report,
@@ -29,6 +28,7 @@ from cptool.engine.reading import (
 from cptool.engine.sampling import Sampling
 from cptool.engine.state import BatchState
 from cptool.engine.static_decode import Observer, StaticDecode, StepContext
+from cptool.errors import Interrupted
 from cptool.model.llama import Llama
 from cptool.parallel.attention import attend
 from cptool.parallel.step import Step

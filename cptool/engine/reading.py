@@ -18,6 +18,7 @@ import torch
 from cptool.distributed.status_board import Work
 from cptool.distributed.world import World
 from cptool.engine.holdings import Holdings
+from cptool.errors import Interrupted
 from cptool.ops.watch import watched_attention
 from cptool.planning.cost.counts import attention_parameters, feed_forward_parameters
 from cptool.sharding import Layout
@@ -40,10 +41,6 @@ class Report(Protocol):
 
 def silent(phase: str, done: int, total: int, *, work: Work | None = None) -> None:
     """Report nothing."""
-
-
-class Interrupted(Exception):
-    """A forward was stopped because the launching process requested it; it has left no trace."""
 
 
 class Layers:

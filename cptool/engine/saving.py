@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cptool import files
+from cptool.distributed.status_board import SAVING
 from cptool.errors import RunError, explain
 from cptool.session import committing, restoring, segments, store
 from cptool.session.dialogue import Dialogue
@@ -70,7 +71,7 @@ def save(
     Raises RunError or OSError on every rank if the turn cannot be saved, with what became of it in
     the message. The engine is then unchanged and can save elsewhere.
     """
-    engine.report("save the session", 0, 0)
+    engine.report(SAVING, 0, 0)
     with ExitStack() as held:  # the lock of a running process, until the turn is committed
         addition = _addition(engine, directory, previous)
         segment = _write(engine, directory, addition, held)

@@ -4,6 +4,7 @@ A turn takes new tokens for each sequence of a batch, on top of a session or of 
 with up to `max_new_tokens` tokens each, and may leave a session behind.
 """
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.distributed.world import World
     from cptool.engine.engine import Engine
+    from cptool.model.config import LlamaConfig
     from cptool.model.llama import Llama
     from cptool.profiling.device_trace import DeviceProfiler
     from cptool.session.manifest import Manifest
@@ -79,6 +81,7 @@ class Report:
     this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank reads
     for one step of decode. `ceiling_flops` is what a rank of this hardware can reach, None where
     that is unknown. `phases` holds the time per phase if the turn requested a profile.
+    `stopped` says how each answer ended: `how_stopped`.
     """
 
     tokens: int
@@ -96,6 +99,7 @@ class Report:
     decode_reason: str | None
     first_token: tuple[int, ...]
     token_ids: tuple[tuple[int, ...], ...]
+    stopped: tuple[str, ...]
     exposed_s: float
     wire_bytes: int
     flops: int
@@ -113,6 +117,9 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     """Run the turn on this rank of `world`. Collective.
 
     emit: called as emit(sequence, token) on rank 0 for each token as it is known.
+
+    Once the launching process requests a stop, the next token of each answer is its last, and the
+    session is saved; Interrupted is raised, and nothing saved, if the prompt was still being read.
     """
     from cptool.engine import saving
     from cptool.session import store
@@ -124,7 +131,7 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     cached = list(engine.computed)
     profile = _Profile(engine, Path(turn.profile)) if turn.profile else None
 
-    world.barrier()
+    _allow_cancelling(world)
     loaded = time.perf_counter()
     engine.extend([list(prompt) for prompt in turn.prompts], reserve=turn.max_new_tokens)
     first = tuple(engine.next_tokens(turn.sampling))
@@ -132,7 +139,15 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     choice, exposed, sent = engine.choice, engine.ring.exposed_s, engine.ring.sent_bytes
     new = [computed - before for computed, before in zip(engine.computed, cached, strict=True)]
     emit = emit if world.rank == 0 else None
-    answers = engine.decode(turn.max_new_tokens, turn.sampling, turn.stop_ids, emit=emit)
+    answers = engine.decode(
+        turn.max_new_tokens,
+        turn.sampling,
+        turn.stop_ids,
+        emit=emit,
+        interrupted=(lambda: world.board.cancelled) if world.board.shared else None,
+    )
+    if world.board.cancelled:
+        world.board.notice()
     steps = max(map(len, answers), default=0) - 1
     ended = time.perf_counter()
     if profile:
@@ -161,14 +176,39 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
         decode_reason=decoded.reason if decoded else None,
         first_token=first,
         token_ids=tuple(map(tuple, answers)),
+        stopped=tuple(how_stopped(ids, turn.max_new_tokens, turn.stop_ids) for ids in answers),
         exposed_s=exposed,
         wire_bytes=sent,
-        flops=linear_flops(config, sum(new), sum(map(bool, new)))
-        + sum(attention_flops(config, n, before) for n, before in zip(new, cached, strict=True)),
+        flops=_prefill_flops(config, new, cached),
         decode_bytes=_decode_bytes(engine),
         ceiling_flops=engine.profile.ceiling(turn.dtype),
         phases=profile.phases(sections) if profile else (),
     )
+
+
+def _prefill_flops(config: "LlamaConfig", new: list[int], cached: list[int]) -> int:
+    """Return the operations of a prefill of `new[b]` tokens over `cached[b]`, on all ranks."""
+    pairs = zip(new, cached, strict=True)
+    linear = linear_flops(config, sum(new), sum(map(bool, new)))
+    return linear + sum(attention_flops(config, n, before) for n, before in pairs)
+
+
+def how_stopped(token_ids: Sequence[int], limit: int, stop_ids: Sequence[int]) -> str:
+    """Return how an answer of `token_ids` ended: "eos" (one without tokens had ended before),
+    "length" at the limit of tokens, or "interrupted".
+    """
+    if limit and (not token_ids or token_ids[-1] in stop_ids):
+        return "eos"
+    return "length" if len(token_ids) == limit else "interrupted"
+
+
+def _allow_cancelling(world: "World") -> None:
+    """Have Ctrl-C reach the ranks through the status board alone from here on. Collective."""
+    if world.board.path is not None:  # this rank is a local process of its own
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    world.barrier()
+    if world.rank == 0 and world.board.shared:
+        world.board.allow_cancelling()
 
 
 def _restored(engine: "Engine", turn: Turn, checkpoint: "Checkpoint") -> "Manifest | None":

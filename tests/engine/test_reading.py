@@ -9,9 +9,10 @@ from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
-from cptool.engine.reading import Interrupted, Layers
+from cptool.engine.reading import Layers
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
+from cptool.errors import Interrupted
 from cptool.planning.cost.forward import Prediction
 from cptool.sharding import balanced
 from cptool.variants import names

@@ -1,0 +1,121 @@
+"""Ctrl-C in a terminal: the first one ends a command in order and keeps what was said."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from terminal import CTRL_C, terminal
+from test_cli import as_json, cptool
+
+from cptool.session import store
+
+# A layer of this prompt takes minutes.
+LONG = ("--synthetic", 60_000, "--context-length", 100_000)
+SLOW = {"CPTOOL_ISA": "portable"}
+
+
+def lines(shown: str) -> list[str]:
+    return [line for line in re.split(r"[\r\n]+", shown) if line.strip()]
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_a_prompt_that_is_read_is_dropped_within_a_layer(mqa_path, tmp_path, cp):
+    made = tmp_path / "s"
+    options = (*LONG, "--cp", cp, "--threads", 1, "--dtype", "float32")
+    with terminal("prefill", mqa_path, *options, "--session", made, **SLOW) as opened:
+        opened.wait_for(r"reading 60,000 tokens, layer 1 of 3 ")
+        opened.type(CTRL_C)
+        assert opened.end() == 130
+        told = "cptool: interrupted while the prompt was read; nothing was kept"
+        assert lines(opened.shown)[-1] == told
+        assert opened.left() == [] and not store.exists(made)
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_answers_keep_what_was_said(mqa_path, tmp_path, cp):
+    """A next turn that is dropped leaves the session as it was; one that is answered is kept."""
+    made = tmp_path / "s"
+    cptool("prefill", mqa_path, "--synthetic", 9, "--session", made)
+    whole = as_json("decode", made, "-n", 5, "--seed", 1, "--cp", cp)["token_ids"][0]
+    cptool("prefill", mqa_path, "--synthetic", 9, "--session", tmp_path / "t")
+    options = ("--cp", cp, "--context-length", 100_000)
+    with terminal("decode", tmp_path / "t", "-n", 90_000, "--seed", 1, *options) as opened:
+        opened.wait_for(r"answering, token \d\d+ of 90000 .*\d+ tokens/s")
+        opened.type(CTRL_C)
+        assert opened.end() == 130
+        count = len(store.load(tmp_path / "t").sequences[0].tokens) - 9
+        told = f"interrupted after {count:,} tokens; session {tmp_path / 't'} keeps them"
+        assert " ".join(lines(opened.shown)).endswith(f"cptool: {told}")
+        assert opened.left() == [] and count > 5
+    assert store.load(tmp_path / "t").sequences[0].tokens[9:14] == tuple(whole)
+    revision = store.load(made).revision
+    with terminal("decode", made, *LONG, *options[:2], "--threads", 1, **SLOW) as opened:
+        opened.wait_for("reading 60,000 tokens|reading 60,001 tokens")
+        opened.type(CTRL_C)
+        assert opened.end() == 130
+        told = f"cptool: interrupted while the prompt was read; session {made} is as it was"
+        assert lines(opened.shown)[-1] == told
+    assert store.load(made).revision == revision
+    cptool("session", "verify", made)
+
+
+def test_json_says_that_an_answer_was_interrupted(mqa_path, tmp_path):
+    made = tmp_path / "s"
+    cptool("prefill", mqa_path, "--synthetic", 9, "--session", made)
+    options = ("-n", 90_000, "--context-length", 100_000, "--json")
+    with terminal("decode", made, *options) as opened:
+        opened.wait_for("answering, token")
+        opened.type(CTRL_C)
+        assert opened.end() == 130
+    (printed,) = (line for line in lines(opened.shown) if line.startswith("{"))
+    assert json.loads(printed)["stopped"] == ["interrupted"]
+
+
+STOPPED = """
+import sys, time
+from cptool.distributed import signals
+signals.PATIENCE_S = {patience}
+signals.guard(signals.signal.getsignal(2))
+heard = []
+def request():
+    heard.append(1)
+    return {heard}
+with signals.stopping(request, lambda: {noticed}):
+    print("now", flush=True)
+    try:
+        while not {over}:
+            time.sleep(0.01)
+        print("kept", heard)
+    except KeyboardInterrupt:
+        print("raised", heard)
+"""
+
+
+@pytest.mark.parametrize(
+    "heard, noticed, over, signals, printed, code",
+    [
+        (True, True, "heard", 1, "kept [1]\n", 0),  # the body ends in order
+        (False, False, "False", 1, "raised [1]\n", 0),  # nobody would hear of it: raised at once
+        (True, True, "False", 2, "raised [1]\n", 0),  # the second one ends the command
+        (True, False, "False", 1, "", 130),  # it was not heard: ended in time all the same
+    ],
+)
+def test_the_first_signal_requests_and_the_second_one_raises(
+    heard, noticed, over, signals, printed, code
+):
+    script = STOPPED.format(
+        heard=heard, noticed=noticed, over=over, patience=0.3 if not noticed else 60
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "now\n"
+        for _ in range(signals):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        assert process.communicate(timeout=60)[0] == printed
+    assert process.returncode == code
