@@ -121,9 +121,6 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     Once the launching process requests a stop, the next token of each answer is its last, and the
     session is saved; Interrupted is raised, and nothing saved, if the prompt was still being read.
     """
-    from cptool.engine import saving
-    from cptool.session import store
-
     began = time.perf_counter()
     checkpoint, model = load_for(world, turn)
     engine = make_engine(world, turn, model, batch=len(turn.prompts))
@@ -152,10 +149,8 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     ended = time.perf_counter()
     if profile:
         profile.stop()
-    if turn.session is not None and (any(new) or any(answers) or turn.chat is not None):
-        identity = store.identity(checkpoint, turn.fingerprint)
-        chat = _messages_after(engine, turn, checkpoint, answers)
-        saving.save(engine, Path(turn.session), manifest, identity, chat=chat)
+    if any(new) or any(answers) or turn.chat is not None:
+        _save(engine, turn, checkpoint, manifest, answers=answers)
     sections = [Section("prefill", loaded, answered, 1)] if any(new) else []
     if steps > 0:
         sections.append(Section("decode, a token", answered, ended, steps))
@@ -226,6 +221,24 @@ def _restored(engine: "Engine", turn: Turn, checkpoint: "Checkpoint") -> "Manife
     room = turn.max_new_tokens + max(map(len, turn.prompts), default=0)
     saving.restore(engine, directory, manifest, reserve=room)
     return manifest
+
+
+def _save(
+    engine: "Engine",
+    turn: Turn,
+    checkpoint: "Checkpoint",
+    manifest: "Manifest | None",
+    *,
+    answers: list[list[int]],
+) -> None:
+    """Commit the turn to its session, if it has one, with the messages of a conversation."""
+    from cptool.engine import saving
+    from cptool.session import store
+
+    if turn.session is not None:
+        identity = store.identity(checkpoint, turn.fingerprint)
+        chat = _messages_after(engine, turn, checkpoint, answers)
+        saving.save(engine, Path(turn.session), manifest, identity, chat=chat)
 
 
 def _messages_after(
