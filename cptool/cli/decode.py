@@ -119,7 +119,7 @@ def decode(
         if stream is None:
             _print_answers(report, checkpoint)
         check_whole(report, turn)
-        _draw(report, turn, sampler.describe(sampling))
+        _draw(report, turn, checkpoint, sampler.describe(sampling))
     check_whole(report, turn)
 
 
@@ -175,7 +175,7 @@ def _print_answers(report: Report, checkpoint: Checkpoint) -> None:
         click.echo(f"[{b}] {text if text is not None else ' '.join(map(str, ids))}")
 
 
-def _draw(report: Report, turn: Turn, sampling: str) -> None:
+def _draw(report: Report, turn: Turn, checkpoint: Checkpoint, sampling: str) -> None:
     """Print a table on standard error: what was done, and how tokens were sampled."""
     for b, ids in enumerate(report.token_ids, 1):
         if turn.max_new_tokens and not ids:
@@ -183,6 +183,10 @@ def _draw(report: Report, turn: Turn, sampling: str) -> None:
                 f"sequence {b}: its answer has ended; give it a next turn, as with --prompt",
                 always=True,
             )
+    tokenizer = checkpoint.tokenizer()
+    for ids in report.token_ids:
+        if tokenizer is not None and len(ids) == 1 and ids[0] in turn.stop_ids:
+            draw.say(f"the answer ended at its first token ({tokenizer.spelling(ids[0])})")
     rows = turn_report.prefill_rows(report) if report.tokens else []
     rows += turn_report.decode_rows(report)
     if turn.max_new_tokens:

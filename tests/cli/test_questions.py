@@ -87,3 +87,22 @@ def test_an_answer_that_was_cut_goes_on_and_raw_text_ends_the_conversation(
     assert "appended as it is" in result.stderr
     cptool("session", "rollback", where, "--turns", 2)
     assert find_dialogues(where, store.load(where)) == dialogues
+
+
+def test_chat_takes_files_and_opens_a_prefilled_document(
+    smollm2_path, smollm2_reference, template, tmp_path
+):
+    where, document = tmp_path / "s", tmp_path / "doc.txt"
+    document.write_text(DOCUMENT)
+    greedily = ("-n", 4, "--temperature", 0)
+    lines = [f"/file {document}", "/undo", f"/file {tmp_path / 'none'}", QUESTIONS[0]]
+    result = chat(smollm2_path, "--file", document, *greedily, say=lines)
+    assert "took back" in result.stderr and "cannot be read" in result.stderr
+    asked = [{"role": "user", "content": f"{DOCUMENT}\n\n{QUESTIONS[0]}"}]
+    said = template.decode(expected(template, smollm2_reference, asked, 4))
+    assert result.stdout.strip() == said.strip()
+    as_json("prefill", smollm2_path, "--chat", "--prompt-file", document, "--session", where)
+    result = chat(where, *greedily, say=[QUESTIONS[0], "/undo", "/undo", "/undo"])
+    assert result.stdout.strip() == said.strip()
+    assert "your next question joins it" in result.stderr
+    assert f"took back: {QUESTIONS[0]}" in result.stderr and "took back: The li" in result.stderr

@@ -105,6 +105,10 @@ class Tokenizer:
         except library.LibraryError as error:
             raise UserError(f"the model's tokenizer cannot write this text ({error})") from None
 
+    def spelling(self, token_id: int) -> str:
+        """Return how the vocabulary spells a token, control tokens included."""
+        return self._backend.id_to_token(token_id) or f"id {token_id}"
+
     def stream(self) -> TextStream:
         """Return a decoder of tokens that arrive one at a time."""
         return TextStream(self.decode)

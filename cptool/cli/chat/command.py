@@ -33,6 +33,14 @@ DEFAULT_TOKENS = 512
 @click.argument("source", metavar="MODEL|SESSION", shell_complete=completion.models_or_sessions)
 @click.option("--system", metavar="TEXT", help="A system message to begin with.")
 @click.option(
+    "--file",
+    "files",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="A text file that the first question is about; may be repeated.",
+)
+@click.option(
     "-n",
     "--tokens",
     "count",
@@ -50,6 +58,7 @@ DEFAULT_TOKENS = 512
 def chat(
     source: str,
     system: str | None,
+    files: tuple[str, ...],
     count: int,
     sampler: SamplingRequest,
     model: str | None,
@@ -96,6 +105,8 @@ def chat(
         terminal = Terminal(resident, checkpoint, conversation, answering)
         if directory is not None and manifest is not None:
             terminal.continue_session(directory, manifest.revision)
+        for file in files:
+            terminal.file(file)
         for line in lines():
             if not terminal.handle(line):
                 break

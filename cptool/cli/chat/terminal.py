@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /save [DIR]  keep the conversation and its KV in DIR; continue it with: cptool chat DIR
+/file PATH   put a text file into the next question's message, before the question
 /undo        take back the last question and its answer
 /reset       start over
 /exit        end, as Ctrl-D does
@@ -71,6 +72,8 @@ class Terminal:
             f"{directory}: {self.conversation.dialogue.answers} answers, "
             f"{len(self.conversation.tokens):,} tokens so far"
         )
+        if self.conversation.dialogue.pending:
+            draw.say("the last message has no answer yet; your next question joins it")
 
     def handle(self, line: str) -> bool:
         """Execute a line; return False if it ends the chat.
@@ -80,6 +83,7 @@ class Terminal:
         command, _, argument = line.strip().partition(" ")
         commands = {
             "/save": self.save,
+            "/file": self.file,
             "/undo": self.undo,
             "/reset": self.reset,
             "/help": self.help,
@@ -201,6 +205,26 @@ class Terminal:
             f"saved {len(self.conversation.tokens):,} tokens; "
             f"continue with: cptool chat {shlex.quote(str(directory))}"
         )
+
+    def file(self, argument: str) -> None:
+        """Put a file into the message that the next question completes."""
+        from cptool.cli.options.prompt_files import read_text
+
+        if not argument:
+            raise UserError("/file: name a text file: /file PATH")
+        limit = self.checkpoint.config.max_position_embeddings
+        before, text = len(self.conversation.tokens), read_text(expanded(argument), limit)
+        if not text:
+            raise UserError(f"/file: {argument} is empty")
+        self.conversation.attach(text)
+        tokens = len(self.conversation.tokens)
+        if tokens >= limit:
+            self.conversation.undo()
+            raise UserError(
+                f"/file: with {argument} the context has {tokens:,} tokens, the model's limit is "
+                f"{limit:,}; nothing was changed"
+            )
+        draw.say(f"{argument}: {tokens - before:,} tokens, read with your next question")
 
     def undo(self, argument: str) -> None:
         question = self.conversation.undo()
