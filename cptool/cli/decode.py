@@ -12,7 +12,6 @@ import click
 from cptool.cli import draw, turn_report
 from cptool.cli.answer_stream import AnswerStream
 from cptool.cli.json_output import print_object
-from cptool.cli.next_turn import NextTurn, next_turn
 from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, json_option, moved_option, profile_option
 from cptool.cli.options.models import (
@@ -22,6 +21,7 @@ from cptool.cli.options.models import (
     say_reading,
     session_fields,
 )
+from cptool.cli.options.next_turn import NextTurn, next_turn
 from cptool.cli.options.prompts import Prompts, check_context, prompt_options
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.options.sampling import SamplingRequest, sampling_options

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,7 +11,9 @@ from cptool.cli import draw
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import json_option
+from cptool.cli.session_export import export, list_sessions, message_rows, readable_dialogues
 from cptool.session import store as sessions
+from cptool.session.manifest import Manifest
 
 directory_argument = click.argument(
     "directory",
@@ -25,6 +28,10 @@ def session() -> None:
     """Inspect and maintain a session on disk."""
 
 
+session.add_command(list_sessions)
+session.add_command(export)
+
+
 @session.command()
 @directory_argument
 @json_option
@@ -34,6 +41,7 @@ def show(directory: Path, as_json: bool) -> None:
     tokens = [len(sequence.tokens) for sequence in manifest.sequences]
     cached = [sequence.cached for sequence in manifest.sequences]
     total = sum(segment.bytes for segment in manifest.segments)
+    dialogues = readable_dialogues(directory, manifest)
     fields = {
         "model": manifest.model.path,
         "fingerprint": manifest.model.fingerprint,
@@ -46,28 +54,33 @@ def show(directory: Path, as_json: bool) -> None:
         "cached": cached,
         "segments": len(manifest.segments),
         "bytes": total,
+        "messages": None if dialogues is None else [d.dicts() for d in dialogues],
     }
     if as_json:
         print_object(fields)
         return
+    draw.table([*_rows(manifest, fields), *message_rows(dialogues or ())])
+
+
+def _rows(manifest: Manifest, fields: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows of the table of `show`."""
+    tokens, cached = (", ".join(map(str, fields[name])) for name in ("tokens", "cached"))
     model = manifest.model
     turns = " -> ".join("+".join(map(str, turn)) for turn in manifest.turns)
-    draw.table(
-        [
-            ("model", f"{sessions.printable(model.path)} ({model.fingerprint[:12]})"),
-            ("last turn on", f"{manifest.cp} cp x {manifest.tp} tp, {manifest.dtype}"),
-            (
-                "tokens",
-                f"{', '.join(map(str, tokens))}, {', '.join(map(str, cached))} of them with KV",
-            ),
-            ("after turns", turns),
-            (
-                "on disk",
-                f"{units.some(len(manifest.segments), 'segment')}, {units.size(total)}, "
-                f"revision {manifest.revision}",
-            ),
-        ]
-    )
+    return [
+        ("model", f"{sessions.printable(model.path)} ({model.fingerprint[:12]})"),
+        ("last turn on", f"{manifest.cp} cp x {manifest.tp} tp, {manifest.dtype}"),
+        (
+            "tokens",
+            f"{tokens}, {cached} of them with KV",
+        ),
+        ("after turns", turns),
+        (
+            "on disk",
+            f"{units.some(len(manifest.segments), 'segment')}, {units.size(fields['bytes'])}, "
+            f"revision {manifest.revision}",
+        ),
+    ]
 
 
 @session.command(short_help="Read every byte of a SESSION and check it.")

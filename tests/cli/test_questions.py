@@ -2,6 +2,8 @@
 given the messages that the session keeps.
 """
 
+import json
+
 import pytest
 from conftest import greedy
 from test_chat import chat
@@ -106,3 +108,20 @@ def test_chat_takes_files_and_opens_a_prefilled_document(
     assert result.stdout.strip() == said.strip()
     assert "your next question joins it" in result.stderr
     assert f"took back: {QUESTIONS[0]}" in result.stderr and "took back: The li" in result.stderr
+
+
+def test_a_session_shows_lists_and_exports_its_messages(smollm2_path, tmp_path):
+    where, out = tmp_path / "s", tmp_path / "out.json"
+    as_json("prefill", smollm2_path, "--chat", "--prompt", "Hi ☕", "--session", where)
+    said = [{"role": "user", "content": "Hi ☕"}]
+    assert as_json("session", "show", where)["messages"] == [said]
+    assert "Hi ☕" in cptool("session", "show", where).output
+    (listed,) = as_json("session", "list", tmp_path)["sessions"]
+    assert (listed["session"], listed["messages"]) == (str(where), [1])
+    assert "1 message" in cptool("session", "list", tmp_path).stdout
+    cptool("session", "export", where, "--output", out)
+    assert json.loads(out.read_text())["messages"] == said
+    for form, text in (("text", "user: Hi ☕\n"), ("markdown", "## user\n\nHi ☕\n")):
+        assert cptool("session", "export", where, "--format", form).stdout == text
+    cptool("decode", where, "--raw", "--prompt", "x", "-n", 1)
+    assert "Hi ☕" in json.loads(cptool("session", "export", where).stdout)["text"][0]

@@ -1,0 +1,133 @@
+"""`cptool session list` and `export`: sessions under folders, and what one of them says."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cptool import units
+from cptool.cli import draw
+from cptool.cli.json_output import line, print_object
+from cptool.cli.options import completion
+from cptool.cli.options.common import json_option
+from cptool.errors import UserError
+from cptool.session import store as sessions
+from cptool.session.conversation import find_dialogues
+from cptool.session.dialogue import Dialogue
+from cptool.session.manifest import Damaged, Manifest
+
+
+@click.command("list")
+@click.argument("folders", metavar="[DIR]...", nargs=-1, type=click.Path(path_type=Path))
+@json_option
+def list_sessions(folders: tuple[Path, ...], as_json: bool) -> None:
+    """List the sessions in folders, by default in the current one."""
+    found = [
+        _described(path.parent)
+        for folder in folders or (Path(),)
+        for path in sorted({*folder.glob("manifest.json"), *folder.glob("*/manifest.json")})
+    ]
+    if as_json:
+        print_object({"sessions": found})
+    elif not found:
+        draw.say("no sessions here")
+    for each in () if as_json else found:
+        click.echo(each["session"] + ": " + (each["fault"] or _line(each)))
+
+
+def _described(directory: Path) -> dict[str, Any]:
+    """Return what `list` says of a session; only `session` and `fault` where it cannot be read."""
+    try:
+        manifest = sessions.load(directory)
+    except UserError as error:
+        return {"session": str(directory), "fault": str(error)}
+    dialogues = readable_dialogues(directory, manifest)
+    age = time.time() - (directory / sessions.MANIFEST).stat().st_mtime
+    return {
+        "session": str(directory),
+        "fault": None,
+        "model": Path(manifest.model.path).name,
+        "messages": None if dialogues is None else [len(d.messages) for d in dialogues],
+        "turns": len(manifest.turns),
+        "tokens": [len(sequence.tokens) for sequence in manifest.sequences],
+        "bytes": sum(segment.bytes for segment in manifest.segments),
+        "age_s": age,
+    }
+
+
+def _line(each: dict[str, Any]) -> str:
+    said = units.some(each["turns"], "turn")
+    if each["messages"] is not None:
+        said = units.some(sum(each["messages"]), "message")
+    return (
+        f"{sessions.printable(each['model'])}, {said}, {units.some(sum(each['tokens']), 'token')}, "
+        f"{units.size(each['bytes'])}, {units.duration(each['age_s'])} old"
+    )
+
+
+def readable_dialogues(directory: Path, manifest: Manifest) -> tuple[Dialogue, ...] | None:
+    """Return the messages of each sequence; None if it is no conversation, or cannot be read."""
+    try:
+        return find_dialogues(directory, manifest)
+    except Damaged as error:
+        draw.say(str(error))
+        return None
+
+
+def message_rows(dialogues: tuple[Dialogue, ...]) -> list[tuple[str, str]]:
+    """Return a row for each message: its role and how it begins."""
+    return [
+        (role, sessions.printable(" ".join(content[:200].split())[:60]))
+        for dialogue in dialogues
+        for role, content in dialogue.messages
+    ]
+
+
+@click.command()
+@click.argument(
+    "directory",
+    metavar="SESSION",
+    type=click.Path(path_type=Path),
+    shell_complete=completion.sessions,
+)
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write it here.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["json", "markdown", "text"]),
+    default="json",
+    show_default=True,
+    help="json has OpenAI's messages, or token ids where there are none.",
+)
+def export(directory: Path, output: Path | None, form: str) -> None:
+    """Write the conversation of a SESSION, or its text where it is not a conversation."""
+    manifest = sessions.load(directory)
+    text = _exported(manifest, find_dialogues(directory, manifest), form)
+    if output is None:
+        click.echo(text)
+        return
+    try:
+        output.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror})") from None
+
+
+def _exported(manifest: Manifest, dialogues: tuple[Dialogue, ...] | None, form: str) -> str:
+    if dialogues is None:
+        from cptool.checkpoint import open_checkpoint
+
+        tokenizer = open_checkpoint(sessions.model_path(manifest)).tokenizer()
+        ids = [list(sequence.tokens) for sequence in manifest.sequences]
+        texts = [tokenizer.decode(row) if tokenizer else None for row in ids]
+        if form == "json":
+            return line({"token_ids": ids, "text": texts})
+        pairs = zip(texts, ids, strict=True)
+        return "\n\n".join(str(row) if text is None else text for text, row in pairs)
+    if form == "json":
+        rows = [dialogue.dicts() for dialogue in dialogues]
+        fields = {"messages": rows[0]} if len(rows) == 1 else {"conversations": rows}
+        return line(fields)
+    mark = "## {}\n\n{}" if form == "markdown" else "{}: {}"
+    said = [message for dialogue in dialogues for message in dialogue.messages]
+    return "\n\n".join(mark.format(role, content) for role, content in said)
