@@ -183,6 +183,30 @@ def stopping(request: Callable[[], bool], noticed: Callable[[], bool]) -> Iterat
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def caught() -> Iterator[None]:
+    """While the body runs, have Ctrl-C raise KeyboardInterrupt for a caller that catches it and
+    goes on: a guarded process does not end then.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or type(before) is not Interrupt:
+        yield
+        return
+    global _caught_at
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _caught_at = time.monotonic()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+_caught_at = 0.0
+"""When `caught` last had a signal: the watching thread may see it only after the body's end."""
+
+
 def _leave_unless_noticed(handler: Stop, number: int) -> None:
     time.sleep(PATIENCE_S)
     if not handler.noticed() and signal.getsignal(number) is handler:
@@ -203,8 +227,10 @@ def _watch(reading: int) -> None:
                 threading.Thread(target=_leave_unless_noticed, args=arguments, daemon=True).start()
             elif handler is _end or isinstance(handler, (Interrupt, _Held)):
                 # An import leaves nothing to clean up, so it gets less time.
+                came = time.monotonic()
                 time.sleep(1.0 if isinstance(handler, _Held) else PATIENCE_S)
-                leave(number)
+                if number != signal.SIGINT or _caught_at < came - 0.5:
+                    leave(number)
 
 
 def leave(number: int) -> None:

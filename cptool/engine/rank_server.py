@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from cptool.distributed.status_board import IDLE
 from cptool.engine.requests import (
     END,
-    STOP,
     Answer,
     Close,
     Connection,
@@ -22,8 +21,8 @@ from cptool.engine.requests import (
     Refused,
     Save,
 )
-from cptool.engine.turn import Setup, load_for, make_engine
-from cptool.errors import RunError, UserError, explain
+from cptool.engine.turn import Setup, how_stopped, load_for, make_engine
+from cptool.errors import Interrupted, RunError, UserError, explain
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -86,8 +85,7 @@ class _Server:
             request = self.connection.receive()
             if request == END:
                 return
-            if request != STOP:  # which came after the last token of its answer
-                self.reply(fulfil[type(request)](request))
+            self.reply(fulfil[type(request)](request))
 
     def reply(self, value: Any) -> None:
         if self.world.rank == 0:
@@ -128,18 +126,23 @@ class _Server:
         shared = self.go_back(slot, request.tokens, fresh=request.fresh)
         reused = tuple(engine.computed)
         new = [list(said[n:]) for said, n in zip(request.tokens, shared, strict=True)]
-        engine.extend(new, reserve=request.limit)
+        try:
+            engine.extend(new, reserve=request.limit)
+        except Interrupted:
+            nothing = tuple(() for _ in new)
+            return Answer(token_ids=nothing, stopped=("interrupted",) * len(new), reused=reused)
         answers = engine.decode(
             request.limit,
             request.sampling,
             request.stop_ids,
             emit=lambda sequence, token: self.reply([sequence, token]),
-            interrupted=self.stopped,
+            interrupted=lambda: self.world.board.cancelled,
         )
-        return Answer(token_ids=tuple(map(tuple, answers)), reused=reused)
-
-    def stopped(self) -> bool:
-        return self.connection.poll() and self.connection.receive() == STOP
+        return Answer(
+            token_ids=tuple(map(tuple, answers)),
+            stopped=tuple(how_stopped(ids, request.limit, request.stop_ids) for ids in answers),
+            reused=reused,
+        )
 
     def save(self, request: Save) -> "Manifest | Refused":
         from cptool.engine import saving

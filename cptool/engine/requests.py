@@ -5,7 +5,6 @@ one end, so that no other process can connect. It carries typed data, never pick
 (`cptool.distributed.encoding`).
 """
 
-import select
 import socket
 import struct
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from cptool.distributed.encoding import decode, encode
 from cptool.engine.sampling import Sampling
 from cptool.session.dialogue import Dialogue
 
-STOP, END = "stop", "end"
-"""Requests without contents: end the running answer; end the ranks."""
+END = "end"
+"""The request without contents: end the ranks."""
 
 _LENGTH = struct.Struct("<Q")
 _MOST_BYTES = 1 << 30
@@ -70,9 +69,15 @@ class Save:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The tokens appended to each sequence; `reused[b]` of those requested had KV already."""
+    """The tokens appended to each sequence, and how each answer ended (`turn.how_stopped`).
+
+    If the request was stopped while it read the prompt, there are none, all are "interrupted", and
+    the slot holds what it had in common with the request. `reused[b]` of the tokens requested had
+    KV already.
+    """
 
     token_ids: tuple[tuple[int, ...], ...]
+    stopped: tuple[str, ...]
     reused: tuple[int, ...]
 
 
@@ -122,12 +127,6 @@ class Connection:
         if size > _MOST_BYTES:
             raise ValueError(f"a message of {size} bytes; at most {_MOST_BYTES} are read")
         return decode(self._read(size), _messages())
-
-    def poll(self) -> bool:
-        """Return whether a value has arrived, or the other end is gone."""
-        waiting = select.poll()
-        waiting.register(self._socket, select.POLLIN)
-        return bool(waiting.poll(0))
 
     def _read(self, size: int) -> bytearray:
         data = bytearray(size)

@@ -18,10 +18,10 @@ from cptool.distributed import launch
 from cptool.distributed.failure import RankFailed
 from cptool.distributed.local import RANK_NAME
 from cptool.distributed.options import RankOptions
+from cptool.distributed.status_board import Board
 from cptool.engine.rank_server import serve
 from cptool.engine.requests import (
     END,
-    STOP,
     Answer,
     Close,
     Connection,
@@ -54,7 +54,9 @@ class Resident:
         self._connections = [Connection(ours) for ours, _ in pairs]
         self._theirs = [theirs for _, theirs in pairs]
         self._failure: BaseException | None = None
-        self._sending = self._stop_is_due = False
+        self._board: Board | None = None
+        self._known = threading.Event()
+        self._watch: Callable[[Board], None] = _unwatched
         self._timeout = ranks.timeout
         for connection in self._connections:
             connection.limit_sending(self._timeout)
@@ -88,6 +90,7 @@ class Resident:
                     server_process.start(serve)  # here, because its signals are this thread's
                 self._thread.start()
                 self._receive()  # that all are ready
+                self._known.wait()
                 self._processes = _rank_processes() - self._others
             except BaseException:
                 self.abandon()
@@ -133,19 +136,31 @@ class Resident:
         if self._thread.is_alive():
             self._thread.join(_PATIENCE_S)
 
-    def answer(self, request: Continue, emit: Callable[[int, int], None]) -> Answer:
-        """Fulfil the request; emit(sequence, token) is called for each token as it comes."""
-        self._send(request)
-        while isinstance(reply := self._receive(), list):
-            emit(*reply)
+    def answer(
+        self,
+        request: Continue,
+        emit: Callable[[int, int], None],
+        watch: Callable[[Board], None] | None = None,
+    ) -> Answer:
+        """Fulfil the request; emit(sequence, token) is called for each token as it comes.
+
+        watch: called from another thread with the ranks' status board, about ten times a second.
+        """
+        self._watch = watch or _unwatched
+        try:
+            self._send(request)
+            while isinstance(reply := self._receive(), list):
+                emit(*reply)
+        finally:
+            self._watch = _unwatched
         return _unless_refused(reply)
 
-    def stop(self) -> None:
-        """End the running answer with its next token; a signal handler may call it."""
-        if self._sending:  # in the middle of a request, which must not be cut in two
-            self._stop_is_due = True
-        else:
-            self._connections[0].send(STOP)
+    def stop(self, on: bool = True) -> None:
+        """End the running request within a layer of its prompt, or with the next token of its
+        answer, and those that follow, until it is turned off; a signal handler may call it.
+        """
+        assert self._board is not None  # the ranks have started
+        self._board.cancel(on)
 
     def save(self, request: Save) -> "Manifest":
         """Commit a session and return its manifest, without segments.
@@ -169,7 +184,7 @@ class Resident:
         _unless_refused(self._receive())
 
     def _send(self, request: Any) -> None:
-        self._sending, taken = True, 0
+        taken = 0
         try:
             for connection in self._connections:
                 connection.send(request)
@@ -181,11 +196,6 @@ class Resident:
             raise RankFailed(f"{reason}; all ranks were ended") from None
         except OSError:
             self._raise()
-        finally:
-            self._sending = False
-        if self._stop_is_due:
-            self._stop_is_due = False
-            self.stop()
 
     def _receive(self) -> Any:
         try:
@@ -199,12 +209,22 @@ class Resident:
 
     def _run(self) -> None:
         try:
-            launch.run(serve, self._setup, own=self._theirs, ranks=self._ranks)
+            launch.run(serve, self._setup, own=self._theirs, ranks=self._ranks, watch=self._show)
         except BaseException as failure:
             self._failure = failure
         finally:
             for theirs in self._theirs:  # Ranks have copies. Whoever waits for a reply wakes up.
                 theirs.close()
+
+    def _show(self, board: Board) -> None:
+        if self._board is None:
+            self._board = board
+            self._known.set()
+        self._watch(board)
+
+
+def _unwatched(board: Board) -> None:
+    """Show nothing."""
 
 
 def _rank_processes() -> set[BaseProcess]:

@@ -11,6 +11,7 @@ import pytest
 from terminal import CTRL_C, terminal
 from test_cli import as_json, cptool
 
+from cptool.distributed import signals
 from cptool.session import store
 
 # A layer of this prompt takes minutes.
@@ -75,6 +76,25 @@ def test_json_says_that_an_answer_was_interrupted(mqa_path, tmp_path):
     assert json.loads(printed)["stopped"] == ["interrupted"]
 
 
+@pytest.mark.parametrize("cp", [1, 2])
+def test_chat_goes_on_after_a_question_that_was_not_read_to_its_end(smollm2_path, cp):
+    options = ("--cp", cp, "--threads", 1, "-n", 4, "--dtype", "float32")
+    with terminal("chat", smollm2_path, *options, **SLOW) as opened:
+        opened.wait_for("> ")
+        time.sleep(0.5)  # until readline waits for a key
+        opened.type(CTRL_C)  # discards a line, and ends nothing
+        opened.wait_for("again.*\n.*> ")
+        time.sleep(signals.PATIENCE_S + 0.5)
+        opened.type(b"one two three four five " * 150 + b"\r")
+        opened.wait_for(r"reading 781 tokens, layer \d+ of 30")
+        opened.type(CTRL_C)
+        opened.wait_for("it is as if it was not asked")
+        opened.type(b"Hi\r")
+        opened.wait_for(r"\[\d tokens?.*in context\]")
+        opened.type(b"/exit\r")
+        assert opened.end() == 0 and opened.left() == []
+
+
 STOPPED = """
 import sys, time
 from cptool.distributed import signals
@@ -96,7 +116,7 @@ with signals.stopping(request, lambda: {noticed}):
 
 
 @pytest.mark.parametrize(
-    "heard, noticed, over, signals, printed, code",
+    "heard, noticed, over, count, printed, code",
     [
         (True, True, "heard", 1, "kept [1]\n", 0),  # the body ends in order
         (False, False, "False", 1, "raised [1]\n", 0),  # nobody would hear of it: raised at once
@@ -105,7 +125,7 @@ with signals.stopping(request, lambda: {noticed}):
     ],
 )
 def test_the_first_signal_requests_and_the_second_one_raises(
-    heard, noticed, over, signals, printed, code
+    heard, noticed, over, count, printed, code
 ):
     script = STOPPED.format(
         heard=heard, noticed=noticed, over=over, patience=0.3 if not noticed else 60
@@ -114,7 +134,7 @@ def test_the_first_signal_requests_and_the_second_one_raises(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "now\n"
-        for _ in range(signals):
+        for _ in range(count):
             process.send_signal(signal.SIGINT)
             time.sleep(0.1)
         assert process.communicate(timeout=60)[0] == printed

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import click
 
 from cptool.cli import draw
+from cptool.distributed import signals
 
 _LINE_BYTES = 1 << 28
 
@@ -45,7 +46,8 @@ def _typed() -> Iterator[str]:
     interrupted = False
     while True:
         try:
-            line = input("> ")
+            with signals.caught():
+                line = input("> ")
         except EOFError:
             click.echo()
             return

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cptool.checkpoint.tokenizer.library import LimitError
 from cptool.cli import draw
 from cptool.cli.options.models import check_room, say_reading
+from cptool.cli.progress import drawn_bar
 from cptool.distributed.failure import RankFailed
 from cptool.errors import RunError, UserError, as_options
 from cptool.files import expanded
@@ -32,7 +33,8 @@ HELP = """\
 /reset       start over
 /exit        end, as Ctrl-D does
 //...        ask something that begins with /...
-Ctrl-C stops an answer; what was written of it stays in the conversation."""
+Ctrl-C stops an answer; what was written of it stays in the conversation. A question that is still
+being read is taken back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,15 +132,18 @@ class Terminal:
             ids.append(token)
             _write(text.push(token))
 
-        with _stopping(self.resident) as stopped:
+        with drawn_bar("") as bar, _stopping(self.resident) as stopped:
             request = Continue(
                 tokens=(tuple(context),),
                 limit=room,
                 sampling=self.answering.sampling,
                 stop_ids=self.stop_ids,
             )
-            answer = self.resident.answer(request, emit)
+            answer = self.resident.answer(request, bar.before(emit), bar.watch)
             ended = time.perf_counter()
+        if not ids and stopped():
+            draw.say("\n(stopped while the question was read; it is as if it was not asked)")
+            return
         _write(text.flush() + "\n")
         said = list(answer.token_ids[0])
         whole = said[-1] in self.stop_ids
@@ -258,8 +263,10 @@ def _stopping(resident: "Resident") -> Iterator[Callable[[], bool]]:
         # No exception: one in the midst of a message would leave the rest of it in the connection.
         resident.stop()
 
+    resident.stop(False)
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         yield lambda: count > 0
     finally:
         signal.signal(signal.SIGINT, before)
+        resident.stop(False)
