@@ -27,7 +27,8 @@ from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
 from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.engine.requests import Continue
-from cptool.engine.sampling import Sampling, resolve
+from cptool.engine.sampling import Sampling
+from cptool.engine.sampling_request import SamplingRequest
 from cptool.engine.turn import Setup
 from cptool.errors import OptionError, RunError, UserError, explain
 from cptool.llm_session import DEFAULT_TOKENS, Session
@@ -172,7 +173,8 @@ class LLM:
         return Session(self, directory)
 
     def _sampling(self, temperature: float | None, top_p: float | None, seed: int) -> Sampling:
-        return resolve(self.checkpoint.sampling, temperature, top_p, seed=seed)
+        request = SamplingRequest(temperature=temperature, top_p=top_p, seed=seed)
+        return request.resolve(self.checkpoint)
 
     def _encoded(self, prompts: Sequence[Prompt], *, begin: bool) -> list[list[int]]:
         """Return the token ids of each prompt; `begin`: texts take the BOS that the model uses."""

@@ -118,9 +118,9 @@ def token_file(tmp_path):
     return write
 
 
-def greedy(reference, ids: list[int], count: int, eos: tuple[int, ...]) -> list[int]:
+def greedy(reference, ids: list[int], count: int, eos: tuple[int, ...], **options) -> list[int]:
     """What `transformers` continues `ids` with: greedy, at most `count` tokens, up to and with a
-    token of `eos`.
+    token of `eos`; `options` are further ones of its `generate`.
     """
     tokens = torch.tensor([ids])
     with torch.inference_mode():
@@ -133,6 +133,7 @@ def greedy(reference, ids: list[int], count: int, eos: tuple[int, ...]) -> list[
             top_p=None,
             eos_token_id=list(eos) or None,
             pad_token_id=0,
+            **options,
         )
     return out[0, len(ids) :].tolist()
 

@@ -25,6 +25,7 @@ from cptool.engine.reading import (
     attention_pairs,
     silent,
 )
+from cptool.engine.sampler import Sampler
 from cptool.engine.sampling import Sampling
 from cptool.engine.state import BatchState
 from cptool.engine.static_decode import Observer, StaticDecode, StepContext
@@ -215,14 +216,14 @@ class Engine(BatchState):
         return attention
 
     def next_tokens(self, sampling: Sampling) -> list[int]:
-        """Return the token that follows each sequence, the same on every rank; append nothing.
+        """Return the token that follows each sequence, the same on every rank; append nothing."""
+        return self._picks(Sampler(sampling, self.tokens))
 
-        Each is picked by the rank that holds its logits and summed over the CP ranks with zeros
-        from the others.
-        """
+    def _picks(self, sampler: Sampler) -> list[int]:
+        # Each is picked by the rank that holds its logits, and summed with zeros from the others.
         picks = [0] * len(self.tokens)
         with self._trace.span("sampling", "sampling"):
-            for b, pick in sampling.picks(self.logits, list(map(len, self.tokens))).items():
+            for b, pick in sampler.picks(self.logits).items():
                 picks[b] = pick
         if self.world.cp == 1:
             return picks
@@ -254,9 +255,10 @@ class Engine(BatchState):
         active = {b for b, said in enumerate(self.tokens) if said and limit and not self.ended[b]}
         if active and self.computed != [len(said) for said in self.tokens]:
             self.extend([[] for _ in self.tokens], variant=variant)
+        sampler = Sampler(sampling, self.tokens)
         while active:
             self.report("decode, token", max(map(len, answers)), limit)
-            picks = self.next_tokens(sampling)
+            picks = self._picks(sampler)
             over = interrupted is not None and self._any_rank(interrupted())
             for b in sorted(active):
                 answers[b].append(picks[b])

@@ -163,11 +163,12 @@ def test_ids_and_sampling_come_from_the_metadata(path):
     assert checkpoint.notes == ()
     write(path, **{"general.sampling.top_p": 0.9, "general.sampling.top_k": 40})
     checkpoint = open_checkpoint(str(path))
-    assert checkpoint.sampling == SamplingDefaults(
-        temperature=None, top_p=checkpoint.sampling.top_p
-    )
+    assert checkpoint.sampling == SamplingDefaults(top_p=checkpoint.sampling.top_p, top_k=40)
+    assert checkpoint.notes == ()
+    write(path, **{"general.sampling.top_p": 0.9, "general.sampling.mirostat": 2})
+    checkpoint = open_checkpoint(str(path))
     assert checkpoint.sampling.top_p == pytest.approx(0.9)
-    assert checkpoint.notes[0].endswith("not apply were ignored: general.sampling.top_k")
+    assert checkpoint.notes[0].endswith("not apply were ignored: general.sampling.mirostat")
     write(path, **ends)
     checkpoint = open_checkpoint(str(path))
     assert checkpoint.name == "tiny"

@@ -679,16 +679,31 @@ def test_links_to_nothing_are_named(saved, file):
 
 # Fields
 
+TRANSFORMERS_OWN = SamplingDefaults(temperature=1.0)
+
 
 @pytest.mark.parametrize(
     ("fields", "expected", "note"),
     [
-        ({"temperature": 0.6, "top_p": 0.9}, SamplingDefaults(0.6, 0.9), None),
-        ({"top_p": 0.95}, SamplingDefaults(1.0, 0.95), None),  # transformers' own temperature
-        ({}, SamplingDefaults(1.0, None), None),
-        ({"temperature": 0}, SamplingDefaults(0.0, None), None),
-        ({"temperature": -1}, SamplingDefaults(1.0, None), "temperature is -1.0, which is below 0"),
-        ({"top_p": 7}, SamplingDefaults(1.0, None), "top_p is 7.0, which is not in (0, 1]"),
+        ({"temperature": 0.6, "top_p": 0.9}, SamplingDefaults(temperature=0.6, top_p=0.9), None),
+        ({"top_p": 0.95}, SamplingDefaults(temperature=1.0, top_p=0.95), None),
+        ({}, TRANSFORMERS_OWN, None),
+        ({"temperature": 0}, SamplingDefaults(temperature=0.0), None),
+        ({"temperature": -1}, TRANSFORMERS_OWN, "temperature is -1.0, which is below 0"),
+        ({"top_p": 7}, TRANSFORMERS_OWN, "top_p is 7.0, which is not in (0, 1]"),
+        (
+            {"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.05},
+            SamplingDefaults(temperature=1.0, top_k=20, min_p=0.1, repetition_penalty=1.05),
+            None,
+        ),
+        ({"top_k": -1}, TRANSFORMERS_OWN, "top_k is -1, which is below 0"),
+        ({"min_p": 2}, TRANSFORMERS_OWN, "min_p is 2.0, which is not in [0, 1]"),
+        ({"repetition_penalty": 0}, TRANSFORMERS_OWN, "penalty is 0.0, which is not above 0"),
+        (
+            {"do_sample": False, "repetition_penalty": 1.05, "top_k": 5},
+            SamplingDefaults(repetition_penalty=1.05),
+            None,
+        ),
         ({"do_sample": None, "temperature": 0.6}, SamplingDefaults(), None),
     ],
 )
@@ -702,10 +717,10 @@ def test_sampling_defaults_are_the_authors(saved, fields, expected, note):
 
 def test_unknown_fields_that_are_set_are_named_once(saved):
     edit_json(saved / "config.json", my_setting=7, my_flag=True, my_off=False, my_one=1, none=None)
-    edit_json(saved / "generation_config.json", repetition_penalty=1.3, stranger="x")
+    edit_json(saved / "generation_config.json", typical_p=0.9, stranger="x")
     unknown, unapplied = open_checkpoint(str(saved)).notes
     assert unknown.endswith("does not know were ignored: my_setting, my_flag, stranger")
-    assert unapplied.endswith("does not apply were ignored: repetition_penalty")
+    assert unapplied.endswith("does not apply were ignored: typical_p")
 
 
 def test_fields_of_real_configurations_need_no_note(saved):

@@ -19,6 +19,7 @@ from cptool.cli.chat import command
 from cptool.cli.main import main
 from cptool.distributed.options import RankOptions
 from cptool.engine import world_profile
+from cptool.engine.sampling_request import SamplingRequest
 from cptool.planning.profiles import default_profile
 
 STORY = [504, 2365, 282, 4649, 314] * 9 + [7042, 30, 378, 2365, 282, 6219, 314]
@@ -195,7 +196,7 @@ def test_the_authors_sampling_is_the_default_of_decode(
     mqa_path, mqa_reference, token_file, tmp_path
 ):
     """An explicit option wins, each by itself, and --temperature 0 is greedy."""
-    model = authors(shutil.copytree(mqa_path, tmp_path / "m"), temperature=0.8, top_p=0.9)
+    model = authors(shutil.copytree(mqa_path, tmp_path / "m"), temperature=0.8, top_p=0.9, top_k=30)
     first = tmp_path / "s"
     asked = ("prefill", model, "--token-ids", token_file(MQA_IDS), "--session", first)
     said = greedy(mqa_reference, MQA_IDS, 12, (300,))
@@ -204,15 +205,68 @@ def test_the_authors_sampling_is_the_default_of_decode(
     def decode(*options):
         session = shutil.copytree(first, tmp_path / "-".join(map(str, ["copy", *options])))
         answer = as_json("decode", session, "-n", 12, *options)
-        return answer["token_ids"][0], answer["sampling"]
+        names = ("temperature", "top_p", "seed", "top_k", "repetition_penalty")
+        return answer["token_ids"][0], tuple(answer["sampling"][name] for name in names)
 
     own, sampling = decode()
-    assert sampling == {"temperature": 0.8, "top_p": 0.9, "seed": 0}
+    assert sampling == (0.8, 0.9, 0, 30, 1.0)
     assert own == decode("--temperature", 0.8, "--top-p", 0.9)[0] != said
-    assert decode("--temperature", 0) == (said, {"temperature": 0.0, "top_p": 0.9, "seed": 0})
-    assert decode("--top-p", 1)[1] == {"temperature": 0.8, "top_p": 1.0, "seed": 0}
+    assert decode("--temperature", 0) == (said, (0.0, 0.9, 0, 30, 1.0))
+    assert decode("--top-p", 1)[1] == (0.8, 1.0, 0, 30, 1.0)
+    assert decode("--top-k", 1) == (said, (0.8, 0.9, 0, 1, 1.0))
+    penalised = ("--temperature", 0, "--repetition-penalty", 1.5)
+    assert decode(*penalised) == (
+        greedy(mqa_reference, MQA_IDS, 12, (300,), repetition_penalty=1.5),
+        (0.0, 0.9, 0, 30, 1.5),
+    )
     shown = cptool("decode", first, "-n", 2).stderr
-    assert "temperature 0.8, top-p 0.9 (the model author's; --temperature 0 is greedy)" in shown
+    assert "temperature 0.8, top-p 0.9, top-k 30 (the model author's; --temperature 0 is" in shown
+
+
+def test_every_value_of_a_sampling_is_shown_with_who_chose_it(mqa_path):
+    checkpoint = open_checkpoint(str(mqa_path))
+
+    def shown(author=None, **request):
+        authored = replace(checkpoint, sampling=author or SamplingDefaults())
+        request = SamplingRequest(**request)
+        return request.describe(request.resolve(authored))
+
+    author = SamplingDefaults(temperature=0.6, top_k=20, repetition_penalty=1.05)
+    assert shown() == shown(temperature=0) == shown(top_k=3) == "greedy"
+    assert shown(author) == (
+        "temperature 0.6, top-p 1, top-k 20, repetition penalty 1.05 "
+        "(the model author's; --temperature 0 is greedy)"
+    )
+    assert shown(author, temperature=0) == "greedy; repetition penalty 1.05 (the model author's)"
+    assert shown(author, min_p=0.1, repetition_penalty=1.0) == (
+        "temperature 0.6, top-p 1, top-k 20 (the model author's; --temperature 0 is greedy); "
+        "min-p 0.1"
+    )
+    assert shown(frequency_penalty=0.5, presence_penalty=-1, logit_bias=((5, 1.0), (6, 2.0))) == (
+        "greedy; presence penalty -1, frequency penalty 0.5, a bias on 2 tokens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (("--top-k", -1), "--top-k -1: it must be a whole number"),
+        (("--min-p", 1.5), "--min-p 1.5: it must lie in [0, 1]"),
+        (("--repetition-penalty", 0), "--repetition-penalty 0.0: it must be a positive number"),
+        (("--presence-penalty", 3), "--presence-penalty 3.0: it must lie in [-2, 2]"),
+        (("--frequency-penalty", "nan"), "--frequency-penalty nan: it must lie in [-2, 2]"),
+        (("--logit-bias", "301=1"), "--logit-bias 301=1: the model's vocabulary has the ids"),
+        (("--logit-bias", "5"), "'5' must be ID=VALUE"),
+        (("--logit-bias", "5=inf"), "--logit-bias 5=inf: the value must be a finite number"),
+        (("--logit-bias", "5=1", "--logit-bias", "5=2"), "this token has a bias already"),
+    ],
+)
+def test_values_of_a_sampling_out_of_range_are_refused(
+    mqa_path, token_file, tmp_path, options, rule
+):
+    session = tmp_path / "s"
+    cptool("prefill", mqa_path, "--token-ids", token_file([1, 2]), "--session", session)
+    assert rule in cptool("decode", session, *options, code=2).stderr
 
 
 def test_the_authors_sampling_is_the_default_of_chat(smollm2_path, monkeypatch):

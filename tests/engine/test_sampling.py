@@ -3,13 +3,20 @@
 import pytest
 import torch
 
+from cptool.engine.sampler import Sampler
 from cptool.engine.sampling import Sampling
 from cptool.errors import RunError, UserError
 
 
+def drawn(sampling: Sampling, logits: torch.Tensor, *, position: int, sequence: int = 0) -> int:
+    """What a sequence of `position` tokens is continued with."""
+    tokens = [[0] * position] * (sequence + 1)
+    return Sampler(sampling, tokens).picks({sequence: logits})[sequence]
+
+
 def test_greedy_takes_the_largest():
     logits = torch.randn(1000)
-    assert Sampling().pick(logits, sequence=0, position=3) == int(logits.argmax())
+    assert drawn(Sampling(), logits, position=3) == int(logits.argmax())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -17,10 +24,11 @@ def test_greedy_takes_the_largest():
 def test_logits_that_are_not_finite_are_no_token(wrong, temperature):
     logits = {0: torch.randn(50), 2: torch.randn(50)}
     logits[0][7] = -float("inf")  # a token that cannot be: allowed
-    Sampling(temperature).picks(logits, [5, 5, 6])
+    sampler = Sampler(Sampling(temperature=temperature), [[0] * 5, [0] * 5, [0] * 6])
+    sampler.picks(logits)
     logits[2][7] = wrong
     with pytest.raises(RunError, match="sequence 3: the logits after 6 tokens are not finite"):
-        Sampling(temperature).picks(logits, [5, 5, 6])
+        sampler.picks(logits)
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.9, 1.0])
@@ -31,15 +39,14 @@ def test_nucleus_is_the_reference_rule(top_p):
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1], dtype=torch.float64)
     kept = {i for i in range(4) if float(probabilities[:i].sum()) <= top_p}
     sampling = Sampling(temperature=1.0, top_p=top_p)
-    drawn = {sampling.pick(probabilities.log(), sequence=0, position=p) for p in range(400)}
-    assert drawn == kept
+    assert {drawn(sampling, probabilities.log(), position=p) for p in range(400)} == kept
 
 
 def test_frequencies_follow_the_tempered_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     sampling = Sampling(temperature=0.7, seed=5)
     count = 3000
-    draws = torch.tensor([sampling.pick(logits, sequence=1, position=p) for p in range(count)])
+    draws = torch.tensor([drawn(sampling, logits, sequence=1, position=p) for p in range(count)])
     expected = torch.softmax(logits.double() / 0.7, -1) * count
     observed = torch.bincount(draws, minlength=4)
     chi_square = ((observed - expected) ** 2 / expected).sum()
@@ -49,13 +56,13 @@ def test_frequencies_follow_the_tempered_softmax():
 def test_a_draw_depends_on_seed_sequence_and_position_alone():
     logits = torch.randn(50)
     draws = [
-        Sampling(1.0, seed=s).pick(logits, sequence=b, position=p)
+        drawn(Sampling(temperature=1.0, seed=s), logits, sequence=b, position=p)
         for s in range(4)
         for b in range(4)
         for p in range(4)
     ]
     again = [
-        Sampling(1.0, seed=s).pick(logits, sequence=b, position=p)
+        drawn(Sampling(temperature=1.0, seed=s), logits, sequence=b, position=p)
         for s in range(4)
         for b in range(4)
         for p in range(4)
@@ -66,12 +73,27 @@ def test_a_draw_depends_on_seed_sequence_and_position_alone():
 
 def test_any_temperature_above_zero_draws():
     logits = torch.tensor([3.0, 5.0, -2.0])
-    assert Sampling(1e-320).pick(logits, sequence=0, position=0) == 1
-    assert Sampling(1e300).pick(logits, sequence=0, position=0) in (0, 1, 2)
+    assert drawn(Sampling(temperature=1e-320), logits, position=0) == 1
+    assert drawn(Sampling(temperature=1e300), logits, position=0) in (0, 1, 2)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}]
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": "1"},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"top_k": 2.5},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")},
+        {"logit_bias": ((-1, 0.5),)},
+        {"logit_bias": ((1, float("inf")),)},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match="must"):

@@ -6,7 +6,7 @@ from cptool.checkpoint.known_fields import OFF, FieldList
 _USED = frozenset(
     """
     general.architecture general.type general.alignment general.sampling.temp general.sampling.top_p
-    split.no split.count split.tensors.count
+    general.sampling.top_k general.sampling.min_p split.no split.count split.tensors.count
     """.split()
 )
 _HARMLESS = frozenset(
@@ -34,7 +34,7 @@ _HARMLESS = frozenset(
 _UNAPPLIED = frozenset(
     f"general.sampling.{name}"
     for name in """
-    sequence top_k min_p xtc_probability xtc_threshold penalty_last_n penalty_repeat mirostat
+    sequence xtc_probability xtc_threshold penalty_last_n penalty_repeat mirostat
     mirostat_tau mirostat_eta
     """.split()
 )

@@ -67,7 +67,7 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
     }
     several = "tokenizer.ggml.eos_token_ids"  # As ollama writes them beside the first one.
     ids["eos"] += token_ids(path, several, metadata.get(several), config.vocab_size)
-    names = ("general.sampling.temp", "general.sampling.top_p")
+    names = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
     return Checkpoint(
         path=path,
         name=name or path.stem,
@@ -75,7 +75,9 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
         stored=stored,
         eos_ids=tuple(dict.fromkeys(ids["eos"] + ids["eot"] + ids["eom"])),
         bos_id=next(iter(ids["bos"]), None),
-        sampling=read_sampling(path, metadata, names, notes),
+        sampling=read_sampling(
+            path, metadata, {own: f"general.sampling.{name}" for own, name in names.items()}, notes
+        ),
         notes=notes.lines(),
         load_tokenizer=lambda: _load_tokenizer(path, metadata),
     )

@@ -30,7 +30,8 @@ _RUN_TIME = frozenset(
 # Fields of a generation that bear on other ways to generate than cptool's, or on what is returned.
 _GENERATION = frozenset(
     """
-    do_sample temperature top_p use_cache max_length max_new_tokens max_time max_cache_len
+    do_sample temperature top_p top_k min_p repetition_penalty use_cache max_length
+    max_new_tokens max_time max_cache_len
     transformers_version _from_model_config pad_token_id decoder_start_token_id
     output_attentions output_hidden_states output_logits output_scores return_dict_in_generate
     cache_config cache_implementation compile_config disable_compile continuous_batching_config
@@ -54,7 +55,7 @@ HUGGING_FACE = FieldList(
         layer_types attention_multiplier query_pre_attn_scalar sliding_window
         """.split()
     ),
-    harmless=_RUN_TIME | _GENERATION | {"top_k"},
+    harmless=_RUN_TIME | _GENERATION,
     neutral={
         "attention_bias": (None, False),
         "mlp_bias": (None, False),
@@ -162,7 +163,7 @@ GENERATION = FieldList(
     neutral={"guidance_scale": ONE, "sequence_bias": (None,)},
     unapplied=frozenset(
         """
-        top_k min_p typical_p top_h epsilon_cutoff eta_cutoff repetition_penalty
+        typical_p top_h epsilon_cutoff eta_cutoff
         no_repeat_ngram_size bad_words_ids force_words_ids suppress_tokens begin_suppress_tokens
         forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty min_length
         min_new_tokens num_beams penalty_alpha dola_layers constraints stop_strings

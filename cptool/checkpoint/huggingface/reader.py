@@ -133,13 +133,15 @@ class _NamedTokens:
 
 
 def _sampling(source: Path, generation: dict[str, Any], notes: Notes) -> SamplingDefaults:
-    """Return the author's temperature and top-p, which count only if `do_sample` is set.
+    """Return the author's values, of which the repetition penalty alone counts if `do_sample` is
+    not set.
 
-    The temperature is then 1 if it is not stated, as in transformers.
+    The temperature is 1 if it is not stated, as in transformers.
     """
-    defaults = read_sampling(source, generation, ("temperature", "top_p"), notes)
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    defaults = read_sampling(source, generation, {name: name for name in names}, notes)
     if not flag(source, generation, "do_sample"):
-        return SamplingDefaults()
+        return SamplingDefaults(repetition_penalty=defaults.repetition_penalty)
     return defaults if defaults.temperature is not None else replace(defaults, temperature=1.0)
 
 

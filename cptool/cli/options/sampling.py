@@ -2,60 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import click
 
 from cptool.cli.options.records import as_object
+from cptool.cli.options.types import TokenBias
+from cptool.engine.sampling_request import SamplingRequest
 
-if TYPE_CHECKING:
-    from cptool.checkpoint import Checkpoint
-    from cptool.engine.sampling import Sampling
+__all__ = ["SamplingRequest", "sampling_options"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingRequest:
-    """The sampling that the user requested; None where that is left to the model's author."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int = 0
-
-    def resolve(self, checkpoint: Checkpoint) -> Sampling:
-        """Return the sampling; the author's temperature and top-p count where none was given.
-
-        Greedy where the author gives no temperature either. Raises UserError for a value out of
-        range.
-        """
-        from cptool.engine.sampling import resolve
-
-        return resolve(checkpoint.sampling, self.temperature, self.top_p, seed=self.seed)
-
-    def describe(self, sampling: Sampling) -> str:
-        """Return one line with the values of `sampling`, the result of `resolve`, and who chose."""
-        if not sampling.temperature:
-            return "greedy"
-        line = f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
-        if self.temperature is None:
-            line += " (the model author's; --temperature 0 is greedy)"
-        return line
-
+_AUTHORS = "[default: the model author's, else "
 
 sampling_options = as_object(
     "sampler",
     SamplingRequest,
     [
-        click.option(
-            "--temperature",
-            type=float,
-            help="0 is greedy.  [default: the model author's, else 0]",
-        ),
+        click.option("--temperature", type=float, help=f"0 is greedy.  {_AUTHORS}0]"),
         click.option(
             "--top-p",
             type=float,
-            help="Draw from the likeliest tokens of this mass.  [default: the model author's, else "
-            "1]",
+            help=f"Draw from the likeliest tokens of this mass.  {_AUTHORS}1]",
+        ),
+        click.option(
+            "--top-k",
+            type=int,
+            metavar="K",
+            help=f"Draw from the K likeliest tokens; 0 is all.  {_AUTHORS}0]",
+        ),
+        click.option(
+            "--min-p",
+            type=float,
+            help="Draw from tokens at least this many times as likely as the likeliest.  "
+            f"{_AUTHORS}0]",
+        ),
+        click.option(
+            "--repetition-penalty",
+            type=float,
+            metavar="X",
+            help=f"Above 1, make tokens of the prompt and the answer less likely.  {_AUTHORS}1]",
+        ),
+        click.option(
+            "--presence-penalty",
+            type=float,
+            default=0.0,
+            metavar="X",
+            help="Lower the logits of tokens that the answer has, -2 to 2.  [default: 0]",
+        ),
+        click.option(
+            "--frequency-penalty",
+            type=float,
+            default=0.0,
+            metavar="X",
+            help="Lower a token's logit for each time that the answer has it, -2 to 2.  "
+            "[default: 0]",
+        ),
+        click.option(
+            "--logit-bias",
+            type=TokenBias(),
+            multiple=True,
+            metavar="ID=VALUE",
+            help="Add VALUE to the logit of the token ID; repeatable.",
         ),
         click.option("--seed", type=int, default=0, help="Seed of the draws.  [default: 0]"),
     ],

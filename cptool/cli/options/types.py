@@ -72,6 +72,25 @@ class Heads(click.ParamType):
         return query, kv
 
 
+class TokenBias(click.ParamType):
+    """ID=VALUE, such as 198=-5.5: a token id and a number."""
+
+    name = "bias"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, float]:
+        if isinstance(value, tuple):
+            return value
+        token, _, bias = value.partition("=")
+        try:
+            return int(token), float(bias)
+        except ValueError:
+            self.fail(
+                f"{value!r} must be ID=VALUE, a token id and a number, such as 198=-5.5", param, ctx
+            )
+
+
 class Duration(click.ParamType):
     """Seconds: `10`, `10s`, `800ms`, `2min`."""
 
