@@ -148,6 +148,7 @@ def _results(run: _Runs, profile: HardwareProfile) -> list[dict[str, Any]]:
             "variant": run.ways.get(asked, choice.variant),
             "active": choice.active,
             "ttit_seconds": summary(run.seconds[asked]),
+            "tokens_per_s": forward.batch / medians[asked],
             "predicted_s": predicted,
             "predicted_over_measured": predicted / medians[asked],
             "exposed_seconds": summary(run.exposed[asked]),

@@ -11,6 +11,7 @@ import click
 
 from cptool.cli import draw, turn_report
 from cptool.cli.answer_stream import AnswerStream
+from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, json_option, moved_option, profile_option
@@ -60,6 +61,7 @@ DEFAULT_TOKENS = 128
 @attention_options
 @context_option
 @json_option
+@wide_option
 def decode(
     session: Path,
     asked: Prompts,

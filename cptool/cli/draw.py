@@ -5,6 +5,7 @@ import sys
 import click
 
 from cptool.cli import verbosity
+from cptool.cli.figures import tables
 
 Rows = list[tuple[str, str]]
 """Rows of a table without a frame: a name and what it is."""
@@ -14,14 +15,15 @@ NARROWEST = 40
 
 
 def table(rows: Rows, *, to_stderr: bool = False) -> None:
-    """Print two columns without a frame, wrapped to a terminal's width, else one line per row.
+    """Print two columns without a frame, wrapped to a terminal's width; without a terminal, or with
+    `--wide`, one line per row.
 
     Prints nothing on standard error if -q was given.
     """
     if to_stderr and verbosity.quiet():
         return
-    stream = sys.stderr if to_stderr else sys.stdout
-    if stream is None or not stream.isatty():
+    room = tables.room(to_stderr=to_stderr)
+    if room is None:
         width = max(len(name) for name, _ in rows) if rows else 0
         for name, value in rows:
             click.echo(f"{name:{width}}  {value}".rstrip(), err=to_stderr)
@@ -35,7 +37,7 @@ def table(rows: Rows, *, to_stderr: bool = False) -> None:
     for name, value in rows:
         grid.add_row(name, value)
     console = Console(stderr=to_stderr, highlight=False)
-    console.width = max(console.width, NARROWEST)
+    console.width = max(room, NARROWEST)
     console.print(grid)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cptool.cli import draw, turn_report
+from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, dtype_option, json_option, profile_option
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 @context_option
 @dtype_option
 @json_option
+@wide_option
 def prefill(
     model: str,
     asked: Prompts,

@@ -8,6 +8,7 @@ import click
 
 from cptool import units
 from cptool.cli import draw
+from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import json_option
@@ -35,6 +36,7 @@ session.add_command(export)
 @session.command()
 @directory_argument
 @json_option
+@wide_option
 def show(directory: Path, as_json: bool) -> None:
     """Show what a SESSION holds."""
     manifest = sessions.load(directory)

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from cptool.cli import verbosity
 from cptool.cli.draw import Rows, say
+from cptool.cli.figures import tables
+from cptool.cli.figures.tables import Column
 from cptool.units import byte_rate, duration, flop_rate, size, some, token_rate
 
 if TYPE_CHECKING:
@@ -67,33 +69,28 @@ def phases(report: "Report", path: str | None, *, to_stderr: bool = False) -> No
     """Print where the time of each rank went, if there is a profile."""
     if to_stderr and verbosity.quiet():
         return
-    from rich.console import Console
-    from rich.table import Table
-
     for part in report.phases:
         ranks = len(part.wall_s)
-        table = Table(
-            box=None,
-            padding=(0, 1),
-            header_style="bold",
-            title=f"{part.name}: ms",
-            title_justify="left",
-        )
         shown = range(ranks) if ranks <= 8 else ()
-        for column in ("phase", "mean", "of wall", *(f"rank {r}" for r in shown)):
-            table.add_column(column, justify="left" if column == "phase" else "right")
         wall = sum(part.wall_s) / ranks
-        rows = [(PHASE_NAMES.get(name, name), values) for name, values in part.phases.items()]
-        rows += [("wall", part.wall_s), ("(communication hidden)", part.hidden_s)]
-        for name, values in rows:
-            mean = sum(values) / ranks
-            table.add_row(
+        named = [(PHASE_NAMES.get(name, name), values) for name, values in part.phases.items()]
+        named += [("wall", part.wall_s), ("(communication hidden)", part.hidden_s)]
+        rows = [
+            (
                 name,
-                f"{1e3 * mean:.4g}",
-                f"{mean / wall:.1%}",
-                *(f"{1e3 * values[r]:.4g}" for r in shown),
+                duration(sum(values) / ranks),
+                f"{sum(values) / ranks / wall:.1%}",
+                *(duration(values[r]) for r in shown),
             )
-        Console(stderr=to_stderr, highlight=False).print(table)
+            for name, values in named
+        ]
+        columns = (
+            Column(name="phase", left=True),
+            Column(name="mean"),
+            Column(name="of wall"),
+            *(Column(name=f"rank {r}", rank=1) for r in shown),
+        )
+        tables.show(columns, rows, title=part.name, to_stderr=to_stderr)
     if report.phases:
         say(f"trace: {path} (open it in ui.perfetto.dev)")
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cptool.cli.figures import tables
+from cptool.cli.figures.tables import Column, wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import (
@@ -48,6 +50,7 @@ STEPS = 8
 @context_option
 @dtype_option
 @json_option
+@wide_option
 def verify(
     model: str,
     asked: Prompts,
@@ -169,26 +172,20 @@ def _summary(trial: Trial, verdicts: list[Verdict], device: str) -> str:
     )
 
 
-def _draw(verdicts: list[Verdict]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+_COLUMNS = (
+    Column(name="ranks"),
+    Column(name="variant", left=True),
+    Column(name="error"),
+    Column(name="one call's", rank=2),
+    Column(name="allowed", rank=1),
+    Column(name="tokens", left=True),
+    Column(name="same bits twice", left=True),
+    Column(name="verdict", left=True),
+)
 
-    table = Table(
-        caption="Root mean square errors of attention against float64 on the same inputs.", box=None
-    )
-    for name in (
-        "ranks",
-        "variant",
-        "error",
-        "one call's",
-        "allowed",
-        "tokens",
-        "same bits twice",
-        "",
-    ):
-        table.add_column(
-            name, justify="right" if name in ("ranks", "error", "one call's", "allowed") else "left"
-        )
+
+def _draw(verdicts: list[Verdict]) -> None:
+    rows = []
     for verdict in verdicts:
         m = verdict.measurement
         numbers = (f"{x:.3g}" for x in (m.error, m.one_call_error, m.allowed))
@@ -197,5 +194,6 @@ def _draw(verdicts: list[Verdict]) -> None:
             "yes" if m.repeated else "NO",
             "ok" if verdict.passed else "FAILED",
         )
-        table.add_row(str(m.ranks), m.variant, *numbers, *ends)
-    Console(highlight=False).print(table)
+        rows.append((str(m.ranks), m.variant, *numbers, *ends))
+    caption = "Root mean square errors of attention against float64 on the same inputs."
+    tables.show(_COLUMNS, rows, caption=caption)

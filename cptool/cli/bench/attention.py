@@ -7,19 +7,21 @@ from typing import Any
 
 import click
 
-from cptool.cli import plot as plots
 from cptool.cli.bench.kernel import KernelOptions, collect, kernel_options
 from cptool.cli.bench.options import (
+    SPREAD,
     MeasureOptions,
     emit,
     grouped,
     measure_options,
-    percent,
     spread,
 )
+from cptool.cli.figures import plot as plots
+from cptool.cli.figures.tables import Column
 from cptool.cli.options.types import Heads, TokenCount
 from cptool.distributed.options import check_threads
 from cptool.errors import OptionError
+from cptool.units import byte_rate, duration, flop_rate, percent, three
 
 
 @click.command(short_help="Attention of new tokens over cached ones, on one device.")
@@ -93,21 +95,23 @@ def attention(
 
 
 _COLUMNS = (
-    "dtype",
-    "heads",
-    "D",
-    "tokens",
-    "ms (least to most)",
-    "TFLOP/s",
-    "GB/s of KV",
-    "of ceiling",
-    "times torch",
-    "error",
-    "torch's",
+    Column(name="dtype", left=True),
+    Column(name="heads", left=True),
+    Column(name="D"),
+    Column(name="tokens"),
+    Column(name="cached"),
+    Column(name="time"),
+    Column(name="of ceiling", rank=1),
+    Column(name="rate", rank=2),
+    Column(name="times torch", rank=3),
+    Column(name="KV read", rank=4),
+    Column(name="error", rank=5),
+    Column(name="torch's", rank=6),
+    *SPREAD,
 )
 _CAPTION = (
-    "Of ceiling: of the matrix product's rate, or of memory's (m). Errors: the largest against "
-    "float64."
+    "Of ceiling: of the matrix product's rate, or of memory's (m). Times torch: torch's time over "
+    "this one. Errors: the largest against float64."
 )
 
 
@@ -117,14 +121,16 @@ def _row(r: dict[str, Any]) -> list[str]:
         r["dtype"],
         f"{r['q_heads']}/{r['kv_heads']}",
         str(r["head_dim"]),
-        f"{r['tokens']:,}" + (f" + {r['cached']:,} cached" if r["cached"] else ""),
-        spread(r["seconds"]),
-        f"{r['flops'] / 1e12:.3f}",
-        f"{r['kv_bytes'] / 1e9:.3g}",
+        f"{r['tokens']:,}",
+        f"{r['cached']:,}",
+        duration(r["seconds"]["median"]),
         percent(r["of_ceiling"]) + ("m" if r["bound"] == "memory" else " "),
-        f"{ratio:.2f}" if ratio else "",
+        flop_rate(r["flops"]),
+        three(ratio) if ratio else "",
+        byte_rate(r["kv_bytes"]),
         f"{r['error']:.1e}",
         f"{error:.1e}" if error else "",
+        *spread(r["seconds"]),
     ]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool.cli import draw
+from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options.common import DTYPES, device_option, json_option, threads_option
 from cptool.cli.progress import progress
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     help="Measure this one.  [default: auto, bfloat16 and float32]",
 )
 @json_option
+@wide_option
 def calibrate(cp: int | None, threads: int | None, device: str, dtype: str, as_json: bool) -> None:
     """Measure compute and links of this machine for the choice of variants, and keep the result.
 

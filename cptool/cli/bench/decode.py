@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from cptool.checkpoint.shapes import find_shape
-from cptool.cli import plot as plots
 from cptool.cli.bench.model import (
     SweepOptions,
     asked,
@@ -21,15 +20,18 @@ from cptool.cli.bench.model import (
     title,
 )
 from cptool.cli.bench.options import (
+    SPREAD,
     MeasureOptions,
     emit,
     grouped,
     measure_options,
-    percent,
     spread,
 )
+from cptool.cli.figures import plot as plots
+from cptool.cli.figures.tables import Column
 from cptool.cli.options import completion
 from cptool.cli.options.types import TokenCount
+from cptool.units import byte_rate, duration, percent, three
 
 
 @click.command(short_help="Decode steps over cached lengths, ranks and variants.")
@@ -96,21 +98,24 @@ def decode(
 
 
 _COLUMNS = (
-    "N",
-    "batch",
-    "cached",
-    "variant",
-    "ms per token (least to most)",
-    "predicted",
-    "pred./meas.",
-    "exposed ms",
-    "GB/s per rank",
-    "of ceiling",
-    "regret",
+    Column(name="N"),
+    Column(name="batch"),
+    Column(name="cached"),
+    Column(name="variant", left=True),
+    Column(name="per step"),
+    Column(name="tokens/s", rank=1),
+    Column(name="predicted", rank=2),
+    Column(name="ratio", rank=3),
+    Column(name="regret", rank=4),
+    Column(name="exposed", rank=5),
+    Column(name="of ceiling", rank=6),
+    Column(name="read per rank", rank=7),
+    *SPREAD,
 )
 _NOTE = (
-    "GB/s: weights and KV read. Of ceiling: of reading a weight matrix. Regret: what auto lost "
-    "against the fastest."
+    "N: ranks. A step gives one token to each sequence of the batch. Ratio: predicted over "
+    "measured. Exposed: time that ranks stood waiting for messages. Read: weights and KV; of "
+    "ceiling: of reading a weight matrix. Regret: what auto lost against the fastest."
 )
 
 
@@ -120,13 +125,15 @@ def _row(r: dict[str, Any]) -> list[str]:
         str(r["batch"]),
         f"{r['cached']:,}",
         asked(r),
-        spread(r["ttit_seconds"]),
-        f"{1e3 * r['predicted_s']:.4g}",
-        f"{r['predicted_over_measured']:.2f}",
-        f"{1e3 * r['exposed_seconds']['median']:.3g}",
-        f"{r['bytes'] / 1e9:.3g}",
-        percent(r["of_ceiling"]),
+        duration(r["ttit_seconds"]["median"]),
+        three(r["tokens_per_s"]),
+        duration(r["predicted_s"]),
+        three(r["predicted_over_measured"]),
         percent(r.get("regret")),
+        duration(r["exposed_seconds"]["median"]),
+        percent(r["of_ceiling"]),
+        byte_rate(r["bytes"]),
+        *spread(r["ttit_seconds"]),
     ]
 
 

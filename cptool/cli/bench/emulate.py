@@ -9,6 +9,7 @@ import click
 
 from cptool.checkpoint.shapes import find_shape
 from cptool.cli import draw
+from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import device_option, json_option, threads_option
@@ -116,6 +117,7 @@ class EmulationOptions:
 @threads_option
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
 @json_option
+@wide_option
 def emulate(
     asked: EmulationOptions,
     hardware: str | None,

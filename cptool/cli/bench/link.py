@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cptool import units
-from cptool.cli import plot as plots
 from cptool.cli.bench.options import (
+    SPREAD,
     MeasureOptions,
     emit,
     grouped,
     measure_options,
-    percent,
     spread,
 )
+from cptool.cli.figures import plot as plots
+from cptool.cli.figures.tables import Column
 from cptool.cli.options.common import timeout_option
 from cptool.cli.options.types import Bytes
 from cptool.cli.progress import progress
 from cptool.distributed.options import RankOptions, check_size
+from cptool.units import byte_rate, duration, percent, size
 
 if TYPE_CHECKING:
     from cptool.distributed.world import World
@@ -99,10 +100,18 @@ def link(
         _draw(measuring.plot, results)
 
 
-_COLUMNS = ("pattern", "size", "ms (least to most)", "GB/s per rank", "of TCP", "compute loses")
+_COLUMNS = (
+    Column(name="pattern", left=True),
+    Column(name="size"),
+    Column(name="time"),
+    Column(name="rate per rank", rank=1),
+    Column(name="of TCP", rank=2),
+    Column(name="delay of compute", rank=3),
+    *SPREAD,
+)
 _CAPTION = (
-    "GB/s: what leaves a rank. Compute loses: of the transfer's time, by how much a compute of "
-    "twice its length gets longer beside it."
+    "Rate: what leaves a rank. Delay of compute: how much longer a compute of twice the transfer's "
+    "length takes beside it; none where the transfer is hidden."
 )
 
 
@@ -133,13 +142,15 @@ def _on_rank(world: World, asked: Transfers) -> tuple[list[dict[str, Any]], dict
 
 
 def _row(r: dict[str, Any]) -> list[str]:
+    steals = r.get("steals")
     return [
         r["pattern"],
-        units.size(r["size"]),
-        spread(r["seconds"]),
-        f"{r['rate'] / 1e9:.3g}",
+        size(r["size"]),
+        duration(r["seconds"]["median"]),
+        byte_rate(r["rate"]),
         percent(r["of_ceiling"]),
-        percent(r.get("steals")),
+        "" if steals is None else duration(steals * r["seconds"]["median"]),
+        *spread(r["seconds"]),
     ]
 
 

@@ -7,18 +7,20 @@ from typing import Any
 
 import click
 
-from cptool.cli import plot as plots
 from cptool.cli.bench.kernel import KernelOptions, collect, kernel_options
 from cptool.cli.bench.options import (
+    SPREAD,
     MeasureOptions,
     emit,
     grouped,
     measure_options,
-    percent,
     spread,
 )
+from cptool.cli.figures import plot as plots
+from cptool.cli.figures.tables import Column
 from cptool.cli.options.types import TokenCount
 from cptool.distributed.options import check_threads
+from cptool.units import byte_rate, duration, percent, three
 
 
 @click.command()
@@ -77,19 +79,21 @@ def merge(
 
 
 _COLUMNS = (
-    "dtype",
-    "heads",
-    "D",
-    "partials",
-    "tokens",
-    "ms (least to most)",
-    "GB/s",
-    "of ceiling",
-    "times torch",
-    "error",
+    Column(name="dtype", left=True),
+    Column(name="heads"),
+    Column(name="D"),
+    Column(name="partials"),
+    Column(name="tokens"),
+    Column(name="time"),
+    Column(name="of ceiling", rank=1),
+    Column(name="rate", rank=2),
+    Column(name="times torch", rank=3),
+    Column(name="error", rank=4),
+    *SPREAD,
 )
 _CAPTION = (
-    "Of ceiling: of a copy of as many bytes, read and written. Errors: the largest against float64."
+    "Of ceiling: of a copy of as many bytes, read and written. Times torch: torch's time over this "
+    "one. Errors: the largest against float64."
 )
 
 
@@ -100,11 +104,12 @@ def _row(r: dict[str, Any]) -> list[str]:
         str(r["head_dim"]),
         str(r["partials"]),
         f"{r['tokens']:,}",
-        spread(r["seconds"]),
-        f"{r['bytes'] / 1e9:.3g}",
+        duration(r["seconds"]["median"]),
         percent(r["of_ceiling"]),
-        f"{r['torch_over_ours']:.2f}",
+        byte_rate(r["bytes"]),
+        three(r["torch_over_ours"]),
         f"{r['error']:.1e}",
+        *spread(r["seconds"]),
     ]
 
 

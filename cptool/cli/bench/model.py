@@ -17,7 +17,7 @@ from cptool.cli.progress import progress
 from cptool.variants import names
 
 if TYPE_CHECKING:
-    from cptool.cli.plot import Line
+    from cptool.cli.figures.plot import Line
     from cptool.distributed.world import World
     from cptool.model.config import LlamaConfig
 
@@ -178,7 +178,7 @@ def curves(
     """Return for each kind a line of `scale` times its seconds `time` over `x`, and one of those
     predicted.
     """
-    from cptool.cli.plot import Line
+    from cptool.cli.figures.plot import Line
 
     lines = []
     for name, rows in kinds.items():

@@ -9,10 +9,13 @@ from typing import Any
 
 import click
 
-from cptool.cli import plot as plots
+from cptool.cli.figures import plot as plots
+from cptool.cli.figures import tables
+from cptool.cli.figures.tables import Column, wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options.common import DTYPES, device_option, json_option, threads_option
 from cptool.cli.options.records import as_object
+from cptool.units import duration
 
 KINDS = DTYPES[1:]
 
@@ -52,6 +55,7 @@ measure_options = as_object(
             help="Draw the results, as PNG, SVG or PDF.",
         ),
         json_option,
+        wide_option,
     ],
 )
 
@@ -60,38 +64,29 @@ def emit(
     fields: dict[str, Any],
     *,
     as_json: bool,
-    columns: Sequence[str],
+    columns: Sequence[Column],
     row: Callable[[dict[str, Any]], Sequence[str]],
     caption: str,
 ) -> None:
     """Print `fields` and the circumstances as one JSON object, or its "results" as a table.
 
-    columns: names of the table's columns. row: their texts for a result.
+    columns: of the table. row: their cells for a result.
     """
     from cptool.bench.timing import circumstances
 
     if as_json:
         print_object({**circumstances(), **fields})
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 1), header_style="bold", caption=caption)
-    table.caption_justify = "left"
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for result in fields["results"]:
-        table.add_row(*row(result))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
-    console.print(table)
+    tables.show(columns, list(map(row, fields["results"])), caption=caption)
 
 
-def spread(summary: dict[str, float], scale: float = 1e3) -> str:
-    """Return "median (least to most)" of seconds, by default in milliseconds."""
-    median, low, high = (f"{scale * summary[key]:.4g}" for key in ("median", "min", "max"))
-    return f"{median} ({low} to {high})"
+SPREAD = (Column(name="least", rank=8), Column(name="most", rank=9))
+"""Columns of the fastest and the slowest repeat."""
+
+
+def spread(summary: dict[str, float]) -> list[str]:
+    """Return the cells of SPREAD."""
+    return [duration(summary["min"]), duration(summary["max"])]
 
 
 def grouped(
@@ -103,8 +98,3 @@ def grouped(
         if (key := name(result)) is not None:
             kinds.setdefault(key, []).append(result)
     return kinds
-
-
-def percent(value: float | None) -> str:
-    """Return a fraction as a percentage, "" for None."""
-    return "" if value is None else f"{value:.0%}"

@@ -7,9 +7,7 @@ from typing import Any
 
 import click
 
-from cptool import units
 from cptool.checkpoint.shapes import find_shape
-from cptool.cli import plot as plots
 from cptool.cli.bench.model import (
     SweepOptions,
     asked,
@@ -22,15 +20,18 @@ from cptool.cli.bench.model import (
     title,
 )
 from cptool.cli.bench.options import (
+    SPREAD,
     MeasureOptions,
     emit,
     grouped,
     measure_options,
-    percent,
     spread,
 )
+from cptool.cli.figures import plot as plots
+from cptool.cli.figures.tables import Column
 from cptool.cli.options import completion
 from cptool.cli.options.types import TokenCount
+from cptool.units import duration, flop_rate, percent, size, three
 
 
 @click.command(short_help="Prefill over contexts, miss rates, ranks and variants.")
@@ -97,22 +98,25 @@ def prefill(
 
 
 _COLUMNS = (
-    "N",
-    "context",
-    "new",
-    "variant",
-    "ms (least to most)",
-    "predicted",
-    "pred./meas.",
-    "exposed ms",
-    "sent",
-    "TFLOP/s",
-    "of ceiling",
-    "regret",
+    Column(name="N"),
+    Column(name="context"),
+    Column(name="new"),
+    Column(name="variant", left=True),
+    Column(name="time"),
+    Column(name="predicted", rank=1),
+    Column(name="ratio", rank=2),
+    Column(name="regret", rank=3),
+    Column(name="exposed", rank=4),
+    Column(name="of ceiling", rank=5),
+    Column(name="rate", rank=6),
+    Column(name="sent", rank=7),
+    Column(name="miss rate", rank=7),
+    *SPREAD,
 )
 _NOTE = (
-    "Of ceiling: of a large matrix product's rate on each rank. Regret: what auto lost against the "
-    "fastest."
+    "N: ranks. Ratio: predicted over measured. Exposed: time that ranks stood waiting for "
+    "messages. Of ceiling: of a large matrix product's rate on each rank. Regret: what auto lost "
+    "against the fastest."
 )
 
 
@@ -120,16 +124,18 @@ def _row(r: dict[str, Any]) -> list[str]:
     return [
         str(r["ranks"]),
         f"{r['context']:,}",
-        f"{r['tokens']:,} ({r['miss_rate']:.3g})",
+        f"{r['tokens']:,}",
         asked(r),
-        spread(r["ttft_seconds"]),
-        f"{1e3 * r['predicted_s']:.4g}",
-        f"{r['predicted_over_measured']:.2f}",
-        f"{1e3 * r['exposed_seconds']['median']:.3g}",
-        units.size(r["sent_bytes"]),
-        f"{r['flops'] / 1e12:.3f}",
-        percent(r["of_ceiling"]),
+        duration(r["ttft_seconds"]["median"]),
+        duration(r["predicted_s"]),
+        three(r["predicted_over_measured"]),
         percent(r.get("regret")),
+        duration(r["exposed_seconds"]["median"]),
+        percent(r["of_ceiling"]),
+        flop_rate(r["flops"]),
+        size(r["sent_bytes"]),
+        percent(r["miss_rate"]),
+        *spread(r["ttft_seconds"]),
     ]
 
 

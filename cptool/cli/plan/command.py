@@ -9,6 +9,7 @@ import click
 
 from cptool.checkpoint.shapes import find_shape
 from cptool.cli import draw
+from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import json_option
@@ -157,6 +158,7 @@ class SweepOptions:
     ],
 )
 @json_option
+@wide_option
 def plan(
     model: str,
     run: WorkOptions,
@@ -170,7 +172,7 @@ def plan(
     MODEL is a checkpoint, a config.json, or the shape of a published model by name (llama2-70b,
     llama3-405b, codellama-34b, ...). Without --cp and --tp the best layout is searched for.
     """
-    from cptool.cli import plot as plots
+    from cptool.cli.figures import plot as plots
     from cptool.cli.plan import report, sweeps
 
     if run.cached >= run.context:

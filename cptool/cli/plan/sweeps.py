@@ -9,7 +9,9 @@ from pathlib import Path
 import click
 
 from cptool import variants
-from cptool.cli import plot as plots
+from cptool.cli.figures import plot as plots
+from cptool.cli.figures import tables
+from cptool.cli.figures.tables import Column
 from cptool.cli.json_output import print_object
 from cptool.cli.plan.search import Search
 from cptool.errors import UserError
@@ -146,21 +148,15 @@ def show(table: Table, search: Search, plot: Path | None, as_json: bool) -> None
         }
         print_object(fields)
         return
-    from rich.console import Console
-    from rich.table import Table as Grid
-
-    grid = Grid(title=_title(table, search), title_justify="left", box=None)
-    grid.add_column(table.axis, justify="right")
-    for name in table.series:
-        grid.add_column(name, justify="right")
-    for name in table.ideal:
-        grid.add_column(f"{name}, perfect", justify="right")
     columns: list[Sequence[float | None]] = [*table.series.values(), *table.ideal.values()]
+    rows = []
     for row, x in enumerate(table.x):
         at = f"{x:.1%}" if table.kind == "miss-rates" else f"{x:,}"
         times = [column[row] for column in columns]
-        grid.add_row(at, *("no room" if t is None else duration(t) for t in times))
-    Console(highlight=False).print(grid)
+        rows.append((at, *("no room" if t is None else duration(t) for t in times)))
+    names = [table.axis, *table.series, *(f"{name}, perfect" for name in table.ideal)]
+    heads = [Column(name=name) for name in names]
+    tables.show(heads, rows, title=_title(table, search))
     for note in table.notes:
         click.echo(note)
     if plot is not None:
