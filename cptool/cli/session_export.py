@@ -84,7 +84,7 @@ def message_rows(dialogues: tuple[Dialogue, ...]) -> list[tuple[str, str]]:
     ]
 
 
-@click.command()
+@click.command(short_help="Write what was said in a SESSION to a file.")
 @click.argument(
     "directory",
     metavar="SESSION",

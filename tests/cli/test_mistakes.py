@@ -150,9 +150,9 @@ def test_a_full_disk_is_told_before_the_work(mqa_path, token_file, tmp_path, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=100_000))
     kept = {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
     error = cptool("decode", tmp_path / "s", "-n", 100, code=2).stderr
-    assert "has 100 KB free, the KV of 100 tokens needs 155 KB; make room" in error
+    assert "has 100 kB free, the KV of 100 tokens needs 155 kB; make room" in error
     error = cptool(*given[:-1], tmp_path / "other", code=2).stderr
-    assert "the KV of 83 tokens needs 129 KB" in error and not (tmp_path / "other").exists()
+    assert "the KV of 83 tokens needs 129 kB" in error and not (tmp_path / "other").exists()
     assert kept == {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
 
 
