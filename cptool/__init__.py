@@ -1,20 +1,32 @@
 """Exact long-context inference of Llama-family models, split over ranks by context.
 
 `LLM` loads a model and generates, `Session` keeps sequences on disk; `attention_partial` and
-`merge_partials` are the attention kernels alone. Importing this package imports no torch; each name
+`merge_partials` are the attention kernels alone, `ring_attention` is attention over the ranks of a
+process group, for models of one's own. Importing this package imports no torch; each name
 is loaded at its first use.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cptool.functional import ring_attention, shard, shard_positions, unshard
     from cptool.llm import LLM, Generation
     from cptool.llm_session import Session
     from cptool.ops.attention import attention_partial, merge_partials
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "Generation", "Session", "attention_partial", "merge_partials"]
+__all__ = [
+    "LLM",
+    "Generation",
+    "Session",
+    "attention_partial",
+    "merge_partials",
+    "ring_attention",
+    "shard",
+    "shard_positions",
+    "unshard",
+]
 
 _HOMES = {
     "LLM": "cptool.llm",
@@ -22,6 +34,10 @@ _HOMES = {
     "Session": "cptool.llm_session",
     "attention_partial": "cptool.ops.attention",
     "merge_partials": "cptool.ops.attention",
+    "ring_attention": "cptool.functional",
+    "shard": "cptool.functional",
+    "shard_positions": "cptool.functional",
+    "unshard": "cptool.functional",
 }
 
 

@@ -28,6 +28,7 @@ ORDER = [
     {"distributed"},
     {"profiling"},
     {"parallel"},
+    {"functional"},
     {"session"},
     {"engine"},
     {"exactness", "emulation", "calibration"},

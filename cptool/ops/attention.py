@@ -11,8 +11,8 @@ its own. So whole prompts, shards of any layout, cached prefixes, decode steps a
 one call.
 
 Both operations are torch custom ops (``torch.ops.cptool``) with fake implementations. They have no
-gradients. `attention_partial` calls its own only where torch's compiler or another kind of tensor
-asks for it.
+backward, and raise where a gradient would be lost. `attention_partial` calls its own only where
+torch's compiler or another kind of tensor asks for it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from cptool.ops.checks import (
     check_kernels,
     check_merge,
     check_new_dtype,
+    refuse_gradients,
 )
 from cptool.ops.kernels import EXTENSION as _C
 
@@ -70,11 +71,17 @@ def attention_partial(
     Raises:
         ValueError: an argument breaks the contract. Offsets and positions are checked on the CPU
             only, where that costs no synchronisation.
+        UserError: q, k, v or `into` requires a gradient while gradients are recorded.
 
     On CUDA the work is queued on the current stream of q's device, and nothing waits for it. On the
     CPU it is spread over ``torch.get_num_threads()`` threads; the result does not depend on their
     number.
     """
+    if torch.is_grad_enabled():
+        given = {"q": q, "k": k, "v": v}
+        if into is not None:
+            given.update(zip(("into's out", "into's lse"), into, strict=True))
+        refuse_gradients("attention_partial", **given)
     # A plain call passes the op by, whose dispatch is a fifth of a short one.
     plain = type(q) is Tensor and not q.is_meta and not torch.compiler.is_compiling()
     if into is None:
@@ -105,9 +112,14 @@ def merge_partials(
 
     Raises:
         ValueError: an argument breaks the contract.
+        UserError: a partial requires a gradient while gradients are recorded.
     """
     if not outs:  # torch would find no device to dispatch on
         raise ValueError("outs is empty; it must hold at least one partial")
+    if torch.is_grad_enabled():
+        given = {f"outs[{i}]": out for i, out in enumerate(outs)}
+        given.update((f"lses[{i}]", lse) for i, lse in enumerate(lses))
+        refuse_gradients("merge_partials", **given)
     return _merge_partials_op(outs, lses, out_dtype)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cptool.errors import UserError
+
 MAX_HEAD_DIM = 256
 
 # The dtypes of q, k, v and partials, with the values of csrc/attention.h's ScalarType.
@@ -105,6 +107,20 @@ def check_attention(
         _check_device(tensor, device, name, "q")
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be finite")
+
+
+def refuse_gradients(function: str, **tensors: Tensor) -> None:
+    """Raise UserError if autograd would record a call of `function`, which has no backward: the
+    gradient would be lost without a word.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            raise UserError(
+                f"{name} requires a gradient, and {function} has no backward; call it under "
+                "torch.no_grad(), or give it detached tensors, as by .detach()"
+            )
 
 
 def check_new_dtype(out_dtype: torch.dtype | None, q: Tensor) -> torch.dtype:
