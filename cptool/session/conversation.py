@@ -143,7 +143,8 @@ def read_dialogues(directory: Path, manifest: Manifest) -> tuple[Dialogue, ...]:
     if found is None:
         raise UserError(
             f"{path} does not tell what {directory} says (was it continued without the chat "
-            f"template?); go back with: cptool session rollback {directory}, or go on with cptool decode"
+            f"template?); go back with: cptool session rollback {directory}, or go on with "
+            "cptool decode"
         )
     return found
 
