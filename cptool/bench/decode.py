@@ -16,7 +16,7 @@ import torch
 from cptool.bench.ceilings import memory_rate
 from cptool.bench.timing import summary
 from cptool.calibration import measure as calibrate
-from cptool.calibration.rig import predicted_s, prepare, random_model, smaller_worlds
+from cptool.calibration.rig import prepare, random_model, smaller_worlds
 from cptool.distributed.world import World
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
@@ -25,6 +25,7 @@ from cptool.model.config import LlamaConfig
 from cptool.planning.cost.counts import kv_bytes, weight_bytes
 from cptool.planning.cost.forward import Forward
 from cptool.planning.hardware import HardwareProfile
+from cptool.planning.prediction import predicted_s
 from cptool.planning.strategy import AUTO, Choice
 
 

@@ -16,7 +16,6 @@ from cptool.engine.state import Mark
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
 from cptool.parallel import tensor_parallel
-from cptool.planning.cost.estimate import decode_step, prefill
 from cptool.planning.cost.forward import Forward
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.strategy import AUTO, Choice, choose
@@ -132,10 +131,3 @@ def prepare(
         return choices, None, None
     engine = Engine(model, part, batch=forward.batch, profile=profile)
     return choices, engine, hold(engine, forward.cached // forward.batch)
-
-
-def predicted_s(choice: Choice, forward: Forward, profile: HardwareProfile) -> float:
-    """Return the seconds of `forward` under `choice` that the cost model predicts."""
-    shared = dataclasses.replace(forward, active=choice.active)
-    estimate = decode_step if shared.decoding else prefill
-    return estimate(choice.variant, shared, profile).seconds

@@ -31,7 +31,9 @@ from cptool.session import store as sessions
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
+    from cptool.distributed.options import RankOptions
     from cptool.engine.turn import Report, Turn
+    from cptool.session.manifest import Manifest
 
 DEFAULT_TOKENS = 128
 
@@ -108,7 +110,7 @@ def decode(
         **session_fields(session, manifest, checkpoint),
     )
     placed = ranks.or_as_last(manifest).resolve(checkpoint.config)
-    check_turn_room(turn, checkpoint.config)
+    _prepare(turn, placed, checkpoint, manifest)
     stream = None if as_json else _stream(turn, checkpoint)
     report = run_turn(turn, placed, emit=stream.emit if stream else None)
     if report is None:
@@ -123,6 +125,12 @@ def decode(
         check_whole(report, turn)
         _draw(report, turn, checkpoint, sampler.describe(sampling))
     check_whole(report, turn)
+
+
+def _prepare(turn: Turn, ranks: RankOptions, checkpoint: Checkpoint, manifest: Manifest) -> None:
+    """Check that the turn can be saved, and print what it is predicted to take."""
+    check_turn_room(turn, checkpoint.config)
+    turn_report.say_prediction(turn, ranks, [s.cached for s in manifest.sequences])
 
 
 def _stream(turn: Turn, checkpoint: Checkpoint) -> AnswerStream | None:
@@ -162,6 +170,8 @@ def _fields(report: Report, turn: Turn, checkpoint: Checkpoint) -> dict[str, Any
         "load_s": report.load_s,
         "ttft_s": report.ttft_s,
         "ttit_ms": report.ttit_ms,
+        "tokens_per_s": report.tokens_per_s,
+        **report.predicted.fields(decoding=True),
         "token_ids": [list(ids) for ids in report.token_ids],
         "text": _texts(report, checkpoint),
         "stopped": list(report.stopped),
@@ -190,7 +200,7 @@ def _draw(report: Report, turn: Turn, checkpoint: Checkpoint, sampling: str) -> 
         if tokenizer is not None and len(ids) == 1 and ids[0] in turn.stop_ids:
             draw.say(f"the answer ended at its first token ({tokenizer.spelling(ids[0])})")
     rows = turn_report.prefill_rows(report) if report.tokens else []
-    rows += turn_report.decode_rows(report)
+    rows += [*turn_report.decode_rows(report), *turn_report.source_rows(report)]
     if turn.max_new_tokens:
         rows.append(("sampling", sampling))
     draw.table(rows, to_stderr=True)

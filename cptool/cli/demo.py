@@ -96,7 +96,8 @@ def _run(turn: Turn, ranks: RankOptions, tokenizer: Tokenizer | None) -> Report:
     check_whole(report, turn)
     taken = duration(time.perf_counter() - began)
     total = f"{some(ranks.count, 'rank')}, {taken} with start and loading"
-    draw.table([("", total), *turn_report.prefill_rows(report), *turn_report.decode_rows(report)])
+    rows = [*turn_report.prefill_rows(report), *turn_report.decode_rows(report)]
+    draw.table([("", total), *rows, *turn_report.source_rows(report)])
     return report
 
 

@@ -104,6 +104,7 @@ def prefill(
         **session_fields(session, manifest, checkpoint),
     )
     check_turn_room(turn, checkpoint.config)
+    turn_report.say_prediction(turn, placed, keep or [0] * len(sequences))
     report = run_turn(turn, placed)
     if report is None:
         return
@@ -150,6 +151,7 @@ def _fields(report: Report, lengths: list[int], session: str | None) -> dict[str
         **report.shared_fields(),
         "load_s": report.load_s,
         "ttft_s": report.ttft_s,
+        **report.predicted.fields(decoding=False),
         "tflops": report.flops / report.ttft_s / 1e12,
         "exposed_s": report.exposed_s,
         "wire_bytes": report.wire_bytes,
@@ -163,7 +165,8 @@ def _draw(report: Report, turn: Turn, checkpoint: Checkpoint) -> None:
     """Print a table of what was done, and of the profile if there is one."""
     tokenizer = checkpoint.tokenizer()
     named = [repr(tokenizer.decode([t])) if tokenizer else f"id {t}" for t in report.first_token]
-    rows = [*turn_report.prefill_rows(report), ("continues", ", ".join(named))]
+    rows = [*turn_report.prefill_rows(report), *turn_report.source_rows(report)]
+    rows.append(("continues", ", ".join(named)))
     if turn.session is not None:
         command = f"cptool decode {shlex.quote(turn.session)}"
         rows.append(("session", f"{turn.session}; continue with: {command}"))

@@ -1,61 +1,104 @@
 """What a turn did, as rows of a table, fields of JSON, and the phases of a profile."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cptool.cli import verbosity
 from cptool.cli.draw import Rows, say
 from cptool.cli.figures import tables
 from cptool.cli.figures.tables import Column
+from cptool.distributed.environment import launched_size
 from cptool.units import byte_rate, duration, flop_rate, size, some, token_rate
 
 if TYPE_CHECKING:
-    from cptool.engine.turn import Report
+    from cptool.distributed.options import RankOptions
+    from cptool.engine.turn import Report, Turn
+
+
+def say_prediction(turn: "Turn", ranks: "RankOptions", cached: Sequence[int]) -> None:
+    """Print what the turn is predicted to take, where the cost model covers it, to a user who waits
+    at a terminal, or with -v.
+
+    cached: the tokens of each sequence that the session holds. Under a launcher the ranks may be
+    on several machines, whose profile is known only to them; nothing is printed then.
+    """
+    if launched_size() is not None or not (verbosity.draws_bars() or verbosity.verbose()):
+        return
+    from cptool.checkpoint import open_checkpoint
+    from cptool.engine.figures import expected
+
+    found = expected(turn, open_checkpoint(turn.model).config, ranks, cached)
+    parts = []
+    if found.ttft_s is not None:
+        parts.append(f"{duration(found.ttft_s)} to the first token")
+    if found.ttit_s is not None:
+        parts.append(f"{duration(found.ttit_s)} for each further {_step(len(turn.prompts))}")
+    if parts:
+        say(f"predicted: {', '.join(parts)} ({found.source})")
+
+
+def _step(batch: int) -> str:
+    return "token" if batch == 1 else "step of the batch"
+
+
+def _beside(predicted_s: float | None) -> str:
+    """Return what stands beside a measured time: the predicted one, where there is one."""
+    return "" if predicted_s is None else f" (predicted {duration(predicted_s)})"
 
 
 def prefill_rows(report: "Report") -> Rows:
     """Return rows on what a prefill did, which variant it chose and what rate it reached."""
+    after = f" after {report.cached:,} cached" if report.cached else ""
     rows = [
-        (
-            "prompt",
-            some(report.tokens, "token")
-            + (f" after {report.cached:,} cached" if report.cached else ""),
-        ),
+        ("prompt", some(report.tokens, "token") + after),
         ("ranks", f"{report.cp} cp x {report.tp} tp on {report.device}, {report.dtype}"),
         ("variant", f"{report.variant or 'none'} ({report.reason})"),
         (
             "first token",
-            f"{duration(report.ttft_s)}, {token_rate(report.tokens / report.ttft_s)}, "
-            f"{flop_rate(report.flops / report.ttft_s)} on all ranks together (weights loaded in "
-            f"{duration(report.load_s)})",
+            f"{duration(report.ttft_s)}{_beside(report.predicted.ttft_s)}, "
+            f"{token_rate(report.tokens / report.ttft_s)}, "
+            f"{flop_rate(report.flops / report.ttft_s)} on all ranks together",
         ),
+        ("loading", f"{duration(report.load_s)} for the weights"),
     ]
     if report.cp > 1:
-        rows.append(
-            (
-                "exchange",
-                f"{size(report.wire_bytes)} sent per rank, {duration(report.exposed_s)} exposed",
-            )
-        )
+        exposed = f"{duration(report.exposed_s)} exposed"
+        if tables.room() is not None:
+            exposed += " (ranks stood waiting for messages)"
+        rows.append(("exchange", f"{size(report.wire_bytes)} sent per rank, {exposed}"))
     return rows
 
 
 def decode_rows(report: "Report") -> Rows:
     """Return rows on what a decode did and reached; none if no further token was computed."""
-    if report.ttit_ms is None:
+    if report.ttit_ms is None or report.tokens_per_s is None:
         return []
-    count = sum(map(len, report.token_ids))
+    count, batch = sum(map(len, report.token_ids)), len(report.token_ids)
     step_s = report.ttit_ms / 1e3
-    each = f"{duration(step_s)} each"
-    if len(report.token_ids) > 1:
-        each = f"{duration(step_s)} per step of the batch"
+    if batch == 1:
+        each = f"{duration(step_s)} each{_beside(report.predicted.ttit_s)}"
+    else:
+        each = (
+            f"{duration(step_s)} per step of {batch} sequences{_beside(report.predicted.ttit_s)}, "
+            f"{duration(1 / report.tokens_per_s)} per token"
+        )
     return [
         (
             "decode",
-            f"{some(count, 'token')}, {each}, {byte_rate(report.decode_bytes / step_s)} of "
-            "weights and KV per rank",
+            f"{some(count, 'token')}, {each}, {token_rate(report.tokens_per_s)}, "
+            f"{byte_rate(report.decode_bytes / step_s)} of weights and KV per rank",
         ),
         ("", f"{report.decode_variant} ({report.decode_reason})"),
     ]
+
+
+def source_rows(report: "Report") -> Rows:
+    """Return a row on where the predictions come from; none if there are none."""
+    predicted = report.predicted
+    if predicted.ttft_s is None and predicted.ttit_s is None:
+        return []
+    remedy = "" if predicted.calibrated else "; measure this machine with: cptool bench calibrate"
+    return [("predictions", predicted.source + remedy)]
 
 
 def profile_fields(report: "Report") -> dict[str, object]:

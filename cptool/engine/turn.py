@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cptool.engine.figures import decode_bytes, predicted, prefill_flops
 from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
 from cptool.errors import RunError
-from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops, weight_bytes
+from cptool.planning.prediction import Prediction
 from cptool.profiling.report import Phases, Section, collect
 from cptool.profiling.trace import Recorder
 from cptool.session.dialogue import Dialogue
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.distributed.world import World
     from cptool.engine.engine import Engine
-    from cptool.model.config import LlamaConfig
     from cptool.model.llama import Llama
     from cptool.profiling.device_trace import DeviceProfiler
     from cptool.session.manifest import Manifest
@@ -81,7 +81,7 @@ class Report:
     this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank reads
     for one step of decode. `ceiling_flops` is what a rank of this hardware can reach, None where
     that is unknown. `phases` holds the time per phase if the turn requested a profile.
-    `stopped` says how each answer ended: `how_stopped`.
+    `stopped` says how each answer ended: `how_stopped`. `predicted` is what the cost model expects.
     """
 
     tokens: int
@@ -105,7 +105,17 @@ class Report:
     flops: int
     decode_bytes: int
     ceiling_flops: float | None
+    predicted: Prediction
     phases: tuple[Phases, ...] = ()
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens of all sequences per second of decode, the first ones left out; None without."""
+        if self.ttit_ms is None:
+            return None
+        steps = max(map(len, self.token_ids)) - 1
+        further = sum(max(0, len(ids) - 1) for ids in self.token_ids)
+        return further / (steps * self.ttit_ms / 1e3)
 
     def shared_fields(self) -> dict[str, object]:
         """Return the fields of the JSON of every command."""
@@ -174,18 +184,12 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
         stopped=tuple(how_stopped(ids, turn.max_new_tokens, turn.stop_ids) for ids in answers),
         exposed_s=exposed,
         wire_bytes=sent,
-        flops=_prefill_flops(config, new, cached),
-        decode_bytes=_decode_bytes(engine),
+        flops=prefill_flops(config, new, cached),
+        decode_bytes=decode_bytes(engine),
         ceiling_flops=engine.profile.ceiling(turn.dtype),
+        predicted=predicted(engine, turn, new, cached),
         phases=profile.phases(sections) if profile else (),
     )
-
-
-def _prefill_flops(config: "LlamaConfig", new: list[int], cached: list[int]) -> int:
-    """Return the operations of a prefill of `new[b]` tokens over `cached[b]`, on all ranks."""
-    pairs = zip(new, cached, strict=True)
-    linear = linear_flops(config, sum(new), sum(map(bool, new)))
-    return linear + sum(attention_flops(config, n, before) for n, before in pairs)
 
 
 def how_stopped(token_ids: Sequence[int], limit: int, stop_ids: Sequence[int]) -> str:
@@ -255,13 +259,6 @@ def _messages_after(
             turn.chat, engine.tokens, answers, engine.ended, strict=True
         )
     )
-
-
-def _decode_bytes(engine: "Engine") -> int:
-    """Return the bytes of weights and KV that one rank reads for one step of decode."""
-    config, size, world = engine.model.config, engine.dtype.itemsize, engine.world
-    kv = kv_bytes(config, -(-sum(engine.computed) // world.cp), size)
-    return (weight_bytes(config, size) + kv) // world.tp
 
 
 class _Profile:

@@ -8,6 +8,7 @@ from cptool.planning.hardware import PARTS, HardwareProfile
 from cptool.planning.profiles import load_profile
 
 if TYPE_CHECKING:
+    from cptool.distributed.options import RankOptions
     from cptool.distributed.world import World
 
 
@@ -33,3 +34,15 @@ def usable_processors(world: World) -> int:
     from cptool.host import affinity
 
     return affinity.processors(affinity.places(world.gather))
+
+
+def local_profile(ranks: RankOptions) -> HardwareProfile:
+    """Return the profile that ranks will use that this process starts on its machine.
+
+    ranks: with `device` resolved. Raises UserError if the file is damaged.
+    """
+    from cptool.host import affinity
+
+    threads = ranks.threads or max(1, affinity.cores() // ranks.count)
+    places = affinity.places(lambda place: [place])
+    return load_profile(ranks.device).for_ranks(threads, affinity.processors(places) // ranks.tp)

@@ -30,6 +30,23 @@ class Link:
     collective_latency_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """When, where and how steadily a profile was measured.
+
+    date: as 2026-11-29. machine: the name of the processor or of the GPU, "" if unknown. load: the
+    load average per processor just before. spread: the median over all timings of the range of
+    their repeats, over the time itself. dtypes: those that were measured; rates of others are in
+    the defaults' ratio to the first of them.
+    """
+
+    date: str
+    machine: str = ""
+    load: float | None = None
+    spread: float | None = None
+    dtypes: tuple[str, ...] = ()
+
+
 Beyond = dict[str, dict[str, tuple[float, float]]]
 """By number of ranks, then by variant: seconds for one new token, and for some on each rank."""
 
@@ -80,6 +97,7 @@ class HardwareProfile:
         first layer together, and variants wait for each other differently.
     rule: (alpha, beta, gamma) of the fitted rule of `cptool.planning.strategy`, or None.
     notes: where each number comes from, by field.
+    measurement: None for a profile that was not measured here.
     """
 
     name: str
@@ -115,6 +133,14 @@ class HardwareProfile:
     rule: tuple[float, float, float] | None = None
     peak_flops: dict[str, float] = field(default_factory=dict, hash=False)
     notes: dict[str, str] = field(default_factory=dict, hash=False, compare=False)
+    measurement: Measurement | None = field(default=None, hash=False, compare=False)
+
+    @property
+    def source(self) -> str:
+        """Where the figures come from: "calibrated 2026-11-29", or that they are defaults."""
+        if self.measurement is not None:
+            return f"calibrated {self.measurement.date}"
+        return "defaults, not calibrated here"
 
     def ceiling(self, dtype: str) -> float | None:
         """Return the FLOP/s that a rank cannot exceed; None if unknown.
@@ -176,7 +202,7 @@ class HardwareProfile:
         )
 
 
-PARTS = (HardwareProfile, Link, RowRates)
+PARTS = (HardwareProfile, Link, RowRates, Measurement)
 """The dataclasses that a profile is made of."""
 
 

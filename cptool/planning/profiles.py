@@ -7,6 +7,7 @@ of the right order of magnitude are used.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 from functools import lru_cache
@@ -15,7 +16,7 @@ from typing import Any
 
 from cptool.errors import OptionError, UserError
 from cptool.files import cache_dir, expanded
-from cptool.planning.hardware import HardwareProfile, Link
+from cptool.planning.hardware import HardwareProfile, Link, Measurement
 from cptool.planning.linear_rates import RowRates
 
 FORMAT = 3
@@ -106,11 +107,20 @@ def _saved() -> dict[str, HardwareProfile]:
         profiles = json.loads(text)
         if profiles["format"] != FORMAT:
             raise UserError(f"{path} has format {profiles['format']}, not {FORMAT}; {REMEDY}")
-        return {device: _parse(fields) for device, fields in profiles["devices"].items()}
+        kept = {device: _parse(fields) for device, fields in profiles["devices"].items()}
+        return {device: _dated(profile, path) for device, profile in kept.items()}
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from None
+
+
+def _dated(profile: HardwareProfile, path: Path) -> HardwareProfile:
+    """Return the profile with a measurement; one that states none is as old as its file."""
+    if profile.measurement is not None:
+        return profile
+    date = datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
+    return dataclasses.replace(profile, measurement=Measurement(date=date))
 
 
 def save_profile(profile: HardwareProfile) -> Path:
@@ -138,7 +148,12 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
         dtype: tuple(_row_rates(columns) for columns in measured)
         for dtype, measured in fields.get("row_rates", {}).items()
     }
-    profile = HardwareProfile(**{**fields, **links, "row_rates": row_rates})
+    measured = fields.get("measurement")
+    measurement = measured and Measurement(
+        **{**measured, "dtypes": tuple(measured.get("dtypes", ()))}
+    )
+    parts = {**links, "row_rates": row_rates, "measurement": measurement}
+    profile = HardwareProfile(**{**fields, **parts})
     rates = {
         "memory_bytes": profile.memory_bytes,
         "few_query_rate": profile.few_query_rate,

@@ -1,0 +1,75 @@
+"""The rows that say what a turn did, at 80 columns."""
+
+import pytest
+
+from cptool.cli import draw, turn_report
+from cptool.cli.figures import tables
+from cptool.engine.turn import Report
+from cptool.planning.prediction import Prediction
+
+REPORT = dict(
+    tokens=1_048_575,
+    cached=1_048_576,
+    cp=128,
+    tp=8,
+    device="cuda:0",
+    dtype="bfloat16",
+    variant="gather-kv",
+    reason="195 ms per layer on 64 of 128 ranks, pass-kv and pass-q equal within 1%",
+    load_s=123.456,
+    ttft_s=313_200.0,
+    ttit_ms=87.654,
+    decode_variant="gather-q",
+    decode_reason="1.82 ms per layer, next pass-q 2.28 ms",
+    first_token=(1,),
+    token_ids=((1,) * 10,),
+    stopped=("length",),
+    exposed_s=0.424,
+    wire_bytes=111_000_000_000,
+    flops=10**20,
+    decode_bytes=648_000_000,
+    ceiling_flops=None,
+    predicted=Prediction(307_000.0, 0.0802, "defaults, not calibrated here", None),
+)
+
+
+def rows(**fields):
+    report = Report(**{**REPORT, **fields})
+    parts = turn_report.prefill_rows, turn_report.decode_rows, turn_report.source_rows
+    return [row for part in parts for row in part(report)]
+
+
+def test_predicted_and_measured_stand_side_by_side():
+    shown = dict(rows())
+    assert shown["first token"].startswith(
+        "3 d 15 h (predicted 3 d 13 h), 3.35 tokens/s, 319 TFLOP"
+    )
+    assert shown["decode"] == (
+        "10 tokens, 87.7 ms each (predicted 80.2 ms), 11.4 tokens/s, 7.39 GB/s of weights and KV "
+        "per rank"
+    )
+    assert "cptool bench calibrate" in shown["predictions"]
+
+
+def test_a_step_of_a_batch_gives_a_token_to_each_sequence():
+    shown = dict(rows(token_ids=((1,) * 10, (1,) * 10)))
+    assert "20 tokens, 87.7 ms per step of 2 sequences (predicted 80.2 ms)" in shown["decode"]
+    assert "43.8 ms per token, 22.8 tokens/s" in shown["decode"]
+    report = Report(**{**REPORT, "token_ids": ((1,) * 10, (1,))})  # the second ended at once
+    assert report.tokens_per_s == pytest.approx(1e3 / 87.654)
+
+
+def test_without_a_prediction_nothing_is_said_of_it():
+    assert "predict" not in str(rows(predicted=Prediction(None, None, "defaults", None)))
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_no_number_is_cut(monkeypatch, capsys, width):
+    monkeypatch.setattr(tables, "room", lambda to_stderr=False: width)
+    draw.table(rows())
+    text = capsys.readouterr().out
+    assert "…" not in text and all(len(line.rstrip()) <= width for line in text.splitlines())
+    words = " ".join(text.split())
+    for row in rows():
+        for word in row[1].split():
+            assert word in words

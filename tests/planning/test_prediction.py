@@ -1,0 +1,47 @@
+"""What a turn is predicted to take, and which turns the cost model does not cover."""
+
+import dataclasses
+
+import pytest
+
+from cptool.model.shapes import SHAPES
+from cptool.planning.hardware import Measurement
+from cptool.planning.planner import Workload, plan
+from cptool.planning.prediction import Work, predict_turn
+from cptool.planning.profiles import default_profile
+
+CPU = default_profile("cpu")
+
+
+def work(**fields):
+    shown = {"dtype": "float32", "new": [4096], "cached": [0], "answer": 16, "ranks": 2, "tp": 1}
+    return Work(config=SHAPES["llama3-1b"], **{**shown, **fields})
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_turn_is_predicted_as_the_planner_does(device):
+    profile = dataclasses.replace(default_profile(device), threads=0)
+    found = predict_turn(work(dtype="bfloat16"), "auto", profile)
+    planned = plan(
+        Workload(config=SHAPES["llama3-1b"], context=4096, answer=16), 2, 1, "auto", profile
+    )
+    assert found.ttft_s == pytest.approx(planned.ttft.seconds)
+    assert found.ttit_s == pytest.approx(planned.ttit.seconds, rel=1e-3)
+
+
+def test_what_the_model_does_not_cover_is_not_predicted():
+    for fields in ({"new": [10, 20], "cached": [0, 0]}, {"dtype": "float8"}):
+        found = predict_turn(work(**fields), "auto", CPU)
+        assert (found.ttft_s, found.ttit_s) == (None, None)
+    assert predict_turn(work(new=[0], cached=[100]), "auto", CPU).ttft_s is None
+    assert predict_turn(work(answer=1), "auto", CPU).ttit_s is None
+
+
+def test_where_the_figures_come_from_is_said():
+    found = predict_turn(work(), "auto", CPU)
+    assert (found.source, found.calibrated) == ("defaults, not calibrated here", None)
+    measured = dataclasses.replace(CPU, measurement=Measurement(date="2026-11-29"))
+    found = predict_turn(work(), "auto", measured)
+    assert (found.source, found.calibrated) == ("calibrated 2026-11-29", "2026-11-29")
+    assert found.fields(decoding=True)["predicted_ttit_ms"] == pytest.approx(1e3 * found.ttit_s)
+    assert "predicted_ttit_ms" not in found.fields(decoding=False)
