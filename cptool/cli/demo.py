@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool.cli import draw, turn_report
-from cptool.cli.answer_stream import AnswerStream
+from cptool.cli.answers.stream import AnswerStream
 from cptool.cli.options.models import open_model
 from cptool.cli.options.prompts import check_context
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default

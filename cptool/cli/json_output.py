@@ -24,7 +24,14 @@ def line(fields: Mapping[str, Any]) -> str:
     """
     if "schema" in fields:
         raise ValueError('"schema" is the version of the object; give the field another name')
-    return json.dumps({"schema": SCHEMA, **_finite(fields)}, allow_nan=False)
+    return plain_line({"schema": SCHEMA, **fields})
+
+
+def plain_line(fields: Mapping[str, Any]) -> str:
+    """Return `fields` as one line of JSON, as `line` does, for lines of which another has the
+    "schema".
+    """
+    return json.dumps(_finite(fields), allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

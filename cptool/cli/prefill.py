@@ -5,7 +5,6 @@ KV on request.
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,41 +14,22 @@ from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, dtype_option, json_option, profile_option
-from cptool.cli.options.models import (
-    check_turn_room,
-    context_option,
-    open_model,
-    say_reading,
-    session_fields,
-)
+from cptool.cli.options.models import context_option, open_model
 from cptool.cli.options.next_turn import begun
 from cptool.cli.options.prompts import Prompts, chat_prompt_options, check_context
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
+from cptool.cli.turns import SessionRequest, session_options
 from cptool.engine.options import EngineOptions, resolve_dtype
-from cptool.errors import OptionError
-from cptool.session import store as sessions
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.engine.turn import Report, Turn
-    from cptool.session.manifest import Manifest
 
 
 @click.command()
 @click.argument("model", shell_complete=completion.models)
 @chat_prompt_options
-@click.option(
-    "--session",
-    type=click.Path(path_type=Path),
-    shell_complete=completion.sessions,
-    metavar="DIR",
-    help="Keep the KV here; of a session that is here, compute only what the prompt adds.",
-)
-@click.option(
-    "--rewind",
-    is_flag=True,
-    help="Where the prompt differs from the session, go back to what they have in common.",
-)
+@session_options
 @profile_option
 @ranks_by_default("1, or what the launcher started")
 @attention_options
@@ -60,8 +40,7 @@ if TYPE_CHECKING:
 def prefill(
     model: str,
     asked: Prompts,
-    session: Path | None,
-    rewind: bool,
+    kept: SessionRequest,
     profile: str | None,
     ranks: RankRequest,
     attention: EngineOptions,
@@ -75,36 +54,28 @@ def prefill(
     `cptool pull`, or a hub id. Several prompts, by any of the prompt options, are a batch.
     """
     from cptool.cli.launch import run_turn
-    from cptool.engine.turn import Turn
 
-    _check_options(asked, session, rewind)
+    if not asked:
+        raise click.UsageError(
+            "no prompt; give --prompt, --prompt-file, --token-ids or --synthetic"
+        )
     check_profile(profile)
-    manifest = None if session is None else _open_session(session, dtype)
+    manifest = kept.open(dtype)
     checkpoint = open_model(model, context_length)
     prompts = asked.read(checkpoint, begin=True)
-    sequences = [prompt.tokens for prompt in prompts]
-    lengths = list(map(len, sequences))
+    lengths = [len(prompt.tokens) for prompt in prompts]
     check_context(lengths, [0] * len(lengths), 0, checkpoint.config)
-    if session is not None:
-        say_reading(checkpoint)
-    keep = None
-    if session is not None and manifest is not None:
-        sessions.check_model(manifest, sessions.identity(checkpoint))
-        keep = tuple(sessions.shared_prefixes(session, manifest, sequences, rewind))
-        sequences = [tokens[n:] for tokens, n in zip(sequences, keep, strict=True)]
     placed = ranks.resolve(checkpoint.config)
-    turn = Turn(
-        model=str(checkpoint.path),
-        prompts=tuple(map(tuple, sequences)),
-        dtype=manifest.dtype if manifest else resolve_dtype(dtype, checkpoint, placed.device),
+    turn = kept.turn(
+        manifest,
+        checkpoint,
+        prompts,
+        dtype=resolve_dtype(dtype, checkpoint, placed.device),
         options=attention,
-        keep=keep,
         profile=profile,
-        chat=begun(prompts, asked, session, manifest),
-        **session_fields(session, manifest, checkpoint),
+        chat=begun(prompts, asked, kept.directory, manifest),
     )
-    check_turn_room(turn, checkpoint.config)
-    turn_report.say_prediction(turn, placed, keep or [0] * len(sequences))
+    turn_report.say_prediction(turn, placed, turn.keep or [0] * len(lengths))
     report = run_turn(turn, placed)
     if report is None:
         return
@@ -112,35 +83,6 @@ def prefill(
         print_object(_fields(report, lengths, turn.session))
     else:
         _draw(report, turn, checkpoint)
-
-
-def _check_options(asked: Prompts, session: Path | None, rewind: bool) -> None:
-    if not asked:
-        raise click.UsageError(
-            "no prompt; give --prompt, --prompt-file, --token-ids or --synthetic"
-        )
-    if rewind and session is None:
-        raise click.UsageError("--rewind: there is nothing to go back in; add --session DIR")
-
-
-def _open_session(directory: Path, dtype: str) -> Manifest | None:
-    """Return the manifest of the session there, None for a new one.
-
-    Raises UserError if a turn could not be saved there, or its KV has another dtype.
-    """
-    sessions.check_writable(directory)
-    if not sessions.exists(directory):
-        sessions.check_new(directory)
-        return None
-    manifest = sessions.load(directory)
-    if dtype not in ("auto", manifest.dtype):
-        raise OptionError(
-            "dtype",
-            dtype,
-            f"the KV of {directory} is {manifest.dtype}",
-            "leave `dtype` out, or name a new directory",
-        )
-    return manifest
 
 
 def _fields(report: Report, lengths: list[int], session: str | None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ ON_RANKS = {
     "prefill": ("prefill", "{model}", "--synthetic", 9),
     "prefill into a session": ("prefill", "{model}", "--synthetic", 9, "--session", "{new}"),
     "prefill on more ranks": ("prefill", "{model}", "--synthetic", 9, "--cp", 2),
+    "generate": ("generate", "{model}", "--synthetic", 9),
     "decode": ("decode", "{session}", "-n", 2),
     "chat": ("chat", "{chat}"),
     "verify": ("verify", "{model}"),
@@ -42,6 +43,7 @@ ON_RANKS = {
 }
 IN_THIS_PROCESS = {
     "prefill": ("prefill", "{model}", "--synthetic", 9),
+    "generate": ("generate", "{model}", "--synthetic", 9),
     "decode": ("decode", "{session}", "-n", 2),
     "chat": ("chat", "{chat}"),
     "verify": ("verify", "{model}"),

@@ -175,7 +175,8 @@ def test_decode_mistakes(mqa_path, smollm2_path, token_file, tmp_path):
         ([tmp_path / "none"], "holds no session"),
         ([mqa_path / "config.json"], "holds no session"),
         ([store, "--model", smollm2_path], "is not the model of this session"),
-        ([store, "-n", 2048], "the model's context is 2048"),
+        ([store, "--synthetic", 2000], "the model's context is 2048"),
+        ([store, "--json", "--jsonl"], "--json and --jsonl exclude each other"),
         (
             [store, "--token-ids", token_file([[1], [2]])],
             "2 prompts for a session of 1 sequence;",

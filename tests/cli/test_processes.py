@@ -14,7 +14,7 @@ import safetensors.torch
 from conftest import greedy
 from test_cli import MQA_IDS, as_json
 
-from cptool.cli.answer_stream import Output
+from cptool.cli.answers.stream import Output
 
 
 def run(*arguments, **options) -> subprocess.CompletedProcess:

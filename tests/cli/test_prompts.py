@@ -95,7 +95,7 @@ def test_chat_messages_follow_the_system_message(given, checkpoint):
 
 MISTAKES = [
     (("--prompt", "-", "--file", "-"), "x", "--file -: standard input is read once, by --prompt -"),
-    (("--prompt", "-"), "", "--prompt 1: the prompt is empty"),
+    (("--prompt", "-"), "", "standard input: the prompt is empty"),
     (("--prompt-file", "-"), b"caf\xe9", "standard input is not UTF-8 text (byte 3)"),
     (("--prompt-file", "-"), "x" * (10 << 20), "standard input has more than 9,437,184 bytes"),
     (("--file", "-", "--synthetic", "3"), "x", "--synthetic after --file"),

@@ -96,10 +96,13 @@ class Tokenizer:
             text = self._chat.guard.unmark(text)
         return self._checked(self._ids(text, limit, around=bos))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids, without control tokens and ids outside the vocabulary."""
+    def decode(self, ids: Iterable[int], *, control: bool = False) -> str:
+        """Return the text of token ids, without ids outside the vocabulary, and without control
+        tokens unless `control` is set.
+        """
         hidden = self.__dict__.get("_placeholder_ids", {})  # missing until a text is encoded
-        known = [i for i in ids if i not in self._left_out and i not in hidden]
+        left_out = () if control else self._left_out
+        known = [i for i in ids if i not in left_out and i not in hidden]
         try:
             return library.call(self._backend.decode, known, skip_special_tokens=False)
         except library.LibraryError as error:

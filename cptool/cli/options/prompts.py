@@ -160,7 +160,9 @@ class Prompts:
         count = 0
         for option, value in self.given:
             count += option == "--prompt"
-            if option == "--prompt":
+            if option in _TEXTS and value == STANDARD_INPUT:
+                yield "standard input", option, value
+            elif option == "--prompt":
                 yield f"--prompt {count}", option, value
             else:
                 yield str(value) if option in _FILES else f"{option} {value}", option, value

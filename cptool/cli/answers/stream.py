@@ -31,10 +31,7 @@ class AnswerStream:
         Raises RunError if standard output could not be written.
         """
         self._write(self._text.flush() + "\n")
-        if self._output.fault:
-            raise RunError(
-                f"standard output cannot be written ({self._output.fault}); the turn was computed"
-            )
+        self._output.check()
 
     def _write(self, text: str) -> None:
         self._output.write(self._lead + text)
@@ -60,3 +57,10 @@ class Output:
             if not isinstance(error, BrokenPipeError):
                 self.fault = error.strerror
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def check(self) -> None:
+        """Raise RunError if standard output has failed."""
+        if self.fault:
+            raise RunError(
+                f"standard output cannot be written ({self.fault}); the turn was computed"
+            )

@@ -1,0 +1,45 @@
+"""Running a turn whose answers are written as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cptool.cli import turn_report
+from cptool.cli.answers.output import OutputRequest
+from cptool.cli.answers.report import draw_table
+from cptool.distributed.options import RankOptions
+
+if TYPE_CHECKING:
+    from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
+    from cptool.engine.turn import Turn
+
+
+def run_and_write(
+    turn: Turn,
+    ranks: RankOptions,
+    output: OutputRequest,
+    *,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Sequence[int]],
+    sampling: str,
+    cached: Sequence[int] | None = None,
+) -> None:
+    """Run the turn, write its answers to standard output and, for people, a table after them.
+
+    prompts: the token ids that --echo shows. sampling: one line on how tokens were sampled.
+    cached: the tokens of each sequence that the session holds; by default those that it keeps.
+
+    Raises KeyboardInterrupt if Ctrl-C ended the answers, once they are written.
+    """
+    from cptool.cli.launch import check_whole, run_turn
+
+    turn_report.say_prediction(turn, ranks, cached or turn.keep or [0] * len(turn.prompts))
+    writer = output.writer(turn, tokenizer, prompts)
+    report = run_turn(turn, ranks, emit=writer.emit)
+    if report is None:  # another process of the launcher writes
+        return
+    writer.finish(report)
+    check_whole(report, turn)
+    if output.for_people:
+        draw_table(report, turn, tokenizer, sampling)

@@ -1,0 +1,100 @@
+"""`cptool generate`: from prompts to answers in one command."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import click
+
+from cptool.cli.answers.output import OutputRequest, output_options
+from cptool.cli.answers.run import run_and_write
+from cptool.cli.figures.tables import wide_option
+from cptool.cli.options import completion
+from cptool.cli.options.common import check_profile, dtype_option, profile_option
+from cptool.cli.options.lengths import tokens_option, tokens_to_append
+from cptool.cli.options.models import context_option, open_model
+from cptool.cli.options.next_turn import begun
+from cptool.cli.options.prompts import Prompts, chat_prompt_options
+from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
+from cptool.cli.options.sampling import SamplingRequest, sampling_options
+from cptool.cli.turns import SessionRequest, session_options
+from cptool.engine.options import EngineOptions, resolve_dtype
+
+DEFAULT_TOKENS = 256
+
+
+@click.command(short_help="Answer a prompt.")
+@click.argument("model", shell_complete=completion.models)
+@chat_prompt_options
+@tokens_option(DEFAULT_TOKENS)
+@sampling_options
+@output_options
+@session_options
+@profile_option
+@ranks_by_default("1, or what the launcher started")
+@attention_options
+@context_option
+@dtype_option
+@wide_option
+def generate(
+    model: str,
+    asked: Prompts,
+    count: int | None,
+    sampler: SamplingRequest,
+    output: OutputRequest,
+    kept: SessionRequest,
+    profile: str | None,
+    ranks: RankRequest,
+    attention: EngineOptions,
+    context_length: int | None,
+    dtype: str,
+) -> None:
+    """Read a prompt and write the model's answer as it comes; figures follow on standard error.
+
+    MODEL is a directory in Hugging Face's layout or in Meta's, a .gguf file, a name known to
+    `cptool pull`, or a hub id. Several prompts are a batch, whose answers are written whole, in
+    order. Without a prompt option, standard input is the prompt unless it is a terminal.
+    """
+    output.check()
+    asked = _or_piped(asked)
+    check_profile(profile)
+    manifest = kept.open(dtype)
+    checkpoint = open_model(model, context_length)
+    sampling = sampler.resolve(checkpoint)
+    prompts = asked.read(checkpoint, begin=True)
+    sequences = [prompt.tokens for prompt in prompts]
+    placed = ranks.resolve(checkpoint.config)
+    turn = kept.turn(
+        manifest,
+        checkpoint,
+        prompts,
+        dtype=resolve_dtype(dtype, checkpoint, placed.device),
+        options=attention,
+        max_new_tokens=tokens_to_append(count, DEFAULT_TOKENS, checkpoint.config, new=sequences),
+        stop_ids=checkpoint.answer_ends(*sequences),
+        sampling=sampling,
+        profile=profile,
+        chat=begun(prompts, asked, kept.directory, manifest),
+    )
+    run_and_write(
+        turn,
+        placed,
+        output,
+        tokenizer=checkpoint.tokenizer(),
+        prompts=sequences,
+        sampling=sampler.describe(sampling),
+    )
+
+
+def _or_piped(asked: Prompts) -> Prompts:
+    """Return the prompts, or standard input as the prompt; UsageError if that is a terminal."""
+    from cptool.distributed.environment import launched_size
+
+    if asked:
+        return asked
+    if sys.stdin is None or sys.stdin.isatty() or (launched_size() or 1) > 1:
+        raise click.UsageError(
+            "no prompt; give --prompt, --prompt-file, --token-ids or --synthetic"
+        )
+    return dataclasses.replace(asked, given=(("--prompt", "-"),))
