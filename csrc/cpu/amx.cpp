@@ -1,9 +1,9 @@
 // AMX for bfloat16; calls of few rows go through AVX-512's dot products of pairs.
 #include "cpu/amx_kernel.h"
 #include "cpu/avx512_features.h"
-#include "cpu/avx512_stream.h"
 #include "cpu/avx512bf16_math.h"
 #include "cpu/isa.h"
+#include "cpu/stream_kernel.h"
 
 namespace cptool::cpu {
 namespace {

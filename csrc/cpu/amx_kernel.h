@@ -1,7 +1,7 @@
 // Attention of bfloat16 with AMX: both products are tile products with float32 accumulation, the
 // softmax is AVX-512.
 //
-// Transposed like all panels (avx512_panel.h), scores^T = K Q^T and out^T = V^T weights^T, so that
+// Transposed like all panels (panel.h), scores^T = K Q^T and out^T = V^T weights^T, so that
 // - K is the row-major operand of its product and only copied into tiles; V is transposed once per
 //   tile of keys;
 // - two consecutive keys' weights, interleaved, are what the second product takes as its
@@ -98,7 +98,7 @@ class AmxKernel : AmxProducts {
       for (int64_t d = 0; d < dims_; d += kLanes) {
         __m512 r[kLanes];
         for (int i = 0; i < kLanes; ++i) r[i] = _mm512_load_ps(acc + (d + i) * kLanes);
-        transpose16(r);
+        transpose(r);
         for (int i = 0; i < kLanes; ++i) _mm512_store_ps(rows + i * dims_ + d, r[i]);
       }
       std::memcpy(acc, rows, kLanes * dims_ * sizeof(float));

@@ -28,7 +28,7 @@ inline void pack_queries(const void* const* q, int rows, int64_t head_dim, bool 
                       : _mm512_setzero_si512();
       r[i] = _mm512_xor_si512(r[i], sign);
     }
-    transpose16(r);
+    transpose(r);
     for (int i = 0; i < kLanes; ++i) _mm512_store_si512(to + i * kTileStride, r[i]);
   }
 }
@@ -64,8 +64,8 @@ inline void pack_values(const BFloat16* v, int64_t stride, int keys, int64_t hea
         low[pair] = _mm512_unpacklo_epi16(key[0], key[1]);
         high[pair] = _mm512_unpackhi_epi16(key[0], key[1]);
       }
-      transpose16(low);
-      transpose16(high);
+      transpose(low);
+      transpose(high);
       char* tile = to + d / kLanes * kNextDims + first / kStrip * kTileBytes;
       for (int i = 0; i < kLanes; ++i) {
         const int dim = i / 4 * 8 + i % 4;  // of low[i]; that of high[i] is 4 more

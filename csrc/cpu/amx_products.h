@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/amx_pack.h"
-#include "cpu/avx512_panel.h"
+#include "cpu/panel.h"
 
 namespace cptool::cpu {
 namespace {

@@ -1,8 +1,10 @@
-// The portable kernels, compiled for AVX2 and FMA.
+// AVX2 and FMA in float32 arithmetic; bfloat16 and float16 inputs are widened while they are
+// packed.
 #include "cpu/few_rows_kernel.h"
+#include "cpu/float32_math.h"
 #include "cpu/isa.h"
 #include "cpu/merge_kernel.h"
-#include "cpu/portable_kernel.h"
+#include "cpu/panel_kernel.h"
 #include "cpu/tokenwise_kernel.h"
 
 namespace cptool::cpu {
@@ -15,9 +17,14 @@ bool supported() {
 
 bool handles(ScalarType, int64_t) { return true; }
 
+void attention_partial(const AttentionArgs& args, int threads) {
+  with_type(args.dtype,
+            [&](auto element) { run<PanelKernel<Float32Math<decltype(element)>>>(args, threads); });
+}
+
 }  // namespace
 
-extern constexpr Isa isa_avx2 = {"avx2",           supported, {handles, run_portable_kernel},
+extern constexpr Isa isa_avx2 = {"avx2",           supported, {handles, attention_partial},
                                  run_merge_kernel, kFewRows,  kTokenwise};
 
 }  // namespace cptool::cpu

@@ -1,11 +1,11 @@
 // AVX-512 in float32 arithmetic; bfloat16 and float16 inputs are widened while they are packed.
 #include "cpu/avx512_features.h"
-#include "cpu/avx512_float32_math.h"
-#include "cpu/avx512_panel_kernel.h"
-#include "cpu/avx512_stream.h"
 #include "cpu/few_rows_kernel.h"
+#include "cpu/float32_math.h"
 #include "cpu/isa.h"
 #include "cpu/merge_kernel.h"
+#include "cpu/panel_kernel.h"
+#include "cpu/stream_kernel.h"
 #include "cpu/tokenwise_kernel.h"
 
 namespace cptool::cpu {

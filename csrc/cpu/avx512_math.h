@@ -1,5 +1,5 @@
-// AVX-512 arithmetic that the AVX-512 and AMX kernels share: conversions, powers of two,
-// transposition. Unnamed namespace: see isa.h.
+// AVX-512's part of vector_math.h, and what the AMX kernel needs beside it. Unnamed namespace: see
+// isa.h.
 #pragma once
 
 #include "cpu/vectors.h"  // kLanes: 16
@@ -7,56 +7,21 @@
 namespace cptool::cpu {
 namespace {
 
-constexpr int round_up(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+inline Vector broadcast(float value) { return _mm512_set1_ps(value); }
+
+inline Vector largest(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+
+inline Vector multiply_subtract(Vector a, Vector b, Vector c) { return _mm512_fmsub_ps(a, b, c); }
+
+inline unsigned above(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+
+inline void store_halves(Vector values, float* low, float* high) {
+  _mm256_storeu_ps(low, _mm512_castps512_ps256(values));
+  _mm256_storeu_ps(high, _mm512_extractf32x8_ps(values, 1));
 }
 
-inline __m512 load16(const float* from) { return _mm512_loadu_ps(from); }
-
-inline __m512 load16(const BFloat16* from) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-inline __m512 load16(const Float16* from) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-
-// Rounds to nearest, ties to even; NaN stays NaN.
-inline void store16(__m512 values, float* to) { _mm512_storeu_ps(to, values); }
-
-inline void store16(__m512 values, BFloat16* to) {
-  const __m512i bits = _mm512_castps_si512(values);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q),
-                                  _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
-}
-
-inline void store16(__m512 values, Float16* to) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-
-// Treats subnormal numbers as 0 for the lifetime of the object. A weight below 2^-126 would
-// otherwise cost a microcode assist, fifty times the arithmetic of its whole vector, and adds
-// nothing to a sum that holds a weight of about 1.
-class FlushSubnormals {
- public:
-  FlushSubnormals() { _mm_setcsr(saved_ | 0x8040); }  // flush to zero, denormals are zeros
-  ~FlushSubnormals() { _mm_setcsr(saved_); }
-  FlushSubnormals(const FlushSubnormals&) = delete;
-  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
-
- private:
-  unsigned saved_ = _mm_getcsr();
-};
-
-// 2^x for x well below 128, to about one unit in the last place: 2^floor(x) * p(x - floor(x)),
-// where p is the polynomial of degree 6 with p(0) = 1 that has the least greatest relative error on
-// [0, 1] (2.0e-9). Flushes to 0 far below; 2^-inf is 0, NaN stays.
+// 2^floor(x) * p(x - floor(x)), where p is the polynomial of degree 6 with p(0) = 1 that has the
+// least greatest relative error on [0, 1] (2.0e-9).
 inline __m512 exp2_full(__m512 x) {
   const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 p = _mm512_set1_ps(0x1.c54174p-13f);
@@ -80,7 +45,7 @@ inline __m512 exp2_cubic(__m512 x) {
 }
 
 // Transposes 16 x 16 elements of 32 bits in registers.
-inline void transpose16(__m512i (&r)[16]) {
+inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
@@ -110,20 +75,19 @@ inline void transpose16(__m512i (&r)[16]) {
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-inline void transpose16(__m512 (&r)[16]) {
+inline void transpose(Vector (&r)[kLanes]) {
   __m512i bits[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) bits[i] = _mm512_castps_si512(r[i]);
-  transpose16(bits);
+  transpose(bits);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) r[i] = _mm512_castsi512_ps(bits[i]);
 }
 
-// Lane i of the result is the sum of the lanes of r[i]. Each step adds the halves (8, 4, 2, 1
-// lanes) of two vectors into one: a blend keeps one half of each in place, a shuffle moves the
-// others there. There is one shuffle per two vectors because fewer ports shuffle than blend. Always
-// inline: r must stay in registers.
-__attribute__((always_inline)) inline __m512 sum_each(const __m512 (&r)[16]) {
+// Each step adds the halves (8, 4, 2, 1 lanes) of two vectors into one: a blend keeps one half of
+// each in place, a shuffle moves the others there. There is one shuffle per two vectors because
+// fewer ports shuffle than blend.
+__attribute__((always_inline)) inline Vector sum_each(const Vector (&r)[kLanes]) {
   __m512 eights[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {

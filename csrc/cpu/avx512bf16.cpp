@@ -1,10 +1,10 @@
 // AVX-512's dot products of pairs for bfloat16: they multiply bfloat16 and add up in float32.
 #include "cpu/avx512_features.h"
-#include "cpu/avx512_panel_kernel.h"
-#include "cpu/avx512_stream.h"
 #include "cpu/avx512bf16_math.h"
 #include "cpu/few_rows_kernel.h"
 #include "cpu/isa.h"
+#include "cpu/panel_kernel.h"
+#include "cpu/stream_kernel.h"
 
 namespace cptool::cpu {
 namespace {

@@ -1,4 +1,4 @@
-// Arithmetic in dot products of bfloat16 pairs (a Math, see avx512_float32_math.h).
+// Arithmetic in dot products of bfloat16 pairs (a Math, see float32_math.h).
 //
 // The weights are rounded to bfloat16 and the rounded values are summed, so that the normalised
 // weights add up to one and an error common to all cancels. Unnamed namespace: see isa.h.

@@ -8,11 +8,8 @@
 #include <cmath>
 
 #include "attention.h"
-#if defined(__AVX512F__)
-#include "cpu/avx512_math.h"
-#endif
-#include "cpu/scalar.h"
 #include "cpu/thread_pool.h"
+#include "cpu/vectors.h"
 #include "softmax_state.h"
 
 namespace cptool::cpu {
@@ -31,16 +28,11 @@ inline void weighted_sum(const void* const* rows, const float* weights, int64_t 
     weight[i] = weights[i];
   }
   int64_t d = 0;
-#if defined(__AVX512F__)  // the compiler does not find its conversion instructions
   for (; d + kLanes <= head_dim; d += kLanes) {
-    __m512 sum = _mm512_mul_ps(_mm512_set1_ps(weight[0]), load16(from[0] + d));
-    for (int i = 1; i < kN; ++i)
-      sum = _mm512_fmadd_ps(_mm512_set1_ps(weight[i]), load16(from[i] + d), sum);
-    store16(sum, out + d);
+    Vector sum = load(from[0] + d) * weight[0];
+    for (int i = 1; i < kN; ++i) sum = multiply_add(load(from[i] + d), Vector{} + weight[i], sum);
+    store(sum, out + d);
   }
-#else
-#pragma omp simd
-#endif
   for (int64_t e = d; e < head_dim; ++e) {
     float sum = weight[0] * to_float(from[0][e]);
     for (int i = 1; i < kN; ++i) sum += weight[i] * to_float(from[i][e]);

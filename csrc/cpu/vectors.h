@@ -1,5 +1,5 @@
-// The compiler's own vectors of float32, as wide as the instruction set that the including file is
-// compiled for. Unnamed namespace: see isa.h.
+// The compiler's own vectors of float32 (with a + b, a * b and so on), as wide as the instruction
+// set that the including file is compiled for. Unnamed namespace: see isa.h.
 #pragma once
 
 #if defined(__AVX2__)
@@ -21,31 +21,33 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-#elif defined(__AVX__)
+typedef __m512 Vector;
+#elif defined(__AVX2__)
 constexpr int kLanes = 8;
+typedef __m256 Vector;
 #else
 constexpr int kLanes = 4;
-#endif
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+#endif
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
-inline Vector as_floats(Bits bits) {
-  Vector value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
+inline Vector as_floats(Bits bits) { return (Vector)bits; }
 
-inline Bits as_bits(Vector value) {
-  Bits bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
+inline Bits as_bits(Vector value) { return (Bits)value; }
 
+// The intrinsics, because the compiler spills what memcpy loads into an array of vectors.
 inline Vector load(const float* from) {
+#if defined(__AVX512F__)
+  return _mm512_loadu_ps(from);
+#elif defined(__AVX2__)
+  return _mm256_loadu_ps(from);
+#else
   Vector value;
   std::memcpy(&value, from, sizeof value);
   return value;
+#endif
 }
 
 inline Vector load(const BFloat16* from) {
@@ -71,7 +73,15 @@ inline Vector load(const Float16* from) {
 #endif
 }
 
-inline void store(Vector value, float* to) { std::memcpy(to, &value, sizeof value); }
+inline void store(Vector value, float* to) {
+#if defined(__AVX512F__)
+  _mm512_storeu_ps(to, value);
+#elif defined(__AVX2__)
+  _mm256_storeu_ps(to, value);
+#else
+  std::memcpy(to, &value, sizeof value);
+#endif
+}
 
 // Rounds to bfloat16, left in the upper half of each element; NaN stays NaN.
 inline Bits rounded_halves(Vector value) {

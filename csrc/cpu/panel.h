@@ -1,6 +1,6 @@
-// Panels: how the AVX-512 and AMX kernels hold the rows of a block, and their softmax state.
+// Panels: how the AVX2, AVX-512 and AMX kernels hold the rows of a block, and their softmax state.
 //
-// Everything is transposed: a vector's 16 lanes are 16 query rows. A panel is a few such vectors
+// Everything is transposed: a vector's lanes are as many query rows. A panel is a few such vectors
 // side by side; its scores are [key][row], its accumulator [dim][row]. Maxima and sums over keys
 // therefore need no horizontal step, a row's limit is a lane of a mask, K and V are not transposed,
 // and Q and the result are transposed only once.
@@ -8,13 +8,12 @@
 // Unnamed namespace: see isa.h.
 #pragma once
 
-#include "cpu/avx512_math.h"
 #include "cpu/driver.h"
+#include "cpu/vector_math.h"
 
 namespace cptool::cpu {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 // The maximum of a row that has seen no score. Finite, so that a difference of two maxima is never
 // NaN.

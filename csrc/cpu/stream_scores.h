@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "cpu/avx512_stream_ahead.h"
+#include "cpu/stream_ahead.h"
 
 namespace cptool::cpu {
 namespace {

@@ -1,5 +1,5 @@
 // Attention of a few rows, as when decoding, in the arithmetic that `Math` names
-// (avx512_float32_math.h). For up to four rows per KV head, memory bandwidth is the limit.
+// (float32_math.h). For up to four rows per KV head, memory bandwidth is the limit.
 //
 // A block holds the rows of all KV heads, so that K and V are read once, in the order in which a
 // cache of [token][K or V][head][dim] stores them: one head alone is a few lines of every other
@@ -9,7 +9,7 @@
 
 #include <cstring>
 
-#include "cpu/avx512_stream_scores.h"
+#include "cpu/stream_scores.h"
 
 namespace cptool::cpu {
 namespace {

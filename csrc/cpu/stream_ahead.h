@@ -1,7 +1,7 @@
-// Prefetching for avx512_stream.h. Unnamed namespace: see isa.h.
+// Prefetching for stream_kernel.h. Unnamed namespace: see isa.h.
 #pragma once
 
-#include "cpu/avx512_panel.h"
+#include "cpu/panel.h"
 
 namespace cptool::cpu {
 namespace {

@@ -1,30 +1,35 @@
-// Attention of many rows with AVX-512, register-blocked, in the arithmetic that `Math` names.
+// Attention of many rows with AVX2 and AVX-512, register-blocked, in the arithmetic that `Math`
+// names.
 //
 // Both products work on words of 32 bits, which hold Math::kStep elements that are multiplied and
-// added together: one float32, or two bfloat16. A register tile of a product is 8 keys (or 8
-// dimensions) by 48 rows in 24 accumulators: 3 vector loads and 8 broadcasts for 24 instructions,
-// so that the multipliers are the limit. The scores of a strip of keys become weights in place; the
-// weights of a whole tile of keys are then multiplied with its values, so that an accumulator is
-// loaded and stored once per tile.
+// added together: one float32, or two bfloat16. A register tile of a product is kTile keys (or
+// dimensions) by three vectors of rows, so that the multipliers are the limit: with AVX-512 8 by 48
+// in 24 accumulators, 3 vector loads and 8 broadcasts for 24 instructions; with AVX2, which has
+// half as many registers of half the size, 4 by 24 in 12 accumulators, 3 loads and 4 broadcasts for
+// 12 instructions. The scores of a strip of keys become weights in place; the weights of a whole
+// tile of keys are then multiplied with its values, so that an accumulator is loaded and stored
+// once per tile.
 //
-// What a vector of 16 scores costs on the two ports that multiply: 2 head_dim / kStep for the
-// products (at head_dim 128: 256 in float32, 128 in bfloat16); for its softmax 8 in float32 and 5.5
-// in bfloat16 (maximum, scale, polynomial, half a dot product for the sum), 3% and 4% (at
-// head_dim 64: twice that). Conversions, additions and powers go to the other two ports.
+// What a vector of scores costs on the two ports that multiply: 2 head_dim / kStep for the products
+// (at head_dim 128: 256 in float32, 128 in bfloat16); for its softmax 8 in float32 and 5.5 in
+// bfloat16 (maximum, scale, polynomial, half a dot product for the sum), 3% and 4% (at head_dim 64:
+// twice that). Conversions, additions and powers go to the other two ports. On AVX2 a processor
+// that adds on the same ports as it multiplies (Intel's) needs 15 for the softmax: 6%, and 12%.
 //
 // Unnamed namespace: see isa.h.
 #pragma once
 
 #include <cstring>
 
-#include "cpu/avx512_panel.h"
-#include "cpu/avx512_panel_pack.h"
+#include "cpu/panel.h"
+#include "cpu/panel_pack.h"
 
 namespace cptool::cpu {
 namespace {
 
 constexpr int kVectors = 3;  // vectors of rows of a register tile
 constexpr int kPanel = kVectors * kLanes;
+constexpr int kPanels = kLanes == 16 ? 8 : 16;  // of a block: 384 rows
 
 template <class Math>
 class PanelKernel {
@@ -33,7 +38,7 @@ class PanelKernel {
   static constexpr int kStrip = 32;  // keys whose scores become weights together
 
  public:
-  static constexpr int kRows = 8 * kPanel;
+  static constexpr int kRows = kPanels * kPanel;
   static constexpr int kKeys = 128;
 
   static int heads(const AttentionArgs&) { return 1; }
@@ -75,7 +80,7 @@ class PanelKernel {
     const T* v = static_cast<const T*>(block.v) + key * args_.v_token_stride;
     pack_keys<Math>(k, args_.k_token_stride, keys, words_, k_);
     pack_values<Math>(v, args_.v_token_stride, keys, args_.head_dim, kValuePanel, v_);
-    int64_t next = key + kKeys;
+    int64_t next = (key + kKeys) * kTilesPerKey;
     for (int row = 0; row < block.rows; row += kPanel, next += kKeys / kTile) {
       switch (panel_vectors(block, row)) {
         case 1:
@@ -100,12 +105,12 @@ class PanelKernel {
       float* acc = acc_ + row * head_dim;
       for (int n = 0; n < vectors; ++n) {
         for (int64_t d = 0; d < head_dim; d += kLanes) {
-          __m512 r[kLanes];
+          Vector r[kLanes];
           const float* from = acc + (d * vectors + n) * kLanes;
-          for (int i = 0; i < kLanes; ++i) r[i] = _mm512_load_ps(from + i * vectors * kLanes);
-          transpose16(r);
+          for (int i = 0; i < kLanes; ++i) r[i] = load(from + i * vectors * kLanes);
+          transpose(r);
           float* to = rows + n * kLanes * head_dim + d;
-          for (int i = 0; i < kLanes; ++i) _mm512_store_ps(to + i * head_dim, r[i]);
+          for (int i = 0; i < kLanes; ++i) store(r[i], to + i * head_dim);
         }
       }
       std::memcpy(acc, rows, vectors * kLanes * head_dim * sizeof(float));
@@ -116,9 +121,12 @@ class PanelKernel {
   SoftmaxState state(int row) const { return fixed_.rows.state(row); }
 
  private:
-  // A panel of V is 8 dimensions of all keys of the tile. One cache line of padding keeps the
+  // A panel of V is kTile dimensions of all keys of the tile. One cache line of padding keeps the
   // panels from sharing cache sets.
-  static constexpr int kValuePanel = (kKeys / kStep + 2) * kTile;
+  static constexpr int kValuePanel = kKeys / kStep * kTile + 16;
+  // Register tiles of scores during which a key of the next tile is prefetched: all panels together
+  // prefetch the whole tile.
+  static constexpr int kTilesPerKey = kPanels / kTile;
 
   struct Fixed {
     RowStates<kRows> rows;
@@ -126,18 +134,20 @@ class PanelKernel {
     alignas(64) float weights[256 * kPanel];
   };
 
-  // The K and V of a key of the next tile. Each line is prefetched 16 times, once per word, because
-  // a processor whose queue of misses is full drops a prefetch (half of them, on Zen 4, when each
-  // is requested once).
+  // The K and V of a key of the next tile; where several register tiles share a key, first its K,
+  // then its V. Each line is prefetched once per word, 16 times or more, because a processor whose
+  // queue of misses is full drops a prefetch (half of them, on Zen 4, when each is requested once).
   struct Ahead {
     Ahead() = default;
-    Ahead(const AttentionArgs& args, const RowBlock<kRows>& block, int64_t key)
-        : k(static_cast<const T*>(block.k) + key * args.k_token_stride),
-          v(static_cast<const T*>(block.v) + key * args.v_token_stride) {}
+    Ahead(const AttentionArgs& args, const RowBlock<kRows>& block, int64_t next)
+        : k(static_cast<const T*>(block.k) + next / kTilesPerKey * args.k_token_stride),
+          v(static_cast<const T*>(block.v) + next / kTilesPerKey * args.v_token_stride) {
+      if (next % kTilesPerKey >= (kTilesPerKey + 1) / 2) k = v;
+    }
 
     void prefetch(int64_t word) const {
       _mm_prefetch(k + kStep * word, _MM_HINT_T0);
-      _mm_prefetch(v + kStep * word, _MM_HINT_T0);
+      if (kTilesPerKey == 1) _mm_prefetch(v + kStep * word, _MM_HINT_T0);
     }
 
     const T *k, *v;
@@ -148,8 +158,8 @@ class PanelKernel {
     return left >= kPanel ? kVectors : round_up(left, kLanes) / kLanes;
   }
 
-  // Processes the tile's keys for a panel of rows, and prefetches the keys from `next` on, one per
-  // register tile of scores.
+  // Processes the tile's keys for a panel of rows, and prefetches the keys from `next` on, in
+  // register tiles of scores.
   template <int kN>
   void panel(const RowBlock<kRows>& block, int row, int64_t key, int tile_keys, int64_t next) {
     const Visible visible(fixed_.rows, row, row + kN * kLanes - 1, key, tile_keys);
@@ -160,8 +170,8 @@ class PanelKernel {
     int begun = 0;  // the first key whose weighted values are not accumulated yet
     for (int first = 0; first < keys; first += kStrip) {
       const int end = keys < first + kStrip ? keys : first + kStrip;
-      __m512 top[kN];
-      for (int n = 0; n < kN; ++n) top[n] = _mm512_set1_ps(-INFINITY);
+      Vector top[kN];
+      for (int n = 0; n < kN; ++n) top[n] = broadcast(-INFINITY);
       for (int j = first; j < end; j += kTile, ++next) {
         ahead_ = Ahead(args_, block, next);
         float* scores = weights<kN>(first) + (j - first) * kN * kLanes;
@@ -183,27 +193,27 @@ class PanelKernel {
     return fixed_.weights + key / kStep * kN * kLanes;
   }
 
-  // scores[j][row] = sum over words of k[j][word] * q[word][row] for 8 keys; -inf where a row does
-  // not see the key. Raises `top` to the greatest score.
+  // scores[j][row] = sum over words of k[j][word] * q[word][row] for kTile keys; -inf where a row
+  // does not see the key. Raises `top` to the greatest score.
   template <int kN, bool masked>
-  void multiply_keys(int row, int64_t key, int first, float* scores, __m512 (&top)[kN]) const {
+  void multiply_keys(int row, int64_t key, int first, float* scores, Vector (&top)[kN]) const {
     const float* k = k_ + first * words_;
     const float* q = q_ + row * words_;
     const Ahead ahead = ahead_;
-    __m512 acc[kTile][kN];
+    Vector acc[kTile][kN];
 #pragma GCC unroll 8
     for (int j = 0; j < kTile; ++j)
 #pragma GCC unroll 3
-      for (int n = 0; n < kN; ++n) acc[j][n] = _mm512_setzero_ps();
+      for (int n = 0; n < kN; ++n) acc[j][n] = Vector{};
 #pragma GCC unroll 4
     for (int64_t w = 0; w < words_; ++w) {
-      __m512 rows[kN];
+      Vector rows[kN];
 #pragma GCC unroll 3
-      for (int n = 0; n < kN; ++n) rows[n] = _mm512_load_ps(q + (w * kN + n) * kLanes);
+      for (int n = 0; n < kN; ++n) rows[n] = load(q + (w * kN + n) * kLanes);
       ahead.prefetch(w);
 #pragma GCC unroll 8
       for (int j = 0; j < kTile; ++j) {
-        const __m512 word = _mm512_set1_ps(k[j * words_ + w]);
+        const Vector word = broadcast(k[j * words_ + w]);
 #pragma GCC unroll 3
         for (int n = 0; n < kN; ++n) acc[j][n] = Math::multiply_add(word, rows[n], acc[j][n]);
       }
@@ -211,19 +221,17 @@ class PanelKernel {
 #pragma GCC unroll 3
     for (int n = 0; n < kN; ++n) {
       if (masked) {
-        const __m512i left =
-            _mm512_sub_epi32(_mm512_load_si512(fixed_.rows.limit + row + n * kLanes),
-                             _mm512_set1_epi32(static_cast<int32_t>(key + first)));
+        const Vector hidden = broadcast(-INFINITY);
+        Ints left;
+        std::memcpy(&left, fixed_.rows.limit + row + n * kLanes, sizeof left);
+        left -= static_cast<int32_t>(key + first);
 #pragma GCC unroll 8
-        for (int j = 0; j < kTile; ++j)
-          acc[j][n] =
-              _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY),
-                                 _mm512_cmpgt_epi32_mask(left, _mm512_set1_epi32(j)), acc[j][n]);
+        for (int j = 0; j < kTile; ++j) acc[j][n] = left > j ? acc[j][n] : hidden;
       }
 #pragma GCC unroll 8
       for (int j = 0; j < kTile; ++j) {
-        top[n] = _mm512_max_ps(top[n], acc[j][n]);
-        _mm512_store_ps(scores + (j * kN + n) * kLanes, acc[j][n]);
+        top[n] = largest(top[n], acc[j][n]);
+        store(acc[j][n], scores + (j * kN + n) * kLanes);
       }
     }
   }
@@ -232,41 +240,38 @@ class PanelKernel {
   // relative to the old one, after accumulating the keys [begun, end), whose weights are. Returns
   // the first key that is not accumulated yet.
   template <int kN>
-  int raise(int row, const __m512 (&top)[kN], int begun, int end) {
-    const __m512 scale = _mm512_set1_ps(scale_log2_);
-    __m512 base[kN], scaled[kN];
+  int raise(int row, const Vector (&top)[kN], int begun, int end) {
+    const Vector scale = broadcast(scale_log2_);
+    Vector base[kN], scaled[kN];
     unsigned exceeds = 0;
     for (int n = 0; n < kN; ++n) {
-      base[n] = _mm512_load_ps(fixed_.rows.max + row + n * kLanes);
-      scaled[n] = _mm512_mul_ps(top[n], scale);
-      exceeds |=
-          _mm512_cmp_ps_mask(scaled[n], _mm512_add_ps(base[n], _mm512_set1_ps(kSlack)), _CMP_GT_OQ);
+      base[n] = load(fixed_.rows.max + row + n * kLanes);
+      scaled[n] = top[n] * scale;
+      exceeds |= above(scaled[n], base[n] + kSlack);
     }
     if (!exceeds) return begun;
     if (begun < end) accumulate<kN>(row, begun, end);
     for (int n = 0; n < kN; ++n) {
-      const __m512 higher = _mm512_max_ps(scaled[n], base[n]);
-      const __m512 keep = exp2_full(_mm512_sub_ps(base[n], higher));
+      const Vector higher = largest(scaled[n], base[n]);
+      const Vector keep = exp2_full(base[n] - higher);
       float* sum = fixed_.rows.sum + row + n * kLanes;
-      _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), keep));
-      _mm512_store_ps(fixed_.rows.max + row + n * kLanes, higher);
+      store(load(sum) * keep, sum);
+      store(higher, fixed_.rows.max + row + n * kLanes);
       float* acc = acc_ + row * args_.head_dim + n * kLanes;
-      for (int64_t d = 0; d < args_.head_dim; ++d, acc += kN * kLanes)
-        _mm512_store_ps(acc, _mm512_mul_ps(_mm512_load_ps(acc), keep));
+      for (int64_t d = 0; d < args_.head_dim; ++d, acc += kN * kLanes) store(load(acc) * keep, acc);
     }
     return end;
   }
 
   template <int kN>
   void weigh(int row, int first, int end) {
-    __m512 base[kN], total[kN];
+    Vector base[kN], total[kN];
     for (int n = 0; n < kN; ++n) {
-      base[n] = _mm512_load_ps(fixed_.rows.max + row + n * kLanes);
-      total[n] = _mm512_load_ps(fixed_.rows.sum + row + n * kLanes);
+      base[n] = load(fixed_.rows.max + row + n * kLanes);
+      total[n] = load(fixed_.rows.sum + row + n * kLanes);
     }
-    Math::template weigh<kN>(weights<kN>(first), end - first, _mm512_set1_ps(scale_log2_), base,
-                             total);
-    for (int n = 0; n < kN; ++n) _mm512_store_ps(fixed_.rows.sum + row + n * kLanes, total[n]);
+    Math::template weigh<kN>(weights<kN>(first), end - first, broadcast(scale_log2_), base, total);
+    for (int n = 0; n < kN; ++n) store(total[n], fixed_.rows.sum + row + n * kLanes);
   }
 
   // Adds the weighted values of keys [first, end).
@@ -278,22 +283,22 @@ class PanelKernel {
     }
   }
 
-  // acc[i][row] += sum over words of v[word][i] * weights[word][row] for 8 dimensions i.
+  // acc[i][row] += sum over words of v[word][i] * weights[word][row] for kTile dimensions i.
   template <int kN>
   static void multiply_values(const float* v, const float* weights, int words, float* out) {
-    __m512 acc[kTile][kN];
+    Vector acc[kTile][kN];
 #pragma GCC unroll 8
     for (int i = 0; i < kTile; ++i)
 #pragma GCC unroll 3
-      for (int n = 0; n < kN; ++n) acc[i][n] = _mm512_load_ps(out + (i * kN + n) * kLanes);
+      for (int n = 0; n < kN; ++n) acc[i][n] = load(out + (i * kN + n) * kLanes);
 #pragma GCC unroll 4
     for (int w = 0; w < words; ++w) {
-      __m512 rows[kN];
+      Vector rows[kN];
 #pragma GCC unroll 3
-      for (int n = 0; n < kN; ++n) rows[n] = _mm512_load_ps(weights + (w * kN + n) * kLanes);
+      for (int n = 0; n < kN; ++n) rows[n] = load(weights + (w * kN + n) * kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kTile; ++i) {
-        const __m512 value = _mm512_set1_ps(v[w * kTile + i]);
+        const Vector value = broadcast(v[w * kTile + i]);
 #pragma GCC unroll 3
         for (int n = 0; n < kN; ++n) acc[i][n] = Math::multiply_add(value, rows[n], acc[i][n]);
       }
@@ -301,7 +306,7 @@ class PanelKernel {
 #pragma GCC unroll 8
     for (int i = 0; i < kTile; ++i)
 #pragma GCC unroll 3
-      for (int n = 0; n < kN; ++n) _mm512_store_ps(out + (i * kN + n) * kLanes, acc[i][n]);
+      for (int n = 0; n < kN; ++n) store(acc[i][n], out + (i * kN + n) * kLanes);
   }
 
   FlushSubnormals flush_;

@@ -1,0 +1,83 @@
+// The arithmetic of the panel and stream kernels, as a class that they take: this one is in float32
+// and widens its inputs, avx512bf16_math.h multiplies pairs of bfloat16.
+//
+// A product works on words of 32 bits, which hold Math::kStep elements that are multiplied and
+// added together: one float32, or two bfloat16.
+//
+// struct Math:
+//   using Input, Weight;                                        of q, k and v; of rounded weights
+//   static constexpr int kStep;                                 elements of a word
+//   static constexpr uint32_t kSigns;                           their sign bits
+//   static Vector load(const Input* row, int64_t word, int64_t words);
+//     Loads kLanes words of a row, 0 from `words` on.
+//   static Vector load_values(const Input* v, int64_t stride, int keys);
+//     Loads kLanes dimensions of the values of kStep keys, of which `keys` exist, as words.
+//   template <int kN> static void load_step(const Input* v, int64_t next, Vector (&values)[kN]);
+//     Loads kLanes * kN dimensions of kStep keys, the next one's at v + next, as words.
+//     in_order(acc) brings 2 kLanes sums of such products into the order of the dimensions. kN is 1
+//     or even.
+//   static Vector exp2(Vector x);                               as good as a Weight can hold
+//   static Vector multiply_add(Vector a, Vector b, Vector sum);
+//   static Vector store_weights(Vector weights, Weight* to);
+//     Stores kLanes weights of one row, consecutive keys, rounded; returns them as float32.
+//   template <int kN> static void weigh(float* scores, int keys, Vector scale,
+//                                       const Vector (&base)[kN], Vector (&total)[kN]);
+//     Turns scores [keys][kLanes * kN rows] into weights 2^(score * scale - base), as words [keys /
+//     kStep][kLanes * kN rows] in the same memory, and adds them to `total`.
+//
+// Unnamed namespace: see isa.h.
+#pragma once
+
+#include "cpu/vector_math.h"
+
+namespace cptool::cpu {
+namespace {
+
+template <class T>
+struct Float32Math {
+  using Input = T;
+  using Weight = float;
+  static constexpr int kStep = 1;
+  static constexpr uint32_t kSigns = 0x80000000u;
+
+  static Vector load(const T* row, int64_t word, int64_t) { return cpu::load(row + word); }
+
+  static Vector load_values(const T* v, int64_t, int keys) {
+    return keys > 0 ? cpu::load(v) : Vector{};
+  }
+
+  template <int kN>
+  static void load_step(const T* v, int64_t, Vector (&values)[kN]) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) values[n] = cpu::load(v + n * kLanes);
+  }
+
+  static void in_order(float*) {}
+  static Vector exp2(Vector x) { return exp2_full(x); }
+
+  static Vector multiply_add(Vector a, Vector b, Vector sum) {
+    return cpu::multiply_add(a, b, sum);
+  }
+
+  static Vector store_weights(Vector weights, float* to) {
+    store(weights, to);
+    return weights;
+  }
+
+  template <int kN>
+  static void weigh(float* scores, int keys, Vector scale, const Vector (&base)[kN],
+                    Vector (&total)[kN]) {
+    for (int j = 0; j < keys; ++j) {
+#pragma GCC unroll 3
+      for (int n = 0; n < kN; ++n) {
+        float* at = scores + (j * kN + n) * kLanes;
+        const Vector weight = exp2_full(multiply_subtract(cpu::load(at), scale, base[n]));
+        total[n] = total[n] + weight;
+        store(weight, at);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace cptool::cpu

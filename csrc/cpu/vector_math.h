@@ -1,0 +1,51 @@
+// Arithmetic of the kernels that are written once for vectors of 8 and of 16 lanes. vectors.h has
+// what plain C++ can express; this is what takes intrinsics, under the same names in avx2_math.h
+// and avx512_math.h:
+//
+//   Vector broadcast(float)
+//   Vector largest(Vector a, Vector b)                      b where either is NaN
+//   Vector multiply_subtract(Vector a, Vector b, Vector c)  a * b - c, with one rounding
+//   unsigned above(Vector a, Vector b)                      lanes where a > b, as bits
+//   void store_halves(Vector, float* low, float* high)
+//   Vector exp2_full(Vector x)
+//     2^x for x well below 128, to about one unit in the last place. Flushes to 0 far below; 2^-inf
+//     is 0, NaN stays. Within FlushSubnormals.
+//   void transpose(Vector (&r)[kLanes])
+//   Vector sum_each(const Vector (&r)[kLanes])
+//     Lane i of the result is the sum of the lanes of r[i]. Always inline: r must stay in
+//     registers.
+//
+// Unnamed namespace: see isa.h.
+#pragma once
+
+#if defined(__AVX512F__)
+#include "cpu/avx512_math.h"
+#else
+#include "cpu/avx2_math.h"
+#endif
+
+namespace cptool::cpu {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+constexpr int round_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Treats subnormal numbers as 0 for the lifetime of the object. A weight below 2^-126 would
+// otherwise cost a microcode assist, fifty times the arithmetic of its whole vector, and adds
+// nothing to a sum that holds a weight of about 1.
+class FlushSubnormals {
+ public:
+  FlushSubnormals() { _mm_setcsr(saved_ | 0x8040); }  // flush to zero, denormals are zeros
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+ private:
+  unsigned saved_ = _mm_getcsr();
+};
+
+}  // namespace
+}  // namespace cptool::cpu
