@@ -22,7 +22,7 @@ from cptool.calibration.overheads import with_overheads
 from cptool.calibration.rig import smaller_worlds
 from cptool.calibration.small_ops import positions, small_op, touch
 from cptool.distributed.world import World
-from cptool.engine.world_profile import usable_processors
+from cptool.engine.world_profile import for_processor, usable_processors
 from cptool.planning.hardware import MEASURED, PARTS, HardwareProfile
 from cptool.planning.linear_rates import RowRates
 from cptool.planning.profiles import default_profile
@@ -51,7 +51,7 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
     clocks = {fitting: clock}
     if device == "cpu" and world.tp == 1 and fitting > 1:
         clocks = {1: Clock(world, smaller_worlds(world, [1])[1], repeats), **clocks}
-    default = default_profile(device)
+    default = for_processor(default_profile(device))
     profile = dataclasses.replace(
         default,
         name=f"{MEASURED}{world.size} {device} rank{'s' * (world.size > 1)}",

@@ -1,6 +1,6 @@
 """The shape of a model by name, from a configuration alone, or of a checkpoint."""
 
-from cptool.checkpoint import open_checkpoint
+from cptool.checkpoint import Checkpoint, open_checkpoint
 from cptool.checkpoint.huggingface.config import read_shape
 from cptool.errors import UserError
 from cptool.files import expanded
@@ -34,3 +34,13 @@ def find_shape(name: str, notes: list[str] | None = None) -> LlamaConfig:
         raise UserError(f"{error}; or one of the shapes {', '.join(SHAPES)}") from None
     notes += checkpoint.notes
     return checkpoint.config
+
+
+def find_checkpoint(name: str) -> Checkpoint | None:
+    """Return the checkpoint that `find_shape` finds by that name; None for a mere shape."""
+    if name in SHAPES or name.endswith(".json"):
+        return None
+    try:
+        return open_checkpoint(name)
+    except UserError:  # a directory with a configuration and without weights
+        return None

@@ -23,6 +23,8 @@ FORMAT = 3
 REMEDY = "measure it again with `cptool bench calibrate`, or remove the file"
 PROFILES = Path(__file__).parents[1] / "data" / "hardware"
 _DEFAULTS = {"cpu": "cpu-core", "cuda": "h100-sxm"}
+DEFAULTS = tuple(_DEFAULTS.values())
+"""Names of the profiles that stand in for machines that were not measured."""
 
 
 @lru_cache

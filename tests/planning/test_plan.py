@@ -16,8 +16,9 @@ from cptool.model.shapes import SHAPES
 from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.layer import predict
 from cptool.planning.cost.memory import memory_per_rank
+from cptool.planning.hardware import Measurement
 from cptool.planning.planner import Workload, as_published, best, layouts, plan
-from cptool.planning.profiles import find_profile, known_profiles
+from cptool.planning.profiles import default_profile, find_profile, known_profiles, save_profile
 
 LLAMA, GTT = SHAPES["llama3-405b"], find_profile("gtt-h100")
 
@@ -121,7 +122,7 @@ def test_the_fewest_gpus_that_reach_the_target():
     assert any("too much" in why for why in reasons)
     assert any("misses the target" in why for why in reasons)
     assert any("32 reach the target" in why for why in reasons)
-    said = ask(*arguments, "--ttft-below", "1s")
+    said = json.loads(run(*arguments, "--ttft-below", "1s", "--json", code=3))
     assert said["gpus"] == 64 and said["reaches_target"] is False
 
 
@@ -333,3 +334,39 @@ def test_ranks_beyond_the_processors_gain_nothing():
     for cp, tp in ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4)):
         assert plan(work, cp, tp, "auto", two).ttft.seconds > 0.95 * one
     assert plan(work, 4, 1, "auto", two).capacity == plan(work, 1, 1, "auto", two).capacity / 4
+
+
+def test_a_target_that_is_not_reached_is_exit_code_3():
+    arguments = (*PAPER, "--context", "128K", "--max-gpus", 64, "--ttft-below")
+    assert "no layout here reaches the target of 1 s" in run(*arguments, "1s", code=3)
+    assert json.loads(run(*arguments, "1s", "--json", code=3))["reaches_target"] is False
+    run(*arguments, "15s")
+
+
+@pytest.mark.parametrize("products", [True, False])
+def test_a_checkpoint_is_planned_as_prefill_would_run_it(mqa_path, monkeypatch, products):
+    from cptool.engine import options, world_profile
+
+    for module in (options, world_profile):
+        monkeypatch.setattr(module, "has_bfloat16_products", lambda: products)
+    said = ask(mqa_path, "--context", 64)
+    assert (said["dtype"], said["hardware"], said["calibrated"]) == ("float32", "cpu-core", None)
+    assert "cpu-core (defaults, not calibrated here)" in run(mqa_path, "--context", 64)
+    assert ask("llama3-1b", "--context", 64)["dtype"] == "bfloat16"
+    slow, fast = (
+        ask(mqa_path, "--context", "100K", "--dtype", dtype)["ttft_s"]
+        for dtype in ("bfloat16", "float32")
+    )
+    assert (slow < fast) == products
+
+
+def test_a_dtype_that_was_not_measured_is_said_to_be_so(mqa_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("CPTOOL_CACHE", str(tmp_path))
+    measured = Measurement(date="2026-11-29", dtypes=("float32",))
+    named = {"name": "measured on 2 cpu ranks", "measurement": measured}
+    save_profile(dataclasses.replace(default_profile("cpu"), **named))
+    told = run(mqa_path, "--context", 64, "--dtype", "bfloat16")
+    assert "bfloat16 was not measured here" in told and "calibrate --dtype bfloat16" in told
+    told = run(mqa_path, "--context", 64)
+    assert "not measured" not in told and "2 cpu ranks (calibrated 2026-11-29)" in told
+    assert ask(mqa_path, "--context", 64)["calibrated"] == "2026-11-29"

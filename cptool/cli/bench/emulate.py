@@ -130,7 +130,8 @@ def emulate(
     The rank is the CP rank with the most work; its links come from a hardware profile. Attention
     runs over a block of every source's size and positions, linear layers at their width under TP.
     """
-    from cptool.planning.profiles import find_profile, load_profile
+    from cptool.engine.world_profile import machine_profile
+    from cptool.planning.profiles import find_profile
 
     check_threads(threads)
     scenario = asked.scenario()
@@ -142,7 +143,7 @@ def emulate(
 
     if threads:
         torch.set_num_threads(threads)
-    profile = find_profile(hardware) if hardware else load_profile(scenario.device.type)
+    profile = find_profile(hardware) if hardware else machine_profile(scenario.device.type)
     report = emulation_report.Report(
         shape=asked.shape,
         scenario=scenario,

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from cptool.checkpoint.shapes import find_shape
+from cptool.checkpoint.shapes import find_checkpoint, find_shape
 from cptool.cli import draw
 from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
-from cptool.cli.options.common import json_option
+from cptool.cli.options.common import DTYPES, json_option
 from cptool.cli.options.ranks import VARIANTS
 from cptool.cli.options.records import as_object
 from cptool.cli.options.types import Duration, TokenCount
 from cptool.cli.plan.search import Search
+from cptool.distributed.devices import resolve_device
+from cptool.engine.options import resolve_dtype
+from cptool.engine.world_profile import machine_profile
 from cptool.errors import OptionError, UserError
 from cptool.model import shares
 from cptool.planning import planner
@@ -24,6 +29,11 @@ from cptool.planning.hardware import HardwareProfile
 from cptool.planning.profiles import find_profile, is_measured
 from cptool.planning.strategy import RULES
 
+if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
+
+MISSED = 3
+"""Exit code where no layout reaches the requested time to the first token."""
 SWEEPS = ("contexts", "ranks", "miss-rates")
 
 
@@ -94,9 +104,10 @@ class SweepOptions:
         ),
         click.option(
             "--dtype",
-            type=click.Choice(["bfloat16", "float16", "float32"]),
-            default="bfloat16",
-            show_default=True,
+            type=click.Choice(DTYPES),
+            default="auto",
+            help="Type of weights, KV and products.  [default: auto, what prefill would take for "
+            "this checkpoint; bfloat16 for a shape]",
         ),
         click.option(
             "--fp8/--no-fp8",
@@ -122,7 +133,8 @@ class SweepOptions:
             shell_complete=completion.hardware,
             metavar="NAME|FILE",
             help="A profile such as gtt-h100, h200 or measured.  [default: what `bench calibrate` "
-            "measured here, else h100-sxm]",
+            "measured here; else for a checkpoint the defaults of this machine's kind, for a shape "
+            "h100-sxm]",
         ),
         click.option("--cp", type=click.IntRange(min=1), metavar="N", help="Fix the CP ranks."),
         click.option(
@@ -170,7 +182,8 @@ def plan(
     """Predict the time to the first token and between tokens, memory and communication.
 
     MODEL is a checkpoint, a config.json, or the shape of a published model by name (llama2-70b,
-    llama3-405b, codellama-34b, ...). Without --cp and --tp the best layout is searched for.
+    llama3-405b, codellama-34b, ...). Without --cp and --tp the best layout is searched for. Exits
+    with 3 if no layout reaches the target.
     """
     from cptool.cli.figures import plot as plots
     from cptool.cli.plan import report, sweeps
@@ -185,6 +198,8 @@ def plan(
             print_object(found.fields())
         else:
             found.draw()
+        if found.answer.misses_target:
+            sys.exit(MISSED)
         return
     plots.check(swept.plot)
     table = sweeps.SWEEPS[swept.sweep](search)
@@ -207,8 +222,10 @@ def _check_sweep(swept: SweepOptions, given: dict[str, float | None]) -> None:
 def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
     """Return what to search; UserError where the model or the hardware cannot do it."""
     notes: list[str] = []
-    config, profile = find_shape(model, notes), _profile(on.hardware)
-    for note in notes:
+    config, checkpoint = find_shape(model, notes), find_checkpoint(model)
+    profile = _profile(on.hardware, checkpoint)
+    dtype = _dtype(run.dtype, profile, checkpoint)
+    for note in (*notes, *_unmeasured(dtype, profile)):
         draw.say(note, always=True)
     shares.check(config, on.tp or 1)
     if on.rule == "fitted" and profile.rule is None:
@@ -224,8 +241,8 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
         cached=run.cached,
         batch=run.batch,
         answer=run.answer,
-        dtype=run.dtype,
-        feed_forward=_feed_forward(run, profile),
+        dtype=dtype,
+        feed_forward=_feed_forward(run, dtype, profile),
         published=run.as_published,
         graphs=not run.eager,
         rule=on.rule,
@@ -242,20 +259,42 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
     )
 
 
-def _profile(hardware: str | None) -> HardwareProfile:
-    """Return the profile of that name, or by default what was measured here, else h100-sxm."""
+def _profile(hardware: str | None, checkpoint: Checkpoint | None) -> HardwareProfile:
+    """Return the profile of that name; by default what was measured here, else for a checkpoint the
+    defaults of this machine's kind, and for a shape h100-sxm.
+    """
+    if hardware is None and checkpoint is not None:
+        return machine_profile(resolve_device("auto"))
     return find_profile(hardware or ("measured" if is_measured() else "h100-sxm"))
 
 
-def _feed_forward(run: WorkOptions, profile: HardwareProfile) -> str | None:
+def _dtype(requested: str, profile: HardwareProfile, checkpoint: Checkpoint | None) -> str:
+    """Return the dtype requested; for "auto" what `cptool prefill` takes on such hardware."""
+    if requested == "auto" and checkpoint is None:
+        return "bfloat16"
+    return requested if checkpoint is None else resolve_dtype(requested, checkpoint, profile.device)
+
+
+def _unmeasured(dtype: str, profile: HardwareProfile) -> list[str]:
+    """Return the note that a measured profile has no measured rates of `dtype`, if that is so."""
+    measured = profile.measurement.dtypes if profile.measurement else ()
+    if not measured or dtype in measured:
+        return []
+    return [
+        f"{dtype} was not measured here: its rates are those of {measured[0]} times the ratio of "
+        f"the defaults; measure it with: cptool bench calibrate --dtype {dtype}"
+    ]
+
+
+def _feed_forward(run: WorkOptions, dtype: str, profile: HardwareProfile) -> str | None:
     """Return the dtype of the feed-forward layers, None for that of the others.
 
     Raises UserError for a dtype that the profile has no rate for.
     """
-    if run.dtype not in profile.linear_flops or run.dtype not in profile.attention_flops:
+    if dtype not in profile.linear_flops or dtype not in profile.attention_flops:
         known = sorted(set(profile.linear_flops) & set(profile.attention_flops))
         raise OptionError(
-            "dtype", run.dtype, f"{profile.name} has no rate for it", f"use {' or '.join(known)}"
+            "dtype", dtype, f"{profile.name} has no rate for it", f"use {' or '.join(known)}"
         )
     chosen = profile.feed_forward if run.fp8 is None else "float8" if run.fp8 else None
     if chosen and chosen not in profile.linear_flops:

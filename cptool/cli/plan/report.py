@@ -16,6 +16,7 @@ from cptool.model.shapes import SHAPES
 from cptool.planning.cost.estimate import Estimate
 from cptool.planning.hardware import MEASURED
 from cptool.planning.planner import Answer, Plan, Workload
+from cptool.planning.profiles import DEFAULTS
 from cptool.units import duration
 
 SHOWN = 10
@@ -32,9 +33,11 @@ class Report:
     def fields(self) -> dict[str, Any]:
         """Return what --json prints; seconds, milliseconds and bytes as the names say."""
         work, best = self.search.work, self.answer.best
+        measured = self.search.profile.measurement
         return {
             "model": self.search.model,
             "hardware": self.search.profile.name,
+            "calibrated": measured.date if measured else None,
             "context": work.context,
             "cached": work.cached,
             "batch": work.batch,
@@ -120,7 +123,11 @@ class Report:
 
     def _run(self) -> str:
         work = self.search.work
-        line = f"{self.search.model} on {self.search.profile.name.removeprefix(MEASURED)}, "
+        profile = self.search.profile
+        line = f"{self.search.model} on {profile.name.removeprefix(MEASURED)}"
+        if profile.measurement or profile.name in DEFAULTS:
+            line += f" ({profile.source})"
+        line += ", "
         line += units.some(work.context, "token")
         if work.cached:
             line += f" ({work.cached:,} cached)"
