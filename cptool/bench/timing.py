@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 import cptool
+from cptool.host.processor import cpu_model
 
 
 def clock_name() -> str:
@@ -70,21 +70,6 @@ def interleave(
     return {name: summary(values[1:]) for name, values in samples.items()}
 
 
-def _cpu_model() -> str:
-    """Return the processor's own name, with the numbers that distinguish generations."""
-    fields: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
-            name, _, value = line.partition(":")
-            fields[name.strip()] = value.strip()
-    except OSError:
-        pass
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    keys = ("cpu family", "model", "stepping")
-    numbers = [f"{key} {fields[key]}" for key in keys if key in fields]
-    return f"{name} ({', '.join(numbers)})" if numbers else name
-
-
 def _commit() -> str | None:
     """Return the commit of the checkout that this file is in; None for an installed package."""
     here = Path(__file__)
@@ -120,7 +105,7 @@ def circumstances(kernels: bool = True) -> dict[str, object]:
     return {
         "cptool": cptool.__version__,
         "machine": {
-            "cpu": _cpu_model(),
+            "cpu": cpu_model(),
             "cores": os.cpu_count(),
             **isas,
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

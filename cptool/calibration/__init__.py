@@ -9,12 +9,13 @@ including those that take turns on the processors.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 
 import torch
 
 from cptool.calibration.attention import attention_rates
-from cptool.calibration.clock import Clock
+from cptool.calibration.clock import Clock, Log
 from cptool.calibration.examples import EXAMPLE
 from cptool.calibration.linear import device_rates, row_rates, tiny_layer
 from cptool.calibration.link import link_rates
@@ -23,7 +24,8 @@ from cptool.calibration.rig import smaller_worlds
 from cptool.calibration.small_ops import positions, small_op, touch
 from cptool.distributed.world import World
 from cptool.engine.world_profile import for_processor, usable_processors
-from cptool.planning.hardware import MEASURED, PARTS, HardwareProfile
+from cptool.host.processor import cpu_model
+from cptool.planning.hardware import MEASURED, PARTS, HardwareProfile, Measurement
 from cptool.planning.linear_rates import RowRates
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import fit_rule
@@ -33,11 +35,13 @@ OVERHEAD_REPEATS = 10
 
 
 @torch.inference_mode()
-def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> HardwareProfile:
+def measure(
+    world: World, dtypes: tuple[str, ...], repeats: int = 7, *, load: float | None = None
+) -> HardwareProfile:
     """Measure the profile of this world's ranks, the same on each; the link needs two ranks.
 
     Rates of dtypes that are not measured keep the default's ratio to the first measured dtype.
-    Collective.
+    load: the load average per processor just before, which the profile states. Collective.
     """
     device, threads = world.device.type, torch.get_num_threads()
     machines = world.size // world.local_size
@@ -47,10 +51,12 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
     counts = _counts(world, at_once)
     worlds = smaller_worlds(world, counts)
     fitting = max(n for n in counts if n <= (at_once or world.cp) or n == counts[0])
-    clock = Clock(world, worlds[fitting], repeats)
+    alone = device == "cpu" and world.tp == 1 and fitting > 1
+    log = Log(world, _measurements(world, len(dtypes), len(worlds), alone=alone))
+    clock = Clock(world, worlds[fitting], repeats, log)
     clocks = {fitting: clock}
-    if device == "cpu" and world.tp == 1 and fitting > 1:
-        clocks = {1: Clock(world, smaller_worlds(world, [1])[1], repeats), **clocks}
+    if alone:
+        clocks = {1: Clock(world, smaller_worlds(world, [1])[1], repeats, log), **clocks}
     default = for_processor(default_profile(device))
     profile = dataclasses.replace(
         default,
@@ -67,22 +73,40 @@ def measure(world: World, dtypes: tuple[str, ...], repeats: int = 7) -> Hardware
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / at_once
         profile = dataclasses.replace(profile, threads=threads, memory_bytes=memory)
     for done, name in enumerate(dtypes):
-        world.report("measure compute", done, len(dtypes))
         profile = _compute(clocks, profile, default, name, first=done == 0)
     if world.cp > 1:
-        world.report("measure the link")
         joined = worlds[fitting if fitting > 1 else counts[-1]]
-        link, steals = link_rates(Clock(world, joined, repeats), joined)
-        profile = dataclasses.replace(profile, transfer_steals=steals)
-        if machines > 1:
-            profile = dataclasses.replace(profile, network=link)
-        else:
-            profile = dataclasses.replace(profile, host_link=link)
-    profile = with_overheads(
-        world, worlds, profile=profile, dtype=dtypes[0], repeats=OVERHEAD_REPEATS * repeats
+        profile = _with_link(profile, Clock(world, joined, repeats, log), joined)
+    many = OVERHEAD_REPEATS * repeats
+    profile = with_overheads(world, worlds, profile=profile, dtype=dtypes[0], repeats=many, log=log)
+    profile = dataclasses.replace(
+        profile,
+        rule=fit_rule(EXAMPLE, dtypes[0], max(2, world.cp), profile),
+        measurement=Measurement(
+            date=datetime.date.today().isoformat(),
+            machine=cpu_model() if device == "cpu" else torch.cuda.get_device_name(),
+            load=load,
+            spread=log.spread,
+            dtypes=dtypes,
+        ),
     )
-    rule = fit_rule(EXAMPLE, dtypes[0], max(2, world.cp), profile)
-    return world.gather(dataclasses.replace(profile, rule=rule), *PARTS)[0]
+    return world.gather(profile, *PARTS)[0]
+
+
+def _measurements(world: World, dtypes: int, worlds: int, *, alone: bool) -> int:
+    """Return how many measurements `measure` makes: calls of a clock."""
+    small, tiny, attention, link = 3, 1, 3, 5
+    linear = 3 if world.device.type != "cpu" else 1 + alone
+    return small + tiny + dtypes * (linear + attention) + link * (world.cp > 1) + worlds
+
+
+def _with_link(profile: HardwareProfile, clock: Clock, part: World | None) -> HardwareProfile:
+    """Return `profile` with the measured link, of one host or between several."""
+    link, steals = link_rates(clock, part)
+    profile = dataclasses.replace(profile, transfer_steals=steals)
+    if clock.world.size > clock.world.local_size:
+        return dataclasses.replace(profile, network=link)
+    return dataclasses.replace(profile, host_link=link)
 
 
 @torch.inference_mode()
@@ -95,8 +119,14 @@ def measure_more_ranks(
     Collective.
     """
     here = profile.for_ranks(torch.get_num_threads(), usable_processors(world))
+    many = OVERHEAD_REPEATS * repeats
     more = with_overheads(
-        world, {world.cp: world}, profile=here, dtype=dtypes[0], repeats=OVERHEAD_REPEATS * repeats
+        world,
+        {world.cp: world},
+        profile=here,
+        dtype=dtypes[0],
+        repeats=many,
+        log=Log(world, total=1),
     )
     both = dataclasses.replace(
         profile,

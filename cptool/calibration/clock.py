@@ -11,11 +11,42 @@ import torch
 from cptool.distributed.world import World
 
 
+class Log:
+    """Counts the measurements of a calibration, for the progress bar, and collects how much their
+    repeats spread.
+
+    total: the measurements to come, 0 if that is unknown.
+    """
+
+    def __init__(self, world: World, total: int = 0) -> None:
+        self.world, self.total, self.begun = world, total, 0
+        self.spreads: list[float] = []
+
+    def begin(self) -> None:
+        """Report that the next measurement begins."""
+        self.world.report("calibrate, measurement", self.begun, self.total)
+        self.begun += 1
+
+    @property
+    def spread(self) -> float | None:
+        """The median of the spreads of all timings on this rank; None before any."""
+        return statistics.median(self.spreads) if self.spreads else None
+
+
+def spread_of(times: list[float]) -> float:
+    """Return the range of the middle half of at least two times, over their median."""
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / middle if middle else 0.0
+
+
 class Clock:
     """Times work that the ranks of `part` do at the same time while the rest of `world` waits."""
 
-    def __init__(self, world: World, part: World | None, repeats: int) -> None:
+    def __init__(
+        self, world: World, part: World | None, repeats: int, log: Log | None = None
+    ) -> None:
         self.world, self.part, self.repeats = world, part, repeats
+        self.log = log or Log(world)
         self.device = world.device
 
     def __call__(self, work: Callable[[], object], calls: int = 1) -> float:
@@ -27,6 +58,7 @@ class Clock:
 
         Each is the median over the repeats on the slowest rank. Collective over `world`.
         """
+        self.log.begin()
         spent: dict[str, list[float]] = {name: [] for name in works}
         for repeat in range(self.repeats + 1):
             for name, work in works.items():
@@ -40,6 +72,7 @@ class Clock:
                     torch.cuda.synchronize()
                 if repeat:  # the first one warms up
                     spent[name].append((time.perf_counter() - began) / calls)
+        self.log.spreads += [spread_of(times) for times in spent.values() if len(times) > 1]
         middle = {name: statistics.median(times) if times else 0.0 for name, times in spent.items()}
         return {name: max(found[name] for found in self.world.gather(middle)) for name in works}
 

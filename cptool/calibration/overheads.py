@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from cptool.calibration.clock import Clock
+from cptool.calibration.clock import Clock, Log
 from cptool.calibration.examples import TINY
 from cptool.calibration.rig import hold, random_model
 from cptool.distributed.world import World
@@ -34,6 +34,7 @@ def with_overheads(
     profile: HardwareProfile,
     dtype: str,
     repeats: int,
+    log: Log,
 ) -> HardwareProfile:
     """Return `profile` with the cost of a forward once, and with what forwards and layers of each
     variant cost beyond the rest of the profile when they have next to nothing to compute.
@@ -47,9 +48,8 @@ def with_overheads(
     residual: dict[str, dict[str, tuple[float, float]]] = {}
     # Without `row_rates`, which describe layers whose products take time.
     here = dataclasses.replace(profile, residual_s={}, start_s={}, row_rates={})
-    world.report("measure the overheads")
     for count, part in worlds.items():
-        clock = Clock(world, part, repeats)
+        clock = Clock(world, part, repeats, log)
         works: dict[str, Callable[[], object]] = {}
         for layers in (FEW_LAYERS, MORE_LAYERS):
             config = dataclasses.replace(TINY, num_hidden_layers=layers)

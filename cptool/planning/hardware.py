@@ -30,14 +30,18 @@ class Link:
     collective_latency_s: float
 
 
+QUIET = 0.15
+"""Load per processor, and spread of repeats, up to which a measurement is good."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """When, where and how steadily a profile was measured.
 
     date: as 2026-11-29. machine: the name of the processor or of the GPU, "" if unknown. load: the
-    load average per processor just before. spread: the median over all timings of the range of
-    their repeats, over the time itself. dtypes: those that were measured; rates of others are in
-    the defaults' ratio to the first of them.
+    load average per processor just before. spread: over all timings, the median of the range of
+    the middle half of their repeats, over their median. dtypes: those that were measured; rates of
+    others are in the defaults' ratio to the first of them.
     """
 
     date: str
@@ -45,6 +49,16 @@ class Measurement:
     load: float | None = None
     spread: float | None = None
     dtypes: tuple[str, ...] = ()
+
+    @property
+    def noise(self) -> float:
+        """The larger of load and spread: above QUIET, the figures are rough."""
+        return max(self.load or 0.0, self.spread or 0.0)
+
+    def is_worse_than(self, other: Measurement) -> bool:
+        """Return whether this one is rough, and clearly rougher than `other` is known to be."""
+        known = other.load is not None and other.spread is not None
+        return known and self.noise > max(QUIET, 1.5 * other.noise)
 
 
 Beyond = dict[str, dict[str, tuple[float, float]]]

@@ -125,6 +125,15 @@ def _dated(profile: HardwareProfile, path: Path) -> HardwareProfile:
     return dataclasses.replace(profile, measurement=Measurement(date=date))
 
 
+def kept_measurement(device: str) -> Measurement | None:
+    """Return how the profile of `device` that is kept was measured, None without one."""
+    try:
+        profile = _saved().get(device)
+    except UserError:  # a file that cannot be read is replaced
+        return None
+    return profile.measurement if profile else None
+
+
 def save_profile(profile: HardwareProfile) -> Path:
     """Save a measured profile beside those of other devices, and return the path."""
     path = profile_path()

@@ -1,6 +1,7 @@
 """Hardware profiles: kept, read again, refused when damaged; and measured by the command."""
 
 import dataclasses
+import datetime
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ from cptool.cli.main import main
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.errors import UserError
+from cptool.host import processor
+from cptool.planning.hardware import Measurement
 from cptool.planning.profiles import (
     FORMAT,
     default_profile,
@@ -109,12 +112,16 @@ def test_calibrate_writes_a_profile(ranks, monkeypatch):
     if ranks == 1:  # in this process, where each measurement can be made once
         begin = clock.Clock.__init__
 
-        def once(self, world, part, repeats):
-            begin(self, world, part, 1)
+        logs = []
+
+        def once(self, world, part, repeats, log):
+            begin(self, world, part, 1, log)
+            logs.append(log)
 
         monkeypatch.setattr(clock.Clock, "__init__", once)
         done = CliRunner().invoke(main, command)
         assert done.exit_code == 0, done.output
+        assert logs[0].begun == logs[0].total  # the bar ends full
     else:
         command = [sys.executable, "-m", "cptool", *command]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -146,3 +153,48 @@ def test_what_was_found_on_fewer_ranks_is_not_counted_again():
     found = {}, {"3": {variant: (5.0, 7.0) for variant in names(baselines=True)}}
     bare, again = run(more_ranks, found, ranks=RankOptions(cp=2, device="cpu", threads=1))
     assert bare == again and all(0.9 < each < 1 for pair in bare.values() for each in pair)
+
+
+def calibrated(monkeypatch, *options, load, spread, code=0):
+    """What the command prints where measuring gives the default profile."""
+
+    def measure(world, dtypes, *, load):
+        found = Measurement(
+            date="2026-11-30", machine="a CPU", load=load, spread=spread, dtypes=dtypes
+        )
+        return dataclasses.replace(default_profile("cpu"), rule=(1, 1, 1), measurement=found)
+
+    monkeypatch.setattr(calibration, "measure", measure)
+    monkeypatch.setattr(processor, "load_per_processor", lambda: load)
+    command = ["bench", "calibrate", "--cp", "1", "--device", "cpu", *options]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == code, done.output
+    return done
+
+
+def test_rough_figures_do_not_replace_better_ones(monkeypatch):
+    quiet = calibrated(monkeypatch, load=0.02, spread=0.04)
+    assert "2026-11-30 on a CPU: the load was 0.02 per processor" in quiet.stdout
+    assert not quiet.stderr
+    kept = load_profile("cpu").measurement
+    assert (kept.load, kept.spread, kept.dtypes) == (0.02, 0.04, ("bfloat16", "float32"))
+    told = calibrated(monkeypatch, load=1.9, spread=0.04, code=2).stderr
+    assert told.count("\n") == 1 and "the load is 1.9 per processor" in told and "--force" in told
+    told = calibrated(monkeypatch, "--json", load=0.1, spread=0.5, code=1)
+    assert json.loads(told.stdout)["kept"] is False
+    assert "repeats of a measurement differ by 50%" in told.stderr
+    assert load_profile("cpu").measurement == kept
+    told = calibrated(monkeypatch, "--force", load=1.9, spread=0.5).stderr
+    assert "these figures are rough" in told
+    assert load_profile("cpu").measurement.load == 1.9
+    calibrated(monkeypatch, load=1.0, spread=0.5)  # no worse than what is kept
+
+
+def test_a_profile_without_a_date_is_as_old_as_its_file():
+    save_profile(default_profile("cpu"))
+    assert load_profile("cpu").source == f"calibrated {datetime.date.today().isoformat()}"
+
+
+def test_the_spread_is_that_of_the_middle_half():
+    assert clock.spread_of([1.0, 1.0, 1.0, 1.0, 9.0]) == 0
+    assert clock.spread_of([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
