@@ -63,7 +63,7 @@ def prefill_rows(report: "Report") -> Rows:
     ]
     if report.cp > 1:
         exposed = f"{duration(report.exposed_s)} exposed"
-        if tables.room() is not None:
+        if tables.room() or tables.room(to_stderr=True):  # a person reads it
             exposed += " (ranks stood waiting for messages)"
         rows.append(("exchange", f"{size(report.wire_bytes)} sent per rank, {exposed}"))
     return rows

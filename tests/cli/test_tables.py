@@ -3,10 +3,12 @@
 import importlib
 
 import pytest
+from click.testing import CliRunner
 
 from cptool.cli.bench.options import emit
 from cptool.cli.figures import tables
 from cptool.cli.figures.tables import Column
+from cptool.cli.main import main
 
 COLUMNS = (
     Column(name="variant", left=True),
@@ -134,3 +136,17 @@ def test_no_table_of_the_benchmarks_cuts_a_number_at_80_columns(monkeypatch, cap
     emit({"results": [LONG]}, as_json=False, columns=bench._COLUMNS, row=bench._row, caption="")
     (_, row) = capsys.readouterr().out.splitlines()
     assert all(cell in row for cell in cells)
+
+
+@pytest.mark.parametrize("more", [(), ("--sweep", "ranks"), ("--sweep", "contexts")])
+def test_a_plan_is_whole_at_80_columns(monkeypatch, more):
+    command = ["plan", "llama3-405b", "--hardware", "gtt-h100", "--context", "1M", *more]
+    command += ["--max-gpus", "128", "--decode", "1000"]
+    full = CliRunner().invoke(main, command).stdout
+    monkeypatch.setattr(tables, "room", lambda to_stderr=False: 80)
+    shown = CliRunner().invoke(main, command).stdout
+    table, _, command = shown.partition("\nrun it: ")
+    assert all(len(line.rstrip()) <= 80 for line in table.splitlines()) and "…" not in shown
+    if "contexts" not in more:
+        numbers = {word for word in full.split() if word[:1].isdigit()}
+        assert numbers <= set(shown.split())

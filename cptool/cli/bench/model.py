@@ -149,11 +149,13 @@ def title(model: str, config: LlamaConfig, sweep: Any) -> str:
     return f"{model}, {sweep.config.num_hidden_layers} of {config.num_hidden_layers} layers"
 
 
-def caption(title: str, sweep: Any, note: str, profile: str) -> str:
+def caption(title: str, sweep: Any, note: str, profile: dict[str, Any]) -> str:
     """Return what a table says of the model, its columns (`note`) and the predictions."""
+    measured = profile["measurement"]
+    source = f"calibrated {measured['date']}" if measured else "defaults, not calibrated here"
     return (
         f"{title}, random weights, vocabulary of {sweep.config.vocab_size:,}, {sweep.dtype}. "
-        f"{note} Predicted from: {profile}."
+        f"{note} Predicted from: {profile['name']} ({source})."
     )
 
 

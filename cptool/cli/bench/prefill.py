@@ -91,7 +91,7 @@ def prefill(
         as_json=measuring.as_json,
         columns=_COLUMNS,
         row=_row,
-        caption=caption(shown, sweep, _NOTE, fields["profile"]["name"]),
+        caption=caption(shown, sweep, _NOTE, fields["profile"]),
     )
     if measuring.plot:
         _draw(measuring.plot, fields["results"], shown)

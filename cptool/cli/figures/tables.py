@@ -76,15 +76,15 @@ def show(
     layout = _arranged(columns, rows, width)
     shown = {n for group in layout.groups for n in group}
     left_out = [column.name for n, column in enumerate(columns) if n not in shown]
-    if left_out:
-        caption += f" Left out for want of room: {', '.join(left_out)}; --wide prints all."
-    for line in (title, *layout.lines(layout.heads)) if title else layout.lines(layout.heads):
+    missing = f"Left out for want of room: {', '.join(left_out)}; --wide prints all."
+    titles = textwrap.wrap(title, width) if width else [title] * bool(title)
+    for line in (*titles, *layout.lines(layout.heads)):
         click.echo(click.style(line, bold=True), err=to_stderr)
     for line in layout.lines(rows):
         click.echo(line, err=to_stderr)
-    caption = caption.strip()
-    for line in textwrap.wrap(caption, width) if width else [caption] * bool(caption):
-        click.echo(line, err=to_stderr)
+    for text in (caption, missing if left_out else ""):
+        for line in textwrap.wrap(text, width) if width else [text] * bool(text):
+            click.echo(line, err=to_stderr)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import click
 from cptool import units
 from cptool.cli import draw
 from cptool.cli.draw import Rows
+from cptool.cli.figures import tables
 from cptool.cli.plan.search import Search
 from cptool.model.shapes import SHAPES
 from cptool.planning.cost.estimate import Estimate
@@ -104,6 +105,8 @@ class Report:
                     f"{duration(best.ttft.hidden_s)} hidden under compute",
                 )
             )
+            if tables.room():  # a person reads it
+                rows.append(("", "exposed: ranks stand waiting for messages"))
         all_tokens = (
             f", {work.answer:,} in {duration(work.answer * best.ttit.seconds)}"
             if work.answer
