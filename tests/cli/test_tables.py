@@ -53,7 +53,7 @@ def test_a_row_takes_several_lines_where_the_key_columns_do_not_fit(monkeypatch,
 
 
 def test_without_a_terminal_nothing_is_left_out(monkeypatch, capsys):
-    lines = drawn(monkeypatch, capsys, None, caption="word " * 100)
+    lines = drawn(monkeypatch, capsys, None, caption="word " * 99 + "word")
     assert lines[0].split() == "variant time per step predicted exposed sent".split()
     assert len(lines) == 4 and len(lines[-1]) == 499
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 class Writer(Protocol):
     """Writes the answers of a turn to standard output, from their first token to the report."""
 
-    def emit(self, sequence: int, token_id: int) -> None:
-        """Take a token as it is known; see `cptool.cli.launch.run_turn`."""
+    @property
+    def emit(self) -> Callable[[int, int], None] | None:
+        """What takes each token as it is known (`cptool.cli.launch.run_turn`); None for a writer
+        that waits for the report, so that the progress bar stays until then.
+        """
 
     def finish(self, report: Report) -> None:
         """Write what is left. Raises RunError if standard output could not be written."""

@@ -48,8 +48,9 @@ class Texts:
         self._answers: list[list[int]] = [[] for _ in turn.prompts]
         self._written = 0
         self._output = Output()
+        self.emit = self._take if len(turn.prompts) > 1 else None
 
-    def emit(self, sequence: int, token_id: int) -> None:
+    def _take(self, sequence: int, token_id: int) -> None:
         self._answers[sequence].append(token_id)
         while self._written < len(self._answers) and self._ended(self._answers[self._written]):
             self._write(self._answers[self._written])
@@ -73,11 +74,10 @@ class Texts:
 class OneObject:
     """The one object of --json, at the end."""
 
+    emit = None
+
     def __init__(self, turn: Turn, tokenizer: Tokenizer | None, prompts: Sequence[str]) -> None:
         self._turn, self._tokenizer, self._prompts = turn, tokenizer, prompts
-
-    def emit(self, sequence: int, token_id: int) -> None:
-        """Write nothing."""
 
     def finish(self, report: Report) -> None:
         fields = reports.fields(report, self._turn, self._tokenizer)
