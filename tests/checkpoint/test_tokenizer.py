@@ -321,7 +321,7 @@ def test_a_rendered_prompt_keeps_its_one_beginning(saved, tmp_path, around):
             "more than 100 MB for a text of 9,000 characters",
         ),
         (
-            {"_CPU_S": 0.1, "_CPU_S_PER_CHARACTER": 0},
+            {"_CPU_S": 0.0, "_CPU_S_PER_CHARACTER": 0, "_POLL_S": 0.001},
             {"pre_tokenizer": pre_tokenizers.Split(Regex("a(?=.*c)|a"), behavior="isolated")},
             "more than 0 s for a text of 9,000 characters",
         ),
