@@ -21,7 +21,7 @@ from cptool.errors import UserError, as_options, explain, show_traceback
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 COMMANDS = {
-    "generate": "generate.command",
+    "generate": "generate",
     "prefill": "prefill",
     "decode": "decode",
     "chat": "chat.command",

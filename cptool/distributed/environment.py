@@ -62,6 +62,12 @@ def launched_size() -> int | None:
     return seat.size if seat else None
 
 
+def is_first_rank() -> bool:
+    """Return whether this process is rank 0 of the launcher's world, or of no launcher."""
+    seat = launched()
+    return seat is None or seat.rank == 0
+
+
 def _slurm_counts(listed: str) -> list[int]:
     """Return the number of tasks of each node from a list such as "4(x2),3"."""
     counts: list[int] = []

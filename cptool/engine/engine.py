@@ -17,14 +17,7 @@ import torch
 from cptool.cache import KVCache
 from cptool.distributed.world import World
 from cptool.engine.options import EngineOptions
-from cptool.engine.reading import (
-    LONG,
-    Layers,
-    Reading,
-    Report,
-    attention_pairs,
-    silent,
-)
+from cptool.engine.reading import LONG, Layers, Reading, Report, attention_pairs, silent
 from cptool.engine.sampler import Sampler
 from cptool.engine.sampling import Sampling
 from cptool.engine.state import BatchState
@@ -103,7 +96,7 @@ class Engine(BatchState):
         Raises Interrupted on all ranks, and leaves everything as it was, if the launching process
         requests a stop while more than `reading.LONG` tokens are computed.
         """
-        if sum(map(len, new)) <= LONG:
+        if sum(map(len, self.tokens)) - sum(self.computed) + sum(map(len, new)) <= LONG:
             self._extend(new, reserve, variant)
             return
         with self.undone_by(Interrupted):
@@ -217,18 +210,20 @@ class Engine(BatchState):
 
     def next_tokens(self, sampling: Sampling) -> list[int]:
         """Return the token that follows each sequence, the same on every rank; append nothing."""
-        return self._picks(Sampler(sampling, self.tokens))
+        return self._agreed(Sampler(sampling, self.tokens))[0]
 
-    def _picks(self, sampler: Sampler) -> list[int]:
+    def _agreed(self, sampler: Sampler, stopping: bool = False) -> tuple[list[int], bool]:
+        """Return the next tokens, and whether a rank is `stopping`; the same on every rank."""
         # Each is picked by the rank that holds its logits, and summed with zeros from the others.
         picks = [0] * len(self.tokens)
         with self._trace.span("sampling", "sampling"):
             for b, pick in sampler.picks(self.logits).items():
                 picks[b] = pick
         if self.world.cp == 1:
-            return picks
+            return picks, stopping
         with self._trace.span("all-reduce", "exposed"):
-            return self.world.cp_group.sum_of(picks)
+            *picks, stops = self.world.cp_group.sum_of([*picks, int(stopping)])
+        return picks, bool(stops)
 
     def decode(
         self,
@@ -258,8 +253,9 @@ class Engine(BatchState):
         sampler = Sampler(sampling, self.tokens)
         while active:
             self.report("decode, token", max(map(len, answers)), limit)
-            picks = self._picks(sampler)
-            over = interrupted is not None and self._any_rank(interrupted())
+            picks, over = self._agreed(sampler, interrupted is not None and interrupted())
+            if interrupted is not None and self.world.tp > 1:
+                over = self._any_rank(over)
             for b in sorted(active):
                 answers[b].append(picks[b])
                 if emit is not None:

@@ -17,6 +17,8 @@ from cptool.session import store
 # A layer of this prompt takes minutes.
 LONG = ("--synthetic", 60_000, "--context-length", 100_000)
 SLOW = {"CPTOOL_ISA": "portable"}
+# An answer that the model does not end: 300 is its EOS, which would come after 291 tokens.
+ENDLESS = ("-n", 90_000, "--context-length", 100_000, "--logit-bias", "300=-1000")
 
 
 def lines(shown: str) -> list[str]:
@@ -43,8 +45,8 @@ def test_answers_keep_what_was_said(mqa_path, tmp_path, cp):
     cptool("prefill", mqa_path, "--synthetic", 9, "--session", made)
     whole = as_json("decode", made, "-n", 5, "--seed", 1, "--cp", cp)["token_ids"][0]
     cptool("prefill", mqa_path, "--synthetic", 9, "--session", tmp_path / "t")
-    options = ("--cp", cp, "--context-length", 100_000)
-    with terminal("decode", tmp_path / "t", "-n", 90_000, "--seed", 1, *options) as opened:
+    options = ("--cp", cp)
+    with terminal("decode", tmp_path / "t", *ENDLESS, "--seed", 1, *options) as opened:
         opened.wait_for(r"answering, token \d\d+ of 90000 .*\d+ tokens/s")
         opened.type(CTRL_C)
         assert opened.end() == 130
@@ -54,7 +56,7 @@ def test_answers_keep_what_was_said(mqa_path, tmp_path, cp):
         assert opened.left() == [] and count > 5
     assert store.load(tmp_path / "t").sequences[0].tokens[9:14] == tuple(whole)
     revision = store.load(made).revision
-    with terminal("decode", made, *LONG, *options[:2], "--threads", 1, **SLOW) as opened:
+    with terminal("decode", made, *LONG, *options, "--threads", 1, **SLOW) as opened:
         opened.wait_for("reading 60,000 tokens|reading 60,001 tokens")
         opened.type(CTRL_C)
         assert opened.end() == 130
@@ -67,7 +69,7 @@ def test_answers_keep_what_was_said(mqa_path, tmp_path, cp):
 def test_json_says_that_an_answer_was_interrupted(mqa_path, tmp_path):
     made = tmp_path / "s"
     cptool("prefill", mqa_path, "--synthetic", 9, "--session", made)
-    options = ("-n", 90_000, "--context-length", 100_000, "--json")
+    options = (*ENDLESS, "--json")
     with terminal("decode", made, *options) as opened:
         opened.wait_for("answering, token")
         opened.type(CTRL_C)

@@ -81,8 +81,11 @@ def test_the_parts_of_a_layer_weigh_what_they_take(mqa_path):
     assert parts.attention == 0.75
 
 
-def stopped(world, path, at):
-    """Whether a turn that is stopped in layer `at` left the state as it was, and where it ended."""
+def stopped(world, path, at, pending):
+    """Where a turn that is stopped in layer `at` ended, which leaves the state as it was.
+
+    pending: how many of its 600 tokens the engine had already, without KV.
+    """
     layer = -1
 
     def report(phase, done, total, *, work=None):
@@ -96,11 +99,12 @@ def stopped(world, path, at):
     armed = False
     engine = engine_of(world, path, report)
     engine.extend([prompt(70)])
+    engine.append([prompt(600)[:pending]])
     before = [list(engine.tokens[0]), list(engine.computed), engine.cache.lengths]
     logits = {b: row.clone() for b, row in engine.logits.items()}
     armed = True
     with pytest.raises(Interrupted):
-        engine.extend([prompt(600)])
+        engine.extend([prompt(600)[pending:]])
     ended_at = layer
     armed = False
     assert before == [engine.tokens[0], engine.computed, engine.cache.lengths]
@@ -111,7 +115,7 @@ def stopped(world, path, at):
     if world.rank == 0:
         world.board.cancel(False)
     world.barrier()
-    engine.extend([prompt(600)])
+    engine.extend([prompt(600)[pending:]])
     return world.gather(ended_at), engine.next_tokens(Sampling())
 
 
@@ -123,10 +127,10 @@ def unstopped(world, path):
 
 
 @pytest.mark.parametrize("cp, tp", [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize("at", [0, 1])
-def test_a_prefill_that_is_stopped_leaves_no_trace(tiny_model, cp, tp, at):
+@pytest.mark.parametrize("at, pending", [(0, 0), (1, 0), (1, 550)])
+def test_a_prefill_that_is_stopped_leaves_no_trace(tiny_model, cp, tp, at, pending):
     ranks = RankOptions(cp=cp, tp=tp, device="cpu")
-    ended, token = run(stopped, tiny_model, at, ranks=ranks)
+    ended, token = run(stopped, tiny_model, at, pending, ranks=ranks)
     assert len(set(ended)) == 1 and ended[0] - at in (0, 1)
     assert token == run(unstopped, tiny_model, ranks=ranks)
 

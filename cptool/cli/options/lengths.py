@@ -43,7 +43,7 @@ def tokens_to_append(
     Says so if `count` was given and is too much. Raises UserError if the context has no room for a
     single token, unless `count` is 0.
     """
-    from cptool.distributed.environment import launched
+    from cptool.distributed.environment import is_first_rank
 
     lengths = list(map(len, new))
     before = [0] * len(new) if held is None else list(held)
@@ -51,8 +51,7 @@ def tokens_to_append(
     check_context(lengths, before, min(wanted, 1), config)
     context = config.max_position_embeddings
     room = context - max(n + h for n, h in zip(lengths, before, strict=True))
-    seat = launched()
-    if count is not None and count > room and (seat is None or seat.rank == 0):
+    if count is not None and count > room and is_first_rank():
         draw.say(
             f"-n {count}: the context of {context:,} tokens has room for {room:,} more", always=True
         )

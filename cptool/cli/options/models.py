@@ -39,7 +39,7 @@ def open_model(model: str, context_length: int | None = None) -> "Checkpoint":
     tokenizer is refused: the refusal, if it follows, is then the only line.
     """
     from cptool.checkpoint import open_checkpoint
-    from cptool.distributed.environment import launched
+    from cptool.distributed.environment import is_first_rank
 
     if context_length is not None and context_length > _MOST_POSITIONS:
         raise OptionError(
@@ -49,8 +49,7 @@ def open_model(model: str, context_length: int | None = None) -> "Checkpoint":
     if context_length is not None:
         config = replace(checkpoint.config, max_position_embeddings=context_length)
         checkpoint = replace(checkpoint, config=config)
-    seat = launched()
-    if checkpoint.notes and (seat is None or seat.rank == 0) and _has_sound_tokenizer(checkpoint):
+    if checkpoint.notes and is_first_rank() and _has_sound_tokenizer(checkpoint):
         for note in checkpoint.notes:
             draw.say(note, always=True)
     return checkpoint
@@ -67,10 +66,9 @@ def _has_sound_tokenizer(checkpoint: "Checkpoint") -> bool:
 def say_reading(checkpoint: "Checkpoint") -> None:
     """Announce that all of the checkpoint is read for its fingerprint, if that takes long."""
     from cptool.checkpoint.fingerprint import bytes_to_read
-    from cptool.distributed.environment import launched
+    from cptool.distributed.environment import is_first_rank
 
-    seat = launched()
-    if seat is not None and seat.rank:
+    if not is_first_rank():
         return
     size = bytes_to_read(checkpoint, checkpoint.state)
     if size >= _LARGE:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cptool import units
 from cptool.cli import draw
 from cptool.cli.options.prompts import Prompt, Prompts
-from cptool.distributed.environment import launched
+from cptool.distributed.environment import is_first_rank
 from cptool.errors import UserError
 from cptool.session.conversation import find_dialogues, open_answer
 from cptool.session.dialogue import Dialogue
@@ -164,6 +164,5 @@ def _say_raw(
 
 def _say(line: str) -> None:
     """Print a line on standard error, once for all ranks of a launcher."""
-    seat = launched()
-    if seat is None or not seat.rank:
+    if is_first_rank():
         draw.say(line)
