@@ -112,13 +112,14 @@ def _halves(ranks: int) -> list[int]:
 
 def _once(engine, choice, new: int, mark) -> float:
     """Seconds of the slowest rank."""
+    from cptool.engine.answers.decode import next_tokens
     from cptool.engine.sampling import Sampling
 
     engine.rewind(mark)
     engine.world.barrier()
     began = time.perf_counter()
     engine.extend([[1] * (new - 1)], variant=choice)
-    engine.next_tokens(Sampling())
+    next_tokens(engine, Sampling())
     took = time.perf_counter() - began
     return max(engine.world.gather(took))
 

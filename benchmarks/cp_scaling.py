@@ -26,6 +26,7 @@ from cptool.checkpoint import open_checkpoint
 from cptool.distributed.devices import cores
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
+from cptool.engine.answers.decode import decode, next_tokens
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
@@ -40,9 +41,9 @@ def prefill(world, path: str, tokens: list[int], variant: str) -> dict[str, floa
         world.barrier()
         begin = time.perf_counter()
         engine.extend([prompt], reserve=17)
-        engine.next_tokens(Sampling())
+        next_tokens(engine, Sampling())
         first = time.perf_counter()
-        engine.decode(16, Sampling())
+        decode(engine, 16, Sampling())
         last = time.perf_counter()
     return {
         "ttft_s": first - begin,

@@ -28,6 +28,7 @@ from cptool.bench.timing import circumstances, summary
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
+from cptool.engine.answers.decode import decode, next_tokens
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
@@ -53,9 +54,9 @@ def ours(world, path: Path) -> Callable[[list[int], int], Times]:
         engine = Engine(model, world)
         begin = clock()
         engine.extend([tokens], reserve=further + 1)
-        engine.next_tokens(Sampling())
+        next_tokens(engine, Sampling())
         first = clock()
-        engine.decode(further + 1, Sampling())
+        decode(engine, further + 1, Sampling())
         return first - begin, (clock() - first) / further
 
     return measure

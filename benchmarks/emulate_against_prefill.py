@@ -31,6 +31,7 @@ def compare(world, lengths, variant, dtype, rounds):
     from cptool.calibration.rig import random_model
     from cptool.emulation.layer import Scenario
     from cptool.emulation.projection import emulate
+    from cptool.engine.answers.decode import next_tokens
     from cptool.engine.engine import Engine
     from cptool.engine.options import EngineOptions
     from cptool.engine.sampling import Sampling
@@ -56,7 +57,7 @@ def compare(world, lengths, variant, dtype, rounds):
             world.barrier()
             began = time.perf_counter()
             engine.extend([prompt])
-            engine.next_tokens(Sampling())
+            next_tokens(engine, Sampling())
             measured.append(max(world.gather(time.perf_counter() - began)))
             exposed.append(max(world.gather(engine.ring.exposed_s)))
             if world.rank == 0:

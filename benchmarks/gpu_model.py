@@ -20,6 +20,7 @@ from gpu_timing import arguments, copy, cuda, parser, product, timed, write
 from cptool.checkpoint.shapes import find_shape
 from cptool.distributed import launch
 from cptool.distributed.options import RankOptions
+from cptool.engine.answers.decode import decode, next_tokens
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
@@ -63,14 +64,14 @@ def prefill(engine: Engine, prompt: list[int], device: torch.device) -> float:
     synchronize(device)
     began = time.perf_counter()
     engine.extend([prompt], reserve=256)
-    engine.next_tokens(Sampling())
+    next_tokens(engine, Sampling())
     return time.perf_counter() - began
 
 
-def decode(engine: Engine, steps: int) -> float:
+def timed_decode(engine: Engine, steps: int) -> float:
     """Seconds of a step, the mean over `steps`."""
     times: list[float] = []
-    engine.decode(steps + 1, Sampling(), emit=lambda *_: times.append(time.perf_counter()))
+    decode(engine, steps + 1, Sampling(), emit=lambda *_: times.append(time.perf_counter()))
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
@@ -93,7 +94,7 @@ def measure(world, given, config, contexts) -> list[dict[str, object]]:
         for _ in range(given.rounds + 1):
             for name, engine in engines.items():
                 samples["prefill"].append(prefill(engine, prompt, device))
-                samples[name].append(decode(engine, given.steps))
+                samples[name].append(timed_decode(engine, given.steps))
             samples["gemm"].append(timed(run, device, 10))
             samples["copy"].append(timed(moving, device, 5))
         median = {name: statistics.median(values[1:]) for name, values in samples.items()}

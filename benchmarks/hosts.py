@@ -142,12 +142,13 @@ def _as(choice, variant: str, ranks: int):
 def _once(world, engine, variant: str, new: int, cached: int) -> tuple[float, float]:
     """Seconds to the first token on the slowest rank, and the most that one waited; the engine is
     as it was."""
+    from cptool.engine.answers.decode import next_tokens
     from cptool.engine.sampling import Sampling
 
     world.barrier()
     exposed, began = engine.ring.exposed_s, time.perf_counter()
     engine.extend([[1] * (new - 1)], variant=variant)
-    engine.next_tokens(Sampling())
+    next_tokens(engine, Sampling())
     took = time.perf_counter() - began
     exposed = engine.ring.exposed_s - exposed
     engine.truncate([cached + 1])

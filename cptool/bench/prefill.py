@@ -19,6 +19,7 @@ from cptool.bench.timing import summary
 from cptool.calibration import measure as calibrate
 from cptool.calibration.rig import prepare, random_model, smaller_worlds
 from cptool.distributed.world import World
+from cptool.engine.answers.decode import next_tokens
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.state import Mark
@@ -139,7 +140,7 @@ def _once(engine: Engine, mark: Mark, choice: Choice, new: int) -> tuple[float, 
     variant = choice.variant if choice.active == engine.world.cp else AUTO
     began = time.perf_counter()
     engine.extend([[1] * (new - 1)], variant=variant)
-    engine.next_tokens(Sampling())
+    next_tokens(engine, Sampling())
     took = time.perf_counter() - began
     return took, ring.exposed_s - exposed, ring.sent_bytes - sent
 

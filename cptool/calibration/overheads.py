@@ -13,6 +13,7 @@ from cptool.calibration.clock import Clock, Log
 from cptool.calibration.examples import TINY
 from cptool.calibration.rig import hold, random_model
 from cptool.distributed.world import World
+from cptool.engine.answers.decode import next_tokens
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.state import Mark
@@ -140,6 +141,6 @@ def _forward(
             return
         engine.rewind(mark)
         engine.extend([[1] * (new - 1)], variant=variant)
-        engine.next_tokens(Sampling())
+        next_tokens(engine, Sampling())
 
     return work

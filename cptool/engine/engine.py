@@ -1,4 +1,4 @@
-"""Prefill, extend, decode: exact inference of a batch of sequences, split over ranks by context.
+"""Prefill, extend, advance: exact inference of a batch of sequences, split over ranks by context.
 
 Every rank runs the same program with the same arguments. A forward over T new tokens on top of P
 cached ones is one method, `extend`: a full prefill is P = 0, a decode step is T = 1 for every
@@ -8,7 +8,7 @@ placement of the cached ones; positions are the mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -18,8 +18,6 @@ from cptool.cache import KVCache
 from cptool.distributed.world import World
 from cptool.engine.options import EngineOptions
 from cptool.engine.reading import LONG, Layers, Reading, Report, attention_pairs, silent
-from cptool.engine.sampler import Sampler
-from cptool.engine.sampling import Sampling
 from cptool.engine.state import BatchState
 from cptool.engine.static_decode import Observer, StaticDecode, StepContext
 from cptool.errors import Interrupted
@@ -45,6 +43,7 @@ class Engine(BatchState):
     """A model on this rank's devices and a batch of sequences that it reads and continues.
 
     choice: the variant of the last forward, and why; None before the first.
+    trace: records spans of this rank once a recorder is attached.
 
     Attributes, those of `BatchState` included, are for reading; the methods change them.
     """
@@ -79,7 +78,7 @@ class Engine(BatchState):
         super().__init__(cache, ranks=world.cp)
         self._steps: StaticDecode | None = None
         self._stepping = False
-        self._trace: Recorder | Silent = SILENT
+        self.trace: Recorder | Silent = SILENT
         self._observer: Observer | None = None
 
     def extend(
@@ -134,7 +133,7 @@ class Engine(BatchState):
                 pairs=self.model.num_heads
                 * attention_pairs(layout, rank, None if keys_travel else self.holdings),
             )
-        with self._trace.span("model", "small ops"):
+        with self.trace.span("model", "small ops"):
             attention = self._attention(step, self.choice.variant, reading)
             passed = None if reading is None else reading.passed
             hidden = self.model(local, mine.positions, attention, passed=passed)
@@ -147,7 +146,7 @@ class Engine(BatchState):
             if length and layout.owner(b, self.computed[b] + length - 1) == rank
         ]
         kept = {b: row for b, row in self.logits.items() if not lengths[b]}
-        with self._trace.span("logits", "linear"):
+        with self.trace.span("logits", "linear"):
             rows = self.model.logits(hidden[[ends[b] - 1 for b in owned]])
         self.logits = {**kept, **dict(zip(owned, rows, strict=True))}
         self.computed = [len(said) for said in self.tokens]
@@ -199,7 +198,7 @@ class Engine(BatchState):
         ) -> torch.Tensor:
             self.cache.store(layer, k, v)
             seen = nullcontext() if reading is None else reading.attention(layer)
-            with seen, self._trace.span("attention", "attention"):
+            with seen, self.trace.span("attention", "attention"):
                 kv = self.cache.layer(layer)
                 out = attend(variant, q, kv, step, ring=self.ring, scale=scale)
             if self._observer is not None:
@@ -207,70 +206,6 @@ class Engine(BatchState):
             return out
 
         return attention
-
-    def next_tokens(self, sampling: Sampling) -> list[int]:
-        """Return the token that follows each sequence, the same on every rank; append nothing."""
-        return self._agreed(Sampler(sampling, self.tokens))[0]
-
-    def _agreed(self, sampler: Sampler, stopping: bool = False) -> tuple[list[int], bool]:
-        """Return the next tokens, and whether a rank is `stopping`; the same on every rank."""
-        # Each is picked by the rank that holds its logits, and summed with zeros from the others.
-        picks = [0] * len(self.tokens)
-        with self._trace.span("sampling", "sampling"):
-            for b, pick in sampler.picks(self.logits).items():
-                picks[b] = pick
-        if self.world.cp == 1:
-            return picks, stopping
-        with self._trace.span("all-reduce", "exposed"):
-            *picks, stops = self.world.cp_group.sum_of([*picks, int(stopping)])
-        return picks, bool(stops)
-
-    def decode(
-        self,
-        limit: int,
-        sampling: Sampling,
-        stop: Sequence[int] = (),
-        *,
-        emit: Callable[[int, int], None] | None = None,
-        interrupted: Callable[[], bool] | None = None,
-        variant: str | None = None,
-    ) -> list[list[int]]:
-        """Append up to `limit` tokens to each sequence and return them.
-
-        A sequence that generates a token of `stop` keeps it and leaves the batch until it is given
-        new tokens. An empty sequence takes no part. The KV of a sequence's last token stays
-        pending.
-
-        emit: called as emit(sequence, token) for each token as it is known.
-        interrupted: called at each token; once it returns True on any rank, that token is the last
-            one of every sequence, on all ranks.
-        variant: used for these steps instead of the engine's.
-        """
-        answers: list[list[int]] = [[] for _ in self.tokens]
-        active = {b for b, said in enumerate(self.tokens) if said and limit and not self.ended[b]}
-        if active and self.computed != [len(said) for said in self.tokens]:
-            self.extend([[] for _ in self.tokens], variant=variant)
-        sampler = Sampler(sampling, self.tokens)
-        while active:
-            self.report("decode, token", max(map(len, answers)), limit)
-            picks, over = self._agreed(sampler, interrupted is not None and interrupted())
-            if interrupted is not None and self.world.tp > 1:
-                over = self._any_rank(over)
-            for b in sorted(active):
-                answers[b].append(picks[b])
-                if emit is not None:
-                    emit(b, picks[b])
-                if over or picks[b] in stop or len(answers[b]) == limit:
-                    active.remove(b)
-                    self.logits.pop(b, None)
-                    self.ended[b] = picks[b] in stop
-            left = limit - max(map(len, answers))
-            self.advance({b: picks[b] for b in sorted(active)}, left, variant=variant)
-        self.settle()
-        for said, answer in zip(self.tokens, answers, strict=True):
-            # Part of the sequence, but without KV until what follows it is needed.
-            said.extend(answer[-1:])
-        return answers
 
     @torch.inference_mode()
     def advance(self, picks: dict[int, int], left: int, *, variant: str | None = None) -> None:
@@ -298,7 +233,7 @@ class Engine(BatchState):
 
     def _goes_static(self, rows: int, variant: str) -> bool:
         """Return whether a step uses static memory: neither a variant nor a trace was requested."""
-        return self.static and variant == AUTO and not self._trace.on and rows <= STATIC_ROWS
+        return self.static and variant == AUTO and not self.trace.on and rows <= STATIC_ROWS
 
     def _open_steps(self, sequences: list[int], steps: int) -> StaticDecode:
         self.settle()
@@ -330,7 +265,7 @@ class Engine(BatchState):
 
     def attach_recorder(self, recorder: Recorder) -> None:
         """Record spans and transfers of this rank in `recorder` from now on."""
-        self._trace = self.ring.trace = recorder
+        self.trace = self.ring.trace = recorder
         recorder.attach(self.model)
 
     def attach_observer(self, observer: Observer | None) -> None:
@@ -340,7 +275,3 @@ class Engine(BatchState):
         """
         self.settle()
         self._observer, self._steps = observer, None
-
-    def _any_rank(self, value: bool) -> bool:
-        """Return whether `value` holds on any rank."""
-        return bool(self.world.group.sum_of([int(value)])[0])

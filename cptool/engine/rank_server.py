@@ -121,6 +121,8 @@ class _Server:
         return Done()
 
     def go_on(self, request: Continue) -> Answer:
+        from cptool.engine.answers.decode import decode
+
         slot = self.slot_of(request)
         engine = slot.engine
         shared = self.go_back(slot, request.tokens, fresh=request.fresh)
@@ -131,7 +133,8 @@ class _Server:
         except Interrupted:
             nothing = tuple(() for _ in new)
             return Answer(token_ids=nothing, stopped=("interrupted",) * len(new), reused=reused)
-        answers = engine.decode(
+        answers = decode(
+            engine,
             request.limit,
             request.sampling,
             request.stop_ids,

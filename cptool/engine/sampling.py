@@ -1,6 +1,6 @@
 """How the next token is chosen: the values of a sampling, and what they make of logits.
 
-`cptool.engine.sampler` applies them to a batch.
+`cptool.engine.answers.sampler` applies them to a batch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -71,6 +71,15 @@ class BatchState:
         for b, (tokens, added) in enumerate(zip(self.tokens, new, strict=True)):
             tokens.extend(added)
             self.ended[b] = self.ended[b] and not added
+
+    def conclude(self, last: Mapping[int, int], stop: Collection[int]) -> None:
+        """Append the last token of an answer to each sequence b, `last[b]`, whose KV stays pending;
+        the answer has ended if it is one of `stop`.
+        """
+        for b, token in last.items():
+            self.tokens[b].append(token)
+            self.ended[b] = token in stop
+            self.logits.pop(b, None)
 
     def truncate(self, lengths: list[int]) -> None:
         """Go back to the first `lengths[b]` tokens of each sequence, without computing anything.

@@ -131,6 +131,8 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     Once the launching process requests a stop, the next token of each answer is its last, and the
     session is saved; Interrupted is raised, and nothing saved, if the prompt was still being read.
     """
+    from cptool.engine.answers.decode import decode, next_tokens
+
     began = time.perf_counter()
     checkpoint, model = load_for(world, turn)
     engine = make_engine(world, turn, model, batch=len(turn.prompts))
@@ -141,12 +143,13 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     _allow_cancelling(world)
     loaded = time.perf_counter()
     engine.extend([list(prompt) for prompt in turn.prompts], reserve=turn.max_new_tokens)
-    first = tuple(engine.next_tokens(turn.sampling))
+    first = tuple(next_tokens(engine, turn.sampling))
     answered = time.perf_counter()
     choice, exposed, sent = engine.choice, engine.ring.exposed_s, engine.ring.sent_bytes
     new = [computed - before for computed, before in zip(engine.computed, cached, strict=True)]
     emit = emit if world.rank == 0 else None
-    answers = engine.decode(
+    answers = decode(
+        engine,
         turn.max_new_tokens,
         turn.sampling,
         turn.stop_ids,

@@ -18,6 +18,7 @@ from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.distributed.status_board import Board
 from cptool.distributed.world import World
+from cptool.engine.answers.decode import next_tokens
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
@@ -175,7 +176,7 @@ def _measure(world: World, model: Llama, trial: Trial, variant: str) -> Measurem
                 if first_run:
                     best = _everywhere(world, engine).topk(2).values
                     margins.append(float(best[0] - best[1]))
-                tokens += engine.next_tokens(Sampling())
+                tokens += next_tokens(engine, Sampling())
                 engine.advance({0: tokens[-1]}, left, variant=AUTO if static else None)
             engine.settle()
         if static:

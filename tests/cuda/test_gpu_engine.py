@@ -18,6 +18,7 @@ from cptool.distributed.options import RankOptions
 from cptool.emulation.layer import Scenario
 from cptool.emulation.projection import emulate
 from cptool.engine import saving
+from cptool.engine.answers.decode import decode
 from cptool.engine.engine import Engine
 from cptool.engine.graphs import Recorded
 from cptool.engine.options import EngineOptions
@@ -66,7 +67,7 @@ def say_under(world, path, variant):
     answers = []
     for turn in TURNS:
         engine.extend(turn)
-        answers.append(engine.decode(7, Sampling()))
+        answers.append(decode(engine, 7, Sampling()))
     return answers, engine.ring.exposed_s
 
 
@@ -96,10 +97,10 @@ def steps_in_a_graph(world, path, dtype):
             world, path, getattr(torch, dtype), batch=3, options=EngineOptions(static=static)
         )
         engine.extend([prompt(37), prompt(1), prompt(12)], reserve=64)
-        answers = [engine.decode(20, Sampling())]
+        answers = [decode(engine, 20, Sampling())]
         steps = engine._steps
         engine.extend([[5], [6, 7], []])
-        answers.append(engine.decode(20, Sampling(), stop=(11, 12)))
+        answers.append(decode(engine, 20, Sampling(), stop=(11, 12)))
         said.append(answers)
     assert engine._steps is steps  # nothing moved, so nothing was recorded anew
     return said, steps.reason
@@ -151,7 +152,7 @@ def save(world, path, directory):
     checkpoint = open_checkpoint(str(path))
     engine = engine_of(world, path, batch=2)
     engine.extend([prompt(21), prompt(4)])
-    said = engine.decode(6, Sampling())
+    said = decode(engine, 6, Sampling())
     saving.save(engine, directory, None, identity(checkpoint))
     return said
 
@@ -161,7 +162,7 @@ def resume(world, path, directory):
 
     engine = engine_of(world, path, batch=2)
     saving.restore(engine, directory, session.load(directory))
-    return engine.decode(6, Sampling())
+    return decode(engine, 6, Sampling())
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from cptool.checkpoint import open_checkpoint
+from cptool.engine.answers.decode import decode
+from cptool.engine.answers.sampler import Sampler
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
-from cptool.engine.sampler import Sampler
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 
@@ -106,7 +107,7 @@ def decoded(world, path, batch, sampling, static, steps):
     model = load_model(open_checkpoint(str(path)), torch.float32, world.device, None)
     engine = Engine(model, world, batch=len(batch), options=EngineOptions(static=static))
     engine.extend(batch)
-    return engine.decode(steps, sampling)
+    return decode(engine, steps, sampling)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

@@ -7,6 +7,7 @@ from ranks import run_ranks
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
+from cptool.engine.answers.decode import next_tokens
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
 from cptool.engine.reading import Layers
@@ -116,14 +117,14 @@ def stopped(world, path, at, pending):
         world.board.cancel(False)
     world.barrier()
     engine.extend([prompt(600)[pending:]])
-    return world.gather(ended_at), engine.next_tokens(Sampling())
+    return world.gather(ended_at), next_tokens(engine, Sampling())
 
 
 def unstopped(world, path):
     engine = engine_of(world, path, world.report)
     engine.extend([prompt(70)])
     engine.extend([prompt(600)])
-    return engine.next_tokens(Sampling())
+    return next_tokens(engine, Sampling())
 
 
 @pytest.mark.parametrize("cp, tp", [(1, 1), (2, 1), (1, 2)])

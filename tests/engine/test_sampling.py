@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cptool.engine.sampler import Sampler
+from cptool.engine.answers.sampler import Sampler
 from cptool.engine.sampling import Sampling
 from cptool.errors import RunError, UserError
 

@@ -10,6 +10,7 @@ from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.engine import saving
+from cptool.engine.answers.decode import decode
 from cptool.engine.engine import Engine
 from cptool.engine.graphs import Recorded
 from cptool.engine.options import EngineOptions
@@ -37,7 +38,7 @@ def say(world, path, static, turns, steps, stop=(), sampling=Sampling(), partial
     answers, ways = [], []
     for turn in turns:
         engine.extend(turn)
-        answers.append(engine.decode(steps, sampling, stop))
+        answers.append(decode(engine, steps, sampling, stop))
         ways.append(engine.choice.variant)
         assert engine.cache.lengths == engine.holdings.counts[world.cp_rank]
     return answers, ways, [row.tolist() for row in engine.cache.held.sequences()], engine.computed
@@ -95,11 +96,11 @@ def saved_and_resumed(world, path, directory, static):
     model = load_model(checkpoint, torch.float32, world.device, world)
     engine = Engine(model, world, options=EngineOptions(static=static))
     engine.extend([prompt(21)])
-    said = engine.decode(6, Sampling())
+    said = decode(engine, 6, Sampling())
     manifest = saving.save(engine, directory, None, identity(checkpoint))
     resumed = Engine(model, world, options=EngineOptions(static=static))
     saving.restore(resumed, directory, manifest)
-    return said + resumed.decode(6, Sampling())
+    return said + decode(resumed, 6, Sampling())
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -13,6 +13,7 @@ from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.engine import saving
+from cptool.engine.answers.decode import decode
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
@@ -97,7 +98,7 @@ def say(world, path, variant: str, turns, steps: int) -> list[list[int]]:
     engine = Engine(model, world, batch=len(turns[0]), options=options)
     for turn in turns:
         engine.extend(turn)
-        answers.append(engine.decode(steps, Sampling()))
+        answers.append(decode(engine, steps, Sampling()))
     return answers
 
 
@@ -118,7 +119,7 @@ def long_decode(world, path, steps: int, stop: tuple[int, ...]):
     model = load_model(open_checkpoint(str(path)), torch.float32, world.device, world)
     engine = Engine(model, world, batch=4)
     engine.extend([prompt(length) for length in (3, 10, 1, 22)])
-    answers = engine.decode(steps, Sampling(temperature=1.0), stop)
+    answers = decode(engine, steps, Sampling(temperature=1.0), stop)
     return world.gather(engine.cache.lengths), list(map(len, answers))
 
 
@@ -161,7 +162,7 @@ def with_an_empty_member(world, path) -> list[list[int]]:
     model = load_model(open_checkpoint(str(path)), torch.float32, world.device, world)
     engine = Engine(model, world, batch=3)
     engine.extend([prompt(5), [], prompt(3)])
-    answers = engine.decode(4, Sampling())
+    answers = decode(engine, 4, Sampling())
     assert engine.tokens == [prompt(5) + answers[0], [], prompt(3) + answers[2]]
     return answers
 
@@ -182,16 +183,16 @@ def ended_and_asked_again(world, path, directory) -> dict[str, list[list[int]]]:
 
     whole = engine()
     whole.extend([prompt(5), prompt(8)])
-    free = whole.decode(12, Sampling())
+    free = decode(whole, 12, Sampling())
     stop = next(token for token in free[0] if token not in free[1])
     first = engine()
     first.extend([prompt(5), prompt(8)])
-    said = {"free": free, "first": first.decode(6 + free[0].index(stop), Sampling(), (stop,))}
+    said = {"free": free, "first": decode(first, 6 + free[0].index(stop), Sampling(), (stop,))}
     manifest = saving.save(first, directory, None, identity(checkpoint))
     second = engine()
     saving.restore(second, directory, store.load(directory))
-    said["second"] = second.decode(2, Sampling(), (stop,))
-    said["third"] = (second.extend([[7], []]), second.decode(1, Sampling()))[1]
+    said["second"] = decode(second, 2, Sampling(), (stop,))
+    said["third"] = (second.extend([[7], []]), decode(second, 1, Sampling()))[1]
     assert manifest.sequences[0].ended and not manifest.sequences[1].ended
     return said
 
