@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cptool.functional import ring_attention, shard, shard_positions, unshard
-    from cptool.llm import LLM, Generation
-    from cptool.llm_session import Session
+    from cptool.llm.llm import LLM, Generation
+    from cptool.llm.options import GenerateOptions
+    from cptool.llm.session import Session
     from cptool.ops.attention import attention_partial, merge_partials
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "GenerateOptions",
     "Generation",
     "Session",
     "attention_partial",
@@ -29,9 +31,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LLM": "cptool.llm",
-    "Generation": "cptool.llm",
-    "Session": "cptool.llm_session",
+    "LLM": "cptool.llm.llm",
+    "GenerateOptions": "cptool.llm.options",
+    "Generation": "cptool.llm.llm",
+    "Session": "cptool.llm.session",
     "attention_partial": "cptool.ops.attention",
     "merge_partials": "cptool.ops.attention",
     "ring_attention": "cptool.functional",

@@ -33,7 +33,7 @@ ORDER = [
     {"engine"},
     {"exactness", "emulation", "calibration"},
     {"bench"},
-    {"llm", "llm_session"},
+    {"llm"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,6 +1,7 @@
 """The Python front door: what it generates, what it keeps, and that it leaves nothing behind."""
 
 import gc
+import inspect
 import multiprocessing
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 
 import pytest
 from conftest import greedy
@@ -17,7 +19,8 @@ from test_cli import MQA_IDS, as_json
 import cptool
 from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.base import Checkpoint
-from cptool.errors import RunError, UserError
+from cptool.engine.sampling_request import SamplingRequest
+from cptool.errors import OptionError, RunError, UserError
 
 BATCH = [MQA_IDS[:1], MQA_IDS[1:8], MQA_IDS[8:]]
 
@@ -91,6 +94,69 @@ def test_texts_and_conversations(smollm2_path, smollm2_reference, tmp_path):
         assert session.texts[0].endswith(answer.text)
 
 
+SAMPLED = {
+    "temperature": 0.9,
+    "top_p": 0.95,
+    "top_k": 40,
+    "min_p": 0.01,
+    "repetition_penalty": 1.2,
+    "presence_penalty": 0.3,
+    "frequency_penalty": -0.4,
+    "logit_bias": {7: 4.5, 21: -2.0},
+    "seed": 11,
+}
+WRONG = [
+    ("max_tokens", 0),
+    ("max_tokens", 2.5),
+    ("temperature", -1),
+    ("top_p", 2),
+    ("top_k", 1.5),
+    ("min_p", "a"),
+    ("repetition_penalty", 0),
+    ("presence_penalty", "much"),
+    ("frequency_penalty", 3),
+    ("logit_bias", {301: 1.0}),
+    ("logit_bias", [(1, 1.0)]),
+    ("seed", "a"),
+]
+
+
+def test_options_are_those_of_the_commands(mqa_path, token_file, tmp_path):
+    assert set(cptool.GenerateOptions.__annotations__) == {"max_tokens", *SAMPLED}
+    assert {f.name for f in fields(SamplingRequest)} == set(SAMPLED)
+    for method in (cptool.LLM.generate, cptool.Session.generate, cptool.Session.chat):
+        assert set(SAMPLED) < set(inspect.signature(method).parameters)
+        assert "\nrepetition_penalty: above 1" in method.__doc__
+    given = ["--token-ids", token_file(BATCH), "-n", 9]
+    for name, value in SAMPLED.items():
+        values = [f"{i}={x}" for i, x in value.items()] if name == "logit_bias" else [value]
+        for each in values:
+            given += ["--" + name.replace("_", "-"), each]
+    told = as_json("generate", mqa_path, "--device", "cpu", *given)
+    with cptool.LLM(mqa_path, cp=2, device="cpu", threads=1) as llm:
+        batch = llm.generate(BATCH, max_tokens=9, **SAMPLED)
+        kept = llm.session(tmp_path / "s").generate(BATCH, max_tokens=9, **SAMPLED)
+    assert batch == kept and [list(r.token_ids) for r in batch] == told["token_ids"]
+    assert [r.stopped for r in batch] == told["stopped"]
+
+
+def test_the_context_ends_answers(mqa_path, mqa_reference, tmp_path):
+    """`max_tokens` is capped as -n is, and the context is what `context_length` says."""
+    with cptool.LLM(mqa_path, device="cpu", threads=1, context_length=20) as llm:
+        (result,) = llm.generate([BATCH[1]], temperature=0)
+        assert list(result.token_ids) == greedy(mqa_reference, BATCH[1], 13, ())
+        assert result.stopped == "length"
+        session = llm.session(tmp_path / "s")
+        session.generate([BATCH[1]], max_tokens=11, temperature=0)
+        (result,) = session.generate(max_tokens=3, temperature=0)
+        assert len(result.token_ids) == 2 and result.stopped == "length"
+        with pytest.raises(UserError, match="context is 20; shorten it, or give `context_length`"):
+            session.generate()
+    with cptool.LLM(mqa_path, device="cpu", threads=1, context_length=3000) as llm:
+        (result,) = llm.generate([[1] * 2050], max_tokens=2)
+        assert len(result.token_ids) == 2
+
+
 def test_mistakes_are_one_line_and_the_ranks_go_on(mqa_path, smollm2_path, tmp_path):
     with cptool.LLM(mqa_path, device="cpu", threads=1) as llm:
         for prompts, rule in [
@@ -98,15 +164,17 @@ def test_mistakes_are_one_line_and_the_ranks_go_on(mqa_path, smollm2_path, tmp_p
             ([[1], []], "prompt 2: it is empty"),
             ([[301]], "prompt 1: token id 301 is not in the model's vocabulary"),
             (["text"], "has no tokenizer"),
-            ([[1] * 2000], "the model's context is 2048"),
+            ([[1] * 2048], "the model's context is 2048"),
         ]:
             with pytest.raises(UserError, match=rule) as told:
                 llm.generate(prompts)
             assert "\n" not in str(told.value)
-        with pytest.raises(UserError, match="`max_tokens` 0"):
-            llm.generate(BATCH, max_tokens=0)
-        with pytest.raises(UserError, match="`top_p` 2"):
-            llm.generate(BATCH, top_p=2)
+        for option, wrong in WRONG:
+            with pytest.raises(OptionError, match=f"^`{option}` ") as told:
+                llm.generate(BATCH, **{option: wrong})
+            assert "\n" not in str(told.value)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'topp'; the options are"):
+            llm.generate(BATCH, topp=1)
         with pytest.raises(UserError, match="is a new session"):
             llm.session(tmp_path / "s").generate()
         assert len(llm.generate(BATCH, max_tokens=1)) == 3
@@ -115,6 +183,7 @@ def test_mistakes_are_one_line_and_the_ranks_go_on(mqa_path, smollm2_path, tmp_p
         ({"dtype": "int8"}, "`dtype` int8"),
         ({"variant": "fast"}, "`variant` fast"),
         ({"tp": 2}, "`tp` 2"),
+        ({"context_length": 0}, "`context_length` 0"),
     ]:
         with pytest.raises(UserError, match=rule):
             cptool.LLM(mqa_path, device="cpu", **options)

@@ -2,12 +2,14 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from cptool.checkpoint.base import Checkpoint
 from cptool.checkpoint.fields import first_line
 from cptool.errors import UserError
 from cptool.files import expanded, home
+from cptool.model.context import with_context
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -16,13 +18,20 @@ _HUB_FILES = ["*.json", "*.jinja", "*.chk", "tokenizer.model", "model*.safetenso
 _META_WEIGHTS = ["consolidated*.pth"]
 
 
-def open_checkpoint(model: str) -> Checkpoint:
+def open_checkpoint(model: str, context_length: int | None = None) -> Checkpoint:
     """Open a model and check everything that its headers state; imports no torch.
 
     `model` is a directory in the Hugging Face layout or in Meta's, a .gguf file, a name of the
-    catalogue, or a hub id `org/name`, downloaded on first use. Raises UserError, one line, for
-    anything else.
+    catalogue, or a hub id `org/name`, downloaded on first use. `context_length` takes the place of
+    the context that its files state. Raises UserError, one line, for anything else.
     """
+    checkpoint = _open(model)
+    if context_length is None:
+        return checkpoint
+    return replace(checkpoint, config=with_context(checkpoint.config, context_length))
+
+
+def _open(model: str) -> Checkpoint:
     from cptool.checkpoint import catalogue
 
     path = expanded(model)

@@ -15,11 +15,11 @@ import click
 from cptool.cli import draw, turn_report
 from cptool.cli.answers.stream import AnswerStream
 from cptool.cli.options.models import open_model
-from cptool.cli.options.prompts import check_context
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.distributed.options import RankOptions
 from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.errors import UserError
+from cptool.model.context import check_context
 from cptool.units import duration, some
 
 if TYPE_CHECKING:

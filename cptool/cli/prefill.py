@@ -16,10 +16,11 @@ from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, dtype_option, json_option, profile_option
 from cptool.cli.options.models import context_option, open_model
 from cptool.cli.options.next_turn import begun
-from cptool.cli.options.prompts import Prompts, chat_prompt_options, check_context
+from cptool.cli.options.prompts import Prompts, chat_prompt_options
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.turns import SessionRequest, session_options
 from cptool.engine.options import EngineOptions, resolve_dtype
+from cptool.model.context import check_context
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint

@@ -22,12 +22,13 @@ from cptool.cli.options.common import (
     timeout_option,
 )
 from cptool.cli.options.models import context_option, open_model
-from cptool.cli.options.prompts import Prompts, check_context, prompt_options
+from cptool.cli.options.prompts import Prompts, prompt_options
 from cptool.cli.options.ranks import RankRequest
 from cptool.cli.options.records import as_object
 from cptool.cli.progress import progress
 from cptool.engine.options import resolve_dtype
 from cptool.errors import OptionError, UserError
+from cptool.model.context import check_context
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint

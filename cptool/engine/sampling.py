@@ -58,6 +58,8 @@ class Sampling:
             raise OptionError(
                 "top_k", self.top_k, "it must be a whole number of tokens", "0 keeps every token"
             )
+        if type(self.seed) is not int:
+            raise OptionError("seed", self.seed, "it must be a whole number")
         seen = set()
         for token, value in self.logit_bias:
             shown = f"{token}={value}"

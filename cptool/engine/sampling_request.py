@@ -42,7 +42,7 @@ class SamplingRequest:
                     f"the model's vocabulary has the ids 0 to {vocabulary - 1}",
                 )
         values = {
-            name: getattr(checkpoint.sampling, name) if value is None else value
+            name: getattr(checkpoint.sampling, name, None) if value is None else value
             for name, value in vars(self).items()
             if name in Sampling.__dataclass_fields__
         }

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool.cli import draw
-from cptool.cli.options.prompts import check_context
 from cptool.cli.options.records import Decorator
+from cptool.model.context import answer_limit
 
 if TYPE_CHECKING:
     from cptool.model.config import LlamaConfig
@@ -48,11 +48,11 @@ def tokens_to_append(
     lengths = list(map(len, new))
     before = [0] * len(new) if held is None else list(held)
     wanted = default if count is None else count
-    check_context(lengths, before, min(wanted, 1), config)
-    context = config.max_position_embeddings
-    room = context - max(n + h for n, h in zip(lengths, before, strict=True))
-    if count is not None and count > room and is_first_rank():
+    limit = answer_limit(wanted, config, new=lengths, held=before)
+    if count is not None and count > limit and is_first_rank():
+        context = config.max_position_embeddings
         draw.say(
-            f"-n {count}: the context of {context:,} tokens has room for {room:,} more", always=True
+            f"-n {count}: the context of {context:,} tokens has room for {limit:,} more",
+            always=True,
         )
-    return min(wanted, room)
+    return limit

@@ -1,7 +1,6 @@
 """The model and the session that a command names."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +9,13 @@ import click
 from cptool import units
 from cptool.cli import draw
 from cptool.cli.options.types import TokenCount
-from cptool.errors import OptionError, UserError
+from cptool.errors import UserError
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.engine.turn import Turn
     from cptool.model.config import LlamaConfig
     from cptool.session.manifest import Manifest
-
-# Positions are 32-bit integers.
-_MOST_POSITIONS = 2**31 - 1
 
 _LARGE = 1 << 30
 """Bytes whose reading takes long enough to be announced."""
@@ -41,14 +37,7 @@ def open_model(model: str, context_length: int | None = None) -> "Checkpoint":
     from cptool.checkpoint import open_checkpoint
     from cptool.distributed.environment import is_first_rank
 
-    if context_length is not None and context_length > _MOST_POSITIONS:
-        raise OptionError(
-            "context_length", context_length, f"positions go up to {_MOST_POSITIONS}", "give less"
-        )
-    checkpoint = open_checkpoint(model)
-    if context_length is not None:
-        config = replace(checkpoint.config, max_position_embeddings=context_length)
-        checkpoint = replace(checkpoint, config=config)
+    checkpoint = open_checkpoint(model, context_length)
     if checkpoint.notes and is_first_rank() and _has_sound_tokenizer(checkpoint):
         for note in checkpoint.notes:
             draw.say(note, always=True)

@@ -19,6 +19,7 @@ from cptool.cli.options.prompt_files import (
 from cptool.cli.options.records import as_object
 from cptool.cli.options.types import TokenCount
 from cptool.errors import UserError
+from cptool.model.context import check_context
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -269,22 +270,6 @@ def _named(name: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-
-
-def check_context(new: list[int], cached: list[int], more: int, config: "LlamaConfig") -> None:
-    """Raise UserError for sequences longer than the context of the model."""
-    for b, (added, held) in enumerate(zip(new, cached, strict=True), 1):
-        if added + held + more > config.max_position_embeddings:
-            parts = (
-                [f"{held} cached"] * bool(held)
-                + [f"{added} new"]
-                + [f"{more} to come"] * bool(more)
-            )
-            raise UserError(
-                f"sequence {b} has {added + held + more} tokens ({', '.join(parts)}), the model's "
-                f"context is {config.max_position_embeddings}; shorten it, or give "
-                "--context-length if the model was made for more"
-            )
 
 
 def _synthetic(count: int, vocab_size: int) -> list[int]:

@@ -8,18 +8,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cptool.engine.requests import Close, Open, Save
-from cptool.engine.sampling import Sampling
 from cptool.errors import RunError, UserError
 from cptool.files import expanded, make_private
+from cptool.llm.options import Answering, GenerateOptions, takes_options
 from cptool.session import store
 from cptool.session.conversation import Conversation
 from cptool.session.manifest import Manifest
 
 if TYPE_CHECKING:
-    from cptool.llm import LLM, Generation, Prompt
+    from typing_extensions import Unpack
 
-DEFAULT_TOKENS = 128
-"""Tokens that a call generates at most by default."""
+    from cptool.llm.llm import LLM, Generation, Prompt
 
 
 class Session:
@@ -71,24 +70,21 @@ class Session:
         """Everything said so far, as text. Raises UserError if the model has no tokenizer."""
         return [self._llm.tokenizer.decode(list(said)) for said in self.tokens]
 
+    @takes_options
     def generate(
         self,
         prompts: Sequence[Prompt] | None = None,
-        *,
-        max_tokens: int = DEFAULT_TOKENS,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
+        **options: Unpack[GenerateOptions],
     ) -> list[Generation]:
-        """Append a prompt to each sequence, then up to `max_tokens` tokens, and save the turn.
+        """Append a prompt to each sequence, then its continuation, and save the turn.
 
         prompts: one per sequence; None goes on where the answers ended, except those that ended
             with a stop token. The first call of a new session fixes the number of sequences.
 
-        The other arguments and the errors are those of `LLM.generate`; RunError also if another
-        process has continued the session meanwhile.
+        Raises what `LLM.generate` does; RunError also if another process has continued the session
+        meanwhile.
         """
-        sampling = self._llm._sampling(temperature, top_p, seed)
+        answering = Answering.of(options, self._llm.checkpoint)
         if not self.tokens and not prompts:
             raise UserError(f"{self.directory} is a new session; give it prompts")
         new: list[list[int]] = [[] for _ in self.tokens]
@@ -100,43 +96,39 @@ class Session:
                 f"{len(new)} prompts for a session of {len(held)} sequences; give one for each"
             )
         tokens = [[*said, *added] for said, added in zip(held, new, strict=True)]
-        results = self._continued(tokens, max_tokens, sampling)
+        results = self._continued(tokens, answering)
         self._save(tokens, results)
         return results
 
+    @takes_options
     def chat(
         self,
         question: str,
         *,
         system: str | None = None,
-        max_tokens: int = DEFAULT_TOKENS,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
+        **options: Unpack[GenerateOptions],
     ) -> Generation:
         """Answer a question in the model's chat template and save the conversation.
 
         `cptool chat` continues it, and this continues what `cptool chat` saved. system: a system
         message for the first question.
         """
-        sampling = self._llm._sampling(temperature, top_p, seed)
+        answering = Answering.of(options, self._llm.checkpoint)
         if self._conversation is None and self.tokens:
             raise UserError(f"{self.directory} holds no conversation; continue it with generate")
         if system is not None and self.tokens:
             raise UserError("`system` is for the first question of a new session; leave it out")
         conversation = self._conversation or Conversation(self._llm.tokenizer, system)
         context = conversation.ask(question)
-        (result,) = self._continued([context], max_tokens, sampling)
+        (result,) = self._continued([context], answering)
         ended = result.stopped == "eos"
         conversation.answered(question, context, list(result.token_ids), ended=ended)
         self._conversation = conversation
         self._save([context], [result], conversation)
         return result
 
-    def _continued(
-        self, tokens: list[list[int]], limit: int, sampling: Sampling
-    ) -> list[Generation]:
-        return self._llm._continued(tokens, limit, sampling, slot=self._slot)
+    def _continued(self, tokens: list[list[int]], answering: Answering) -> list[Generation]:
+        return self._llm._continued(tokens, answering, slot=self._slot)
 
     def _save(
         self,

@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 from cptool import variants
 from cptool.distributed.devices import resolve_device
@@ -27,15 +27,17 @@ from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
 from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.engine.requests import Continue
-from cptool.engine.sampling import Sampling
-from cptool.engine.sampling_request import SamplingRequest
 from cptool.engine.turn import Setup
 from cptool.errors import OptionError, RunError, UserError, explain
-from cptool.llm_session import DEFAULT_TOKENS, Session
+from cptool.llm.options import Answering, GenerateOptions, takes_options
+from cptool.llm.session import Session
 from cptool.model import shares
+from cptool.model.context import answer_limit
 from cptool.session.manifest import DTYPES
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from cptool.checkpoint import Checkpoint
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
     from cptool.engine.resident import Resident
@@ -56,13 +58,13 @@ class Generation:
     text: the tokens as text; None if the model has no tokenizer.
     token_ids: the tokens, a stop token included.
     prompt_tokens: number of tokens before them.
-    stopped: "eos" after a token that ends an answer, "length" at `max_tokens`.
+    stopped: "eos" after a token that ends an answer, "length" at the limit of tokens.
     """
 
     text: str | None
     token_ids: tuple[int, ...]
     prompt_tokens: int
-    stopped: Literal["eos", "length"]
+    stopped: str
 
 
 class LLM:
@@ -75,6 +77,7 @@ class LLM:
     dtype: "auto", "float32", "bfloat16" or "float16".
     variant: attention variant, or "auto" to choose one for each forward.
     threads: CPU threads per rank; by default the machine's cores divided among the ranks.
+    context_length: allow this many positions, whatever the model's files say.
 
     Results do not depend on the number of ranks or on earlier calls. Calls from several threads run
     one after another. The ranks end with `close`, at the end of a `with` block, when the object is
@@ -94,6 +97,7 @@ class LLM:
         dtype: str = "auto",
         variant: str = "auto",
         threads: int | None = None,
+        context_length: int | None = None,
     ) -> None:
         from cptool.checkpoint import open_checkpoint
         from cptool.engine.resident import Resident
@@ -106,7 +110,7 @@ class LLM:
             raise OptionError("variant", variant, f"it must be one of {', '.join(known)}")
         ranks = RankOptions(cp=cp, tp=tp, device=device, threads=threads)
         ranks.check()
-        self.checkpoint: Checkpoint = open_checkpoint(os.fspath(model))
+        self.checkpoint: Checkpoint = open_checkpoint(os.fspath(model), context_length)
         shares.check(self.checkpoint.config, tp)
         ranks = replace(ranks, device=resolve_device(device, ranks.count))
         self.dtype = resolve_dtype(dtype, self.checkpoint, ranks.device)
@@ -141,28 +145,18 @@ class LLM:
             raise UserError(f"{self.checkpoint.path} has no tokenizer; give token ids")
         return tokenizer
 
+    @takes_options
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_tokens: int = DEFAULT_TOKENS,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
+        self, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]
     ) -> list[Generation]:
-        """Continue each prompt by up to `max_tokens` tokens, as one batch.
+        """Continue each prompt, as one batch.
 
-        temperature, top_p: as `cptool decode` takes them; None means the model author's values, or
-            greedy if there are none. temperature 0 is greedy.
-        seed: of the draws. They depend on it, the sequence's index and the token's position alone.
-
-        Raises UserError for a prompt that is empty, too long or not of the model's vocabulary.
+        Raises UserError for a prompt that is empty, too long or not of the model's vocabulary, and
+        for an option out of range.
         """
-        sampling = self._sampling(temperature, top_p, seed)
+        answering = Answering.of(options, self.checkpoint)
         tokens = self._encoded(prompts, begin=True)
-        if not tokens:
-            return []
-        return self._continued(tokens, max_tokens, sampling)
+        return self._continued(tokens, answering) if tokens else []
 
     def session(self, directory: str | os.PathLike[str]) -> Session:
         """Open the session in `directory`, or begin a new one there.
@@ -171,10 +165,6 @@ class LLM:
         damaged, is another model's, or has KV of another dtype.
         """
         return Session(self, directory)
-
-    def _sampling(self, temperature: float | None, top_p: float | None, seed: int) -> Sampling:
-        request = SamplingRequest(temperature=temperature, top_p=top_p, seed=seed)
-        return request.resolve(self.checkpoint)
 
     def _encoded(self, prompts: Sequence[Prompt], *, begin: bool) -> list[list[int]]:
         """Return the token ids of each prompt; `begin`: texts take the BOS that the model uses."""
@@ -200,28 +190,19 @@ class LLM:
         return encoded
 
     def _continued(
-        self,
-        tokens: list[list[int]],
-        limit: int,
-        sampling: Sampling,
-        slot: str = "",
+        self, tokens: list[list[int]], answering: Answering, slot: str = ""
     ) -> list[Generation]:
         """Return what follows `tokens`; with a slot, KV that it holds is used again."""
-        if limit < 1:
-            raise OptionError("max_tokens", limit, "it must be at least 1")
-        context = self.checkpoint.config.max_position_embeddings
-        for number, said in enumerate(tokens, 1):
-            if len(said) + limit > context:
-                raise UserError(
-                    f"sequence {number} has {len(said)} tokens and may get {limit} more, the "
-                    f"model's context is {context}; shorten it, or lower `max_tokens`"
-                )
-        stop_ids = self.checkpoint.answer_ends(*tokens)
         request = Continue(
             tokens=tuple(map(tuple, tokens)),
-            limit=limit,
-            sampling=sampling,
-            stop_ids=stop_ids,
+            limit=answer_limit(
+                answering.max_tokens,
+                self.checkpoint.config,
+                new=list(map(len, tokens)),
+                held=[0] * len(tokens),
+            ),
+            sampling=answering.sampling,
+            stop_ids=self.checkpoint.answer_ends(*tokens),
             slot=slot,
             fresh=not slot,
         )
@@ -232,9 +213,9 @@ class LLM:
                 text=tokenizer.decode(list(ids)) if tokenizer else None,
                 token_ids=ids,
                 prompt_tokens=len(said),
-                stopped="eos" if not ids or ids[-1] in stop_ids else "length",
+                stopped=stopped,
             )
-            for said, ids in zip(tokens, answer.token_ids, strict=True)
+            for said, ids, stopped in zip(tokens, answer.token_ids, answer.stopped, strict=True)
         ]
 
     def _call(self, request: Callable[[Resident], _T]) -> _T:

@@ -1,0 +1,96 @@
+"""How an answer is generated: the keyword arguments of every method that generates."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+from cptool.engine.sampling import Sampling
+from cptool.engine.sampling_request import SamplingRequest
+from cptool.errors import OptionError
+
+if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
+
+DEFAULT_TOKENS = 128
+"""Tokens that a call generates at most by default."""
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options, all of them keyword arguments:
+
+    max_tokens: generate up to this many tokens, fewer if the context is full before.
+    temperature: 0 is greedy.
+    top_p: draw from the likeliest tokens of this mass; 1 is all.
+    top_k: draw from this many likeliest tokens; 0 is all.
+    min_p: draw from tokens at least this many times as likely as the likeliest; 0 is all.
+    repetition_penalty: above 1, tokens of the prompt and the answer become less likely.
+    presence_penalty: lower the logits of tokens that the answer has by this, -2 to 2.
+    frequency_penalty: lower a token's logit by this for each time that the answer has it, -2 to 2.
+    logit_bias: a dict of token ids and what is added to their logits.
+    seed: of the draws, which depend on it, the sequence's index and the token's position alone.
+
+    Where the default is None, it is the value of the model's author, if there is one. Without any,
+    the most likely token is taken.
+    """
+
+    max_tokens: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answering:
+    """The options of a call: complete, in range, and as the ranks take them."""
+
+    max_tokens: int
+    sampling: Sampling
+
+    @staticmethod
+    def of(options: GenerateOptions, checkpoint: Checkpoint) -> Answering:
+        """Complete `options` for a model.
+
+        Raises OptionError for a value out of range, TypeError for a name that is no option.
+        """
+        given: dict[str, Any] = dict(options)
+        for name in given:
+            if name not in GenerateOptions.__annotations__:
+                known = ", ".join(GenerateOptions.__annotations__)
+                raise TypeError(f"unexpected keyword argument {name!r}; the options are {known}")
+        count = given.pop("max_tokens", DEFAULT_TOKENS)
+        if type(count) is not int or count < 1:
+            raise OptionError("max_tokens", count, "it must be a whole number of at least 1")
+        bias = given.pop("logit_bias", {})
+        if not isinstance(bias, Mapping):
+            rule = "it must be a dict of token ids and numbers"
+            raise OptionError("logit_bias", bias, rule, "such as {198: -5.5}")
+        request = SamplingRequest(**given, logit_bias=tuple(bias.items()))
+        return Answering(count, request.resolve(checkpoint))
+
+
+def takes_options(method: _Method) -> _Method:
+    """Show the options in the signature and the help of a method that takes `**options`."""
+    defaults = {**vars(SamplingRequest()), "max_tokens": DEFAULT_TOKENS, "logit_bias": {}}
+    signature = inspect.signature(method)
+    shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for name, kind in GenerateOptions.__annotations__.items():
+        text = getattr(kind, "__forward_arg__", kind)
+        shown.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=text
+            )
+        )
+    method.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    method.__doc__ = f"{inspect.getdoc(method)}\n\n{inspect.getdoc(GenerateOptions)}"
+    return method
