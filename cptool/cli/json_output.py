@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 SCHEMA = 1
-"""Version of all objects: it grows when a field is removed, renamed, or means something else."""
+"""Version of all objects: it rises when a field is removed or renamed, or when its type, unit or
+meaning changes."""
 
 
 def print_object(fields: Mapping[str, Any]) -> None:

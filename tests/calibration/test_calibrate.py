@@ -9,6 +9,8 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from json_document import PAGE, Document
+from test_json_fields import CALIBRATED, EVERY
 
 from cptool import calibration
 from cptool.calibration import clock
@@ -127,6 +129,9 @@ def test_calibrate_writes_a_profile(ranks, monkeypatch):
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
+    document = Document(PAGE.read_text())
+    assert document.check(said, EVERY, "cptool bench calibrate") == []
+    assert not CALIBRATED & {heading for heading, _ in document.unprinted()}
     profile, default = load_profile("cpu"), default_profile("cpu")
     assert said["path"] == str(profile_path()) and said["name"] == profile.name
     assert profile.threads == 1 and len(profile.rule) == 3

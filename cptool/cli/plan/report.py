@@ -197,8 +197,12 @@ def _time_fields(best: Plan) -> dict[str, Any]:
     return {
         **parts,
         "parts_s": parts,
-        "parts_share": {name: spent / best.ttft.seconds for name, spent in parts.items()},
-        "ttit_parts_ms": {name: 1e3 * spent for name, spent in best.ttit.parts.items()},
+        "parts_share": {
+            name.removesuffix("_s"): spent / best.ttft.seconds for name, spent in parts.items()
+        },
+        "ttit_parts_ms": {
+            name.removesuffix("_s"): 1e3 * spent for name, spent in best.ttit.parts.items()
+        },
         "hidden_s": best.ttft.hidden_s,
         "wire_bytes": best.ttft.wire_bytes,
         "tensor_parallel_bytes": best.ttft.tensor_parallel_bytes,
