@@ -1,38 +1,39 @@
 """Files of models: opening them, reading their tensors, tokenising with what they bring."""
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
 from cptool.checkpoint.base import Checkpoint
+from cptool.checkpoint.fetching import Watch, unwatched
 from cptool.checkpoint.fields import first_line
 from cptool.errors import UserError
-from cptool.files import expanded, home
+from cptool.files import expanded
 from cptool.model.context import with_context
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.json", "*.jinja", "*.chk", "tokenizer.model", "model*.safetensors"]
-_META_WEIGHTS = ["consolidated*.pth"]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def open_checkpoint(model: str, context_length: int | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str, context_length: int | None = None, *, watch: Watch | None = unwatched
+) -> Checkpoint:
     """Open a model and check everything that its headers state; imports no torch.
 
     `model` is a directory in the Hugging Face layout or in Meta's, a .gguf file, a name of the
-    catalogue, or a hub id `org/name`, downloaded on first use. `context_length` takes the place of
-    the context that its files state. Raises UserError, one line, for anything else.
+    catalogue, or a hub id `org/name`, downloaded on first use; `watch` is called while it is, or,
+    if it is None, the hub's library draws its bars. `context_length` takes the place of the context
+    that its files state. Raises UserError, one line, for anything else.
     """
-    checkpoint = _open(model)
+    checkpoint = _open(model, watch)
     if context_length is None:
         return checkpoint
     return replace(checkpoint, config=with_context(checkpoint.config, context_length))
 
 
-def _open(model: str) -> Checkpoint:
-    from cptool.checkpoint import catalogue
+def _open(model: str, watch: Watch | None) -> Checkpoint:
+    from cptool.checkpoint import catalogue, hub
 
     path = expanded(model)
     try:
@@ -42,8 +43,8 @@ def _open(model: str) -> Checkpoint:
             return _open_file(path)
         if model in catalogue.MODELS:
             return _open_file(catalogue.find(model), model)
-        if _HUB_ID.fullmatch(model) and path.suffix not in (".gguf", ".safetensors"):
-            return _open_directory(_download(model), model)
+        if HUB_ID.fullmatch(model) and path.suffix not in (".gguf", ".safetensors"):
+            return _open_directory(hub.snapshot(model, watch), model)
     except OSError as error:
         raise UserError(f"{model}: cannot be read ({first_line(error)})") from None
     raise UserError(
@@ -65,23 +66,3 @@ def _open_file(path: Path, name: str | None = None) -> Checkpoint:
     if path.suffix == ".safetensors":
         raise UserError(f"{path}: only weights; give the directory that holds them")
     return open_gguf(path, name)
-
-
-def _download(hub_id: str) -> Path:
-    """Return the local snapshot of a hub repository, fetched if it is not there yet."""
-    if not any(os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")):
-        home("HF_HOME")  # without one the library would make a folder `~` here
-    from huggingface_hub import snapshot_download
-
-    from cptool.checkpoint.meta.reader import is_meta
-
-    try:
-        path = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-        if is_meta(path):  # Only now: many repositories have the weights in both layouts.
-            path = Path(snapshot_download(hub_id, allow_patterns=_META_WEIGHTS))
-        return path
-    except Exception as error:  # Its errors have no common root that holds over its versions.
-        raise UserError(
-            f"{hub_id}: no such directory, and it could not be downloaded from the hub "
-            f"({first_line(error)}); check the name and the network, or give a local path"
-        ) from None

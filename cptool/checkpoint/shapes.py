@@ -1,6 +1,7 @@
 """The shape of a model by name, from a configuration alone, or of a checkpoint."""
 
 from cptool.checkpoint import Checkpoint, open_checkpoint
+from cptool.checkpoint.fetching import Watch, unwatched
 from cptool.checkpoint.huggingface.config import read_shape
 from cptool.errors import UserError
 from cptool.files import expanded
@@ -8,12 +9,12 @@ from cptool.model.config import LlamaConfig
 from cptool.model.shapes import SHAPES
 
 
-def find_shape(name: str, notes: list[str] | None = None) -> LlamaConfig:
+def find_shape(name: str, notes: list[str] | None = None, watch: Watch = unwatched) -> LlamaConfig:
     """Return the shape of a model.
 
     `name` is a name in `SHAPES`, a `config.json` or a directory with one, or any model that
-    `open_checkpoint` opens. Lines that the user should see are appended to `notes`. Reads no
-    weights and imports no torch. Raises UserError, one line, for anything else.
+    `open_checkpoint` opens, which takes `watch`. Lines that the user should see are appended to
+    `notes`. Reads no weights and imports no torch. Raises UserError, one line, for anything else.
     """
     notes = [] if notes is None else notes
     if name in SHAPES:
@@ -27,7 +28,7 @@ def find_shape(name: str, notes: list[str] | None = None) -> LlamaConfig:
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error}); give a config.json") from None
     try:
-        checkpoint = open_checkpoint(name)
+        checkpoint = open_checkpoint(name, watch=watch)
     except UserError as error:
         if path.exists() or "/" in name:
             raise

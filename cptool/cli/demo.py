@@ -16,6 +16,7 @@ from cptool.cli import draw, turn_report
 from cptool.cli.answers.stream import AnswerStream
 from cptool.cli.options.models import open_model
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
+from cptool.cli.pull.fetching import fetching
 from cptool.distributed.options import RankOptions
 from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.errors import UserError
@@ -50,7 +51,8 @@ def demo(question: str, ranks: RankRequest, attention: EngineOptions) -> None:
 
     if launched_size() is not None:
         raise UserError("cptool demo starts its own ranks; run it without a launcher")
-    path = catalogue.pull(MODEL, lambda step: draw.say(f"{MODEL}: {step}"))
+    with fetching(MODEL) as watch:
+        path = catalogue.pull(MODEL, watch)
     checkpoint = open_model(str(path))
     document = read_document()
     tokenizer = checkpoint.tokenizer()

@@ -36,7 +36,7 @@ def counting(what: str, total: int) -> Iterator["Callable[[], None]"]:
     with drawn_bar(what) as bar:
 
         def draw() -> None:
-            step = f"{what}, {min(done + 1, total)} of {total}"
+            step = f"{what}, {min(done + 1, total):,} of {total:,}"
             bar.draw(step, done / total, figures(done / total, time.monotonic() - began))
 
         def advance() -> None:
@@ -131,7 +131,7 @@ def described(status: "Status") -> str:
     phase, step = _PHASES.get(status.phase, status.phase), min(status.done + 1, status.total)
     if status.work is not None:
         phase = f"reading {some(status.work.tokens, 'token')}, layer"
-    return f"{phase} {step} of {status.total}" if status.total else phase
+    return f"{phase} {step:,} of {status.total:,}" if status.total else phase
 
 
 def figures(share: float, elapsed: float, tokens: int = 0) -> str:

@@ -110,7 +110,7 @@ class LLM:
             raise OptionError("variant", variant, f"it must be one of {', '.join(known)}")
         ranks = RankOptions(cp=cp, tp=tp, device=device, threads=threads)
         ranks.check()
-        self.checkpoint: Checkpoint = open_checkpoint(os.fspath(model), context_length)
+        self.checkpoint: Checkpoint = open_checkpoint(os.fspath(model), context_length, watch=None)
         shares.check(self.checkpoint.config, tp)
         ranks = replace(ranks, device=resolve_device(device, ranks.count))
         self.dtype = resolve_dtype(dtype, self.checkpoint, ranks.device)

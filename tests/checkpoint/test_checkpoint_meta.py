@@ -267,7 +267,7 @@ def test_hub_ids_fetch_these_weights_where_there_are_no_others(saved, monkeypatc
 
     asked = []
 
-    def snapshot_download(hub_id, allow_patterns):
+    def snapshot_download(hub_id, allow_patterns, tqdm_class):
         asked.append(allow_patterns)
         return str(saved)
 

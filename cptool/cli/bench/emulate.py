@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cptool.checkpoint.shapes import find_shape
 from cptool.cli import draw
 from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import device_option, json_option, threads_option
+from cptool.cli.options.models import open_shape
 from cptool.cli.options.ranks import VARIANTS
 from cptool.cli.options.records import as_object
 from cptool.cli.options.types import TokenCount
@@ -46,7 +46,7 @@ class EmulationOptions:
             raise OptionError(
                 "cached", self.cached, f"it must be less than `context` {self.context}"
             )
-        config = find_shape(self.shape)
+        config = open_shape(self.shape)
         shares.check(config, self.tp)
         device = resolve_device(self.device)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from cptool.checkpoint.shapes import find_shape
 from cptool.cli.bench.model import (
     SweepOptions,
     asked,
@@ -30,6 +29,7 @@ from cptool.cli.bench.options import (
 from cptool.cli.figures import plot as plots
 from cptool.cli.figures.tables import Column
 from cptool.cli.options import completion
+from cptool.cli.options.models import open_shape
 from cptool.cli.options.types import TokenCount
 from cptool.units import duration, flop_rate, percent, size, three
 
@@ -71,7 +71,7 @@ def prefill(
     threads per rank.
     """
     measuring.check()
-    config = find_shape(model)
+    config = open_shape(model)
     swept = swept.checked(config)
 
     from cptool.bench.prefill import Sweep, measure

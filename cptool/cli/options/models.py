@@ -9,6 +9,7 @@ import click
 from cptool import units
 from cptool.cli import draw
 from cptool.cli.options.types import TokenCount
+from cptool.cli.pull.fetching import fetching
 from cptool.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,11 +38,20 @@ def open_model(model: str, context_length: int | None = None) -> "Checkpoint":
     from cptool.checkpoint import open_checkpoint
     from cptool.distributed.environment import is_first_rank
 
-    checkpoint = open_checkpoint(model, context_length)
+    with fetching(model) as watch:
+        checkpoint = open_checkpoint(model, context_length, watch=watch)
     if checkpoint.notes and is_first_rank() and _has_sound_tokenizer(checkpoint):
         for note in checkpoint.notes:
             draw.say(note, always=True)
     return checkpoint
+
+
+def open_shape(model: str, notes: list[str] | None = None) -> "LlamaConfig":
+    """Return the shape of a model as `find_shape` does."""
+    from cptool.checkpoint.shapes import find_shape
+
+    with fetching(model) as watch:
+        return find_shape(model, notes, watch)
 
 
 def _has_sound_tokenizer(checkpoint: "Checkpoint") -> bool:

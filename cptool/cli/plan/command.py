@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cptool.checkpoint.shapes import find_checkpoint, find_shape
+from cptool.checkpoint.shapes import find_checkpoint
 from cptool.cli import draw
 from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import DTYPES, json_option
+from cptool.cli.options.models import open_shape
 from cptool.cli.options.ranks import VARIANTS
 from cptool.cli.options.records import as_object
 from cptool.cli.options.types import Duration, TokenCount
@@ -222,7 +223,7 @@ def _check_sweep(swept: SweepOptions, given: dict[str, float | None]) -> None:
 def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
     """Return what to search; UserError where the model or the hardware cannot do it."""
     notes: list[str] = []
-    config, checkpoint = find_shape(model, notes), find_checkpoint(model)
+    config, checkpoint = open_shape(model, notes), find_checkpoint(model)
     profile = _profile(on.hardware, checkpoint)
     dtype = _dtype(run.dtype, profile, checkpoint)
     for note in (*notes, *_unmeasured(dtype, profile)):
