@@ -129,21 +129,25 @@ class _Server:
         reused = tuple(engine.computed)
         new = [list(said[n:]) for said, n in zip(request.tokens, shared, strict=True)]
         try:
-            engine.extend(new, reserve=request.limit)
+            engine.extend(new, reserve=max(request.limits))
         except Interrupted:
             nothing = tuple(() for _ in new)
             return Answer(token_ids=nothing, stopped=("interrupted",) * len(new), reused=reused)
         answers = decode(
             engine,
-            request.limit,
+            request.limits,
             request.sampling,
             request.stop_ids,
+            draws=request.draws,
             emit=lambda sequence, token: self.reply([sequence, token]),
             interrupted=lambda: self.world.board.cancelled,
         )
         return Answer(
             token_ids=tuple(map(tuple, answers)),
-            stopped=tuple(how_stopped(ids, request.limit, request.stop_ids) for ids in answers),
+            stopped=tuple(
+                how_stopped(ids, limit, request.stop_ids)
+                for ids, limit in zip(answers, request.limits, strict=True)
+            ),
             reused=reused,
         )
 

@@ -39,16 +39,18 @@ class Close:
 
 @dataclass(frozen=True, kw_only=True)
 class Continue:
-    """Make the sequences of `slot` hold `tokens` and append up to `limit` more to each.
+    """Make the sequences of `slot` hold `tokens` and append up to `limits[b]` more to each.
 
-    A token of `stop_ids` ends an answer. KV of the tokens that a sequence has in common with what
-    it held is used again, unless `fresh`: then the result does not depend on earlier requests.
+    A token of `stop_ids` ends an answer. draws: as for `Sampler`. KV of the tokens that a sequence
+    has in common with what it held is used again, unless `fresh`: then the result does not depend
+    on earlier requests.
     """
 
     tokens: tuple[tuple[int, ...], ...]
-    limit: int
+    limits: tuple[int, ...]
     sampling: Sampling
     stop_ids: tuple[int, ...]
+    draws: tuple[int, ...] | None = None
     slot: str = ""
     fresh: bool = False
 

@@ -193,14 +193,15 @@ class LLM:
         self, tokens: list[list[int]], answering: Answering, slot: str = ""
     ) -> list[Generation]:
         """Return what follows `tokens`; with a slot, KV that it holds is used again."""
+        limit = answer_limit(
+            answering.max_tokens,
+            self.checkpoint.config,
+            new=list(map(len, tokens)),
+            held=[0] * len(tokens),
+        )
         request = Continue(
             tokens=tuple(map(tuple, tokens)),
-            limit=answer_limit(
-                answering.max_tokens,
-                self.checkpoint.config,
-                new=list(map(len, tokens)),
-                held=[0] * len(tokens),
-            ),
+            limits=(limit,) * len(tokens),
             sampling=answering.sampling,
             stop_ids=self.checkpoint.answer_ends(*tokens),
             slot=slot,

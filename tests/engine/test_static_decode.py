@@ -29,7 +29,18 @@ TURNS = [
 ]
 
 
-def say(world, path, static, turns, steps, stop=(), sampling=Sampling(), partials="float32"):
+def say(
+    world,
+    path,
+    static,
+    turns,
+    steps,
+    *,
+    stop=(),
+    sampling=Sampling(),
+    draws=None,
+    partials="float32",
+):
     """Answers to each turn, positions that this rank holds of each sequence, ways of decode."""
     shared = world if world.tp > 1 else None
     model = load_model(open_checkpoint(str(path)), torch.float32, world.device, shared)
@@ -38,7 +49,7 @@ def say(world, path, static, turns, steps, stop=(), sampling=Sampling(), partial
     answers, ways = [], []
     for turn in turns:
         engine.extend(turn)
-        answers.append(decode(engine, steps, sampling, stop))
+        answers.append(decode(engine, steps, sampling, stop, draws=draws))
         ways.append(engine.choice.variant)
         assert engine.cache.lengths == engine.holdings.counts[world.cp_rank]
     return answers, ways, [row.tolist() for row in engine.cache.held.sequences()], engine.computed
@@ -68,6 +79,24 @@ def test_sequences_that_stop_leave(mqa_path, n):
     expected = run_ranks(1, say, mqa_path, False, TURNS, 24, **options)[0]
     assert len({len(answer) for answer in expected[0][0]}) > 3
     assert_same(run_ranks(n, say, mqa_path, True, TURNS, 24, **options), expected)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_each_sequence_has_a_limit_and_an_index_of_its_own(mqa_path, static):
+    """As if each were said in a batch that has it at that place."""
+
+    def one(b: int, at: int, steps: int):
+        turn = [[] if a != at else TURNS[1][b] for a in range(5)]
+        sampling = Sampling(temperature=2.0, seed=5)
+        return run_ranks(1, say, mqa_path, static, [turn], steps, sampling=sampling)[0][0][0][at]
+
+    limits = [9, 0, 5, 14, 3]
+    draws = {"draws": [2, 3, 4, 1, 4], "sampling": Sampling(temperature=2.0, seed=5)}
+    for n in (1, 3):
+        results = run_ranks(n, say, mqa_path, static, TURNS[1:], limits, **draws)
+        (answers,) = results[0][0]
+        assert [len(answer) for answer in answers] == [9, 0, 0, 14, 0]
+        assert answers[0] == one(0, 2, 9) and answers[3] == one(3, 1, 14)
 
 
 def test_kv_grows_evenly(mqa_path):

@@ -135,7 +135,7 @@ class Terminal:
         with drawn_bar("") as bar, _stopping(self.resident) as stopped:
             request = Continue(
                 tokens=(tuple(context),),
-                limit=room,
+                limits=(room,),
                 sampling=self.answering.sampling,
                 stop_ids=self.stop_ids,
             )

@@ -19,31 +19,36 @@ def next_tokens(engine: Engine, sampling: Sampling) -> list[int]:
 
 def decode(
     engine: Engine,
-    limit: int,
+    limit: int | Sequence[int],
     sampling: Sampling,
     stop: Sequence[int] = (),
     *,
+    draws: Sequence[int] | None = None,
     emit: Callable[[int, int], None] | None = None,
     interrupted: Callable[[], bool] | None = None,
     variant: str | None = None,
 ) -> list[list[int]]:
-    """Append up to `limit` tokens to each sequence of `engine` and return them. Collective.
+    """Append up to `limit` tokens to each sequence of `engine`, or limit[b] to sequence b, and
+    return them. Collective.
 
     A sequence that generates a token of `stop` keeps it and leaves the batch until it is given
     new tokens. An empty sequence takes no part. The KV of a sequence's last token stays pending.
 
+    draws: as for `Sampler`.
     emit: called as emit(sequence, token) for each token as it is known.
     interrupted: called at each token; once it returns True on any rank, that token is the last
         one of every sequence, on all ranks.
     variant: used for these steps instead of the engine's.
     """
     answers: list[list[int]] = [[] for _ in engine.tokens]
-    active = {b for b, said in enumerate(engine.tokens) if said and limit and not engine.ended[b]}
+    limits = [limit] * len(answers) if isinstance(limit, int) else limit
+    going = zip(engine.tokens, limits, engine.ended, strict=True)
+    active = {b for b, (said, most, ended) in enumerate(going) if said and most and not ended}
     if active and engine.computed != [len(said) for said in engine.tokens]:
         engine.extend([[] for _ in engine.tokens], variant=variant)
-    sampler = Sampler(sampling, engine.tokens)
+    sampler = Sampler(sampling, engine.tokens, draws)
     while active:
-        engine.report("decode, token", max(map(len, answers)), limit)
+        engine.report("decode, token", max(map(len, answers)), max(limits))
         stopping = interrupted is not None and interrupted()
         picks, over = _agreed(engine, sampler, active, stopping=stopping)
         if interrupted is not None and engine.world.tp > 1:
@@ -52,9 +57,9 @@ def decode(
             answers[b].append(picks[b])
             if emit is not None:
                 emit(b, picks[b])
-            if over or picks[b] in stop or len(answers[b]) == limit:
+            if over or picks[b] in stop or len(answers[b]) == limits[b]:
                 active.remove(b)
-        left = limit - max(map(len, answers))
+        left = max((limits[b] - len(answers[b]) for b in active), default=0)
         engine.advance({b: picks[b] for b in sorted(active)}, left, variant=variant)
     engine.settle()
     engine.conclude({b: answer[-1] for b, answer in enumerate(answers) if answer}, stop)

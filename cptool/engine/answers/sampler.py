@@ -14,10 +14,17 @@ class Sampler:
 
     tokens: those of each sequence, which the caller appends to; what is appended from now on is the
         answer.
+    draws: the index that each sequence's draws depend on; by default its place in the batch.
     """
 
-    def __init__(self, sampling: Sampling, tokens: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        tokens: Sequence[Sequence[int]],
+        draws: Sequence[int] | None = None,
+    ) -> None:
         self.sampling, self._tokens = sampling, tokens
+        self._draws = range(len(tokens)) if draws is None else draws
         self._begins = list(map(len, tokens))
         self._counts: dict[int, _Counts] = {}
 
@@ -36,7 +43,7 @@ class Sampler:
             position = len(self._tokens[b])
             picks[b] = check_finite(token, b, position)
             if self.sampling.temperature:
-                picks[b] = self.sampling.draw(row, sequence=b, position=position)
+                picks[b] = self.sampling.draw(row, sequence=self._draws[b], position=position)
         return picks
 
     def _penalised(self, b: int, logits: torch.Tensor) -> torch.Tensor:
