@@ -1,10 +1,11 @@
 // AVX2 and FMA in float32 arithmetic; bfloat16 and float16 inputs are widened while they are
-// packed.
+// packed, or as they are read.
 #include "cpu/few_rows_kernel.h"
 #include "cpu/float32_math.h"
 #include "cpu/isa.h"
 #include "cpu/merge_kernel.h"
 #include "cpu/panel_kernel.h"
+#include "cpu/stream_kernel.h"
 #include "cpu/tokenwise_kernel.h"
 
 namespace cptool::cpu {
@@ -18,13 +19,17 @@ bool supported() {
 bool handles(ScalarType, int64_t) { return true; }
 
 void attention_partial(const AttentionArgs& args, int threads) {
-  with_type(args.dtype,
-            [&](auto element) { run<PanelKernel<Float32Math<decltype(element)>>>(args, threads); });
+  with_type(args.dtype, [&](auto element) {
+    using Math = Float32Math<decltype(element)>;
+    if (few_rows(args, kStreamRows)) return run_stream<Math>(args, threads);
+    run<PanelKernel<Math>>(args, threads);
+  });
 }
 
 }  // namespace
 
-extern constexpr Isa isa_avx2 = {"avx2",           supported, {handles, attention_partial},
-                                 run_merge_kernel, kFewRows,  kTokenwise};
+extern constexpr Isa isa_avx2 = {
+    "avx2",           supported, {handles, attention_partial, kStreamRows},
+    run_merge_kernel, kFewRows,  kTokenwise};
 
 }  // namespace cptool::cpu

@@ -21,6 +21,26 @@ inline void store_halves(Vector values, float* low, float* high) {
   _mm_storeu_ps(high, _mm256_extractf128_ps(values, 1));
 }
 
+inline Vector load_eight(const float* from) { return _mm256_loadu_ps(from); }
+
+inline Vector broadcast_part(const float* from) {
+  return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));
+}
+
+inline Vector sum_parts(Vector a, Vector b, Vector c, Vector d) {
+  auto pairs = [](Vector x, Vector y) {
+    return (__m256d)_mm256_add_ps(_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y));
+  };
+  const __m256d ab = pairs(a, b), cd = pairs(c, d);
+  return _mm256_add_ps((Vector)_mm256_unpacklo_pd(ab, cd), (Vector)_mm256_unpackhi_pd(ab, cd));
+}
+
+inline void transpose_parts(Vector (&r)[kParts]) {
+  const Vector low = _mm256_permute2f128_ps(r[0], r[1], 0x20);
+  r[1] = _mm256_permute2f128_ps(r[0], r[1], 0x31);
+  r[0] = low;
+}
+
 // 2^n * p(x - n) with n the integer next to x; p is the polynomial of Cephes' exp2f, minimax on
 // [-1/2, 1/2] (1.7e-9), which leaves the rounding. AVX2 has no instructions for powers: adding 1.5
 // * 2^23 + 127 rounds x and leaves the biased exponent in the low bits, and the exponent -127 is

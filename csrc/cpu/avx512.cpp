@@ -1,4 +1,5 @@
-// AVX-512 in float32 arithmetic; bfloat16 and float16 inputs are widened while they are packed.
+// AVX-512 in float32 arithmetic; bfloat16 and float16 inputs are widened while they are packed, or
+// as they are read.
 #include "cpu/avx512_features.h"
 #include "cpu/few_rows_kernel.h"
 #include "cpu/float32_math.h"

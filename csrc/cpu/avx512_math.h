@@ -20,6 +20,33 @@ inline void store_halves(Vector values, float* low, float* high) {
   _mm256_storeu_ps(high, _mm512_extractf32x8_ps(values, 1));
 }
 
+inline Vector load_eight(const float* from) {
+  return _mm512_castps256_ps512(_mm256_loadu_ps(from));
+}
+
+inline Vector broadcast_part(const float* from) {
+  return _mm512_broadcast_f32x4(_mm_loadu_ps(from));
+}
+
+inline Vector sum_parts(Vector a, Vector b, Vector c, Vector d) {
+  auto pairs = [](Vector x, Vector y) {
+    return (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+  };
+  const __m512d ab = pairs(a, b), cd = pairs(c, d);
+  return _mm512_add_ps((Vector)_mm512_unpacklo_pd(ab, cd), (Vector)_mm512_unpackhi_pd(ab, cd));
+}
+
+inline void transpose_parts(Vector (&r)[kParts]) {
+  const Vector a = _mm512_shuffle_f32x4(r[0], r[1], 0x44);
+  const Vector b = _mm512_shuffle_f32x4(r[2], r[3], 0x44);
+  const Vector c = _mm512_shuffle_f32x4(r[0], r[1], 0xee);
+  const Vector d = _mm512_shuffle_f32x4(r[2], r[3], 0xee);
+  r[0] = _mm512_shuffle_f32x4(a, b, 0x88);
+  r[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
+  r[2] = _mm512_shuffle_f32x4(c, d, 0x88);
+  r[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
+}
+
 // 2^floor(x) * p(x - floor(x)), where p is the polynomial of degree 6 with p(0) = 1 that has the
 // least greatest relative error on [0, 1] (2.0e-9).
 inline __m512 exp2_full(__m512 x) {

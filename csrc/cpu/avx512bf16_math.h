@@ -20,6 +20,10 @@ struct BFloat16Math {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(exist, row + 2 * word));
   }
 
+  static __m512 load_half(const BFloat16* row, int64_t word, int half) {
+    return _mm512_loadu_ps(row + 2 * (word + half * kLanes));
+  }
+
   static __m512 load_values(const BFloat16* v, int64_t stride, int keys) {
     auto widened = [](const BFloat16* from) {
       return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));

@@ -45,18 +45,14 @@ struct Widened {
   }
 };
 
-// Even elements are the low halves of 32-bit words and odd ones the high halves, so that widening
-// is a shift or a mask.
+// In the order in which widening takes one instruction: even elements, then odd ones.
 template <>
 struct Widened<BFloat16> {
   using Packed = float;
   static constexpr int kVectors = 2;
   static constexpr int kStep = 2 * kLanes;
   static Vector weights(const BFloat16* from, int odd) {
-    Bits words;
-    std::memcpy(&words, from, sizeof words);
-    words = odd ? words & 0xffff0000u : words << 16;
-    return (Vector)words;
+    return odd ? load_odd(from) : load_even(from);
   }
   static Vector load_packed(const float* from) { return load(from); }
   static Vector multiply(Vector w, Vector x, Vector sum) { return multiply_add(w, x, sum); }

@@ -10,6 +10,9 @@
 //   static constexpr uint32_t kSigns;                           their sign bits
 //   static Vector load(const Input* row, int64_t word, int64_t words);
 //     Loads kLanes words of a row, 0 from `words` on.
+//   static Vector load_half(const Input* row, int64_t word, int half);
+//     Loads half of 2 kLanes words of a row, all of which exist, divided in any way that is the
+//     same for every row.
 //   static Vector load_values(const Input* v, int64_t stride, int keys);
 //     Loads kLanes dimensions of the values of kStep keys, of which `keys` exist, as words.
 //   template <int kN> static void load_step(const Input* v, int64_t next, Vector (&values)[kN]);
@@ -28,6 +31,8 @@
 // Unnamed namespace: see isa.h.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/vector_math.h"
 
 namespace cptool::cpu {
@@ -39,8 +44,14 @@ struct Float32Math {
   using Weight = float;
   static constexpr int kStep = 1;
   static constexpr uint32_t kSigns = 0x80000000u;
+  static constexpr bool kEvenOdd = std::is_same_v<T, BFloat16>;  // the order of pairs of vectors
 
   static Vector load(const T* row, int64_t word, int64_t) { return cpu::load(row + word); }
+
+  static Vector load_half(const T* row, int64_t word, int half) {
+    if constexpr (kEvenOdd) return half == 0 ? load_even(row + word) : load_odd(row + word);
+    return cpu::load(row + word + half * kLanes);
+  }
 
   static Vector load_values(const T* v, int64_t, int keys) {
     return keys > 0 ? cpu::load(v) : Vector{};
@@ -48,11 +59,29 @@ struct Float32Math {
 
   template <int kN>
   static void load_step(const T* v, int64_t, Vector (&values)[kN]) {
+    if constexpr (kEvenOdd && kN > 1) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kN; n += 2) {
+        values[n] = load_even(v + n * kLanes);
+        values[n + 1] = load_odd(v + n * kLanes);
+      }
+    } else {
 #pragma GCC unroll 8
-    for (int n = 0; n < kN; ++n) values[n] = cpu::load(v + n * kLanes);
+      for (int n = 0; n < kN; ++n) values[n] = cpu::load(v + n * kLanes);
+    }
   }
 
-  static void in_order(float*) {}
+  static void in_order(float* acc) {
+    if constexpr (kEvenOdd) {
+      float ordered[2 * kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        ordered[2 * i] = acc[i];
+        ordered[2 * i + 1] = acc[kLanes + i];
+      }
+      std::memcpy(acc, ordered, sizeof ordered);
+    }
+  }
+
   static Vector exp2(Vector x) { return exp2_full(x); }
 
   static Vector multiply_add(Vector a, Vector b, Vector sum) {

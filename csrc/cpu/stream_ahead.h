@@ -40,11 +40,12 @@ class StreamAhead {
     begin_row();
   }
 
-  // May run past the end of a row: those lines are prefetched twice, or for nothing.
-  void prefetch(int lines) {
+  // Prefetches the next `bytes`. May run past the end of a row, and steps of less than a line
+  // prefetch it again: such prefetches cost little.
+  void prefetch(int bytes) {
     if (at_ >= row_end_ && (left_ == 0 || !next_row())) return;
-    for (int i = 0; i < lines; ++i) _mm_prefetch(at_ + i * kLine, _MM_HINT_T1);
-    at_ += lines * kLine;
+    for (int i = 0; i < bytes; i += kLine) _mm_prefetch(at_ + i, _MM_HINT_T1);
+    at_ += bytes;
   }
 
  private:

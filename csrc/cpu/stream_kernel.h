@@ -38,12 +38,12 @@ class StreamKernel {
   using T = typename Math::Input;
   using Weight = typename Math::Weight;
   static constexpr int kStep = Math::kStep;
-  static constexpr int kQuarter = 16 / sizeof(T);  // dimensions of a quarter of a vector
+  static constexpr int kPart = 16 / sizeof(T);  // dimensions of 128 bits
   // Whether words hold elements in the form in which memory holds them.
   static constexpr bool kUnconverted = kStep * sizeof(T) == sizeof(float);
   // Bytes between a read and its prefetch, but at least a tile: a fraction of a level-2 cache.
   static constexpr int64_t kAhead = 32 << 10;
-  static constexpr int kLinesOfWeights = 2;  // prefetched while a row's weights are computed
+  static constexpr int kBytesOfWeights = 128;  // prefetched while a row's weights are computed
   static constexpr int kSlots = tile_keys < kLanes ? kLanes : tile_keys;
 
  public:
@@ -71,26 +71,17 @@ class StreamKernel {
   void begin(const RowBlock<kRows>& block) {
     rows_ = block.rows / block.heads;
     slots_ = padded_rows(rows_);
-    const bool quarters = kUnconverted && rows_at_once() == 4;
+    const bool in_parts = kUnconverted && rows_at_once() == 4;
     for (int slot = 0; slot < block.heads * slots_; ++slot) {
       const int row = slot % slots_;
       const T* from =
           row < rows_ ? static_cast<const T*>(block.q[slot / slots_ * rows_ + row]) : nullptr;
       fixed_.max[slot] = kNoScore;
-      _mm512_store_ps(fixed_.sum[slot], _mm512_setzero_ps());
-      if (quarters) {
-        float* to = q_ + slot / 4 * 4 * query_words_ + slot % 4 * 4;
-        for (int64_t d = 0; d < args_.head_dim; d += kQuarter, to += kLanes) {
-          __m128 words = _mm_setzero_ps();
-          if (from != nullptr) words = _mm_loadu_ps(reinterpret_cast<const float*>(from + d));
-          _mm_store_ps(to, words);
-        }
-        continue;
-      }
-      for (int64_t w = 0; w < query_words_; w += kLanes) {
-        __m512 words = _mm512_setzero_ps();
-        if (from != nullptr) words = Math::load(from, w, words_);
-        _mm512_store_ps(q_ + slot * query_words_ + w, words);
+      store(Vector{}, fixed_.sum[slot]);
+      if (in_parts) {
+        store_in_parts(from, q_ + slot / 4 * 4 * query_words_ + slot % 4 * 4);
+      } else {
+        store_in_order(from, q_ + slot * query_words_);
       }
     }
     std::memset(acc_, 0, block.heads * slots_ * args_.head_dim * sizeof(float));
@@ -113,7 +104,7 @@ class StreamKernel {
     }
     for (int row = 0; row < block.rows; ++row) {
       const int64_t left = block.limit[row] - key;
-      ahead_.prefetch(kLinesOfWeights);
+      ahead_.prefetch(kBytesOfWeights);
       weigh(slot_of(row), masked && left < keys ? static_cast<int>(left < 0 ? 0 : left) : keys);
     }
     const T* v = static_cast<const T*>(block.v) + key * args_.v_token_stride;
@@ -137,10 +128,10 @@ class StreamKernel {
   SoftmaxState state(int row) const {
     SoftmaxState state;
     const int slot = slot_of(row);
-    const float sum = _mm512_reduce_add_ps(_mm512_load_ps(fixed_.sum[slot]));
-    if (sum != 0.0f) {
+    const float total = sum(load(fixed_.sum[slot]));
+    if (total != 0.0f) {
       state.max = fixed_.max[slot] * kLn2;
-      state.sum = sum;
+      state.sum = total;
     }
     return state;
   }
@@ -163,6 +154,28 @@ class StreamKernel {
   int rows_at_once() const { return slots_ < 4 ? slots_ : 4; }
   int slot_of(int row) const { return row / rows_ * slots_ + row % rows_; }
 
+  // Stores a query, 0 if it does not exist, in the order in which `score_rows` reads it.
+  void store_in_order(const T* from, float* to) const {
+    int64_t w = 0;
+    for (; w + 2 * kLanes <= words_; w += 2 * kLanes) {
+      for (int n = 0; n < 2; ++n) {
+        store(from != nullptr ? Math::load_half(from, w, n) : Vector{}, to + w + n * kLanes);
+      }
+    }
+    for (; w < words_; w += kLanes) {
+      store(from != nullptr ? Math::load(from, w, words_) : Vector{}, to + w);
+    }
+  }
+
+  // The same for `score_four`.
+  void store_in_parts(const T* from, float* to) const {
+    for (int64_t d = 0; d < args_.head_dim; d += kPart, to += 16) {
+      float words[4] = {};
+      if (from != nullptr) std::memcpy(words, from + d, sizeof words);
+      std::memcpy(to, words, sizeof words);
+    }
+  }
+
   void score(const StreamKeys<T>& keys, int slot) {
     const float* q = q_ + slot * query_words_;
     auto* scores = fixed_.scores + slot;
@@ -181,49 +194,52 @@ class StreamKernel {
 
   // Turns a row's scores into weights, 0 from `visible` on.
   void weigh(int slot, int visible) {
-    const __m512 scale = _mm512_set1_ps(scale_log2_);
-    __mmask16 seen[kSlots / kLanes];
-    __m512 scores[kSlots / kLanes];
-    __mmask16 above = 0;
-#pragma GCC unroll 2
-    for (int i = 0; i < kSlots / kLanes; ++i) {
-      const int left = visible - i * kLanes;
-      seen[i] = left >= kLanes ? 0xffff : (1u << (left < 0 ? 0 : left)) - 1;
+    constexpr int kN = kSlots / kLanes;
+    const Vector scale = broadcast(scale_log2_);
+    Ints seen[kN];
+    Vector scores[kN];
+    unsigned exceeds = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < kN; ++i) {
+      seen[i] = kLaneNumbers < visible - i * kLanes;
       scores[i] = load_scores(fixed_.scores[slot] + i * kLanes);
-      above |= _mm512_mask_cmp_ps_mask(seen[i], _mm512_mul_ps(scores[i], scale),
-                                       _mm512_set1_ps(fixed_.max[slot] + kSlack), _CMP_GT_OQ);
+      const Vector scaled = seen[i] ? scores[i] * scale : broadcast(kNoScore);
+      exceeds |= above(scaled, broadcast(fixed_.max[slot] + kSlack));
     }
-    if (above) {
-      __m512 largest = _mm512_set1_ps(kNoScore);
-#pragma GCC unroll 2
-      for (int i = 0; i < kSlots / kLanes; ++i)
-        largest = _mm512_mask_max_ps(largest, seen[i], largest, _mm512_mul_ps(scores[i], scale));
-      raise(slot, _mm512_reduce_max_ps(largest));
+    if (exceeds) {
+      Vector most = broadcast(kNoScore);
+#pragma GCC unroll 4
+      for (int i = 0; i < kN; ++i) {
+        most = seen[i] ? largest(most, scores[i] * scale) : most;
+      }
+      raise(slot, most);
     }
-    __m512 sum = _mm512_load_ps(fixed_.sum[slot]);
-#pragma GCC unroll 2
-    for (int i = 0; i < kSlots / kLanes; ++i) {
-      const __m512 shifted = _mm512_fmsub_ps(scores[i], scale, _mm512_set1_ps(fixed_.max[slot]));
-      const __m512 weights = _mm512_maskz_mov_ps(seen[i], Math::exp2(shifted));
-      sum = _mm512_add_ps(sum, Math::store_weights(weights, fixed_.weights[slot] + i * kLanes));
+    Vector sum = load(fixed_.sum[slot]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kN; ++i) {
+      const Vector shifted = multiply_subtract(scores[i], scale, broadcast(fixed_.max[slot]));
+      const Vector weights = seen[i] ? Math::exp2(shifted) : Vector{};
+      sum = sum + Math::store_weights(weights, fixed_.weights[slot] + i * kLanes);
     }
-    _mm512_store_ps(fixed_.sum[slot], sum);
+    store(sum, fixed_.sum[slot]);
   }
 
-  // The load must not be wider than the stores of `score_four`, or it waits for them to reach the
+  // The load must not be wider than the stores of the scores, or it waits for them to reach the
   // cache.
-  static __m512 load_scores(const float* scores) {
-    return kKeys < kLanes ? _mm512_castps256_ps512(_mm256_load_ps(scores)) : _mm512_load_ps(scores);
+  static Vector load_scores(const float* scores) {
+    return kKeys < kLanes ? load_eight(scores) : load(scores);
   }
 
-  // Raises a row's maximum and rescales everything that was computed relative to the old one.
-  __attribute__((noinline)) void raise(int slot, float max) {
-    const __m512 keep = exp2_full(_mm512_set1_ps(fixed_.max[slot] - max));
+  // Raises a row's maximum to the greatest lane of `most` and rescales everything that was computed
+  // relative to the old one.
+  __attribute__((noinline)) void raise(int slot, Vector most) {
+    float max = most[0];
+    for (int i = 1; i < kLanes; ++i) max = most[i] > max ? most[i] : max;
+    const Vector keep = exp2_full(broadcast(fixed_.max[slot] - max));
     fixed_.max[slot] = max;
-    _mm512_store_ps(fixed_.sum[slot], _mm512_mul_ps(_mm512_load_ps(fixed_.sum[slot]), keep));
+    store(load(fixed_.sum[slot]) * keep, fixed_.sum[slot]);
     float* acc = acc_ + slot * args_.head_dim;
-    for (int64_t d = 0; d < args_.head_dim; d += kLanes)
-      _mm512_store_ps(acc + d, _mm512_mul_ps(_mm512_load_ps(acc + d), keep));
+    for (int64_t d = 0; d < args_.head_dim; d += kLanes) store(load(acc + d) * keep, acc + d);
   }
 
   // Adds the weighted values of the tile to rows_at_once() rows from `slot` on.
@@ -240,7 +256,8 @@ class StreamKernel {
 
   template <int kR>
   void accumulate_rows(const T* v, int keys, int slot) {
-    constexpr int kWide = kR == 4 ? 4 : 8;  // vectors, to hide the latency of a multiplication
+    // Vectors: enough to hide the latency of a multiplication, within the registers.
+    constexpr int kWide = kLanes == 8 ? 8 / kR : kR == 4 ? 4 : 8;
     int64_t d = 0;
     for (; d + kWide * kLanes <= args_.head_dim; d += kWide * kLanes)
       add_values<kR, kWide>(v, keys, slot, d);
@@ -248,19 +265,18 @@ class StreamKernel {
     if (d < args_.head_dim) add_values<kR, 1>(v, keys, slot, d);
   }
 
-  // The same for 16 kN dimensions, in the order in which Math::load_step loads them. Prefetches as
-  // many lines as it reads.
+  // The same for kN vectors of dimensions, in the order in which Math::load_step loads them.
+  // Prefetches as many bytes as it reads.
   template <int kR, int kN>
   void add_values(const T* v, int keys, int slot, int64_t d) {
     float* acc = acc_ + slot * args_.head_dim + d;
-    __m512 sums[kR][kN];
+    Vector sums[kR][kN];
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 8
-      for (int n = 0; n < kN; ++n)
-        sums[r][n] = _mm512_load_ps(acc + r * args_.head_dim + n * kLanes);
+      for (int n = 0; n < kN; ++n) sums[r][n] = load(acc + r * args_.head_dim + n * kLanes);
     for (int j = 0; j < keys; j += kStep) {
-      __m512 values[kN];
+      Vector values[kN];
       // The last of an odd number of keys stands in for the missing one, whose weights are 0.
       Math::load_step(v + j * args_.v_token_stride + d, j + 1 < keys ? args_.v_token_stride : 0,
                       values);
@@ -268,17 +284,16 @@ class StreamKernel {
       for (int r = 0; r < kR; ++r) {
         float word;
         std::memcpy(&word, fixed_.weights[slot + r] + j, sizeof(word));
-        const __m512 weight = _mm512_set1_ps(word);
+        const Vector weight = broadcast(word);
 #pragma GCC unroll 8
         for (int n = 0; n < kN; ++n) sums[r][n] = Math::multiply_add(weight, values[n], sums[r][n]);
       }
-      ahead_.prefetch((kN * kLanes * kStep * static_cast<int>(sizeof(T)) + 63) / 64);
+      ahead_.prefetch(kN * kLanes * kStep * static_cast<int>(sizeof(T)));
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 8
-      for (int n = 0; n < kN; ++n)
-        _mm512_store_ps(acc + r * args_.head_dim + n * kLanes, sums[r][n]);
+      for (int n = 0; n < kN; ++n) store(sums[r][n], acc + r * args_.head_dim + n * kLanes);
   }
 
   FlushSubnormals flush_;

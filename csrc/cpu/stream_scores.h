@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/stream_ahead.h"
 
@@ -30,99 +31,109 @@ inline void score_rows(const StreamKeys<typename Math::Input>& keys, const float
   constexpr int kAtOnce = kSums < kKeys ? kSums : kKeys;  // keys
   for (int first = 0; first < keys.count; first += kAtOnce) {
     const T* row[kAtOnce];
-    __m512 sums[16];  // [row][key]
+    Vector sums[kLanes];  // [row][key]
 #pragma GCC unroll 16
     for (int j = 0; j < kAtOnce; ++j) row[j] = keys.row(first + j);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
-    auto multiply = [&](int64_t w, int64_t end) __attribute__((always_inline)) {
-      __m512 query[kR];
+    for (int i = 0; i < kLanes; ++i) sums[i] = Vector{};
+    // Two vectors of words, or one.
+    auto multiply = [&](auto vectors, int64_t w) __attribute__((always_inline)) {
+      constexpr int kN = decltype(vectors)::value;
+#pragma GCC unroll 2
+      for (int n = 0; n < kN; ++n) {
+        Vector query[kR];
 #pragma GCC unroll 4
-      for (int r = 0; r < kR; ++r) query[r] = _mm512_load_ps(q + r * query_words + w);
+        for (int r = 0; r < kR; ++r) query[r] = load(q + r * query_words + w + n * kLanes);
 #pragma GCC unroll 16
-      for (int j = 0; j < kAtOnce; ++j) {
-        const __m512 key = Math::load(row[j], w, end);
+        for (int j = 0; j < kAtOnce; ++j) {
+          const Vector key = kN == 2 ? Math::load_half(row[j], w, n) : Math::load(row[j], w, words);
 #pragma GCC unroll 4
-        for (int r = 0; r < kR; ++r) {
-          __m512& sum = sums[r * kSums + j];
-          sum = Math::multiply_add(query[r], key, sum);
+          for (int r = 0; r < kR; ++r) {
+            Vector& sum = sums[r * kSums + j];
+            sum = Math::multiply_add(query[r], key, sum);
+          }
         }
       }
-      ahead.prefetch(kAtOnce * kLanes * Math::kStep * static_cast<int>(sizeof(T)) / 64);
+      ahead.prefetch(kAtOnce * kN * kLanes * Math::kStep * static_cast<int>(sizeof(T)));
     };
     int64_t w = 0;
-    for (; w + kLanes <= words; w += kLanes) multiply(w, w + kLanes);
-    if (w < words) multiply(w, words);
+    for (; w + 2 * kLanes <= words; w += 2 * kLanes) {
+      multiply(std::integral_constant<int, 2>{}, w);
+    }
+    for (; w < words; w += kLanes) multiply(std::integral_constant<int, 1>{}, w);
     alignas(64) float summed[kR][kSums];
-    _mm512_store_ps(summed[0], sum_each(sums));
+    store(sum_each(sums), summed[0]);
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r) std::memcpy(scores[r] + first, summed[r], kAtOnce * sizeof(float));
   }
 }
 
-// Scores of four rows with eight keys from `first` on, as two vectors of four keys each, a row in
-// each quarter.
-template <class Math>
-__attribute__((always_inline)) inline void score_eight(const StreamKeys<typename Math::Input>& keys,
+// Scores of four rows with `kFours` times four keys from `first` on: fours[f][v] holds those of
+// four keys, a row in each 128 bits.
+template <class Math, int kFours>
+__attribute__((always_inline)) inline void score_fours(const StreamKeys<typename Math::Input>& keys,
                                                        int first, const float* q, int64_t head_dim,
-                                                       StreamAhead& ahead, __m512* fours) {
+                                                       StreamAhead& ahead,
+                                                       Vector (*fours)[4 / kParts]) {
   using T = typename Math::Input;
-  constexpr int kQuarter = 16 / sizeof(T);  // dimensions of a quarter of a vector
-  const T* row[8];
-  __m512 sums[8];
+  constexpr int kVectors = 4 / kParts;  // of four rows
+  constexpr int kKeys = 4 * kFours;
+  constexpr int kPart = 16 / sizeof(T);  // dimensions
+  const T* row[kKeys];
+  Vector sums[kKeys][kVectors];
 #pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) {
+  for (int j = 0; j < kKeys; ++j) {
     row[j] = keys.row(first + j);
-    sums[j] = _mm512_setzero_ps();
-  }
-  for (int64_t d = 0; d < head_dim; d += kQuarter, q += kLanes) {
-    const __m512 query = _mm512_load_ps(q);
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      const __m128 words = _mm_loadu_ps(reinterpret_cast<const float*>(row[j] + d));
-      sums[j] = Math::multiply_add(query, _mm512_broadcast_f32x4(words), sums[j]);
-    }
-    ahead.prefetch(8 * 16 / 64);
-  }
-  auto sum_pairs = [](__m512 a, __m512 b) {
-    return (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  };
 #pragma GCC unroll 2
-  for (int j = 0; j < 8; j += 4) {
-    const __m512d a = sum_pairs(sums[j], sums[j + 1]), b = sum_pairs(sums[j + 2], sums[j + 3]);
-    fours[j / 4] =
-        _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+    for (int v = 0; v < kVectors; ++v) sums[j][v] = Vector{};
+  }
+  for (int64_t d = 0; d < head_dim; d += kPart, q += 16) {
+    Vector query[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) query[v] = load(q + v * kLanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < kKeys; ++j) {
+      const Vector words = broadcast_part(reinterpret_cast<const float*>(row[j] + d));
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        sums[j][v] = Math::multiply_add(query[v], words, sums[j][v]);
+      }
+    }
+    ahead.prefetch(kKeys * 16);
+  }
+#pragma GCC unroll 2
+  for (int f = 0; f < kFours; ++f) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const auto* four = sums + 4 * f;
+      fours[f][v] = sum_parts(four[0][v], four[1][v], four[2][v], four[3][v]);
+    }
   }
 }
 
 // The same as score_rows for four rows of elements that need no conversion: 16 bytes of a key are
-// multiplied with those of all four rows at once, a row in each quarter of a vector, so that only
+// multiplied with those of as many rows as a vector holds, a row in each 128 bits, so that only
 // four values of each product are left to add up. `q`: [16 bytes of a row][row].
 template <class Math, int kKeys, int kSlots>
 inline void score_four(const StreamKeys<typename Math::Input>& keys, const float* q,
                        int64_t head_dim, StreamAhead& ahead, float (*scores)[kSlots]) {
+  constexpr int kVectors = 4 / kParts;
+  constexpr int kFours = 2 / kVectors;  // at once, to hide the latency of a multiplication
+  constexpr int kExist = kKeys < kLanes ? kKeys / 4 : kParts;
   for (int first = 0; first < keys.count; first += kLanes) {
-    constexpr int kGroups = (kKeys < kLanes ? kKeys : kLanes) / 8;
-    __m512 fours[2 * kGroups];  // the scores of four keys, a row in each quarter
+    Vector fours[kParts][kVectors] = {};
 #pragma GCC unroll 2
-    for (int g = 0; g < kGroups; ++g)
-      score_eight<Math>(keys, first + 8 * g, q, head_dim, ahead, fours + 2 * g);
-    const __m512 low = _mm512_shuffle_f32x4(fours[0], fours[1], 0x44);
-    const __m512 high = _mm512_shuffle_f32x4(fours[0], fours[1], 0xee);
-    if constexpr (kGroups == 2) {
-      const __m512 low2 = _mm512_shuffle_f32x4(fours[2], fours[3], 0x44);
-      const __m512 high2 = _mm512_shuffle_f32x4(fours[2], fours[3], 0xee);
-      _mm512_store_ps(scores[0] + first, _mm512_shuffle_f32x4(low, low2, 0x88));
-      _mm512_store_ps(scores[1] + first, _mm512_shuffle_f32x4(low, low2, 0xdd));
-      _mm512_store_ps(scores[2] + first, _mm512_shuffle_f32x4(high, high2, 0x88));
-      _mm512_store_ps(scores[3] + first, _mm512_shuffle_f32x4(high, high2, 0xdd));
-    } else {
-      const __m512 rows01 = _mm512_shuffle_f32x4(low, low, 0xd8);
-      const __m512 rows23 = _mm512_shuffle_f32x4(high, high, 0xd8);
-      _mm256_store_ps(scores[0], _mm512_castps512_ps256(rows01));
-      _mm256_store_ps(scores[1], _mm512_extractf32x8_ps(rows01, 1));
-      _mm256_store_ps(scores[2], _mm512_castps512_ps256(rows23));
-      _mm256_store_ps(scores[3], _mm512_extractf32x8_ps(rows23, 1));
+    for (int f = 0; f < kExist; f += kFours) {
+      score_fours<Math, kFours>(keys, first + 4 * f, q, head_dim, ahead, fours + f);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      Vector rows[kParts];
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts; ++i) rows[i] = fours[i][v];
+      transpose_parts(rows);
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts; ++i) store(rows[i], scores[v * kParts + i] + first);
     }
   }
 }

@@ -7,6 +7,12 @@
 //   Vector multiply_subtract(Vector a, Vector b, Vector c)  a * b - c, with one rounding
 //   unsigned above(Vector a, Vector b)                      lanes where a > b, as bits
 //   void store_halves(Vector, float* low, float* high)
+//   Vector load_eight(const float*)                         further lanes hold anything
+//   Vector broadcast_part(const float*)                     four floats, in every 128 bits
+//   Vector sum_parts(Vector a, Vector b, Vector c, Vector d)
+//     The sums of the four lanes of every 128 bits of a, b, c and d, in the same 128 bits.
+//   void transpose_parts(Vector (&r)[kParts])
+//     Transposes a matrix of parts of 128 bits.
 //   Vector exp2_full(Vector x)
 //     2^x for x well below 128, to about one unit in the last place. Flushes to 0 far below; 2^-inf
 //     is 0, NaN stays. Within FlushSubnormals.

@@ -29,9 +29,18 @@ typedef __m256 Vector;
 constexpr int kLanes = 4;
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 #endif
+constexpr int kParts = kLanes / 4;  // of 128 bits
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+#if defined(__AVX512F__)
+constexpr Ints kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+constexpr Ints kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+constexpr Ints kLaneNumbers = {0, 1, 2, 3};
+#endif
 
 inline Vector as_floats(Bits bits) { return (Vector)bits; }
 
@@ -54,6 +63,20 @@ inline Vector load(const BFloat16* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
   return as_floats(__builtin_convertvector(halves, Bits) << 16);
+}
+
+// Widens 2 kLanes elements into those of even and those of odd indices, each with one instruction:
+// they are the low and the high halves of 32-bit words.
+inline Vector load_even(const BFloat16* from) {
+  Bits words;
+  std::memcpy(&words, from, sizeof words);
+  return as_floats(words << 16);
+}
+
+inline Vector load_odd(const BFloat16* from) {
+  Bits words;
+  std::memcpy(&words, from, sizeof words);
+  return as_floats(words & 0xffff0000u);
 }
 
 // Without conversion instructions this follows to_float in scalar.h.

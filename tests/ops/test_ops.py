@@ -105,7 +105,7 @@ def test_few_queries_over_many_keys(isa, dtype, queries):
 
 
 @pytest.mark.parametrize("heads", [(5, 5), (8, 8), (12, 3), (4, 1), (16, 2)], ids=str)
-@pytest.mark.parametrize("head_dim", [16, 48, 64, 128, 256])
+@pytest.mark.parametrize("head_dim", [8, 16, 48, 64, 72, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_rows_of_any_heads(isa, dtype, head_dim, heads):
     """Tiles of every size of the kernel that streams keys, cut by the end and by the mask."""
@@ -610,7 +610,9 @@ def test_isas():
                 assert cpu_isa(torch.float32) == "portable"
             assert cpu_isa(torch.float32) != "portable" or name == "portable"
             for dtype in DTYPES:
-                streams = {"amx": 8, "avx512bf16": 32, "avx512": 32}.get(cpu_isa(dtype), 0)
+                streams = {"amx": 8, "avx512bf16": 32, "avx512": 32, "avx2": 32}.get(
+                    cpu_isa(dtype), 0
+                )
                 assert cpu_stream_rows(dtype) == streams
     with pytest.raises(
         ValueError, match="CPU instruction set is 'mmx'; it must be one of portable"
