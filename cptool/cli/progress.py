@@ -32,16 +32,45 @@ def counting(what: str, total: int) -> Iterator["Callable[[], None]"]:
     """Draw a progress bar, if standard error is a terminal and -q was not given; yield what to call
     after each step.
     """
-    done, began = 0, time.monotonic()
-    with drawn_bar(what) as bar:
-
-        def draw() -> None:
-            step = f"{what}, {min(done + 1, total):,} of {total:,}"
-            bar.draw(step, done / total, figures(done / total, time.monotonic() - began))
+    done = 0
+    with counted(f"{what},", total) as show:
 
         def advance() -> None:
             nonlocal done
             done += 1
+            show(done)
+
+        yield advance
+
+
+@contextmanager
+def following(phase: str, total: int) -> Iterator["Callable[[Board], None] | None"]:
+    """Draw a progress bar over the steps of one phase, which several launches of ranks may share;
+    yield what to call with their status board from time to time, as `progress` does.
+    """
+    with counted(phase, total) as show:
+
+        def watch(board: "Board") -> None:
+            status = board.read(0)
+            if status.phase == phase:
+                show(status.done)
+
+        yield watch if draws_bars() else None
+
+
+@contextmanager
+def counted(what: str, total: int) -> Iterator["Callable[[int], None]"]:
+    """Draw a progress bar as `counting` does; yield what to call with how many steps are done."""
+    done, began = 0, time.monotonic()
+    with drawn_bar(what) as bar:
+
+        def draw() -> None:
+            step = f"{what} {min(done + 1, total):,} of {total:,}"
+            bar.draw(step, done / total, figures(done / total, time.monotonic() - began))
+
+        def show(steps: int) -> None:
+            nonlocal done
+            done = steps
             draw()
 
         over = threading.Event()
@@ -55,7 +84,7 @@ def counting(what: str, total: int) -> Iterator["Callable[[], None]"]:
             draw()
             thread.start()
         try:
-            yield advance
+            yield show
         finally:
             over.set()
             if thread.is_alive():

@@ -25,7 +25,7 @@ from cptool.cli.options.models import context_option, open_model
 from cptool.cli.options.prompts import Prompts, prompt_options
 from cptool.cli.options.ranks import RankRequest
 from cptool.cli.options.records import as_object
-from cptool.cli.progress import progress
+from cptool.cli.progress import following
 from cptool.engine.options import resolve_dtype
 from cptool.errors import OptionError, UserError
 from cptool.model.context import check_context
@@ -88,8 +88,9 @@ def verify(
         steps=STEPS,
     )
     each = RankOptions(device=device, threads=ranks.threads, timeout=ranks.timeout)
-    with progress() as watch:
-        verdicts = list(verifier.verify(trial, list(range(2, most + 1)), each, watch))
+    counts = list(range(2, most + 1))
+    with following(verifier.PHASE, verifier.run_count(len(counts))) as watch:
+        verdicts = list(verifier.verify(trial, counts, each, watch))
     if as_json:
         print_object(_fields(trial, verdicts))
     else:

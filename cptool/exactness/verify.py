@@ -31,6 +31,9 @@ from cptool.planning.strategy import AUTO
 from cptool.sharding import Placement
 from cptool.variants import names
 
+PHASE = "verify, run"
+"""What the ranks' status board says while a run lasts."""
+
 ROWS = 64
 """Query rows of the second turn that are checked, in each checked layer; rows of decode steps are
 checked all.
@@ -48,6 +51,17 @@ class Trial:
     dtype: str
     turns: tuple[tuple[int, ...], tuple[int, ...]]
     steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The runs of a trial on one number of ranks: one of each of `variants`, after `done` of the
+    `total` runs.
+    """
+
+    variants: tuple[str, ...]
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,15 +124,22 @@ def verify(
 
     ranks: as `cptool.distributed.launch.run` takes it, as is `watch`; each count replaces its `cp`.
     """
-    variants: tuple[str, ...] = (PASS_KV.name, ALL_Q.name)
-    reference, steps = run(measure, trial, variants, ranks=replace(ranks, cp=1), watch=watch)
+    alone, together = (PASS_KV.name, ALL_Q.name), (*names(), ALL_Q.name)
+    total = run_count(len(counts))
+    first = Batch(variants=alone, done=0, total=total)
+    reference, steps = run(measure, trial, first, ranks=replace(ranks, cp=1), watch=watch)
     yield Verdict(reference, "same")
     yield Verdict(steps, compare(steps, reference))
-    variants = (*names(), ALL_Q.name)
-    for count in counts:
+    for number, count in enumerate(counts):
+        batch = Batch(variants=together, done=len(alone) + number * len(together), total=total)
         of_count = replace(ranks, cp=count)
-        for measurement in run(measure, trial, variants, ranks=of_count, watch=watch):
+        for measurement in run(measure, trial, batch, ranks=of_count, watch=watch):
             yield Verdict(measurement, compare(measurement, reference))
+
+
+def run_count(counts: int) -> int:
+    """Return how many runs `verify` makes for so many numbers of ranks beside one."""
+    return 2 + counts * (len(names()) + 1)
 
 
 def compare(measurement: Measurement, reference: Measurement) -> str:
@@ -139,13 +160,17 @@ def compare(measurement: Measurement, reference: Measurement) -> str:
     return "same"
 
 
-def measure(world: World, trial: Trial, variants: tuple[str, ...]) -> list[Measurement]:
+def measure(world: World, trial: Trial, batch: Batch) -> list[Measurement]:
     """Run the trial under each variant on this rank; the measurements are those of rank 0."""
     world.report("load the weights")
     model = load_model(
         open_checkpoint(trial.model), getattr(torch, trial.dtype), world.device, world
     )
-    return [_measure(world, model, trial, variant) for variant in variants]
+    measurements = []
+    for number, variant in enumerate(batch.variants):
+        world.report(PHASE, batch.done + number, batch.total)
+        measurements.append(_measure(world, model, trial, variant))
+    return measurements
 
 
 @torch.inference_mode()
@@ -160,7 +185,7 @@ def _measure(world: World, model: Llama, trial: Trial, variant: str) -> Measurem
     for first_run in (True, False):
         prefill = PASS_KV.name if static else variant
         options = EngineOptions(variant=prefill, static=static)
-        engine = Engine(model, world, options=options, progress=world.report)
+        engine = Engine(model, world, options=options)
         observed = _Observed(layers, positions)
         engine.extend([list(trial.turns[0])])
         engine.attach_observer(observed)

@@ -1,11 +1,14 @@
 """What progress bars say, from the share of the work that is done."""
 
+import contextlib
 import ctypes
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from terminal import terminal
 
 from cptool.cli import progress
 from cptool.distributed.status_board import IDLE, Board, Work
@@ -91,4 +94,31 @@ def test_the_share_grows_while_attention_computes():
 def test_nothing_is_drawn_where_there_is_no_terminal(capfd):
     with progress.counting("measure", 3) as advance, progress.progress() as watch:
         advance()
-    assert watch is None and capfd.readouterr() == ("", "")
+    with progress.counted("pass", 3) as show, progress.following("run", 3) as follow:
+        show(1)
+    assert watch is None and follow is None and capfd.readouterr() == ("", "")
+
+
+def test_a_phase_is_followed_through_several_launches(monkeypatch):
+    drawn = []
+    bar = SimpleNamespace(hidden=True, draw=lambda what, share, shown: drawn.append((what, share)))
+    monkeypatch.setattr(progress, "drawn_bar", lambda first: contextlib.nullcontext(bar))
+    monkeypatch.setattr(progress, "draws_bars", lambda: True)
+    with progress.following("verify, run", 4) as watch:
+        for done in (0, 2):
+            board = Board(1)
+            for phase in ("loading weights", "verify, run", "decode, token"):
+                board.write(0, phase, done, 4)
+                watch(board)
+    assert drawn == [("verify, run 1 of 4", 0.0), ("verify, run 3 of 4", 0.5)]
+
+
+def test_commands_that_compute_for_minutes_show_their_steps(tiny_model):
+    emulate = ("bench", "emulate", "--shape", tiny_model, "--context", 4096, "--repeats", 2)
+    for line, step in (
+        (("verify", tiny_model, "--max-cp", 2), "verify, run 1 of 7"),
+        (emulate, "emulate, pass 1 of 3"),
+    ):
+        with terminal(*line, "--device", "cpu") as command:
+            command.wait_for(step)
+            assert command.end() == 0

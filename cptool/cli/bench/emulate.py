@@ -16,6 +16,7 @@ from cptool.cli.options.models import open_shape
 from cptool.cli.options.ranks import VARIANTS
 from cptool.cli.options.records import as_object
 from cptool.cli.options.types import TokenCount
+from cptool.cli.progress import counted
 from cptool.distributed.options import check_threads
 from cptool.errors import OptionError
 from cptool.model import shares
@@ -144,11 +145,11 @@ def emulate(
     if threads:
         torch.set_num_threads(threads)
     profile = find_profile(hardware) if hardware else machine_profile(scenario.device.type)
+    passes = repeats + 1  # the first one warms up
+    with counted("emulate, pass", passes) as show:
+        result = project(scenario, profile, repeats, lambda done, _: show(done))
     report = emulation_report.Report(
-        shape=asked.shape,
-        scenario=scenario,
-        profile=profile,
-        result=project(scenario, profile, repeats),
+        shape=asked.shape, scenario=scenario, profile=profile, result=result
     )
     if as_json:
         print_object(report.fields())
