@@ -26,7 +26,7 @@ from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.tokenizer import library
 from cptool.checkpoint.tokenizer.gguf import from_gguf
 from cptool.checkpoint.tokenizer.guard import Guard
-from cptool.checkpoint.tokenizer.huggingface import from_tokenizer_json
+from cptool.checkpoint.tokenizer.huggingface import from_files
 from cptool.errors import UserError
 
 LLAMA3_PATTERN = (
@@ -99,7 +99,7 @@ def oracle(saved):
 def load(path):
     config = json.loads((path / "tokenizer_config.json").read_text())
     template = (path / "chat_template.jinja").read_text()
-    return from_tokenizer_json(path / "tokenizer.json", config, template)
+    return from_files(path / "tokenizer.json", config, template)
 
 
 @pytest.fixture(scope="session")
@@ -228,7 +228,7 @@ def test_marks_cover_overlapping_and_one_character_tokens():
 
 def template_of(saved, template):
     config = json.loads((saved / "tokenizer_config.json").read_text())
-    return from_tokenizer_json(saved / "tokenizer.json", config, template)
+    return from_files(saved / "tokenizer.json", config, template)
 
 
 def test_templates_find_what_they_expect(saved):
@@ -265,7 +265,7 @@ def test_faulty_templates_are_one_line(saved, template, message):
 
 def test_no_template_no_chat(saved):
     with pytest.raises(UserError, match="no chat template"):
-        from_tokenizer_json(saved / "tokenizer.json", {}).chat([{"role": "user", "content": "hi"}])
+        from_files(saved / "tokenizer.json", {}).chat([{"role": "user", "content": "hi"}])
 
 
 def test_templates_that_leave_a_message_out(saved, tokenizer):
@@ -273,14 +273,14 @@ def test_templates_that_leave_a_message_out(saved, tokenizer):
     users = CHAT.replace("in messages", "in messages if message.role == 'user'")
     parts = CHAT.replace("message.content | trim", "message.content[0].text")
     for template, role in ((users, "system"), (parts, "user")):
-        loaded = from_tokenizer_json(saved / "tokenizer.json", {}, template)
+        loaded = from_files(saved / "tokenizer.json", {}, template)
         assert loaded.leaves_out(role) and loaded.chat([{"role": "user", "content": "hi"}])
 
 
 def test_templates_in_the_configuration(saved):
     named = [{"name": "tools", "template": "t"}, {"name": "default", "template": CHAT}]
     for value in (CHAT, named):
-        loaded = from_tokenizer_json(saved / "tokenizer.json", {"chat_template": value})
+        loaded = from_files(saved / "tokenizer.json", {"chat_template": value})
         assert loaded.chat_template == CHAT
 
 
@@ -291,10 +291,10 @@ def test_bos_follows_the_post_processor(saved, tmp_path):
     fields = json.loads((saved / "tokenizer.json").read_text())
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(fields))
-    with_bos = from_tokenizer_json(file, {})
+    with_bos = from_files(file, {})
     assert with_bos.encode("hi")[0] == with_bos.bos_id
     file.write_text(json.dumps(fields | {"post_processor": None}))
-    without = from_tokenizer_json(file, {"bos_token": {"content": "<s>"}})
+    without = from_files(file, {"bos_token": {"content": "<s>"}})
     assert without.bos_id == with_bos.bos_id
     assert without.encode("hi") == with_bos.encode("hi")[1:]
 
@@ -306,7 +306,7 @@ def test_a_rendered_prompt_keeps_its_one_beginning(saved, tmp_path, around):
     backend.post_processor = processors.TemplateProcessing(around, special_tokens=list(ids.items()))
     backend.save(str(tmp_path / "tokenizer.json"))
     # The role names another token than the one that goes before texts.
-    loaded = from_tokenizer_json(tmp_path / "tokenizer.json", {"bos_token": "<|start|>"})
+    loaded = from_files(tmp_path / "tokenizer.json", {"bos_token": "<|start|>"})
     before = [ids[text] for text in around.split()[:-1]]
     assert loaded.encode("<s>", parse=True) == [ids["<s>"]]
     assert loaded.encode("<|start|>", parse=True) == [*before, ids["<|start|>"]]
@@ -332,7 +332,7 @@ def test_texts_that_take_too_much(saved, tmp_path, monkeypatch, limits, rules, m
     for name, rule in rules.items():
         setattr(backend, name, rule)
     backend.save(str(tmp_path / "tokenizer.json"))
-    loaded = from_tokenizer_json(tmp_path / "tokenizer.json", {}, CHAT)
+    loaded = from_files(tmp_path / "tokenizer.json", {}, CHAT)
     for name, value in limits.items():
         monkeypatch.setattr(library, name, value)
     with pytest.raises(library.LimitError, match=message):
@@ -346,7 +346,7 @@ def test_a_token_with_a_role_is_a_control_token(saved, tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(fields))
     end = {"</s>", "<|end|>"}
-    loaded = from_tokenizer_json(file, {"bos_token": "<s>", "eos_token": "</s>"})
+    loaded = from_files(file, {"bos_token": "<s>", "eos_token": "</s>"})
     ids = {text: loaded.bos_id + CONTROL.index(text) for text in end}
     assert ids["</s>"] not in loaded.encode("a</s>")
     # Not special and of no role: the author's own word, to be found in any text.
@@ -357,7 +357,7 @@ def test_files_without_a_usable_tokenizer(mqa_path, tmp_path):
     assert open_checkpoint(str(mqa_path)).tokenizer() is None
     path = shutil.copytree(mqa_path, tmp_path / "copy")
     (path / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(UserError, match=r"tokenizer.model alone"):
+    with pytest.raises(UserError, match=r"tokenizer.model: the file is empty"):
         open_checkpoint(str(path)).tokenizer()
     (path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a tokenizer"):

@@ -15,7 +15,7 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer
 
-from cptool.checkpoint.tokenizer.huggingface import from_tokenizer_json
+from cptool.checkpoint.tokenizer.huggingface import from_files
 from cptool.errors import UserError
 
 WORDS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<tool>"]
@@ -162,7 +162,7 @@ def test_ids_are_those_of_transformers_or_a_refusal(tmp_path_factory, made, text
     except Exception:
         assume(False)
     try:
-        ours = from_tokenizer_json(path / "tokenizer.json", files["tokenizer_config.json"])
+        ours = from_files(path / "tokenizer.json", files["tokenizer_config.json"])
         assert ours.encode(text) == plain
         assert ours.chat(messages) == chat
     except UserError as refusal:

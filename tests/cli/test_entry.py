@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from cptool.checkpoint.tokenizer import templates
 from cptool.checkpoint.tokenizer.gguf import from_gguf
-from cptool.checkpoint.tokenizer.huggingface import from_tokenizer_json
+from cptool.checkpoint.tokenizer.huggingface import from_files
 from cptool.cli.options.prompts import Prompts
 from cptool.errors import UserError
 
@@ -44,7 +44,7 @@ def directory(path, template=TURNS, **fields):
         json.dumps(json.loads(backend.to_str()) | {k: v for k, v in fields.items()})
     )
     settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
-    return from_tokenizer_json(path / "tokenizer.json", settings)
+    return from_files(path / "tokenizer.json", settings)
 
 
 # Control tokens

@@ -146,17 +146,13 @@ def _sampling(source: Path, generation: dict[str, Any], notes: Notes) -> Samplin
 
 
 def _load_tokenizer(path: Path) -> "Tokenizer | None":
-    from cptool.checkpoint.tokenizer.huggingface import from_tokenizer_json
+    from cptool.checkpoint.tokenizer.huggingface import from_files
 
-    if (path / "tokenizer.json").is_file():
+    files = (path / "tokenizer.json", path / "tokenizer.model")
+    if (file := next((file for file in files if file.is_file()), None)) is not None:
         config_file = path / "tokenizer_config.json"
         settings = read_json(config_file) if config_file.is_file() else {}
         template_file = path / "chat_template.jinja"
         template = template_file.read_text("utf-8") if template_file.is_file() else None
-        return from_tokenizer_json(path / "tokenizer.json", settings, template)
-    if (path / "tokenizer.model").is_file():
-        raise UserError(
-            f"{path}: a tokenizer.model alone is not supported; write a tokenizer.json with "
-            f"transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
+        return from_files(file, settings, template)
     return None

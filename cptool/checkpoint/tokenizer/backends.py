@@ -64,11 +64,17 @@ _PRINTABLE = _printable_bytes()
 
 
 def sentencepiece_bpe(
-    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int], dummy_prefix: bool
+    tokens: Sequence[str],
+    scores: Sequence[float],
+    types: Sequence[int],
+    *,
+    dummy_prefix: bool,
+    strip: bool | None = None,
 ) -> Tokenizer:
     """Return SentencePiece BPE, which merges the pair whose piece has the best score.
 
     Spaces are U+2581, with a dummy one in front if `dummy_prefix`; unknown characters are bytes.
+    Decoding strips a space in front if `strip`, by default where there is a dummy one.
     """
     if len(scores) != len(tokens):
         raise ValueError(f"{len(tokens)} tokens and {len(scores)} scores")
@@ -89,7 +95,7 @@ def sentencepiece_bpe(
     )
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(
-        [*steps, decoders.Strip(" ", 1, 0)] if dummy_prefix else steps
+        [*steps, decoders.Strip(" ", 1, 0)] if (dummy_prefix if strip is None else strip) else steps
     )
     return backend
 

@@ -71,7 +71,7 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
             bos_by_default = True
             scores = metadata.get("tokenizer.ggml.scores", [])
             dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-            backend = backends.sentencepiece_bpe(tokens, scores, types, dummy_prefix)
+            backend = backends.sentencepiece_bpe(tokens, scores, types, dummy_prefix=dummy_prefix)
         backends.add_tokens(backend, tokens, types)
         by_default = {"bos": 1, "eos": 2} if kind == "llama" and len(tokens) > 2 else {}
         ids = {

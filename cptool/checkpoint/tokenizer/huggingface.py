@@ -1,6 +1,7 @@
 """The tokenizer files of a Hugging Face directory, put together as transformers 5 does.
 
     tokenizer.json           the vocabulary, how texts are cut, what is put around them
+    tokenizer.model          a SentencePiece model, if there is no tokenizer.json (`slow_llama.py`)
     tokenizer_config.json    tokens with a role, further added tokens, the tokenizer's class
     special_tokens_map.json, added_tokens.json
                              the same in older directories; read if tokenizer_config.json has no
@@ -20,7 +21,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from cptool.checkpoint.fields import first_line, read_json
-from cptool.checkpoint.tokenizer import backends, library
+from cptool.checkpoint.tokenizer import backends, library, slow_llama
 from cptool.checkpoint.tokenizer.templates import default_template
 from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
 from cptool.errors import UserError
@@ -57,13 +58,12 @@ _INFILLING = {
 _MAX_BYTES = 1 << 29
 
 
-def from_tokenizer_json(
-    path: Path, settings: dict[str, Any], chat_template: str | None = None
-) -> Tokenizer:
+def from_files(path: Path, settings: dict[str, Any], chat_template: str | None = None) -> Tokenizer:
     """Return the tokenizer of a Hugging Face directory, out of all its files.
 
-    `path` is its tokenizer.json, `settings` its tokenizer_config.json; `chat_template` goes before
-    any template in the files. Raises UserError as `read_tokenizer_files` does.
+    `path` is its tokenizer.json or its tokenizer.model, `settings` its tokenizer_config.json;
+    `chat_template` goes before any template in the files. Raises UserError as
+    `read_tokenizer_files` does.
     """
     files = read_tokenizer_files(path, settings, chat_template)
     backend, roles = files.backend, files.roles
@@ -72,7 +72,12 @@ def from_tokenizer_json(
     if bos_id is None and len(around) == 1:
         bos_id = around[0]
     return Tokenizer(
-        backend, bos_id, roles, files.chat_template, why_no_template=files.why_no_template
+        backend,
+        bos_id,
+        roles,
+        files.chat_template,
+        why_no_template=files.why_no_template,
+        space_first=files.space_first,
     )
 
 
@@ -81,25 +86,29 @@ class TokenizerFiles:
     """What the files of a tokenizer describe.
 
     `roles` maps `bos_token` and the like to texts. `chat_template` is None if there is none, and
-    `why_no_template` then gives the reason if it is known.
+    `why_no_template` then gives the reason if it is known. `space_first` is as for `Tokenizer`.
     """
 
     backend: Backend
     roles: dict[str, str]
     chat_template: str | None
     why_no_template: str | None = None
+    space_first: bool = False
 
 
 def read_tokenizer_files(
     path: Path, settings: dict[str, Any], chat_template: str | None = None
 ) -> TokenizerFiles:
-    """Read the tokenizer.json at `path` and the files beside it.
+    """Read the tokenizer.json or tokenizer.model at `path` and the files beside it.
 
     `settings` is tokenizer_config.json; `chat_template` goes before any template in the files.
     Raises UserError if a file is damaged, or requests what cptool does not do.
     """
-    backend = _read_backend(path)
-    kind = _class_of(path, settings)
+    kind, space_first = _class_of(path, settings), False
+    if path.suffix == ".model":
+        backend, space_first = slow_llama.read(path, settings, kind)
+    else:
+        backend = _read_backend(path)
     try:
         backend, roles = _assemble(path, settings, kind, backend)
     except (library.LibraryError, TypeError, ValueError, AttributeError, KeyError) as error:
@@ -108,7 +117,7 @@ def read_tokenizer_files(
             f"fetch them again"
         ) from None
     template, why = _template(path.parent, settings, chat_template)
-    return TokenizerFiles(backend, roles, template, why)
+    return TokenizerFiles(backend, roles, template, why, space_first)
 
 
 def _read_backend(path: Path) -> Backend:
@@ -138,6 +147,8 @@ def _class_of(path: Path, settings: dict[str, Any]) -> str:
         config = path.parent / "config.json"
         declared = read_json(config).get("tokenizer_class") if config.is_file() else None
     name = str(declared or "").removesuffix("Fast")
+    if path.suffix == ".model":
+        return name or "LlamaTokenizer"
     # A byte-level vocabulary under the name of Llama's is Llama 3's, which the file describes.
     if name == "LlamaTokenizer" and b'"ByteLevel"' in path.read_bytes():
         return ""
@@ -170,7 +181,8 @@ def _assemble(
     roles |= {key: _token(value) for key, value in own_roles.items()}
     more = "extra" if "extra_special_tokens" in fields else "additional"
     extra = [_token(value) for value in fields.get(f"{more}_special_tokens") or []]
-    if kind in ("LlamaTokenizer", "CodeLlamaTokenizer"):
+    alone = path.suffix == ".model"
+    if kind in slow_llama.CLASSES and not alone:
         backend = _as_llama(fields, backend, "always" if kind == "LlamaTokenizer" else "first")
     elif kind == "GPTNeoXTokenizer":
         backend = _as_gpt_neox(fields, backend)
@@ -179,7 +191,11 @@ def _assemble(
             add_prefix_space=fields.get("add_prefix_space") is True
         )
     _add(backend, listed, roles, extra)
-    if kind == "CodeLlamaTokenizer":  # Whatever the file puts around a text.
+    if alone:
+        slow_llama.put_around(
+            backend, settings, {key: _text(value) for key, value in roles.items()}
+        )
+    elif kind == "CodeLlamaTokenizer":  # Whatever the file puts around a text.
         bos = roles.get("bos_token")
         backends.put_around(backend, backend.token_to_id(_text(bos)) if bos else None)
     for token_id, token in listed.items():

@@ -9,7 +9,7 @@ from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
 def from_sentencepiece(model: SentencePieceModel, chat_template: str | None) -> Tokenizer:
     """Return the tokenizer of a SentencePiece model; a plain text begins with BOS."""
     backend = backends.sentencepiece_bpe(
-        model.pieces, model.scores, model.types, model.dummy_prefix
+        model.pieces, model.scores, model.types, dummy_prefix=model.dummy_prefix
     )
     backends.add_tokens(backend, model.pieces, model.types)
     backends.put_around(backend, model.bos_id)

@@ -27,8 +27,9 @@ class Tokenizer:
 
     `backend` is taken over and changed; its post-processor says what goes around a text that begins
     a sequence. `special` maps the template variables `bos_token`, `eos_token` to their texts.
-    `ends` are texts of further tokens that end an answer. `vocab_size` and `context` bound what a
-    text may become, if they are set.
+    `ends` are texts of further tokens that end an answer. `space_first` puts a space before a text
+    that does not begin with a control token. `vocab_size` and `context` bound what a text may
+    become, if they are set.
     """
 
     vocab_size: int | None = None
@@ -43,6 +44,7 @@ class Tokenizer:
         *,
         ends: Sequence[str] = (),
         why_no_template: str | None = None,
+        space_first: bool = False,
     ) -> None:
         self.bos_id, self._special = bos_id, special
         # A token with a role is a control token even where the file does not mark it as special.
@@ -74,7 +76,7 @@ class Tokenizer:
             why_no_template=why_no_template,
         )
         backend.encode_special_tokens = True
-        self._backend = backend
+        self._backend, self._space_first = backend, space_first
 
     @property
     def chat_template(self) -> str | None:
@@ -192,6 +194,8 @@ class Tokenizer:
 
     def _ids(self, text: str, limit: library.Limit, around: bool = False) -> list[int]:
         placeholders = self._placeholder_ids
+        if self._space_first and text and not self._chat.guard.placeholder.match(text):
+            text = f" {text}"
         try:
             with library.muted():
                 # A batch, for only that lets other threads run meanwhile.
