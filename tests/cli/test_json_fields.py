@@ -44,6 +44,7 @@ RUNS = {
     "cptool session show": ["{here}/plain", "{here}/chats"],
     "cptool session list": ["{here}"],
     "cptool session export": ["{here}/plain", "{here}/chat", "{here}/chats"],
+    "cptool pull": ["", "smollm2-135m-instruct"],
 }
 """Arguments by the heading that documents the result, in the order in which they are run."""
 

@@ -81,7 +81,7 @@ def from_files(path: Path, settings: dict[str, Any], chat_template: str | None =
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenizerFiles:
     """What the files of a tokenizer describe.
 
@@ -117,7 +117,13 @@ def read_tokenizer_files(
             f"fetch them again"
         ) from None
     template, why = _template(path.parent, settings, chat_template)
-    return TokenizerFiles(backend, roles, template, why, space_first)
+    return TokenizerFiles(
+        backend=backend,
+        roles=roles,
+        chat_template=template,
+        why_no_template=why,
+        space_first=space_first,
+    )
 
 
 def _read_backend(path: Path) -> Backend:
