@@ -280,7 +280,7 @@ class _Profile:
     def stop(self) -> None:
         """Stop recording the device."""
         if self.device is not None:
-            self.recorder.kernels = self.device.stop()
+            self.recorder.keep(self.device.stop())
 
     def phases(self, sections: Sequence[Section]) -> tuple[Phases, ...]:
         """Write the trace and return the phases of each section. Collective."""

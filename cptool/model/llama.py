@@ -6,6 +6,7 @@ Which parameters it has is read from the table of its family (`cptool.model.arch
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -32,6 +33,9 @@ until the call returns. Scores are scaled by D^-1/2.
 Passed = Callable[[int, int], bool]
 """passed(done, rows) is called as the feed-forward of a layer has passed `done` of its `rows`; it
 returns whether to go on. If not, the result is undefined."""
+
+
+_NOTHING = nullcontext()
 
 
 def _row_slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -209,7 +213,11 @@ class Llama(nn.Module):
     `cptool.parallel.tensor_parallel` adds up. Parameters are uninitialised: `cptool.engine.weights`
     puts a checkpoint's tensors in their place. The caller runs the model under
     `torch.inference_mode()`.
+
+    span: opens a context around the layer of a number, such as a span of a trace.
     """
+
+    span: Callable[[int], AbstractContextManager[None]] | None = None
 
     def __init__(
         self, config: LlamaConfig, device: torch.device | str = "meta", tp: int = 1
@@ -264,8 +272,9 @@ class Llama(nn.Module):
         """
         hidden = self.embed_tokens(tokens)
         cos, sin = rotary_tables(positions, self.inverse_frequencies)
-        for layer in self.layers:
-            layer(hidden, cos, sin, attend, passed=passed)
+        for number, layer in enumerate(self.layers):
+            with _NOTHING if self.span is None else self.span(number):
+                layer(hidden, cos, sin, attend, passed=passed)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

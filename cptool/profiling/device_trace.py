@@ -8,12 +8,16 @@ small decode steps consist mostly of such idle time.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from cptool.profiling.intervals import Interval, length_s, overlap_s, subtract, union
 from cptool.profiling.trace import PHASES, Kernel
+
+if TYPE_CHECKING:
+    from torch.autograd.profiler_util import FunctionEvent
 
 IDLE = "idle"
 DEVICE_ROWS = (*PHASES, IDLE)
@@ -66,6 +70,18 @@ def device_phases(
     return {row: phases[row] for row in DEVICE_ROWS}, hidden
 
 
+def launch_times(events: Iterable[FunctionEvent]) -> dict[int, float]:
+    """Return when the host launched each kernel, in seconds since the beginning of the trace, by
+    the id that CUDA gave the call and the kernel alike.
+    """
+    return {
+        event.id: 1e-6 * event.time_range.start
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CPU
+        and event.name.startswith(("cuda", "cuLaunch", "cuMem"))
+    }
+
+
 class DeviceProfiler:
     """Collects kernels between `start` and `stop`, of `activity`: CUDA, or the CPU's operators."""
 
@@ -87,14 +103,17 @@ class DeviceProfiler:
         assert recorded is not None and recorded.kineto_results is not None
         began = 1e-9 * recorded.kineto_results.trace_start_ns()
         shift = began - (time.time() - time.perf_counter())
+        events = self._profiler.events()
+        launches = launch_times(events)
         kernels = [
             Kernel(
-                event.name,
-                event.thread,
-                shift + 1e-6 * event.time_range.start,
-                shift + 1e-6 * event.time_range.end,
+                name=event.name,
+                stream=event.thread,
+                begin=shift + 1e-6 * event.time_range.start,
+                end=shift + 1e-6 * event.time_range.end,
+                launched=shift + launches[event.id] if event.id in launches else None,
             )
-            for event in self._profiler.events()
+            for event in events
             if event.device_type == self._type and not event.is_user_annotation
         ]
         return sorted(kernels, key=lambda kernel: kernel.begin)

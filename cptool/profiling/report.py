@@ -124,7 +124,8 @@ def write_trace(
     shifts: Sequence[float],
 ) -> None:
     """Write a Chrome trace: a process per rank, with a track for its thread, a track per stream of
-    its device, and as many tracks for sends and receives as run at the same time.
+    its device, and as many tracks for sends and receives as run at the same time. An event's
+    arguments state its layer.
     """
     events: list[dict[str, object]] = []
 
@@ -138,8 +139,10 @@ def write_trace(
         *,
         rank: int,
         track: int,
-        **more: object,
+        **facts: object,
     ) -> None:
+        if what.layer is not None:
+            facts = {"layer": what.layer, **facts}
         events.append(
             {
                 "ph": "X",
@@ -149,7 +152,7 @@ def write_trace(
                 "tid": track,
                 "ts": round(1e6 * (what.begin + shifts[rank] - origin), 3),
                 "dur": round(1e6 * (what.end - what.begin), 3),
-                **more,
+                **({"args": facts} if facts else {}),
             }
         )
 
@@ -181,6 +184,6 @@ def write_trace(
                 "transfer",
                 rank=rank,
                 track=1 + lane,
-                args={"bytes": move.bytes},
+                bytes=move.bytes,
             )
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,24 +30,32 @@ picking a token; the rest of the model (norms, rotations, activations, storing K
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Work of a phase, in seconds of `time.perf_counter`. own_s: without the spans inside."""
+    """Work of a phase, in seconds of `time.perf_counter`.
+
+    own_s: without the spans inside. layer: the decoder layer that it is part of, from 0; None
+    outside the layers.
+    """
 
     name: str
     phase: str
     begin: float
     end: float
     own_s: float
+    layer: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferSpan:
-    """One message, from its start to its completion, in seconds of `time.perf_counter`."""
+    """One message, from its start to its completion, in seconds of `time.perf_counter`; `layer` as
+    in a Span.
+    """
 
     name: str
     peer: int
     bytes: int
     begin: float
     end: float
+    layer: int | None = None
 
 
 class Silent:
@@ -72,6 +81,8 @@ class Recorder:
         self.transfers: list[TransferSpan] = []
         self.kernels: list[Kernel] | None = None  # of the device, where it is not the CPU
         self._open: list[list] = []  # name, phase, begin, seconds inside of spans within
+        self._layer: int | None = None
+        self._layers: list[Span] = []
         self._waiters = ThreadPoolExecutor(64, thread_name_prefix="cptool-trace")
         self._lock = threading.Lock()
 
@@ -93,19 +104,52 @@ class Recorder:
         if self._open:
             self._open[-1][3] += end - begin
         self.spans.append(
-            Span(name=name, phase=phase, begin=begin, end=end, own_s=end - begin - inside)
+            Span(
+                name=name,
+                phase=phase,
+                begin=begin,
+                end=end,
+                own_s=end - begin - inside,
+                layer=self._layer,
+            )
         )
+
+    @contextmanager
+    def layer(self, number: int) -> Iterator[None]:
+        """Record the `with` block as a layer of the model, to which the spans inside belong."""
+        self._layer = number
+        try:
+            with self.span(f"layer {number}", "small ops"):
+                yield
+        finally:
+            self._layer = None
+        self._layers.append(self.spans[-1])
+
+    def keep(self, kernels: Sequence[Kernel]) -> None:
+        """Record what ran on the device; a kernel belongs to the layer that launched it."""
+        begins = [span.begin for span in self._layers]
+
+        def layer_of(kernel: Kernel) -> int | None:
+            if kernel.launched is None:
+                return None
+            at = bisect_right(begins, kernel.launched) - 1
+            inside = at >= 0 and kernel.launched < self._layers[at].end
+            return self._layers[at].layer if inside else None
+
+        self.kernels = [replace(kernel, layer=layer_of(kernel)) for kernel in kernels]
 
     def watch(self, work: Transfer, name: str, peer: int, count: int) -> Watched:
         """Record when a transfer of `count` bytes completes. Return what to wait for instead."""
-        begin = time.perf_counter()
+        begin, layer = time.perf_counter(), self._layer
 
         def wait() -> None:
             work.wait()
             with self._lock:
                 end = time.perf_counter()
                 self.transfers.append(
-                    TransferSpan(name=name, peer=peer, bytes=count, begin=begin, end=end)
+                    TransferSpan(
+                        name=name, peer=peer, bytes=count, begin=begin, end=end, layer=layer
+                    )
                 )
 
         return Watched(self._waiters.submit(wait))
@@ -116,9 +160,12 @@ class Recorder:
         return spans, [t for t in self.transfers if begin <= t.begin < end]
 
     def attach(self, model: Llama) -> None:
-        """Make every product of `model` a span, and the sum over ranks that may follow it."""
+        """Make every layer and every product of `model` a span, and the sum over ranks that may
+        follow a product.
+        """
         from cptool.model.product import Product
 
+        model.span = self.layer
         for name, module in model.named_modules():
             if isinstance(module, Product):
                 module.span = partial(self.span, name.rpartition(".")[2], "linear")
@@ -143,11 +190,16 @@ class Watched:
         self._future.result()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """What ran on a stream of the device, a copy too; seconds of `time.perf_counter`."""
+    """What ran on a stream of the device, a copy too; seconds of `time.perf_counter`.
+
+    launched: when the host launched it, None if unknown. layer: as in a Span.
+    """
 
     name: str
     stream: int
     begin: float
     end: float
+    launched: float | None = None
+    layer: int | None = None

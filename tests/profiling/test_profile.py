@@ -1,7 +1,9 @@
 """Where time goes: phases that add up to the wall, transfers beside compute, the trace's file."""
 
+import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from click.testing import CliRunner
 
 from cptool.cli.main import main
 from cptool.model.llama import Linear
-from cptool.profiling.device_trace import DEVICE_ROWS, DeviceProfiler, phase_of
+from cptool.profiling.device_trace import DEVICE_ROWS, DeviceProfiler, launch_times, phase_of
 from cptool.profiling.intervals import overlap_s, subtract, union
 from cptool.profiling.report import ROWS, Section, phases_of, write_trace
 from cptool.profiling.trace import SILENT, Kernel, Recorder, Span, TransferSpan
@@ -80,11 +82,15 @@ def test_moments_without_a_kernel_are_idle():
     recorder = Recorder()
     recorder.spans = [Span(name="sampling", phase="sampling", begin=7.0, end=9.0, own_s=2.0)]
     recorder.kernels = [
-        Kernel("sm90_xmma_gemm_bf16bf16", 7, 0.5, 2.0),  # began before the section
-        Kernel("attention_sm90_kernel<128>", 7, 3.0, 5.0),
-        Kernel("ncclDevKernel_SendRecv", 13, 4.0, 6.0),  # half of it beside attention
-        Kernel("rms_norm_kernel", 7, 6.5, 7.0),
-        Kernel("reduce_kernel argmax", 7, 8.0, 8.5),
+        Kernel(
+            name="sm90_xmma_gemm_bf16bf16", stream=7, begin=0.5, end=2.0
+        ),  # began before the section
+        Kernel(name="attention_sm90_kernel<128>", stream=7, begin=3.0, end=5.0),
+        Kernel(
+            name="ncclDevKernel_SendRecv", stream=13, begin=4.0, end=6.0
+        ),  # half of it beside attention
+        Kernel(name="rms_norm_kernel", stream=7, begin=6.5, end=7.0),
+        Kernel(name="reduce_kernel argmax", stream=7, begin=8.0, end=8.5),
     ]
     wall, phases, hidden = phases_of(recorder, Section("x", 1.0, 11.0, steps=1))
     assert wall == 10 and tuple(phases) == DEVICE_ROWS and sum(phases.values()) == wall
@@ -104,6 +110,32 @@ def test_moments_without_a_kernel_are_idle():
         (7, 8),
         (8.5, 9),
     ]
+
+
+def test_what_runs_on_the_device_belongs_to_the_layer_that_launched_it():
+    recorder = Recorder()
+    kernel = Kernel(name="k", stream=7, begin=50.0, end=60.0)
+    times = {}
+    with recorder.span("model", "small ops"):
+        times["before"] = time.perf_counter()
+        for number in range(3):
+            with recorder.layer(number), recorder.span("attention", "attention"):
+                times[number] = time.perf_counter()
+    times["after"] = time.perf_counter()
+    launched = [dataclasses.replace(kernel, launched=at) for at in times.values()]
+    recorder.keep([*launched, kernel])
+    assert [k.layer for k in recorder.kernels] == [None, 0, 1, 2, None, None]
+    assert [(s.name, s.layer) for s in recorder.spans if s.layer is not None] == [
+        (name, number) for number in range(3) for name in ("attention", f"layer {number}")
+    ]
+    event, kind = SimpleNamespace, torch.autograd.DeviceType
+    begun = SimpleNamespace(start=2.0)
+    events = [
+        event(id=3, name="cudaLaunchKernel", device_type=kind.CPU, time_range=begun),
+        event(id=3, name="k", device_type=kind.CUDA, time_range=SimpleNamespace(start=9.0)),
+        event(id=4, name="aten::mm", device_type=kind.CPU, time_range=begun),
+    ]
+    assert launch_times(events) == {3: 2e-6}
 
 
 def test_the_profilers_clock_is_ours():
@@ -177,6 +209,15 @@ def test_profile_of_prefill_and_decode(mqa_path, token_file, tmp_path):
         received = [e for e in mine if e["name"] == f"receive, rank {1 - rank}"]
         assert len(blocks) == 2 * 3 and len(received) == 3  # three layers
         assert all(e["args"]["bytes"] == 450 * 2 * 64 * 4 for e in received)
+        layers = [[e["args"]["layer"] for e in each] for each in (blocks, received)]
+        assert layers[0] == [0, 0, 1, 1, 2, 2] and sorted(layers[1]) == [0, 1, 2]
+        inside = [e for e in mine if "layer" in e.get("args", {})]
+        assert {e["name"] for e in mine if e not in inside} == {
+            "model",
+            "logits",
+            "sampling",
+            "all-reduce",
+        }
         # The block of the other rank is under way before attention over this rank's own begins.
         for own, arriving in zip(
             blocks[::2], sorted(received, key=lambda e: e["ts"]), strict=False
