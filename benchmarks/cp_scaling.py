@@ -27,6 +27,7 @@ from cptool.distributed.devices import cores
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.engine.answers.decode import decode, next_tokens
+from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
@@ -43,7 +44,7 @@ def prefill(world, path: str, tokens: list[int], variant: str) -> dict[str, floa
         engine.extend([prompt], reserve=17)
         next_tokens(engine, Sampling())
         first = time.perf_counter()
-        decode(engine, 16, Sampling())
+        decode(engine, AnswerOptions(limit=16))
         last = time.perf_counter()
     return {
         "ttft_s": first - begin,

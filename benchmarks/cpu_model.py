@@ -29,6 +29,7 @@ from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.engine.answers.decode import decode, next_tokens
+from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
@@ -56,7 +57,7 @@ def ours(world, path: Path) -> Callable[[list[int], int], Times]:
         engine.extend([tokens], reserve=further + 1)
         next_tokens(engine, Sampling())
         first = clock()
-        decode(engine, further + 1, Sampling())
+        decode(engine, AnswerOptions(limit=further + 1))
         return first - begin, (clock() - first) / further
 
     return measure

@@ -21,6 +21,7 @@ from cptool.checkpoint.shapes import find_shape
 from cptool.distributed import launch
 from cptool.distributed.options import RankOptions
 from cptool.engine.answers.decode import decode, next_tokens
+from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
@@ -71,7 +72,9 @@ def prefill(engine: Engine, prompt: list[int], device: torch.device) -> float:
 def timed_decode(engine: Engine, steps: int) -> float:
     """Seconds of a step, the mean over `steps`."""
     times: list[float] = []
-    decode(engine, steps + 1, Sampling(), emit=lambda *_: times.append(time.perf_counter()))
+    decode(
+        engine, AnswerOptions(limit=steps + 1), emit=lambda *_: times.append(time.perf_counter())
+    )
     return (times[-1] - times[0]) / (len(times) - 1)
 
 

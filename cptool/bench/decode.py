@@ -19,8 +19,8 @@ from cptool.calibration import measure as calibrate
 from cptool.calibration.rig import prepare, random_model, smaller_worlds
 from cptool.distributed.world import World
 from cptool.engine.answers.decode import decode
+from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
-from cptool.engine.sampling import Sampling
 from cptool.engine.world_profile import world_profile
 from cptool.model.config import LlamaConfig
 from cptool.planning.cost.counts import kv_bytes, weight_bytes
@@ -125,7 +125,7 @@ def _once(engine: Engine, variant: str, steps: int, cached: int) -> tuple[float,
     batch = len(engine.tokens)
     engine.extend([[] for _ in range(batch)], reserve=steps, variant=variant)  # what is pending
     exposed, began = engine.ring.exposed_s, time.perf_counter()
-    decode(engine, steps + 1, Sampling(), variant=variant)
+    decode(engine, AnswerOptions(limit=steps + 1), variant=variant)
     took = time.perf_counter() - began
     exposed = engine.ring.exposed_s - exposed
     engine.truncate([cached + 1] * batch)

@@ -38,6 +38,10 @@ from cptool.variants import find
 STATIC_STEPS = 1024
 """Decode steps that room is made for at once."""
 
+Seen = Callable[[torch.Tensor, Placement, Callable[[], bool]], None]
+"""seen(hidden, placement, going) receives the residual stream after the last layer of this rank's
+tokens, [tokens, hidden], and where they are; it may return early once going() is False."""
+
 
 class Engine(BatchState):
     """A model on this rank's devices and a batch of sequences that it reads and continues.
@@ -82,7 +86,12 @@ class Engine(BatchState):
         self._observer: Observer | None = None
 
     def extend(
-        self, new: list[list[int]], *, reserve: int = 0, variant: str | Choice | None = None
+        self,
+        new: list[list[int]],
+        *,
+        reserve: int = 0,
+        variant: str | Choice | None = None,
+        seen: Seen | None = None,
     ) -> None:
         """Compute the pending tokens of each sequence and then `new[b]`, and leave what follows in
         `logits`.
@@ -91,18 +100,21 @@ class Engine(BatchState):
 
         reserve: keep room in the cache for that many further tokens.
         variant: used for this forward instead of the engine's; a Choice is used as it is.
+        seen: called with what this rank computed, if there was anything to compute.
 
         Raises Interrupted on all ranks, and leaves everything as it was, if the launching process
         requests a stop while more than `reading.LONG` tokens are computed.
         """
         if sum(map(len, self.tokens)) - sum(self.computed) + sum(map(len, new)) <= LONG:
-            self._extend(new, reserve, variant)
+            self._extend(new, reserve, variant, seen)
             return
         with self.undone_by(Interrupted):
-            self._extend(new, reserve, variant)
+            self._extend(new, reserve, variant, seen)
 
     @torch.inference_mode()
-    def _extend(self, new: list[list[int]], reserve: int, variant: str | Choice | None) -> None:
+    def _extend(
+        self, new: list[list[int]], reserve: int, variant: str | Choice | None, seen: Seen | None
+    ) -> None:
         self.append(new)
         todo = [said[done:] for said, done in zip(self.tokens, self.computed, strict=True)]
         lengths = [len(tokens) for tokens in todo]
@@ -137,6 +149,8 @@ class Engine(BatchState):
             attention = self._attention(step, self.choice.variant, reading)
             passed = None if reading is None else reading.passed
             hidden = self.model(local, mine.positions, attention, passed=passed)
+        if seen is not None:
+            seen(hidden, mine, lambda: reading is None or not reading.stopped)
         if reading is not None:
             reading.end()
         ends = mine.cu_seqlens[1:].tolist()

@@ -21,7 +21,7 @@ from cptool.engine.requests import (
     Refused,
     Save,
 )
-from cptool.engine.turn import Setup, how_stopped, load_for, make_engine
+from cptool.engine.turn import Setup, load_for, make_engine
 from cptool.errors import Interrupted, RunError, UserError, explain
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ class _Server:
 
     def go_on(self, request: Continue) -> Answer:
         from cptool.engine.answers.decode import decode
+        from cptool.engine.answers.logprobs import extend
 
         slot = self.slot_of(request)
         engine = slot.engine
@@ -129,27 +130,19 @@ class _Server:
         reused = tuple(engine.computed)
         new = [list(said[n:]) for said, n in zip(request.tokens, shared, strict=True)]
         try:
-            engine.extend(new, reserve=max(request.limits))
+            room = max(request.options.limits(len(new)))
+            scores = extend(engine, new, request.prompt_logprobs, reserve=room)
         except Interrupted:
             nothing = tuple(() for _ in new)
             return Answer(token_ids=nothing, stopped=("interrupted",) * len(new), reused=reused)
         answers = decode(
             engine,
-            request.limits,
-            request.sampling,
-            request.stop_ids,
-            draws=request.draws,
+            request.options,
+            tokenizer=self.checkpoint.tokenizer() if request.options.stop_texts else None,
             emit=lambda sequence, token: self.reply([sequence, token]),
             interrupted=lambda: self.world.board.cancelled,
         )
-        return Answer(
-            token_ids=tuple(map(tuple, answers)),
-            stopped=tuple(
-                how_stopped(ids, limit, request.stop_ids)
-                for ids, limit in zip(answers, request.limits, strict=True)
-            ),
-            reused=reused,
-        )
+        return Answer(**answers.fields(), reused=reused, prompt_logprobs=scores)
 
     def save(self, request: Save) -> "Manifest | Refused":
         from cptool.engine import saving

@@ -130,7 +130,12 @@ class Reading:
         """
         if self.world.device.type == "cpu":
             self._write(self.shares.after_rows(done, rows))
-        return self.world.tp > 1 or not (self.stoppable and self.world.board.cancelled)
+        return self.world.tp > 1 or not self.stopped
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the launching process has requested a stop, which `check` will raise for."""
+        return self.stoppable and self.world.board.cancelled
 
     def check(self) -> None:
         """Raise Interrupted on all ranks if the launching process has requested a stop.

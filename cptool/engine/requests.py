@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cptool.distributed.encoding import decode, encode
+from cptool.engine.answers.records import AnswerOptions, Logprobs, TokenLogprob
 from cptool.engine.sampling import Sampling
 from cptool.session.dialogue import Dialogue
 
@@ -39,18 +40,16 @@ class Close:
 
 @dataclass(frozen=True, kw_only=True)
 class Continue:
-    """Make the sequences of `slot` hold `tokens` and append up to `limits[b]` more to each.
+    """Make the sequences of `slot` hold `tokens` and append an answer to each.
 
-    A token of `stop_ids` ends an answer. draws: as for `Sampler`. KV of the tokens that a sequence
-    has in common with what it held is used again, unless `fresh`: then the result does not depend
-    on earlier requests.
+    prompt_logprobs: report as many of each token that is new to `slot` as `options.logprobs` does
+        of an answer's. KV of the tokens that a sequence has in common with what it held is used
+        again, unless `fresh`: then the result does not depend on earlier requests.
     """
 
     tokens: tuple[tuple[int, ...], ...]
-    limits: tuple[int, ...]
-    sampling: Sampling
-    stop_ids: tuple[int, ...]
-    draws: tuple[int, ...] | None = None
+    options: AnswerOptions
+    prompt_logprobs: int | None = None
     slot: str = ""
     fresh: bool = False
 
@@ -71,16 +70,18 @@ class Save:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The tokens appended to each sequence, and how each answer ended (`turn.how_stopped`).
+    """The tokens appended to each sequence, and what `Answers` says of them.
 
     If the request was stopped while it read the prompt, there are none, all are "interrupted", and
     the slot holds what it had in common with the request. `reused[b]` of the tokens requested had
-    KV already.
+    KV already. `prompt_logprobs` are those of the last tokens requested.
     """
 
     token_ids: tuple[tuple[int, ...], ...]
     stopped: tuple[str, ...]
     reused: tuple[int, ...]
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,6 @@ class Connection:
 def _messages() -> tuple[type, ...]:
     from cptool.session.manifest import Manifest, ModelIdentity, Segment, Sequence
 
-    requests = (Open, Close, Continue, Save, Sampling, Dialogue)
-    replies = (Answer, Done, Refused, Manifest, ModelIdentity, Segment, Sequence)
+    requests = (Open, Close, Continue, Save, AnswerOptions, Sampling, Dialogue)
+    replies = (Answer, TokenLogprob, Done, Refused, Manifest, ModelIdentity, Segment, Sequence)
     return requests + replies

@@ -72,13 +72,13 @@ class BatchState:
             tokens.extend(added)
             self.ended[b] = self.ended[b] and not added
 
-    def conclude(self, last: Mapping[int, int], stop: Collection[int]) -> None:
-        """Append the last token of an answer to each sequence b, `last[b]`, whose KV stays pending;
-        the answer has ended if it is one of `stop`.
+    def conclude(self, last: Mapping[int, int], *, ended: Collection[int]) -> None:
+        """Append the last token of its answer to each sequence b, `last[b]`, whose KV stays
+        pending; the answers of the sequences in `ended` do not go on.
         """
         for b, token in last.items():
             self.tokens[b].append(token)
-            self.ended[b] = token in stop
+            self.ended[b] = b in ended
             self.logits.pop(b, None)
 
     def truncate(self, lengths: list[int]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cptool.engine.answers.records import AnswerOptions, Logprobs
 from cptool.engine.figures import decode_bytes, predicted, prefill_flops
 from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
@@ -55,7 +56,8 @@ class Turn(Setup):
     prompts[b]: the new tokens of sequence b; they follow what the session holds.
     keep[b]: go back to this many tokens of sequence b first.
     max_new_tokens: append up to this many tokens to each sequence.
-    stop_ids: tokens that end an answer.
+    sampling, stop_ids, stop_texts, logprobs: those of the answers (`AnswerOptions`).
+    prompt_logprobs: report as many of each token of the prompts as `logprobs` does of an answer's.
     profile: file to write a trace of all ranks to.
     chat: the messages of each sequence, if they are conversations: those that are answered, or
         whose last answer goes on.
@@ -64,15 +66,30 @@ class Turn(Setup):
     prompts: tuple[tuple[int, ...], ...]
     keep: tuple[int, ...] | None = None
     max_new_tokens: int = 0
-    stop_ids: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
+    stop_ids: tuple[int, ...] = ()
+    stop_texts: tuple[str, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     profile: str | None = None
     chat: tuple[Dialogue, ...] | None = None
+
+    @property
+    def answers(self) -> AnswerOptions:
+        """How its prompts are answered."""
+        return AnswerOptions(
+            limit=self.max_new_tokens,
+            sampling=self.sampling,
+            stop_ids=self.stop_ids,
+            stop_texts=self.stop_texts,
+            logprobs=self.logprobs,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What happened: the same on every rank, except the times, which are this rank's.
+    """What happened: the same on every rank, except the times, which are this rank's, and
+    `prompt_logprobs`, which rank 0 has.
 
     `first_token` follows the new tokens (under the turn's sampling), whether or not it was
     appended. `token_ids` are the tokens appended. `ttft_s` runs from tokens and weights in memory
@@ -81,7 +98,7 @@ class Report:
     this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank reads
     for one step of decode. `ceiling_flops` is what a rank of this hardware can reach, None where
     that is unknown. `phases` holds the time per phase if the turn requested a profile.
-    `stopped` says how each answer ended: `how_stopped`. `predicted` is what the cost model expects.
+    `stopped` says how each answer ended: `Answers`. `predicted` is what the cost model expects.
     """
 
     tokens: int
@@ -107,6 +124,8 @@ class Report:
     ceiling_flops: float | None
     predicted: Prediction
     phases: tuple[Phases, ...] = ()
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -132,42 +151,42 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     session is saved; Interrupted is raised, and nothing saved, if the prompt was still being read.
     """
     from cptool.engine.answers.decode import decode, next_tokens
+    from cptool.engine.answers.logprobs import extend
 
     began = time.perf_counter()
     checkpoint, model = load_for(world, turn)
     engine = make_engine(world, turn, model, batch=len(turn.prompts))
     manifest = _restored(engine, turn, checkpoint)
+    tokenizer = checkpoint.tokenizer() if turn.stop_texts else None
     cached = list(engine.computed)
     profile = _Profile(engine, Path(turn.profile)) if turn.profile else None
 
     _allow_cancelling(world)
     loaded = time.perf_counter()
-    engine.extend([list(prompt) for prompt in turn.prompts], reserve=turn.max_new_tokens)
+    scores = extend(engine, turn.prompts, turn.prompt_logprobs, reserve=turn.max_new_tokens)
     first = tuple(next_tokens(engine, turn.sampling))
     answered = time.perf_counter()
     choice, exposed, sent = engine.choice, engine.ring.exposed_s, engine.ring.sent_bytes
     new = [computed - before for computed, before in zip(engine.computed, cached, strict=True)]
-    emit = emit if world.rank == 0 else None
     answers = decode(
         engine,
-        turn.max_new_tokens,
-        turn.sampling,
-        turn.stop_ids,
-        emit=emit,
+        turn.answers,
+        tokenizer=tokenizer,
+        emit=emit if world.rank == 0 else None,
         interrupted=(lambda: world.board.cancelled) if world.board.shared else None,
     )
     if world.board.cancelled:
         world.board.notice()
-    steps = max(map(len, answers), default=0) - 1
+    steps = max(map(len, answers.token_ids), default=0) - 1
     ended = time.perf_counter()
     if profile:
         profile.stop()
-    if any(new) or any(answers) or turn.chat is not None:
-        _save(engine, turn, checkpoint, manifest, answers=answers)
+    if any(new) or any(answers.token_ids) or turn.chat is not None:
+        _save(engine, turn, checkpoint, manifest, answers=answers.token_ids)
     sections = [Section("prefill", loaded, answered, 1)] if any(new) else []
     if steps > 0:
         sections.append(Section("decode, a token", answered, ended, steps))
-    config, decoded = checkpoint.config, engine.choice if steps > 0 else None
+    decoded = engine.choice if steps > 0 else None
     return Report(
         tokens=sum(new),
         cached=sum(cached),
@@ -183,25 +202,16 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
         decode_variant=decoded.variant if decoded else None,
         decode_reason=decoded.reason if decoded else None,
         first_token=first,
-        token_ids=tuple(map(tuple, answers)),
-        stopped=tuple(how_stopped(ids, turn.max_new_tokens, turn.stop_ids) for ids in answers),
+        **answers.fields(),
         exposed_s=exposed,
         wire_bytes=sent,
-        flops=prefill_flops(config, new, cached),
+        flops=prefill_flops(model.config, new, cached),
         decode_bytes=decode_bytes(engine),
         ceiling_flops=engine.profile.ceiling(turn.dtype),
         predicted=predicted(engine, turn, new, cached),
         phases=profile.phases(sections) if profile else (),
+        prompt_logprobs=scores,
     )
-
-
-def how_stopped(token_ids: Sequence[int], limit: int, stop_ids: Sequence[int]) -> str:
-    """Return how an answer of `token_ids` ended: "eos" (one without tokens had ended before),
-    "length" at the limit of tokens, or "interrupted".
-    """
-    if limit and (not token_ids or token_ids[-1] in stop_ids):
-        return "eos"
-    return "length" if len(token_ids) == limit else "interrupted"
 
 
 def _allow_cancelling(world: "World") -> None:

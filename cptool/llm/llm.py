@@ -25,6 +25,7 @@ from cptool import variants
 from cptool.distributed.devices import resolve_device
 from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
+from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.engine.requests import Continue
 from cptool.engine.turn import Setup
@@ -201,9 +202,11 @@ class LLM:
         )
         request = Continue(
             tokens=tuple(map(tuple, tokens)),
-            limits=(limit,) * len(tokens),
-            sampling=answering.sampling,
-            stop_ids=self.checkpoint.answer_ends(*tokens),
+            options=AnswerOptions(
+                limit=limit,
+                sampling=answering.sampling,
+                stop_ids=self.checkpoint.answer_ends(*tokens),
+            ),
             slot=slot,
             fresh=not slot,
         )

@@ -19,10 +19,10 @@ from cptool.emulation.layer import Scenario
 from cptool.emulation.projection import emulate
 from cptool.engine import saving
 from cptool.engine.answers.decode import decode
+from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
 from cptool.engine.graphs import Recorded
 from cptool.engine.options import EngineOptions
-from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.host.pinned_copies import to_device, to_host
 from cptool.ops.kernels import build_info
@@ -67,7 +67,7 @@ def say_under(world, path, variant):
     answers = []
     for turn in TURNS:
         engine.extend(turn)
-        answers.append(decode(engine, 7, Sampling()))
+        answers.append(decode(engine, AnswerOptions(limit=7)).token_ids)
     return answers, engine.ring.exposed_s
 
 
@@ -97,10 +97,10 @@ def steps_in_a_graph(world, path, dtype):
             world, path, getattr(torch, dtype), batch=3, options=EngineOptions(static=static)
         )
         engine.extend([prompt(37), prompt(1), prompt(12)], reserve=64)
-        answers = [decode(engine, 20, Sampling())]
+        answers = [decode(engine, AnswerOptions(limit=20)).token_ids]
         steps = engine._steps
         engine.extend([[5], [6, 7], []])
-        answers.append(decode(engine, 20, Sampling(), stop=(11, 12)))
+        answers.append(decode(engine, AnswerOptions(limit=20, stop_ids=(11, 12))).token_ids)
         said.append(answers)
     assert engine._steps is steps  # nothing moved, so nothing was recorded anew
     return said, steps.reason
@@ -152,7 +152,7 @@ def save(world, path, directory):
     checkpoint = open_checkpoint(str(path))
     engine = engine_of(world, path, batch=2)
     engine.extend([prompt(21), prompt(4)])
-    said = decode(engine, 6, Sampling())
+    said = decode(engine, AnswerOptions(limit=6)).token_ids
     saving.save(engine, directory, None, identity(checkpoint))
     return said
 
@@ -162,7 +162,7 @@ def resume(world, path, directory):
 
     engine = engine_of(world, path, batch=2)
     saving.restore(engine, directory, session.load(directory))
-    return decode(engine, 6, Sampling())
+    return decode(engine, AnswerOptions(limit=6)).token_ids
 
 
 @pytest.mark.parametrize(

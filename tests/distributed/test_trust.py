@@ -125,12 +125,12 @@ import time
 from cptool.distributed.options import RankOptions
 from cptool.engine.resident import Resident
 from cptool.engine.requests import Continue
-from cptool.engine.sampling import Sampling
+from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.turn import Setup
 if __name__ == "__main__":
     setup = Setup(model={model!r}, dtype="float32")
     with Resident(setup, RankOptions(cp=2, device="cpu", threads=1, timeout=60)) as resident:
-        request = Continue(tokens=((1, 2, 3),), limits=(4,), sampling=Sampling(), stop_ids=())
+        request = Continue(tokens=((1, 2, 3),), options=AnswerOptions(limit=4))
         answer = resident.answer(request, lambda sequence, token: None)
         assert len(answer.token_ids[0]) == 4
         Path({folder!r}, "ready0").touch(), Path({folder!r}, "ready1").touch()

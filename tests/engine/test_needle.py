@@ -6,8 +6,8 @@ from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.engine.answers.decode import decode
+from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
-from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 
 HAY = (
@@ -39,7 +39,7 @@ def answer_all(world, path) -> list[list[int]]:
     cells = prompts(checkpoint.tokenizer())
     engine = Engine(model, world, batch=len(cells))
     engine.extend(cells, reserve=10)
-    return decode(engine, 10, Sampling(), checkpoint.eos_ids)
+    return decode(engine, AnswerOptions(limit=10, stop_ids=checkpoint.eos_ids)).token_ids
 
 
 def test_every_cell_of_the_grid_agrees_with_one_rank(smollm2_path):

@@ -11,6 +11,7 @@ from transformers.generation import logits_process
 
 from cptool.checkpoint import open_checkpoint
 from cptool.engine.answers.decode import decode
+from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.answers.sampler import Sampler
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
@@ -107,7 +108,7 @@ def decoded(world, path, batch, sampling, static, steps):
     model = load_model(open_checkpoint(str(path)), torch.float32, world.device, None)
     engine = Engine(model, world, batch=len(batch), options=EngineOptions(static=static))
     engine.extend(batch)
-    return decode(engine, steps, sampling)
+    return decode(engine, AnswerOptions(limit=steps, sampling=sampling)).token_ids
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

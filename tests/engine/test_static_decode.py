@@ -11,6 +11,7 @@ from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.engine import saving
 from cptool.engine.answers.decode import decode
+from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
 from cptool.engine.graphs import Recorded
 from cptool.engine.options import EngineOptions
@@ -49,7 +50,8 @@ def say(
     answers, ways = [], []
     for turn in turns:
         engine.extend(turn)
-        answers.append(decode(engine, steps, sampling, stop, draws=draws))
+        options = AnswerOptions(limit=steps, sampling=sampling, draws=draws, stop_ids=stop)
+        answers.append(decode(engine, options).token_ids)
         ways.append(engine.choice.variant)
         assert engine.cache.lengths == engine.holdings.counts[world.cp_rank]
     return answers, ways, [row.tolist() for row in engine.cache.held.sequences()], engine.computed
@@ -125,11 +127,11 @@ def saved_and_resumed(world, path, directory, static):
     model = load_model(checkpoint, torch.float32, world.device, world)
     engine = Engine(model, world, options=EngineOptions(static=static))
     engine.extend([prompt(21)])
-    said = decode(engine, 6, Sampling())
+    said = decode(engine, AnswerOptions(limit=6)).token_ids
     manifest = saving.save(engine, directory, None, identity(checkpoint))
     resumed = Engine(model, world, options=EngineOptions(static=static))
     saving.restore(resumed, directory, manifest)
-    return said + decode(resumed, 6, Sampling())
+    return said + decode(resumed, AnswerOptions(limit=6)).token_ids
 
 
 @pytest.mark.parametrize("n", [1, 2])

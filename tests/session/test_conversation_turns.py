@@ -14,6 +14,7 @@ from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.engine import saving
 from cptool.engine.answers.decode import decode
+from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
@@ -98,7 +99,7 @@ def say(world, path, variant: str, turns, steps: int) -> list[list[int]]:
     engine = Engine(model, world, batch=len(turns[0]), options=options)
     for turn in turns:
         engine.extend(turn)
-        answers.append(decode(engine, steps, Sampling()))
+        answers.append(decode(engine, AnswerOptions(limit=steps)).token_ids)
     return answers
 
 
@@ -119,7 +120,9 @@ def long_decode(world, path, steps: int, stop: tuple[int, ...]):
     model = load_model(open_checkpoint(str(path)), torch.float32, world.device, world)
     engine = Engine(model, world, batch=4)
     engine.extend([prompt(length) for length in (3, 10, 1, 22)])
-    answers = decode(engine, steps, Sampling(temperature=1.0), stop)
+    answers = decode(
+        engine, AnswerOptions(limit=steps, sampling=Sampling(temperature=1.0), stop_ids=stop)
+    ).token_ids
     return world.gather(engine.cache.lengths), list(map(len, answers))
 
 
@@ -162,7 +165,7 @@ def with_an_empty_member(world, path) -> list[list[int]]:
     model = load_model(open_checkpoint(str(path)), torch.float32, world.device, world)
     engine = Engine(model, world, batch=3)
     engine.extend([prompt(5), [], prompt(3)])
-    answers = decode(engine, 4, Sampling())
+    answers = decode(engine, AnswerOptions(limit=4)).token_ids
     assert engine.tokens == [prompt(5) + answers[0], [], prompt(3) + answers[2]]
     return answers
 
@@ -183,16 +186,21 @@ def ended_and_asked_again(world, path, directory) -> dict[str, list[list[int]]]:
 
     whole = engine()
     whole.extend([prompt(5), prompt(8)])
-    free = decode(whole, 12, Sampling())
+    free = decode(whole, AnswerOptions(limit=12)).token_ids
     stop = next(token for token in free[0] if token not in free[1])
     first = engine()
     first.extend([prompt(5), prompt(8)])
-    said = {"free": free, "first": decode(first, 6 + free[0].index(stop), Sampling(), (stop,))}
+    said = {
+        "free": free,
+        "first": decode(
+            first, AnswerOptions(limit=6 + free[0].index(stop), stop_ids=(stop,))
+        ).token_ids,
+    }
     manifest = saving.save(first, directory, None, identity(checkpoint))
     second = engine()
     saving.restore(second, directory, store.load(directory))
-    said["second"] = decode(second, 2, Sampling(), (stop,))
-    said["third"] = (second.extend([[7], []]), decode(second, 1, Sampling()))[1]
+    said["second"] = decode(second, AnswerOptions(limit=2, stop_ids=(stop,))).token_ids
+    said["third"] = (second.extend([[7], []]), decode(second, AnswerOptions(limit=1)).token_ids)[1]
     assert manifest.sequences[0].ended and not manifest.sequences[1].ended
     return said
 

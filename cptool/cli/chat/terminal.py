@@ -110,6 +110,7 @@ class Terminal:
 
     def ask(self, question: str) -> None:
         """Write the answer on standard output as it comes, and its rates on standard error."""
+        from cptool.engine.answers.records import AnswerOptions
         from cptool.engine.requests import Continue
 
         context = self.conversation.ask(question)
@@ -135,9 +136,9 @@ class Terminal:
         with drawn_bar("") as bar, _stopping(self.resident) as stopped:
             request = Continue(
                 tokens=(tuple(context),),
-                limits=(room,),
-                sampling=self.answering.sampling,
-                stop_ids=self.stop_ids,
+                options=AnswerOptions(
+                    limit=room, sampling=self.answering.sampling, stop_ids=self.stop_ids
+                ),
             )
             answer = self.resident.answer(request, bar.before(emit), bar.watch)
             ended = time.perf_counter()

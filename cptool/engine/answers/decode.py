@@ -3,83 +3,147 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
+from cptool.checkpoint.tokenizer.stops import StopStream
+from cptool.engine.answers.logprobs import packed, packed_size, scored, unpacked
+from cptool.engine.answers.records import AnswerOptions, Answers, TokenLogprob
 from cptool.engine.answers.sampler import Sampler
 
 if TYPE_CHECKING:
+    from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
     from cptool.engine.engine import Engine
     from cptool.engine.sampling import Sampling
 
 
 def next_tokens(engine: Engine, sampling: Sampling) -> list[int]:
     """Return the token that follows each sequence, the same on every rank; append nothing."""
-    return _agreed(engine, Sampler(sampling, engine.tokens), range(len(engine.tokens)))[0]
+    batch = range(len(engine.tokens))
+    return _agreed(engine, Sampler(sampling, engine.tokens), batch).tokens
 
 
 def decode(
     engine: Engine,
-    limit: int | Sequence[int],
-    sampling: Sampling,
-    stop: Sequence[int] = (),
+    options: AnswerOptions,
     *,
-    draws: Sequence[int] | None = None,
+    tokenizer: Tokenizer | None = None,
     emit: Callable[[int, int], None] | None = None,
     interrupted: Callable[[], bool] | None = None,
     variant: str | None = None,
-) -> list[list[int]]:
-    """Append up to `limit` tokens to each sequence of `engine`, or limit[b] to sequence b, and
-    return them. Collective.
+) -> Answers:
+    """Append an answer to each sequence of `engine` and return them. Collective.
 
-    A sequence that generates a token of `stop` keeps it and leaves the batch until it is given
-    new tokens. An empty sequence takes no part. The KV of a sequence's last token stays pending.
+    A sequence whose answer has ended takes no part until it is given new tokens, nor does an empty
+    one. The KV of a sequence's last token stays pending.
 
-    draws: as for `Sampler`.
+    tokenizer: needed for stop texts; every rank sees by itself that one is complete.
     emit: called as emit(sequence, token) for each token as it is known.
     interrupted: called at each token; once it returns True on any rank, that token is the last
         one of every sequence, on all ranks.
     variant: used for these steps instead of the engine's.
     """
-    answers: list[list[int]] = [[] for _ in engine.tokens]
-    limits = [limit] * len(answers) if isinstance(limit, int) else limit
+    answers = Answers.none(len(engine.tokens), options)
+    limits = options.limits(len(engine.tokens))
     going = zip(engine.tokens, limits, engine.ended, strict=True)
-    active = {b for b, (said, most, ended) in enumerate(going) if said and most and not ended}
+    active = {b for b, (said, limit, ended) in enumerate(going) if said and limit and not ended}
     if active and engine.computed != [len(said) for said in engine.tokens]:
         engine.extend([[] for _ in engine.tokens], variant=variant)
-    sampler = Sampler(sampling, engine.tokens, draws)
+    sampler = Sampler(options.sampling, engine.tokens, options.draws)
+    stops = _stop_streams(active, options, tokenizer)
     while active:
-        engine.report("decode, token", max(map(len, answers)), max(limits))
+        engine.report("decode, token", max(map(len, answers.token_ids)), max(limits))
         stopping = interrupted is not None and interrupted()
-        picks, over = _agreed(engine, sampler, active, stopping=stopping)
+        agreed = _agreed(engine, sampler, sorted(active), stopping=stopping, top=options.logprobs)
+        picks, over = agreed.tokens, agreed.stopping
         if interrupted is not None and engine.world.tp > 1:
             over = bool(engine.world.group.sum_of([int(over)])[0])
         for b in sorted(active):
-            answers[b].append(picks[b])
+            answers.append(b, picks[b], agreed.scores.get(b))
             if emit is not None:
                 emit(b, picks[b])
-            if over or picks[b] in stop or len(answers[b]) == limits[b]:
+            how = _ended(answers.token_ids[b], limits[b], options.stop_ids, stops.get(b))
+            if how or over:
                 active.remove(b)
-        left = max((limits[b] - len(answers[b]) for b in active), default=0)
+                answers.stopped[b] = how or "interrupted"
+        left = max((limits[b] - len(answers.token_ids[b]) for b in active), default=0)
         engine.advance({b: picks[b] for b in sorted(active)}, left, variant=variant)
     engine.settle()
-    engine.conclude({b: answer[-1] for b, answer in enumerate(answers) if answer}, stop)
+    last = {b: answer[-1] for b, answer in enumerate(answers.token_ids) if answer}
+    engine.conclude(last, ended=[b for b in last if answers.stopped[b] == "eos"])
     return answers
 
 
-def _agreed(
-    engine: Engine, sampler: Sampler, active: Collection[int], *, stopping: bool = False
-) -> tuple[list[int], bool]:
-    """Return the next token of each sequence, 0 of those that are not `active`, and whether a rank
-    is `stopping`; the same on every rank.
+def _stop_streams(
+    active: Collection[int], options: AnswerOptions, tokenizer: Tokenizer | None
+) -> dict[int, StopStream]:
+    """Return what finds the stop texts of each answer; nothing without such texts."""
+    if not options.stop_texts:
+        return {}
+    if tokenizer is None:
+        raise ValueError("`stop_texts` need a `tokenizer`")
+    return {b: StopStream(tokenizer.stream(), options.stop_texts) for b in active}
+
+
+def _ended(
+    answer: list[int], limit: int, stop_ids: Collection[int], stops: StopStream | None
+) -> str | None:
+    """Return how an answer ended with its last token, None if it goes on."""
+    if stops is not None:
+        stops.push(answer[-1])
+    if answer[-1] in stop_ids:
+        return "eos"
+    if stops is not None and stops.found:
+        return "stop"
+    return "length" if len(answer) == limit else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Agreed:
+    """The next token of each sequence, 0 for those without, the same on every rank.
+
+    stopping: whether a rank is to stop. scores: log-probabilities, where they were requested.
     """
-    # Each is picked by the rank that holds its logits, and summed with zeros from the others.
-    picks = [0] * len(engine.tokens)
+
+    tokens: list[int]
+    stopping: bool
+    scores: dict[int, TokenLogprob]
+
+
+def _agreed(
+    engine: Engine,
+    sampler: Sampler,
+    active: Sequence[int],
+    *,
+    stopping: bool = False,
+    top: int | None = None,
+) -> _Agreed:
+    """Return the next tokens of the `active` sequences, with `top` likeliest ones; in one message.
+
+    A token is picked by the rank that holds its logits, and summed with zeros from the others.
+    """
+    picks, scores = [0] * len(engine.tokens), {}
     logits = {b: row for b, row in engine.logits.items() if b in active}
     with engine.trace.span("sampling", "sampling"):
-        for b, pick in sampler.picks(logits).items():
+        found = sampler.picks(logits)
+        for b, pick in found.items():
             picks[b] = pick
+        if top is not None and found:
+            rows = torch.stack([logits[b] for b in found])
+            scores = dict(zip(found, scored(rows, list(found.values()), top), strict=True))
     if engine.world.cp == 1:
-        return picks, stopping
+        return _Agreed(tokens=picks, stopping=stopping, scores=scores)
+    sizes = 0 if top is None else packed_size(top)
+    numbers = [int(stopping), *picks]
+    for b in active:
+        numbers += packed(scores[b]) if b in scores else [0] * sizes
     with engine.trace.span("all-reduce", "exposed"):
-        *picks, stops = engine.world.cp_group.sum_of([*picks, int(stopping)])
-    return picks, bool(stops)
+        numbers = engine.world.cp_group.sum_of(numbers)
+    stops, picks, rest = numbers[0], numbers[1 : 1 + len(picks)], numbers[1 + len(picks) :]
+    if top is not None:
+        scores = {
+            b: unpacked(picks[b], rest[sizes * n : sizes * (n + 1)]) for n, b in enumerate(active)
+        }
+    return _Agreed(tokens=picks, stopping=bool(stops), scores=scores)

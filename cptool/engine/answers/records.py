@@ -1,0 +1,91 @@
+"""What answers are made by, and what becomes of them. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cptool.engine.sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """How tokens are chosen, where answers end, and what is reported of their tokens.
+
+    limit: the most tokens of an answer, or of the answer of each sequence.
+    draws: the index that each sequence's draws depend on; by default its place in the batch.
+    stop_ids: tokens that end an answer, as its last one.
+    stop_texts: an answer ends with the token that completes one of them in its text, within a token
+        or across several. Texts of the prompt, and control tokens, do not count.
+    logprobs: report the log-probability of each token, and this many of the likeliest tokens in its
+        place; None for no report. See `TokenLogprob`.
+    """
+
+    limit: int | tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    draws: tuple[int, ...] | None = None
+    stop_ids: tuple[int, ...] = ()
+    stop_texts: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+    def limits(self, batch: int) -> tuple[int, ...]:
+        """Return the most tokens of the answer of each of `batch` sequences."""
+        return (self.limit,) * batch if isinstance(self.limit, int) else self.limit
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log-probability, and the `top` likeliest tokens in its place, likeliest first.
+
+    These are natural logarithms under the model's own distribution: log-softmax, in float32, of its
+    logits before any bias, penalty, temperature or truncation. None for the first token of a
+    sequence, which nothing comes before.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+    def fields(self) -> dict[str, object]:
+        """Return the fields of JSON: `top` as [id, log-probability] pairs."""
+        return {"token": self.token, "logprob": self.logprob, "top": [list(t) for t in self.top]}
+
+
+Logprobs = tuple[tuple[TokenLogprob, ...], ...]
+"""Of each sequence, one for each token."""
+
+
+@dataclass(kw_only=True)
+class Answers:
+    """What was appended to each sequence.
+
+    token_ids: the tokens, the one that ended the answer included.
+    stopped: how each answer ended: "eos" with a token of `stop_ids`, or, without tokens, because it
+        had ended before; "stop" with a stop text, "length" at the limit, "interrupted" on request.
+    logprobs: those of the tokens, if they were requested.
+    """
+
+    token_ids: list[list[int]]
+    stopped: list[str]
+    logprobs: list[list[TokenLogprob]] | None = None
+
+    @staticmethod
+    def none(batch: int, options: AnswerOptions) -> Answers:
+        """Return those of `batch` sequences before their first tokens."""
+        return Answers(
+            token_ids=[[] for _ in range(batch)],
+            stopped=["eos" if limit else "length" for limit in options.limits(batch)],
+            logprobs=None if options.logprobs is None else [[] for _ in range(batch)],
+        )
+
+    def append(self, b: int, token: int, score: TokenLogprob | None) -> None:
+        """Append a token to the answer of sequence b."""
+        self.token_ids[b].append(token)
+        if self.logprobs is not None and score is not None:
+            self.logprobs[b].append(score)
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields by name, with tuples for lists."""
+        scores = None if self.logprobs is None else tuple(map(tuple, self.logprobs))
+        tokens = tuple(map(tuple, self.token_ids))
+        return {"token_ids": tokens, "stopped": tuple(self.stopped), "logprobs": scores}
