@@ -152,6 +152,35 @@ void linear(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, uintpt
                       threads);
 }
 
+cptool::StoredMatrix stored(uintptr_t at, int64_t stride, int64_t rows, int64_t depth,
+                            int64_t head_dim, int encoding) {
+  return {pointer<const void>(at),
+          stride,
+          rows,
+          depth,
+          head_dim,
+          static_cast<cptool::Encoding>(encoding)};
+}
+
+void stored_linear(uintptr_t w, int64_t w_stride, int64_t columns, int64_t depth, int64_t head_dim,
+                   int encoding, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t out,
+                   int64_t out_stride, int threads) {
+  py::gil_scoped_release released;
+  cptool::cpu::stored_linear(
+      {stored(w, w_stride, columns, depth, head_dim, encoding), pointer<const float>(x),
+       pointer<float>(out), x_stride, out_stride, rows},
+      threads);
+}
+
+void widen(uintptr_t w, int64_t w_stride, int64_t rows, int64_t depth, int64_t head_dim,
+           int encoding, uintptr_t index, int64_t first, int64_t count, uintptr_t out,
+           int threads) {
+  py::gil_scoped_release released;
+  cptool::cpu::widen({stored(w, w_stride, rows, depth, head_dim, encoding),
+                      pointer<const int64_t>(index), first, count, pointer<float>(out)},
+                     threads);
+}
+
 void layer_input(uintptr_t hidden, int64_t stride, int64_t rows, int64_t width, int dtype,
                  uintptr_t norm, double eps, uintptr_t qkv, int64_t qkv_stride, int64_t columns,
                  int64_t rotated, int64_t head_dim, uintptr_t cos, uintptr_t sin, uintptr_t scratch,
@@ -206,6 +235,8 @@ void define_cpu_ops(py::module_& m) {
         with_attention_args(cptool::cpu::attention_partial, attention_args));
   m.def("merge_partials_cpu", with_merge_args<int>(cptool::cpu::merge_partials));
   m.def("linear_cpu", linear);
+  m.def("stored_linear_cpu", stored_linear);
+  m.def("widen_cpu", widen);
   m.def("layer_input_cpu", layer_input);
   m.def("layer_output_cpu", layer_output);
   m.def("rms_norm_cpu", with_rms_norm_args<int>(cptool::cpu::rms_norm));
@@ -225,6 +256,7 @@ void define_cpu_dispatch(py::module_& m) {
   });
   m.def("cpu_linear_isa",
         [](int dtype) { return cptool::cpu::few_rows_isa(static_cast<ScalarType>(dtype)).name; });
+  m.def("cpu_stored_isa", [] { return cptool::cpu::stored_isa().name; });
   m.def("watch_attention_cpu", [](uintptr_t pairs, uintptr_t cancelled) {
     cptool::cpu::watch_attention({pointer<int64_t>(pairs), pointer<const int64_t>(cancelled)});
   });

@@ -75,6 +75,17 @@ class Checkpoint:
         tensor = self.stored[name]
         return self._reader.read(tensor, dim, bounds or (0, tensor.shape[dim]))
 
+    def read_stored(
+        self, name: str, dim: int = 0, bounds: tuple[int, int] | None = None
+    ) -> torch.Tensor | None:
+        """Return a matrix, or the part within `bounds`, as the bytes that the file stores: uint8
+        [rows, bytes of a row], a view of the page cache. Rows are in the file's order.
+
+        None if it is not stored in one piece, or `bounds` cut a block of its encoding.
+        """
+        tensor = self.stored[name]
+        return self._reader.read_stored(tensor, dim, bounds or (0, tensor.shape[dim]))
+
     @cached_property
     def state(self) -> str:
         """The identity of the files, including their times, when this was first read.

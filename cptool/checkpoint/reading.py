@@ -56,6 +56,25 @@ class TensorReader:
         pairs = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
         return pairs.transpose(1, 2).reshape(values.shape)
 
+    def read_stored(
+        self, tensor: AnyTensor, dim: int, bounds: tuple[int, int]
+    ) -> torch.Tensor | None:
+        """Return the bytes of a matrix that are stored for what `bounds` select, uint8 [rows, bytes
+        of a row], as a view of the file; None if that is no such view.
+        """
+        if isinstance(tensor, JoinedTensor) or len(tensor.shape) != 2:
+            return None
+        start, stop = bounds
+        stored = _bytes_of(self._mapping(tensor.file), tensor).view(tensor.shape[0], -1)
+        if dim == 0:
+            return stored[start:stop]
+        # Bytes per weight are a fraction: a part of a row must begin and end between two blocks.
+        columns, width = tensor.shape[1], stored.shape[1]
+        block = block_weights(tensor.encoding)
+        if start % block or stop % block:
+            return None
+        return stored[:, start * width // columns : stop * width // columns]
+
     def _join(self, tensor: JoinedTensor, dim: int, start: int, stop: int) -> torch.Tensor:
         import torch
 
@@ -98,6 +117,15 @@ class TensorReader:
                     name, shared=False, nbytes=file.stat().st_size
                 )
         return self._mappings[file]
+
+
+def block_weights(encoding: str) -> int:
+    """Return how many weights a block of an encoding has; 1 for plain types."""
+    if encoding in TORCH_DTYPES:
+        return 1
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    return GGML_QUANT_SIZES[GGMLQuantizationType[encoding]][0]
 
 
 def _bytes_of(mapping: Any, tensor: StoredTensor) -> torch.Tensor:

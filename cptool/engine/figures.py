@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops, weight_bytes
+from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops
 from cptool.planning.cost.forward import ELEMENT_BYTES
 from cptool.planning.prediction import Prediction, Work, predict_turn
 
@@ -59,6 +59,6 @@ def prefill_flops(config: LlamaConfig, new: list[int], cached: list[int]) -> int
 
 def decode_bytes(engine: Engine) -> int:
     """Return the bytes of weights and KV that one rank reads for one step of decode."""
-    config, size, world = engine.model.config, engine.dtype.itemsize, engine.world
-    kv = kv_bytes(config, -(-sum(engine.computed) // world.cp), size)
-    return (weight_bytes(config, size) + kv) // world.tp
+    size, world = engine.dtype.itemsize, engine.world
+    kv = kv_bytes(engine.model.config, -(-sum(engine.computed) // world.cp), size)
+    return engine.model.step_bytes + kv // world.tp

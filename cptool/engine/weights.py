@@ -13,6 +13,7 @@ from cptool.model.architectures.registry import find_family
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
 from cptool.model.shares import Bounds, divided, share
+from cptool.ops.stored import ENCODINGS, Blocks, StoredWeight, block_bytes
 from cptool.parallel import tensor_parallel
 
 if TYPE_CHECKING:
@@ -43,16 +44,20 @@ def load_model(
 ) -> Llama:
     """Return a model ready to run, with the weights of `checkpoint` in `dtype` on `device`.
 
-    With a `world` it is this rank's share of the tensor-parallel group, sums included. On a CPU, a
+    With a `world` it is this rank's share of the tensor-parallel group, sums included. Matrices
+    that are stored in fewer bits than float32 and computed with in float32 on a CPU stay in the
+    file as they are (`cptool.ops.stored`; the page cache is their memory). Otherwise, on a CPU, a
     single rank that has room for twice the weights copies them, for they are read faster from large
-    pages. Otherwise parameters that are stored as they are needed stay in the file (the page cache
-    is their memory), and the ranks of a machine hold one copy of the rest between them, each having
-    filled a part. Collective over the ranks of `world`.
+    pages; if not, parameters that are stored as they are needed stay in the file, and the ranks of
+    a machine hold one copy of the rest between them, each having filled a part. Collective over the
+    ranks of `world`.
     """
     device = torch.device(device)
     tp_rank, tp = (world.tp_rank, world.tp) if world else (0, 1)
     model = Llama(checkpoint.config, device="meta", tp=tp)
     sources = _sources(checkpoint.config, share(checkpoint.config, tp_rank, tp))
+    if device.type == "cpu" and dtype == torch.float32:
+        _keep_stored(model, checkpoint, sources)
     sharing = world if world is not None and world.size > 1 else None
     size = sum(model.get_parameter(name).numel() for name in sources) * dtype.itemsize
     stays = device.type == "cpu" and (sharing is not None or not large_pages.worth_copying(size))
@@ -91,6 +96,31 @@ def _sources(config: LlamaConfig, held: dict[Size, Bounds]) -> dict[str, Source]
         block = Block(weight.huggingface.format(layer), *divided(weight, held))
         sources[parameter] = (*sources.get(parameter, ()), block)
     return sources
+
+
+def _keep_stored(model: Llama, checkpoint: Checkpoint, sources: dict[str, Source]) -> None:
+    """Have the matrices that products can read as they are stored stay so, and take them out of
+    `sources`.
+    """
+    for name, source in list(sources.items()):
+        if (weight := _stored(checkpoint, source)) is not None:
+            model.keep_stored(name, weight)
+            del sources[name]
+
+
+def _stored(checkpoint: Checkpoint, source: Source) -> StoredWeight | None:
+    """Return the matrix as its file stores it, None if products cannot read it so."""
+    parts = []
+    for block in source:
+        stored = checkpoint.stored[block.name]
+        if stored.encoding not in ENCODINGS:
+            return None
+        data = checkpoint.read_stored(block.name, block.dim, block.bounds)
+        if data is None or data.shape[1] % block_bytes(stored.encoding):
+            return None
+        heads = stored.interleaved_heads
+        parts.append(Blocks(data, stored.encoding, stored.shape[0] // heads if heads else 0))
+    return StoredWeight(parts)
 
 
 def _mapped(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from cptool.model.config import LlamaConfig
 from cptool.model.product import Product
@@ -19,6 +20,7 @@ from cptool.model.shares import layer_shapes
 from cptool.ops import fused_layer
 from cptool.ops.elementwise import add_rms_norm_, rms_norm, rotate_, swiglu_
 from cptool.ops.linear import linear
+from cptool.ops.stored import StoredWeight
 
 Shapes = dict[str, tuple[int, ...]]
 """Shape of every parameter of a layer, by its name within the layer."""
@@ -72,6 +74,20 @@ def _projection(shapes: Shapes, name: str, device: torch.device | str) -> Linear
     out, width = shapes[f"{name}.weight"]
     kind = BiasedLinear if f"{name}.bias" in shapes else Linear
     return kind(width, out, device)
+
+
+class Embedding(nn.Module):
+    """A row of the weights for each token."""
+
+    def __init__(self, tokens: int, width: int, device: torch.device | str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(tokens, width, device=device))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor | StoredWeight = self.weight
+        if isinstance(weight, StoredWeight):
+            return weight.gather(tokens)
+        return functional.embedding(tokens, weight)
 
 
 class RMSNorm(nn.Module):
@@ -202,7 +218,12 @@ class DecoderLayer(nn.Module):
         """Return whether all products are plain, and none is timed or completed by a caller."""
         attention, mlp = self.self_attn, self.mlp
         products = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
-        return all(type(module) is Linear and not module.observed for module in products)
+        return all(
+            type(module) is Linear
+            and isinstance(module.weight, torch.Tensor)
+            and not module.observed
+            for module in products
+        )
 
 
 class Llama(nn.Module):
@@ -224,11 +245,7 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        # From a tensor, because the random initialisation of an embedding on "meta" imports
-        # torch's compiler, which takes a second.
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size, device=device)
-        )
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, device)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, tp, device) for layer in range(config.num_hidden_layers)
         )
@@ -241,6 +258,21 @@ class Llama(nn.Module):
         self.inverse_frequencies: torch.Tensor
         self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
         self.requires_grad_(False)
+
+    def keep_stored(self, name: str, weight: StoredWeight) -> None:
+        """Have the matrix `name` of this model be `weight`, in place of a parameter."""
+        module = self.get_submodule(name.rpartition(".")[0])
+        del module.weight
+        vars(module)["weight"] = weight  # a plain attribute: it is no tensor
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that one decode step reads: all matrices, of the embedding as the output
+        matrix alone.
+        """
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        matrices = [m.weight for m in self.layers.modules() if isinstance(m, Linear)]
+        return sum(weight.nbytes for weight in (*matrices, head.weight))
 
     @property
     def num_heads(self) -> int:

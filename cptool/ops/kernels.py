@@ -44,6 +44,11 @@ def cpu_linear_isa(dtype: torch.dtype) -> str:
     return _C.cpu_linear_isa(SCALAR_TYPES[dtype])
 
 
+def cpu_stored_isa() -> str:
+    """Return the instruction set of the kernel that multiplies with weights as they are stored."""
+    return _C.cpu_stored_isa()
+
+
 @contextmanager
 def force_cpu_isa(name: str) -> Iterator[None]:
     """Use no CPU kernel beyond `name` inside the context, in all threads.

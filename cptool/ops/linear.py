@@ -11,6 +11,7 @@ from torch.nn import functional
 from cptool.ops.checks import SCALAR_TYPES, check_tensor, dispatch, rows_of
 from cptool.ops.kernels import EXTENSION as _C
 from cptool.ops.kernels import cpu_isas, cpu_linear_isa
+from cptool.ops.stored import StoredWeight
 
 
 def _few_rows(dtype: torch.dtype) -> int:
@@ -35,7 +36,7 @@ there is avx512_bf16 (benchmarks/few_rows.py), chosen low where there is AMX.
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn else None
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
     """x W^T, [rows, columns], of x [rows, depth] and W [columns, depth]; summed in float32, rounded
     once.
 
@@ -43,6 +44,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     or the number of threads. There a product of bfloat16 takes subnormal values for 0 on processors
     that multiply pairs of them (avx512_bf16).
     """
+    if isinstance(weight, StoredWeight):
+        return weight.linear(x)
     if x.is_cpu and x.shape[0] and x.dtype in SCALAR_TYPES:
         if x.shape[0] <= FEW_ROWS[x.dtype] and x.dim() == 2:
             return dispatch(_linear, _linear_op, x, weight)

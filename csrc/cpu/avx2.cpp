@@ -5,6 +5,7 @@
 #include "cpu/isa.h"
 #include "cpu/merge_kernel.h"
 #include "cpu/panel_kernel.h"
+#include "cpu/stored_kernel.h"
 #include "cpu/stream_kernel.h"
 #include "cpu/tokenwise_kernel.h"
 
@@ -29,7 +30,7 @@ void attention_partial(const AttentionArgs& args, int threads) {
 }  // namespace
 
 extern constexpr Isa isa_avx2 = {
-    "avx2",           supported, {handles, attention_partial, kStreamRows},
-    run_merge_kernel, kFewRows,  kTokenwise};
+    "avx2",     supported, {handles, attention_partial, kStreamRows}, run_merge_kernel, kFewRows,
+    kTokenwise, kStored};
 
 }  // namespace cptool::cpu

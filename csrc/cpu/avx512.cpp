@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "cpu/merge_kernel.h"
 #include "cpu/panel_kernel.h"
+#include "cpu/stored_kernel.h"
 #include "cpu/stream_kernel.h"
 #include "cpu/tokenwise_kernel.h"
 
@@ -25,7 +26,7 @@ void attention_partial(const AttentionArgs& args, int threads) {
 }  // namespace
 
 extern constexpr Isa isa_avx512 = {
-    "avx512",         has_avx512, {handles, attention_partial, kStreamRows},
-    run_merge_kernel, kFewRows,   kTokenwise};
+    "avx512",   has_avx512, {handles, attention_partial, kStreamRows}, run_merge_kernel, kFewRows,
+    kTokenwise, kStored};
 
 }  // namespace cptool::cpu

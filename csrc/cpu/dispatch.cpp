@@ -61,4 +61,8 @@ const Isa& tokenwise_isa() {
   return fastest([](const Isa& isa) { return isa.tokenwise.rms_norm != nullptr; });
 }
 
+const Isa& stored_isa() {
+  return fastest([](const Isa& isa) { return isa.stored.columns != nullptr; });
+}
+
 }  // namespace cptool::cpu

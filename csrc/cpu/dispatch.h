@@ -20,5 +20,6 @@ const Isa& attention_isa(ScalarType dtype, int64_t head_dim);
 const Isa& merge_isa();
 const Isa& few_rows_isa(ScalarType dtype);
 const Isa& tokenwise_isa();
+const Isa& stored_isa();
 
 }  // namespace cptool::cpu

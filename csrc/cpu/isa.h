@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "stored.h"
 #include "tokenwise.h"
 
 namespace cptool::cpu {
@@ -35,6 +36,15 @@ struct FewRowsKernel {
   void (*columns)(const LinearArgs& args, const void* packed, int64_t begin, int64_t end) = nullptr;
 };
 
+// Weights in the type in which they are stored.
+struct StoredKernels {
+  // Computes the columns that the rows [begin, end) of the file make. Results have the bits of the
+  // few-row product with the widened weights.
+  void (*columns)(const StoredLinearArgs& args, int64_t begin, int64_t end) = nullptr;
+  // Computes [begin, end) of the rows that are wanted.
+  void (*widen)(const WidenArgs& args, int64_t begin, int64_t end) = nullptr;
+};
+
 // Each function computes [begin, end) of the rows or tokens.
 struct TokenwiseKernels {
   void (*rms_norm)(const RmsNormArgs& args, int64_t begin, int64_t end) = nullptr;
@@ -51,6 +61,7 @@ struct Isa {
   void (*merge_partials)(const MergeArgs& args, int threads) = nullptr;
   FewRowsKernel few_rows = {};
   TokenwiseKernels tokenwise = {};
+  StoredKernels stored = {};
 };
 
 }  // namespace cptool::cpu

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.h"
+#include "stored.h"
 #include "tokenwise.h"
 
 namespace cptool::cpu {
@@ -13,6 +14,10 @@ void merge_partials(const MergeArgs& args, int threads);
 
 // A row's result does not depend on the other rows of a call.
 void linear(const LinearArgs& args, int threads);
+
+// The same, with weights in the type in which they are stored.
+void stored_linear(const StoredLinearArgs& args, int threads);
+void widen(const WidenArgs& args, int threads);
 
 void rms_norm(const RmsNormArgs& args, int threads);
 void rotate(const RotateArgs& args, int threads);

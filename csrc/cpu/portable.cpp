@@ -3,6 +3,7 @@
 #include "cpu/isa.h"
 #include "cpu/merge_kernel.h"
 #include "cpu/portable_kernel.h"
+#include "cpu/stored_kernel.h"
 #include "cpu/tokenwise_kernel.h"
 
 namespace cptool::cpu {
@@ -14,6 +15,7 @@ bool handles(ScalarType, int64_t) { return true; }
 }  // namespace
 
 extern constexpr Isa isa_portable = {"portable",       supported, {handles, run_portable_kernel},
-                                     run_merge_kernel, kFewRows,  kTokenwise};
+                                     run_merge_kernel, kFewRows,  kTokenwise,
+                                     kStored};
 
 }  // namespace cptool::cpu

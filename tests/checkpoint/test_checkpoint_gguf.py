@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 from conftest import refusal, refused_or_harmless
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from gguf_checkpoint import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, SHAPES, VOCAB, interleave, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -20,65 +21,7 @@ from cptool.checkpoint.gguf.reader import QUANTISED
 from cptool.checkpoint.sampling import SamplingDefaults
 from cptool.model.config import RopeScaling
 
-HIDDEN, FFN, VOCAB, HEADS, KV_HEADS = 256, 512, 32, 8, 2
-HEAD_DIM = HIDDEN // HEADS
-SHAPES = {
-    "token_embd": (VOCAB, HIDDEN),
-    "output_norm": (HIDDEN,),
-    "output": (VOCAB, HIDDEN),
-    "blk.0.attn_norm": (HIDDEN,),
-    "blk.0.attn_q": (HIDDEN, HIDDEN),
-    "blk.0.attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
-    "blk.0.attn_v": (KV_HEADS * HEAD_DIM, HIDDEN),
-    "blk.0.attn_output": (HIDDEN, HIDDEN),
-    "blk.0.ffn_norm": (HIDDEN,),
-    "blk.0.ffn_gate": (FFN, HIDDEN),
-    "blk.0.ffn_up": (FFN, HIDDEN),
-    "blk.0.ffn_down": (HIDDEN, FFN),
-}
 DOWN = "model.layers.0.mlp.down_proj.weight"
-
-
-def write(path, tensors=None, types=None, architecture="llama", without=(), **metadata):
-    """A one-layer Llama; `types` names how a tensor is encoded, `metadata` adds or replaces keys.
-
-    Given arrays of uint8 are written as they are.
-    """
-    rng = np.random.default_rng(0)
-    writer = GGUFWriter(path, architecture)
-    fields = {
-        "llama.block_count": 1,
-        "llama.context_length": 128,
-        "llama.embedding_length": HIDDEN,
-        "llama.feed_forward_length": FFN,
-        "llama.attention.head_count": HEADS,
-        "llama.attention.head_count_kv": KV_HEADS,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        **metadata,
-    }
-    for key, value in fields.items():
-        if value is not None:
-            kind = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-            kind[bool] = writer.add_bool
-            kind.get(type(value), writer.add_array)(key, value)
-    given = {name: rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
-    for name, value in {**given, **(tensors or {})}.items():
-        if name in without:
-            continue
-        kind = GGMLQuantizationType[(types or {}).get(name, "F32")]
-        raw = value if value.dtype == np.uint8 else quantize(value, kind)
-        writer.add_tensor(f"{name}.weight", raw, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def interleave(rows, heads):
-    """Half-split rotary rows to interleaved ones, as converters to GGUF do."""
-    return np.ascontiguousarray(
-        rows.reshape(heads, 2, -1, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
-    )
 
 
 @pytest.fixture

@@ -1,0 +1,195 @@
+"""Weights that stay in the type in which a file stores them, on a CPU.
+
+A quantised weight counts as the float32 value that its type defines, the one of the `gguf` package
+bit for bit; bfloat16 and float16 are widened. Activations are float32 and stay as they are. Few
+rows are multiplied with weights that are widened in registers. For many rows a panel of the weights
+is widened, once for all of them, and multiplied as any float32 matrix is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cptool.ops.kernels import EXTENSION as _C
+from cptool.ops.kernels import cpu_stored_isa
+
+ENCODINGS = {
+    name: number
+    for number, name in enumerate(
+        (
+            *("BF16", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+            *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+        )
+    )
+}
+"""The types that products can read, with the values of csrc/stored.h's Encoding."""
+
+# Weights and bytes of a block.
+_BLOCKS = {
+    **{"BF16": (32, 64), "F16": (32, 64), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22)},
+    **{"Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110)},
+    **{"Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_NL": (32, 18)},
+    "IQ4_XS": (256, 136),
+}
+
+_PANEL_BYTES = 4 << 20
+"""Of widened weights. They are written once and read once per block of rows, from a cache."""
+
+_local = threading.local()
+
+
+def block_bytes(encoding: str) -> int:
+    """Return the bytes of a block of a type; the kernels take plain types in blocks of 32."""
+    return _BLOCKS[encoding][1]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of a matrix as a file stores them.
+
+    data: uint8 [rows, bytes of a row], rows contiguous.
+    encoding: a GGML type name of `ENCODINGS`.
+    head_dim: 0, or the rows are those of heads in interleaved rotary order; then the matrix has
+        them in half-split order.
+    """
+
+    data: Tensor
+    encoding: str
+    head_dim: int = 0
+
+    def __post_init__(self) -> None:
+        weights, size = _BLOCKS[self.encoding]
+        rows, width = self.data.shape
+        if self.data.dtype != torch.uint8 or self.data.stride(1) != 1 or width % size:
+            raise ValueError(
+                f"data is {self.data.dtype} {list(self.data.shape)}; it must be uint8, each row "
+                f"whole blocks of {size} bytes ({weights} weights of {self.encoding})"
+            )
+        if self.head_dim and (self.head_dim % 2 or rows % self.head_dim):
+            raise ValueError(f"{rows} rows; they must be whole heads of {self.head_dim} rows")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and depth of the matrix."""
+        weights, size = _BLOCKS[self.encoding]
+        return self.data.shape[0], self.data.shape[1] // size * weights
+
+    @property
+    def place(self) -> tuple[int, int, int, int, int, int]:
+        """The arguments that tell the extension of a matrix."""
+        rows, depth = self.shape
+        at, stride = self.data.data_ptr(), self.data.stride(0)
+        return at, stride, rows, depth, self.head_dim, ENCODINGS[self.encoding]
+
+
+class StoredWeight:
+    """A matrix [rows, depth] whose `parts` lie one below the other, each in its own type."""
+
+    def __init__(self, parts: Sequence[Blocks]) -> None:
+        self.parts = tuple(parts)
+        depths = {part.shape[1] for part in self.parts}
+        if len(depths) != 1:
+            raise ValueError(f"parts of depths {sorted(depths)}; they must have the same")
+        self.shape = torch.Size((sum(part.shape[0] for part in self.parts), *depths))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(part.data.numel() for part in self.parts)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x W^T, float32 [rows, W's rows], of x float32 [rows, depth], summed in float32.
+
+        A row's result for up to FEW_ROWS rows (`cptool.ops.linear`) does not depend on the other
+        rows, their number or the number of threads.
+        """
+        rows, depth = x.shape
+        if x.dtype != torch.float32 or depth != self.shape[1]:
+            raise ValueError(
+                f"x is {x.dtype} {list(x.shape)}; it must be float32 [rows, {self.shape[1]}]"
+            )
+        out = torch.empty((rows, self.shape[0]), dtype=torch.float32)
+        few = rows <= DIRECT_ROWS
+        if few and x.stride(1) != 1:
+            x = x.contiguous()
+        column = 0
+        for part in self.parts:
+            columns = out[:, column : column + part.shape[0]]
+            (_multiply_few if few else _multiply_many)(x, part, columns)
+            column += part.shape[0]
+        return out
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """Return the rows at `indices` int64 [...], float32 [..., depth].
+
+        Raises IndexError for one that the matrix does not have.
+        """
+        (part,) = self.parts
+        flat = indices.reshape(-1).contiguous()
+        if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
+            raise IndexError(f"indices must be from 0 to {self.shape[0] - 1}")
+        out = torch.empty((flat.numel(), self.shape[1]), dtype=torch.float32)
+        threads = torch.get_num_threads()
+        _C.widen_cpu(*part.place, flat.data_ptr(), 0, flat.numel(), out.data_ptr(), threads)
+        return out.view(*indices.shape, self.shape[1])
+
+    def widened(self) -> Tensor:
+        """Return the whole matrix in float32."""
+        out = torch.empty(self.shape, dtype=torch.float32)
+        row = 0
+        for part in self.parts:
+            _widen(part, 0, out[row : row + part.shape[0]])
+            row += part.shape[0]
+        return out
+
+
+def _direct_rows() -> int:
+    """Return up to how many rows weights are widened in registers."""
+    return {"avx512": 6, "avx2": 3}.get(cpu_stored_isa(), 2)
+
+
+DIRECT_ROWS = _direct_rows()
+
+
+def _multiply_few(x: Tensor, part: Blocks, out: Tensor) -> None:
+    _C.stored_linear_cpu(
+        *part.place,
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[0],
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
+    )
+
+
+def _multiply_many(x: Tensor, part: Blocks, out: Tensor) -> None:
+    from cptool.ops.linear import linear
+
+    rows, depth = part.shape
+    at_once = max(16, _PANEL_BYTES // (4 * depth) // 16 * 16)
+    panel = _panel(min(at_once, rows) * depth).view(-1, depth)
+    for begin in range(0, rows, at_once):
+        widened = panel[: min(at_once, rows - begin)]
+        _widen(part, begin, widened)
+        out[:, begin : begin + len(widened)] = linear(x, widened)
+
+
+def _widen(part: Blocks, begin: int, out: Tensor) -> None:
+    """Write the rows from `begin` on to `out`, float32 and contiguous."""
+    _C.widen_cpu(*part.place, 0, begin, len(out), out.data_ptr(), torch.get_num_threads())
+
+
+def _panel(count: int) -> Tensor:
+    """Return float32 scratch memory of this thread."""
+    held: Tensor | None = getattr(_local, "panel", None)
+    if held is None or held.numel() < count:
+        # Not an inference tensor: it is written to in and out of inference mode.
+        with torch.inference_mode(False):
+            held = _local.panel = torch.empty(count, dtype=torch.float32)
+    return held[:count]

@@ -1,0 +1,145 @@
+"""Weights as files store them: GGML's blocks, bfloat16 and float16."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize
+
+from cptool.ops import stored
+from cptool.ops.kernels import cpu_isas, force_cpu_isa
+from cptool.ops.linear import FEW_ROWS, linear
+from cptool.ops.stored import ENCODINGS, Blocks, StoredWeight
+
+HALVES = {
+    **{"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q6_K": (208,)},
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "IQ4_NL": (0,)},
+    "IQ4_XS": (0,),
+}
+"""Where the float16 scales of a block are; any other byte may have any value."""
+
+PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+ISAS = [isa for isa in cpu_isas() if isa in ("portable", "avx2", "avx512")]
+
+
+def matrix(encoding, rows, depth, *, seed=0, head_dim=0):
+    """Return random blocks, and the float32 values that the `gguf` package reads in them."""
+    rng = np.random.default_rng(seed)
+    if encoding in PLAIN:
+        values = torch.from_numpy(rng.standard_normal((rows, depth))).to(PLAIN[encoding])
+        data, values = values.view(torch.uint8), values.float()
+    else:
+        kind = gguf.GGMLQuantizationType[encoding]
+        weights, size = gguf.GGML_QUANT_SIZES[kind]
+        raw = rng.integers(0, 256, (rows, depth // weights, size), dtype=np.uint8)
+        for at in HALVES[encoding]:
+            scales = rng.standard_normal((rows, depth // weights, 1)) * 0.02
+            raw[..., at : at + 2] = scales.astype(np.float16).view(np.uint8)
+        raw = raw.reshape(rows, -1)
+        data, values = torch.from_numpy(raw), torch.from_numpy(dequantize(raw, kind))
+    if head_dim:  # the file has the pairs (2j, 2j + 1)
+        pairs = values.view(-1, head_dim // 2, 2, depth)
+        values = pairs.transpose(1, 2).reshape(rows, depth)
+    return Blocks(data, encoding, head_dim), values
+
+
+def check(weight, x, values):
+    """The product is that of float32 sums."""
+    exact = x.double() @ values.double().T
+    scale = x.double().abs() @ values.double().abs().T
+    assert ((weight.linear(x) - exact).abs() <= scale * x.shape[1] * 2**-24).all()
+
+
+def depth_of(encoding, blocks):
+    return blocks * max(32, gguf.GGML_QUANT_SIZES[_kind(encoding)][0])
+
+
+def _kind(encoding):
+    return gguf.GGMLQuantizationType[encoding]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_weights_have_the_bits_of_the_gguf_package(encoding, isa):
+    """Widened they are equal, and few rows give the bits of the product with the widened ones."""
+    for number, (rows, blocks) in enumerate(((37, 2), (5, 3), (1, 1), (128, 1))):
+        part, values = matrix(encoding, rows, depth_of(encoding, blocks), seed=number)
+        weight = StoredWeight([part])
+        with force_cpu_isa(isa):
+            assert torch.equal(weight.widened(), values)
+            for count in (0, 1, 2, 3, 4, 5, 6):
+                x = torch.randn(count, values.shape[1])
+                out = torch.empty(count, rows)
+                stored._multiply_few(x, part, out)
+                assert torch.equal(out, linear(x, values)), count
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_rows_result_does_not_depend_on_the_others(encoding):
+    part, values = matrix(encoding, 70, depth_of(encoding, 2))
+    weight = StoredWeight([part])
+    x = torch.randn(FEW_ROWS[torch.float32], values.shape[1])
+    alone = torch.cat([weight.linear(row) for row in x.split(1)])
+    for count in range(1, len(x) + 1):
+        assert torch.equal(weight.linear(x[:count]), alone[:count]), count
+
+
+def test_many_rows_are_as_near_to_float64_as_a_float32_product(monkeypatch):
+    """Panels that divide nothing, and parts of different types below each other."""
+    monkeypatch.setattr(stored, "_PANEL_BYTES", 4 * 512 * 32)
+    parts, values = zip(
+        *(matrix(e, n, 512, seed=n) for e, n in (("Q4_K", 70), ("Q6_K", 33), ("Q8_0", 1))),
+        strict=True,
+    )
+    weight, whole = StoredWeight(parts), torch.cat(values)
+    for rows in (1, 7, 40, 300):
+        check(weight, torch.randn(rows, 512), whole)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("encoding", ["Q4_0", "Q6_K", "BF16"])
+def test_rows_in_interleaved_rotary_order(encoding, rows):
+    part, values = matrix(encoding, 4 * 24, depth_of(encoding, 1), head_dim=24)
+    weight = StoredWeight([part])
+    assert torch.equal(weight.widened(), values)
+    check(weight, torch.randn(rows, values.shape[1]), values)
+    indices = torch.tensor([[0, 95], [13, 12]])
+    assert torch.equal(weight.gather(indices), values[indices])
+
+
+def test_a_part_of_the_columns_is_a_view():
+    part, values = matrix("Q4_1", 33, 512)
+    right = Blocks(part.data[:, 10 * 20 :], "Q4_1")
+    check(StoredWeight([right]), torch.randn(3, 192), values[:, 320:])
+
+
+def test_threads_do_not_change_the_bits():
+    part, values = matrix("Q4_K", 4096, 512)
+    weight = StoredWeight([part])
+    x, before = torch.randn(2, 512), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = weight.linear(x)
+        torch.set_num_threads(3)
+        assert torch.equal(weight.linear(x), one)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, linear(x, values))
+
+
+def test_what_does_not_fit_is_refused():
+    part, _ = matrix("Q4_0", 4, 64)
+    with pytest.raises(ValueError, match=r"whole blocks of 18 bytes \(32 weights of Q4_0\)"):
+        Blocks(part.data[:, 1:], "Q4_0")
+    with pytest.raises(ValueError, match="whole heads of 6 rows"):
+        Blocks(part.data, "Q4_0", 6)
+    weight = StoredWeight([part])
+    with pytest.raises(ValueError, match=r"must be float32 \[rows, 64\]"):
+        weight.linear(torch.zeros(1, 32))
+    with pytest.raises(ValueError, match="must be float32"):
+        weight.linear(torch.zeros(1, 64, dtype=torch.bfloat16))
+    with pytest.raises(IndexError, match="from 0 to 3"):
+        weight.gather(torch.tensor([4]))
+    with pytest.raises(ValueError, match="depths"):
+        StoredWeight([part, matrix("Q4_0", 4, 96)[0]])
