@@ -104,6 +104,7 @@ def decode(
         output,
         tokenizer=checkpoint.tokenizer(),
         prompts=turn.prompts,
+        after=following.before_answers(manifest),
         cached=[sequence.cached for sequence in manifest.sequences],
         sampling=sampler.describe(sampling),
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool.cli import draw, turn_report
+from cptool.cli.answers.report import has_ended
 from cptool.cli.answers.stream import AnswerStream
 from cptool.cli.options.models import open_model
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
@@ -94,7 +95,7 @@ def _run(turn: Turn, ranks: RankOptions, tokenizer: Tokenizer | None) -> Report:
     report = run_turn(turn, ranks, emit=stream.emit if stream else None)
     assert report is not None  # there is no launcher
     if stream is not None:
-        stream.finish()
+        stream.finish(ended=has_ended(report.stopped[0]))
     check_whole(report, turn)
     taken = duration(time.perf_counter() - began)
     total = f"{some(ranks.count, 'rank')}, {taken} with start and loading"

@@ -83,6 +83,7 @@ def generate(
         output,
         tokenizer=checkpoint.tokenizer(),
         prompts=sequences,
+        after=[() if asked.chat else tokens for tokens in sequences],
         sampling=sampler.describe(sampling),
     )
 

@@ -114,9 +114,24 @@ class Tokenizer:
         """Return how the vocabulary spells a token, control tokens included."""
         return self._backend.id_to_token(token_id) or f"id {token_id}"
 
-    def stream(self) -> TextStream:
-        """Return a decoder of tokens that arrive one at a time."""
-        return TextStream(self.decode)
+    def stream(self, after: Iterable[int] = (), *, control: bool = False) -> TextStream:
+        """Return a decoder of tokens that arrive one at a time, after those whose text it goes on
+        with; `control` is that of `decode`.
+        """
+        left_out = () if control else self._left_out
+        before = [i for i in after if i not in left_out]
+        return TextStream(lambda ids: self.decode(ids, control=control), before)
+
+    def text(
+        self, ids: Iterable[int], after: Iterable[int] = (), *, ended: bool, control: bool = False
+    ) -> str:
+        """Return the text that `ids` add to that of the tokens before them.
+
+        A character that `after` leaves unfinished is part of it. One that `ids` leave unfinished is
+        not, for the tokens to come, unless the text has `ended`: then it is U+FFFD.
+        """
+        stream = self.stream(after, control=control)
+        return stream.push(*ids) + (stream.flush() if ended else "")
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Return the token ids of a conversation: messages are dicts with `role` and `content`.

@@ -50,21 +50,27 @@ class OutputRequest:
             raise click.UsageError("--json and --jsonl exclude each other; leave one out")
 
     def writer(
-        self, turn: Turn, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]]
+        self,
+        turn: Turn,
+        tokenizer: Tokenizer | None,
+        prompts: Sequence[Sequence[int]],
+        after: Sequence[Sequence[int]],
     ) -> Writer:
-        """Return what writes the answers of `turn`; `prompts` are the token ids that --echo shows,
-        its control tokens too.
+        """Return what writes the answers of `turn`.
+
+        prompts: the token ids that --echo shows, control tokens too.
+        after: the tokens whose text each answer goes on with.
         """
         from cptool.cli.answers import writers
 
         echo = [writers.shown(ids, tokenizer, control=True) for ids in prompts] if self.echo else []
         if self.as_json:
-            return writers.OneObject(turn, tokenizer, echo)
+            return writers.OneObject(turn, tokenizer, echo, after)
         if self.json_lines:
-            return writers.JsonLines(turn, tokenizer, echo)
+            return writers.JsonLines(turn, tokenizer, echo, after)
         if len(turn.prompts) == 1 and tokenizer is not None:
-            return writers.OneText(tokenizer, "".join(echo))
-        return writers.Texts(turn, tokenizer, echo)
+            return writers.OneText(tokenizer, "".join(echo), after[0])
+        return writers.Texts(turn, tokenizer, echo, after)
 
 
 output_options = as_object(

@@ -16,13 +16,29 @@ if TYPE_CHECKING:
     from cptool.engine.turn import Report, Turn
 
 
-def text(answer: Sequence[int], tokenizer: Tokenizer | None) -> str | None:
-    """Return the text of an answer, None without a tokenizer."""
-    return tokenizer.decode(list(answer)) if tokenizer else None
+def has_ended(why: str) -> bool:
+    """Return whether an answer that stopped so has ended, rather than been cut: then the next turn
+    may go on with it.
+    """
+    return why not in ("length", "interrupted")
 
 
-def fields(report: Report, turn: Turn, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return what --json prints."""
+def texts(
+    report: Report, tokenizer: Tokenizer | None, after: Sequence[Sequence[int]]
+) -> list[str | None]:
+    """Return the text of each answer, None without a tokenizer; see `Tokenizer.text`."""
+    if tokenizer is None:
+        return [None] * len(report.token_ids)
+    return [
+        tokenizer.text(ids, before, ended=has_ended(why))
+        for ids, before, why in zip(report.token_ids, after, report.stopped, strict=True)
+    ]
+
+
+def fields(
+    report: Report, turn: Turn, tokenizer: Tokenizer | None, after: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Return what --json prints; `after` are the tokens that each answer goes on with."""
     return {
         "tokens": report.tokens,
         **report.shared_fields(),
@@ -35,7 +51,7 @@ def fields(report: Report, turn: Turn, tokenizer: Tokenizer | None) -> dict[str,
         "tokens_per_s": report.tokens_per_s,
         **report.predicted.fields(decoding=True),
         "token_ids": [list(ids) for ids in report.token_ids],
-        "text": [text(ids, tokenizer) for ids in report.token_ids],
+        "text": texts(report, tokenizer, after),
         "stopped": list(report.stopped),
         "session": turn.session,
         **turn_report.profile_fields(report),

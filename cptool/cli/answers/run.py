@@ -22,12 +22,14 @@ def run_and_write(
     *,
     tokenizer: Tokenizer | None,
     prompts: Sequence[Sequence[int]],
+    after: Sequence[Sequence[int]],
     sampling: str,
     cached: Sequence[int] | None = None,
 ) -> None:
     """Run the turn, write its answers to standard output and, for people, a table after them.
 
-    prompts: the token ids that --echo shows. sampling: one line on how tokens were sampled.
+    prompts: the token ids that --echo shows. after: the tokens whose text each answer goes on
+    with, none where it begins a text. sampling: one line on how tokens were sampled.
     cached: the tokens of each sequence that the session holds; by default those that it keeps.
 
     Raises KeyboardInterrupt if Ctrl-C ended the answers, once they are written.
@@ -35,7 +37,7 @@ def run_and_write(
     from cptool.cli.launch import check_whole, run_turn
 
     turn_report.say_prediction(turn, ranks, cached or turn.keep or [0] * len(turn.prompts))
-    writer = output.writer(turn, tokenizer, prompts)
+    writer = output.writer(turn, tokenizer, prompts, after)
     report = run_turn(turn, ranks, emit=writer.emit)
     if report is None:  # another process of the launcher writes
         return

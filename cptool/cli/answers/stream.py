@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cptool.errors import RunError
@@ -16,21 +17,25 @@ class AnswerStream:
     Output that fails stops no turn: `finish` reports it once the turn has been saved.
 
     lead: written before the first token, when the progress bar has gone.
+    after: the tokens whose text the answer goes on with.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", *, lead: str = "") -> None:
-        self._text, self._output, self._lead = tokenizer.stream(), Output(), lead
+    def __init__(
+        self, tokenizer: "Tokenizer", *, lead: str = "", after: Sequence[int] = ()
+    ) -> None:
+        self._text, self._output, self._lead = tokenizer.stream(after), Output(), lead
 
     def emit(self, sequence: int, token_id: int) -> None:
         """Write the text that is certain with this token."""
         self._write(self._text.push(token_id))
 
-    def finish(self) -> None:
-        """Write the text that was held back and end the line.
+    def finish(self, *, ended: bool) -> None:
+        """End the line. A character that lacks bytes is written as U+FFFD if the answer has
+        `ended`; otherwise it belongs to the tokens to come.
 
         Raises RunError if standard output could not be written.
         """
-        self._write(self._text.flush() + "\n")
+        self._write((self._text.flush() if ended else "") + "\n")
         self._output.check()
 
     def _write(self, text: str) -> None:

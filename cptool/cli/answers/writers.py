@@ -1,6 +1,8 @@
 """What writes answers to standard output: text as it comes, whole answers, or JSON.
 
-`prompts` are the texts to write before the answers, none without --echo.
+`prompts` are the texts to write before the answers, none without --echo. `after` are the tokens of
+each sequence whose text its answer goes on with: a character that they leave unfinished is written
+with it, whole.
 """
 
 from __future__ import annotations
@@ -17,25 +19,31 @@ if TYPE_CHECKING:
     from cptool.engine.turn import Report, Turn
 
 
-def shown(ids: Sequence[int], tokenizer: Tokenizer | None, *, control: bool = False) -> str:
-    """Return tokens as text, or as numbers without a tokenizer.
-
-    control: whether control tokens are shown.
-    """
-    return tokenizer.decode(ids, control=control) if tokenizer else " ".join(map(str, ids))
+def shown(
+    ids: Sequence[int],
+    tokenizer: Tokenizer | None,
+    after: Sequence[int] = (),
+    *,
+    ended: bool = False,
+    control: bool = False,
+) -> str:
+    """Return tokens as text (`Tokenizer.text`), or as numbers without a tokenizer."""
+    if tokenizer is None:
+        return " ".join(map(str, ids))
+    return tokenizer.text(ids, after, ended=ended, control=control)
 
 
 class OneText:
     """The answer of one sequence, as text while it comes, after the text `prompt`."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str) -> None:
-        self._stream = AnswerStream(tokenizer, lead=prompt)
+    def __init__(self, tokenizer: Tokenizer, prompt: str, after: Sequence[int]) -> None:
+        self._stream = AnswerStream(tokenizer, lead=prompt, after=after)
 
     def emit(self, sequence: int, token_id: int) -> None:
         self._stream.emit(sequence, token_id)
 
     def finish(self, report: Report) -> None:
-        self._stream.finish()
+        self._stream.finish(ended=reports.has_ended(report.stopped[0]))
 
 
 class Texts:
@@ -43,8 +51,14 @@ class Texts:
     and those before it have ended. Token ids without a tokenizer.
     """
 
-    def __init__(self, turn: Turn, tokenizer: Tokenizer | None, prompts: Sequence[str]) -> None:
-        self._turn, self._tokenizer, self._prompts = turn, tokenizer, prompts
+    def __init__(
+        self,
+        turn: Turn,
+        tokenizer: Tokenizer | None,
+        prompts: Sequence[str],
+        after: Sequence[Sequence[int]],
+    ) -> None:
+        self._turn, self._tokenizer, self._prompts, self._after = turn, tokenizer, prompts, after
         self._answers: list[list[int]] = [[] for _ in turn.prompts]
         self._written = 0
         self._output = Output()
@@ -53,11 +67,12 @@ class Texts:
     def _take(self, sequence: int, token_id: int) -> None:
         self._answers[sequence].append(token_id)
         while self._written < len(self._answers) and self._ended(self._answers[self._written]):
-            self._write(self._answers[self._written])
+            answer = self._answers[self._written]
+            self._write(answer, ended=answer[-1] in self._turn.stop_ids)
 
     def finish(self, report: Report) -> None:
-        for answer in report.token_ids[self._written :]:
-            self._write(answer)
+        for b in range(self._written, len(report.token_ids)):
+            self._write(report.token_ids[b], ended=reports.has_ended(report.stopped[b]))
         self._output.check()
 
     def _ended(self, answer: list[int]) -> bool:
@@ -65,10 +80,11 @@ class Texts:
             return False
         return len(answer) == self._turn.max_new_tokens or answer[-1] in self._turn.stop_ids
 
-    def _write(self, answer: Sequence[int]) -> None:
+    def _write(self, answer: Sequence[int], *, ended: bool) -> None:
         prompt = self._prompts[self._written] if self._prompts else ""
+        text = shown(answer, self._tokenizer, self._after[self._written], ended=ended)
         self._written += 1
-        self._output.write(f"[{self._written}] {prompt}{shown(answer, self._tokenizer)}\n")
+        self._output.write(f"[{self._written}] {prompt}{text}\n")
 
 
 class OneObject:
@@ -76,11 +92,17 @@ class OneObject:
 
     emit = None
 
-    def __init__(self, turn: Turn, tokenizer: Tokenizer | None, prompts: Sequence[str]) -> None:
-        self._turn, self._tokenizer, self._prompts = turn, tokenizer, prompts
+    def __init__(
+        self,
+        turn: Turn,
+        tokenizer: Tokenizer | None,
+        prompts: Sequence[str],
+        after: Sequence[Sequence[int]],
+    ) -> None:
+        self._turn, self._tokenizer, self._prompts, self._after = turn, tokenizer, prompts, after
 
     def finish(self, report: Report) -> None:
-        fields = reports.fields(report, self._turn, self._tokenizer)
+        fields = reports.fields(report, self._turn, self._tokenizer, self._after)
         if self._prompts:
             fields["prompt"] = list(self._prompts)
         json_output.print_object(fields)
@@ -89,9 +111,15 @@ class OneObject:
 class JsonLines:
     """Lines of JSON: each token with the text that is certain with it, then the result."""
 
-    def __init__(self, turn: Turn, tokenizer: Tokenizer | None, prompts: Sequence[str]) -> None:
-        self._turn, self._tokenizer, self._output = turn, tokenizer, Output()
-        self._streams = [tokenizer.stream() for _ in turn.prompts] if tokenizer else None
+    def __init__(
+        self,
+        turn: Turn,
+        tokenizer: Tokenizer | None,
+        prompts: Sequence[str],
+        after: Sequence[Sequence[int]],
+    ) -> None:
+        self._turn, self._tokenizer, self._output, self._after = turn, tokenizer, Output(), after
+        self._streams = [tokenizer.stream(before) for before in after] if tokenizer else None
         self._prompts: Sequence[str] = prompts
 
     def emit(self, sequence: int, token_id: int) -> None:
@@ -102,9 +130,13 @@ class JsonLines:
     def finish(self, report: Report) -> None:
         self._write_prompts()
         for sequence, stream in enumerate(self._streams or ()):
-            if text := stream.flush():  # the answer ends inside a character
+            ended = reports.has_ended(report.stopped[sequence])
+            if ended and (text := stream.flush()):  # the answer ends inside a character
                 self._write({"type": "token", "sequence": sequence, "token": None, "text": text})
-        fields = {"type": "result", **reports.fields(report, self._turn, self._tokenizer)}
+        fields = {
+            "type": "result",
+            **reports.fields(report, self._turn, self._tokenizer, self._after),
+        }
         self._output.write(json_output.line(fields) + "\n")
         self._output.check()
 

@@ -145,9 +145,10 @@ class Terminal:
         if not ids and stopped():
             draw.say("\n(stopped while the question was read; it is as if it was not asked)")
             return
-        _write(text.flush() + "\n")
         said = list(answer.token_ids[0])
         whole = said[-1] in self.stop_ids
+        # Of an answer that was cut, a character that lacks bytes is no part of the message either.
+        _write((text.flush() if whole else "") + "\n")
         self.conversation.answered(question, context, said, ended=whole)
         rate = f", then {token_rate((len(ids) - 1) / (ended - first))}" if len(ids) > 1 else ""
         cut = "" if whole else ", stopped" if stopped() else ", cut at the limit of tokens"

@@ -37,6 +37,17 @@ class NextTurn:
         """Return the fields by name."""
         return {"prompts": self.prompts, "keep": self.keep, "chat": self.chat}
 
+    def before_answers(self, manifest: Manifest) -> list[Sequence[int]]:
+        """Return the tokens whose text each answer goes on with: those of an answer that was cut,
+        none before one that begins; outside a conversation all.
+        """
+        held = [sequence.tokens for sequence in manifest.sequences]
+        if self.chat is None:
+            joined = zip(held, self.keep, self.prompts, strict=True)
+            return [(*said[:kept], *new) for said, kept, new in joined]
+        pairs = zip(held, self.chat, strict=True)
+        return [() if d.answer is None else said[d.answer :] for said, d in pairs]
+
 
 def next_turn(
     directory: Path, manifest: Manifest, checkpoint: "Checkpoint", asked: Prompts, *, raw: bool
