@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from cptool.cli.chat.lines import lines
+from cptool.cli.chat.lines import questions
 from cptool.session import store
 
 CPTOOL = [sys.executable, "-m", "cptool"]
@@ -180,7 +180,13 @@ entry.main()
 def test_a_byte_order_mark_before_the_first_line_is_none_of_it(monkeypatch):
     given = io.TextIOWrapper(io.BytesIO(codecs.BOM_UTF8 + b"hi\r\n" + codecs.BOM_UTF8 + b"you"))
     monkeypatch.setattr(sys, "stdin", given)
-    assert list(lines()) == ["hi", "\ufeffyou"]
+    assert list(questions(paragraphs=False)) == ["hi", "\ufeffyou"]
+
+
+def test_paragraphs_are_parted_by_blank_lines(monkeypatch):
+    given = io.TextIOWrapper(io.BytesIO(b"\n a\r\nb\n \t\n\n/save x\n\nc\n\xff"))
+    monkeypatch.setattr(sys, "stdin", given)
+    assert list(questions(paragraphs=True)) == [" a\nb", "/save x", "c\n\udcff"]
 
 
 @pytest.mark.parametrize("cp", [1, 2])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool.cli import draw
-from cptool.cli.chat.lines import lines
+from cptool.cli.chat.lines import questions
 from cptool.cli.chat.terminal import Answering, Terminal
 from cptool.cli.options import completion
 from cptool.cli.options.common import dtype_option, moved_option
@@ -41,6 +41,11 @@ DEFAULT_TOKENS = 512
     help="A text file that the first question is about; may be repeated.",
 )
 @click.option(
+    "--paragraphs",
+    is_flag=True,
+    help="Part the questions of piped input by blank lines. Without it, each line is one.",
+)
+@click.option(
     "-n",
     "--tokens",
     "count",
@@ -59,6 +64,7 @@ def chat(
     source: str,
     system: str | None,
     files: tuple[str, ...],
+    paragraphs: bool,
     count: int,
     sampler: SamplingRequest,
     model: str | None,
@@ -70,10 +76,13 @@ def chat(
     """Talk with a MODEL in its own chat template, or continue a SESSION that /save made.
 
     Only what a turn adds is computed. Where standard input is not a terminal, each line of it is a
-    question. /help lists the commands.
+    question, or with --paragraphs each paragraph. A text of several lines that is pasted at a
+    terminal is one question. /help lists the commands.
     """
     from cptool.engine.resident import Resident
     from cptool.engine.turn import Setup
+
+    asked = questions(paragraphs=paragraphs)
 
     directory = Path(source) if sessions.exists(Path(source)) else None
     manifest = None if directory is None else sessions.load(directory)
@@ -107,7 +116,7 @@ def chat(
             terminal.continue_session(directory, manifest.revision)
         for file in files:
             terminal.file(file)
-        for line in lines():
+        for line in asked:
             if not terminal.handle(line):
                 break
 

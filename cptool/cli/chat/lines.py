@@ -1,6 +1,7 @@
 """Reading the user's lines in `cptool chat`, from a terminal or a pipe."""
 
 import codecs
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -8,13 +9,32 @@ import click
 
 from cptool.cli import draw
 from cptool.distributed import signals
+from cptool.errors import UserError
 
 _LINE_BYTES = 1 << 28
 
 
-def lines() -> Iterator[str]:
-    """Yield the lines of standard input, after a prompt if it is a terminal."""
-    return _typed() if sys.stdin.isatty() else _piped()
+def questions(*, paragraphs: bool) -> Iterator[str]:
+    """Yield the questions and commands of standard input, after a prompt if it is a terminal.
+
+    Each is a line, or with `paragraphs` the lines up to a blank one. A text that was pasted at a
+    terminal is one, whatever its lines. Raises UserError for `paragraphs` at a terminal.
+    """
+    if not sys.stdin.isatty():
+        return _paragraphs(_piped()) if paragraphs else _piped()
+    if paragraphs:
+        raise UserError(
+            "--paragraphs: standard input is a terminal, where a text that is pasted is one "
+            "question; leave it out"
+        )
+    return _typed()
+
+
+def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
+    """Yield lines joined up to the next blank one."""
+    for blank, group in itertools.groupby(lines, lambda line: not line.strip()):
+        if not blank:
+            yield "\n".join(group)
 
 
 def _piped() -> Iterator[str]:
@@ -41,8 +61,10 @@ def _typed() -> Iterator[str]:
 
     Ctrl-C discards a line, a second one in a row ends the program.
     """
-    import readline  # noqa: F401  input() uses it once it is imported
+    import readline  # input() uses it once it is imported
 
+    # Python turns it off. A pasted text is then one line with line ends in it, as is its history.
+    readline.parse_and_bind("set enable-bracketed-paste on")
     interrupted = False
     while True:
         try:
@@ -58,4 +80,4 @@ def _typed() -> Iterator[str]:
             draw.say("\n(Ctrl-C again, Ctrl-D or /exit to end)")
             continue
         interrupted = False
-        yield line
+        yield line.strip("\n") if "\n" in line else line

@@ -80,7 +80,8 @@ class Terminal:
     def handle(self, line: str) -> bool:
         """Execute a line; return False if it ends the chat.
 
-        A mistake is reported and changes nothing.
+        A text of several lines, such as one that was pasted, is a question, whatever it begins
+        with. A mistake is reported and changes nothing.
         """
         command, _, argument = line.strip().partition(" ")
         commands = {
@@ -91,9 +92,11 @@ class Terminal:
             "/help": self.help,
         }
         try:
-            if command == "/exit":
+            if "\n" in line:
+                self.ask(line)
+            elif command == "/exit":
                 return False
-            if command in commands:
+            elif command in commands:
                 commands[command](argument.strip())
             elif command.startswith("/") and not command.startswith("//"):
                 raise UserError(
@@ -237,7 +240,8 @@ class Terminal:
         question = self.conversation.undo()
         if question is None:
             raise UserError("/undo: there is no question to take back")
-        draw.say(f"took back: {question if len(question) <= 60 else question[:57] + '...'}")
+        shown = " ".join(question.split())
+        draw.say(f"took back: {shown if len(shown) <= 60 else shown[:57] + '...'}")
 
     def reset(self, argument: str) -> None:
         self.conversation.reset()
