@@ -11,6 +11,7 @@ from cptool.cli.answers.run import run_and_write
 from cptool.cli.figures.tables import wide_option
 from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, moved_option, profile_option
+from cptool.cli.options.examples import examples
 from cptool.cli.options.lengths import tokens_option, tokens_to_append
 from cptool.cli.options.models import (
     check_turn_room,
@@ -29,7 +30,14 @@ from cptool.session import store as sessions
 DEFAULT_TOKENS = 128
 
 
-@click.command(short_help="Append tokens to a session, and save it.")
+@click.command(
+    short_help="Append tokens to a session, and save it.",
+    epilog=examples(
+        'cptool decode s --prompt "What is the cat\'s name?"',
+        "cptool decode s -n 200 --temperature 0.7 --top-p 0.9",
+        "cptool decode s --cp 4 --json",
+    ),
+)
 @click.argument("session", type=click.Path(path_type=Path), shell_complete=completion.sessions)
 @prompt_options
 @click.option(

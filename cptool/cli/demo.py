@@ -15,6 +15,7 @@ import click
 from cptool.cli import draw, turn_report
 from cptool.cli.answers.report import has_ended
 from cptool.cli.answers.stream import AnswerStream
+from cptool.cli.options.examples import examples
 from cptool.cli.options.models import open_model
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.pull.fetching import fetching
@@ -33,7 +34,13 @@ QUESTION = "What is the cat's name?"
 ANSWER_TOKENS = 40
 
 
-@click.command(short_help="A real model answers from a long document, on two ranks as on one.")
+@click.command(
+    short_help="A real model answers from a long document, on two ranks as on one.",
+    epilog=examples(
+        "cptool demo",
+        'cptool demo --cp 4 --question "What happened in the storm?"',
+    ),
+)
 @click.option(
     "--question", default=QUESTION, show_default=True, help="What to ask about the document."
 )

@@ -12,6 +12,7 @@ from cptool.cli.answers.run import run_and_write
 from cptool.cli.figures.tables import wide_option
 from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, dtype_option, profile_option
+from cptool.cli.options.examples import examples
 from cptool.cli.options.lengths import tokens_option, tokens_to_append
 from cptool.cli.options.models import context_option, open_model
 from cptool.cli.options.next_turn import begun
@@ -24,7 +25,14 @@ from cptool.engine.options import EngineOptions, resolve_dtype
 DEFAULT_TOKENS = 256
 
 
-@click.command(short_help="Answer a prompt.")
+@click.command(
+    short_help="Answer a prompt.",
+    epilog=examples(
+        'cptool generate smollm2-135m-instruct --chat --prompt "Why is the sky blue?"',
+        'cptool generate MODEL --chat --file doc.txt --prompt "Sum it up." --cp 2',
+        "cat prompt.txt | cptool generate MODEL --json",
+    ),
+)
 @click.argument("model", shell_complete=completion.models)
 @chat_prompt_options
 @tokens_option(DEFAULT_TOKENS)

@@ -11,6 +11,7 @@ import click
 
 import cptool
 from cptool.cli import streams, verbosity
+from cptool.cli.options.examples import examples
 from cptool.cli.options.variables import with_origins
 from cptool.distributed import signals
 from cptool.distributed.signals import orderly
@@ -31,7 +32,7 @@ COMMANDS = {
     "bench": "bench.group",
     "pull": "pull.command",
     "demo": "demo",
-    "doctor": "doctor",
+    "doctor": "doctor.command",
 }
 """Subcommands, in the order of the help, and their modules in `cptool.cli`."""
 
@@ -144,7 +145,21 @@ class _Escaped(Exception):
         self.cause = cause
 
 
-_EPILOG = """\b
+_EPILOG = f"""{
+    examples(
+        "cptool demo",
+        'cptool generate MODEL --chat --file doc.txt --prompt "Sum it up." --cp 2',
+        "cptool plan llama3-8b --context 128K",
+    )
+}
+
+\b
+Words: a rank is a process with a device, or a share of the processor's cores,
+of its own. KV are the keys and values that attention keeps of each token.
+Context parallelism (cp) gives each rank a part of the tokens and their KV;
+tensor parallelism (tp) gives each rank a part of every layer.
+
+\b
 Variables of the environment give options a default: CPTOOL_CP, CPTOOL_TP,
 CPTOOL_DEVICE, CPTOOL_DTYPE, CPTOOL_THREADS, CPTOOL_TIMEOUT, CPTOOL_VARIANT.
 docs/environment.md lists all variables that cptool reads.

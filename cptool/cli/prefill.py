@@ -14,6 +14,7 @@ from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, dtype_option, json_option, profile_option
+from cptool.cli.options.examples import examples
 from cptool.cli.options.models import context_option, open_model
 from cptool.cli.options.next_turn import begun
 from cptool.cli.options.prompts import Prompts, chat_prompt_options
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
     from cptool.engine.turn import Report, Turn
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "cptool prefill MODEL --chat --prompt-file doc.txt --session s --cp 2",
+        "cptool prefill MODEL --synthetic 8K --cp 2 --profile trace.json",
+    ),
+)
 @click.argument("model", shell_complete=completion.models)
 @chat_prompt_options
 @session_options

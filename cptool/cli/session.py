@@ -12,6 +12,7 @@ from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import json_option
+from cptool.cli.options.examples import examples
 from cptool.cli.session_export import export, list_sessions, message_rows, readable_dialogues
 from cptool.session import store as sessions
 from cptool.session.manifest import Manifest
@@ -24,7 +25,13 @@ directory_argument = click.argument(
 )
 
 
-@click.group()
+@click.group(
+    epilog=examples(
+        "cptool session list",
+        "cptool session show s",
+        "cptool session export s --format markdown --output talk.md",
+    )
+)
 def session() -> None:
     """Inspect and maintain a session on disk."""
 
@@ -33,7 +40,7 @@ session.add_command(list_sessions)
 session.add_command(export)
 
 
-@session.command()
+@session.command(epilog=examples("cptool session show s", "cptool session show s --json"))
 @directory_argument
 @json_option
 @wide_option
@@ -85,7 +92,10 @@ def _rows(manifest: Manifest, fields: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-@session.command(short_help="Read every byte of a SESSION and check it.")
+@session.command(
+    short_help="Read every byte of a SESSION and check it.",
+    epilog=examples("cptool session verify s"),
+)
 @directory_argument
 def verify(directory: Path) -> None:
     """Read every byte of a SESSION and check it; exit with 1 if something is wrong."""
@@ -109,7 +119,10 @@ def verify(directory: Path) -> None:
     )
 
 
-@session.command(short_help="Rewrite a SESSION in few segments, without what was removed.")
+@session.command(
+    short_help="Rewrite a SESSION in few segments, without what was removed.",
+    epilog=examples("cptool session compact s"),
+)
 @directory_argument
 def compact(directory: Path) -> None:
     """Rewrite a SESSION in few segments, without the KV of turns that were taken back."""
@@ -125,7 +138,9 @@ def compact(directory: Path) -> None:
     )
 
 
-@session.command()
+@session.command(
+    epilog=examples("cptool session rollback s", "cptool session rollback s --turns 2")
+)
 @directory_argument
 @click.option(
     "--turns",

@@ -11,6 +11,7 @@ from cptool.cli import draw
 from cptool.cli.json_output import line, print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import json_option
+from cptool.cli.options.examples import examples
 from cptool.errors import UserError
 from cptool.session import store as sessions
 from cptool.session.conversation import find_dialogues
@@ -18,7 +19,9 @@ from cptool.session.dialogue import Dialogue
 from cptool.session.manifest import Damaged, Manifest
 
 
-@click.command("list")
+@click.command(
+    "list", epilog=examples("cptool session list", "cptool session list work archive --json")
+)
 @click.argument("folders", metavar="[DIR]...", nargs=-1, type=click.Path(path_type=Path))
 @json_option
 def list_sessions(folders: tuple[Path, ...], as_json: bool) -> None:
@@ -84,7 +87,13 @@ def message_rows(dialogues: tuple[Dialogue, ...]) -> list[tuple[str, str]]:
     ]
 
 
-@click.command(short_help="Write what was said in a SESSION to a file.")
+@click.command(
+    short_help="Write what was said in a SESSION to a file.",
+    epilog=examples(
+        "cptool session export s > talk.json",
+        "cptool session export s --format markdown --output talk.md",
+    ),
+)
 @click.argument(
     "directory",
     metavar="SESSION",

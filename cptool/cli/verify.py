@@ -21,6 +21,7 @@ from cptool.cli.options.common import (
     threads_option,
     timeout_option,
 )
+from cptool.cli.options.examples import examples
 from cptool.cli.options.models import context_option, open_model
 from cptool.cli.options.prompts import Prompts, prompt_options
 from cptool.cli.options.ranks import RankRequest
@@ -38,7 +39,12 @@ TOKENS = 768
 STEPS = 8
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "cptool verify smollm2-135m-instruct",
+        "cptool verify MODEL --prompt-file doc.txt --max-cp 3 --dtype float32",
+    ),
+)
 @click.argument("model", shell_complete=completion.models)
 @prompt_options
 @click.option(

@@ -18,13 +18,20 @@ from cptool.cli.bench.options import (
 )
 from cptool.cli.figures import plot as plots
 from cptool.cli.figures.tables import Column
+from cptool.cli.options.examples import examples
 from cptool.cli.options.types import Heads, TokenCount
 from cptool.distributed.options import check_threads
 from cptool.errors import OptionError
 from cptool.units import byte_rate, duration, flop_rate, percent, three
 
 
-@click.command(short_help="Attention of new tokens over cached ones, on one device.")
+@click.command(
+    short_help="Attention of new tokens over cached ones, on one device.",
+    epilog=examples(
+        "cptool bench attention --tokens 4K --heads 32/8 --dtype bfloat16",
+        "cptool bench attention -t 1 --cached 32K --plot attention.png",
+    ),
+)
 @click.option(
     "--tokens",
     "-t",

@@ -11,6 +11,7 @@ from cptool.cli import draw
 from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options.common import DTYPES, device_option, json_option, threads_option
+from cptool.cli.options.examples import examples
 from cptool.cli.progress import progress
 from cptool.errors import RunError, UserError
 from cptool.units import byte_rate, duration, flop_rate, percent, three
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
     from cptool.planning.hardware import HardwareProfile, Measurement
 
 
-@click.command(short_help="Measure compute and links of this machine, for `auto`.")
+@click.command(
+    short_help="Measure compute and links of this machine, for `auto`.",
+    epilog=examples(
+        "cptool bench calibrate",
+        "cptool bench calibrate --dtype float32 --force",
+    ),
+)
 @click.option(
     "--cp",
     type=click.IntRange(min=1),

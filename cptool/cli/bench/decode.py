@@ -29,12 +29,19 @@ from cptool.cli.bench.options import (
 from cptool.cli.figures import plot as plots
 from cptool.cli.figures.tables import Column
 from cptool.cli.options import completion
+from cptool.cli.options.examples import examples
 from cptool.cli.options.models import open_shape
 from cptool.cli.options.types import TokenCount
 from cptool.units import byte_rate, duration, percent, three
 
 
-@click.command(short_help="Decode steps over cached lengths, ranks and variants.")
+@click.command(
+    short_help="Decode steps over cached lengths, ranks and variants.",
+    epilog=examples(
+        "cptool bench decode llama3-8b --cached 8K --cp 1 --cp 2",
+        "cptool bench decode MODEL --cached 32K --batch 4 --variant auto",
+    ),
+)
 @click.argument("model", metavar="MODEL|SHAPE", shell_complete=completion.shapes)
 @click.option(
     "--cached",

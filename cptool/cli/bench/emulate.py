@@ -12,6 +12,7 @@ from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import device_option, json_option, threads_option
+from cptool.cli.options.examples import examples
 from cptool.cli.options.models import open_shape
 from cptool.cli.options.ranks import VARIANTS
 from cptool.cli.options.records import as_object
@@ -72,7 +73,13 @@ class EmulationOptions:
         return scenario
 
 
-@click.command(short_help="One rank of one layer, projected to the whole model.")
+@click.command(
+    short_help="One rank of one layer, projected to the whole model.",
+    epilog=examples(
+        "cptool bench emulate --shape llama3-8b --context 32K --cp 4",
+        "cptool bench emulate --shape llama3-405b --context 1M --cp 128 --tp 8",
+    ),
+)
 @as_object(
     "asked",
     EmulationOptions,
@@ -94,7 +101,7 @@ class EmulationOptions:
             type=TokenCount(0),
             default=0,
             metavar="TOKENS",
-            help="Of them, with KV already.",
+            help="Tokens of the context whose KV is cached already.",
         ),
         click.option(
             "--variant", type=click.Choice(VARIANTS), default="pass-kv", show_default=True

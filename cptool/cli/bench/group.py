@@ -9,11 +9,18 @@ from cptool.cli.bench.emulate import emulate
 from cptool.cli.bench.link import link
 from cptool.cli.bench.merge import merge
 from cptool.cli.bench.prefill import prefill
+from cptool.cli.options.examples import examples
 
 
-@click.group()
+@click.group(
+    epilog=examples(
+        "cptool bench calibrate",
+        "cptool bench prefill llama3-8b --context 4K --cp 1 --cp 2",
+        "cptool bench emulate --shape llama3-8b --context 32K --cp 4",
+    )
+)
 def bench() -> None:
-    """Measure the machine."""
+    """Measure the machine: kernels, links, models of random weights."""
 
 
 for command in (attention, merge, link, prefill, decode, emulate, calibrate):

@@ -19,6 +19,7 @@ from cptool.cli.bench.options import (
 from cptool.cli.figures import plot as plots
 from cptool.cli.figures.tables import Column
 from cptool.cli.options.common import timeout_option
+from cptool.cli.options.examples import examples
 from cptool.cli.options.types import Bytes
 from cptool.cli.progress import progress
 from cptool.distributed.options import RankOptions, check_size
@@ -30,7 +31,13 @@ if TYPE_CHECKING:
 PATTERNS = ("send-receive", "all-gather", "all-to-all")
 
 
-@click.command(short_help="Send-receive, all-gather, all-to-all between ranks.")
+@click.command(
+    short_help="Send-receive, all-gather, all-to-all between ranks.",
+    epilog=examples(
+        "cptool bench link --cp 4",
+        "cptool bench link --pattern all-gather --size 1M --size 64M",
+    ),
+)
 @click.option(
     "--cp",
     type=click.IntRange(min=2),

@@ -18,12 +18,18 @@ from cptool.cli.bench.options import (
 )
 from cptool.cli.figures import plot as plots
 from cptool.cli.figures.tables import Column
+from cptool.cli.options.examples import examples
 from cptool.cli.options.types import TokenCount
 from cptool.distributed.options import check_threads
 from cptool.units import byte_rate, duration, percent, three
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "cptool bench merge",
+        "cptool bench merge --partials 4 --tokens 1024 --heads 32",
+    ),
+)
 @click.option(
     "--partials",
     "-n",

@@ -29,12 +29,19 @@ from cptool.cli.bench.options import (
 from cptool.cli.figures import plot as plots
 from cptool.cli.figures.tables import Column
 from cptool.cli.options import completion
+from cptool.cli.options.examples import examples
 from cptool.cli.options.models import open_shape
 from cptool.cli.options.types import TokenCount
 from cptool.units import duration, flop_rate, percent, size, three
 
 
-@click.command(short_help="Prefill over contexts, miss rates, ranks and variants.")
+@click.command(
+    short_help="Prefill over contexts, miss rates, ranks and variants.",
+    epilog=examples(
+        "cptool bench prefill llama3-8b --context 4K --cp 1 --cp 2",
+        "cptool bench prefill MODEL --context 8K --miss-rate 0.05 --miss-rate 1",
+    ),
+)
 @click.argument("model", metavar="MODEL|SHAPE", shell_complete=completion.shapes)
 @click.option(
     "--context",

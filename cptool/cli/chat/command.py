@@ -13,6 +13,7 @@ from cptool.cli.chat.lines import questions
 from cptool.cli.chat.terminal import Answering, Terminal
 from cptool.cli.options import completion
 from cptool.cli.options.common import dtype_option, moved_option
+from cptool.cli.options.examples import examples
 from cptool.cli.options.models import context_option, open_model, say_reading, session_fields
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.options.sampling import SamplingRequest, sampling_options
@@ -29,7 +30,14 @@ if TYPE_CHECKING:
 DEFAULT_TOKENS = 512
 
 
-@click.command(short_help="Talk with a model, or continue a saved session.")
+@click.command(
+    short_help="Talk with a model, or continue a saved session.",
+    epilog=examples(
+        "cptool chat smollm2-135m-instruct",
+        "cptool chat MODEL --file doc.txt --cp 2",
+        "cptool chat s",
+    ),
+)
 @click.argument("source", metavar="MODEL|SESSION", shell_complete=completion.models_or_sessions)
 @click.option("--system", metavar="TEXT", help="A system message to begin with.")
 @click.option(

@@ -15,6 +15,7 @@ from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import DTYPES, json_option
+from cptool.cli.options.examples import examples
 from cptool.cli.options.models import open_shape
 from cptool.cli.options.ranks import VARIANTS
 from cptool.cli.options.records import as_object
@@ -72,7 +73,14 @@ class SweepOptions:
     plot: Path | None
 
 
-@click.command(short_help="Predict times, memory and communication; nothing is run.")
+@click.command(
+    short_help="Predict times, memory and communication; nothing is run.",
+    epilog=examples(
+        "cptool plan llama3-405b --context 1M --hardware gtt-h100 --max-gpus 128",
+        "cptool plan llama3-8b --context 128K --cached 100K --ttft-below 2s",
+        "cptool plan llama3-8b --context 128K --sweep ranks --plot ranks.png",
+    ),
+)
 @click.argument("model", metavar="MODEL|SHAPE", shell_complete=completion.shapes)
 @as_object(
     "run",

@@ -11,11 +11,18 @@ from cptool.cli.figures.tables import Column, show
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
 from cptool.cli.options.common import json_option
+from cptool.cli.options.examples import examples
 from cptool.cli.pull.fetching import fetching
 from cptool.units import size
 
 
-@click.command(short_help="Fetch a model of the catalogue or the hub; without a name, list them.")
+@click.command(
+    short_help="Fetch a model of the catalogue or the hub; without a name, list them.",
+    epilog=examples(
+        "cptool pull",
+        "cptool pull smollm2-135m-instruct",
+    ),
+)
 @click.argument("name", required=False, shell_complete=completion.models_to_pull)
 @json_option
 def pull(name: str | None, as_json: bool) -> None:
