@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any
 
 import click
 
 from cptool.cli.answers.output import OutputRequest, output_options
 from cptool.cli.answers.run import run_and_write
+from cptool.cli.batch.options import BatchRequest, batch_options
+from cptool.cli.batch.run import Job, answer_file
 from cptool.cli.figures.tables import wide_option
 from cptool.cli.options import completion
 from cptool.cli.options.common import check_profile, dtype_option, profile_option
@@ -38,6 +41,7 @@ DEFAULT_TOKENS = 256
 @tokens_option(DEFAULT_TOKENS)
 @sampling_options
 @output_options
+@batch_options
 @session_options
 @profile_option
 @ranks_by_default("1, or what the launcher started")
@@ -51,6 +55,7 @@ def generate(
     count: int | None,
     sampler: SamplingRequest,
     output: OutputRequest,
+    batch: BatchRequest,
     kept: SessionRequest,
     profile: str | None,
     ranks: RankRequest,
@@ -63,27 +68,32 @@ def generate(
     MODEL is a directory in Hugging Face's layout or in Meta's, a .gguf file, a name known to
     `cptool pull`, or a hub id. Several prompts are a batch, whose answers are written whole, in
     order. Without a prompt option, standard input is the prompt unless it is a terminal.
+    --batch-file answers a whole file of prompts.
     """
     output.check()
-    asked = _or_piped(asked)
+    batch.check(asked, output, {"--session": kept.directory, "--profile": profile})
+    asked = asked if batch else _or_piped(asked)
     check_profile(profile)
     manifest = kept.open(dtype)
     checkpoint = open_model(model, context_length)
-    sampling = sampler.resolve(checkpoint)
+    sampling, placed = sampler.resolve(checkpoint), ranks.resolve(checkpoint.config)
+    compute_dtype = resolve_dtype(dtype, checkpoint, placed.device)
+    shared: Any = {"dtype": compute_dtype, "options": attention, "sampling": sampling}
+    if batch:
+        job = Job(batch=batch, texts=asked, checkpoint=checkpoint, ranks=placed, **shared)
+        count = DEFAULT_TOKENS if count is None else count
+        return answer_file(job, sampler, count=count, as_json=output.as_json)
     prompts = asked.read(checkpoint, begin=True)
     sequences = [prompt.tokens for prompt in prompts]
-    placed = ranks.resolve(checkpoint.config)
     turn = kept.turn(
         manifest,
         checkpoint,
         prompts,
-        dtype=resolve_dtype(dtype, checkpoint, placed.device),
-        options=attention,
         max_new_tokens=tokens_to_append(count, DEFAULT_TOKENS, checkpoint.config, new=sequences),
         stop_ids=checkpoint.answer_ends(*sequences),
-        sampling=sampling,
         profile=profile,
         chat=begun(prompts, asked, kept.directory, manifest),
+        **shared,
     )
     run_and_write(
         turn,

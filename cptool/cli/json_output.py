@@ -35,6 +35,12 @@ def plain_line(fields: Mapping[str, Any]) -> str:
     return json.dumps(_finite(fields), allow_nan=False)
 
 
+def shown(value: Any, most: int = 40) -> str:
+    """Return a value read from JSON as a message quotes it: its beginning, if it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

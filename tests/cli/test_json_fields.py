@@ -22,6 +22,10 @@ RUNS = {
         "{tiny} --synthetic 5 -n 3",
         "{smollm2} --chat --prompt Hi -n 2 --echo --session {here}/chat",
     ],
+    "cptool generate --batch-file": [
+        "{here}/prompts.jsonl {tiny} -n 2 --output {here}/answers.jsonl"
+    ],
+    "--batch-file": ["generate {tiny} -n 2 --batch-file {here}/prompts.jsonl"],
     "cptool decode": ["{here}/plain -n 3 --profile {here}/trace.json --logit-bias 7=-1.5"],
     "--jsonl": [
         "generate {smollm2} --chat --prompt Hi --prompt Ho -n 2 --echo --session {here}/chats",
@@ -70,6 +74,7 @@ def results(tiny_model, smollm2_path, tmp_path_factory):
     here = tmp_path_factory.mktemp("json")
     (here / "broken").mkdir()
     (here / "broken" / "manifest.json").write_text("{")
+    (here / "prompts.jsonl").write_text('{"token_ids": [1, 2], "id": "a"}\n{"token_ids": [3]}\n')
     places = {"tiny": tiny_model, "smollm2": smollm2_path, "here": here}
     return {
         heading: [
@@ -83,7 +88,8 @@ def results(tiny_model, smollm2_path, tmp_path_factory):
 def line_of(heading: str, arguments: str) -> list[str]:
     """The words of a command line of RUNS."""
     if not heading.startswith("cptool "):
-        return [*arguments.split(), heading]
+        words = arguments.split()
+        return words if heading in words else [*words, heading]
     option = [] if heading in ALWAYS else ["--json"]
     return [*heading.split()[1:], *arguments.split(), *option]
 
@@ -101,6 +107,12 @@ def problems(result, heading, document):
     if result.exit_code:
         return [f"exit code {result.exit_code}: {result.stderr} {result.exception}"]
     objects = [json.loads(line) for line in result.stdout.splitlines()]
+    if heading == "--batch-file":
+        return [
+            problem
+            for fields in objects
+            for problem in document.check(fields, EVERY, "Answer line")
+        ]
     if heading != "--jsonl":
         assert len(objects) == 1
         return document.check(objects[0], EVERY, heading)

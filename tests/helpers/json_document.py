@@ -10,6 +10,7 @@ from typing import Any
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "json.md"
 _PLAIN = {"string": str, "boolean": bool, "integer": int, "number": (int, float)}
+_PLAIN["string or number"] = (str, int, float)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,273 @@
+"""Answering a file of prompts, a batch at a time, on ranks that keep the model."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cptool.cli import draw, json_output
+from cptool.cli.batch.answers import Answers, Printed, check_writable, kept_in
+from cptool.cli.batch.lines import Line, read_lines
+from cptool.cli.batch.options import STANDARD_OUTPUT, BatchRequest
+from cptool.cli.batch.progress import Progress
+from cptool.cli.options.models import say_reading
+from cptool.cli.progress import drawn_bar
+from cptool.units import duration, some, token_rate
+
+if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
+    from cptool.cli.options.prompts import Prompts
+    from cptool.distributed.options import RankOptions
+    from cptool.engine.options import EngineOptions
+    from cptool.engine.requests import Answer
+    from cptool.engine.resident import Resident
+    from cptool.engine.sampling import Sampling
+    from cptool.engine.sampling_request import SamplingRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A file of prompts, and how to answer it.
+
+    texts: what becomes of a text.
+    """
+
+    batch: BatchRequest
+    texts: Prompts
+    checkpoint: Checkpoint
+    sampling: Sampling
+    dtype: str
+    ranks: RankOptions
+    options: EngineOptions
+
+    def origin(self, line: Line) -> dict[str, Any]:
+        """Return the fields that identify the answer to a line: what it answers, and how."""
+        return {
+            "index": line.index,
+            "id": line.id,
+            "prompt_tokens": len(line.tokens),
+            "prompt_sha256": line.digest,
+            "max_tokens": line.limit,
+            "fingerprint": self.checkpoint.fingerprint,
+            "dtype": self.dtype,
+            "sampling": asdict(self.sampling),
+        }
+
+
+def answer_file(job: Job, sampler: SamplingRequest, *, count: int, as_json: bool) -> None:
+    """Answer every line of the file that has no answer yet, then print what was done.
+
+    sampler: what `job.sampling` came from. count: tokens of an answer at most. as_json: print one
+    object, not a table.
+
+    Raises UserError, before the model is loaded, for lines that cannot be used and for an output
+    that is not of this run; KeyboardInterrupt if Ctrl-C ended the run, once what was answered is
+    written.
+    """
+    source, destination = str(job.batch.source), job.batch.destination
+    printed = destination == STANDARD_OUTPUT
+    if not printed:
+        check_writable(Path(destination))
+    lines = read_lines(source, job.checkpoint, job.texts, count)
+    say_reading(job.checkpoint)
+    origins = [job.origin(line) for line in lines]
+    opened = contextlib.nullcontext(Printed()) if printed else kept_in(Path(destination), origins)
+    with opened as answers:
+        run = _Run(job, lines, origins, answers)
+        if answers.done == len(lines):
+            draw.say(f"{destination}: all {some(len(lines), 'prompt')} are answered")
+        else:
+            if answers.done:
+                draw.say(f"{destination}: {answers.done:,} of {len(lines):,} prompts are answered")
+            run.run()
+    if as_json:
+        json_output.print_object(run.fields())
+    elif run.written:
+        draw.table(run.rows(sampler.describe(job.sampling)), to_stderr=True)
+
+
+class _Run:
+    """One run over the prompts that have no answer yet."""
+
+    def __init__(
+        self,
+        job: Job,
+        lines: Sequence[Line],
+        origins: Sequence[dict[str, Any]],
+        answers: Answers,
+    ) -> None:
+        self.job, self.origins, self.answers = job, origins, answers
+        self.lines, self.before = lines, answers.done
+        self.written = self.batches = 0
+        self.load_s = 0.0
+        self.ends: Counter[str] = Counter()
+        self.under_way: Sequence[Line] = ()
+        self.progress: Progress | None = None
+
+    def run(self) -> None:
+        """Answer the prompts that are left."""
+        from cptool.engine.resident import Resident
+        from cptool.engine.turn import Setup
+
+        job, left = self.job, self.lines[self.before :]
+        setup = Setup(
+            model=str(job.checkpoint.path),
+            dtype=job.dtype,
+            options=job.options,
+            state=job.checkpoint.state,
+        )
+        try:
+            began = time.monotonic()
+            with drawn_bar() as bar, Resident(setup, job.ranks) as resident:
+                self.load_s = time.monotonic() - began
+                self.progress = Progress(bar, left, self.before)
+                with _stopping(resident) as stopped:
+                    for batch in job.batch.batches(left):
+                        if stopped() or not self.answer(resident, batch, self.progress):
+                            break
+        except Exception:
+            if self.under_way:
+                first, last = self.under_way[0].number, self.under_way[-1].number
+                draw.say(f"it failed within lines {first} to {last}; {self._so_far()}", always=True)
+            raise
+        if self.before + self.written < len(self.lines):
+            raise KeyboardInterrupt(f"interrupted; {self._so_far()}")
+
+    def answer(self, resident: Resident, batch: Sequence[Line], progress: Progress) -> bool:
+        """Answer a batch and write it; return False if Ctrl-C ended it before its end."""
+        from cptool.engine.answers.records import AnswerOptions
+        from cptool.engine.requests import Continue
+
+        request = Continue(
+            tokens=tuple(tuple(line.tokens) for line in batch),
+            options=AnswerOptions(
+                limit=tuple(line.limit for line in batch),
+                sampling=self.job.sampling,
+                draws=tuple(line.index for line in batch),
+                stop_ids=batch[0].ends,
+            ),
+            fresh=True,
+        )
+        self.under_way = batch
+        progress.begin(batch)
+        answer = resident.answer(request, progress.emit, progress.watch)
+        progress.end()
+        # In order: what follows an answer that was interrupted is left for the next run.
+        whole = (*answer.stopped, "interrupted").index("interrupted")
+        if whole:
+            self.answers.append([self._fields(batch[b], answer, b) for b in range(whole)])
+            self.ends.update(answer.stopped[:whole])
+            self.written += whole
+            self.batches += 1
+        return whole == len(batch)
+
+    def _fields(self, line: Line, answer: Answer, b: int) -> dict[str, Any]:
+        tokenizer, ids = self.job.checkpoint.tokenizer(), list(answer.token_ids[b])
+        origin = self.origins[line.index]
+        names = ("index", "id")
+        return {
+            **{name: origin[name] for name in names},
+            "text": tokenizer.decode(ids) if tokenizer else None,
+            "token_ids": ids,
+            "stopped": answer.stopped[b],
+            **{name: value for name, value in origin.items() if name not in names},
+        }
+
+    def _so_far(self) -> str:
+        done, total = self.before + self.written, len(self.lines)
+        if self.job.batch.destination == STANDARD_OUTPUT:
+            return f"{done:,} of {total:,} prompts were answered"
+        path = shlex.quote(self.job.batch.destination)
+        return f"{done:,} of {total:,} prompts are answered in {path}; the same command goes on"
+
+    def fields(self) -> dict[str, Any]:
+        """Return what --json prints."""
+        progress, ranks = self.progress, self.job.ranks
+        return {
+            "prompts": len(self.lines),
+            "answered_before": self.before,
+            "answered": self.written,
+            "output": self.job.batch.destination,
+            "batches": self.batches,
+            "tokens": progress.prompt_tokens if progress else 0,
+            "answer_tokens": progress.answer_tokens if progress else 0,
+            "stopped": dict(self.ends),
+            "cp": ranks.cp,
+            "tp": ranks.tp,
+            "device": ranks.device,
+            "dtype": self.job.dtype,
+            "sampling": asdict(self.job.sampling),
+            "load_s": self.load_s,
+            "read_s": progress.read_s if progress else 0.0,
+            "answer_s": progress.answer_s if progress else 0.0,
+        }
+
+    def rows(self, described: str) -> draw.Rows:
+        """Return the table of what was done."""
+        progress, ranks = self.progress, self.job.ranks
+        assert progress is not None  # something was written
+        before = f" after {self.before:,} that were answered before" if self.before else ""
+        named = {"eos": "by the model", "length": "at their limit of tokens"}
+        ends = ", ".join(f"{n:,} {named.get(why, why)}" for why, n in self.ends.items())
+        rows = [
+            ("prompts", f"{self.written:,}{before}, {some(progress.prompt_tokens, 'token')}"),
+            ("ranks", f"{ranks.cp} cp x {ranks.tp} tp on {ranks.device}, {self.job.dtype}"),
+            ("batches", f"{self.batches:,}, of {_most(self.job.batch)}"),
+            (
+                "reading",
+                f"{duration(progress.read_s)} to the first tokens, "
+                f"{token_rate(progress.prompt_tokens / progress.read_s)}",
+            ),
+        ]
+        if progress.answer_s:
+            rows.append(
+                (
+                    "answering",
+                    f"{duration(progress.answer_s)}, {some(progress.answer_tokens, 'token')}, "
+                    f"{token_rate(progress.answer_tokens / progress.answer_s)}",
+                )
+            )
+        return [
+            *rows,
+            ("answers", f"ended {ends}"),
+            ("loading", f"{duration(self.load_s)} for the ranks and the weights"),
+            ("sampling", described),
+            ("output", self.job.batch.destination),
+        ]
+
+
+def _most(batch: BatchRequest) -> str:
+    from cptool.cli.batch.options import DEFAULT_SIZE, DEFAULT_TOKENS_TOGETHER
+
+    if batch.size is not None:
+        return f"up to {some(batch.size, 'prompt')}"
+    return f"up to {DEFAULT_SIZE} prompts or {DEFAULT_TOKENS_TOGETHER:,} tokens"
+
+
+@contextlib.contextmanager
+def _stopping(resident: Resident) -> Iterator[Any]:
+    """Let Ctrl-C end the batch at its next token, a second one at once; yields whether one came.
+
+    No exception is raised in between: it could leave half a message in a connection.
+    """
+    count = 0
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise KeyboardInterrupt
+        resident.stop()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: count > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
