@@ -8,11 +8,15 @@ from cptool.cli.draw import Rows, say
 from cptool.cli.figures import tables
 from cptool.cli.figures.tables import Column
 from cptool.distributed.environment import launched_size
-from cptool.units import byte_rate, duration, flop_rate, size, some, token_rate
+from cptool.units import byte_rate, duration, flop_rate, percent, size, some, token_rate
 
 if TYPE_CHECKING:
     from cptool.distributed.options import RankOptions
     from cptool.engine.turn import Report, Turn
+
+
+_SHARED = 0.05
+"""The part of the time to the first token from which on sharing processors is worth a row."""
 
 
 def say_prediction(turn: "Turn", ranks: "RankOptions", cached: Sequence[int]) -> None:
@@ -59,6 +63,7 @@ def prefill_rows(report: "Report") -> Rows:
             f"{token_rate(report.tokens / report.ttft_s)}, "
             f"{flop_rate(report.flops / report.ttft_s)} on all ranks together",
         ),
+        *_sharing_rows(report),
         ("loading", f"{duration(report.load_s)} for the weights"),
     ]
     if report.cp > 1:
@@ -67,6 +72,21 @@ def prefill_rows(report: "Report") -> Rows:
             exposed += " (ranks stood waiting for messages)"
         rows.append(("exchange", f"{size(report.wire_bytes)} sent per rank, {exposed}"))
     return rows
+
+
+def _sharing_rows(report: "Report") -> Rows:
+    """Return a row on other programs that had the ranks' processors, if that made a difference."""
+    waited = report.processor_wait_s
+    if waited < _SHARED * report.ttft_s:
+        return []
+    part = percent(waited / report.ttft_s)
+    return [
+        (
+            "processors",
+            f"shared: for {part} of that time ({duration(waited)}) a rank was ready to compute "
+            f"while other programs had its processor",
+        )
+    ]
 
 
 def decode_rows(report: "Report") -> Rows:

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cptool.engine.answers.records import AnswerOptions, Logprobs
 from cptool.engine.figures import decode_bytes, predicted, prefill_flops
 from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
 from cptool.errors import RunError
+from cptool.host import contention
 from cptool.planning.prediction import Prediction
 from cptool.profiling.report import Phases, Section, collect
 from cptool.profiling.trace import Recorder
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from cptool.distributed.world import World
     from cptool.engine.engine import Engine
     from cptool.model.llama import Llama
+    from cptool.planning.strategy import Choice
     from cptool.profiling.device_trace import DeviceProfiler
     from cptool.session.manifest import Manifest
 
@@ -94,6 +96,7 @@ class Report:
     `first_token` follows the new tokens (under the turn's sampling), whether or not it was
     appended. `token_ids` are the tokens appended. `ttft_s` runs from tokens and weights in memory
     to the first token; `ttit_ms` is the mean time of each further token, None where there was none.
+    `processor_wait_s` is how long a rank was kept from its processors during the prefill.
     `exposed_s` is time that attention waited for other ranks during the prefill, `wire_bytes` what
     this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank reads
     for one step of decode. `ceiling_flops` is what a rank of this hardware can reach, None where
@@ -111,6 +114,7 @@ class Report:
     reason: str
     load_s: float
     ttft_s: float
+    processor_wait_s: float
     ttit_ms: float | None
     decode_variant: str | None
     decode_reason: str | None
@@ -138,7 +142,7 @@ class Report:
 
     def shared_fields(self) -> dict[str, object]:
         """Return the fields of the JSON of every command."""
-        names = ("cached", "cp", "tp", "device", "dtype", "variant", "reason")
+        names = "cached", "cp", "tp", "device", "dtype", "variant", "reason", "processor_wait_s"
         return {name: getattr(self, name) for name in names}
 
 
@@ -162,10 +166,10 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     profile = _Profile(engine, Path(turn.profile)) if turn.profile else None
 
     _allow_cancelling(world)
-    loaded = time.perf_counter()
+    waits, loaded = contention.waits(), time.perf_counter()
     scores = extend(engine, turn.prompts, turn.prompt_logprobs, reserve=turn.max_new_tokens)
     first = tuple(next_tokens(engine, turn.sampling))
-    answered = time.perf_counter()
+    answered, waited = time.perf_counter(), contention.longest_since(waits)
     choice, exposed, sent = engine.choice, engine.ring.exposed_s, engine.ring.sent_bytes
     new = [computed - before for computed, before in zip(engine.computed, cached, strict=True)]
     answers = decode(
@@ -186,7 +190,6 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     sections = [Section("prefill", loaded, answered, 1)] if any(new) else []
     if steps > 0:
         sections.append(Section("decode, a token", answered, ended, steps))
-    decoded = engine.choice if steps > 0 else None
     return Report(
         tokens=sum(new),
         cached=sum(cached),
@@ -194,13 +197,11 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
         tp=world.tp,
         device=str(world.device),
         dtype=turn.dtype,
-        variant=choice.variant if choice else None,
-        reason=choice.reason if choice else "nothing to compute, the session holds the logits",
+        **_chosen(choice, engine.choice if steps > 0 else None),
         load_s=loaded - began,
         ttft_s=answered - loaded,
+        processor_wait_s=max(world.gather(waited)),
         ttit_ms=1e3 * (ended - answered) / steps if steps > 0 else None,
-        decode_variant=decoded.variant if decoded else None,
-        decode_reason=decoded.reason if decoded else None,
         first_token=first,
         **answers.fields(),
         exposed_s=exposed,
@@ -212,6 +213,16 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
         phases=profile.phases(sections) if profile else (),
         prompt_logprobs=scores,
     )
+
+
+def _chosen(prefill: "Choice | None", decode: "Choice | None") -> dict[str, Any]:
+    """Return the fields of a `Report` on variants; None for what did not run."""
+    return {
+        "variant": prefill.variant if prefill else None,
+        "reason": prefill.reason if prefill else "nothing to compute, the session holds the logits",
+        "decode_variant": decode.variant if decode else None,
+        "decode_reason": decode.reason if decode else None,
+    }
 
 
 def _allow_cancelling(world: "World") -> None:

@@ -18,6 +18,7 @@ REPORT = dict(
     reason="195 ms per layer on 64 of 128 ranks, pass-kv and pass-q equal within 1%",
     load_s=123.456,
     ttft_s=313_200.0,
+    processor_wait_s=313.0,
     ttit_ms=87.654,
     decode_variant="gather-q",
     decode_reason="1.82 ms per layer, next pass-q 2.28 ms",
@@ -49,6 +50,12 @@ def test_predicted_and_measured_stand_side_by_side():
         "per rank"
     )
     assert "cptool bench calibrate" in shown["predictions"]
+
+
+def test_a_busy_machine_is_named():
+    assert "processors" not in dict(rows())  # 0.1% of the time
+    shown = dict(rows(processor_wait_s=107_000.0))["processors"]
+    assert shown.startswith("shared: for 34% of that time")
 
 
 def test_a_step_of_a_batch_gives_a_token_to_each_sequence():
