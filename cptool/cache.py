@@ -7,6 +7,8 @@ slots; the tokens it holds come first, then slack for growth, whose position is 
 can see it, and kernels skip it by its position alone.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,18 +51,21 @@ class Slots:
     positions: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerKV:
     """Keys and values of one layer of a cache, as attention reads them.
 
     `local` is `(k, v, k_pos, cu_k)`: k and v `[slots, kv_heads, head_dim]` strided views of the
     slab, k_pos int32 `[slots]` with `NEVER` in slack slots, cu_k int32 `[batch + 1]`.
+
+    prefix: keys and values that come before, if sequences share them (`KVCache.begin_with`).
     """
 
     slab: torch.Tensor
     k_pos: torch.Tensor
     cu_k: torch.Tensor
-    held_slots: torch.Tensor | None
+    held_slots: torch.Tensor | None = None
+    prefix: LayerKV | None = None
 
     @property
     def local(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -70,8 +75,10 @@ class LayerKV:
     def packed(self) -> torch.Tensor:
         """Return K and V of the tokens held, `[tokens, 2, kv_heads, head_dim]`, contiguous.
 
-        A view if there is no slack.
+        A view if there is no slack. Raises ValueError if there is a prefix, which it would lack.
         """
+        if self.prefix is not None:
+            raise ValueError("keys with a shared prefix cannot be sent; send queries to them")
         return self.slab if self.held_slots is None else self.slab.index_select(0, self.held_slots)
 
 
@@ -81,6 +88,9 @@ class KVCache:
 
     Tokens are appended in two steps: `extend` makes room and records the positions once a forward,
     `store` writes one layer's K and V.
+
+    prefix: the cache that holds the beginning of every sequence, if they share it; everything else
+        here counts only what follows.
     """
 
     def __init__(
@@ -95,6 +105,7 @@ class KVCache:
     ) -> None:
         self.batch = batch
         self.held = nothing_held(batch, device)
+        self.prefix: KVCache | None = None
         self._shape = (2, kv_heads, head_dim)
         self._slab = torch.empty((layers, 0, *self._shape), dtype=dtype, device=device)
         self._offsets = [0] * (batch + 1)
@@ -131,6 +142,16 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes allocated, slack included."""
         return self._slab.nbytes
+
+    def begin_with(self, prefix: KVCache) -> None:
+        """Let what this cache will hold follow the sequences of `prefix`, which is not copied.
+
+        Each is shared by as many sequences in succession: of 2 and a batch of 6, the first by the
+        sequences 0 to 2. `prefix` must not change while this cache is in use.
+        """
+        if self.batch % prefix.batch:
+            raise ValueError(f"a batch of {self.batch} cannot share {prefix.batch} sequences")
+        self.prefix = prefix
 
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make room for `lengths[b]` tokens in all of each sequence b, and keep what is held."""
@@ -187,7 +208,13 @@ class KVCache:
 
     def layer(self, layer: int) -> LayerKV:
         """Return the keys and values of one layer, which stay valid until the next `extend`."""
-        return LayerKV(self._slab[layer, : self._slots], self._k_pos, self._cu_k, self._held_slots)
+        return LayerKV(
+            slab=self._slab[layer, : self._slots],
+            k_pos=self._k_pos,
+            cu_k=self._cu_k,
+            held_slots=self._held_slots,
+            prefix=None if self.prefix is None else self.prefix.layer(layer),
+        )
 
     @property
     def place(self) -> tuple:

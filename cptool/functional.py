@@ -111,7 +111,8 @@ def ring_attention(
         variant=variant,
         choose=lambda: quickest(q, k, deal.lengths, deal.size),
     )
-    kv = LayerKV(torch.stack([k, v], dim=1), keys.positions, keys.cu_seqlens, None)
+    slab = torch.stack([k, v], dim=1)
+    kv = LayerKV(slab=slab, k_pos=keys.positions, cu_k=keys.cu_seqlens)
     return attend(variant, q, kv, step, ring=ring, scale=scale)
 
 

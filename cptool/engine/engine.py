@@ -23,6 +23,7 @@ from cptool.engine.static_decode import Observer, StaticDecode, StepContext
 from cptool.errors import Interrupted
 from cptool.model.llama import Llama
 from cptool.parallel.attention import attend
+from cptool.parallel.ring import Ring
 from cptool.parallel.step import Step
 from cptool.parallel.transport import ring_of
 from cptool.planning.cost.exchange import ALL_Q
@@ -61,14 +62,15 @@ class Engine(BatchState):
         options: EngineOptions | None = None,
         profile: HardwareProfile | None = None,
         progress: Report | None = None,
+        ring: Ring | None = None,
     ) -> None:
-        options = options or EngineOptions()
+        self.options = options = options or EngineOptions()
         self.model, self.world, self.variant = model, world, options.variant
         self.profile = profile or default_profile(world.device.type)
         self.dtype = model.norm.weight.dtype
         self.partial_dtype = self.dtype if options.partials == "working" else torch.float32
         self.static = world.device.type == "cuda" if options.static is None else options.static
-        self.ring = ring_of(world.cp_group)
+        self.ring = ring or ring_of(world.cp_group)
         self.report = progress or silent
         self.choice: Choice | None = None
         cache = KVCache(

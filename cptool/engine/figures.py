@@ -60,5 +60,5 @@ def prefill_flops(config: LlamaConfig, new: list[int], cached: list[int]) -> int
 def decode_bytes(engine: Engine) -> int:
     """Return the bytes of weights and KV that one rank reads for one step of decode."""
     size, world = engine.dtype.itemsize, engine.world
-    kv = kv_bytes(engine.model.config, -(-sum(engine.computed) // world.cp), size)
+    kv = kv_bytes(engine.model.config, -(-engine.held_tokens // world.cp), size)
     return engine.model.step_bytes + kv // world.tp

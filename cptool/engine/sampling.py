@@ -33,8 +33,9 @@ class Sampling:
     which keeps a token if the mass of the likelier ones is at most `top_p`; transformers drops it
     where they are equal.
 
-    A draw depends on the seed, the sequence's index and the token's position alone: not on the
-    number of ranks, the batch it shares, or where a session was saved in between.
+    A draw depends on the seed, the index of the prompt, that of the sample (the answer, if a prompt
+    has several) and the token's position alone: not on the number of ranks, the batch it shares,
+    the number of samples, or where a session was saved in between.
 
     Raises OptionError for a value out of range.
     """
@@ -123,12 +124,15 @@ class Sampling:
         kept = ordered * (ordered.cumsum(-1) - ordered <= self.top_p)
         return kept * (kept >= self.min_p * kept[0]), tokens
 
-    def draw(self, logits: torch.Tensor, *, sequence: int, position: int) -> int:
-        """Draw the token for `position` of sequence `sequence` from `distribution(logits)`."""
+    def draw(self, logits: torch.Tensor, *, sequence: int, position: int, sample: int = 0) -> int:
+        """Draw the token for `position` of a sample of sequence `sequence` from
+        `distribution(logits)`.
+        """
         import torch
 
         probabilities, tokens = self.distribution(logits)
-        key = hashlib.sha256(f"{self.seed}/{sequence}/{position}".encode()).digest()
+        index = f"{sequence}.{sample}" if sample else f"{sequence}"
+        key = hashlib.sha256(f"{self.seed}/{index}/{position}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
         return int(tokens[int(torch.multinomial(probabilities.cpu(), 1, generator=generator))])
 

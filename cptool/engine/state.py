@@ -54,7 +54,10 @@ class BatchState:
     cache: the KV that this rank holds.
     holdings: which tokens every CP rank holds.
     on_disk: how much of this rank's KV the session holds (`cptool.engine.saving`).
+    samples: answers per prompt, which follow one another in the batch (`cptool.engine.samples`).
     """
+
+    samples = 1
 
     def __init__(self, cache: KVCache, *, ranks: int) -> None:
         batch = cache.batch
@@ -65,6 +68,11 @@ class BatchState:
         self.logits: dict[int, torch.Tensor] = {}
         self.holdings = Holdings(ranks, batch)
         self.on_disk = OnDisk(batch)
+
+    @property
+    def held_tokens(self) -> int:
+        """Number of tokens whose KV is in memory, on all CP ranks together."""
+        return sum(map(sum, self.holdings.counts))
 
     def append(self, new: list[list[int]]) -> None:
         """Append `new[b]` to each sequence without computing anything; their KV stays pending."""

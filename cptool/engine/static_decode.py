@@ -16,12 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
-from cptool.cache import NEVER, KVCache
+from cptool.cache import NEVER, KVCache, LayerKV
 from cptool.engine.graphs import Recorded
 from cptool.engine.holdings import Holdings
 from cptool.model.llama import Llama
-from cptool.ops.attention import attention_partial
-from cptool.parallel.attention import merge_messages, pack
+from cptool.parallel.attention import merge_messages, over_local, pack
 from cptool.parallel.ring import Ring
 from cptool.sharding import Placement
 
@@ -157,8 +156,9 @@ class StaticDecode:
         tokens, positions, slots, marks = self._inputs.unbind()
         q_pos = positions.to(torch.int32)
         self._k_pos.index_copy_(0, slots, marks.to(torch.int32))
-        model, ring = self.context.model, self.context.ring
+        model, ring, cache = self.context.model, self.context.ring, self.context.cache
         scale, alone = model.config.head_dim**-0.5, ring.size == 1
+        queries = Placement(q_pos, self._cu_q)
 
         def attention(
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -166,21 +166,23 @@ class StaticDecode:
             keys, values = self._slab[layer].unbind(1)
             keys.index_copy_(0, slots, k)
             values.index_copy_(0, slots, v)
-            out, lse = attention_partial(
-                q,
-                keys,
-                values,
-                q_pos=q_pos,
+            kv = LayerKV(
+                slab=self._slab[layer],
                 k_pos=self._k_pos,
-                cu_q=self._cu_q,
                 cu_k=self._cu_k,
+                prefix=None if cache.prefix is None else cache.prefix.layer(layer),
+            )
+            out, lse = over_local(
+                q,
+                queries,
+                kv,
                 scale=scale,
                 out_dtype=q.dtype if alone else self.context.partial_dtype,
             )
             if not alone:
                 out = merge_messages(ring.all_gather(pack(out, lse)), q)
             if self.observer is not None:
-                self.observer(layer, Placement(q_pos, self._cu_q), q, out)
+                self.observer(layer, queries, q, out)
             return out
 
         return model.logits(model(tokens, q_pos, attention))

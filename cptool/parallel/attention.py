@@ -23,7 +23,7 @@ from typing import Protocol
 
 import torch
 
-from cptool.cache import LayerKV
+from cptool.cache import NEVER, LayerKV
 from cptool.ops.attention import attention_partial, merge_partials
 from cptool.parallel.ring import Ring
 from cptool.parallel.step import Step
@@ -69,7 +69,7 @@ def attend(
         raise unknown(variant)
     if ring.size == 1:
         mine = step.queries[step.rank]
-        return _over_local(q, mine, kv, scale=scale, out_dtype=q.dtype)[0]
+        return over_local(q, mine, kv, scale=scale, out_dtype=q.dtype)[0]
     return FUNCTIONS[variant](q, kv, step, ring=ring, scale=scale)
 
 
@@ -86,7 +86,7 @@ def pass_kv(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: floa
         if not step.has_queries[step.rank] or not step.key_sizes[source]:
             continue  # only passed on
         if source == step.rank:
-            high = _over_local(q, mine, kv, scale=scale)
+            high = over_local(q, mine, kv, scale=scale)
         elif source > step.rank:
             high = _over_block(q, mine, block, step.keys[source], scale=scale, into=high)
         else:
@@ -170,7 +170,7 @@ def gather_q(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: flo
     queries, order = step.all_queries
     gathered = torch.cat(ring.gather(q.contiguous(), step.query_sizes))
     gathered = gathered.index_select(0, order)
-    out, lse = _over_local(gathered, queries, kv, scale=scale, out_dtype=step.partial_dtype)
+    out, lse = over_local(gathered, queries, kv, scale=scale, out_dtype=step.partial_dtype)
     outgoing = [
         pack(out.index_select(0, rows), lse.index_select(0, rows)) if len(rows) else q.new_empty(0)
         for rows in step.rows
@@ -178,7 +178,7 @@ def gather_q(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: flo
     return merge_messages(_exchange(outgoing, step, ring), q)
 
 
-def _over_local(
+def over_local(
     q: torch.Tensor,
     queries: Placement,
     kv: LayerKV,
@@ -186,9 +186,10 @@ def _over_local(
     scale: float,
     out_dtype: torch.dtype | None = None,
 ) -> Partial:
-    """Compute attention of q over this rank's own keys."""
+    """Compute attention of q over this rank's own keys, those of a shared prefix first."""
     k, v, k_pos, cu_k = kv.local
-    return attention_partial(
+    prefix = None if kv.prefix is None else _over_prefix(q, queries, kv.prefix, scale=scale)
+    out, lse = attention_partial(
         q,
         k,
         v,
@@ -197,8 +198,24 @@ def _over_local(
         cu_q=queries.cu_seqlens,
         cu_k=cu_k,
         scale=scale,
-        out_dtype=out_dtype,
+        into=prefix,
+        out_dtype=out_dtype if prefix is None else None,
     )
+    return out if out_dtype is None else out.to(out_dtype), lse
+
+
+def _over_prefix(q: torch.Tensor, queries: Placement, prefix: LayerKV, *, scale: float) -> Partial:
+    """Compute attention of q over what its sequences share: to the kernel, the queries of all that
+    share a sequence are one sequence's, so that they read its keys together.
+
+    They see all of it, wherever they are beyond its end.
+    """
+    shared_by = queries.batch // (len(prefix.cu_k) - 1)
+    together = Placement(
+        torch.full_like(queries.positions, NEVER - 1),
+        queries.cu_seqlens[::shared_by].contiguous(),
+    )
+    return over_local(q, together, prefix, scale=scale)
 
 
 def _over_block(
@@ -233,7 +250,7 @@ def _answer(
     if not step.has_queries[source]:
         return block.new_empty(0)
     queries, dtype = step.queries[source], step.partial_dtype
-    return pack(*_over_local(block, queries, kv, scale=scale, out_dtype=dtype))
+    return pack(*over_local(block, queries, kv, scale=scale, out_dtype=dtype))
 
 
 def pack(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ def decode(
     active = {b for b, (said, limit, ended) in enumerate(going) if said and limit and not ended}
     if active and engine.computed != [len(said) for said in engine.tokens]:
         engine.extend([[] for _ in engine.tokens], variant=variant)
-    sampler = Sampler(options.sampling, engine.tokens, options.draws)
+    sampler = Sampler(options.sampling, engine.tokens, options.draws, engine.samples)
     stops = _stop_streams(active, options, tokenizer)
     while active:
         engine.report("decode, token", max(map(len, answers.token_ids)), max(limits))

@@ -12,8 +12,8 @@ from cptool.engine.sampling import Sampling
 class AnswerOptions:
     """How tokens are chosen, where answers end, and what is reported of their tokens.
 
-    limit: the most tokens of an answer, or of the answer of each sequence.
-    draws: the index that each sequence's draws depend on; by default its place in the batch.
+    limit: the most tokens of an answer, or of the answers to each prompt.
+    draws: the index that each prompt's draws depend on; by default its place in the batch.
     stop_ids: tokens that end an answer, as its last one.
     stop_texts: an answer ends with the token that completes one of them in its text, within a token
         or across several. Texts of the prompt, and control tokens, do not count.
@@ -30,7 +30,8 @@ class AnswerOptions:
 
     def limits(self, batch: int) -> tuple[int, ...]:
         """Return the most tokens of the answer of each of `batch` sequences."""
-        return (self.limit,) * batch if isinstance(self.limit, int) else self.limit
+        limits = (self.limit,) if isinstance(self.limit, int) else self.limit
+        return tuple(limit for limit in limits for _ in range(batch // len(limits)))
 
 
 @dataclass(frozen=True)

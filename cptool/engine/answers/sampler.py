@@ -14,7 +14,8 @@ class Sampler:
 
     tokens: those of each sequence, which the caller appends to; what is appended from now on is the
         answer.
-    draws: the index that each sequence's draws depend on; by default its place in the batch.
+    draws: the index that each prompt's draws depend on; by default its place in the batch.
+    samples: answers to each prompt, which follow one another in the batch.
     """
 
     def __init__(
@@ -22,8 +23,9 @@ class Sampler:
         sampling: Sampling,
         tokens: Sequence[Sequence[int]],
         draws: Sequence[int] | None = None,
+        samples: int = 1,
     ) -> None:
-        self.sampling, self._tokens = sampling, tokens
+        self.sampling, self._tokens, self._samples = sampling, tokens, samples
         self._draws = range(len(tokens)) if draws is None else draws
         self._begins = list(map(len, tokens))
         self._counts: dict[int, _Counts] = {}
@@ -40,10 +42,11 @@ class Sampler:
         largest = likeliest(torch.stack(rows) if len(rows) > 1 else rows[0][None]).tolist()
         picks = {}
         for b, row, token in zip(logits, rows, largest, strict=True):
-            position = len(self._tokens[b])
-            picks[b] = check_finite(token, b, position)
+            position, (prompt, sample) = len(self._tokens[b]), divmod(b, self._samples)
+            picks[b] = check_finite(token, prompt, position)
             if self.sampling.temperature:
-                picks[b] = self.sampling.draw(row, sequence=self._draws[b], position=position)
+                index = self._draws[prompt]
+                picks[b] = self.sampling.draw(row, sequence=index, sample=sample, position=position)
         return picks
 
     def _penalised(self, b: int, logits: torch.Tensor) -> torch.Tensor:
