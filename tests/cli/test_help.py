@@ -53,3 +53,9 @@ def test_examples_parse(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", [*GROUPS, *COMMANDS])
 def test_a_help_fits_80_columns(path):
     assert max(map(len, help_of(path).splitlines())) <= 80
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_every_option_has_a_help(path):
+    options = [param for param in COMMANDS[path].params if isinstance(param, click.Option)]
+    assert [option.opts for option in options if not option.help] == []

@@ -163,8 +163,8 @@ def test_lists_of_commands_are_not_cut_short(group):
 
 def test_defaults_of_ranks_are_those_of_the_command():
     said = {name: " ".join(cptool(name, "--help").stdout.split()) for name in ("demo", "decode")}
-    assert "Context-parallel ranks. [default: 2]" in said["demo"]
-    assert "Context-parallel ranks. [default: the session's last, or what" in said["decode"]
+    assert "KV are divided. [default: 2]" in said["demo"]
+    assert "KV are divided. [default: the session's last, or what" in said["decode"]
 
 
 def test_decode_mistakes(mqa_path, smollm2_path, token_file, tmp_path):

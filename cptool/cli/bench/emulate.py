@@ -14,7 +14,7 @@ from cptool.cli.options import completion
 from cptool.cli.options.common import device_option, json_option, threads_option
 from cptool.cli.options.examples import examples
 from cptool.cli.options.models import open_shape
-from cptool.cli.options.ranks import VARIANTS
+from cptool.cli.options.ranks import VARIANT_WORDS, VARIANTS
 from cptool.cli.options.records import as_object
 from cptool.cli.options.types import TokenCount
 from cptool.cli.progress import counted
@@ -91,8 +91,22 @@ class EmulationOptions:
             metavar="NAME",
             help="A shape such as llama3-405b, a config.json, or a model.",
         ),
-        click.option("--cp", type=click.IntRange(min=1), default=1, metavar="N", show_default=True),
-        click.option("--tp", type=click.IntRange(min=1), default=1, metavar="M", show_default=True),
+        click.option(
+            "--cp",
+            type=click.IntRange(min=1),
+            default=1,
+            metavar="N",
+            show_default=True,
+            help="Context-parallel ranks of the run, of which one is emulated.",
+        ),
+        click.option(
+            "--tp",
+            type=click.IntRange(min=1),
+            default=1,
+            metavar="M",
+            show_default=True,
+            help="Tensor-parallel ranks for each context-parallel one.",
+        ),
         click.option(
             "--context", type=TokenCount(), required=True, help="Tokens in all, such as 128K or 1M."
         ),
@@ -104,7 +118,11 @@ class EmulationOptions:
             help="Tokens of the context whose KV is cached already.",
         ),
         click.option(
-            "--variant", type=click.Choice(VARIANTS), default="pass-kv", show_default=True
+            "--variant",
+            type=click.Choice(VARIANTS),
+            default="pass-kv",
+            show_default=True,
+            help=VARIANT_WORDS,
         ),
         device_option,
         click.option(
@@ -112,6 +130,7 @@ class EmulationOptions:
             type=click.Choice(["bfloat16", "float16", "float32"]),
             default="bfloat16",
             show_default=True,
+            help="Type of weights, KV and products.",
         ),
         click.option("--fp8", is_flag=True, help="Feed-forward layers in row-wise scaled FP8."),
     ],
@@ -120,10 +139,17 @@ class EmulationOptions:
     "--hardware",
     shell_complete=completion.hardware,
     metavar="NAME|FILE",
-    help="Whose links, such as gtt-h100.  [default: measured here, or the device's default]",
+    help="Profile whose links are taken, such as gtt-h100.  [default: "
+    "measured here, or the device's default]",
 )
 @threads_option
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Passes over the layer; one more warms up.",
+)
 @json_option
 @wide_option
 def emulate(

@@ -33,6 +33,7 @@ kernel_options = as_object(
             multiple=True,
             default=(128,),
             show_default=True,
+            help="Width of a head, a multiple of 8.",
         ),
         click.option(
             "--dtype",
@@ -41,6 +42,7 @@ kernel_options = as_object(
             multiple=True,
             default=("float32", "bfloat16"),
             show_default=True,
+            help="Type of the inputs.",
         ),
     ],
 )

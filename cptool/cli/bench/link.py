@@ -60,6 +60,7 @@ PATTERNS = ("send-receive", "all-gather", "all-to-all")
     multiple=True,
     default=PATTERNS,
     show_default=True,
+    help="Who sends to whom; repeat for several.",
 )
 @click.option(
     "--overlap/--no-overlap",

@@ -37,9 +37,16 @@ from cptool.units import byte_rate, duration, percent, three
     multiple=True,
     default=(2, 4, 8),
     show_default=True,
+    help="Partial results that are merged: one of each rank.",
 )
 @click.option(
-    "--tokens", "-t", type=TokenCount(), multiple=True, default=(16, 1024, 8192), show_default=True
+    "--tokens",
+    "-t",
+    type=TokenCount(),
+    multiple=True,
+    default=(16, 1024, 8192),
+    show_default=True,
+    help="Tokens of each partial result.",
 )
 @click.option(
     "--heads",
@@ -48,6 +55,7 @@ from cptool.units import byte_rate, duration, percent, three
     default=(8,),
     metavar="N",
     show_default=True,
+    help="Query heads.",
 )
 @kernel_options
 @measure_options

@@ -81,13 +81,21 @@ sweep_options = as_object(
             help="Context-parallel ranks; repeat to compare.  [default: 1 and 2, or what the "
             "launcher started]",
         ),
-        click.option("--tp", type=click.IntRange(min=1), default=1, metavar="M", show_default=True),
+        click.option(
+            "--tp",
+            type=click.IntRange(min=1),
+            default=1,
+            metavar="M",
+            show_default=True,
+            help="Tensor-parallel ranks for each context-parallel one.",
+        ),
         click.option(
             "--variant",
             "variants",
             type=click.Choice(VARIANTS),
             multiple=True,
-            help="Repeat to compare.  [default: auto and the four that it chooses from]",
+            help="How attention crosses ranks; repeat to compare.  [default: auto "
+            "and the four that it chooses from]",
         ),
         click.option(
             "--layers",
@@ -96,7 +104,13 @@ sweep_options = as_object(
             show_default=True,
             help="Cut the model to this many layers.",
         ),
-        click.option("--dtype", type=click.Choice(KINDS), default="bfloat16", show_default=True),
+        click.option(
+            "--dtype",
+            type=click.Choice(KINDS),
+            default="bfloat16",
+            show_default=True,
+            help="Type of weights, KV and products.",
+        ),
         click.option(
             "--calibrate",
             is_flag=True,

@@ -59,7 +59,7 @@ from cptool.units import duration, flop_rate, percent, size, three
     multiple=True,
     default=(1.0,),
     show_default=True,
-    help="Of the context, what is new: T / (T + P).",
+    help="Part of the context that is new, T / (T + P), where P tokens are cached.",
 )
 @sweep_options
 @measure_options

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cptool.cli.options import completion
 from cptool.cli.options.variables import VariableOption
 from cptool.distributed.options import DEFAULT_TIMEOUT_S
 from cptool.errors import OptionError
@@ -56,7 +57,11 @@ dtype_option = click.option(
 )
 
 
-moved_option = click.option("--model", help="Where the session's model is now, if it moved.")
+moved_option = click.option(
+    "--model",
+    shell_complete=completion.models,
+    help="Where the session's model is now, if it moved.",
+)
 
 
 profile_option = click.option(

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 VARIANTS = ("auto", *variants.names(baselines=True))
 
 
+VARIANT_WORDS = (
+    "How attention crosses ranks: keys and values travel, or queries do and partial results "
+    "return; pass- is block by block around a ring, gather- is all at once; auto takes what is "
+    "predicted to be fastest."
+)
+"""The help of --variant where no other sentence says it."""
+
 PARTIALS = ("float32", "working")
 
 
@@ -81,7 +88,8 @@ def ranks_by_default(cp: str, tp: str = "1") -> Decorator:
                 envvar="CPTOOL_CP",
                 type=click.IntRange(min=1),
                 metavar="N",
-                help=f"Context-parallel ranks.  [default: {cp}]",
+                help=f"Context-parallel ranks, among which the tokens and their KV are divided.  "
+                f"[default: {cp}]",
             ),
             click.option(
                 "--tp",
@@ -89,7 +97,8 @@ def ranks_by_default(cp: str, tp: str = "1") -> Decorator:
                 envvar="CPTOOL_TP",
                 type=click.IntRange(min=1),
                 metavar="M",
-                help=f"Tensor-parallel ranks for each of them.  [default: {tp}]",
+                help=f"Tensor-parallel ranks for each of them, among which its layers' weights are "
+                f"divided.  [default: {tp}]",
             ),
             device_option,
             threads_option,
@@ -108,7 +117,7 @@ attention_options = as_object(
             envvar="CPTOOL_VARIANT",
             type=click.Choice(VARIANTS),
             default="auto",
-            help="How attention crosses ranks.  [default: auto]",
+            help=f"{VARIANT_WORDS}  [default: auto]",
         ),
         click.option(
             "--partials",

@@ -17,7 +17,7 @@ from cptool.cli.options import completion
 from cptool.cli.options.common import DTYPES, json_option
 from cptool.cli.options.examples import examples
 from cptool.cli.options.models import open_shape
-from cptool.cli.options.ranks import VARIANTS
+from cptool.cli.options.ranks import VARIANT_WORDS, VARIANTS
 from cptool.cli.options.records import as_object
 from cptool.cli.options.types import Duration, TokenCount
 from cptool.cli.plan.search import Search
@@ -145,9 +145,17 @@ class SweepOptions:
             "measured here; else for a checkpoint the defaults of this machine's kind, for a shape "
             "h100-sxm]",
         ),
-        click.option("--cp", type=click.IntRange(min=1), metavar="N", help="Fix the CP ranks."),
         click.option(
-            "--tp", type=click.IntRange(min=1), metavar="M", help="Fix the TP ranks of each."
+            "--cp",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Fix the context-parallel (CP) ranks.",
+        ),
+        click.option(
+            "--tp",
+            type=click.IntRange(min=1),
+            metavar="M",
+            help="Fix the tensor-parallel (TP) ranks for each.",
         ),
         click.option(
             "--max-gpus",
@@ -155,7 +163,13 @@ class SweepOptions:
             metavar="N",
             help="The most ranks to use.  [default: one host's]",
         ),
-        click.option("--variant", type=click.Choice(VARIANTS), default="auto", show_default=True),
+        click.option(
+            "--variant",
+            type=click.Choice(VARIANTS),
+            default="auto",
+            show_default=True,
+            help=VARIANT_WORDS,
+        ),
         click.option(
             "--rule",
             type=click.Choice(RULES),
@@ -167,12 +181,19 @@ class SweepOptions:
         ),
     ],
 )
-@click.option("--ttft-below", type=Duration(), metavar="S", help="Target, such as 10s or 800ms.")
+@click.option(
+    "--ttft-below", type=Duration(), metavar="S", help="Target for the time to the first token."
+)
 @as_object(
     "swept",
     SweepOptions,
     [
-        click.option("--sweep", type=click.Choice(SWEEPS), help="A table over these instead."),
+        click.option(
+            "--sweep",
+            type=click.Choice(SWEEPS),
+            help="Print a table over these instead; a miss rate is "
+            "the part of the context that is new: T / (T + P).",
+        ),
         click.option(
             "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the sweep."
         ),
