@@ -1,6 +1,8 @@
 """`cptool session list` and `export`: sessions under folders, and what one of them says."""
 
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,23 @@ from cptool.session.manifest import Damaged, Manifest
     "list", epilog=examples("cptool session list", "cptool session list work archive --json")
 )
 @click.argument("folders", metavar="[DIR]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--depth",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Look into folders within folders this many levels down; links are not followed.",
+)
 @json_option
-def list_sessions(folders: tuple[Path, ...], as_json: bool) -> None:
-    """List the sessions in folders, by default in the current one."""
+def list_sessions(folders: tuple[Path, ...], depth: int, as_json: bool) -> None:
+    """List the sessions in folders and in the folders within, by default in the current one."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a directory; name one that has sessions in it")
     found = [
-        _described(path.parent)
+        _described(directory)
         for folder in folders or (Path(),)
-        for path in sorted({*folder.glob("manifest.json"), *folder.glob("*/manifest.json")})
+        for directory in _sessions_in(folder, depth)
     ]
     if as_json:
         print_object({"sessions": found})
@@ -37,6 +49,26 @@ def list_sessions(folders: tuple[Path, ...], as_json: bool) -> None:
         draw.say("no sessions here")
     for each in () if as_json else found:
         click.echo(each["session"] + ": " + (each["fault"] or _line(each)))
+
+
+def _sessions_in(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield `folder` if it is a session, otherwise those up to `depth` levels down, by name.
+
+    A folder that cannot be read is named on standard error.
+    """
+    if sessions.exists(folder):
+        yield folder
+        return
+    if not depth:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            within = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+    except OSError as error:
+        draw.say(f"{folder} cannot be read ({error.strerror})", always=True)
+        return
+    for name in within:
+        yield from _sessions_in(folder / name, depth - 1)
 
 
 def _described(directory: Path) -> dict[str, Any]:
