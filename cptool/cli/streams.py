@@ -3,6 +3,7 @@
 This is among the first code that the command runs, so it imports little.
 """
 
+import codecs
 import io
 import os
 import sys
@@ -13,7 +14,18 @@ OUTPUT = "standard output"
 """The file name of an OSError from standard output."""
 
 
-class _Output(io.TextIOWrapper):
+class _Narrow(io.TextIOWrapper):
+    """A stream that keeps to its encoding where that is ASCII: Click takes a stream of this name
+    for a misconfigured one, and would write UTF-8 to it.
+    """
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        name = super().encoding
+        return "ascii only" if codecs.lookup(name).name == "ascii" else name
+
+
+class _Output(_Narrow):
     """Standard output, whose errors have a file name."""
 
     def write(self, text: str) -> int:
@@ -34,7 +46,7 @@ def _named() -> Iterator[None]:
         raise
 
 
-class _Forgiving(io.TextIOWrapper):
+class _Forgiving(_Narrow):
     """Standard error, whose own errors are ignored: there is nowhere to report them."""
 
     def write(self, text: str) -> int:

@@ -20,7 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mutations
-from material import SAID, make_gguf, make_huggingface, make_meta, make_session
+from material import (
+    SAID,
+    make_conversations,
+    make_gguf,
+    make_huggingface,
+    make_meta,
+    make_session,
+)
 
 MEMORY = 3 << 30
 """Bytes of addresses beyond those of the process that is forked."""
@@ -50,6 +57,10 @@ def _prefill(*prompt) -> Callable[[Path], list]:
 
 def _decode(folder: Path) -> list:
     return ["decode", folder, "-n", 3, "--threads", 1, "--device", "cpu", "--json"]
+
+
+def _verify(folder: Path) -> list:
+    return ["session", "verify", folder]
 
 
 _chat = _prefill("--prompt", SAID, "--chat")
@@ -98,7 +109,16 @@ FORMATS = {
         file="chat.json",
         mutate=_json,
         exact=True,
-        command=lambda folder: ["session", "verify", folder],
+        command=_verify,
+    ),
+    "chat.json of a batch": Format(
+        folder="batch", file="chat.json", mutate=_json, exact=True, command=_verify
+    ),
+    "chat.json without answers": Format(
+        folder="pending", file="chat.json", mutate=_json, exact=True, command=_verify
+    ),
+    "manifest.json of a batch": Format(
+        folder="batch", file="manifest.json", mutate=_json, exact=True, command=_verify
     ),
 }
 
@@ -108,6 +128,8 @@ def make(root: Path) -> None:
     make_meta(root / "meta")
     make_gguf(root / "gguf" / "m.gguf")
     make_session(root / "hf", root / "session")
+    make_conversations(root / "hf", root / "batch", answered=True)
+    make_conversations(root / "hf", root / "pending", answered=False)
 
 
 def run(root: Path, names: list[str], count: int, seed: int, watch=lambda text: None) -> dict:

@@ -113,3 +113,13 @@ def make_session(model: Path, directory: Path) -> Path:
             input=f"{said}\n/save {directory}\n",
         )
     return directory
+
+
+def make_conversations(model: Path, directory: Path, *, answered: bool) -> Path:
+    """Two conversations of a batch, whose first messages have answers or wait for them."""
+    rest = ("--threads", 1, "--device", "cpu")
+    asked = ("--prompt", SAID, "--prompt", "and the ships")
+    cptool("prefill", model, "--chat", *asked, "--session", directory, *rest)
+    if answered:
+        cptool("decode", directory, "-n", 4, *rest)
+    return directory
