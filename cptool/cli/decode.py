@@ -10,6 +10,7 @@ from cptool.cli.answers.output import OutputRequest, output_options
 from cptool.cli.answers.run import run_and_write
 from cptool.cli.figures.tables import wide_option
 from cptool.cli.options import completion
+from cptool.cli.options.answering import AnswerRequest, answering_options
 from cptool.cli.options.common import check_profile, moved_option, profile_option
 from cptool.cli.options.examples import examples
 from cptool.cli.options.lengths import tokens_option, tokens_to_append
@@ -47,6 +48,7 @@ DEFAULT_TOKENS = 128
 )
 @tokens_option(DEFAULT_TOKENS, least=0)
 @sampling_options
+@answering_options
 @moved_option
 @profile_option
 @ranks_by_default(
@@ -63,6 +65,7 @@ def decode(
     raw: bool,
     count: int | None,
     sampler: SamplingRequest,
+    wanted: AnswerRequest,
     model: str | None,
     profile: str | None,
     ranks: RankRequest,
@@ -101,6 +104,7 @@ def decode(
         ),
         sampling=sampling,
         profile=profile,
+        **wanted.fields(checkpoint),
         **following.fields(),
         **session_fields(session, manifest, checkpoint),
     )

@@ -14,6 +14,7 @@ from cptool.cli.batch.options import BatchRequest, batch_options
 from cptool.cli.batch.run import Job, answer_file
 from cptool.cli.figures.tables import wide_option
 from cptool.cli.options import completion
+from cptool.cli.options.answering import AnswerRequest, answering_options
 from cptool.cli.options.common import check_profile, dtype_option, profile_option
 from cptool.cli.options.examples import examples
 from cptool.cli.options.lengths import tokens_option, tokens_to_append
@@ -40,6 +41,7 @@ DEFAULT_TOKENS = 256
 @chat_prompt_options
 @tokens_option(DEFAULT_TOKENS)
 @sampling_options
+@answering_options
 @output_options
 @batch_options
 @session_options
@@ -54,6 +56,7 @@ def generate(
     asked: Prompts,
     count: int | None,
     sampler: SamplingRequest,
+    wanted: AnswerRequest,
     output: OutputRequest,
     batch: BatchRequest,
     kept: SessionRequest,
@@ -71,7 +74,8 @@ def generate(
     --batch-file answers a whole file of prompts.
     """
     output.check()
-    batch.check(asked, output, {"--session": kept.directory, "--profile": profile})
+    others = {"--session": kept.directory, "--profile": profile, **wanted.given()}
+    batch.check(asked, output, others)
     asked = asked if batch else _or_piped(asked)
     check_profile(profile)
     manifest = kept.open(dtype)
@@ -94,6 +98,7 @@ def generate(
         profile=profile,
         chat=begun(prompts, asked, kept.directory, manifest),
         **shared,
+        **wanted.fields(checkpoint),
     )
     run_and_write(
         turn,

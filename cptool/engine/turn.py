@@ -58,7 +58,7 @@ class Turn(Setup):
     prompts[b]: the new tokens of sequence b; they follow what the session holds.
     keep[b]: go back to this many tokens of sequence b first.
     max_new_tokens: append up to this many tokens to each sequence.
-    sampling, stop_ids, stop_texts, logprobs: those of the answers (`AnswerOptions`).
+    sampling, stop_ids, stop_texts, stop_tokens, after, logprobs: those of `AnswerOptions`.
     prompt_logprobs: report as many of each token of the prompts as `logprobs` does of an answer's.
     profile: file to write a trace of all ranks to.
     chat: the messages of each sequence, if they are conversations: those that are answered, or
@@ -71,6 +71,8 @@ class Turn(Setup):
     sampling: Sampling = Sampling()
     stop_ids: tuple[int, ...] = ()
     stop_texts: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    after: tuple[int, ...] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     profile: str | None = None
@@ -84,6 +86,8 @@ class Turn(Setup):
             sampling=self.sampling,
             stop_ids=self.stop_ids,
             stop_texts=self.stop_texts,
+            stop_tokens=self.stop_tokens,
+            after=self.after,
             logprobs=self.logprobs,
         )
 

@@ -90,7 +90,7 @@ def test_the_token_that_ends_an_answer_is_that_of_transformers(tokenizer, oracle
                 found = n
                 break
         assert found == expected, stops
-        shown += stream.flush()
+        shown += stream.flush(ended=True)
         assert shown == before_stop(tokenizer.decode(ids[:found]), stops)
         assert not any(stop in shown for stop in stops)
         ended += found is not None
@@ -127,4 +127,4 @@ def test_the_first_of_several_stop_texts_cuts(tokenizer):
     ):
         stream = StopStream(tokenizer.stream(), stops)
         pieces = [stream.push(token) for token in tokenizer.encode(text, bos=False)]
-        assert "".join([*pieces, stream.flush()]) == shown == before_stop(text, stops)
+        assert "".join([*pieces, stream.flush(ended=False)]) == shown == before_stop(text, stops)

@@ -20,7 +20,8 @@ RUNS = {
     ],
     "cptool generate": [
         "{tiny} --synthetic 5 -n 3",
-        "{smollm2} --chat --prompt Hi -n 2 --echo --session {here}/chat",
+        "{smollm2} --chat --prompt Hi -n 2 --echo --session {here}/chat "
+        "--logprobs 2 --prompt-logprobs 1",
     ],
     "cptool generate --batch-file": [
         "{here}/prompts.jsonl {tiny} -n 2 --output {here}/answers.jsonl"

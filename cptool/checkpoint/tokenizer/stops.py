@@ -24,10 +24,14 @@ class StopStream:
         """Return the text that is certain with this token."""
         return self._through(self._stream.push(token_id))
 
-    def flush(self) -> str:
-        """Return the text that was held back."""
+    def flush(self, *, ended: bool) -> str:
+        """Return the text that was held back, with U+FFFD for a character that lacks bytes if the
+        text has `ended`; otherwise that character belongs to the tokens to come.
+        """
         held, self._held = self._held, ""
-        return "" if self.found else held + self._stream.flush()
+        if ended and not self.found:
+            held += self._stream.flush()
+        return held
 
     def _through(self, piece: str) -> str:
         if self.found:

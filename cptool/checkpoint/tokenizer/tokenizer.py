@@ -114,6 +114,11 @@ class Tokenizer:
         """Return how the vocabulary spells a token, control tokens included."""
         return self._backend.id_to_token(token_id) or f"id {token_id}"
 
+    def control_token(self, text: str) -> int | None:
+        """Return the id of the control token that is spelled `text`, None if there is none."""
+        token_id, _ = self._added.get(text, (None, None))
+        return token_id if token_id in self._left_out else None
+
     def stream(self, after: Iterable[int] = (), *, control: bool = False) -> TextStream:
         """Return a decoder of tokens that arrive one at a time, after those whose text it goes on
         with; `control` is that of `decode`.

@@ -63,13 +63,13 @@ class OutputRequest:
         """
         from cptool.cli.answers import writers
 
-        echo = [writers.shown(ids, tokenizer, control=True) for ids in prompts] if self.echo else []
+        echo = [writers.shown(ids, tokenizer) for ids in prompts] if self.echo else []
         if self.as_json:
             return writers.OneObject(turn, tokenizer, echo, after)
         if self.json_lines:
             return writers.JsonLines(turn, tokenizer, echo, after)
         if len(turn.prompts) == 1 and tokenizer is not None:
-            return writers.OneText(tokenizer, "".join(echo), after[0])
+            return writers.OneText(turn, tokenizer, "".join(echo), after[0])
         return writers.Texts(turn, tokenizer, echo, after)
 
 

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from cptool.checkpoint.tokenizer.stops import before_stop
 from cptool.cli import draw, turn_report
+from cptool.cli.answers import logprobs
 from cptool.cli.draw import Rows
 
 if TYPE_CHECKING:
@@ -20,18 +22,26 @@ def has_ended(why: str) -> bool:
     """Return whether an answer that stopped so has ended, rather than been cut: then the next turn
     may go on with it.
     """
-    return why not in ("length", "interrupted")
+    return why == "eos"
+
+
+def text(
+    answer: Sequence[int], why: str, turn: Turn, *, tokenizer: Tokenizer, after: Sequence[int]
+) -> str:
+    """Return the text of an answer that stopped so, up to a stop text; see `Tokenizer.text`."""
+    whole = tokenizer.text(answer, after, ended=has_ended(why))
+    return before_stop(whole, turn.stop_texts) if why == "stop" else whole
 
 
 def texts(
-    report: Report, tokenizer: Tokenizer | None, after: Sequence[Sequence[int]]
+    report: Report, turn: Turn, tokenizer: Tokenizer | None, after: Sequence[Sequence[int]]
 ) -> list[str | None]:
-    """Return the text of each answer, None without a tokenizer; see `Tokenizer.text`."""
+    """Return the text of each answer, None without a tokenizer."""
     if tokenizer is None:
         return [None] * len(report.token_ids)
     return [
-        tokenizer.text(ids, before, ended=has_ended(why))
-        for ids, before, why in zip(report.token_ids, after, report.stopped, strict=True)
+        text(ids, why, turn, tokenizer=tokenizer, after=before)
+        for ids, why, before in zip(report.token_ids, report.stopped, after, strict=True)
     ]
 
 
@@ -51,9 +61,10 @@ def fields(
         "tokens_per_s": report.tokens_per_s,
         **report.predicted.fields(decoding=True),
         "token_ids": [list(ids) for ids in report.token_ids],
-        "text": texts(report, tokenizer, after),
+        "text": texts(report, turn, tokenizer, after),
         "stopped": list(report.stopped),
         "session": turn.session,
+        **logprobs.fields(report, turn),
         **turn_report.profile_fields(report),
     }
 
@@ -63,7 +74,11 @@ def answer_rows(report: Report, turn: Turn) -> Rows:
     if not turn.max_new_tokens:
         return []
     ends = Counter(report.stopped)
-    named = {"eos": "by the model", "length": f"at -n {turn.max_new_tokens:,}"}
+    named = {
+        "eos": "by the model",
+        "stop": "at a stop text",
+        "length": f"at -n {turn.max_new_tokens:,}",
+    }
     several = len(report.token_ids) > 1
     ended = "ended " + ", ".join(
         f"{count:,} " * several + named.get(why, why) for why, count in ends.items()
@@ -89,6 +104,7 @@ def draw_table(report: Report, turn: Turn, tokenizer: Tokenizer | None, sampling
     if turn.max_new_tokens:
         rows.append(("sampling", sampling))
     draw.table(rows, to_stderr=True)
+    logprobs.show(report, turn, tokenizer)
     turn_report.phases(report, turn.profile, to_stderr=True)
     if sys.stdout is not None:  # closed from the beginning
         sys.stdout.flush()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cptool.cli import turn_report
+from cptool.cli.answers import logprobs
 from cptool.cli.answers.output import OutputRequest
 from cptool.cli.answers.report import draw_table
 from cptool.distributed.options import RankOptions
@@ -36,12 +38,15 @@ def run_and_write(
     """
     from cptool.cli.launch import check_whole, run_turn
 
+    if turn.stop_texts:
+        turn = replace(turn, after=tuple(map(len, after)))
     turn_report.say_prediction(turn, ranks, cached or turn.keep or [0] * len(turn.prompts))
     writer = output.writer(turn, tokenizer, prompts, after)
     report = run_turn(turn, ranks, emit=writer.emit)
     if report is None:  # another process of the launcher writes
         return
     writer.finish(report)
+    logprobs.say_cached(turn)
     check_whole(report, turn)
     if output.for_people:
         draw_table(report, turn, tokenizer, sampling)

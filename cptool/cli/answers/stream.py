@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cptool.checkpoint.tokenizer.stops import StopStream
 from cptool.errors import RunError
 
 if TYPE_CHECKING:
@@ -17,13 +18,19 @@ class AnswerStream:
     Output that fails stops no turn: `finish` reports it once the turn has been saved.
 
     lead: written before the first token, when the progress bar has gone.
-    after: the tokens whose text the answer goes on with.
+    after: the tokens whose text the answer goes on with. stop: texts that end it.
     """
 
     def __init__(
-        self, tokenizer: "Tokenizer", *, lead: str = "", after: Sequence[int] = ()
+        self,
+        tokenizer: "Tokenizer",
+        *,
+        lead: str = "",
+        after: Sequence[int] = (),
+        stop: Sequence[str] = (),
     ) -> None:
-        self._text, self._output, self._lead = tokenizer.stream(after), Output(), lead
+        self._text = StopStream(tokenizer.stream(after), stop)
+        self._output, self._lead = Output(), lead
 
     def emit(self, sequence: int, token_id: int) -> None:
         """Write the text that is certain with this token."""
@@ -35,7 +42,7 @@ class AnswerStream:
 
         Raises RunError if standard output could not be written.
         """
-        self._write((self._text.flush() if ended else "") + "\n")
+        self._write(self._text.flush(ended=ended) + "\n")
         self._output.check()
 
     def _write(self, text: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from cptool.checkpoint.tokenizer.stops import StopStream
 from cptool.cli import json_output
 from cptool.cli.answers import report as reports
 from cptool.cli.answers.stream import AnswerStream, Output
@@ -19,25 +20,27 @@ if TYPE_CHECKING:
     from cptool.engine.turn import Report, Turn
 
 
-def shown(
-    ids: Sequence[int],
-    tokenizer: Tokenizer | None,
-    after: Sequence[int] = (),
-    *,
-    ended: bool = False,
-    control: bool = False,
-) -> str:
-    """Return tokens as text (`Tokenizer.text`), or as numbers without a tokenizer."""
+def shown(prompt: Sequence[int], tokenizer: Tokenizer | None) -> str:
+    """Return a prompt as text, its control tokens too, or as numbers without a tokenizer."""
     if tokenizer is None:
-        return " ".join(map(str, ids))
-    return tokenizer.text(ids, after, ended=ended, control=control)
+        return " ".join(map(str, prompt))
+    return tokenizer.text(prompt, ended=False, control=True)
+
+
+def _streams(
+    turn: Turn, tokenizer: Tokenizer | None, after: Sequence[Sequence[int]]
+) -> list[StopStream] | None:
+    """Return the text of each answer as its tokens come, None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    return [StopStream(tokenizer.stream(before), turn.stop_texts) for before in after]
 
 
 class OneText:
     """The answer of one sequence, as text while it comes, after the text `prompt`."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, after: Sequence[int]) -> None:
-        self._stream = AnswerStream(tokenizer, lead=prompt, after=after)
+    def __init__(self, turn: Turn, tokenizer: Tokenizer, prompt: str, after: Sequence[int]) -> None:
+        self._stream = AnswerStream(tokenizer, lead=prompt, after=after, stop=turn.stop_texts)
 
     def emit(self, sequence: int, token_id: int) -> None:
         self._stream.emit(sequence, token_id)
@@ -60,29 +63,34 @@ class Texts:
     ) -> None:
         self._turn, self._tokenizer, self._prompts, self._after = turn, tokenizer, prompts, after
         self._answers: list[list[int]] = [[] for _ in turn.prompts]
+        self._streams = _streams(turn, tokenizer, after)
         self._written = 0
         self._output = Output()
         self.emit = self._take if len(turn.prompts) > 1 else None
 
     def _take(self, sequence: int, token_id: int) -> None:
         self._answers[sequence].append(token_id)
-        while self._written < len(self._answers) and self._ended(self._answers[self._written]):
-            answer = self._answers[self._written]
-            self._write(answer, ended=answer[-1] in self._turn.stop_ids)
+        if self._streams is not None:
+            self._streams[sequence].push(token_id)
+        while self._written < len(self._answers) and (why := self._ended(self._written)):
+            self._write(self._answers[self._written], why)
 
     def finish(self, report: Report) -> None:
         for b in range(self._written, len(report.token_ids)):
-            self._write(report.token_ids[b], ended=reports.has_ended(report.stopped[b]))
+            self._write(report.token_ids[b], report.stopped[b])
         self._output.check()
 
-    def _ended(self, answer: list[int]) -> bool:
-        if not answer:
-            return False
-        return len(answer) == self._turn.max_new_tokens or answer[-1] in self._turn.stop_ids
+    def _ended(self, b: int) -> str | None:
+        found = self._streams is not None and self._streams[b].found
+        return self._turn.answers.ended(self._answers[b], self._turn.max_new_tokens, found=found)
 
-    def _write(self, answer: Sequence[int], *, ended: bool) -> None:
+    def _write(self, answer: Sequence[int], why: str) -> None:
         prompt = self._prompts[self._written] if self._prompts else ""
-        text = shown(answer, self._tokenizer, self._after[self._written], ended=ended)
+        if self._tokenizer is None:
+            text = " ".join(map(str, answer))
+        else:
+            before = self._after[self._written]
+            text = reports.text(answer, why, self._turn, tokenizer=self._tokenizer, after=before)
         self._written += 1
         self._output.write(f"[{self._written}] {prompt}{text}\n")
 
@@ -119,7 +127,7 @@ class JsonLines:
         after: Sequence[Sequence[int]],
     ) -> None:
         self._turn, self._tokenizer, self._output, self._after = turn, tokenizer, Output(), after
-        self._streams = [tokenizer.stream(before) for before in after] if tokenizer else None
+        self._streams = _streams(turn, tokenizer, after)
         self._prompts: Sequence[str] = prompts
 
     def emit(self, sequence: int, token_id: int) -> None:
@@ -131,7 +139,7 @@ class JsonLines:
         self._write_prompts()
         for sequence, stream in enumerate(self._streams or ()):
             ended = reports.has_ended(report.stopped[sequence])
-            if ended and (text := stream.flush()):  # the answer ends inside a character
+            if text := stream.flush(ended=ended):  # the answer ends within a character, say
                 self._write({"type": "token", "sequence": sequence, "token": None, "text": text})
         fields = {
             "type": "result",

@@ -12,6 +12,7 @@ from cptool.cli import draw
 from cptool.cli.chat.lines import questions
 from cptool.cli.chat.terminal import Answering, Terminal
 from cptool.cli.options import completion
+from cptool.cli.options.answering import AnswerRequest, stop_options
 from cptool.cli.options.common import dtype_option, moved_option
 from cptool.cli.options.examples import examples
 from cptool.cli.options.models import context_option, open_model, say_reading, session_fields
@@ -63,6 +64,7 @@ DEFAULT_TOKENS = 512
     help="Answer with up to this many tokens.",
 )
 @sampling_options
+@stop_options
 @moved_option
 @ranks_by_default("1, or the session's last", "1, or the session's last without --cp")
 @attention_options
@@ -75,6 +77,7 @@ def chat(
     paragraphs: bool,
     count: int,
     sampler: SamplingRequest,
+    wanted: AnswerRequest,
     model: str | None,
     ranks: RankRequest,
     attention: EngineOptions,
@@ -97,7 +100,7 @@ def chat(
     _check_options(source, manifest, system=system, dtype=dtype, model=model)
     moved = model or (sessions.model_path(manifest) if manifest else source)
     checkpoint = open_model(moved, context_length)
-    sampling = sampler.resolve(checkpoint)
+    sampling, stops = sampler.resolve(checkpoint), wanted.stops(checkpoint)
     tokenizer = _find_tokenizer(checkpoint)
     conversation = _begin(tokenizer, system)
     if directory is not None and manifest is not None:
@@ -117,7 +120,7 @@ def chat(
         draw.say(f"sampling: {sampler.describe(sampling)}")
     with Resident(setup, placed) as resident:
         answering = Answering(
-            tokenizer=tokenizer, sampling=sampling, count=count, dtype=setup.dtype
+            tokenizer=tokenizer, sampling=sampling, count=count, dtype=setup.dtype, **stops
         )
         terminal = Terminal(resident, checkpoint, conversation, answering)
         if directory is not None and manifest is not None:

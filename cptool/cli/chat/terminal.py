@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cptool.checkpoint.tokenizer.library import LimitError
+from cptool.checkpoint.tokenizer.stops import StopStream
 from cptool.cli import draw
 from cptool.cli.options.models import check_room, say_reading
 from cptool.cli.progress import drawn_bar
@@ -39,12 +40,16 @@ being read is taken back."""
 
 @dataclass(frozen=True, kw_only=True)
 class Answering:
-    """How questions are answered: in at most `count` tokens each; `dtype` is that of the KV."""
+    """How questions are answered: in at most `count` tokens each, up to a stop text or token;
+    `dtype` is that of the KV.
+    """
 
     tokenizer: "Tokenizer"
     sampling: "Sampling"
     count: int
     dtype: str
+    stop_texts: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
 
 
 class Terminal:
@@ -125,7 +130,8 @@ class Terminal:
                 f"the model's limit is {limit:,}; "
                 "nothing was lost: ask something shorter, /save, /undo or /reset"
             )
-        text = self.tokenizer.stream()
+        answering = self.answering
+        text = StopStream(self.tokenizer.stream(), answering.stop_texts)
         ids: list[int] = []
         began = first = time.perf_counter()
 
@@ -140,7 +146,11 @@ class Terminal:
             request = Continue(
                 tokens=(tuple(context),),
                 options=AnswerOptions(
-                    limit=room, sampling=self.answering.sampling, stop_ids=self.stop_ids
+                    limit=room,
+                    sampling=answering.sampling,
+                    stop_ids=self.stop_ids,
+                    stop_texts=answering.stop_texts,
+                    stop_tokens=answering.stop_tokens,
                 ),
             )
             answer = self.resident.answer(request, bar.before(emit), bar.watch)
@@ -149,12 +159,13 @@ class Terminal:
             draw.say("\n(stopped while the question was read; it is as if it was not asked)")
             return
         said = list(answer.token_ids[0])
-        whole = said[-1] in self.stop_ids
+        how = answer.stopped[0]
+        whole = how == "eos"
         # Of an answer that was cut, a character that lacks bytes is no part of the message either.
-        _write((text.flush() if whole else "") + "\n")
+        _write(text.flush(ended=whole) + "\n")
         self.conversation.answered(question, context, said, ended=whole)
         rate = f", then {token_rate((len(ids) - 1) / (ended - first))}" if len(ids) > 1 else ""
-        cut = "" if whole else ", stopped" if stopped() else ", cut at the limit of tokens"
+        cut = {"length": ", cut at the limit of tokens", "interrupted": ", stopped"}.get(how, "")
         draw.say(
             f"[{some(len(ids), 'token')}{cut}; {answer.reused[0]:,} of {len(context):,} reused; "
             f"first after {duration(first - began)}{rate}; "

@@ -52,7 +52,7 @@ def decode(
     if active and engine.computed != [len(said) for said in engine.tokens]:
         engine.extend([[] for _ in engine.tokens], variant=variant)
     sampler = Sampler(options.sampling, engine.tokens, options.draws, engine.samples)
-    stops = _stop_streams(active, options, tokenizer)
+    stops = _stop_streams(engine, active, options, tokenizer)
     while active:
         engine.report("decode, token", max(map(len, answers.token_ids)), max(limits))
         stopping = interrupted is not None and interrupted()
@@ -64,7 +64,10 @@ def decode(
             answers.append(b, picks[b], agreed.scores.get(b))
             if emit is not None:
                 emit(b, picks[b])
-            how = _ended(answers.token_ids[b], limits[b], options.stop_ids, stops.get(b))
+            if b in stops:
+                stops[b].push(picks[b])
+            found = b in stops and stops[b].found
+            how = options.ended(answers.token_ids[b], limits[b], found=found)
             if how or over:
                 active.remove(b)
                 answers.stopped[b] = how or "interrupted"
@@ -77,27 +80,19 @@ def decode(
 
 
 def _stop_streams(
-    active: Collection[int], options: AnswerOptions, tokenizer: Tokenizer | None
+    engine: Engine, active: Collection[int], options: AnswerOptions, tokenizer: Tokenizer | None
 ) -> dict[int, StopStream]:
     """Return what finds the stop texts of each answer; nothing without such texts."""
     if not options.stop_texts:
         return {}
     if tokenizer is None:
         raise ValueError("`stop_texts` need a `tokenizer`")
-    return {b: StopStream(tokenizer.stream(), options.stop_texts) for b in active}
-
-
-def _ended(
-    answer: list[int], limit: int, stop_ids: Collection[int], stops: StopStream | None
-) -> str | None:
-    """Return how an answer ended with its last token, None if it goes on."""
-    if stops is not None:
-        stops.push(answer[-1])
-    if answer[-1] in stop_ids:
-        return "eos"
-    if stops is not None and stops.found:
-        return "stop"
-    return "length" if len(answer) == limit else None
+    streams = {}
+    for b in active:
+        said = engine.tokens[b]
+        after = said[len(said) - options.after[b] :] if options.after else []
+        streams[b] = StopStream(tokenizer.stream(after), options.stop_texts)
+    return streams
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _LOGITS_AT_ONCE = 1 << 24
 """Elements of logits that exist at a time: 64 MiB, and as much again for their logarithms."""
 
+_PHASE = "log-probabilities of the prompt, token"
+
 _FLOAT, _INTEGER = struct.Struct("<f"), struct.Struct("<i")
 
 
@@ -101,7 +103,7 @@ class _Prompt:
 
     def score(self, hidden: torch.Tensor, placement: Placement, going: Callable[[], bool]) -> None:
         """Score the tokens that follow the rows of a forward's result, while it is `going`."""
-        model = self.engine.model
+        model, done = self.engine.model, 0
         at_once = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
         rows = hidden.split(placement.cu_seqlens.diff().tolist())
         for b, (part, positions) in enumerate(zip(rows, placement.sequences(), strict=True)):
@@ -112,7 +114,9 @@ class _Prompt:
             for first in range(0, len(places), at_once):
                 if not going():
                     return
+                self.engine.report(_PHASE, done, placement.tokens)
                 piece = slice(first, first + at_once)
+                done += len(places[piece])
                 self._score(b, model.logits(part[piece]), places[piece])
 
     def _score(self, b: int, logits: torch.Tensor, positions: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,9 @@ class AnswerOptions:
     stop_ids: tokens that end an answer, as its last one.
     stop_texts: an answer ends with the token that completes one of them in its text, within a token
         or across several. Texts of the prompt, and control tokens, do not count.
+    stop_tokens: tokens that end an answer as stop texts do, so that the next turn may go on.
+    after: how many of the last tokens of each sequence the answer's text goes on with, which
+        matters for a character that they share; by default none.
     logprobs: report the log-probability of each token, and this many of the likeliest tokens in its
         place; None for no report. See `TokenLogprob`.
     """
@@ -26,12 +30,27 @@ class AnswerOptions:
     draws: tuple[int, ...] | None = None
     stop_ids: tuple[int, ...] = ()
     stop_texts: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    after: tuple[int, ...] | None = None
     logprobs: int | None = None
 
     def limits(self, batch: int) -> tuple[int, ...]:
         """Return the most tokens of the answer of each of `batch` sequences."""
         limits = (self.limit,) if isinstance(self.limit, int) else self.limit
         return tuple(limit for limit in limits for _ in range(batch // len(limits)))
+
+    def ended(self, answer: Sequence[int], limit: int, *, found: bool) -> str | None:
+        """Return how an answer has ended with its last token, None if it goes on (see `Answers`).
+
+        found: whether that token completed a stop text.
+        """
+        if not answer:
+            return None
+        if answer[-1] in self.stop_ids:
+            return "eos"
+        if found or answer[-1] in self.stop_tokens:
+            return "stop"
+        return "length" if len(answer) == limit else None
 
 
 @dataclass(frozen=True)
@@ -62,7 +81,8 @@ class Answers:
 
     token_ids: the tokens, the one that ended the answer included.
     stopped: how each answer ended: "eos" with a token of `stop_ids`, or, without tokens, because it
-        had ended before; "stop" with a stop text, "length" at the limit, "interrupted" on request.
+        had ended before; "stop" with a stop text or stop token, "length" at the limit,
+        "interrupted" on request.
     logprobs: those of the tokens, if they were requested.
     """
 
