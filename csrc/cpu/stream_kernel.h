@@ -81,7 +81,9 @@ class StreamKernel {
       if (in_parts) {
         store_in_parts(from, q_ + slot / 4 * 4 * query_words_ + slot % 4 * 4);
       } else {
-        store_in_order(from, q_ + slot * query_words_);
+        const int together = rows_at_once();
+        store_in_order(from,
+                       q_ + slot / together * together * query_words_ + slot % together * kLanes);
       }
     }
     std::memset(acc_, 0, block.heads * slots_ * args_.head_dim * sizeof(float));
@@ -156,14 +158,15 @@ class StreamKernel {
 
   // Stores a query, 0 if it does not exist, in the order in which `score_rows` reads it.
   void store_in_order(const T* from, float* to) const {
+    const int apart = rows_at_once() * kLanes;
     int64_t w = 0;
     for (; w + 2 * kLanes <= words_; w += 2 * kLanes) {
-      for (int n = 0; n < 2; ++n) {
-        store(from != nullptr ? Math::load_half(from, w, n) : Vector{}, to + w + n * kLanes);
+      for (int n = 0; n < 2; ++n, to += apart) {
+        store(from != nullptr ? Math::load_half(from, w, n) : Vector{}, to);
       }
     }
-    for (; w < words_; w += kLanes) {
-      store(from != nullptr ? Math::load(from, w, words_) : Vector{}, to + w);
+    for (; w < words_; w += kLanes, to += apart) {
+      store(from != nullptr ? Math::load(from, w, words_) : Vector{}, to);
     }
   }
 
@@ -181,14 +184,14 @@ class StreamKernel {
     auto* scores = fixed_.scores + slot;
     switch (rows_at_once()) {
       case 1:
-        return score_rows<Math, kKeys, 1>(keys, q, query_words_, words_, ahead_, scores);
+        return score_rows<Math, kKeys, 1>(keys, q, words_, ahead_, scores);
       case 2:
-        return score_rows<Math, kKeys, 2>(keys, q, query_words_, words_, ahead_, scores);
+        return score_rows<Math, kKeys, 2>(keys, q, words_, ahead_, scores);
     }
     if constexpr (kUnconverted) {
       score_four<Math, kKeys>(keys, q, args_.head_dim, ahead_, scores);
     } else {
-      score_rows<Math, kKeys, 4>(keys, q, query_words_, words_, ahead_, scores);
+      score_rows<Math, kKeys, 4>(keys, q, words_, ahead_, scores);
     }
   }
 
@@ -275,7 +278,7 @@ class StreamKernel {
     for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 8
       for (int n = 0; n < kN; ++n) sums[r][n] = load(acc + r * args_.head_dim + n * kLanes);
-    for (int j = 0; j < keys; j += kStep) {
+    auto add = [&](int j) __attribute__((always_inline)) {
       Vector values[kN];
       // The last of an odd number of keys stands in for the missing one, whose weights are 0.
       Math::load_step(v + j * args_.v_token_stride + d, j + 1 < keys ? args_.v_token_stride : 0,
@@ -288,8 +291,17 @@ class StreamKernel {
 #pragma GCC unroll 8
         for (int n = 0; n < kN; ++n) sums[r][n] = Math::multiply_add(weight, values[n], sums[r][n]);
       }
-      ahead_.prefetch(kN * kLanes * kStep * static_cast<int>(sizeof(T)));
+    };
+    constexpr int kBytes = kStep * kN * kLanes * static_cast<int>(sizeof(T));
+    constexpr bool kTogether = StreamAhead::together(kBytes);
+    int j = 0;
+    for (; j + 2 * kStep <= keys; j += 2 * kStep) {
+      add(j);
+      if (!kTogether) ahead_.prefetch(kBytes);
+      add(j + kStep);
+      ahead_.prefetch(kTogether ? 2 * kBytes : kBytes);
     }
+    for (; j < keys; j += kStep) add(j);
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 8

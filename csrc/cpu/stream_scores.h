@@ -20,12 +20,11 @@ struct StreamKeys {
   const T* row(int j) const { return first + (j < count ? j : count - 1) * stride; }
 };
 
-// Scores of kR rows with up to kKeys keys: scores[r][j]. `q`: kR rows of `query_words` words, of
-// which `words` exist. Prefetches as many lines as it reads.
+// Scores of kR rows with up to kKeys keys: scores[r][j]. `q`: [vector of words][row], of which
+// `words` words exist. Prefetches as many bytes as it reads.
 template <class Math, int kKeys, int kR, int kSlots>
-inline void score_rows(const StreamKeys<typename Math::Input>& keys, const float* q,
-                       int64_t query_words, int64_t words, StreamAhead& ahead,
-                       float (*scores)[kSlots]) {
+inline void score_rows(const StreamKeys<typename Math::Input>& keys, const float* q, int64_t words,
+                       StreamAhead& ahead, float (*scores)[kSlots]) {
   using T = typename Math::Input;
   constexpr int kSums = kLanes / kR;                      // of a row
   constexpr int kAtOnce = kSums < kKeys ? kSums : kKeys;  // keys
@@ -39,22 +38,28 @@ inline void score_rows(const StreamKeys<typename Math::Input>& keys, const float
     // Two vectors of words, or one.
     auto multiply = [&](auto vectors, int64_t w) __attribute__((always_inline)) {
       constexpr int kN = decltype(vectors)::value;
+      constexpr int kBytes = kAtOnce * kLanes * Math::kStep * static_cast<int>(sizeof(T));
+      constexpr bool kTogether = kN == 2 && StreamAhead::together(kBytes);
 #pragma GCC unroll 2
       for (int n = 0; n < kN; ++n) {
-        Vector query[kR];
-#pragma GCC unroll 4
-        for (int r = 0; r < kR; ++r) query[r] = load(q + r * query_words + w + n * kLanes);
+        auto key = [&](int j) {
+          return kN == 2 ? Math::load_half(row[j], w, n) : Math::load(row[j], w, words);
+        };
+        Vector all[kAtOnce];  // unless each is used only once
 #pragma GCC unroll 16
-        for (int j = 0; j < kAtOnce; ++j) {
-          const Vector key = kN == 2 ? Math::load_half(row[j], w, n) : Math::load(row[j], w, words);
+        for (int j = 0; kR > 1 && j < kAtOnce; ++j) all[j] = key(j);
 #pragma GCC unroll 4
-          for (int r = 0; r < kR; ++r) {
+        for (int r = 0; r < kR; ++r) {
+          const Vector query = load(q + (w + n * kLanes) * kR + r * kLanes);
+#pragma GCC unroll 16
+          for (int j = 0; j < kAtOnce; ++j) {
             Vector& sum = sums[r * kSums + j];
-            sum = Math::multiply_add(query[r], key, sum);
+            sum = Math::multiply_add(query, kR > 1 ? all[j] : key(j), sum);
           }
         }
+        if (!kTogether) ahead.prefetch(kBytes);
       }
-      ahead.prefetch(kAtOnce * kN * kLanes * Math::kStep * static_cast<int>(sizeof(T)));
+      if (kTogether) ahead.prefetch(2 * kBytes);
     };
     int64_t w = 0;
     for (; w + 2 * kLanes <= words; w += 2 * kLanes) {
@@ -78,7 +83,7 @@ __attribute__((always_inline)) inline void score_fours(const StreamKeys<typename
   using T = typename Math::Input;
   constexpr int kVectors = 4 / kParts;  // of four rows
   constexpr int kKeys = 4 * kFours;
-  constexpr int kPart = 16 / sizeof(T);  // dimensions
+  constexpr int kPart = 16 / sizeof(T);  // dimensions, of which head_dim holds an even number
   const T* row[kKeys];
   Vector sums[kKeys][kVectors];
 #pragma GCC unroll 8
@@ -87,19 +92,22 @@ __attribute__((always_inline)) inline void score_fours(const StreamKeys<typename
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sums[j][v] = Vector{};
   }
-  for (int64_t d = 0; d < head_dim; d += kPart, q += 16) {
-    Vector query[kVectors];
+  for (int64_t d = 0; d < head_dim; d += 2 * kPart, q += 2 * 16) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) query[v] = load(q + v * kLanes);
+    for (int p = 0; p < 2; ++p) {
+      Vector query[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) query[v] = load(q + p * 16 + v * kLanes);
 #pragma GCC unroll 8
-    for (int j = 0; j < kKeys; ++j) {
-      const Vector words = broadcast_part(reinterpret_cast<const float*>(row[j] + d));
+      for (int j = 0; j < kKeys; ++j) {
+        const Vector words = broadcast_part(reinterpret_cast<const float*>(row[j] + d + p * kPart));
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        sums[j][v] = Math::multiply_add(query[v], words, sums[j][v]);
+        for (int v = 0; v < kVectors; ++v) {
+          sums[j][v] = Math::multiply_add(query[v], words, sums[j][v]);
+        }
       }
     }
-    ahead.prefetch(kKeys * 16);
+    ahead.prefetch(2 * kKeys * 16);
   }
 #pragma GCC unroll 2
   for (int f = 0; f < kFours; ++f) {
