@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cptool.functional import ring_attention, shard, shard_positions, unshard
-    from cptool.llm.llm import LLM, Generation
+    from cptool.llm.answers import Generation, Piece, Stream
+    from cptool.llm.llm import LLM
     from cptool.llm.options import GenerateOptions
     from cptool.llm.session import Session
     from cptool.ops.attention import attention_partial, merge_partials
@@ -21,7 +22,9 @@ __all__ = [
     "LLM",
     "GenerateOptions",
     "Generation",
+    "Piece",
     "Session",
+    "Stream",
     "attention_partial",
     "merge_partials",
     "ring_attention",
@@ -33,8 +36,10 @@ __all__ = [
 _HOMES = {
     "LLM": "cptool.llm.llm",
     "GenerateOptions": "cptool.llm.options",
-    "Generation": "cptool.llm.llm",
+    "Generation": "cptool.llm.answers",
+    "Piece": "cptool.llm.answers",
     "Session": "cptool.llm.session",
+    "Stream": "cptool.llm.answers",
     "attention_partial": "cptool.ops.attention",
     "merge_partials": "cptool.ops.attention",
     "ring_attention": "cptool.functional",

@@ -60,6 +60,14 @@ def smollm2_reference(smollm2_path):
 
 
 @pytest.fixture(scope="session")
+def template(smollm2_path):
+    """The tokenizer of SmolLM2 in `transformers`, with its own rendering of chat templates."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+
+
+@pytest.fixture(scope="session")
 def mqa_path(tmp_path_factory) -> Path:
     """A random-weight checkpoint with 5 query heads on 1 KV head; no tokenizer."""
     return save_llama(

@@ -116,7 +116,7 @@ def decode(
         output,
         tokenizer=checkpoint.tokenizer(),
         prompts=turn.prompts,
-        after=following.before_answers(manifest),
+        after=following.before_answers(manifest.sequences),
         cached=[sequence.cached for sequence in manifest.sequences],
         sampling=sampler.describe(sampling),
     )

@@ -33,20 +33,21 @@ class SamplingRequest:
         Greedy where the author gives no temperature either. Raises OptionError for a value out of
         range and for a bias on a token that the model does not have.
         """
+        values = {
+            name: getattr(checkpoint.sampling, name, None) if value is None else value
+            for name, value in vars(self).items()
+            if name in Sampling.__dataclass_fields__
+        }
+        sampling = Sampling(**{n: value for n, value in values.items() if value is not None})
         vocabulary = checkpoint.config.vocab_size
-        for token, value in self.logit_bias:
+        for token, value in sampling.logit_bias:
             if token >= vocabulary:
                 raise OptionError(
                     "logit_bias",
                     f"{token}={value:g}",
                     f"the model's vocabulary has the ids 0 to {vocabulary - 1}",
                 )
-        values = {
-            name: getattr(checkpoint.sampling, name, None) if value is None else value
-            for name, value in vars(self).items()
-            if name in Sampling.__dataclass_fields__
-        }
-        return Sampling(**{name: value for name, value in values.items() if value is not None})
+        return sampling
 
     def describe(self, sampling: Sampling) -> str:
         """Return one line with the values of `sampling`, the result of `resolve`, and who chose."""

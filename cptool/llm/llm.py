@@ -17,9 +17,9 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 from cptool import variants
 from cptool.distributed.devices import resolve_device
@@ -27,10 +27,13 @@ from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.options import EngineOptions, resolve_dtype
-from cptool.engine.requests import Continue
+from cptool.engine.requests import Answer, Continue
 from cptool.engine.turn import Setup
 from cptool.errors import OptionError, RunError, UserError, explain
+from cptool.llm.answers import Generation, Keep, Stream, Tokens, is_whole
 from cptool.llm.options import Answering, GenerateOptions, takes_options
+from cptool.llm.prompts import Prompt, before_answers, encoded, tokenizer_of
+from cptool.llm.running import Emit, Running
 from cptool.llm.session import Session
 from cptool.model import shares
 from cptool.model.context import answer_limit
@@ -43,29 +46,7 @@ if TYPE_CHECKING:
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
     from cptool.engine.resident import Resident
 
-Message: TypeAlias = Mapping[str, str]
-"""A chat message: {"role": "user", "content": "..."}."""
-
-Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
-"""A text, token ids taken as they are, or chat messages for the model's own template."""
-
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """What the model appended to one sequence.
-
-    text: the tokens as text; None if the model has no tokenizer.
-    token_ids: the tokens, a stop token included.
-    prompt_tokens: number of tokens before them.
-    stopped: "eos" after a token that ends an answer, "length" at the limit of tokens.
-    """
-
-    text: str | None
-    token_ids: tuple[int, ...]
-    prompt_tokens: int
-    stopped: str
 
 
 class LLM:
@@ -122,6 +103,7 @@ class LLM:
             state=self.checkpoint.state,
         )
         self._lock = threading.Lock()
+        self._holder: int | None = None
         self._slots = itertools.count(1)
         self._resident: Resident = Resident(setup, ranks)
         with _one_line():
@@ -141,10 +123,7 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises UserError if it has none."""
-        tokenizer = self.checkpoint.tokenizer()
-        if tokenizer is None:
-            raise UserError(f"{self.checkpoint.path} has no tokenizer; give token ids")
-        return tokenizer
+        return tokenizer_of(self.checkpoint)
 
     @takes_options
     def generate(
@@ -152,12 +131,31 @@ class LLM:
     ) -> list[Generation]:
         """Continue each prompt, as one batch.
 
+        KeyboardInterrupt stops the ranks and leaves the LLM usable.
+
         Raises UserError for a prompt that is empty, too long or not of the model's vocabulary, and
         for an option out of range.
         """
         answering = Answering.of(options, self.checkpoint)
-        tokens = self._encoded(prompts, begin=True)
-        return self._continued(tokens, answering) if tokens else []
+        tokens = encoded(prompts, self.checkpoint, begin=True)
+        if not tokens:
+            return []
+        return self._answers(self._request(tokens, answering), before_answers(prompts, tokens))
+
+    @takes_options
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream:
+        """Continue one prompt; return an iterator of pieces that come while the model generates.
+
+            with llm.stream("Once upon a time", max_tokens=50) as stream:
+                for piece in stream:
+                    print(piece.text, end="", flush=True)
+            print(stream.result.stopped)
+
+        The tokens are those of `generate`. Raises what it does.
+        """
+        answering = Answering.of(options, self.checkpoint)
+        tokens = encoded([prompt], self.checkpoint, begin=True)
+        return self._stream(self._request(tokens, answering), before_answers([prompt], tokens))
 
     def session(self, directory: str | os.PathLike[str]) -> Session:
         """Open the session in `directory`, or begin a new one there.
@@ -167,40 +165,17 @@ class LLM:
         """
         return Session(self, directory)
 
-    def _encoded(self, prompts: Sequence[Prompt], *, begin: bool) -> list[list[int]]:
-        """Return the token ids of each prompt; `begin`: texts take the BOS that the model uses."""
-        from cptool.checkpoint.tokenizer.input_checks import check_ids
-
-        if isinstance(prompts, (str, Mapping)):
-            raise UserError("`prompts` must be a list, with one prompt per sequence; add brackets")
-        encoded = []
-        for number, prompt in enumerate(prompts, 1):
-            try:
-                if isinstance(prompt, str):
-                    ids = self.tokenizer.encode(prompt, bos=begin) if prompt else []
-                elif prompt and isinstance(prompt[0], Mapping):
-                    ids = self.tokenizer.chat(cast("Sequence[Message]", prompt))
-                else:
-                    ids = [int(token) for token in cast("Sequence[int]", prompt)]
-                if not ids:
-                    raise UserError("it is empty; give at least one token")
-                check_ids(ids, self.checkpoint.config.vocab_size)
-            except UserError as error:
-                raise UserError(f"prompt {number}: {error}") from None
-            encoded.append(ids)
-        return encoded
-
-    def _continued(
-        self, tokens: list[list[int]], answering: Answering, slot: str = ""
-    ) -> list[Generation]:
-        """Return what follows `tokens`; with a slot, KV that it holds is used again."""
+    def _request(
+        self, tokens: Sequence[Sequence[int]], answering: Answering, slot: str = ""
+    ) -> Continue:
+        """Return the request to continue `tokens`; with a slot, KV that it holds is used again."""
         limit = answer_limit(
             answering.max_tokens,
             self.checkpoint.config,
             new=list(map(len, tokens)),
             held=[0] * len(tokens),
         )
-        request = Continue(
+        return Continue(
             tokens=tuple(map(tuple, tokens)),
             options=AnswerOptions(
                 limit=limit,
@@ -210,35 +185,122 @@ class LLM:
             slot=slot,
             fresh=not slot,
         )
-        answer = self._call(lambda ranks: ranks.answer(request, lambda sequence, token: None))
+
+    def _answers(
+        self,
+        request: Continue,
+        after: Sequence[Sequence[int]],
+        keep: Keep | None = None,
+    ) -> list[Generation]:
+        """Return the answers to a request; see `_tokens`."""
+        results: list[Generation] = []
+        with contextlib.closing(self._tokens(request, after, results, keep)) as tokens:
+            for _ in tokens:
+                pass
+        return results
+
+    def _stream(
+        self, request: Continue, after: Sequence[Sequence[int]], keep: Keep | None = None
+    ) -> Stream:
+        """Return the pieces of the answer to a request for one sequence; see `_tokens`."""
+        results: list[Generation] = []
+        tokens = self._tokens(request, after, results, keep)
         tokenizer = self.checkpoint.tokenizer()
+        return Stream(tokens, results, tokenizer.stream(after[0]) if tokenizer else None)
+
+    def _tokens(
+        self,
+        request: Continue,
+        after: Sequence[Sequence[int]],
+        results: list[Generation],
+        keep: Keep | None,
+    ) -> Tokens:
+        """Yield sequence and token as they come, then put the answers into `results` and `keep`.
+
+        Closed or interrupted before, it stops the ranks first; answers without any token are then
+        dropped.
+
+        after: the tokens whose text each answer goes on with.
+        """
+        try:
+            with self._running(lambda ranks, emit: ranks.answer(request, emit)) as running:
+                try:
+                    yield from running.tokens()
+                    if "interrupted" in running.result().stopped:
+                        raise RunError(_CLOSED)  # `close` in another thread ended it
+                finally:
+                    running.stop()
+                    answer = running.result()
+                    if any(answer.token_ids) or "interrupted" not in answer.stopped:
+                        results += self._generations(request, answer, after)
+        finally:
+            if results and keep is not None and self._ended.alive:
+                keep(results)
+
+    def _generations(
+        self, request: Continue, answer: Answer, after: Sequence[Sequence[int]]
+    ) -> list[Generation]:
+        tokenizer = self.checkpoint.tokenizer()
+        rows = zip(request.tokens, after, answer.token_ids, answer.stopped, strict=True)
         return [
             Generation(
-                text=tokenizer.decode(list(ids)) if tokenizer else None,
+                text=tokenizer.text(ids, before, ended=is_whole(how)) if tokenizer else None,
                 token_ids=ids,
                 prompt_tokens=len(said),
-                stopped=stopped,
+                stopped=how,
             )
-            for said, ids, stopped in zip(tokens, answer.token_ids, answer.stopped, strict=True)
+            for said, before, ids, how in rows
         ]
 
     def _call(self, request: Callable[[Resident], _T]) -> _T:
-        """Return what the ranks reply; close this LLM if they failed or were interrupted."""
-        with self._lock, _one_line():
+        """Return what the ranks reply."""
+        with self._running(lambda ranks, _: request(ranks)) as running:
+            return running.result()
+
+    @contextlib.contextmanager
+    def _running(self, request: Callable[[Resident, Emit], _T]) -> Iterator[Running[_T]]:
+        """Have the ranks work on a request while the body runs, and stop if it ends before.
+
+        Close this LLM if they failed, or if a second interrupt did not wait for them.
+        """
+        with self._held(), _one_line():
             if not self._ended.alive:
-                raise RunError("this LLM is closed, so its ranks have ended; make another one")
+                raise RunError(_CLOSED)
+            running = Running(self._resident, request)
             try:
-                return request(self._resident)
-            except BaseException as error:
-                if not (isinstance(error, (UserError, RunError)) and self._resident.serving):
-                    self._ended.detach()
-                    self._resident.abandon()
-                raise
+                running.start()
+                yield running
+            finally:
+                try:
+                    running.stop()
+                finally:
+                    if not (running.leaves_ranks_ready and self._resident.serving):
+                        self._ended.detach()
+                        self._resident.abandon()
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Keep other calls waiting while the body runs; refuse those of the same thread."""
+        if self._holder == threading.get_ident():
+            raise UserError(
+                "this thread is reading a stream of this LLM; read it to its end, or close it, "
+                "before another call"
+            )
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
+
+
+_CLOSED = "this LLM is closed, so its ranks have ended; make another one"
 
 
 def _end(resident: Resident) -> None:
     """End the ranks of an LLM that is closed, was garbage collected, or whose process ends."""
     try:
+        resident.stop()
         resident.end_within(10.0)
     finally:
         resident.abandon()

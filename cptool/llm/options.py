@@ -23,7 +23,8 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 class GenerateOptions(TypedDict, total=False):
     """Options, all of them keyword arguments:
 
-    max_tokens: generate up to this many tokens, fewer if the context is full before.
+    max_tokens: generate up to this many tokens, fewer if the context is full before; 0 reads the
+        prompt alone.
     temperature: 0 is greedy.
     top_p: draw from the likeliest tokens of this mass; 1 is all.
     top_k: draw from this many likeliest tokens; 0 is all.
@@ -69,8 +70,13 @@ class Answering:
                 known = ", ".join(GenerateOptions.__annotations__)
                 raise TypeError(f"unexpected keyword argument {name!r}; the options are {known}")
         count = given.pop("max_tokens", DEFAULT_TOKENS)
-        if type(count) is not int or count < 1:
-            raise OptionError("max_tokens", count, "it must be a whole number of at least 1")
+        if type(count) is not int or count < 0:
+            raise OptionError(
+                "max_tokens",
+                count,
+                "it must be a whole number of tokens",
+                "0 reads the prompt alone",
+            )
         bias = given.pop("logit_bias", {})
         if not isinstance(bias, Mapping):
             rule = "it must be a dict of token ids and numbers"

@@ -54,6 +54,14 @@ class Dialogue:
             return Dialogue((*self.messages[:-1], (role, document + SEPARATOR + text)))
         return Dialogue((*self.messages, (role, text)))
 
+    def extended(self, messages: Sequence[Message]) -> "Dialogue":
+        """Return the conversation with more messages, the first of which `asked` may join."""
+        if not messages:
+            return self
+        (role, content), *others = messages
+        dialogue = self.asked(content, role)
+        return Dialogue((*dialogue.messages, *others))
+
     def answered(
         self, tokens: Sequence[int], new: int, decode: Callable[[list[int]], str], *, ended: bool
     ) -> "Dialogue":

@@ -23,14 +23,6 @@ def messages(where) -> list[dict[str, str]]:
     return dialogue.dicts()
 
 
-@pytest.fixture(scope="module")
-def template(smollm2_path):
-    """The tokenizer of transformers, with its own rendering of chat templates."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
-
-
 def expected(template, reference, said: list[dict[str, str]], count: int) -> list[int]:
     """What transformers answers to messages."""
     ids = template.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
@@ -59,6 +51,7 @@ def test_questions_about_a_document(smollm2_path, smollm2_reference, template, t
     result = chat(where, "-n", 4, "--temperature", 0, say=["Who comes?", "/save"])
     said = expected(template, smollm2_reference, before, 4)
     assert result.stdout.strip() == template.decode(said, skip_special_tokens=True).strip()
+    assert list(store.load(where).sequences[0].tokens[-len(said) :]) == said
     assert len(messages(where)) == 8
     cptool("session", "verify", where)
     cptool("session", "rollback", where, "--turns", 3)

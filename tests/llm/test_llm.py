@@ -106,7 +106,7 @@ SAMPLED = {
     "seed": 11,
 }
 WRONG = [
-    ("max_tokens", 0),
+    ("max_tokens", -1),
     ("max_tokens", 2.5),
     ("temperature", -1),
     ("top_p", 2),
@@ -124,7 +124,13 @@ WRONG = [
 def test_options_are_those_of_the_commands(mqa_path, token_file, tmp_path):
     assert set(cptool.GenerateOptions.__annotations__) == {"max_tokens", *SAMPLED}
     assert {f.name for f in fields(SamplingRequest)} == set(SAMPLED)
-    for method in (cptool.LLM.generate, cptool.Session.generate, cptool.Session.chat):
+    for method in (
+        cptool.LLM.generate,
+        cptool.LLM.stream,
+        cptool.Session.generate,
+        cptool.Session.stream,
+        cptool.Session.chat,
+    ):
         assert set(SAMPLED) < set(inspect.signature(method).parameters)
         assert "\nrepetition_penalty: above 1" in method.__doc__
     given = ["--token-ids", token_file(BATCH), "-n", 9]
@@ -161,6 +167,9 @@ def test_mistakes_are_one_line_and_the_ranks_go_on(mqa_path, smollm2_path, tmp_p
     with cptool.LLM(mqa_path, device="cpu", threads=1) as llm:
         for prompts, rule in [
             ("text", "`prompts` must be a list"),
+            ([{"role": "user", "content": "a"}], "`prompts` must be a list"),
+            ([1, 2], "`prompts` must be a list"),
+            ([[1.5]], "prompt 1: it must be a text, a list of token ids"),
             ([[1], []], "prompt 2: it is empty"),
             ([[301]], "prompt 1: token id 301 is not in the model's vocabulary"),
             (["text"], "has no tokenizer"),

@@ -1,0 +1,80 @@
+"""A request that the ranks of an `LLM` work on, and the thread that waits for their replies."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Generic, TypeAlias, TypeVar
+
+from cptool.engine.resident import Resident
+from cptool.errors import RunError, UserError
+
+Emit: TypeAlias = Callable[[int, int], None]
+"""Takes a sequence's index and a token of its answer."""
+
+_T = TypeVar("_T")
+
+
+class Running(Generic[_T]):
+    """A request under way: `request(ranks, emit)`, which a thread of its own calls.
+
+    What a signal raises in the caller's thread, such as KeyboardInterrupt, therefore leaves no half
+    of a reply in the ranks' connection, and the ranks can be told to stop.
+    """
+
+    def __init__(self, ranks: Resident, request: Callable[[Resident, Emit], _T]) -> None:
+        self._ranks, self._request = ranks, request
+        self._tokens: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
+        self._values: list[_T] = []
+        self._failure: BaseException | None = None
+        self._over = self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="cptool-request", daemon=True)
+
+    def start(self) -> None:
+        """Send the request."""
+        self._thread.start()
+
+    def tokens(self) -> Iterator[tuple[int, int]]:
+        """Yield sequence and token as they come, until the ranks have replied."""
+        while not self._over:
+            token = self._tokens.get()
+            if token is None:
+                self._over = True
+            else:
+                yield token
+
+    def result(self) -> _T:
+        """Return what the request returned, or raise what it raised, once the ranks have replied.
+        Tokens that nobody has read are dropped.
+        """
+        for _ in self.tokens():
+            pass
+        if self._failure is not None:
+            raise self._failure
+        return self._values[0]
+
+    def stop(self) -> None:
+        """Have the ranks stop if they have not replied yet, and block until they have. A call that
+        was itself interrupted is not repeated.
+        """
+        if self._over or self._stopping or self._thread.ident is None:
+            return
+        self._stopping = True
+        self._ranks.stop()
+        for _ in self.tokens():
+            pass
+        self._ranks.stop(False)
+
+    @property
+    def leaves_ranks_ready(self) -> bool:
+        """Whether the ranks have replied in full, or no request was sent."""
+        whole = isinstance(self._failure, (UserError, RunError, type(None)))
+        return self._thread.ident is None or (self._over and whole)
+
+    def _run(self) -> None:
+        try:
+            self._values.append(self._request(self._ranks, lambda b, t: self._tokens.put((b, t))))
+        except BaseException as failure:
+            self._failure = failure
+        self._tokens.put(None)
