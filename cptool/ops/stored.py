@@ -150,7 +150,7 @@ class StoredWeight:
 
 def _direct_rows() -> int:
     """Return up to how many rows weights are widened in registers."""
-    return {"avx512": 6, "avx2": 3}.get(cpu_stored_isa(), 2)
+    return {"avx512": 4, "avx2": 2}.get(cpu_stored_isa(), 1)
 
 
 DIRECT_ROWS = _direct_rows()

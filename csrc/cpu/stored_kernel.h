@@ -49,25 +49,31 @@ inline Vector all_lanes(float value) {
 // A block of a quantised type, widened part by part.
 template <class Type>
 struct Widening {
-  static constexpr int kWeights = Type::kWeights, kBytes = Type::kBytes;
+  static constexpr int kWeights = Type::kWeights, kBytes = Type::kBytes, kRun = Type::kRun;
 
   void begin(const uint8_t* from) {
     block = from;
     Type::scales(block, scale, shift);
   }
-  void widen(int part, Vector (&weights)[kPartVectors]) const {
-    const int group = part * kPart / Type::kGroup;
-    const Bytes integers = Type::integers(block, part);
+  void widen(int run, int part, Vector (&weights)[kPartVectors]) const {
+    const int group = (run * kRun + part * kPart) / Type::kGroup;
     const Vector by = all_lanes(scale[group]);
-#pragma GCC unroll 4
-    for (int v = 0; v < kPartVectors; ++v) {
-      const Vector whole = widened_bytes(integers, v);
-      if constexpr (Type::kShifted) {
-        weights[v] = multiply_add(by, whole, all_lanes(shift[group]));
-      } else {
-        weights[v] = by * whole;
-      }
+    const auto scaled = [&](Vector whole) {
+      if constexpr (Type::kShifted) return multiply_add(by, whole, all_lanes(shift[group]));
+      return by * whole;
+    };
+#if defined(__AVX512F__)
+    if constexpr (Type::kIndexed) {  // scale the table, and take each weight from it
+      const Vector table = scaled(widened_bytes(load_bytes(Type::kTable), 0));
+      __m512i indices = _mm512_cvtepu8_epi32((__m128i)load_bytes(Type::indices(block, run, part)));
+      if (Type::half(part)) indices = _mm512_srli_epi32(indices, 4);
+      weights[0] = _mm512_permutexvar_ps(indices, table);  // by their four lowest bits
+      return;
     }
+#endif
+    const Bytes integers = Type::integers(block, run, part);
+#pragma GCC unroll 4
+    for (int v = 0; v < kPartVectors; ++v) weights[v] = scaled(widened_bytes(integers, v));
   }
 
   const uint8_t* block;
@@ -76,10 +82,10 @@ struct Widening {
 
 template <class T>
 struct WideningHalves {  // bfloat16 or float16
-  static constexpr int kWeights = 32, kBytes = 64;
+  static constexpr int kWeights = 32, kBytes = 64, kRun = 32;
 
   void begin(const uint8_t* from) { block = from; }
-  void widen(int part, Vector (&weights)[kPartVectors]) const {
+  void widen(int, int part, Vector (&weights)[kPartVectors]) const {
     const T* from = reinterpret_cast<const T*>(block) + part * kPart;
 #pragma GCC unroll 4
     for (int v = 0; v < kPartVectors; ++v) weights[v] = load(from + v * kLanes);
@@ -102,18 +108,21 @@ void stored_products(const uint8_t* w, int64_t gap, const float* x, int64_t x_st
   for (int64_t k = 0; k < depth; k += Block::kWeights, w += Block::kBytes) {
 #pragma GCC unroll 4
     for (int c = 0; c < kCount; ++c) blocks[c].begin(w + c * gap);
-    for (int part = 0; part < Block::kWeights / kPart; ++part) {
-      const float* at = x + k + part * kPart;
+    for (int run = 0; run < Block::kWeights / Block::kRun; ++run) {
+#pragma GCC unroll 8
+      for (int part = 0; part < Block::kRun / kPart; ++part) {
+        const float* at = x + k + run * Block::kRun + part * kPart;
 #pragma GCC unroll 4
-      for (int c = 0; c < kCount; ++c) {
-        Vector weights[kPartVectors];
-        blocks[c].widen(part, weights);
+        for (int c = 0; c < kCount; ++c) {
+          Vector weights[kPartVectors];
+          blocks[c].widen(run, part, weights);
 #pragma GCC unroll 4
-        for (int v = 0; v < kPartVectors; ++v) {
-#pragma GCC unroll 6
-          for (int r = 0; r < kRows; ++r) {
-            const Vector values = load(at + r * x_stride + v * kLanes);
-            acc[r][c] = multiply_add(weights[v], values, acc[r][c]);
+          for (int v = 0; v < kPartVectors; ++v) {
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) {
+              const Vector values = load(at + r * x_stride + v * kLanes);
+              acc[r][c] = multiply_add(weights[v], values, acc[r][c]);
+            }
           }
         }
       }
@@ -155,14 +164,14 @@ inline void stored_columns(const StoredLinearArgs& args, int64_t column, int64_t
     }
     row += kRows;
   };
-  while (args.rows - row >= kGroup) run(Rows<kGroup>{});
+  // One column at a time is for what four leave over.
 #if defined(__AVX512F__)
-  if (args.rows - row >= 4) run(Rows<4>{});
+  while (kCount > 1 && args.rows - row >= 4) run(Rows<4>{});
 #endif
 #if defined(__FMA__)
-  if (args.rows - row >= 2) run(Rows<2>{});
+  while (kCount > 1 && args.rows - row >= 2) run(Rows<2>{});
 #endif
-  if (args.rows - row >= 1) run(Rows<1>{});
+  while (args.rows - row >= 1) run(Rows<1>{});
 }
 
 // Returns run(Block) for the encoding.
@@ -222,10 +231,13 @@ constexpr StoredKernels kStored = {
           float* to = args.out + i * args.w.depth;
           for (int64_t k = 0; k < args.w.depth; from += block.kBytes) {
             block.begin(from);
-            for (int part = 0; part < block.kWeights / kPart; ++part, k += kPart) {
-              Vector weights[kPartVectors];
-              block.widen(part, weights);
-              for (int v = 0; v < kPartVectors; ++v) store(weights[v], to + k + v * kLanes);
+            for (int run = 0; run < block.kWeights / block.kRun; ++run) {
+#pragma GCC unroll 8
+              for (int part = 0; part < block.kRun / kPart; ++part, k += kPart) {
+                Vector weights[kPartVectors];
+                block.widen(run, part, weights);
+                for (int v = 0; v < kPartVectors; ++v) store(weights[v], to + k + v * kLanes);
+              }
             }
           }
         }
