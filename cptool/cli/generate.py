@@ -35,6 +35,7 @@ DEFAULT_TOKENS = 256
         'cptool generate smollm2-135m-instruct --chat --prompt "Why is the sky blue?"',
         'cptool generate MODEL --chat --file doc.txt --prompt "Sum it up." --cp 2',
         "cat prompt.txt | cptool generate MODEL --json",
+        "cptool generate MODEL --batch-file prompts.jsonl --output answers.jsonl",
     ),
 )
 @click.argument("model", shell_complete=completion.models)
@@ -74,8 +75,7 @@ def generate(
     --batch-file answers a whole file of prompts.
     """
     output.check()
-    others = {"--session": kept.directory, "--profile": profile, **wanted.given()}
-    batch.check(asked, output, others)
+    batch.check(asked, output, {"--session": kept.directory, "--profile": profile})
     asked = asked if batch else _or_piped(asked)
     check_profile(profile)
     manifest = kept.open(dtype)
@@ -84,7 +84,8 @@ def generate(
     compute_dtype = resolve_dtype(dtype, checkpoint, placed.device)
     shared: Any = {"dtype": compute_dtype, "options": attention, "sampling": sampling}
     if batch:
-        job = Job(batch=batch, texts=asked, checkpoint=checkpoint, ranks=placed, **shared)
+        places: Any = {"batch": batch, "texts": asked, "checkpoint": checkpoint, "ranks": placed}
+        job = Job(wanted=wanted, answering=wanted.fields(checkpoint), **places, **shared)
         count = DEFAULT_TOKENS if count is None else count
         return answer_file(job, sampler, count=count, as_json=output.as_json)
     prompts = asked.read(checkpoint, begin=True)

@@ -68,7 +68,10 @@ def test_each_prompt_is_answered_as_alone(smollm2_path, answered, tokenizer, tmp
     assert done.stdout == "" and f"5, {sum(map(len, ids))} tokens" in done.stderr
     answers = read_answers(out)
     assert [each["token_ids"] for each in answers] == expected
-    assert [each["text"] for each in answers] == list(map(tokenizer.decode, expected))
+    assert [each["text"] for each in answers] == [
+        tokenizer.text(said, () if b == 1 else ids[b], ended=said[-1] == 2)
+        for b, said in enumerate(expected)
+    ]
     assert [each["id"] for each in answers] == ["a", 5, None, None, None]
     assert [each["index"] for each in answers] == list(range(5))
     assert [each["prompt_tokens"] for each in answers] == list(map(len, ids))
@@ -89,6 +92,27 @@ def test_texts_go_into_the_chat_template(smollm2_path, tokenizer, tmp_path):
     ]
     refused = cptool(*asked, code=2)
     assert 'line 2: "system" is a message of the chat template; add --chat' in refused.stderr
+
+
+def test_stop_texts_and_log_probabilities_are_those_of_generate(smollm2_path, tmp_path):
+    file = write_lines(tmp_path / "in.jsonl", *({"prompt": text} for text in TEXTS))
+    asked = ("generate", smollm2_path, "-n", 9, "--stop", ".", "--stop", " was", "--logprobs", 2)
+    out = tmp_path / "out.jsonl"
+    saved = ("--batch-file", file, "--batch-size", 3, "--output", out)
+    cptool(*asked, "--prompt-logprobs", 0, "--temperature", 0, *saved)
+    given = [word for text in TEXTS for word in ("--prompt", text)]
+    whole = as_json(*asked, "--prompt-logprobs", 0, "--temperature", 0, *given)
+    answers = read_answers(out)
+    for name in ("token_ids", "text", "stopped"):
+        assert [each[name] for each in answers] == whole[name]
+    assert "stop" in whole["stopped"]
+    for name in ("logprobs", "prompt_logprobs"):
+        for mine, expected in zip([each[name] for each in answers], whole[name], strict=True):
+            assert [s["token"] for s in mine] == [s["token"] for s in expected]
+            found, wanted = [[s["logprob"] or 0 for s in each] for each in (mine, expected)]
+            assert found == pytest.approx(wanted, abs=1e-4)
+    refused = cptool(*asked, "--temperature", 0, *saved, code=2)
+    assert "line 1: its --prompt-logprobs is not that of this run (0, here null)" in refused.stderr
 
 
 @pytest.mark.parametrize("sampled", [(), ("--temperature", 1, "--seed", 3)])

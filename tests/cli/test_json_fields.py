@@ -26,7 +26,11 @@ RUNS = {
     "cptool generate --batch-file": [
         "{here}/prompts.jsonl {tiny} -n 2 --output {here}/answers.jsonl"
     ],
-    "--batch-file": ["generate {tiny} -n 2 --batch-file {here}/prompts.jsonl"],
+    "--batch-file": [
+        "generate {tiny} -n 2 --batch-file {here}/prompts.jsonl",
+        "generate {smollm2} -n 2 --batch-file {here}/prompts.jsonl --stop x --logprobs 1 "
+        "--prompt-logprobs 1",
+    ],
     "cptool decode": ["{here}/plain -n 3 --profile {here}/trace.json --logit-bias 7=-1.5"],
     "--jsonl": [
         "generate {smollm2} --chat --prompt Hi --prompt Ho -n 2 --echo --session {here}/chats",

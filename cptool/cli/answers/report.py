@@ -26,11 +26,18 @@ def has_ended(why: str) -> bool:
 
 
 def text(
-    answer: Sequence[int], why: str, turn: Turn, *, tokenizer: Tokenizer, after: Sequence[int]
+    answer: Sequence[int],
+    why: str,
+    stop: Sequence[str],
+    *,
+    tokenizer: Tokenizer,
+    after: Sequence[int],
 ) -> str:
-    """Return the text of an answer that stopped so, up to a stop text; see `Tokenizer.text`."""
+    """Return the text of an answer that stopped so, up to the first stop text; see
+    `Tokenizer.text`.
+    """
     whole = tokenizer.text(answer, after, ended=has_ended(why))
-    return before_stop(whole, turn.stop_texts) if why == "stop" else whole
+    return before_stop(whole, stop) if why == "stop" else whole
 
 
 def texts(
@@ -40,7 +47,7 @@ def texts(
     if tokenizer is None:
         return [None] * len(report.token_ids)
     return [
-        text(ids, why, turn, tokenizer=tokenizer, after=before)
+        text(ids, why, turn.stop_texts, tokenizer=tokenizer, after=before)
         for ids, why, before in zip(report.token_ids, report.stopped, after, strict=True)
     ]
 

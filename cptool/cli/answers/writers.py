@@ -89,8 +89,8 @@ class Texts:
         if self._tokenizer is None:
             text = " ".join(map(str, answer))
         else:
-            before = self._after[self._written]
-            text = reports.text(answer, why, self._turn, tokenizer=self._tokenizer, after=before)
+            before, stop = self._after[self._written], self._turn.stop_texts
+            text = reports.text(answer, why, stop, tokenizer=self._tokenizer, after=before)
         self._written += 1
         self._output.write(f"[{self._written}] {prompt}{text}\n")
 

@@ -27,6 +27,9 @@ _NAMES = {
     "prompt_sha256": "prompt",
     "max_tokens": "limit of tokens",
     "fingerprint": "model",
+    "stop": "list of stop texts",
+    "top_logprobs": "--logprobs",
+    "top_prompt_logprobs": "--prompt-logprobs",
 }
 """What a field that identifies an answer is called in an error, where not by its name."""
 

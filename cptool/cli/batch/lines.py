@@ -35,13 +35,15 @@ class Line:
     """A prompt of the file.
 
     number: of the line, from 1. index: of the prompt, from 0; draws depend on it. id: the user's.
-    tokens: 32-bit integers. limit: tokens that its answer may have. ends: tokens that end it.
+    tokens: 32-bit integers. continued: whether the answer goes on with their text, as in no chat.
+    limit: tokens that its answer may have. ends: tokens that end it.
     """
 
     number: int
     index: int
     id: str | int | float | None
     tokens: array[int]
+    continued: bool
     limit: int
     ends: tuple[int, ...]
 
@@ -145,6 +147,7 @@ class _Reader:
             index=index,
             id=fields.get("id"),
             tokens=array("i", tokens),
+            continued=kind == "token_ids" or (kind == "prompt" and not self.texts.chat),
             limit=min(wanted, room),
             ends=self.checkpoint.answer_ends(tokens),
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptool.cli import draw, json_output
+from cptool.cli.answers.report import text
 from cptool.cli.batch.answers import Answers, Printed, check_writable, kept_in
 from cptool.cli.batch.lines import Line, read_lines
 from cptool.cli.batch.options import STANDARD_OUTPUT, BatchRequest
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.cli.options.prompts import Prompts
     from cptool.distributed.options import RankOptions
+    from cptool.engine.answers.request import AnswerRequest
     from cptool.engine.options import EngineOptions
     from cptool.engine.requests import Answer
     from cptool.engine.resident import Resident
@@ -36,11 +38,14 @@ if TYPE_CHECKING:
 class Job:
     """A file of prompts, and how to answer it.
 
-    texts: what becomes of a text.
+    texts: what becomes of a text. wanted: where answers end and what is reported of their tokens.
+    answering: the fields of a request that say so.
     """
 
     batch: BatchRequest
     texts: Prompts
+    wanted: AnswerRequest
+    answering: dict[str, Any]
     checkpoint: Checkpoint
     sampling: Sampling
     dtype: str
@@ -58,6 +63,9 @@ class Job:
             "fingerprint": self.checkpoint.fingerprint,
             "dtype": self.dtype,
             "sampling": asdict(self.sampling),
+            "stop": list(self.wanted.stop),
+            "top_logprobs": self.wanted.logprobs,
+            "top_prompt_logprobs": self.wanted.prompt_logprobs,
         }
 
 
@@ -145,6 +153,8 @@ class _Run:
         from cptool.engine.answers.records import AnswerOptions
         from cptool.engine.requests import Continue
 
+        answering = dict(self.job.answering)
+        prompt_logprobs = answering.pop("prompt_logprobs")
         request = Continue(
             tokens=tuple(tuple(line.tokens) for line in batch),
             options=AnswerOptions(
@@ -152,7 +162,10 @@ class _Run:
                 sampling=self.job.sampling,
                 draws=tuple(line.index for line in batch),
                 stop_ids=batch[0].ends,
+                after=tuple(len(line.tokens) if line.continued else 0 for line in batch),
+                **answering,
             ),
+            prompt_logprobs=prompt_logprobs,
             fresh=True,
         )
         self.under_way = batch
@@ -169,16 +182,25 @@ class _Run:
         return whole == len(batch)
 
     def _fields(self, line: Line, answer: Answer, b: int) -> dict[str, Any]:
-        tokenizer, ids = self.job.checkpoint.tokenizer(), list(answer.token_ids[b])
         origin = self.origins[line.index]
         names = ("index", "id")
+        scores = {"logprobs": answer.logprobs, "prompt_logprobs": answer.prompt_logprobs}
         return {
             **{name: origin[name] for name in names},
-            "text": tokenizer.decode(ids) if tokenizer else None,
-            "token_ids": ids,
+            "text": self._text(line, answer.token_ids[b], answer.stopped[b]),
+            "token_ids": answer.token_ids[b],
             "stopped": answer.stopped[b],
+            **{name: [s.fields() for s in each[b]] for name, each in scores.items() if each},
             **{name: value for name, value in origin.items() if name not in names},
         }
+
+    def _text(self, line: Line, ids: Sequence[int], why: str) -> str | None:
+        tokenizer = self.job.checkpoint.tokenizer()
+        if tokenizer is None:
+            return None
+        stop = self.job.answering.get("stop_texts", ())
+        after = line.tokens if line.continued else ()
+        return text(ids, why, stop, tokenizer=tokenizer, after=after)
 
     def _so_far(self) -> str:
         done, total = self.before + self.written, len(self.lines)
@@ -214,7 +236,11 @@ class _Run:
         progress, ranks = self.progress, self.job.ranks
         assert progress is not None  # something was written
         before = f" after {self.before:,} that were answered before" if self.before else ""
-        named = {"eos": "by the model", "length": "at their limit of tokens"}
+        named = {
+            "eos": "by the model",
+            "stop": "at a stop text",
+            "length": "at their limit of tokens",
+        }
         ends = ", ".join(f"{n:,} {named.get(why, why)}" for why, n in self.ends.items())
         rows = [
             ("prompts", f"{self.written:,}{before}, {some(progress.prompt_tokens, 'token')}"),

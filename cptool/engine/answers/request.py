@@ -42,11 +42,6 @@ class AnswerRequest:
         scores = {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}
         return {**self.stops(checkpoint), **scores}
 
-    def given(self) -> dict[str, bool]:
-        """Return which of the options, as the command line writes them, were given."""
-        given = {"--" + name.replace("_", "-"): value for name, value in vars(self).items()}
-        return {name: value not in (None, ()) for name, value in given.items()}
-
     def stops(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return the fields of `AnswerOptions` that say where answers end. Raises as `fields`."""
         if not self.stop:
