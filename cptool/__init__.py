@@ -9,6 +9,7 @@ is loaded at its first use.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cptool.engine.answers.records import TokenLogprob
     from cptool.functional import ring_attention, shard, shard_positions, unshard
     from cptool.llm.answers import Generation, Piece, Stream
     from cptool.llm.llm import LLM
@@ -25,6 +26,7 @@ __all__ = [
     "Piece",
     "Session",
     "Stream",
+    "TokenLogprob",
     "attention_partial",
     "merge_partials",
     "ring_attention",
@@ -40,6 +42,7 @@ _HOMES = {
     "Piece": "cptool.llm.answers",
     "Session": "cptool.llm.session",
     "Stream": "cptool.llm.answers",
+    "TokenLogprob": "cptool.engine.answers.records",
     "attention_partial": "cptool.ops.attention",
     "merge_partials": "cptool.ops.attention",
     "ring_attention": "cptool.functional",

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from cptool.checkpoint.tokenizer.stream import TextStream
+    from cptool.checkpoint.tokenizer.stops import StopStream
+    from cptool.engine.answers.records import TokenLogprob
 
 
 Tokens: TypeAlias = Generator[tuple[int, int], None, None]
@@ -22,17 +23,23 @@ Keep: TypeAlias = "Callable[[list[Generation]], None]"
 class Generation:
     """What the model appended to one sequence.
 
-    text: what the tokens add to the text before them; None if the model has no tokenizer.
-    token_ids: the tokens, a stop token included.
+    text: what the tokens add to the text before them, up to a stop text; None if the model has no
+        tokenizer.
+    token_ids: the tokens, those that end the answer included.
     prompt_tokens: number of tokens before them.
-    stopped: how the answer ended: "eos" after a token that ends one, "length" at the limit of
-        tokens, "interrupted" by the caller.
+    stopped: how the answer ended: "eos" after a token that ends one, "stop" at a stop text,
+        "length" at the limit of tokens, "interrupted" by the caller.
+    logprobs: one for each token, if they were requested.
+    prompt_logprobs: one for each of the last tokens before the answer, those that the call read, if
+        they were requested.
     """
 
     text: str | None
     token_ids: tuple[int, ...]
     prompt_tokens: int
     stopped: str
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Stream(Iterator[Piece]):
         before, and if nothing was generated.
     """
 
-    def __init__(self, tokens: Tokens, results: list[Generation], text: TextStream | None) -> None:
+    def __init__(self, tokens: Tokens, results: list[Generation], text: StopStream | None) -> None:
         """tokens: generates the answer, and puts it into `results` at the end, however it comes."""
         self._results = results
         self._pieces = _read(tokens, results, text)
@@ -84,7 +91,7 @@ class Stream(Iterator[Piece]):
 
 
 def _read(
-    tokens: Tokens, results: list[Generation], text: TextStream | None
+    tokens: Tokens, results: list[Generation], text: StopStream | None
 ) -> Generator[Piece, None, None]:
     """Yield the pieces. Not a method: a cycle would keep a stream that is left from being closed
     at once.
@@ -98,11 +105,11 @@ def _read(
                 yield Piece(said, tuple(held))
                 held.clear()
     if held and text:
-        yield Piece(text.flush() if is_whole(results[0].stopped) else "", tuple(held))
+        yield Piece(text.flush(ended=is_whole(results[0].stopped)), tuple(held))
 
 
 def is_whole(stopped: str) -> bool:
     """Return whether an answer that ended so goes on nowhere, so that a character which lacks bytes
     is U+FFFD in its text. Otherwise the tokens to come may complete it.
     """
-    return stopped not in ("length", "interrupted")
+    return stopped == "eos"

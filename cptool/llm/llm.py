@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from cptool import variants
+from cptool.checkpoint.tokenizer.stops import StopStream, before_stop
 from cptool.distributed.devices import resolve_device
 from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
@@ -175,12 +176,15 @@ class LLM:
             new=list(map(len, tokens)),
             held=[0] * len(tokens),
         )
+        wanted = dict(answering.wanted)
         return Continue(
             tokens=tuple(map(tuple, tokens)),
+            prompt_logprobs=wanted.pop("prompt_logprobs"),
             options=AnswerOptions(
                 limit=limit,
                 sampling=answering.sampling,
                 stop_ids=self.checkpoint.answer_ends(*tokens),
+                **wanted,
             ),
             slot=slot,
             fresh=not slot,
@@ -206,7 +210,9 @@ class LLM:
         results: list[Generation] = []
         tokens = self._tokens(request, after, results, keep)
         tokenizer = self.checkpoint.tokenizer()
-        return Stream(tokens, results, tokenizer.stream(after[0]) if tokenizer else None)
+        stops = request.options.stop_texts
+        text = StopStream(tokenizer.stream(after[0]), stops) if tokenizer else None
+        return Stream(tokens, results, text)
 
     def _tokens(
         self,
@@ -222,6 +228,9 @@ class LLM:
 
         after: the tokens whose text each answer goes on with.
         """
+        if request.options.stop_texts:
+            options = replace(request.options, after=tuple(map(len, after)))
+            request = replace(request, options=options)
         try:
             with self._running(lambda ranks, emit: ranks.answer(request, emit)) as running:
                 try:
@@ -240,17 +249,21 @@ class LLM:
     def _generations(
         self, request: Continue, answer: Answer, after: Sequence[Sequence[int]]
     ) -> list[Generation]:
-        tokenizer = self.checkpoint.tokenizer()
-        rows = zip(request.tokens, after, answer.token_ids, answer.stopped, strict=True)
-        return [
-            Generation(
-                text=tokenizer.text(ids, before, ended=is_whole(how)) if tokenizer else None,
-                token_ids=ids,
-                prompt_tokens=len(said),
-                stopped=how,
+        tokenizer, stops = self.checkpoint.tokenizer(), request.options.stop_texts
+        results = []
+        for b, (ids, how) in enumerate(zip(answer.token_ids, answer.stopped, strict=True)):
+            text = tokenizer.text(ids, after[b], ended=is_whole(how)) if tokenizer else None
+            results.append(
+                Generation(
+                    text=before_stop(text, stops) if text and how == "stop" else text,
+                    token_ids=ids,
+                    prompt_tokens=len(request.tokens[b]),
+                    stopped=how,
+                    logprobs=answer.logprobs[b] if answer.logprobs else None,
+                    prompt_logprobs=answer.prompt_logprobs[b] if answer.prompt_logprobs else None,
+                )
             )
-            for said, before, ids, how in rows
-        ]
+        return results
 
     def _call(self, request: Callable[[Resident], _T]) -> _T:
         """Return what the ranks reply."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
+from cptool.engine.answers.request import AnswerRequest
 from cptool.engine.sampling import Sampling
 from cptool.engine.sampling_request import SamplingRequest
 from cptool.errors import OptionError
@@ -33,6 +34,9 @@ class GenerateOptions(TypedDict, total=False):
     presence_penalty: lower the logits of tokens that the answer has by this, -2 to 2.
     frequency_penalty: lower a token's logit by this for each time that the answer has it, -2 to 2.
     logit_bias: a dict of token ids and what is added to their logits.
+    stop: a text or several that end an answer, which is shown up to it.
+    logprobs: report the log-probability of each token, and this many of the likeliest in its place.
+    prompt_logprobs: report the same of each token that the call reads.
     seed: of the draws, which depend on it, the sequence's index and the token's position alone.
 
     Where the default is None, it is the value of the model's author, if there is one. Without any,
@@ -48,15 +52,22 @@ class GenerateOptions(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     logit_bias: Mapping[int, float]
+    stop: str | Sequence[str]
+    logprobs: int | None
+    prompt_logprobs: int | None
     seed: int
 
 
 @dataclass(frozen=True)
 class Answering:
-    """The options of a call: complete, in range, and as the ranks take them."""
+    """The options of a call: complete, in range, and as the ranks take them.
+
+    wanted: what `AnswerRequest.fields` returns.
+    """
 
     max_tokens: int
     sampling: Sampling
+    wanted: Mapping[str, Any]
 
     @staticmethod
     def of(options: GenerateOptions, checkpoint: Checkpoint) -> Answering:
@@ -81,13 +92,20 @@ class Answering:
         if not isinstance(bias, Mapping):
             rule = "it must be a dict of token ids and numbers"
             raise OptionError("logit_bias", bias, rule, "such as {198: -5.5}")
+        stop = given.pop("stop", ())
+        wanted = AnswerRequest(
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            logprobs=given.pop("logprobs", None),
+            prompt_logprobs=given.pop("prompt_logprobs", None),
+        ).fields(checkpoint)
         request = SamplingRequest(**given, logit_bias=tuple(bias.items()))
-        return Answering(count, request.resolve(checkpoint))
+        return Answering(count, request.resolve(checkpoint), wanted)
 
 
 def takes_options(method: _Method) -> _Method:
     """Show the options in the signature and the help of a method that takes `**options`."""
-    defaults = {**vars(SamplingRequest()), "max_tokens": DEFAULT_TOKENS, "logit_bias": {}}
+    defaults = {**vars(SamplingRequest()), **vars(AnswerRequest())}
+    defaults |= {"max_tokens": DEFAULT_TOKENS, "logit_bias": {}}
     signature = inspect.signature(method)
     shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     for name, kind in GenerateOptions.__annotations__.items():

@@ -19,6 +19,7 @@ from test_cli import MQA_IDS, as_json
 import cptool
 from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.base import Checkpoint
+from cptool.engine.answers.request import AnswerRequest
 from cptool.engine.sampling_request import SamplingRequest
 from cptool.errors import OptionError, RunError, UserError
 
@@ -122,7 +123,8 @@ WRONG = [
 
 
 def test_options_are_those_of_the_commands(mqa_path, token_file, tmp_path):
-    assert set(cptool.GenerateOptions.__annotations__) == {"max_tokens", *SAMPLED}
+    reported = {f.name for f in fields(AnswerRequest)}
+    assert set(cptool.GenerateOptions.__annotations__) == {"max_tokens", *SAMPLED, *reported}
     assert {f.name for f in fields(SamplingRequest)} == set(SAMPLED)
     for method in (
         cptool.LLM.generate,
@@ -131,7 +133,7 @@ def test_options_are_those_of_the_commands(mqa_path, token_file, tmp_path):
         cptool.Session.stream,
         cptool.Session.chat,
     ):
-        assert set(SAMPLED) < set(inspect.signature(method).parameters)
+        assert {*SAMPLED, *reported} < set(inspect.signature(method).parameters)
         assert "\nrepetition_penalty: above 1" in method.__doc__
     given = ["--token-ids", token_file(BATCH), "-n", 9]
     for name, value in SAMPLED.items():
