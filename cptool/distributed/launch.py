@@ -43,8 +43,9 @@ def run(
 
     Under torchrun or srun this process joins that world and returns its own rank's value. Otherwise
     one rank runs in this process, and more are started as local processes
-    (`cptool.distributed.local`); then `entry` must be importable by name and `args` picklable, and
-    the ranks share this process's standard output and error.
+    (`cptool.distributed.local`). Then `entry` must be a function at the top level of a .py file
+    that ranks can import, `args` picklable, and a main module that is imported has what it does
+    under `if __name__ == "__main__"`. The ranks share this process's standard output and error.
 
     ranks: how many ranks to run, where and how. Without `threads`, each rank is bound to its share
         of the cores (`cptool.host.affinity`). A timeout below 5 s is raised to 5 s between running
@@ -53,10 +54,11 @@ def run(
     own: one last argument per rank that no other rank receives, such as its end of a connection;
         only for ranks that are started here.
 
-    Raises the UserError that a rank raised; RankFailed if a rank died or raised anything else
-    (with CPTOOL_TRACEBACK set, its traceback is on standard error); once all ranks are ended,
-    KeyboardInterrupt for SIGINT and SystemExit for SIGTERM. With one rank, exceptions propagate
-    unchanged, except that RunError replaces those of exhausted memory.
+    Raises UserError for an entry that ranks cannot import, and the one that a rank raised;
+    RankFailed if a rank died or raised anything else (with CPTOOL_TRACEBACK set, its traceback is
+    on standard error); once all ranks are ended, KeyboardInterrupt for SIGINT and SystemExit for
+    SIGTERM. With one rank, exceptions propagate unchanged, except that RunError replaces those of
+    exhausted memory.
     """
     ranks = ranks or RankOptions()
     ranks.check()

@@ -67,6 +67,8 @@ def launch(
     folder: a private folder in which the ranks meet.
     own: one last argument per rank.
     """
+    server_process.end_if_unguarded()
+    server_process.check_importable(entry)
     check_loopback()
     server_process.start(entry)
     ranks = replace(ranks, device=resolve_device(ranks.device, board.ranks))

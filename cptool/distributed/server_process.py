@@ -6,6 +6,7 @@ It has imported torch and started no thread of ours, so that ranks are up in a f
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from multiprocessing import forkserver, resource_tracker, util
+from types import ModuleType
 from typing import Any
 
 from cptool.distributed.stopped import is_stopped
@@ -38,7 +40,9 @@ def start(entry: Callable[..., Any]) -> None:
     # which any user of the machine could connect and have code run (CVE-2022-42919).
     util.abstract_sockets_supported = False  # type: ignore[misc]  # final, and no other way
     _choose_folder()
-    modules = ["torch.distributed", entry.__module__]
+    modules = ["torch.distributed"]
+    if entry.__module__ != "__main__":  # which each rank imports, as a module of another name
+        modules.append(entry.__module__)
     # The server ends with the thread that starts it, so only the main thread may tie it to itself.
     if threading.current_thread() is threading.main_thread():
         modules.insert(0, "cptool.distributed.fork_server")
@@ -115,16 +119,52 @@ def kill_if_stopped() -> None:
         ends_within(_KILLED_S)
 
 
+UNGUARDED = 76
+"""Exit code of a rank that would start ranks itself, while it imports the main module."""
+
+
+def check_importable(entry: Callable[..., Any]) -> None:
+    """Raise UserError unless processes of their own can import `entry` by its name."""
+    name, module = entry.__qualname__, sys.modules.get(entry.__module__)
+    try:
+        found = functools.reduce(getattr, name.split("."), module)
+    except AttributeError:
+        found = None
+    if found is not entry:
+        raise UserError(
+            f"{name} cannot be imported by ranks, which are processes of their own; define it at "
+            "the top level of a .py file"
+        )
+    if entry.__module__ == "__main__" and not _has_file(module):
+        raise UserError(
+            f"{name} is defined in a notebook, at a prompt or in standard input, from where ranks "
+            "cannot import it; put it into a .py file and import it from there"
+        )
+
+
+def _has_file(module: ModuleType | None) -> bool:
+    return os.path.isfile(getattr(module, "__file__", None) or "")
+
+
+def end_if_unguarded() -> None:
+    """End this process if it is a rank that is still importing the main module, which starts ranks
+    wherever it is imported.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(UNGUARDED)
+
+
 @contextlib.contextmanager
 def without_main_module(entry: Callable[..., Any]) -> Iterator[None]:
-    """Keep processes that the body starts from importing this one's main module, for cptool's
-    own `entry`.
+    """Keep processes that the body starts from importing this one's main module, if that has no
+    file or `entry` is cptool's own.
 
     multiprocessing imports it for objects that are pickled by its name, of which there are none
     then. So a script needs no `if __name__ == "__main__"` to use ranks.
     """
     main = sys.modules["__main__"]
-    if entry.__module__.partition(".")[0] != __name__.partition(".")[0]:
+    ours = entry.__module__.partition(".")[0] == __name__.partition(".")[0]
+    if not ours and _has_file(main):
         yield
         return
     spec = getattr(main, "__spec__", None)

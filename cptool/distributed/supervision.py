@@ -131,6 +131,11 @@ class Supervision:
         """
         if any(self._exitcode(rank) == -signal.SIGINT for rank in self.ended):
             return KeyboardInterrupt()
+        if any(self._exitcode(rank) == server_process.UNGUARDED for rank in self.ended):
+            return UserError(
+                "ranks import the main module, which starts ranks wherever it is imported; put "
+                'that part of it under `if __name__ == "__main__":`'
+            )
         failures, killed = self.board.failures(), self._killed()
         own = [failure for failure in failures if failure.kind != "communication"]
         if own and own[0].kind == "user":
