@@ -31,7 +31,7 @@ def say_prediction(turn: "Turn", ranks: "RankOptions", cached: Sequence[int]) ->
     from cptool.checkpoint import open_checkpoint
     from cptool.engine.figures import expected
 
-    found = expected(turn, open_checkpoint(turn.model).config, ranks, cached)
+    found = expected(turn, open_checkpoint(turn.model), ranks, cached)
     parts = []
     if found.ttft_s is not None:
         parts.append(f"{duration(found.ttft_s)} to the first token")

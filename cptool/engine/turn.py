@@ -213,7 +213,7 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
         flops=prefill_flops(model.config, new, cached),
         decode_bytes=decode_bytes(engine),
         ceiling_flops=engine.profile.ceiling(turn.dtype),
-        predicted=predicted(engine, turn, new, cached),
+        predicted=predicted(engine, turn, checkpoint, new=new, cached=cached),
         phases=profile.phases(sections) if profile else (),
         prompt_logprobs=scores,
     )

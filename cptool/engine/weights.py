@@ -13,7 +13,8 @@ from cptool.model.architectures.registry import find_family
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
 from cptool.model.shares import Bounds, divided, share
-from cptool.ops.stored import ENCODINGS, Blocks, StoredWeight, block_bytes
+from cptool.ops.encodings import BLOCKS, ENCODINGS
+from cptool.ops.stored import Blocks, StoredWeight
 from cptool.parallel import tensor_parallel
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _stored(checkpoint: Checkpoint, source: Source) -> StoredWeight | None:
         if stored.encoding not in ENCODINGS:
             return None
         data = checkpoint.read_stored(block.name, block.dim, block.bounds)
-        if data is None or data.shape[1] % block_bytes(stored.encoding):
+        if data is None or data.shape[1] % BLOCKS[stored.encoding][1]:
             return None
         heads = stored.interleaved_heads
         parts.append(Blocks(data, stored.encoding, stored.shape[0] // heads if heads else 0))

@@ -15,37 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cptool.ops.encodings import BLOCKS, ENCODINGS
 from cptool.ops.kernels import EXTENSION as _C
 from cptool.ops.kernels import cpu_stored_isa
-
-ENCODINGS = {
-    name: number
-    for number, name in enumerate(
-        (
-            *("BF16", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
-            *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
-        )
-    )
-}
-"""The types that products can read, with the values of csrc/stored.h's Encoding."""
-
-# Weights and bytes of a block.
-_BLOCKS = {
-    **{"BF16": (32, 64), "F16": (32, 64), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22)},
-    **{"Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110)},
-    **{"Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_NL": (32, 18)},
-    "IQ4_XS": (256, 136),
-}
 
 _PANEL_BYTES = 4 << 20
 """Of widened weights. They are written once and read once per block of rows, from a cache."""
 
 _local = threading.local()
-
-
-def block_bytes(encoding: str) -> int:
-    """Return the bytes of a block of a type; the kernels take plain types in blocks of 32."""
-    return _BLOCKS[encoding][1]
 
 
 @dataclass(frozen=True)
@@ -63,7 +40,7 @@ class Blocks:
     head_dim: int = 0
 
     def __post_init__(self) -> None:
-        weights, size = _BLOCKS[self.encoding]
+        weights, size = BLOCKS[self.encoding]
         rows, width = self.data.shape
         if self.data.dtype != torch.uint8 or self.data.stride(1) != 1 or width % size:
             raise ValueError(
@@ -76,7 +53,7 @@ class Blocks:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and depth of the matrix."""
-        weights, size = _BLOCKS[self.encoding]
+        weights, size = BLOCKS[self.encoding]
         return self.data.shape[0], self.data.shape[1] // size * weights
 
     @property

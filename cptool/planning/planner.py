@@ -40,6 +40,7 @@ class Workload:
     answer: int = 0
     dtype: str = "bfloat16"
     feed_forward: str | None = None
+    weight_size: float | None = None
     published: bool = False
     graphs: bool = True
     rule: str = "predicted"
@@ -229,6 +230,7 @@ def _forward(work: Workload, *, new: int, cached: int, cp: int, tp: int) -> Forw
         batch=work.batch,
         tp=tp,
         feed_forward=work.feed_forward,
+        weight_size=work.weight_size,
         partial_bytes=2 if work.published else 4,
     )
 

@@ -28,6 +28,7 @@ class Work:
     ranks: int
     tp: int
     partial_bytes: int = 4
+    weight_size: float | None = None
 
 
 def predicted_s(choice: Choice, forward: Forward, profile: HardwareProfile) -> float:
@@ -86,6 +87,7 @@ def _predicted(
         batch=batch,
         tp=work.tp,
         partial_bytes=work.partial_bytes,
+        weight_size=work.weight_size,
     )
     first = predicted_s(choose(variant, forward, profile), forward, profile) if new else None
     if work.answer < 2:

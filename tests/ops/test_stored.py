@@ -7,9 +7,10 @@ import torch
 from gguf.quants import dequantize
 
 from cptool.ops import stored
+from cptool.ops.encodings import ENCODINGS
 from cptool.ops.kernels import cpu_isas, force_cpu_isa
 from cptool.ops.linear import FEW_ROWS, linear
-from cptool.ops.stored import ENCODINGS, Blocks, StoredWeight
+from cptool.ops.stored import Blocks, StoredWeight
 
 HALVES = {
     **{"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q6_K": (208,)},

@@ -45,3 +45,12 @@ def test_where_the_figures_come_from_is_said():
     assert (found.source, found.calibrated) == ("calibrated 2026-11-29", "2026-11-29")
     assert found.fields(decoding=True)["predicted_ttit_ms"] == pytest.approx(1e3 * found.ttit_s)
     assert "predicted_ttit_ms" not in found.fields(decoding=False)
+
+
+def test_weights_that_stay_as_stored_are_read_in_their_bytes():
+    """A decode step is bound by them; many rows hardly notice."""
+    plain, stored = (
+        predict_turn(work(ranks=1, **fields), "auto", CPU) for fields in ({}, {"weight_size": 0.5})
+    )
+    assert stored.ttit_s < 0.4 * plain.ttit_s
+    assert 0.9 * plain.ttft_s < stored.ttft_s < plain.ttft_s

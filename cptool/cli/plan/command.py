@@ -22,7 +22,7 @@ from cptool.cli.options.records import as_object
 from cptool.cli.options.types import Duration, TokenCount
 from cptool.cli.plan.search import Search
 from cptool.distributed.devices import resolve_device
-from cptool.engine.options import resolve_dtype
+from cptool.engine.options import mean_weight_size, resolve_dtype
 from cptool.engine.world_profile import machine_profile
 from cptool.errors import OptionError, UserError
 from cptool.model import shares
@@ -273,6 +273,9 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
         answer=run.answer,
         dtype=dtype,
         feed_forward=_feed_forward(run, dtype, profile),
+        weight_size=(
+            mean_weight_size(checkpoint, dtype, profile.device) if checkpoint is not None else None
+        ),
         published=run.as_published,
         graphs=not run.eager,
         rule=on.rule,

@@ -17,7 +17,9 @@ class Forward:
     sequences, taken as equally long. tp: tensor-parallel ranks that divide each CP rank's heads and
     widths. feed_forward: dtype of gate, up and down where it is not `dtype` ("float8": row-wise,
     activations rounded on the way in). partial_bytes: of an element of a partial output that
-    travels. graph: replayed as one CUDA graph, so that the host takes no time.
+    travels. graph: replayed as one CUDA graph, so that the host takes no time. weight_size: bytes
+    of a weight in memory, on average, where weights stay as a file stores them; else those of the
+    dtype.
     """
 
     config: LlamaConfig
@@ -31,6 +33,7 @@ class Forward:
     feed_forward: str | None = None
     partial_bytes: int = 4
     graph: bool = False
+    weight_size: float | None = None
 
     # Below: what rank 0 of the active ones holds and computes, the most of any rank.
 
@@ -108,6 +111,10 @@ class Forward:
     def partial(self, queries: float) -> float:
         """Return the bytes of outputs and float32 LSEs, one per head (paper, appendix C)."""
         return queries * (self.query_width * self.partial_bytes + self.heads * 4)
+
+    def weight_bytes(self, parameters: float, dtype: str) -> float:
+        """Return the bytes of that many weights in memory, for products in `dtype`."""
+        return parameters * (self.weight_size or ELEMENT_BYTES[dtype])
 
     def linear_layers(self) -> tuple[tuple[float, str], tuple[float, str]]:
         """Return (parameters per rank, dtype) of attention's and the feed-forward's products."""

@@ -1,7 +1,7 @@
 """The memory that a rank needs, so that what does not fit is rejected before anything starts."""
 
 from cptool.model.row_limits import ROWS_AT_ONCE
-from cptool.planning.cost.forward import ELEMENT_BYTES, Forward
+from cptool.planning.cost.forward import Forward
 from cptool.variants import MessageBytes, find
 
 RESERVED = 0.04
@@ -15,9 +15,10 @@ def memory_per_rank(variant: str, forward: Forward) -> dict[str, float]:
     """
     config, e = forward.config, forward.element
     layers = config.num_hidden_layers
-    weights = sum(n * ELEMENT_BYTES[dtype] for n, dtype in forward.linear_layers()) * layers
+    weights = sum(forward.weight_bytes(*matrix) for matrix in forward.linear_layers()) * layers
     tables = 1 if config.tie_word_embeddings else 2
-    weights += tables * config.vocab_size * config.hidden_size * e
+    table = config.vocab_size * config.hidden_size
+    weights += tables * forward.weight_bytes(table, forward.dtype)
     held = -(-(forward.cached + forward.new) // forward.ranks)
     kv = layers * held * forward.kv_width * e + 4 * held
     return {

@@ -40,14 +40,19 @@ class Rates:
         """Return the seconds of `rows` rows times a matrix, on each of `ranks` ranks.
 
         As measured; else a roofline whose two terms add: few rows wait for the matrix, and many
-        rows still wait for the first part of it.
+        rows still wait for the first part of it. Rates are measured with weights of the dtype: of
+        weights that are stored in fewer bytes, the bytes that need not be read are taken off.
         """
-        measured = self.row_rates(dtype, ranks)
+        measured, bandwidth = self.row_rates(dtype, ranks), self.profile.memory_bandwidth
+        read = self.forward.weight_bytes(parameters, dtype) / bandwidth
         if measured:
-            return measured.product(parameters, rows)
+            seconds = measured.product(parameters, rows)
+            if self.forward.weight_size is None:
+                return seconds
+            saved = parameters * ELEMENT_BYTES[dtype] / bandwidth - read
+            return max(seconds - saved, read)
         rates = self.profile.linear_flops
         rate = rates.get(dtype) or rates[self.forward.dtype]
-        read = parameters * ELEMENT_BYTES[dtype] / self.profile.memory_bandwidth
         return 2 * parameters * rows / rate + read
 
     def attention(

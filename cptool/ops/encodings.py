@@ -1,0 +1,20 @@
+"""The types of stored weights that products can read. Imports no torch."""
+
+ENCODINGS = {
+    name: number
+    for number, name in enumerate(
+        (
+            *("BF16", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+            *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+        )
+    )
+}
+"""The types that products can read, with the values of csrc/stored.h's Encoding."""
+
+BLOCKS = {
+    **{"BF16": (32, 64), "F16": (32, 64), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22)},
+    **{"Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110)},
+    **{"Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_NL": (32, 18)},
+    "IQ4_XS": (256, 136),
+}
+"""Weights and bytes of a block; the kernels take plain types in blocks of 32."""
