@@ -18,8 +18,11 @@ from material import command
 
 WITHIN_S = 30
 """Seconds in which a run ends after a kill, on a busy machine."""
-PHASES = ("prefill", "decode", "chat", "compact")
+PHASES = ("prefill", "decode", "chat", "conversations", "compact")
 VICTIMS = ("rank", "launcher", "all")
+DOCUMENTS = ("the weather", "down the ships and the weather")
+"""Messages that no answer follows in the session before the turn."""
+QUESTIONS = ("what did the keeper write", "and the ships")
 
 
 def run(model: Path, root: Path, count: int, seed: int, watch=lambda text: None) -> dict:
@@ -32,11 +35,16 @@ def run(model: Path, root: Path, count: int, seed: int, watch=lambda text: None)
     options = ["--device", "cpu", "--threads", "1"]
     _must(["prefill", model, "--synthetic", 64, "--session", base, *options], places)
     _must(["decode", base, "-n", 4, *options], places)
+    pending = root / "pending"
+    shutil.rmtree(pending, ignore_errors=True)
+    documents = [word for text in DOCUMENTS for word in ("--prompt", text)]
+    _must(["prefill", model, "--chat", *documents, "--session", pending, *options], places)
+    bases = dict.fromkeys(PHASES, base) | {"conversations": pending}
     counts, failures = Counter(), []
     for number in range(count):
         rng = random.Random(f"{seed} {number}")
         phase, victim = PHASES[number % len(PHASES)], rng.choice(VICTIMS)
-        told = _one(model, base, root / "s", places, phase, victim, rng)
+        told = _one(model, bases[phase], root / "s", places, phase, victim, rng)
         counts["failed" if told else "sound"] += 1
         if told:
             failures.append({"number": number, "phase": phase, "victim": victim, "told": told})
@@ -60,6 +68,8 @@ def _one(model, base, session, places, phase, victim, rng) -> str | None:
     else:
         shutil.copytree(base, session)
         arguments = ["decode", session, "-n", 60, "--cp", 2, *options]
+        if phase == "conversations":
+            arguments += [word for text in QUESTIONS for word in ("--prompt", text)]
         if phase == "compact":
             arguments = ["session", "compact", session]
     before = _state(session)
@@ -107,7 +117,10 @@ def _sound(arguments, said, session, before, phase, places) -> str | None:
     elif before is not None:
         return "the session is gone"
     after = _state(session)
-    if before is not None and after[: len(before)] != before:
+    if phase == "conversations":  # the questions join the documents, so tokens are replaced
+        if wrong := _wrong_messages(_messages(session)):
+            return wrong
+    elif before is not None and after[: len(before)] != before:
         return f"tokens {before} became {after}"
     if phase == "chat" and after is not None:
         arguments, said = ["chat", session, *arguments[2:]], "and then\n/save\n"
@@ -187,6 +200,26 @@ def _state(session: Path) -> list | None:
         return json.loads((session / "manifest.json").read_text())["sequences"][0]["tokens"]
     except FileNotFoundError:
         return None
+
+
+def _messages(session: Path) -> list:
+    """What each conversation of the session says: roles and texts."""
+    done = subprocess.run(
+        command("session", "show", session, "--json"), capture_output=True, text=True, check=True
+    )
+    told = json.loads(done.stdout)["messages"]
+    return [[(m["role"], m["content"]) for m in conversation] for conversation in told or []]
+
+
+def _wrong_messages(found: list) -> str | None:
+    """None if all conversations are as before the turn, or all as after it."""
+    before = [[("user", text)] for text in DOCUMENTS]
+    joined = zip(DOCUMENTS, QUESTIONS, strict=True)
+    after = [[("user", f"{document}\n\n{question}")] for document, question in joined]
+    answered = all(len(said) == 2 and said[1][0] == "assistant" for said in found)
+    if found == before or (answered and [said[:1] for said in found] == after):
+        return None
+    return f"messages became {found}"
 
 
 def _must(arguments: list, places: Path) -> None:
