@@ -1,11 +1,5 @@
 """The Python front door: a model on its ranks, generation for a batch, sessions on disk.
 
-    import cptool
-
-    with cptool.LLM("smollm2-135m-instruct", cp=2) as llm:
-        for result in llm.generate(["The capital of France is"], max_tokens=8):
-            print(result.text)
-
 The model is loaded once, onto `cp` x `tp` ranks of this machine, and stays there until the `LLM` is
 closed. Importing this module imports no torch.
 """
@@ -32,7 +26,7 @@ from cptool.engine.requests import Answer, Continue
 from cptool.engine.turn import Setup
 from cptool.errors import OptionError, RunError, UserError, explain
 from cptool.llm.answers import Generation, Keep, Stream, Tokens, is_whole
-from cptool.llm.options import Answering, GenerateOptions, takes_options
+from cptool.llm.options import Answering, GenerateOptions, describes_options, takes_options
 from cptool.llm.prompts import Prompt, before_answers, encoded, tokenizer_of
 from cptool.llm.running import Emit, Running
 from cptool.llm.session import Session
@@ -53,6 +47,14 @@ _T = TypeVar("_T")
 class LLM:
     """A model loaded on local ranks; a context manager that ends them.
 
+        with cptool.LLM("smollm2-135m-instruct", cp=2) as llm:
+            for result in llm.generate(["The capital of France is"], max_tokens=8):
+                print(result.text)
+
+    `generate` continues a batch of prompts, `stream` gives one answer piece by piece, and `session`
+    keeps sequences and conversations on disk. A prompt is a text, a list of token ids taken as they
+    are, or a list of chat messages, {"role": "user", "content": "..."}, for the model's template.
+
     model: a directory in the Hugging Face or Meta layout, a .gguf file, a catalogue name, or a hub
         id, as for the commands.
     cp, tp: context-parallel ranks, and tensor-parallel ranks per context-parallel rank.
@@ -63,8 +65,9 @@ class LLM:
     context_length: allow this many positions, whatever the model's files say.
 
     Results do not depend on the number of ranks or on earlier calls. Calls from several threads run
-    one after another. The ranks end with `close`, at the end of a `with` block, when the object is
-    garbage collected, and when the process ends, however it does.
+    one after another. KeyboardInterrupt stops the ranks within a layer and leaves the LLM usable; a
+    second one, while they stop, ends them. The ranks end with `close`, at the end of a `with`
+    block, when the object is garbage collected, and when the process ends, however it does.
 
     Raises UserError for arguments that cannot be, before any rank starts, and RunError if the ranks
     fail to start; no rank is left then.
@@ -126,13 +129,12 @@ class LLM:
         """The model's tokenizer. Raises UserError if it has none."""
         return tokenizer_of(self.checkpoint)
 
+    @describes_options
     @takes_options
     def generate(
         self, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]
     ) -> list[Generation]:
         """Continue each prompt, as one batch.
-
-        KeyboardInterrupt stops the ranks and leaves the LLM usable.
 
         Raises UserError for a prompt that is empty, too long or not of the model's vocabulary, and
         for an option out of range.
@@ -152,7 +154,7 @@ class LLM:
                     print(piece.text, end="", flush=True)
             print(stream.result.stopped)
 
-        The tokens are those of `generate`. Raises what it does.
+        Options and tokens are those of `generate`. Raises what it does.
         """
         answering = Answering.of(options, self.checkpoint)
         tokens = encoded([prompt], self.checkpoint, begin=True)

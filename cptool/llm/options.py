@@ -103,7 +103,7 @@ class Answering:
 
 
 def takes_options(method: _Method) -> _Method:
-    """Show the options in the signature and the help of a method that takes `**options`."""
+    """Show the options in the signature of a method that takes `**options`."""
     defaults = {**vars(SamplingRequest()), **vars(AnswerRequest())}
     defaults |= {"max_tokens": DEFAULT_TOKENS, "logit_bias": {}}
     signature = inspect.signature(method)
@@ -116,5 +116,10 @@ def takes_options(method: _Method) -> _Method:
             )
         )
     method.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return method
+
+
+def describes_options(method: _Method) -> _Method:
+    """Append the description of the options to a method's help."""
     method.__doc__ = f"{inspect.getdoc(method)}\n\n{inspect.getdoc(GenerateOptions)}"
     return method

@@ -117,8 +117,8 @@ class Session:
             fixes the number of sequences.
         raw: append texts and token ids as they are, also in a conversation, which then ends.
 
-        Raises what `LLM.generate` does; RunError also if another process has continued the session
-        meanwhile.
+        The options are those of `LLM.generate`. Raises what that does; RunError also if another
+        process has continued the session meanwhile.
         """
         turn = self._turn(prompts, raw, Answering.of(options, self._llm.checkpoint))
         return self._llm._answers(*turn)
@@ -133,8 +133,8 @@ class Session:
     ) -> Stream:
         """Return the pieces of an answer while it is generated, in a session of one sequence.
 
-        The turn is saved at the end of the stream, and where it is closed before; see
-        `LLM.stream` and `Session.generate`.
+        The turn is saved at the end of the stream, and where it is closed before. Prompt, `raw` and
+        errors are those of `Session.generate`, options those of `LLM.generate`.
         """
         prompts = None if prompt is None else [prompt]
         turn = self._turn(prompts, raw, Answering.of(options, self._llm.checkpoint))
@@ -154,8 +154,9 @@ class Session:
     ) -> Generation:
         """Answer a question in a conversation and save the turn; a new session begins one.
 
-        `cptool chat` and `cptool decode` continue it. system: a system message before the first
-        question.
+        `cptool chat` and `cptool decode` continue it. The options are those of `LLM.generate`.
+
+        system: a system message before the first question.
         """
         if system is not None and self._sequences:
             raise UserError("`system` is for the first question of a new session; leave it out")

@@ -134,7 +134,7 @@ def test_options_are_those_of_the_commands(mqa_path, token_file, tmp_path):
         cptool.Session.chat,
     ):
         assert {*SAMPLED, *reported} < set(inspect.signature(method).parameters)
-        assert "\nrepetition_penalty: above 1" in method.__doc__
+    assert "\nrepetition_penalty: above 1" in cptool.LLM.generate.__doc__
     given = ["--token-ids", token_file(BATCH), "-n", 9]
     for name, value in SAMPLED.items():
         values = [f"{i}={x}" for i, x in value.items()] if name == "logit_bias" else [value]
