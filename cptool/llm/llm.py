@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from cptool.errors import OptionError, RunError, UserError, explain
 from cptool.llm.answers import Generation, Keep, Stream, Tokens, is_whole
 from cptool.llm.options import Answering, GenerateOptions, describes_options, takes_options
 from cptool.llm.prompts import Prompt, before_answers, encoded, tokenizer_of
-from cptool.llm.running import Emit, Running
+from cptool.llm.running import Emit, Running, Turns
 from cptool.llm.session import Session
 from cptool.model import shares
 from cptool.model.context import answer_limit
@@ -106,8 +105,7 @@ class LLM:
             options=EngineOptions(variant=variant),
             state=self.checkpoint.state,
         )
-        self._lock = threading.Lock()
-        self._holder: int | None = None
+        self._turns = Turns()
         self._slots = itertools.count(1)
         self._resident: Resident = Resident(setup, ranks)
         with _one_line():
@@ -206,11 +204,18 @@ class LLM:
         return results
 
     def _stream(
-        self, request: Continue, after: Sequence[Sequence[int]], keep: Keep | None = None
+        self,
+        request: Continue,
+        after: Sequence[Sequence[int]],
+        keep: Keep | None = None,
+        within: contextlib.AbstractContextManager[None] | None = None,
     ) -> Stream:
-        """Return the pieces of the answer to a request for one sequence; see `_tokens`."""
+        """Return the pieces of the answer to a request for one sequence; see `_tokens`.
+
+        within: entered before the first token, and left once the answer is kept.
+        """
         results: list[Generation] = []
-        tokens = self._tokens(request, after, results, keep)
+        tokens = _within(within, self._tokens(request, after, results, keep))
         tokenizer = self.checkpoint.tokenizer()
         stops = request.options.stop_texts
         text = StopStream(tokenizer.stream(after[0]), stops) if tokenizer else None
@@ -278,7 +283,7 @@ class LLM:
 
         Close this LLM if they failed, or if a second interrupt did not wait for them.
         """
-        with self._held(), _one_line():
+        with self._turns.next(), _one_line():
             if not self._ended.alive:
                 raise RunError(_CLOSED)
             running = Running(self._resident, request)
@@ -293,20 +298,11 @@ class LLM:
                         self._ended.detach()
                         self._resident.abandon()
 
-    @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
-        """Keep other calls waiting while the body runs; refuse those of the same thread."""
-        if self._holder == threading.get_ident():
-            raise UserError(
-                "this thread is reading a stream of this LLM; read it to its end, or close it, "
-                "before another call"
-            )
-        with self._lock:
-            self._holder = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._holder = None
+
+def _within(context: contextlib.AbstractContextManager[None] | None, tokens: Tokens) -> Tokens:
+    """Yield the tokens from within a context, which is left after they are closed."""
+    with context or contextlib.nullcontext(), contextlib.closing(tokens):
+        yield from tokens
 
 
 _CLOSED = "this LLM is closed, so its ranks have ended; make another one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Generic, TypeAlias, TypeVar
 
@@ -14,6 +15,29 @@ Emit: TypeAlias = Callable[[int, int], None]
 """Takes a sequence's index and a token of its answer."""
 
 _T = TypeVar("_T")
+
+
+class Turns:
+    """A lock for calls that take turns. A thread that holds it is refused: it reads a stream."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+
+    @contextmanager
+    def next(self) -> Iterator[None]:
+        """Keep other threads' calls waiting while the body runs."""
+        if self._holder == threading.get_ident():
+            raise UserError(
+                "this thread is reading a stream of this LLM; read it to its end, or close it, "
+                "before another call"
+            )
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
 
 
 class Running(Generic[_T]):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cptool.engine.requests import Close, Continue, Open, Save
@@ -13,6 +14,7 @@ from cptool.files import expanded, make_private
 from cptool.llm.answers import Generation, Keep, Stream
 from cptool.llm.options import Answering, GenerateOptions, takes_options
 from cptool.llm.prompts import Prompt, check_listed, encoded, is_messages, messages_of
+from cptool.llm.running import Turns
 from cptool.session import manifest as manifests
 from cptool.session import store
 from cptool.session.conversation import find_dialogues
@@ -40,6 +42,8 @@ class Session:
     Every call commits a turn before it returns, so a process that is killed loses at most the turn
     under way; one that KeyboardInterrupt ends, or a stream that is closed, keeps what was said. KV
     stays on the ranks until the session is closed, at the end of a `with` block or with the LLM.
+    Calls from several threads run one after another; a stream that other turns have overtaken
+    before its first piece is refused.
 
     tokens: every token of each sequence so far, prompts and answers; empty in a new session.
     """
@@ -47,6 +51,7 @@ class Session:
     def __init__(self, llm: LLM, directory: str | os.PathLike[str]) -> None:
         self._llm, self.directory = llm, expanded(directory)
         self._slot = str(next(llm._slots))
+        self._turns = Turns()
         self._sequences: tuple[manifests.Sequence, ...] = ()
         self._dialogues: tuple[Dialogue, ...] | None = None
         self._fault: Damaged | None = None
@@ -120,8 +125,9 @@ class Session:
         The options are those of `LLM.generate`. Raises what that does; RunError also if another
         process has continued the session meanwhile.
         """
-        turn = self._turn(prompts, raw, Answering.of(options, self._llm.checkpoint))
-        return self._llm._answers(*turn)
+        answering = Answering.of(options, self._llm.checkpoint)
+        with self._turns.next():
+            return self._llm._answers(*self._turn(prompts, raw, answering))
 
     @takes_options
     def stream(
@@ -137,14 +143,16 @@ class Session:
         errors are those of `Session.generate`, options those of `LLM.generate`.
         """
         prompts = None if prompt is None else [prompt]
-        turn = self._turn(prompts, raw, Answering.of(options, self._llm.checkpoint))
+        answering = Answering.of(options, self._llm.checkpoint)
+        with self._turns.next():
+            before, turn = self._sequences, self._turn(prompts, raw, answering)
         request = turn[0]
         if len(request.tokens) != 1:
             raise UserError(
                 f"{self.directory} has {len(request.tokens)} sequences, a stream is of one; "
                 "use generate"
             )
-        stream = self._llm._stream(*turn)
+        stream = self._llm._stream(*turn, within=self._going_on_from(before))
         self._open = weakref.ref(stream)
         return stream
 
@@ -189,6 +197,18 @@ class Session:
 
         request = self._llm._request(tokens, answering, self._slot)
         return request, following.before_answers(self._sequences or _EMPTY * len(tokens)), keep
+
+    @contextmanager
+    def _going_on_from(self, before: tuple[manifests.Sequence, ...]) -> Iterator[None]:
+        """Keep other turns waiting while the body runs. Raises UserError if there was one since the
+        session held `before`: the body would undo it.
+        """
+        with self._turns.next():
+            if self._sequences is not before:
+                raise UserError(
+                    f"{self.directory} has gone on since this stream was made; make another stream"
+                )
+            yield
 
     def _next(self, prompts: Sequence[Prompt] | None, raw: bool) -> NextTurn:
         """Return what the sequences are to hold before they are answered."""
