@@ -1,6 +1,7 @@
 """`--stop`, `--logprobs` and `--prompt-logprobs` against transformers, on the real model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from test_cli import MQA_IDS, as_json, cptool
 from transformers import AutoTokenizer
 
 from cptool.checkpoint import open_checkpoint
+from cptool.cli.answers import logprobs
+from cptool.engine.answers.records import TokenLogprob
 from cptool.session import store
 
 TEXT = "The three primary colours are"
@@ -141,3 +144,11 @@ def test_mistakes_are_one_line(smollm2_path, options, told):
 def test_stop_texts_need_a_tokenizer(mqa_path, token_file):
     asked = ("generate", mqa_path, "--token-ids", token_file([1, 2]), "--stop", "a")
     assert "--stop needs a tokenizer" in cptool(*asked, code=2).stderr
+
+
+@pytest.mark.parametrize("logprob", [-800.0, float("-inf")])
+def test_a_table_of_tokens_that_the_model_excludes(capsys, logprob):
+    scores = ((TokenLogprob(5, None, ()), TokenLogprob(7, logprob, ((3, 0.0),))),)
+    report = SimpleNamespace(prompt_logprobs=scores, logprobs=None)
+    logprobs.show(report, SimpleNamespace(keep=None, prompts=((5, 7),)), None)
+    assert "perplexity inf" in capsys.readouterr().err

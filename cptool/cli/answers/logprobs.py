@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def _table(
         return
     numbered = list(enumerate(scores, start))
     mean = sum(known) / len(known)
-    caption = f"{some(len(known), 'token')}: mean {mean:.4f}, perplexity {math.exp(-mean):.4g}"
+    caption = f"{some(len(known), 'token')}: mean {mean:.4f}, perplexity {_power(-mean):.4g}"
     if len(numbered) > _MOST_ROWS:
         numbered = sorted(numbered, key=lambda pair: _or_zero(pair[1].logprob))[:_SURPRISES]
         caption += f"; above, the {_SURPRISES} least likely; --json has all"
@@ -112,6 +113,11 @@ def _spelled(token: int, tokenizer: Tokenizer | None) -> str:
         return str(token)
     text = tokenizer.decode([token], control=True)
     return repr(tokenizer.spelling(token) if "\ufffd" in text or not text else text)
+
+
+def _power(exponent: float) -> float:
+    """Return e to this power, infinity if it is too large for a number."""
+    return math.exp(exponent) if exponent < math.log(sys.float_info.max) else math.inf
 
 
 def _ordinal(n: int) -> str:

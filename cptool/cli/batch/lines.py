@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -177,8 +178,9 @@ class _Reader:
     def _check_id(self, given: Any, number: int) -> None:
         if given is None:
             return
-        if type(given) not in (str, int, float) or given != given:
-            raise UserError(f'"id" is {shown(given)}; it must be a text or a number')
+        whole = type(given) in (str, int)
+        if not whole and (type(given) is not float or not math.isfinite(given)):
+            raise UserError(f'"id" is {shown(given)}; it must be a text or a finite number')
         if (before := self.numbers.setdefault(given, number)) != number:
             raise UserError(f'"id" {shown(given)} is that of line {before}; each must be unique')
 
@@ -235,7 +237,9 @@ class _Reader:
 def _parsed(row: bytes) -> dict[str, Any]:
     """Return the fields of a line; a text alone is a prompt."""
     try:
-        value = json.loads(row.decode("utf-8"))
+        value = json.loads(row.decode("utf-8"), object_pairs_hook=_once)
+    except UserError:  # a ValueError too
+        raise
     except UnicodeDecodeError as error:
         raise UserError(f"it is not UTF-8 text (byte {error.start}); convert it first") from None
     except (ValueError, RecursionError) as error:
@@ -245,6 +249,16 @@ def _parsed(row: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"it is {shown(value)}; write an object, {_FORMAT}")
     return value
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's fields; UserError for a name that it has twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"it has {shown(twice)} twice; leave one out")
+    return fields
 
 
 def _kind(fields: Mapping[str, Any]) -> str:
