@@ -314,3 +314,9 @@ def test_no_module_is_left_out_of_the_order():
 
 if __name__ == "__main__":
     pytest.main([__file__])
+
+
+def test_test_files_have_names_of_their_own():
+    """Pytest imports them by name, and would refuse to collect the second of two."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert {name: count for name, count in names.items() if count > 1} == {}
