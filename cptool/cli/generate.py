@@ -34,7 +34,6 @@ DEFAULT_TOKENS = 256
     epilog=examples(
         'cptool generate smollm2-135m-instruct --chat --prompt "Why is the sky blue?"',
         'cptool generate MODEL --chat --file doc.txt --prompt "Sum it up." --cp 2',
-        "cat prompt.txt | cptool generate MODEL --json",
         "cptool generate MODEL --batch-file prompts.jsonl --output answers.jsonl",
     ),
 )

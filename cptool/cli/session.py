@@ -73,7 +73,7 @@ def show(directory: Path, as_json: bool) -> None:
 
 def _rows(manifest: Manifest, fields: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of the table of `show`."""
-    tokens, cached = (", ".join(map(str, fields[name])) for name in ("tokens", "cached"))
+    tokens, cached = (", ".join(f"{n:,}" for n in fields[k]) for k in ("tokens", "cached"))
     model = manifest.model
     turns = " -> ".join("+".join(map(str, turn)) for turn in manifest.turns)
     return [

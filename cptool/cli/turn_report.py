@@ -1,5 +1,6 @@
 """What a turn did, as rows of a table, fields of JSON, and the phases of a profile."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,8 @@ def say_prediction(turn: "Turn", ranks: "RankOptions", cached: Sequence[int]) ->
     if found.ttit_s is not None:
         parts.append(f"{duration(found.ttit_s)} for each further {_step(len(turn.prompts))}")
     if parts:
-        say(f"predicted: {', '.join(parts)} ({found.source})")
+        line, width = f"predicted: {', '.join(parts)} ({found.source})", tables.room(to_stderr=True)
+        say(textwrap.fill(line, width) if width else line)
 
 
 def _step(batch: int) -> str:

@@ -65,7 +65,7 @@ def test_each_prompt_is_answered_as_alone(smollm2_path, answered, tokenizer, tmp
     file = write_lines(tmp_path / "in.jsonl", *lines)
     asked = ("generate", smollm2_path, "--temperature", 0, "-n", 7, "--cp", cp)
     done = cptool(*asked, "--batch-file", file, "--output", out)
-    assert done.stdout == "" and f"5, {sum(map(len, ids))} tokens" in done.stderr
+    assert done.stdout == "" and f"5, of {sum(map(len, ids))} tokens together" in done.stderr
     answers = read_answers(out)
     assert [each["token_ids"] for each in answers] == expected
     assert [each["text"] for each in answers] == [

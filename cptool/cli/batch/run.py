@@ -243,7 +243,10 @@ class _Run:
         }
         ends = ", ".join(f"{n:,} {named.get(why, why)}" for why, n in self.ends.items())
         rows = [
-            ("prompts", f"{self.written:,}{before}, {some(progress.prompt_tokens, 'token')}"),
+            (
+                "prompts",
+                f"{self.written:,}{before}, of {some(progress.prompt_tokens, 'token')} together",
+            ),
             ("ranks", f"{ranks.cp} cp x {ranks.tp} tp on {ranks.device}, {self.job.dtype}"),
             ("batches", f"{self.batches:,}, of {_most(self.job.batch)}"),
             (

@@ -76,7 +76,7 @@ class Terminal:
         """Let /save without a directory continue this session."""
         self.saved = (directory, revision)
         draw.say(
-            f"{directory}: {self.conversation.dialogue.answers} answers, "
+            f"{directory}: {some(self.conversation.dialogue.answers, 'answer')}, "
             f"{len(self.conversation.tokens):,} tokens so far"
         )
         if self.conversation.dialogue.pending:
