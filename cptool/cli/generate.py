@@ -22,6 +22,7 @@ from cptool.cli.options.models import context_option, open_model
 from cptool.cli.options.next_turn import begun
 from cptool.cli.options.prompts import Prompts, chat_prompt_options
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
+from cptool.cli.options.samples import check_samples, samples_option
 from cptool.cli.options.sampling import SamplingRequest, sampling_options
 from cptool.cli.turns import SessionRequest, session_options
 from cptool.engine.options import EngineOptions, resolve_dtype
@@ -40,6 +41,7 @@ DEFAULT_TOKENS = 256
 @click.argument("model", shell_complete=completion.models)
 @chat_prompt_options
 @tokens_option(DEFAULT_TOKENS)
+@samples_option
 @sampling_options
 @answering_options
 @output_options
@@ -55,6 +57,7 @@ def generate(
     model: str,
     asked: Prompts,
     count: int | None,
+    samples: int,
     sampler: SamplingRequest,
     wanted: AnswerRequest,
     output: OutputRequest,
@@ -70,23 +73,24 @@ def generate(
 
     MODEL is a directory in Hugging Face's layout or in Meta's, a .gguf file, a name known to
     `cptool pull`, or a hub id. Several prompts are a batch, whose answers are written whole, in
-    order. Without a prompt option, standard input is the prompt unless it is a terminal.
-    --batch-file answers a whole file of prompts.
+    order, as are several samples. Without a prompt option, standard input is the prompt unless it
+    is a terminal. --batch-file answers a whole file of prompts.
     """
     output.check()
-    batch.check(asked, output, {"--session": kept.directory, "--profile": profile})
+    others = {"--session": kept.directory, "--profile": profile, "--samples": samples > 1}
+    batch.check(asked, output, others)
     asked = asked if batch else _or_piped(asked)
     check_profile(profile)
     manifest = kept.open(dtype)
     checkpoint = open_model(model, context_length)
     sampling, placed = sampler.resolve(checkpoint), ranks.resolve(checkpoint.config)
+    check_samples(samples, sampling, kept.directory)
     compute_dtype = resolve_dtype(dtype, checkpoint, placed.device)
     shared: Any = {"dtype": compute_dtype, "options": attention, "sampling": sampling}
     if batch:
         places: Any = {"batch": batch, "texts": asked, "checkpoint": checkpoint, "ranks": placed}
         job = Job(wanted=wanted, answering=wanted.fields(checkpoint), **places, **shared)
-        count = DEFAULT_TOKENS if count is None else count
-        return answer_file(job, sampler, count=count, as_json=output.as_json)
+        return answer_file(job, sampler, count=count or DEFAULT_TOKENS, as_json=output.as_json)
     prompts = asked.read(checkpoint, begin=True)
     sequences = [prompt.tokens for prompt in prompts]
     turn = kept.turn(
@@ -95,6 +99,7 @@ def generate(
         prompts,
         max_new_tokens=tokens_to_append(count, DEFAULT_TOKENS, checkpoint.config, new=sequences),
         stop_ids=checkpoint.answer_ends(*sequences),
+        samples=samples,
         profile=profile,
         chat=begun(prompts, asked, kept.directory, manifest),
         **shared,
@@ -106,7 +111,7 @@ def generate(
         output,
         tokenizer=checkpoint.tokenizer(),
         prompts=sequences,
-        after=[() if asked.chat else tokens for tokens in sequences],
+        after=[() if asked.chat else said for said in sequences for _ in range(samples)],
         sampling=sampler.describe(sampling),
     )
 

@@ -37,7 +37,9 @@ def say_prediction(turn: "Turn", ranks: "RankOptions", cached: Sequence[int]) ->
     if found.ttft_s is not None:
         parts.append(f"{duration(found.ttft_s)} to the first token")
     if found.ttit_s is not None:
-        parts.append(f"{duration(found.ttit_s)} for each further {_step(len(turn.prompts))}")
+        parts.append(
+            f"{duration(found.ttit_s)} for each further {_step(turn.samples * len(turn.prompts))}"
+        )
     if parts:
         line, width = f"predicted: {', '.join(parts)} ({found.source})", tables.room(to_stderr=True)
         say(textwrap.fill(line, width) if width else line)

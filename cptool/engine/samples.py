@@ -17,6 +17,11 @@ from cptool.planning.strategy import Choice
 from cptool.variants import find
 
 
+def sampled(engine: Engine, samples: int, *, room: int) -> Engine:
+    """Return what answers each prompt that `engine` has read `samples` times: itself for once."""
+    return engine if samples == 1 else Samples(engine, samples, room=room)
+
+
 class Samples(Engine):
     """The sequences of `prompts`, each `samples` times: sequence b * samples + s goes on from
     sequence b, as its sample s.

@@ -60,6 +60,7 @@ class Turn(Setup):
     max_new_tokens: append up to this many tokens to each sequence.
     sampling, stop_ids, stop_texts, stop_tokens, after, logprobs: those of `AnswerOptions`.
     prompt_logprobs: report as many of each token of the prompts as `logprobs` does of an answer's.
+    samples: answers to each prompt, one after another, which share its KV; 1 with a session.
     profile: file to write a trace of all ranks to.
     chat: the messages of each sequence, if they are conversations: those that are answered, or
         whose last answer goes on.
@@ -75,6 +76,7 @@ class Turn(Setup):
     after: tuple[int, ...] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    samples: int = 1
     profile: str | None = None
     chat: tuple[Dialogue, ...] | None = None
 
@@ -104,8 +106,8 @@ class Report:
     `exposed_s` is time that attention waited for other ranks during the prefill, `wire_bytes` what
     this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank reads
     for one step of decode. `ceiling_flops` is what a rank of this hardware can reach, None where
-    that is unknown. `phases` holds the time per phase if the turn requested a profile.
-    `stopped` says how each answer ended: `Answers`. `predicted` is what the cost model expects.
+    that is unknown. `phases` holds the time per phase if the turn requested a profile. `stopped`
+    says how each answer ended: `Answers`. `predicted` is what the cost model expects.
     """
 
     tokens: int
@@ -160,6 +162,7 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
     """
     from cptool.engine.answers.decode import decode, next_tokens
     from cptool.engine.answers.logprobs import extend
+    from cptool.engine.samples import sampled
 
     began = time.perf_counter()
     checkpoint, model = load_for(world, turn)
@@ -171,13 +174,15 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
 
     _allow_cancelling(world)
     waits, loaded = contention.waits(), time.perf_counter()
-    scores = extend(engine, turn.prompts, turn.prompt_logprobs, reserve=turn.max_new_tokens)
+    room = turn.max_new_tokens if turn.samples == 1 else 0
+    scores = extend(engine, turn.prompts, turn.prompt_logprobs, reserve=room)
     first = tuple(next_tokens(engine, turn.sampling))
     answered, waited = time.perf_counter(), contention.longest_since(waits)
     choice, exposed, sent = engine.choice, engine.ring.exposed_s, engine.ring.sent_bytes
     new = [computed - before for computed, before in zip(engine.computed, cached, strict=True)]
+    answering = sampled(engine, turn.samples, room=turn.max_new_tokens)
     answers = decode(
-        engine,
+        answering,
         turn.answers,
         tokenizer=tokenizer,
         emit=emit if world.rank == 0 else None,
@@ -201,7 +206,7 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
         tp=world.tp,
         device=str(world.device),
         dtype=turn.dtype,
-        **_chosen(choice, engine.choice if steps > 0 else None),
+        **_chosen(choice, answering.choice if steps > 0 else None),
         load_s=loaded - began,
         ttft_s=answered - loaded,
         processor_wait_s=max(world.gather(waited)),
@@ -211,7 +216,7 @@ def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = No
         exposed_s=exposed,
         wire_bytes=sent,
         flops=prefill_flops(model.config, new, cached),
-        decode_bytes=decode_bytes(engine),
+        decode_bytes=decode_bytes(answering),
         ceiling_flops=engine.profile.ceiling(turn.dtype),
         predicted=predicted(engine, turn, checkpoint, new=new, cached=cached),
         phases=profile.phases(sections) if profile else (),

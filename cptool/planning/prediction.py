@@ -15,7 +15,8 @@ from cptool.planning.strategy import AUTO, STATIC_ROWS, Choice, choose
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A turn: `new[b]` tokens of sequence b over `cached[b]` ones, then up to `answer` tokens each.
+    """A turn: `new[b]` tokens of sequence b over `cached[b]` ones, then up to `answer` tokens of
+    each of its `samples` answers, which share the KV before them.
 
     The other fields are those of `cptool.planning.cost.forward.Forward`.
     """
@@ -27,6 +28,7 @@ class Work:
     answer: int
     ranks: int
     tp: int
+    samples: int = 1
     partial_bytes: int = 4
     weight_size: float | None = None
 
@@ -92,7 +94,9 @@ def _predicted(
     first = predicted_s(choose(variant, forward, profile), forward, profile) if new else None
     if work.answer < 2:
         return first, None
-    step = replace(forward, new=batch, cached=cached + new + batch * (work.answer // 2))
+    batch *= work.samples
+    answers = batch * (work.answer // 2)  # half of what they will hold
+    step = replace(forward, new=batch, batch=batch, cached=cached + new + answers)
     if profile.device != "cpu" and variant == AUTO and batch <= STATIC_ROWS:
         step = replace(step, graph=True)
         static = ALL_Q.name if work.ranks > 1 else choose(variant, step, profile).variant

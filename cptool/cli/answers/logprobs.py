@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cptool.cli import draw, verbosity
+from cptool.cli.answers.numbers import number, places
 from cptool.cli.figures import tables
 from cptool.cli.figures.tables import Column
 from cptool.units import some
@@ -56,9 +57,11 @@ def show(report: Report, turn: Turn, tokenizer: Tokenizer | None) -> None:
         of = f" {b + 1}" if len(starts) > 1 else ""
         if report.prompt_logprobs is not None:
             _table(f"prompt{of}", report.prompt_logprobs[b], start, tokenizer)
-        if report.logprobs is not None:
-            begin = start + len(turn.prompts[b])
-            _table(f"answer{of}", report.logprobs[b], begin, tokenizer)
+        for n, (prompt, _) in enumerate(places(turn)):
+            if report.logprobs is not None and prompt == b:
+                begin = start + len(turn.prompts[b])
+                of = f" {number(turn, n)}" if len(report.logprobs) > 1 else ""
+                _table(f"answer{of}", report.logprobs[n], begin, tokenizer)
 
 
 def _table(

@@ -68,7 +68,7 @@ class OutputRequest:
             return writers.OneObject(turn, tokenizer, echo, after)
         if self.json_lines:
             return writers.JsonLines(turn, tokenizer, echo, after)
-        if len(turn.prompts) == 1 and tokenizer is not None:
+        if len(after) == 1 and tokenizer is not None:
             return writers.OneText(turn, tokenizer, "".join(echo), after[0])
         return writers.Texts(turn, tokenizer, echo, after)
 

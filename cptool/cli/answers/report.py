@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cptool.checkpoint.tokenizer.stops import before_stop
 from cptool.cli import draw, turn_report
 from cptool.cli.answers import logprobs
+from cptool.cli.answers.numbers import number, places
 from cptool.cli.draw import Rows
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def fields(
         "ttit_ms": report.ttit_ms,
         "tokens_per_s": report.tokens_per_s,
         **report.predicted.fields(decoding=True),
+        "sequence": [b for b, _ in places(turn)],
+        "sample": [s for _, s in places(turn)],
         "token_ids": [list(ids) for ids in report.token_ids],
         "text": texts(report, turn, tokenizer, after),
         "stopped": list(report.stopped),
@@ -95,14 +98,15 @@ def answer_rows(report: Report, turn: Turn) -> Rows:
 
 def draw_table(report: Report, turn: Turn, tokenizer: Tokenizer | None, sampling: str) -> None:
     """Print a table on standard error: what was done, and how tokens were sampled."""
-    for b, ids in enumerate(report.token_ids, 1):
+    for n, ids in enumerate(report.token_ids):
         if turn.max_new_tokens and not ids:
             draw.say(
-                f"sequence {b}: its answer has ended; give it a next turn, as with --prompt",
+                f"sequence {number(turn, n)}: its answer has ended; give it a next turn, as with "
+                "--prompt",
                 always=True,
             )
         elif len(ids) == 1 and ids[0] in turn.stop_ids:
-            which = "the answer" if len(report.token_ids) == 1 else f"answer {b}"
+            which = "the answer" if len(report.token_ids) == 1 else f"answer {number(turn, n)}"
             token = tokenizer.spelling(ids[0]) if tokenizer else f"id {ids[0]}"
             draw.say(f"{which} ended at its first token ({token})")
     rows = turn_report.prefill_rows(report) if report.tokens else []

@@ -1,7 +1,7 @@
 """What writes answers to standard output: text as it comes, whole answers, or JSON.
 
-`prompts` are the texts to write before the answers, none without --echo. `after` are the tokens of
-each sequence whose text its answer goes on with: a character that they leave unfinished is written
+`prompts` are the texts to write before the answers, none without --echo. `after` are, for each
+answer, the tokens whose text it goes on with: a character that they leave unfinished is written
 with it, whole.
 """
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cptool.checkpoint.tokenizer.stops import StopStream
 from cptool.cli import json_output
 from cptool.cli.answers import report as reports
+from cptool.cli.answers.numbers import number, places
 from cptool.cli.answers.stream import AnswerStream, Output
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ class OneText:
 
 
 class Texts:
-    """The answers of a batch: each whole, after its number and its prompt, in order, as soon as it
-    and those before it have ended. Token ids without a tokenizer.
+    """Several answers: each whole, after its number and its prompt, in order, as soon as it and
+    those before it have ended. Token ids without a tokenizer. The prompt of several samples stands
+    once, on a line before them.
     """
 
     def __init__(
@@ -62,11 +64,11 @@ class Texts:
         after: Sequence[Sequence[int]],
     ) -> None:
         self._turn, self._tokenizer, self._prompts, self._after = turn, tokenizer, prompts, after
-        self._answers: list[list[int]] = [[] for _ in turn.prompts]
+        self._answers: list[list[int]] = [[] for _ in after]
         self._streams = _streams(turn, tokenizer, after)
         self._written = 0
         self._output = Output()
-        self.emit = self._take if len(turn.prompts) > 1 else None
+        self.emit = self._take if len(after) > 1 else None
 
     def _take(self, sequence: int, token_id: int) -> None:
         self._answers[sequence].append(token_id)
@@ -85,14 +87,19 @@ class Texts:
         return self._turn.answers.ended(self._answers[b], self._turn.max_new_tokens, found=found)
 
     def _write(self, answer: Sequence[int], why: str) -> None:
-        prompt = self._prompts[self._written] if self._prompts else ""
+        b, s = places(self._turn)[self._written]
+        prompt = self._prompts[b] if self._prompts else ""
+        if prompt and self._turn.samples > 1:
+            if s == 0:
+                self._output.write(f"[{b + 1}] {prompt}\n")
+            prompt = ""
         if self._tokenizer is None:
             text = " ".join(map(str, answer))
         else:
             before, stop = self._after[self._written], self._turn.stop_texts
             text = reports.text(answer, why, stop, tokenizer=self._tokenizer, after=before)
+        self._output.write(f"[{number(self._turn, self._written)}] {prompt}{text}\n")
         self._written += 1
-        self._output.write(f"[{self._written}] {prompt}{text}\n")
 
 
 class OneObject:
@@ -132,15 +139,16 @@ class JsonLines:
 
     def emit(self, sequence: int, token_id: int) -> None:
         self._write_prompts()
-        text = self._streams[sequence].push(token_id) if self._streams else None
-        self._write({"type": "token", "sequence": sequence, "token": token_id, "text": text})
+        self._write_token(
+            sequence, token_id, self._streams[sequence].push(token_id) if self._streams else None
+        )
 
     def finish(self, report: Report) -> None:
         self._write_prompts()
         for sequence, stream in enumerate(self._streams or ()):
             ended = reports.has_ended(report.stopped[sequence])
             if text := stream.flush(ended=ended):  # the answer ends within a character, say
-                self._write({"type": "token", "sequence": sequence, "token": None, "text": text})
+                self._write_token(sequence, None, text)
         fields = {
             "type": "result",
             **reports.fields(report, self._turn, self._tokenizer, self._after),
@@ -153,6 +161,10 @@ class JsonLines:
         for sequence, prompt in enumerate(self._prompts):
             self._write({"type": "prompt", "sequence": sequence, "text": prompt})
         self._prompts = ()
+
+    def _write_token(self, answer: int, token: int | None, text: str | None) -> None:
+        b, s = places(self._turn)[answer]
+        self._write({"type": "token", "sequence": b, "sample": s, "token": token, "text": text})
 
     def _write(self, fields: dict[str, Any]) -> None:
         self._output.write(json_output.plain_line(fields) + "\n")
