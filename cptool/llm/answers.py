@@ -58,7 +58,7 @@ class Piece:
 class Stream(Iterator[Piece]):
     """An iterator of the pieces of one answer; a context manager that closes it.
 
-    The ranks generate while pieces are read. Closed before its end, by `close`, at the end of a
+    The ranks generate ahead of what is read. Closed before its end, by `close`, at the end of a
     `with` block or when it is garbage collected, a stream stops the answer within a token, or
     within a layer of its prompt. Until it has ended or is closed, other threads' calls of this
     LLM wait, and those of the thread that reads it are refused.
