@@ -19,13 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 TESTS = (
     "ops/test_ops",
+    "ops/test_stored",
     "ops/test_ops_properties",
     "ops/test_tokenwise",
     "ops/test_fused_layer",
     "engine/test_static_decode",
     "test_cache",
 )
-SHORT = "few_rows_of_any_heads or rows_around or empty or into or slots or few_queries or strided"
+SHORT_TESTS = TESTS[:2]
+SHORT = (
+    "few_rows_of_any_heads or rows_around or empty or into or slots or few_queries or strided "
+    "or any_bytes"
+)
 # torch keeps memory for as long as the process lives. A module that throws needs the C++ library
 # before the sanitizer looks for its functions, so it is loaded first too.
 OPTIONS = {
@@ -82,7 +87,7 @@ def run(kind: str, short: bool) -> int:
             str(ROOT / "tests" / "ops" / "threads_check.py"),
         ]
     else:
-        tests = [str(ROOT / "tests" / f"{name}.py") for name in TESTS[: 1 if short else None]]
+        tests = [str(ROOT / "tests" / f"{name}.py") for name in (SHORT_TESTS if short else TESTS)]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
         command += ["--durations=0", "--durations-min=10"]
         command += ["-k", SHORT] if short else []

@@ -164,9 +164,14 @@ class Supervision:
         known = -exitcode in set(signal.Signals)
         name = signal.Signals(-exitcode).name if known else f"signal {-exitcode}"
         death = f"rank {rank} (pid {pid}) was killed by {name} during {doing}"
-        if -exitcode == signal.SIGKILL:
-            death += " (as the system does where memory, or a control group's limit, runs out)"
+        if reason := _REASONS.get(-exitcode):
+            death += f" (as the system does where {reason})"
         return death
 
 
 ENDED = "all ranks were ended"
+
+_REASONS: dict[int, str] = {
+    signal.SIGKILL: "memory, or a control group's limit, runs out",
+    signal.SIGBUS: "a file of weights was truncated while it was in use, or could not be read",
+}

@@ -47,7 +47,9 @@ def load_model(
 
     With a `world` it is this rank's share of the tensor-parallel group, sums included. Matrices
     that are stored in fewer bits than float32 and computed with in float32 on a CPU stay in the
-    file as they are (`cptool.ops.stored`; the page cache is their memory). Otherwise, on a CPU, a
+    file as they are (`cptool.ops.stored`; the page cache is their memory). What a run has in the
+    file must stay there: replacing the file changes nothing, writing to it changes weights, and
+    truncating it ends the ranks that read beyond its end (SIGBUS). Otherwise, on a CPU, a
     single rank that has room for twice the weights copies them, for they are read faster from large
     pages; if not, parameters that are stored as they are needed stay in the file, and the ranks of
     a machine hold one copy of the rest between them, each having filled a part. Collective over the

@@ -107,6 +107,8 @@ class StoredWeight:
         Raises IndexError for one that the matrix does not have.
         """
         (part,) = self.parts
+        if indices.dtype != torch.int64:
+            raise ValueError(f"indices are {indices.dtype}; they must be int64")
         flat = indices.reshape(-1).contiguous()
         if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]:
             raise IndexError(f"indices must be from 0 to {self.shape[0] - 1}")

@@ -42,7 +42,7 @@ inline Vector all_lanes(float value) {
 #elif defined(__AVX2__)
   return _mm256_set1_ps(value);
 #else
-  return Vector{} + value;
+  return value - Vector{};  // not a sum, for -0 + 0 is 0
 #endif
 }
 
@@ -99,21 +99,21 @@ struct Rows {
   static constexpr int kCount = kNumber;
 };
 
-// sums[r][c] = x[r] . w[c] for kRows rows of x and kCount rows of w, `gap` bytes apart.
-template <class Block, int kRows, int kCount>
+// sums[r][c] = x[r] . w[c] for kRows rows of x and kColumns rows of w, `gap` bytes apart.
+template <class Block, int kRows>
 void stored_products(const uint8_t* w, int64_t gap, const float* x, int64_t x_stride, int64_t depth,
                      float (&sums)[kGroup][kColumns]) {
-  Vector acc[kRows][kCount] = {};
-  Block blocks[kCount];
+  Vector acc[kRows][kColumns] = {};
+  Block blocks[kColumns];
   for (int64_t k = 0; k < depth; k += Block::kWeights, w += Block::kBytes) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kCount; ++c) blocks[c].begin(w + c * gap);
+    for (int c = 0; c < kColumns; ++c) blocks[c].begin(w + c * gap);
     for (int run = 0; run < Block::kWeights / Block::kRun; ++run) {
 #pragma GCC unroll 8
       for (int part = 0; part < Block::kRun / kPart; ++part) {
         const float* at = x + k + run * Block::kRun + part * kPart;
 #pragma GCC unroll 4
-        for (int c = 0; c < kCount; ++c) {
+        for (int c = 0; c < kColumns; ++c) {
           Vector weights[kPartVectors];
           blocks[c].widen(run, part, weights);
 #pragma GCC unroll 4
@@ -128,11 +128,7 @@ void stored_products(const uint8_t* w, int64_t gap, const float* x, int64_t x_st
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    Vector columns[kColumns] = {};
-    for (int c = 0; c < kCount; ++c) columns[c] = acc[r][c];
-    sums_of(columns, sums[r]);
-  }
+  for (int r = 0; r < kRows; ++r) sums_of(acc[r], sums[r]);
 }
 
 // Where the file's row `row` belongs in the matrix (StoredMatrix::head_dim).
@@ -149,7 +145,8 @@ inline int64_t row_of(const StoredMatrix& w, int64_t row) {
   return row - in_head + 2 * (in_head % half) + in_head / half;
 }
 
-template <class Block, int kCount>
+// Computes the columns that four rows of the file make, `apart` rows from each other.
+template <class Block>
 inline void stored_columns(const StoredLinearArgs& args, int64_t column, int64_t apart) {
   const uint8_t* w = static_cast<const uint8_t*>(args.w.at) + column * args.w.stride;
   const int64_t gap = apart * args.w.stride, depth = args.w.depth, stride = args.x_stride;
@@ -157,19 +154,18 @@ inline void stored_columns(const StoredLinearArgs& args, int64_t column, int64_t
   const auto run = [&](auto rows) {
     constexpr int kRows = decltype(rows)::kCount;
     float sums[kGroup][kColumns];
-    stored_products<Block, kRows, kCount>(w, gap, args.x + row * stride, stride, depth, sums);
+    stored_products<Block, kRows>(w, gap, args.x + row * stride, stride, depth, sums);
     for (int r = 0; r < kRows; ++r) {
       float* out = args.out + (row + r) * args.out_stride;
-      for (int c = 0; c < kCount; ++c) out[place_of(args.w, column + c * apart)] = sums[r][c];
+      for (int c = 0; c < kColumns; ++c) out[place_of(args.w, column + c * apart)] = sums[r][c];
     }
     row += kRows;
   };
-  // One column at a time is for what four leave over.
 #if defined(__AVX512F__)
-  while (kCount > 1 && args.rows - row >= 4) run(Rows<4>{});
+  while (args.rows - row >= 4) run(Rows<4>{});
 #endif
 #if defined(__FMA__)
-  while (kCount > 1 && args.rows - row >= 2) run(Rows<2>{});
+  while (args.rows - row >= 2) run(Rows<2>{});
 #endif
   while (args.rows - row >= 1) run(Rows<1>{});
 }
@@ -215,11 +211,11 @@ constexpr StoredKernels kStored = {
         using Block = decltype(block);
         const int64_t apart = (end - begin) / kColumns;
         for (int64_t n = begin; n < begin + apart; ++n) {
-          stored_columns<Block, kColumns>(args, n, apart);
+          stored_columns<Block>(args, n, apart);
         }
-        for (int64_t n = begin + kColumns * apart; n < end; ++n) {
-          stored_columns<Block, 1>(args, n, 1);
-        }
+        // What four leave over, at most three rows of a matrix, is computed four times each: code
+        // for single rows would be a third more, for next to nothing.
+        for (int64_t n = begin + kColumns * apart; n < end; ++n) stored_columns<Block>(args, n, 0);
       });
     },
     [](const WidenArgs& args, int64_t begin, int64_t end) {

@@ -1,20 +1,25 @@
 """Models whose weights stay as the file stores them compute what the widened weights compute."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf_checkpoint import HEADS, KV_HEADS, SHAPES, interleave, write
+from gguf_checkpoint import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, SHAPES, interleave, write
 from llama_reference import random_llama
-from test_weights import mapping_of, matrices, without_the_others
+from meta_checkpoint import save_meta
+from test_weights import assert_same, mapping_of, matrices, without_the_others
 
 from cptool.checkpoint import open_checkpoint
+from cptool.distributed.failure import RankFailed
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.engine.answers.decode import decode
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
 from cptool.engine.weights import load_model
+from cptool.model.llama import BiasedLinear
 from cptool.ops.stored import StoredWeight
 
 MIXED = {
@@ -148,3 +153,65 @@ def test_interleaved_rows_are_those_of_a_half_split_file(tmp_path):
     weight = model.layers[0].self_attn.qkv_proj.weight
     values = [checkpoint.read(f"model.layers.0.self_attn.{p}_proj.weight") for p in "qkv"]
     assert torch.equal(weight.widened(), torch.cat(values))
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_shares_of_interleaved_heads(tp, tmp_path):
+    """Whole heads of queries, and the key-value head of each of several ranks that it is for."""
+    matrices_of = {name: "Q8_0" for name in SHAPES if "norm" not in name}
+    write(tmp_path / "h.gguf", None, {**matrices_of, "blk.0.attn_k": "F16"})
+    checkpoint = open_checkpoint(str(tmp_path / "h.gguf"))
+    whole = [checkpoint.read(f"model.layers.0.self_attn.{part}_proj.weight") for part in "qkv"]
+    queries, keys = HIDDEN // tp, HEAD_DIM * max(1, KV_HEADS // tp)
+    for rank in range(tp):
+        model = load_model(checkpoint, torch.float32, "cpu", without_the_others(rank, tp))
+        assert len(kept_in(model)) == 6
+        first = HEAD_DIM * (rank * KV_HEADS // tp)
+        kv = [rows[first : first + keys].float() for rows in whole[1:]]
+        wanted = torch.cat([whole[0][queries * rank : queries * (rank + 1)], *kv])
+        assert torch.equal(model.layers[0].self_attn.qkv_proj.weight.widened(), wanted)
+
+
+@pytest.mark.parametrize(("files", "kept"), [(1, 14), (2, 0)])
+def test_metas_files_are_read_where_they_lie_unless_they_are_several(files, kept, tmp_path):
+    """Rows of queries and keys are interleaved, and several files each have a part of a matrix."""
+    shape = dict(vocab_size=96, hidden_size=64, intermediate_size=128)
+    reference = random_llama(shape, tmp_path / "hf", torch.bfloat16)
+    checkpoint = open_checkpoint(str(save_meta(reference, tmp_path / "meta", files)))
+    model = load_model(checkpoint, torch.float32, "cpu")
+    assert len(kept_in(model)) == kept
+    assert_same(matrices(model), reference, torch.float32)
+
+
+def test_a_bias_is_added(tmp_path):
+    """What a family adds stays a parameter beside the matrix."""
+    types = {name: "Q8_0" for name in SHAPES if "norm" not in name}
+    write(tmp_path / "b.gguf", None, types)
+    model = load_model(open_checkpoint(str(tmp_path / "b.gguf")), torch.float32, "cpu")
+    weight = model.layers[0].self_attn.qkv_proj.weight
+    with torch.inference_mode():
+        biased = BiasedLinear(HIDDEN, weight.shape[0], "cpu")
+        bias = torch.randn(weight.shape[0])
+        biased.bias.copy_(bias)
+        del biased.weight
+        vars(biased)["weight"] = weight
+        for rows in (1, 3, 40):
+            x = torch.randn(rows, HIDDEN)
+            assert torch.equal(biased(x), weight.linear(x) + bias)
+
+
+def truncated_under(world, path):
+    """Rank 1 computes with the weights of a file that has been emptied."""
+    model = load_model(open_checkpoint(path), torch.float32, "cpu", world)
+    world.barrier()
+    if world.rank == 1:
+        os.truncate(path, 0)
+        model.logits(torch.ones(1, HIDDEN))
+    world.barrier()
+
+
+def test_a_file_that_is_truncated_under_a_run_ends_it_in_one_line(tmp_path):
+    mixed(tmp_path / "m.gguf")
+    ranks = RankOptions(cp=2, device="cpu", threads=1)
+    with pytest.raises(RankFailed, match=r"^rank 1 .* SIGBUS during .* was truncated while it was"):
+        run(truncated_under, str(tmp_path / "m.gguf"), ranks=ranks)

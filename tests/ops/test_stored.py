@@ -1,10 +1,14 @@
 """Weights as files store them: GGML's blocks, bfloat16 and float16."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cptool.ops import stored
 from cptool.ops.encodings import ENCODINGS
@@ -18,6 +22,9 @@ HALVES = {
     "IQ4_XS": (0,),
 }
 """Where the float16 scales of a block are; any other byte may have any value."""
+
+SPECIAL_HALVES = (0, 0x8000, 1, 0x83FF, 0x0400, 0x7BFF, 0x7C00, 0xFC00, 0x7C01, 0x7E00, 0xFFFF)
+"""Zeros, subnormal and extreme values, infinities, and what is no number, signalling and quiet."""
 
 PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -52,6 +59,12 @@ def check(weight, x, values):
     assert ((weight.linear(x) - exact).abs() <= scale * x.shape[1] * 2**-24).all()
 
 
+def same_bits(found, expected):
+    """Equal to the bit, the sign of 0 included; anything that is no number equals any other."""
+    equal = found.view(torch.int32) == expected.view(torch.int32)
+    return (equal | (found.isnan() & expected.isnan())).all()
+
+
 def depth_of(encoding, blocks):
     return blocks * max(32, gguf.GGML_QUANT_SIZES[_kind(encoding)][0])
 
@@ -74,6 +87,39 @@ def test_weights_have_the_bits_of_the_gguf_package(encoding, isa):
                 out = torch.empty(count, rows)
                 stored._multiply_few(x, part, out)
                 assert torch.equal(out, linear(x, values)), count
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@settings(deadline=None, max_examples=8)
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 9), offset=st.integers(0, 3))
+def test_any_bytes_are_widened_like_the_gguf_package(encoding, isa, seed, rows, offset):
+    """Scales that are infinite, no numbers, subnormal or -0, at odd addresses, and nothing behind
+    the last block (the sanitizers see a read there).
+    """
+    rng, kind = np.random.default_rng(seed), _kind(encoding)
+    depth = depth_of(encoding, 2)
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (rows, depth // weights, size), dtype=np.uint8)
+    for at in HALVES.get(encoding, ()):
+        special = rng.choice(SPECIAL_HALVES, raw.shape[:2])
+        any_half = rng.integers(0, 1 << 16, raw.shape[:2])
+        halves = np.where(rng.random(raw.shape[:2]) < 0.5, special, any_half).astype("<u2")
+        raw[..., at : at + 2] = halves[..., None].view(np.uint8)
+    raw = raw.reshape(rows, -1)
+    with np.errstate(all="ignore"):
+        values = torch.from_numpy(dequantize(raw, kind))
+    memory = torch.empty(offset + raw.size, dtype=torch.uint8)
+    memory[offset:] = torch.from_numpy(raw).flatten()
+    part = Blocks(memory[offset:].view(raw.shape), encoding)
+    weight, x = StoredWeight([part]), torch.randn(5, depth)
+    with force_cpu_isa(isa):
+        assert same_bits(weight.widened(), values)
+        out = torch.empty(5, rows)
+        stored._multiply_few(x, part, out)
+        assert same_bits(out, linear(x, values))
+        indices = torch.arange(rows).flip(0)
+        assert same_bits(weight.gather(indices), values[indices])
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -129,6 +175,21 @@ def test_threads_do_not_change_the_bits():
     assert torch.equal(one, linear(x, values))
 
 
+def test_callers_in_several_threads_do_not_disturb_each_other():
+    """Each has its own panel, in inference mode and out of it."""
+    part, values = matrix("Q4_0", 257, 512)
+    weight = StoredWeight([part])
+
+    def call(number):
+        x = torch.randn(40 + number, 512, generator=torch.Generator().manual_seed(number))
+        for inference in (True, False, True):
+            with torch.inference_mode(inference):
+                check(weight, x, values)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(call, range(16)))
+
+
 def test_what_does_not_fit_is_refused():
     part, _ = matrix("Q4_0", 4, 64)
     with pytest.raises(ValueError, match=r"whole blocks of 18 bytes \(32 weights of Q4_0\)"):
@@ -140,7 +201,10 @@ def test_what_does_not_fit_is_refused():
         weight.linear(torch.zeros(1, 32))
     with pytest.raises(ValueError, match="must be float32"):
         weight.linear(torch.zeros(1, 64, dtype=torch.bfloat16))
-    with pytest.raises(IndexError, match="from 0 to 3"):
-        weight.gather(torch.tensor([4]))
+    for index in (4, -1):
+        with pytest.raises(IndexError, match="from 0 to 3"):
+            weight.gather(torch.tensor([0, index]))
+    with pytest.raises(ValueError, match=r"indices are torch.int32; they must be int64"):
+        weight.gather(torch.tensor([0], dtype=torch.int32))
     with pytest.raises(ValueError, match="depths"):
         StoredWeight([part, matrix("Q4_0", 4, 96)[0]])
