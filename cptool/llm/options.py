@@ -93,6 +93,8 @@ class Answering:
             rule = "it must be a dict of token ids and numbers"
             raise OptionError("logit_bias", bias, rule, "such as {198: -5.5}")
         stop = given.pop("stop", ())
+        if not isinstance(stop, Sequence):
+            raise OptionError("stop", stop, "it must be a text or a list of texts", "leave it out")
         wanted = AnswerRequest(
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             logprobs=given.pop("logprobs", None),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from numbers import Integral
 from operator import index
 from typing import TYPE_CHECKING, TypeAlias, cast
@@ -38,7 +38,8 @@ def check_listed(prompts: Sequence[Prompt]) -> None:
 
 def is_messages(prompt: Prompt) -> bool:
     """Return whether a prompt is chat messages."""
-    return not isinstance(prompt, str) and bool(len(prompt)) and isinstance(prompt[0], Mapping)
+    some = not isinstance(prompt, str) and isinstance(prompt, Sized) and bool(len(prompt))
+    return some and isinstance(prompt[0], Mapping)
 
 
 def encoded(prompts: Sequence[Prompt], checkpoint: Checkpoint, *, begin: bool) -> list[list[int]]:

@@ -119,6 +119,7 @@ WRONG = [
     ("logit_bias", {301: 1.0}),
     ("logit_bias", [(1, 1.0)]),
     ("seed", "a"),
+    ("stop", 5),
 ]
 
 
@@ -172,6 +173,7 @@ def test_mistakes_are_one_line_and_the_ranks_go_on(mqa_path, smollm2_path, tmp_p
             ([{"role": "user", "content": "a"}], "`prompts` must be a list"),
             ([1, 2], "`prompts` must be a list"),
             ([[1.5]], "prompt 1: it must be a text, a list of token ids"),
+            ([[1], None], "prompt 2: it must be a text, a list of token ids"),
             ([[1], []], "prompt 2: it is empty"),
             ([[301]], "prompt 1: token id 301 is not in the model's vocabulary"),
             (["text"], "has no tokenizer"),
