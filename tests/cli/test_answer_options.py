@@ -150,5 +150,5 @@ def test_stop_texts_need_a_tokenizer(mqa_path, token_file):
 def test_a_table_of_tokens_that_the_model_excludes(capsys, logprob):
     scores = ((TokenLogprob(5, None, ()), TokenLogprob(7, logprob, ((3, 0.0),))),)
     report = SimpleNamespace(prompt_logprobs=scores, logprobs=None)
-    logprobs.show(report, SimpleNamespace(keep=None, prompts=((5, 7),)), None)
+    logprobs.show(report, SimpleNamespace(keep=None, prompts=((5, 7),), samples=1), None)
     assert "perplexity inf" in capsys.readouterr().err
