@@ -58,7 +58,7 @@ def percent(fraction: float | None) -> str:
     """Return a fraction as `0.4%`, `63%` or `34 times`, "" for None."""
     if fraction is None:
         return ""
-    if fraction >= 10:
+    if fraction >= 9.995:  # never 1000%
         return f"{three(fraction)} times"
     return f"{three(100 * fraction) if abs(fraction) < 0.01 else f'{100 * fraction:.0f}'}%"
 

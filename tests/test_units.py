@@ -65,8 +65,8 @@ def test_sizes_and_rates_have_the_unit_that_fits():
 
 
 def test_fractions():
-    shown = [percent(x) for x in (None, 0, 0.004, 0.634, 1.5, 33.62)]
-    assert shown == ["", "0%", "0.4%", "63%", "150%", "33.6 times"]
+    shown = [percent(x) for x in (None, 0, 0.004, 0.634, 1.5, 9.999, 33.62)]
+    assert shown == ["", "0%", "0.4%", "63%", "150%", "10 times", "33.6 times"]
 
 
 def test_counts():

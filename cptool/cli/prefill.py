@@ -115,7 +115,7 @@ def _draw(report: Report, turn: Turn, checkpoint: Checkpoint) -> None:
     tokenizer = checkpoint.tokenizer()
     named = [repr(tokenizer.decode([t])) if tokenizer else f"id {t}" for t in report.first_token]
     rows = [*turn_report.prefill_rows(report), *turn_report.source_rows(report)]
-    rows.append(("continues", ", ".join(named)))
+    rows.append(("next token", ", ".join(named)))
     if turn.session is not None:
         command = f"cptool decode {shlex.quote(turn.session)}"
         rows.append(("session", f"{turn.session}; continue with: {command}"))
