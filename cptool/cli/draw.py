@@ -1,6 +1,7 @@
 """What every command draws: lines on standard error, and tables without a frame."""
 
 import sys
+import textwrap
 
 import click
 
@@ -42,14 +43,29 @@ def table(rows: Rows, *, to_stderr: bool = False) -> None:
 
 
 def say(line: str, *, always: bool = False) -> None:
-    """Print one line on standard error; with -q only if it is `always` to be seen, as a warning
-    about a result is.
+    """Print a line on standard error, broken between words at a terminal's width; with -q only if
+    it is `always` to be seen, as a warning about a result is.
     """
     if always or not verbosity.quiet():
-        print(line, file=sys.stderr, flush=True)
+        print(_folded(line), file=sys.stderr, flush=True)
 
 
 def detail(line: str) -> None:
     """Print one line on standard error if -v was given: what was chosen, and why."""
     if verbosity.verbose():
-        print(line, file=sys.stderr, flush=True)
+        print(_folded(line), file=sys.stderr, flush=True)
+
+
+def _folded(text: str) -> str:
+    """Return the lines of a text, those that a terminal would break in the midst of a word broken
+    between words.
+    """
+    room = tables.room(to_stderr=True)
+    if room is None or room < NARROWEST:
+        return text
+    return "\n".join(
+        textwrap.fill(line, room, break_long_words=False, break_on_hyphens=False)
+        if len(line) > room
+        else line
+        for line in text.split("\n")
+    )

@@ -213,8 +213,8 @@ constexpr StoredKernels kStored = {
         for (int64_t n = begin; n < begin + apart; ++n) {
           stored_columns<Block>(args, n, apart);
         }
-        // What four leave over, at most three rows of a matrix, is computed four times each: code
-        // for single rows would be a third more, for next to nothing.
+        // What four leave over, at most three rows of a matrix, is computed four times each, which
+        // saves the code for single rows.
         for (int64_t n = begin + kColumns * apart; n < end; ++n) stored_columns<Block>(args, n, 0);
       });
     },

@@ -263,7 +263,9 @@ def test_a_save_that_fails_ends_nothing(
 def test_a_saved_chat_is_a_session(smollm2_path, smollm2_reference, tokenizer, tmp_path):
     where = tmp_path / "s"
     chat(smollm2_path, "--cp", 2, "-n", 4, say=[QUESTIONS[0], f"/save {where}"])
-    result = chat(where, "--cp", 1, "-n", 4, say=[QUESTIONS[1], "/save"])
+    result = chat(where, "--cp", 1, "-n", 4, say=[QUESTIONS[1]])
+    assert "continue with: cptool chat" in result.stderr  # saved at its end
+    assert "continue with" not in chat(where, "-n", 4, say=["/undo"]).stderr
     text, ids = said(tokenizer, smollm2_reference, QUESTIONS[:2], 4)
     assert text.endswith(result.stdout) and result.stdout
     assert reused(result)[0][0] > 30

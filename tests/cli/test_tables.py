@@ -5,6 +5,7 @@ import importlib
 import pytest
 from click.testing import CliRunner
 
+from cptool.cli import draw
 from cptool.cli.bench.options import emit
 from cptool.cli.figures import tables
 from cptool.cli.figures.tables import Column
@@ -145,8 +146,21 @@ def test_a_plan_is_whole_at_80_columns(monkeypatch, more):
     full = CliRunner().invoke(main, command).stdout
     monkeypatch.setattr(tables, "room", lambda to_stderr=False: 80)
     shown = CliRunner().invoke(main, command).stdout
-    table, _, command = shown.partition("\nrun it: ")
+    table, _, command = shown.partition("\nrun it:")
     assert all(len(line.rstrip()) <= 80 for line in table.splitlines()) and "…" not in shown
     if "contexts" not in more:
         numbers = {word for word in full.split() if word[:1].isdigit()}
         assert numbers <= set(shown.split())
+
+
+def test_a_line_is_broken_between_words(monkeypatch, capsys):
+    monkeypatch.setattr(tables, "room", lambda to_stderr=False: 40)
+    draw.say(f"{'word ' * 9}{'x' * 50}\n\nshort  as it is")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "word word word word word word word word",
+        "word",
+        "x" * 50,
+        "",
+        "short  as it is",
+    ]

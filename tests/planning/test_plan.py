@@ -111,7 +111,7 @@ def test_auto_explains_its_pick_and_names_all_variants():
     assert times == sorted(times) and len(times) == 4
     assert said["variant"] == said["variants"][0]["variant"] and "equal within 1%" in said["reason"]
     text = run(*PAPER, "--context", "128K", "--cp", 4, "--tp", 8)
-    assert "exposed" in text and "variants on this layout" in text and "run it: " in text
+    assert "exposed" in text and "variants on this layout" in text and "run it:" in text
 
 
 def test_the_fewest_gpus_that_reach_the_target():
@@ -370,3 +370,15 @@ def test_a_dtype_that_was_not_measured_is_said_to_be_so(mqa_path, tmp_path, monk
     told = run(mqa_path, "--context", 64)
     assert "not measured" not in told and "2 cpu ranks (calibrated 2026-11-29)" in told
     assert ask(mqa_path, "--context", 64)["calibrated"] == "2026-11-29"
+
+
+def test_the_command_of_a_plan_beyond_the_models_context_runs():
+    """It has the option without which `prefill` refuses the prompt."""
+    beyond = ["plan", "llama3-8b", "--context", "1M", "--hardware", "gtt-h100", "--max-gpus", "16"]
+    shown = CliRunner().invoke(main, [*beyond, "--decode", "10"])
+    after = shown.stdout.partition("run it:\n")[2].splitlines()
+    commands = [line for line in after if line.startswith("  ")]
+    assert [line.split()[0] for line in commands] == ["torchrun", "#"]
+    assert all("--context-length 1000010" in line for line in commands)
+    within = CliRunner().invoke(main, ["plan", "llama3-8b", "--context", "100K"])
+    assert "--context-length" not in within.stdout

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cptool.cli import draw, verbosity
+from cptool.cli import draw
 from cptool.cli.answers.numbers import number, places
 from cptool.cli.figures import tables
 from cptool.cli.figures.tables import Column
@@ -50,8 +50,6 @@ def say_cached(turn: Turn) -> None:
 
 def show(report: Report, turn: Turn, tokenizer: Tokenizer | None) -> None:
     """Print a table of the tokens of each prompt, and of each answer, as far as was requested."""
-    if verbosity.quiet():
-        return
     starts = _starts(turn)
     for b, start in enumerate(starts):
         of = f" {b + 1}" if len(starts) > 1 else ""

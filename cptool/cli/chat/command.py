@@ -84,8 +84,9 @@ def chat(
     context_length: int | None,
     dtype: str,
 ) -> None:
-    """Talk with a MODEL in its own chat template, or continue a SESSION that /save made.
+    """Talk with a MODEL in its own chat template, or continue a SESSION.
 
+    A session is one that /save, or prefill --chat, made; what is said is saved to it at the end.
     Only what a turn adds is computed. Where standard input is not a terminal, each line of it is a
     question, or with --paragraphs each paragraph. A text of several lines that is pasted at a
     terminal is one question. /help lists the commands.
@@ -127,9 +128,7 @@ def chat(
             terminal.continue_session(directory, manifest.revision)
         for file in files:
             terminal.file(file)
-        for line in asked:
-            if not terminal.handle(line):
-                break
+        terminal.converse(asked)
 
 
 def _check_options(

@@ -4,7 +4,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +28,15 @@ if TYPE_CHECKING:
     from cptool.engine.sampling import Sampling
 
 HELP = """\
-/save [DIR]  keep the conversation and its KV in DIR; continue it with: cptool chat DIR
-/file PATH   put a text file into the next question's message, before the question
+/save [DIR]  keep the conversation and its KV in DIR, which cptool chat DIR
+             continues; a chat that continues a session saves at its end
+/file PATH   put a text file before the next question
 /undo        take back the last question and its answer
 /reset       start over
 /exit        end, as Ctrl-D does
 //...        ask something that begins with /...
-Ctrl-C stops an answer; what was written of it stays in the conversation. A question that is still
-being read is taken back."""
+Ctrl-C stops an answer; what was written of it stays in the conversation.
+A question that is still being read is taken back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +72,24 @@ class Terminal:
         self.tokenizer = answering.tokenizer
         self.stop_ids = tuple(dict.fromkeys((*checkpoint.eos_ids, *self.tokenizer.turn_ends)))
         self.saved: tuple[Path, int] | None = None
+        self._kept = conversation.dialogue
 
     def continue_session(self, directory: Path, revision: int) -> None:
-        """Let /save without a directory continue this session."""
-        self.saved = (directory, revision)
+        """Let the end of the chat, and /save without a directory, continue this session."""
+        self.saved, self._kept = (directory, revision), self.conversation.dialogue
         draw.say(
             f"{directory}: {some(self.conversation.dialogue.answers, 'answer')}, "
             f"{len(self.conversation.tokens):,} tokens so far"
         )
         if self.conversation.dialogue.pending:
             draw.say("the last message has no answer yet; your next question joins it")
+
+    def converse(self, lines: Iterable[str]) -> None:
+        """Execute lines until one ends the chat, and save what was said (`end`)."""
+        for line in lines:
+            if not self.handle(line):
+                break
+        self.end()
 
     def handle(self, line: str) -> bool:
         """Execute a line; return False if it ends the chat.
@@ -221,11 +230,25 @@ class Terminal:
             raise
         except RunError as error:
             raise UserError(f"/save: {error}") from None
-        self.saved = (directory, manifest.revision)
+        self.saved, self._kept = (directory, manifest.revision), self.conversation.dialogue
         draw.say(
             f"saved {len(self.conversation.tokens):,} tokens; "
             f"continue with: cptool chat {shlex.quote(str(directory))}"
         )
+
+    def end(self) -> None:
+        """Save what was said since to the session that the conversation goes on from, as `decode`
+        does; say so where what was said is lost.
+
+        UserError if it cannot be saved.
+        """
+        dialogue = self.conversation.dialogue
+        if dialogue.messages == self._kept.messages:
+            return
+        if self.saved is not None and dialogue.continues(self._kept):
+            self.save("")
+        elif dialogue.answers and sys.stdin.isatty():
+            draw.say("this conversation was not saved; /save keeps one")
 
     def file(self, argument: str) -> None:
         """Put a file into the message that the next question completes."""

@@ -59,7 +59,7 @@ class Report:
             "target_ttft_s": self.target,
             "reaches_target": None if self.target is None else not self.answer.misses_target,
             "rejected": [{**_layout_fields(p), "why": why} for p, why in self.answer.rejected],
-            "command": self._command(),
+            "command": "   ".join(self._commands()),
         }
 
     def draw(self) -> None:
@@ -82,7 +82,9 @@ class Report:
                     for p, why in others[:SHOWN]
                 ]
             )
-        click.echo(f"\nrun it: {self._command()}")
+        click.echo("\nrun it:")
+        for command in self._commands():
+            click.echo(f"  {command}")
         if work.feed_forward == "float8":
             click.echo(f"it computes everything in {work.dtype}: the engine has no FP8 yet")
 
@@ -154,8 +156,10 @@ class Report:
             return f", below the target of {target}"
         return f"; no layout here reaches the target of {target}, raise --max-gpus"
 
-    def _command(self) -> str:
-        """Return what runs this plan: one command on one host, torchrun on each of several."""
+    def _commands(self) -> list[str]:
+        """Return what runs this plan: one command on one host; on several, torchrun on each, or
+        srun.
+        """
         best, work, model = self.answer.best, self.search.work, self.search.model
         options = [f"--cp {best.cp}"] * (best.cp > 1) + [f"--tp {best.tp}"] * (best.tp > 1)
         if best.choice.reason == "as asked":
@@ -167,15 +171,17 @@ class Report:
             what = f"decode SESSION {prompt} -n {work.answer}"
         else:
             options.append(f"--dtype {work.dtype}")
+        if self._beyond_context():
+            options.append(f"--context-length {work.context + work.answer}")
         line = " ".join(["cptool", what, *options])
         if best.hosts == 1:
-            return line
+            return [line]
         each = best.ranks // best.hosts
-        return (
+        return [
             f"torchrun --nnodes {best.hosts} --nproc-per-node {each} --rdzv-backend c10d "
-            f"--rdzv-endpoint HOST:29500 -m {line}   # or: srun --nodes {best.hosts} "
-            f"--ntasks-per-node {each} {line}"
-        )
+            f"--rdzv-endpoint HOST:29500 -m {line}",
+            f"# or: srun --nodes {best.hosts} --ntasks-per-node {each} {line}",
+        ]
 
 
 def _layout_fields(plan: Plan) -> dict[str, Any]:
