@@ -22,7 +22,9 @@ from cptool.session.manifest import Damaged, Manifest
 
 
 @click.command(
-    "list", epilog=examples("cptool session list", "cptool session list work archive --json")
+    "list",
+    short_help="List the sessions in folders.",
+    epilog=examples("cptool session list", "cptool session list work archive --json"),
 )
 @click.argument("folders", metavar="[DIR]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
