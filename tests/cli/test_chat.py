@@ -327,11 +327,11 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(smollm2_path, tokeni
         os.write(terminal, b"Write a long story.\n")
         read_until(terminal, r"\x1b\[2K[A-Z]\w+ \w")  # the bar has gone
         os.write(terminal, b"\x03")
-        assert "tokens, stopped;" in read_until(terminal, r"in context\][^>]*> ")
+        assert "tokens, stopped;" in read_until(terminal, r"in\s+context\][^>]*> ")
         os.write(terminal, f"/save {tmp_path / 's'}\n".encode())
         read_until(terminal, r"continue with[^>]*> ")
         os.write(terminal, b"What is the capital of France?\n")
-        again = read_until(terminal, r"in context\][^>]*> ")
+        again = read_until(terminal, r"in\s+context\][^>]*> ")
         kept, context = map(int, re.search(r"(\d+) of (\d+) reused", again).groups())
         os.write(terminal, b"\x04")
         while True:
