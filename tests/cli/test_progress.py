@@ -116,8 +116,8 @@ def test_a_phase_is_followed_through_several_launches(monkeypatch):
 def test_commands_that_compute_for_minutes_show_their_steps(tiny_model):
     emulate = ("bench", "emulate", "--shape", tiny_model, "--context", 4096, "--repeats", 2)
     for line, step in (
-        (("verify", tiny_model, "--max-cp", 2), "verify, run 1 of 7"),
-        (emulate, "emulate, pass 1 of 3"),
+        (("verify", tiny_model, "--max-cp", 2), r"verify, run \d of 7"),
+        (emulate, r"emulate, pass \d of 3"),
     ):
         with terminal(*line, "--device", "cpu") as command:
             command.wait_for(step)
