@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptool.cli import draw, json_output
 from cptool.cli.answers.report import text
+from cptool.cli.answers.stopping import stopping
 from cptool.cli.batch.answers import Answers, Printed, check_writable, kept_in
 from cptool.cli.batch.lines import Line, read_lines
 from cptool.cli.batch.options import STANDARD_OUTPUT, BatchRequest
@@ -136,7 +136,7 @@ class _Run:
             with drawn_bar() as bar, Resident(setup, job.ranks) as resident:
                 self.load_s = time.monotonic() - began
                 self.progress = Progress(bar, left, self.before)
-                with _stopping(resident) as stopped:
+                with stopping(resident) as stopped:
                     for batch in job.batch.batches(left):
                         if stopped() or not self.answer(resident, batch, self.progress):
                             break
@@ -278,25 +278,3 @@ def _most(batch: BatchRequest) -> str:
     if batch.size is not None:
         return f"up to {some(batch.size, 'prompt')}"
     return f"up to {DEFAULT_SIZE} prompts or {DEFAULT_TOKENS_TOGETHER:,} tokens"
-
-
-@contextlib.contextmanager
-def _stopping(resident: Resident) -> Iterator[Any]:
-    """Let Ctrl-C end the batch at its next token, a second one at once; yields whether one came.
-
-    No exception is raised in between: it could leave half a message in a connection.
-    """
-    count = 0
-
-    def interrupt(number: int, frame: object) -> None:
-        nonlocal count
-        count += 1
-        if count > 1:
-            raise KeyboardInterrupt
-        resident.stop()
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield lambda: count > 0
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -1,11 +1,9 @@
 """The commands of `cptool chat`, and the answers to its questions."""
 
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING
 from cptool.checkpoint.tokenizer.library import LimitError
 from cptool.checkpoint.tokenizer.stops import StopStream
 from cptool.cli import draw
+from cptool.cli.answers.stopping import stopping
 from cptool.cli.options.models import check_room, say_reading
 from cptool.cli.progress import drawn_bar
 from cptool.distributed.failure import RankFailed
@@ -151,7 +150,7 @@ class Terminal:
             ids.append(token)
             _write(text.push(token))
 
-        with drawn_bar("") as bar, _stopping(self.resident) as stopped:
+        with drawn_bar("") as bar, stopping(self.resident) as stopped:
             request = Continue(
                 tokens=(tuple(context),),
                 options=AnswerOptions(
@@ -288,25 +287,3 @@ class Terminal:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-@contextmanager
-def _stopping(resident: "Resident") -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C stop the answer, and a second one the program; yields whether one came."""
-    count = 0
-
-    def interrupt(number: int, frame: object) -> None:
-        nonlocal count
-        count += 1
-        if count > 1:
-            raise KeyboardInterrupt
-        # No exception: one in the midst of a message would leave the rest of it in the connection.
-        resident.stop()
-
-    resident.stop(False)
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield lambda: count > 0
-    finally:
-        signal.signal(signal.SIGINT, before)
-        resident.stop(False)
