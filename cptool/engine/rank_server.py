@@ -123,6 +123,7 @@ class _Server:
     def go_on(self, request: Continue) -> Answer:
         from cptool.engine.answers.decode import decode
         from cptool.engine.answers.logprobs import extend
+        from cptool.engine.samples import sampled
 
         slot = self.slot_of(request)
         engine = slot.engine
@@ -131,12 +132,13 @@ class _Server:
         new = [list(said[n:]) for said, n in zip(request.tokens, shared, strict=True)]
         try:
             room = max(request.options.limits(len(new)))
-            scores = extend(engine, new, request.prompt_logprobs, reserve=room)
+            reserve = room if request.samples == 1 else 0
+            scores = extend(engine, new, request.prompt_logprobs, reserve=reserve)
         except Interrupted:
-            nothing = tuple(() for _ in new)
-            return Answer(token_ids=nothing, stopped=("interrupted",) * len(new), reused=reused)
+            count = len(new) * request.samples
+            return Answer(token_ids=((),) * count, stopped=("interrupted",) * count, reused=reused)
         answers = decode(
-            engine,
+            sampled(engine, request.samples, room=room),
             request.options,
             tokenizer=self.checkpoint.tokenizer() if request.options.stop_texts else None,
             emit=lambda sequence, token: self.reply([sequence, token]),

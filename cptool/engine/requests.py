@@ -42,13 +42,18 @@ class Close:
 class Continue:
     """Make the sequences of `slot` hold `tokens` and append an answer to each.
 
+    KV of the tokens that a sequence has in common with what it held is used again, unless `fresh`:
+    then the result does not depend on earlier requests.
+
+    samples: answers to each sequence, one after another, which share its KV. If there are several,
+        the slot holds `tokens` alone afterwards.
     prompt_logprobs: report as many of each token that is new to `slot` as `options.logprobs` does
-        of an answer's. KV of the tokens that a sequence has in common with what it held is used
-        again, unless `fresh`: then the result does not depend on earlier requests.
+        of an answer's.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     options: AnswerOptions
+    samples: int = 1
     prompt_logprobs: int | None = None
     slot: str = ""
     fresh: bool = False
@@ -70,7 +75,7 @@ class Save:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The tokens appended to each sequence, and what `Answers` says of them.
+    """The tokens of each answer, and what `Answers` says of them.
 
     If the request was stopped while it read the prompt, there are none, all are "interrupted", and
     the slot holds what it had in common with the request. `reused[b]` of the tokens requested had

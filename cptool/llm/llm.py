@@ -25,7 +25,13 @@ from cptool.engine.requests import Answer, Continue
 from cptool.engine.turn import Setup
 from cptool.errors import OptionError, RunError, UserError, explain
 from cptool.llm.answers import Generation, Keep, Stream, Tokens, is_whole
-from cptool.llm.options import Answering, GenerateOptions, describes_options, takes_options
+from cptool.llm.options import (
+    Answering,
+    GenerateOptions,
+    check_samples,
+    describes_options,
+    takes_options,
+)
 from cptool.llm.prompts import Prompt, before_answers, encoded, tokenizer_of
 from cptool.llm.running import Emit, Running, Turns
 from cptool.llm.session import Session
@@ -130,18 +136,25 @@ class LLM:
     @describes_options
     @takes_options
     def generate(
-        self, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]
+        self, prompts: Sequence[Prompt], *, samples: int = 1, **options: Unpack[GenerateOptions]
     ) -> list[Generation]:
         """Continue each prompt, as one batch.
+
+        samples: answers to each prompt, with other draws each; the prompt is read once, and its KV
+            is held once. Those to the same prompt follow one another in the list, so that prompt b
+            has `results[b * samples : (b + 1) * samples]`.
 
         Raises UserError for a prompt that is empty, too long or not of the model's vocabulary, and
         for an option out of range.
         """
+        check_samples(samples)
         answering = Answering.of(options, self.checkpoint)
         tokens = encoded(prompts, self.checkpoint, begin=True)
         if not tokens:
             return []
-        return self._answers(self._request(tokens, answering), before_answers(prompts, tokens))
+        request = replace(self._request(tokens, answering), samples=samples)
+        before = before_answers(prompts, tokens)
+        return self._answers(request, [ids for ids in before for _ in range(samples)])
 
     @takes_options
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream:
@@ -152,7 +165,7 @@ class LLM:
                     print(piece.text, end="", flush=True)
             print(stream.result.stopped)
 
-        Options and tokens are those of `generate`. Raises what it does.
+        Options and tokens are those of `generate` for one answer. Raises what it does.
         """
         answering = Answering.of(options, self.checkpoint)
         tokens = encoded([prompt], self.checkpoint, begin=True)
@@ -233,7 +246,7 @@ class LLM:
         Closed or interrupted before, it stops the ranks first; answers without any token are then
         dropped.
 
-        after: the tokens whose text each answer goes on with.
+        after: for each answer, the tokens whose text it goes on with.
         """
         if request.options.stop_texts:
             options = replace(request.options, after=tuple(map(len, after)))
@@ -258,15 +271,16 @@ class LLM:
     ) -> list[Generation]:
         tokenizer, stops = self.checkpoint.tokenizer(), request.options.stop_texts
         results = []
-        for b, (ids, how) in enumerate(zip(answer.token_ids, answer.stopped, strict=True)):
-            text = tokenizer.text(ids, after[b], ended=is_whole(how)) if tokenizer else None
+        for n, (ids, how) in enumerate(zip(answer.token_ids, answer.stopped, strict=True)):
+            b = n // request.samples
+            text = tokenizer.text(ids, after[n], ended=is_whole(how)) if tokenizer else None
             results.append(
                 Generation(
                     text=before_stop(text, stops) if text and how == "stop" else text,
                     token_ids=ids,
                     prompt_tokens=len(request.tokens[b]),
                     stopped=how,
-                    logprobs=answer.logprobs[b] if answer.logprobs else None,
+                    logprobs=answer.logprobs[n] if answer.logprobs else None,
                     prompt_logprobs=answer.prompt_logprobs[b] if answer.prompt_logprobs else None,
                 )
             )

@@ -104,6 +104,13 @@ class Answering:
         return Answering(count, request.resolve(checkpoint), wanted)
 
 
+def check_samples(samples: int) -> None:
+    """Raise OptionError for a number of answers to each prompt that cannot be."""
+    if type(samples) is not int or samples < 1:
+        rule = "it must be a whole number of answers to each prompt"
+        raise OptionError("samples", samples, rule, "1 is one answer")
+
+
 def takes_options(method: _Method) -> _Method:
     """Show the options in the signature of a method that takes `**options`."""
     defaults = {**vars(SamplingRequest()), **vars(AnswerRequest())}

@@ -122,7 +122,8 @@ class Session:
             fixes the number of sequences.
         raw: append texts and token ids as they are, also in a conversation, which then ends.
 
-        The options are those of `LLM.generate`. Raises what that does; RunError also if another
+        The options are those of `LLM.generate`; a session keeps one answer to each prompt, so there
+        is no `samples`. Raises what that does; RunError also if another
         process has continued the session meanwhile.
         """
         answering = Answering.of(options, self._llm.checkpoint)
