@@ -31,8 +31,9 @@ struct AttentionArgs {
   const int32_t* cu_k;   // [batch + 1]
   int64_t batch, q_tokens, k_tokens, q_heads, kv_heads, head_dim;
   float scale;
-  ScalarType dtype;      // of q, k, v
-  ScalarType out_dtype;  // float32, or dtype; float32 when accumulating
+  ScalarType q_dtype;    // of q: dtype or, on the CPU, float32
+  ScalarType dtype;      // of k and v
+  ScalarType out_dtype;  // float32, or q_dtype; float32 when accumulating
   void* out;             // [q_tokens, q_heads, head_dim], contiguous
   float* lse;            // [q_tokens, q_heads], contiguous
   bool accumulate;       // merge into the partial that out and lse already hold

@@ -38,8 +38,9 @@ AttentionArgs attention_args(uintptr_t q, int64_t q_token_stride, int64_t q_head
                              uintptr_t v, int64_t v_token_stride, int64_t v_head_stride,
                              uintptr_t q_pos, uintptr_t k_pos, uintptr_t cu_q, uintptr_t cu_k,
                              int64_t batch, int64_t q_tokens, int64_t k_tokens, int64_t q_heads,
-                             int64_t kv_heads, int64_t head_dim, double scale, int dtype,
-                             int out_dtype, uintptr_t out, uintptr_t lse, bool accumulate) {
+                             int64_t kv_heads, int64_t head_dim, double scale, int q_dtype,
+                             int dtype, int out_dtype, uintptr_t out, uintptr_t lse,
+                             bool accumulate) {
   AttentionArgs args;
   args.q = pointer<const void>(q);
   args.k = pointer<const void>(k);
@@ -61,6 +62,7 @@ AttentionArgs attention_args(uintptr_t q, int64_t q_token_stride, int64_t q_head
   args.kv_heads = kv_heads;
   args.head_dim = head_dim;
   args.scale = static_cast<float>(scale);
+  args.q_dtype = static_cast<ScalarType>(q_dtype);
   args.dtype = static_cast<ScalarType>(dtype);
   args.out_dtype = static_cast<ScalarType>(out_dtype);
   args.out = pointer<void>(out);
@@ -247,11 +249,14 @@ void define_cpu_ops(py::module_& m) {
 void define_cpu_dispatch(py::module_& m) {
   m.attr("isas_compiled") = cpu_isas(false);
   m.def("cpu_isas", [] { return cpu_isas(true); });
-  m.def("cpu_isa", [](int dtype, int64_t head_dim) {
-    return cptool::cpu::attention_isa(static_cast<ScalarType>(dtype), head_dim).name;
+  m.def("cpu_isa", [](int q_dtype, int dtype, int64_t head_dim) {
+    return cptool::cpu::attention_isa(static_cast<ScalarType>(q_dtype),
+                                      static_cast<ScalarType>(dtype), head_dim)
+        .name;
   });
-  m.def("cpu_stream_rows", [](int dtype, int64_t head_dim) {
-    return cptool::cpu::attention_isa(static_cast<ScalarType>(dtype), head_dim)
+  m.def("cpu_stream_rows", [](int q_dtype, int dtype, int64_t head_dim) {
+    return cptool::cpu::attention_isa(static_cast<ScalarType>(q_dtype),
+                                      static_cast<ScalarType>(dtype), head_dim)
         .attention.stream_rows;
   });
   m.def("cpu_linear_isa",

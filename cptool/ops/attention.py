@@ -51,9 +51,10 @@ def attention_partial(
 
     Args:
         q: ``[Tq, Hq, D]``, float32, bfloat16 or float16; D a multiple of 8, at most 256.
-        k, v: ``[Tk, Hkv, D]`` in q's dtype, ``Hq % Hkv == 0``; query head h reads KV head
-            ``h // (Hq // Hkv)``. Tokens and heads may have any strides; the innermost dimension of
-            q, k and v is contiguous.
+        k, v: ``[Tk, Hkv, D]`` in q's dtype or, on the CPU where q is float32, both in bfloat16 or
+            both in float16; they are widened and everything is computed in float32.
+            ``Hq % Hkv == 0``; query head h reads KV head ``h // (Hq // Hkv)``. Tokens and heads may
+            have any strides; the innermost dimension of q, k and v is contiguous.
         q_pos, k_pos: int32 ``[Tq]`` and ``[Tk]``, absolute positions, ascending within each
             sequence. Keys at positions beyond all queries are never read, so slots there may be
             uninitialised.
@@ -159,6 +160,7 @@ def _run_attention(
         head_dim,
         scale,
         SCALAR_TYPES[q.dtype],
+        SCALAR_TYPES[k.dtype],
         SCALAR_TYPES[out.dtype],
         out.data_ptr(),
         lse.data_ptr(),

@@ -91,8 +91,9 @@ def check_attention(
     if cu_q.dim() != 1 or cu_q.shape[0] < 1:
         raise ValueError(f"cu_q has shape {list(cu_q.shape)}; it must be [sequences + 1]")
     _check_shape("cu_k", cu_k, cu_q.shape, "[sequences + 1], like cu_q")
-    _check_dtype("k", k, q.dtype, " like q")
-    _check_dtype("v", v, q.dtype, " like q")
+    if k.dtype != q.dtype:
+        _check_kv_dtype(q, k)
+    _check_dtype("v", v, k.dtype, " like k")
     device = q.device
     for name, tensor in (("q_pos", q_pos), ("k_pos", k_pos), ("cu_q", cu_q), ("cu_k", cu_k)):
         _check_dtype(name, tensor, torch.int32)
@@ -107,6 +108,14 @@ def check_attention(
         _check_device(tensor, device, name, "q")
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be finite")
+
+
+def _check_kv_dtype(q: Tensor, k: Tensor) -> None:
+    """Kernels on the CPU widen 16-bit keys and values under a float32 q; no other two types mix."""
+    if q.dtype != torch.float32 or q.is_cuda:
+        place = " on CUDA" if q.is_cuda else ""
+        raise ValueError(f"k is {k.dtype}; it must be {q.dtype} like q{place}")
+    _check_float("k", k)
 
 
 def refuse_gradients(function: str, **tensors: Tensor) -> None:

@@ -26,17 +26,21 @@ def cpu_isas() -> list[str]:
     return _C.cpu_isas()
 
 
-def cpu_isa(dtype: torch.dtype, head_dim: int = 128) -> str:
-    """Return the instruction set whose kernel takes CPU calls of this dtype and head dimension."""
-    return _C.cpu_isa(SCALAR_TYPES[dtype], head_dim)
+def cpu_isa(dtype: torch.dtype, head_dim: int = 128, kv_dtype: torch.dtype | None = None) -> str:
+    """Return the instruction set whose kernel takes CPU calls of this dtype and head dimension,
+    with keys and values of `kv_dtype` if that differs.
+    """
+    return _C.cpu_isa(SCALAR_TYPES[dtype], SCALAR_TYPES[kv_dtype or dtype], head_dim)
 
 
-def cpu_stream_rows(dtype: torch.dtype, head_dim: int = 128) -> int:
+def cpu_stream_rows(
+    dtype: torch.dtype, head_dim: int = 128, kv_dtype: torch.dtype | None = None
+) -> int:
     """Return the rows of a KV head (query tokens times query heads that share it) up to which CPU
     calls of this dtype and head dimension read keys and values as they lie, without packing them; 0
     where the kernel in use has one way to read them.
     """
-    return _C.cpu_stream_rows(SCALAR_TYPES[dtype], head_dim)
+    return _C.cpu_stream_rows(SCALAR_TYPES[dtype], SCALAR_TYPES[kv_dtype or dtype], head_dim)
 
 
 def cpu_linear_isa(dtype: torch.dtype) -> str:
@@ -96,6 +100,7 @@ def cuda_kernel(dtype: torch.dtype, head_dim: int = 128, tokens: int = 4096) -> 
         8,
         head_dim,
         1.0,
+        SCALAR_TYPES[dtype],
         SCALAR_TYPES[dtype],
         SCALAR_TYPES[torch.float32],
         0,

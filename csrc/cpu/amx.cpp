@@ -16,8 +16,9 @@ bool supported() {
   return supported;
 }
 
-bool handles(ScalarType dtype, int64_t head_dim) {
-  return dtype == ScalarType::kBFloat16 && head_dim % kLanes == 0;
+// It takes no float32 q over bfloat16 k and v: that would round q.
+bool handles(ScalarType q_dtype, ScalarType dtype, int64_t head_dim) {
+  return q_dtype == dtype && dtype == ScalarType::kBFloat16 && head_dim % kLanes == 0;
 }
 
 void attention_partial(const AttentionArgs& args, int threads) {

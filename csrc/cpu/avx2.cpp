@@ -17,7 +17,7 @@ bool supported() {
          __builtin_cpu_supports("f16c");
 }
 
-bool handles(ScalarType, int64_t) { return true; }
+bool handles(ScalarType, ScalarType, int64_t) { return true; }
 
 void attention_partial(const AttentionArgs& args, int threads) {
   with_type(args.dtype, [&](auto element) {

@@ -13,7 +13,7 @@
 namespace cptool::cpu {
 namespace {
 
-bool handles(ScalarType, int64_t head_dim) { return head_dim % kLanes == 0; }
+bool handles(ScalarType, ScalarType, int64_t head_dim) { return head_dim % kLanes == 0; }
 
 void attention_partial(const AttentionArgs& args, int threads) {
   with_type(args.dtype, [&](auto element) {

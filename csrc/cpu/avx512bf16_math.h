@@ -24,6 +24,14 @@ struct BFloat16Math {
     return _mm512_loadu_ps(row + 2 * (word + half * kLanes));
   }
 
+  static __m512 load_query(const void* row, ScalarType, int64_t word, int64_t words) {
+    return load(static_cast<const BFloat16*>(row), word, words);
+  }
+
+  static __m512 load_query_half(const void* row, ScalarType, int64_t word, int half) {
+    return load_half(static_cast<const BFloat16*>(row), word, half);
+  }
+
   static __m512 load_values(const BFloat16* v, int64_t stride, int keys) {
     auto widened = [](const BFloat16* from) {
       return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));

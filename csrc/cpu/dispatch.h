@@ -16,7 +16,7 @@ const Isa* const* isas(int* count);
 // compiled in or not supported here.
 bool force_isa(const char* name);
 
-const Isa& attention_isa(ScalarType dtype, int64_t head_dim);
+const Isa& attention_isa(ScalarType q_dtype, ScalarType dtype, int64_t head_dim);
 const Isa& merge_isa();
 const Isa& few_rows_isa(ScalarType dtype);
 const Isa& tokenwise_isa();

@@ -54,6 +54,7 @@ template <int kRows>
 inline void load_block(const AttentionArgs& args, const Schedule& schedule, const WorkItem& item,
                        RowBlock<kRows>& block) {
   const int64_t group = args.q_heads / args.kv_heads;
+  const int64_t q_size = static_cast<int64_t>(element_size(args.q_dtype));
   const int64_t size = static_cast<int64_t>(element_size(args.dtype));
   block.rows = item.rows * item.kv_heads;
   block.heads = item.kv_heads;
@@ -62,7 +63,7 @@ inline void load_block(const AttentionArgs& args, const Schedule& schedule, cons
     const int64_t token = args.cu_q[item.sequence] + packed / group;
     const int64_t head = (item.kv_head + r / item.rows) * group + packed % group;
     block.q[r] = static_cast<const char*>(args.q) +
-                 (token * args.q_token_stride + head * args.q_head_stride) * size;
+                 (token * args.q_token_stride + head * args.q_head_stride) * q_size;
     block.out_row[r] = token * args.q_heads + head;
     block.limit[r] = schedule.limits()[token];
   }

@@ -5,7 +5,7 @@
 // added together: one float32, or two bfloat16.
 //
 // struct Math:
-//   using Input, Weight;                                        of q, k and v; of rounded weights
+//   using Input, Weight;                                        of k and v; of rounded weights
 //   static constexpr int kStep;                                 elements of a word
 //   static constexpr uint32_t kSigns;                           their sign bits
 //   static Vector load(const Input* row, int64_t word, int64_t words);
@@ -13,6 +13,9 @@
 //   static Vector load_half(const Input* row, int64_t word, int half);
 //     Loads half of 2 kLanes words of a row, all of which exist, divided in any way that is the
 //     same for every row.
+//   static Vector load_query(const void* row, ScalarType type, int64_t word, int64_t words);
+//   static Vector load_query_half(const void* row, ScalarType type, int64_t word, int half);
+//     The same for a query, whose elements are of the Input or, in float32 arithmetic, float32.
 //   static Vector load_values(const Input* v, int64_t stride, int keys);
 //     Loads kLanes dimensions of the values of kStep keys, of which `keys` exist, as words.
 //   template <int kN> static void load_step(const Input* v, int64_t next, Vector (&values)[kN]);
@@ -51,6 +54,20 @@ struct Float32Math {
   static Vector load_half(const T* row, int64_t word, int half) {
     if constexpr (kEvenOdd) return half == 0 ? load_even(row + word) : load_odd(row + word);
     return cpu::load(row + word + half * kLanes);
+  }
+
+  static Vector load_query(const void* row, ScalarType type, int64_t word, int64_t words) {
+    if (type == ScalarType::kFloat32) return cpu::load(static_cast<const float*>(row) + word);
+    return load(static_cast<const T*>(row), word, words);
+  }
+
+  static Vector load_query_half(const void* row, ScalarType type, int64_t word, int half) {
+    if (type != ScalarType::kFloat32) return load_half(static_cast<const T*>(row), word, half);
+    const float* from = static_cast<const float*>(row) + word;
+    if constexpr (!kEvenOdd) return cpu::load(from + half * kLanes);
+    Vector words;
+    for (int i = 0; i < kLanes; ++i) words[i] = from[2 * i + half];
+    return words;
   }
 
   static Vector load_values(const T* v, int64_t, int keys) {

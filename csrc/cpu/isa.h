@@ -16,8 +16,8 @@
 namespace cptool::cpu {
 
 struct AttentionKernel {
-  // head_dim: a multiple of 8, at most 256.
-  bool (*handles)(ScalarType dtype, int64_t head_dim) = nullptr;
+  // q_dtype: of q; dtype: of k and v. head_dim: a multiple of 8, at most 256.
+  bool (*handles)(ScalarType q_dtype, ScalarType dtype, int64_t head_dim) = nullptr;
   // Results do not depend on `threads`.
   void (*attention_partial)(const AttentionArgs& args, int threads) = nullptr;
   // Up to this many query rows per KV head it reads keys and values in place instead of packing

@@ -67,8 +67,8 @@ class PanelKernel {
       const int vectors = panel_vectors(block, row);
       for (int n = 0; n < vectors; ++n) {
         const int first = row + n * kLanes;
-        pack_queries<Math>(block.q + first, block.rows - first, words_, args_.scale < 0,
-                           vectors * kLanes, q_ + row * words_ + n * kLanes);
+        pack_queries<Math>(block.q + first, args_.q_dtype, block.rows - first, words_,
+                           args_.scale < 0, vectors * kLanes, q_ + row * words_ + n * kLanes);
       }
     }
     std::memset(acc_, 0, rows * args_.head_dim * sizeof(float));

@@ -9,21 +9,18 @@ namespace {
 
 constexpr int kTile = kLanes / 2;  // keys, or dimensions, of a register tile
 
-// Packs kLanes queries, of which the first `rows` exist, transposed: to[w * stride] holds word w of
-// the rows, 0 for rows that do not exist. `negate` flips their signs, so that the kernel may take
-// the scale as positive.
+// Packs kLanes queries of `type`, of which the first `rows` exist, transposed: to[w * stride] holds
+// word w of the rows, 0 for rows that do not exist. `negate` flips their signs, so that the kernel
+// may take the scale as positive.
 template <class Math>
-inline void pack_queries(const void* const* q, int rows, int64_t words, bool negate, int stride,
-                         float* to) {
+inline void pack_queries(const void* const* q, ScalarType type, int rows, int64_t words,
+                         bool negate, int stride, float* to) {
   const uint32_t sign = negate ? Math::kSigns : 0;
   for (int64_t w = 0; w < words; w += kLanes) {
     Vector r[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       r[i] = Vector{};
-      if (i < rows) {
-        const auto* from = static_cast<const typename Math::Input*>(q[i]);
-        r[i] = as_floats(as_bits(Math::load(from, w, words)) ^ sign);
-      }
+      if (i < rows) r[i] = as_floats(as_bits(Math::load_query(q[i], type, w, words)) ^ sign);
     }
     transpose(r);
     for (int i = 0; i < kLanes && w + i < words; ++i) store(r[i], to + (w + i) * stride);

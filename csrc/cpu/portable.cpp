@@ -10,7 +10,7 @@ namespace cptool::cpu {
 namespace {
 
 bool supported() { return true; }
-bool handles(ScalarType, int64_t) { return true; }
+bool handles(ScalarType, ScalarType, int64_t) { return true; }
 
 }  // namespace
 

@@ -131,10 +131,12 @@ class PortableKernel {
   void begin(const RowBlock<kRows>& block) {
     const float scale = args_.scale * kLog2e;
     for (int r = 0; r < block.rows; ++r) {
-      const T* q = static_cast<const T*>(block.q[r]);
       float* to = q_ + r * head_dim_;
-#pragma omp simd
-      for (int64_t d = 0; d < head_dim_; ++d) to[d] = to_float(q[d]) * scale;
+      if (args_.q_dtype == ScalarType::kFloat32) {
+        load_query(static_cast<const float*>(block.q[r]), scale, to);
+      } else {
+        load_query(static_cast<const T*>(block.q[r]), scale, to);
+      }
       max_[r] = -INFINITY;
       sum_[r] = 0.0f;
     }
@@ -174,6 +176,12 @@ class PortableKernel {
   }
 
  private:
+  template <class Q>
+  void load_query(const Q* q, float scale, float* to) const {
+#pragma omp simd
+    for (int64_t d = 0; d < head_dim_; ++d) to[d] = to_float(q[d]) * scale;
+  }
+
   // k_ [head_dim][kKeys]; columns past `keys` are zero.
   void load_keys(const T* k, int keys) {
     for (int j = 0; j < keys; ++j) {

@@ -74,8 +74,7 @@ class StreamKernel {
     const bool in_parts = kUnconverted && rows_at_once() == 4;
     for (int slot = 0; slot < block.heads * slots_; ++slot) {
       const int row = slot % slots_;
-      const T* from =
-          row < rows_ ? static_cast<const T*>(block.q[slot / slots_ * rows_ + row]) : nullptr;
+      const void* from = row < rows_ ? block.q[slot / slots_ * rows_ + row] : nullptr;
       fixed_.max[slot] = kNoScore;
       store(Vector{}, fixed_.sum[slot]);
       if (in_parts) {
@@ -157,24 +156,24 @@ class StreamKernel {
   int slot_of(int row) const { return row / rows_ * slots_ + row % rows_; }
 
   // Stores a query, 0 if it does not exist, in the order in which `score_rows` reads it.
-  void store_in_order(const T* from, float* to) const {
+  void store_in_order(const void* from, float* to) const {
     const int apart = rows_at_once() * kLanes;
     int64_t w = 0;
     for (; w + 2 * kLanes <= words_; w += 2 * kLanes) {
       for (int n = 0; n < 2; ++n, to += apart) {
-        store(from != nullptr ? Math::load_half(from, w, n) : Vector{}, to);
+        store(from != nullptr ? Math::load_query_half(from, args_.q_dtype, w, n) : Vector{}, to);
       }
     }
     for (; w < words_; w += kLanes, to += apart) {
-      store(from != nullptr ? Math::load(from, w, words_) : Vector{}, to);
+      store(from != nullptr ? Math::load_query(from, args_.q_dtype, w, words_) : Vector{}, to);
     }
   }
 
-  // The same for `score_four`.
-  void store_in_parts(const T* from, float* to) const {
+  // The same for `score_four`, whose queries are of the type of the keys.
+  void store_in_parts(const void* from, float* to) const {
     for (int64_t d = 0; d < args_.head_dim; d += kPart, to += 16) {
       float words[4] = {};
-      if (from != nullptr) std::memcpy(words, from + d, sizeof words);
+      if (from != nullptr) std::memcpy(words, static_cast<const T*>(from) + d, sizeof words);
       std::memcpy(to, words, sizeof words);
     }
   }

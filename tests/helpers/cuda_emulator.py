@@ -38,6 +38,7 @@ class _AttentionArgs(ctypes.Structure):
             for name in ("batch", "q_tokens", "k_tokens", "q_heads", "kv_heads", "head_dim")
         ],
         ("scale", ctypes.c_float),
+        ("q_dtype", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
         ("out_dtype", ctypes.c_int32),
         ("out", ctypes.c_void_p),
@@ -66,6 +67,7 @@ def _arguments(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulate) -
         q.shape[2],
         scale,
         SCALAR_TYPES[q.dtype],
+        SCALAR_TYPES[k.dtype],
         SCALAR_TYPES[out.dtype],
         out.data_ptr(),
         lse.data_ptr(),

@@ -153,6 +153,7 @@ def make_case(
     heads: tuple[int, int] = (4, 2),
     head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
     slack: int = 0,
     spread: float = 1.0,
     seed: int = 0,
@@ -161,6 +162,7 @@ def make_case(
 
     K and V are strided views of one slab [tokens, 2, heads, head_dim], as in the KV cache, with
     `slack` empty slots of NaN at the end of every sequence. `spread` scales q, hence the scores.
+    `kv_dtype` is theirs where it is not that of q.
     """
     generator = torch.Generator().manual_seed(seed)
     q_heads, kv_heads = heads
@@ -171,7 +173,7 @@ def make_case(
     q = torch.randn(len(q_pos), q_heads, head_dim, generator=generator) * spread
     slab = torch.randn(len(k_pos), 2, kv_heads, head_dim, generator=generator)
     slab[k_pos == EMPTY_SLOT] = torch.nan
-    slab = slab.to(dtype)
+    slab = slab.to(kv_dtype or dtype)
     return Case(
         q.to(dtype),
         slab[:, 0],

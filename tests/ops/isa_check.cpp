@@ -11,11 +11,11 @@ namespace {
 
 bool yes() { return true; }
 bool no() { return false; }
-bool any_attention(ScalarType, int64_t) { return true; }
+bool any_attention(ScalarType, ScalarType, int64_t) { return true; }
 bool any_product(ScalarType) { return true; }
 bool is_bfloat16(ScalarType dtype) { return dtype == ScalarType::kBFloat16; }
-bool bfloat16_attention(ScalarType dtype, int64_t head_dim) {
-  return is_bfloat16(dtype) && head_dim % 16 == 0;
+bool bfloat16_attention(ScalarType q_dtype, ScalarType dtype, int64_t head_dim) {
+  return is_bfloat16(q_dtype) && is_bfloat16(dtype) && head_dim % 16 == 0;
 }
 void merge(const MergeArgs&, int) {}
 void norm(const RmsNormArgs&, int64_t, int64_t) {}
@@ -46,9 +46,10 @@ int main() {
 
   for (const char* cap : {static_cast<const char*>(nullptr), "steps"}) {
     CHECK(force_isa(cap));
-    CHECK(is(attention_isa(ScalarType::kBFloat16, 64), "pairs"));
-    CHECK(is(attention_isa(ScalarType::kBFloat16, 72), "wide"));
-    CHECK(is(attention_isa(ScalarType::kFloat32, 64), "wide"));
+    CHECK(is(attention_isa(ScalarType::kBFloat16, ScalarType::kBFloat16, 64), "pairs"));
+    CHECK(is(attention_isa(ScalarType::kBFloat16, ScalarType::kBFloat16, 72), "wide"));
+    CHECK(is(attention_isa(ScalarType::kFloat32, ScalarType::kBFloat16, 64), "wide"));
+    CHECK(is(attention_isa(ScalarType::kFloat32, ScalarType::kFloat32, 64), "wide"));
     CHECK(is(merge_isa(), "wide"));
     CHECK(is(few_rows_isa(ScalarType::kBFloat16), "pairs"));
     CHECK(is(few_rows_isa(ScalarType::kFloat32), "wide"));
@@ -56,17 +57,17 @@ int main() {
   }
 
   CHECK(force_isa("pairs"));
-  CHECK(is(attention_isa(ScalarType::kBFloat16, 64), "pairs"));
+  CHECK(is(attention_isa(ScalarType::kBFloat16, ScalarType::kBFloat16, 64), "pairs"));
   CHECK(is(tokenwise_isa(), "wide"));
 
   CHECK(force_isa("wide"));
   CHECK(!force_isa("absent"));   // leaves the cap as it is
   CHECK(!force_isa("unknown"));  // this, too
-  CHECK(is(attention_isa(ScalarType::kBFloat16, 64), "wide"));
+  CHECK(is(attention_isa(ScalarType::kBFloat16, ScalarType::kBFloat16, 64), "wide"));
   CHECK(is(few_rows_isa(ScalarType::kBFloat16), "wide"));
 
   CHECK(force_isa("portable"));
-  CHECK(is(attention_isa(ScalarType::kBFloat16, 64), "portable"));
+  CHECK(is(attention_isa(ScalarType::kBFloat16, ScalarType::kBFloat16, 64), "portable"));
   CHECK(is(merge_isa(), "portable"));
   CHECK(is(few_rows_isa(ScalarType::kFloat32), "portable"));
   CHECK(is(tokenwise_isa(), "portable"));

@@ -35,7 +35,8 @@ class Arguments(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("batch", "q_tokens", "k_tokens", "q_heads", "kv_heads", "head_dim")
         ]
-        + [("scale", ctypes.c_float), ("dtype", ctypes.c_int32), ("out_dtype", ctypes.c_int32)]
+        + [("scale", ctypes.c_float)]
+        + [(name, ctypes.c_int32) for name in ("q_dtype", "dtype", "out_dtype")]
         + [("out", ctypes.c_void_p), ("lse", ctypes.c_void_p), ("accumulate", ctypes.c_bool)]
     )
 
@@ -72,6 +73,7 @@ def attention(library):
             case.q.shape[1],
             *case.k.shape[1:],
             case.scale,
+            BFLOAT16,
             BFLOAT16,
             FLOAT32,
             out.data_ptr(),

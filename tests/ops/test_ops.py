@@ -440,7 +440,7 @@ def test_merge_is_associative(isa):
         (dict(cu_k=torch.tensor([0, 2, 4]).int()), r"cu_k has shape \[3\]; it must be \[2\]"),
         (
             dict(k=torch.zeros(4, 2, 64).half()),
-            r"k is torch.float16; it must be torch.float32 like q",
+            r"v is torch.float32; it must be torch.float16 like k",
         ),
         (dict(q_pos=torch.arange(4)), r"q_pos is torch.int64; it must be torch.int32"),
         (dict(k_pos=torch.arange(8).int()[::2]), r"k_pos has stride 2; it must be contiguous"),

@@ -59,6 +59,7 @@ def attention(queries: int, keys: int, heads: int, kv_heads: int, dtype: int, th
             dim,
             dim**-0.5,
             dtype,
+            dtype,
             FLOAT32,
             out.ctypes.data,
             lse.ctypes.data,
