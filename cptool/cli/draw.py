@@ -14,6 +14,13 @@ Rows = list[tuple[str, str]]
 # Narrower terminals wrap a table themselves: its own columns would be too narrow to read.
 NARROWEST = 40
 
+GAP = 2
+
+
+def indent(rows: Rows) -> int:
+    """Return the column in which the values of such a table begin."""
+    return max((len(name) for name, _ in rows), default=0) + GAP
+
 
 def table(rows: Rows, *, to_stderr: bool = False) -> None:
     """Print two columns without a frame, wrapped to a terminal's width; without a terminal, or with
@@ -25,14 +32,14 @@ def table(rows: Rows, *, to_stderr: bool = False) -> None:
         return
     room = tables.room(to_stderr=to_stderr)
     if room is None:
-        width = max(len(name) for name, _ in rows) if rows else 0
+        width = indent(rows)
         for name, value in rows:
-            click.echo(f"{name:{width}}  {value}".rstrip(), err=to_stderr)
+            click.echo(f"{name:{width}}{value}".rstrip(), err=to_stderr)
         return
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table.grid(padding=(0, 2))
+    grid = Table.grid(padding=(0, GAP))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows:

@@ -21,16 +21,15 @@ from cptool.units import flop_rate, some
 
 if TYPE_CHECKING:
     from cptool.distributed.world import World
+    from cptool.engine.answers.records import Emit
 
-Emit = Callable[[int, int], None]
 
-
-def run_turn(turn: Turn, ranks: RankOptions, *, emit: Emit | None = None) -> Report | None:
+def run_turn(turn: Turn, ranks: RankOptions, *, emit: "Emit | None" = None) -> Report | None:
     """Run the turn and return the report of rank 0; None in the other processes of a launcher.
 
-    emit: called as emit(sequence, token) for each token as it is known, in the process that
-        returns the report: this one, or rank 0 of a launcher. It may be called from another thread
-        than this one, one call at a time. What it raises is raised here, once the turn has ended.
+    emit: called for each token as it is known, in the process that returns the report: this one, or
+        rank 0 of a launcher. It may be called from another thread than this one, one call at a
+        time. What it raises is raised here, once the turn has ended.
 
     The first Ctrl-C ends the turn in order, and a second one at once. Answers keep what was said
     (`check_whole` tells); KeyboardInterrupt is raised if the prompt was still being read.
@@ -97,7 +96,7 @@ def _stopped_by_ctrl_c(bar: Bar) -> Iterator[Callable[[Board], None]]:
         yield watch
 
 
-def _on_rank(world: "World", turn: Turn, emit: Emit | None = None) -> tuple[Report | None, int]:
+def _on_rank(world: "World", turn: Turn, emit: "Emit | None" = None) -> tuple[Report | None, int]:
     """Return the report, None if Ctrl-C came while the prompt was read, and this rank's number."""
     try:
         return run(world, turn, emit), world.rank
@@ -112,12 +111,12 @@ def _on_local_rank(
     if end is None:
         return _on_rank(world, turn)
     with Connection(end) as connection:
-        return _on_rank(world, turn, lambda sequence, token: connection.send([sequence, token]))
+        return _on_rank(world, turn, lambda *token: connection.send(list(token)))
 
 
 @contextlib.contextmanager
-def _relay(emit: Emit) -> Iterator[socket.socket]:
-    """Yield a socket for rank 0; a thread calls emit(sequence, token) for what arrives from it.
+def _relay(emit: "Emit") -> Iterator[socket.socket]:
+    """Yield a socket for rank 0; a thread calls emit for what arrives from it.
 
     Once the body has ended, all tokens have been emitted. Raises what `emit` raised.
     """
@@ -127,10 +126,10 @@ def _relay(emit: Emit) -> Iterator[socket.socket]:
     def pass_on() -> None:
         with Connection(ours) as connection, contextlib.suppress(EOFError, ConnectionError):
             while True:
-                sequence, token = connection.receive()
+                token = connection.receive()
                 if not failures:  # otherwise the rank would wait for room
                     try:
-                        emit(sequence, token)
+                        emit(*token)
                     except BaseException as failure:
                         failures.append(failure)
 

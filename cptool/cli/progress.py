@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from cptool.distributed.status_board import Board, Status
+    from cptool.engine.answers.records import Emit, TokenLogprob
 
 _SOONEST = 0.02
 """The share from which on time left is shown: before, it would be a guess."""
@@ -139,12 +140,12 @@ class Bar:
             figures=", ".join(parts),
         )
 
-    def before(self, emit: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    def before(self, emit: "Emit") -> "Emit":
         """Return `emit` with the bar taken away before its first call."""
 
-        def first(sequence: int, token_id: int) -> None:
+        def first(sequence: int, token: int, score: "TokenLogprob | None") -> None:
             self.end()
-            emit(sequence, token_id)
+            emit(sequence, token, score)
 
         return first
 

@@ -8,6 +8,7 @@ import click
 
 from cptool import units
 from cptool.cli import draw
+from cptool.cli.figures import tables
 from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
@@ -16,6 +17,9 @@ from cptool.cli.options.examples import examples
 from cptool.cli.session_export import export, list_sessions, message_rows, readable_dialogues
 from cptool.session import store as sessions
 from cptool.session.manifest import Manifest
+
+_WIDTH = 80
+"""Columns that a message is shown in where there is no terminal."""
 
 directory_argument = click.argument(
     "directory",
@@ -68,14 +72,18 @@ def show(directory: Path, as_json: bool) -> None:
     if as_json:
         print_object(fields)
         return
-    draw.table([*_rows(manifest, fields), *message_rows(dialogues or ())])
+    rows = _rows(manifest, fields)
+    width = None if tables.wide() else (tables.room() or _WIDTH) - draw.indent(rows)
+    draw.table([*rows, *message_rows(dialogues or (), width)])
 
 
 def _rows(manifest: Manifest, fields: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of the table of `show`."""
     tokens, cached = (", ".join(f"{n:,}" for n in fields[k]) for k in ("tokens", "cached"))
     model = manifest.model
-    turns = " -> ".join("+".join(map(str, turn)) for turn in manifest.turns)
+    lengths = " -> ".join("+".join(f"{n:,}" for n in turn) for turn in manifest.turns)
+    messages = fields["messages"]
+    said = [] if messages is None else [("messages", ", ".join(str(len(m)) for m in messages))]
     return [
         ("model", f"{sessions.printable(model.path)} ({model.fingerprint[:12]})"),
         ("last turn on", f"{manifest.cp} cp x {manifest.tp} tp, {manifest.dtype}"),
@@ -83,12 +91,13 @@ def _rows(manifest: Manifest, fields: dict[str, Any]) -> list[tuple[str, str]]:
             "tokens",
             f"{tokens}, {cached} of them with KV",
         ),
-        ("after turns", turns),
+        ("turns", f"{len(manifest.turns)}, tokens after each: {lengths}"),
         (
             "on disk",
             f"{units.some(len(manifest.segments), 'segment')}, {units.size(fields['bytes'])}, "
             f"revision {manifest.revision}",
         ),
+        *said,
     ]
 
 

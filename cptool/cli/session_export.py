@@ -96,7 +96,7 @@ def _described(directory: Path) -> dict[str, Any]:
 def _line(each: dict[str, Any]) -> str:
     said = units.some(each["turns"], "turn")
     if each["messages"] is not None:
-        said = units.some(sum(each["messages"]), "message")
+        said += f", {units.some(sum(each['messages']), 'message')}"
     return (
         f"{sessions.printable(each['model'])}, {said}, {units.some(sum(each['tokens']), 'token')}, "
         f"{units.size(each['bytes'])}, {units.duration(each['age_s'])} old"
@@ -112,13 +112,31 @@ def readable_dialogues(directory: Path, manifest: Manifest) -> tuple[Dialogue, .
         return None
 
 
-def message_rows(dialogues: tuple[Dialogue, ...]) -> list[tuple[str, str]]:
-    """Return a row for each message: its role and how it begins."""
+def message_rows(dialogues: tuple[Dialogue, ...], width: int | None) -> list[tuple[str, str]]:
+    """Return a row for each message: its role, and what it says in `width` characters: of a longer
+    one the beginning and the end, where a question follows a document.
+    """
     return [
-        (role, sessions.printable(" ".join(content[:200].split())[:60]))
+        (role, _ends(sessions.printable(" ".join(content.split())), width))
         for dialogue in dialogues
         for role, content in dialogue.messages
     ]
+
+
+def _ends(text: str, width: int | None) -> str:
+    """Return a text of words, or its beginning and its end in `width` characters."""
+    if width is None or len(text) <= width:
+        return text
+    room = (width - len(_LEFT_OUT)) // 2
+    begin, end = text[:room], text[-room:]
+    if text[room] != " ":
+        begin = begin.rpartition(" ")[0] or begin
+    if text[-room - 1] != " ":
+        end = end.partition(" ")[2] or end
+    return f"{begin.rstrip()}{_LEFT_OUT}{end.lstrip()}"
+
+
+_LEFT_OUT = " ... "
 
 
 @click.command(

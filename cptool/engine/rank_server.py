@@ -141,7 +141,7 @@ class _Server:
             sampled(engine, request.samples, room=room),
             request.options,
             tokenizer=self.checkpoint.tokenizer() if request.options.stop_texts else None,
-            emit=lambda sequence, token: self.reply([sequence, token]),
+            emit=lambda *token: self.reply(list(token)),
             interrupted=lambda: self.world.board.cancelled,
         )
         return Answer(**answers.fields(), reused=reused, prompt_logprobs=scores)

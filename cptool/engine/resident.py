@@ -34,6 +34,7 @@ from cptool.engine.turn import Setup
 from cptool.errors import RunError, UserError
 
 if TYPE_CHECKING:
+    from cptool.engine.answers.records import Emit
     from cptool.session.manifest import Manifest
 
 _PATIENCE_S = 5.0
@@ -139,10 +140,10 @@ class Resident:
     def answer(
         self,
         request: Continue,
-        emit: Callable[[int, int], None],
+        emit: "Emit",
         watch: Callable[[Board], None] | None = None,
     ) -> Answer:
-        """Fulfil the request; emit(sequence, token) is called for each token as it comes.
+        """Fulfil the request; `emit` is called for each token as it comes.
 
         watch: called from another thread with the ranks' status board, about ten times a second.
         """

@@ -6,12 +6,12 @@ with up to `max_new_tokens` tokens each, and may leave a session behind.
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cptool.engine.answers.records import AnswerOptions, Logprobs
+from cptool.engine.answers.records import AnswerOptions, Emit, Logprobs
 from cptool.engine.figures import decode_bytes, predicted, prefill_flops
 from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
@@ -152,10 +152,10 @@ class Report:
         return {name: getattr(self, name) for name in names}
 
 
-def run(world: "World", turn: Turn, emit: Callable[[int, int], None] | None = None) -> Report:
+def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
     """Run the turn on this rank of `world`. Collective.
 
-    emit: called as emit(sequence, token) on rank 0 for each token as it is known.
+    emit: called on rank 0 for each token as it is known.
 
     Once the launching process requests a stop, the next token of each answer is its last, and the
     session is saved; Interrupted is raised, and nothing saved, if the prompt was still being read.

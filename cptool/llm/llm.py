@@ -19,7 +19,7 @@ from cptool.checkpoint.tokenizer.stops import StopStream, before_stop
 from cptool.distributed.devices import resolve_device
 from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
-from cptool.engine.answers.records import AnswerOptions
+from cptool.engine.answers.records import AnswerOptions, Emit
 from cptool.engine.options import EngineOptions, resolve_dtype
 from cptool.engine.requests import Answer, Continue
 from cptool.engine.turn import Setup
@@ -33,7 +33,7 @@ from cptool.llm.options import (
     takes_options,
 )
 from cptool.llm.prompts import Prompt, before_answers, encoded, tokenizer_of
-from cptool.llm.running import Emit, Running, Turns
+from cptool.llm.running import Running, Turns
 from cptool.llm.session import Session
 from cptool.model import shares
 from cptool.model.context import answer_limit

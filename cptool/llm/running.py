@@ -6,13 +6,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, TypeVar
 
+from cptool.engine.answers.records import Emit
 from cptool.engine.resident import Resident
 from cptool.errors import RunError, UserError
-
-Emit: TypeAlias = Callable[[int, int], None]
-"""Takes a sequence's index and a token of its answer."""
 
 _T = TypeVar("_T")
 
@@ -98,7 +96,9 @@ class Running(Generic[_T]):
 
     def _run(self) -> None:
         try:
-            self._values.append(self._request(self._ranks, lambda b, t: self._tokens.put((b, t))))
+            self._values.append(
+                self._request(self._ranks, lambda b, t, _: self._tokens.put((b, t)))
+            )
         except BaseException as failure:
             self._failure = failure
         self._tokens.put(None)

@@ -49,8 +49,13 @@ def test_a_stop_text_across_tokens(smollm2_path, smollm2_reference, tokenizer, o
     assert expected == answer[:9]
     asked = ("generate", smollm2_path, "--prompt", TEXT, "-n", 30, "--temperature", 0, "--cp", cp)
     stops = ("--stop", "no such text", "--stop", stop)
-    lines = [json.loads(line) for line in cptool(*asked, *stops, "--jsonl").stdout.splitlines()]
+    lines = [
+        json.loads(line)
+        for line in cptool(*asked, *stops, "--jsonl", "--logprobs", 2).stdout.splitlines()
+    ]
     result = lines.pop()
+    scores = [{name: line[name] for name in ("token", "logprob", "top")} for line in lines]
+    assert scores == result["logprobs"][0]
     whole = tokenizer.text(expected, ids, ended=True)
     assert result["token_ids"] == [expected] and result["stopped"] == ["stop"]
     assert result["text"] == [whole[: whole.index(stop)]]

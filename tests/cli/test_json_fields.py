@@ -34,6 +34,7 @@ RUNS = {
     "cptool decode": ["{here}/plain -n 3 --profile {here}/trace.json --logit-bias 7=-1.5"],
     "--jsonl": [
         "generate {smollm2} --chat --prompt Hi --prompt Ho -n 2 --echo --session {here}/chats",
+        "generate {smollm2} --prompt Hi -n 2 --logprobs 2",
     ],
     "cptool verify": ["{tiny} --synthetic 6 --max-cp 2"],
     "cptool plan": ["llama3-8b --context 8K --max-gpus 2 --ttft-below 1s", "{tiny} --context 256"],

@@ -5,6 +5,8 @@ import os
 import pytest
 from test_cli import as_json, cptool
 
+from cptool.cli.session_export import _ends
+
 
 @pytest.fixture(scope="module")
 def made(tiny_model, tmp_path_factory):
@@ -42,3 +44,33 @@ def test_what_cannot_be_listed_is_said(made, tmp_path):
     assert "no sessions here" in cptool("session", "list", tmp_path, "--depth", 0).stderr
     missing = cptool("session", "list", tmp_path / "none", code=2).stderr
     assert "is not a directory" in missing and len(missing.splitlines()) == 1
+
+
+def test_a_conversation_has_turns_and_messages(smollm2_path, tmp_path):
+    """Of a document with a question after it, both are seen; with --wide, all of it."""
+    document = " ".join(f"word{n}" for n in range(40))
+    where = tmp_path / "s"
+    said = document + "\n\nWhich is the last?"
+    made = cptool("prefill", smollm2_path, "--chat", "--session", where, "--prompt", said).stdout
+    assert f'continue with: cptool decode {where} --prompt "..."' in made
+    shown = cptool("session", "show", where).stdout.splitlines()
+    assert shown[-2:] == [
+        "messages      1",
+        "user          word0 word1 word2 word3 word4 ... word39 Which is the last?",
+    ]
+    assert document in cptool("session", "show", where, "--wide").stdout
+    assert "1 turn, 1 message, " in cptool("session", "list", where).stdout
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("one two three", "one two three"),
+        ("one two three four", "one ... four"),
+        ("a" * 20, "aaaa ... aaaa"),
+        ("a" * 20 + " end", "aaaa ... end"),
+    ],
+)
+def test_beginning_and_end(text, shown):
+    assert _ends(text, 13) == shown
+    assert _ends(text, None) == text

@@ -198,10 +198,10 @@ def test_tokens_arrive_in_the_process_that_prints(tiny_model, cp):
 
     turn = Turn(model=str(tiny_model), prompts=((1, 2, 3), (4,)), dtype="float32", max_new_tokens=5)
     came, ranks = [], RankOptions(cp=cp, device="cpu")
-    report = run_turn(turn, ranks, emit=lambda *token: came.append((*token, os.getpid())))
+    report = run_turn(turn, ranks, emit=lambda b, token, _: came.append((b, token, os.getpid())))
     assert came == [(b, report.token_ids[b][i], os.getpid()) for i in range(5) for b in (0, 1)]
 
-    def fail(sequence, token):
+    def fail(sequence, token, score):
         came.append(token)
         raise OSError("no room")
 

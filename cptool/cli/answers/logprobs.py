@@ -35,6 +35,11 @@ def fields(report: Report, turn: Turn) -> dict[str, Any]:
     return found
 
 
+def token_fields(score: TokenLogprob) -> dict[str, Any]:
+    """Return the fields of the JSON of one token beside `token`."""
+    return {name: value for name, value in score.fields().items() if name != "token"}
+
+
 def say_cached(turn: Turn) -> None:
     """Say in one line which tokens have no log-probability, because they were read earlier."""
     starts = _starts(turn)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +13,7 @@ from cptool.cli.options.records import as_object
 
 if TYPE_CHECKING:
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
+    from cptool.engine.answers.records import Emit
     from cptool.engine.turn import Report, Turn
 
 
@@ -20,7 +21,7 @@ class Writer(Protocol):
     """Writes the answers of a turn to standard output, from their first token to the report."""
 
     @property
-    def emit(self) -> Callable[[int, int], None] | None:
+    def emit(self) -> Emit | None:
         """What takes each token as it is known (`cptool.cli.launch.run_turn`); None for a writer
         that waits for the report, so that the progress bar stays until then.
         """

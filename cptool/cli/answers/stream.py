@@ -10,6 +10,7 @@ from cptool.errors import RunError
 
 if TYPE_CHECKING:
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
+    from cptool.engine.answers.records import TokenLogprob
 
 
 class AnswerStream:
@@ -32,7 +33,7 @@ class AnswerStream:
         self._text = StopStream(tokenizer.stream(after), stop)
         self._output, self._lead = Output(), lead
 
-    def emit(self, sequence: int, token_id: int) -> None:
+    def emit(self, sequence: int, token_id: int, score: "TokenLogprob | None") -> None:
         """Write the text that is certain with this token."""
         self._write(self._text.push(token_id))
 

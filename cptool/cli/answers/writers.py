@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from cptool.checkpoint.tokenizer.stops import StopStream
 from cptool.cli import json_output
+from cptool.cli.answers import logprobs
 from cptool.cli.answers import report as reports
 from cptool.cli.answers.numbers import number, places
 from cptool.cli.answers.stream import AnswerStream, Output
 
 if TYPE_CHECKING:
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
+    from cptool.engine.answers.records import TokenLogprob
     from cptool.engine.turn import Report, Turn
 
 
@@ -43,8 +45,8 @@ class OneText:
     def __init__(self, turn: Turn, tokenizer: Tokenizer, prompt: str, after: Sequence[int]) -> None:
         self._stream = AnswerStream(tokenizer, lead=prompt, after=after, stop=turn.stop_texts)
 
-    def emit(self, sequence: int, token_id: int) -> None:
-        self._stream.emit(sequence, token_id)
+    def emit(self, sequence: int, token_id: int, score: TokenLogprob | None) -> None:
+        self._stream.emit(sequence, token_id, score)
 
     def finish(self, report: Report) -> None:
         self._stream.finish(ended=reports.has_ended(report.stopped[0]))
@@ -70,7 +72,7 @@ class Texts:
         self._output = Output()
         self.emit = self._take if len(after) > 1 else None
 
-    def _take(self, sequence: int, token_id: int) -> None:
+    def _take(self, sequence: int, token_id: int, score: TokenLogprob | None) -> None:
         self._answers[sequence].append(token_id)
         if self._streams is not None:
             self._streams[sequence].push(token_id)
@@ -137,18 +139,18 @@ class JsonLines:
         self._streams = _streams(turn, tokenizer, after)
         self._prompts: Sequence[str] = prompts
 
-    def emit(self, sequence: int, token_id: int) -> None:
+    def emit(self, sequence: int, token_id: int, score: TokenLogprob | None) -> None:
         self._write_prompts()
-        self._write_token(
-            sequence, token_id, self._streams[sequence].push(token_id) if self._streams else None
-        )
+        text = self._streams[sequence].push(token_id) if self._streams else None
+        scores = {} if score is None else logprobs.token_fields(score)
+        self._write_token(sequence, token_id, text, scores)
 
     def finish(self, report: Report) -> None:
         self._write_prompts()
         for sequence, stream in enumerate(self._streams or ()):
             ended = reports.has_ended(report.stopped[sequence])
             if text := stream.flush(ended=ended):  # the answer ends within a character, say
-                self._write_token(sequence, None, text)
+                self._write_token(sequence, None, text, {})
         fields = {
             "type": "result",
             **reports.fields(report, self._turn, self._tokenizer, self._after),
@@ -162,9 +164,12 @@ class JsonLines:
             self._write({"type": "prompt", "sequence": sequence, "text": prompt})
         self._prompts = ()
 
-    def _write_token(self, answer: int, token: int | None, text: str | None) -> None:
+    def _write_token(
+        self, answer: int, token: int | None, text: str | None, scores: dict[str, Any]
+    ) -> None:
         b, s = places(self._turn)[answer]
-        self._write({"type": "token", "sequence": b, "sample": s, "token": token, "text": text})
+        fields = {"type": "token", "sequence": b, "sample": s, "token": token, "text": text}
+        self._write({**fields, **scores})
 
     def _write(self, fields: dict[str, Any]) -> None:
         self._output.write(json_output.plain_line(fields) + "\n")

@@ -13,6 +13,7 @@ from cptool.units import token_rate
 if TYPE_CHECKING:
     from cptool.cli.batch.lines import Line
     from cptool.distributed.status_board import Board
+    from cptool.engine.answers.records import TokenLogprob
 
 
 class Progress:
@@ -43,7 +44,7 @@ class Progress:
         self._batch, self._batch_began, self._first = batch, time.monotonic(), None
         self._answers, self._ended = [0] * len(batch), set()
 
-    def emit(self, sequence: int, token: int) -> None:
+    def emit(self, sequence: int, token: int, score: TokenLogprob | None) -> None:
         """Note a token of an answer in the batch."""
         if self._first is None:
             self._first = time.monotonic()

@@ -23,6 +23,7 @@ from cptool.units import duration, some, token_rate
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
+    from cptool.engine.answers.records import TokenLogprob
     from cptool.engine.resident import Resident
     from cptool.engine.sampling import Sampling
 
@@ -143,7 +144,7 @@ class Terminal:
         ids: list[int] = []
         began = first = time.perf_counter()
 
-        def emit(sequence: int, token: int) -> None:
+        def emit(sequence: int, token: int, score: "TokenLogprob | None") -> None:
             nonlocal first
             if not ids:
                 first = time.perf_counter()

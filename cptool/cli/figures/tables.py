@@ -45,11 +45,16 @@ wide_option = click.option(
 )
 
 
+def wide() -> bool:
+    """Return whether `--wide` was given."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(_WIDE))
+
+
 def room(*, to_stderr: bool = False) -> int | None:
     """Return how many columns the terminal has; None with `--wide`, or where there is none."""
     stream = sys.stderr if to_stderr else sys.stdout
-    context = click.get_current_context(silent=True)
-    if stream is None or not stream.isatty() or (context and context.meta.get(_WIDE)):
+    if stream is None or not stream.isatty() or wide():
         return None
     given = os.environ.get("COLUMNS", "")
     if given.isdecimal() and int(given):

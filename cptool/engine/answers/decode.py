@@ -10,7 +10,7 @@ import torch
 
 from cptool.checkpoint.tokenizer.stops import StopStream
 from cptool.engine.answers.logprobs import packed, packed_size, scored, unpacked
-from cptool.engine.answers.records import AnswerOptions, Answers, TokenLogprob
+from cptool.engine.answers.records import AnswerOptions, Answers, Emit, TokenLogprob
 from cptool.engine.answers.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def decode(
     options: AnswerOptions,
     *,
     tokenizer: Tokenizer | None = None,
-    emit: Callable[[int, int], None] | None = None,
+    emit: Emit | None = None,
     interrupted: Callable[[], bool] | None = None,
     variant: str | None = None,
 ) -> Answers:
@@ -40,7 +40,7 @@ def decode(
     one. The KV of a sequence's last token stays pending.
 
     tokenizer: needed for stop texts; every rank sees by itself that one is complete.
-    emit: called as emit(sequence, token) for each token as it is known.
+    emit: called for each token as it is known.
     interrupted: called at each token; once it returns True on any rank, that token is the last
         one of every sequence, on all ranks.
     variant: used for these steps instead of the engine's.
@@ -63,7 +63,7 @@ def decode(
         for b in sorted(active):
             answers.append(b, picks[b], agreed.scores.get(b))
             if emit is not None:
-                emit(b, picks[b])
+                emit(b, picks[b], agreed.scores.get(b))
             if b in stops:
                 stops[b].push(picks[b])
             found = b in stops and stops[b].found

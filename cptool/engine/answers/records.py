@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,11 @@ class TokenLogprob:
         """Return the fields of JSON: `top` as [id, log-probability] pairs."""
         return {"token": self.token, "logprob": self.logprob, "top": [list(t) for t in self.top]}
 
+
+Emit = Callable[[int, int, "TokenLogprob | None"], None]
+"""Takes each token as it is known, as emit(sequence, token, score), `score` if log-probabilities
+were requested.
+"""
 
 Logprobs = tuple[tuple[TokenLogprob, ...], ...]
 """Of each sequence, one for each token."""
