@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cptool.cli import draw, turn_report
+from cptool.cli import draw, turn_report, verbosity
 from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
@@ -111,13 +111,16 @@ def _fields(report: Report, lengths: list[int], session: str | None) -> dict[str
 
 
 def _draw(report: Report, turn: Turn, checkpoint: Checkpoint) -> None:
-    """Print a table of what was done, and of the profile if there is one."""
+    """Print a table of what was done, and of the profile if there is one; with -q, the results."""
     tokenizer = checkpoint.tokenizer()
     named = [repr(tokenizer.decode([t])) if tokenizer else f"id {t}" for t in report.first_token]
-    rows = [*turn_report.prefill_rows(report), *turn_report.source_rows(report)]
+    rows = []
+    if not verbosity.quiet():
+        rows += [*turn_report.prefill_rows(report), *turn_report.source_rows(report)]
     rows.append(("next token", ", ".join(named)))
     if turn.session is not None:
-        command = f"cptool decode {shlex.quote(turn.session)}"
+        question = "" if turn.chat is None else ' --prompt "..."'
+        command = f"cptool decode {shlex.quote(turn.session)}{question}"
         rows.append(("session", f"{turn.session}; continue with: {command}"))
     draw.table(rows)
     turn_report.phases(report, turn.profile)

@@ -12,6 +12,9 @@ from conftest import greedy
 from test_cli import MQA_IDS, as_json, cptool
 
 from cptool.checkpoint import open_checkpoint
+from cptool.cli import json_output
+from cptool.cli.batch.answers import check_writable, kept_in
+from cptool.errors import UserError
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 TEXTS = ["The capital of France is", "Once upon a time", "Water boils at", "🙂🙃🙂🙃"]
@@ -213,6 +216,37 @@ def test_what_is_there_must_be_of_this_run(mqa_path, tmp_path):
     assert "line 3: its prompt is not that of this run" in refused("-n", 2)
 
 
+@pytest.mark.parametrize("left", [b"\0" * 5000, b'{"schema": 1, "index": 2\0\0', b"\0\0}\n{}\n"])
+def test_zero_bytes_of_a_crash_are_removed(tmp_path, left):
+    """After some of the answers or all of them; nothing else that follows them is touched."""
+    origins = [{"index": index} for index in range(3)]
+    rows = [json_output.line({**origin, "token_ids": []}).encode() + b"\n" for origin in origins]
+    for done in (2, 3):
+        out = tmp_path / "out.jsonl"
+        out.write_bytes(b"".join(rows[:done]) + left)
+        with kept_in(out, origins) as kept:
+            assert kept.done == done
+        assert out.read_bytes() == b"".join(rows[:done])
+    out.write_bytes(b"".join(rows) + b"x\n")
+    with pytest.raises(UserError, match="more answers than the 3 prompts"), kept_in(out, origins):
+        pass
+    assert out.read_bytes() == b"".join(rows) + b"x\n"
+
+
+def test_a_link_to_nothing_is_made_or_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    check_writable(tmp_path / "link")
+    with kept_in(tmp_path / "link", []):
+        assert (tmp_path / "file").exists()
+    (tmp_path / "lost").symlink_to(tmp_path / "none" / "file")
+    with pytest.raises(UserError, match=f"lost is a link to {tmp_path}/none/file, whose folder"):
+        check_writable(tmp_path / "lost")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    check_writable(tmp_path / "round")
+    with pytest.raises(UserError, match="symbolic links"), kept_in(tmp_path / "round", []):
+        pass
+
+
 @pytest.mark.parametrize("text", ["notes", "notes\n", '{"schema": 1}\n', "[]\n", "\0\n"])
 def test_a_file_of_something_else_is_left_alone(mqa_path, tmp_path, text):
     file, out = write_lines(tmp_path / "in.jsonl", *prompts(3)), tmp_path / "out.jsonl"
@@ -246,7 +280,7 @@ MISTAKES = {
 }
 
 
-def test_mistakes_are_known_before_anything_is_computed(mqa_path, tmp_path, monkeypatch):
+def test_mistakes_are_known_early(mqa_path, smollm2_path, tmp_path, monkeypatch):
     monkeypatch.setattr("cptool.engine.resident.Resident.start", lambda self: 1 / 0)
     out = tmp_path / "out.jsonl"
     good = {"token_ids": [1], "id": "x"}
@@ -254,10 +288,15 @@ def test_mistakes_are_known_before_anything_is_computed(mqa_path, tmp_path, monk
         file = write_lines(tmp_path / "in.jsonl", good, line)
         done = cptool("generate", mqa_path, "--batch-file", file, "--output", out, code=2)
         assert f"in.jsonl, line 2: {rule}" in done.stderr or rule in done.stderr, done.stderr
-        assert f"{file}: 1 line cannot be used (of 2)" in done.stderr
+        assert done.stderr.count("\n") == 1 and "; nothing was computed" in done.stderr
     file = write_lines(tmp_path / "in.jsonl", *MISTAKES)
     done = cptool("generate", mqa_path, "--batch-file", file, "--output", out, code=2)
     assert len(done.stderr.splitlines()) == 6 and not out.exists()
+    systems = [{"prompt": str(n), "system": "x"} for n in range(3)]
+    file = write_lines(tmp_path / "in.jsonl", *systems)
+    done = cptool("generate", smollm2_path, "--batch-file", file, "--output", out, code=2)
+    assert f'{file}, 3 lines, the first line 1: "system" is a message of the' in done.stderr
+    assert done.stderr.count("\n") == 1
     long = {"token_ids": [1] * 2048}
     file = write_lines(tmp_path / "in.jsonl", good, long)
     done = cptool("generate", mqa_path, "--batch-file", file, code=2)

@@ -12,7 +12,9 @@ def prefill(mqa_path, tmp_path):
 
 
 def test_quiet_leaves_results(prefill, tmp_path):
-    assert cptool("-q", *prefill).stderr == ""
+    done = cptool("-q", *prefill)
+    assert done.stderr == ""
+    assert [row.split()[0] for row in done.stdout.splitlines()] == ["next", "session"]
     decode = ("decode", tmp_path / "s", "-n", "2", "--temperature", "0")
     loud, quiet = cptool(*decode), cptool(*decode, "--quiet")
     assert "sampling" in loud.stderr and quiet.stderr == ""

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Protocol
 from cptool import files
 from cptool.cli import draw, json_output
 from cptool.errors import RunError, UserError
+from cptool.units import some
 
 _NAMES = {
     "schema": "format",
@@ -32,6 +33,11 @@ _NAMES = {
     "top_prompt_logprobs": "--prompt-logprobs",
 }
 """What a field that identifies an answer is called in an error, where not by its name."""
+
+_ZEROS = (
+    "zero bytes follow its first {}, as a crash of the machine leaves them; they were removed, and "
+    "the run goes on from there"
+)
 
 Origin = Mapping[str, Any]
 """The fields that identify an answer: which prompt it answers, and how."""
@@ -83,6 +89,14 @@ def check_writable(path: Path) -> None:
     parent = path.absolute().parent
     if not parent.is_dir():
         raise UserError(f"--output {path}: {parent} is not a directory; create it first")
+    if path.is_symlink() and not path.exists():
+        target = Path(os.path.realpath(path))
+        parent = target.parent
+        if not parent.is_dir():
+            raise UserError(
+                f"--output {path} is a link to {target}, whose folder does not exist; create it, "
+                "or name another file"
+            )
     if path.exists() and not path.is_file():
         raise UserError(f"--output {path} is not a regular file; - is standard output")
     if not os.access(path if path.exists() else parent, os.W_OK):
@@ -93,20 +107,27 @@ def check_writable(path: Path) -> None:
 def kept_in(path: Path, origins: Sequence[Origin]) -> Iterator[Kept]:
     """Open the file and check that what is there answers the first prompts, in the same way.
 
-    origins: what identifies the answer of each prompt. A last line that was cut off is removed.
-    Raises UserError for anything else in the file, which is left as it is.
+    origins: what identifies the answer of each prompt. A last line that was cut off is removed,
+    and what follows answers from a zero byte on. Raises UserError for anything else in the file,
+    which is left as it is.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     made = not path.exists()
-    with os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0) as file:
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"--output {path} cannot be written ({error.strerror}); name another file"
+        ) from None
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise UserError(f"--output {path} is not a regular file; name another one")
         _lock(file, path)
         if made:
-            files.sync(path.absolute().parent)
-        done, end = _checked(path, origins)
-        if end != os.fstat(file.fileno()).st_size:
-            draw.say(f"{path}: its last line was cut off; that prompt is answered again")
+            files.sync(Path(os.path.realpath(path)).parent)
+        done, end, fault = _checked(path, origins)
+        if fault:
+            draw.say(f"{path}: {fault}")
             file.truncate(end)
         yield Kept(file, path, done)
 
@@ -122,14 +143,18 @@ def _lock(file: BinaryIO, path: Path) -> None:
         return
 
 
-def _checked(path: Path, origins: Sequence[Origin]) -> tuple[int, int]:
-    """Return how many answers the file has, and where the last one ends, in bytes."""
+def _checked(path: Path, origins: Sequence[Origin]) -> tuple[int, int, str]:
+    """Return how many answers the file has, where the last one ends, in bytes, and why what follows
+    it is to be removed, if something does.
+    """
     done = end = 0
     with open(path, "rb") as file:
         for row in file:
             expected = origins[done] if done < len(origins) else None
+            if done and b"\0" in row:  # which no line of JSON has
+                return done, end, _ZEROS.format(some(done, "answer"))
             if not row.endswith(b"\n") and expected is not None and _cut(row, expected):
-                break
+                return done, end, "its last line was cut off; that prompt is answered again"
             if expected is None:
                 raise UserError(
                     f"{path} has more answers than the {len(origins):,} prompts; give the file of "
@@ -137,7 +162,7 @@ def _checked(path: Path, origins: Sequence[Origin]) -> tuple[int, int]:
                 )
             _check(f"{path}, line {done + 1}", row, expected)
             done, end = done + 1, end + len(row)
-    return done, end
+    return done, end, ""
 
 
 def _cut(row: bytes, expected: Origin) -> bool:

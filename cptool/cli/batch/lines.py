@@ -9,7 +9,7 @@ import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cptool.cli import draw
 from cptool.cli.json_output import shown
@@ -72,25 +72,34 @@ def read_lines(source: str, checkpoint: Checkpoint, texts: Prompts, count: int) 
     if not given:
         raise UserError(f"{name} holds no prompts; write one JSON object per line, {_FORMAT}")
     lines: list[Line] = []
-    faults: list[str] = []
+    faults: list[tuple[int, str]] = []
     with counting("read the prompts, line", len(given)) as advance:
         for number, row in given:
             try:
                 lines.append(reader.read(number, row))
             except UserError as error:
-                faults.append(f"{name}, line {number}: {as_options(str(error))}")
+                faults.append((number, " ".join(as_options(str(error)).split())))
             advance()
-    for fault in faults[:_SHOWN]:
-        draw.say(" ".join(fault.split()), always=True)
     if faults:
-        cannot = "1 line cannot be used" if len(faults) == 1 else f"{len(faults):,} lines cannot"
-        cannot += "" if len(faults) == 1 else " be used"
-        raise UserError(
-            f"{name}: {cannot} (of {len(given):,}); correct what is said above; nothing was "
-            "computed"
-        )
+        _refuse(faults, name, len(given))
     reader.check_options(name)
     return lines
+
+
+def _refuse(faults: Sequence[tuple[int, str]], name: str, count: int) -> NoReturn:
+    """Raise UserError for lines that cannot be used, of `count`. If their reasons differ, the first
+    few are explained on standard error.
+    """
+    reasons = {reason for _, reason in faults}
+    if len(reasons) == 1:
+        where = _lines([number for number, _ in faults])
+        raise UserError(f"{name}, {where}: {reasons.pop()}; nothing was computed")
+    for number, reason in faults[:_SHOWN]:
+        draw.say(f"{name}, line {number}: {reason}", always=True)
+    raise UserError(
+        f"{name}: {len(faults):,} lines cannot be used (of {count:,}); correct what is said above; "
+        "nothing was computed"
+    )
 
 
 def _read(source: str, name: str) -> bytes:

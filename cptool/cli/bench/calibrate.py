@@ -221,7 +221,8 @@ def _rows(profile: HardwareProfile, dtypes: tuple[str, ...], cp: int) -> list[tu
     rows.append(
         (
             "fitted rule",
-            f"{alpha:.3g} log T {beta:+.3g} log(T/(T+P)) {gamma:+.3g} > 0: keys and values travel",
+            "for `plan --rule fitted`: with T new tokens and P cached ones, keys and values travel "
+            f"where {alpha:.3g} log T {beta:+.3g} log(T/(T+P)) {gamma:+.3g} > 0, else queries do",
         )
     )
     return rows

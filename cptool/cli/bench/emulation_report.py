@@ -81,7 +81,7 @@ class Report:
             *self._ring_rows(),
             *self._exchange_rows(),
             ("per layer", duration(result.layer_s)),
-            ("once", ", ".join(f"{name} {duration(s)}" for name, s in result.once.items())),
+            ("per forward", ", ".join(f"{name} {duration(s)}" for name, s in result.once.items())),
             (
                 "first token",
                 f"{duration(result.ttft_s)} projected for {result.layers} layers, "

@@ -103,8 +103,7 @@ class Report:
                 (
                     "exchange",
                     f"{units.size(best.ttft.wire_bytes)} sent per rank, "
-                    f"{duration(best.ttft.exposed_s)} exposed, "
-                    f"{duration(best.ttft.hidden_s)} hidden under compute",
+                    f"{_moved(best.ttft, ' under compute')}",
                 )
             )
             if tables.room():  # a person reads it
@@ -229,11 +228,18 @@ def _variants(best: Plan) -> list[tuple[str, Estimate, str]]:
     for name, estimate in sorted(best.others.items(), key=lambda item: item[1].seconds):
         why = (
             f"{units.size(estimate.wire_bytes)} sent per rank, "
-            f"{duration(estimate.exposed_s)} exposed, {duration(estimate.hidden_s)} hidden, "
+            f"{_moved(estimate)}, "
             f"{duration(estimate.parts['merge_s'])} copying and merging"
         )
         rows.append((name, estimate, why))
     return rows
+
+
+def _moved(estimate: Estimate, where: str = "") -> str:
+    """Return how long ranks wait for messages, and how much of them compute hides, if any."""
+    exposed = f"{duration(estimate.exposed_s)} exposed"
+    hidden = f", {duration(estimate.hidden_s)} hidden{where}" if estimate.hidden_s > 0 else ""
+    return exposed + hidden
 
 
 def _layout(best: Plan, work: Workload) -> str:
@@ -259,7 +265,12 @@ def _shares(parts: dict[str, float]) -> str:
     whole = sum(parts.values())
     named = sorted(parts.items(), key=lambda part: -part[1])
     return ", ".join(
-        f"{name.removesuffix('_s').replace('_', ' ')} {duration(spent)} ({spent / whole:.0%})"
+        f"{_part_name(name)} {duration(spent)} ({spent / whole:.0%})"
         for name, spent in named
         if spent > 0.005 * whole
     )
+
+
+def _part_name(name: str) -> str:
+    """Return what people read for a part of a time, such as `linear_s`."""
+    return "fixed costs" if name == "once_s" else name.removesuffix("_s").replace("_", " ")
