@@ -9,7 +9,13 @@ import pytest
 import torch
 from llama_reference import save_llama
 
+# All readers, which `rank_modules` then has ranks forked with.
+import cptool.checkpoint.gguf.reader
+import cptool.checkpoint.huggingface.reader
+import cptool.checkpoint.meta.reader  # noqa: F401
 from cptool.checkpoint import catalogue, open_checkpoint
+from cptool.distributed import server_process
+from cptool.engine.rank_modules import rank_modules
 from cptool.errors import UserError
 from cptool.files import cache_dir
 
@@ -41,6 +47,19 @@ def own_cache(tmp_path_factory):
         del os.environ["CPTOOL_CACHE"]
     else:
         os.environ["CPTOOL_CACHE"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ranks_are_forked_with_their_modules():
+    """Whichever test is the first to start ranks, those of all others need import nothing."""
+    start = server_process.start
+
+    def start_for_all(entry, preload=()):
+        start(entry, {*preload, *rank_modules()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server_process, "start", start_for_all)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import functools
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cptool.cli import draw
 from cptool.cli.progress import Bar, drawn_bar
@@ -14,6 +14,7 @@ from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
 from cptool.distributed.signals import stopping
 from cptool.distributed.status_board import SAVING, Board
+from cptool.engine.rank_modules import rank_modules
 from cptool.engine.requests import Connection
 from cptool.engine.turn import Report, Turn, run
 from cptool.errors import Interrupted
@@ -38,14 +39,15 @@ def run_turn(turn: Turn, ranks: RankOptions, *, emit: "Emit | None" = None) -> R
         if emit is not None:
             emit = bar.before(emit)
         with _stopped_by_ctrl_c(bar) as watch:
+            shared: Any = {"ranks": ranks, "watch": watch, "preload": rank_modules()}
             if emit is None or (launched_size() or 1) > 1 or ranks.count == 1:
                 here = _on_rank if emit is None else functools.partial(_on_rank, emit=emit)
-                report, rank = launch.run(here, turn, ranks=ranks, watch=watch)
+                report, rank = launch.run(here, turn, **shared)
             else:
                 with _relay(emit) as end:
                     own = [end, *[None] * (ranks.count - 1)]
                     there = _on_local_rank
-                    report, rank = launch.run(there, turn, own=own, ranks=ranks, watch=watch)
+                    report, rank = launch.run(there, turn, own=own, **shared)
     if rank:
         return None
     if report is None:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from cptool.distributed.connect import call_entry, connect
@@ -38,6 +38,7 @@ def run(
     ranks: RankOptions | None = None,
     watch: Callable[[Board], None] | None = None,
     own: Sequence[Any] | None = None,
+    preload: Iterable[str] = (),
 ) -> Any:
     """Call entry(world, *args) on the ranks of `ranks`, by default one, and return rank 0's value.
 
@@ -53,6 +54,8 @@ def run(
     watch: called with the status board about ten times a second while ranks work (on rank 0).
     own: one last argument per rank that no other rank receives, such as its end of a connection;
         only for ranks that are started here.
+    preload: names of modules that `entry` imports once it runs; the process that ranks are forked
+        from imports them once for all, if this run is the first to need that process.
 
     Raises UserError for an entry that ranks cannot import, and the one that a rank raised;
     RankFailed if a rank died or raised anything else (with CPTOOL_TRACEBACK set, its traceback is
@@ -82,7 +85,9 @@ def run(
     with orderly(), make_folder() as folder:
         board = Board(ranks.count, os.path.join(folder, "status"))
         with _watching(watch, board):
-            return launch(entry, args, ranks=ranks, board=board, folder=folder, own=own)
+            return launch(
+                entry, args, ranks=ranks, board=board, folder=folder, own=own, preload=preload
+            )
 
 
 def _alone(ranks: RankOptions, board: Board) -> World:

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -58,6 +58,7 @@ def launch(
     board: Board,
     folder: str,
     own: Sequence[Any] | None = None,
+    preload: Iterable[str] = (),
 ) -> Any:
     """Call entry(world, *args) on local processes and return rank 0's value.
 
@@ -66,11 +67,12 @@ def launch(
     board: the status board, in a file of `folder`.
     folder: a private folder in which the ranks meet.
     own: one last argument per rank.
+    preload: modules that the process that ranks are forked from imports.
     """
     server_process.end_if_unguarded()
     server_process.check_importable(entry)
     check_loopback()
-    server_process.start(entry)
+    server_process.start(entry, preload)
     ranks = replace(ranks, device=resolve_device(ranks.device, board.ranks))
     transport(ranks.device, board.ranks, ranks.transport)  # raises before any rank starts
 

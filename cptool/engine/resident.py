@@ -19,6 +19,7 @@ from cptool.distributed.failure import RankFailed
 from cptool.distributed.local import RANK_NAME
 from cptool.distributed.options import RankOptions
 from cptool.distributed.status_board import Board
+from cptool.engine.rank_modules import rank_modules
 from cptool.engine.rank_server import serve
 from cptool.engine.requests import (
     END,
@@ -88,7 +89,8 @@ class Resident:
                 if len(self._connections) > 1:
                     from cptool.distributed import server_process
 
-                    server_process.start(serve)  # here, because its signals are this thread's
+                    # Here, because its signals are this thread's.
+                    server_process.start(serve, rank_modules())
                 self._thread.start()
                 self._receive()  # that all are ready
                 self._known.wait()

@@ -21,6 +21,7 @@ from cptool.distributed.world import World
 from cptool.engine.answers.decode import next_tokens
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
+from cptool.engine.rank_modules import rank_modules
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.exactness.reference import attention
@@ -133,7 +134,9 @@ def verify(
     for number, count in enumerate(counts):
         batch = Batch(variants=together, done=len(alone) + number * len(together), total=total)
         of_count = replace(ranks, cp=count)
-        for measurement in run(measure, trial, batch, ranks=of_count, watch=watch):
+        for measurement in run(
+            measure, trial, batch, ranks=of_count, watch=watch, preload=rank_modules()
+        ):
             yield Verdict(measurement, compare(measurement, reference))
 
 

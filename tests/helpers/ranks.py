@@ -8,6 +8,9 @@ import tempfile
 import traceback
 from multiprocessing.connection import wait
 
+from cptool.distributed import server_process
+from cptool.engine.rank_modules import rank_modules
+
 MOST = 8
 CASE_TIMEOUT_S = 120
 
@@ -32,7 +35,7 @@ def run_ranks(n, fn, *args, **options):
 class _Pool:
     def __init__(self):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed"])
+        server_process.start(_serve, rank_modules())
         self.folder = tempfile.TemporaryDirectory(prefix="cptool-tests-")
         store = os.path.join(self.folder.name, "store")
         self.pipes, self.processes = [], []

@@ -130,12 +130,15 @@ def measured(
     """
     from cptool.distributed import launch
     from cptool.distributed.options import RankOptions
+    from cptool.engine.rank_modules import rank_modules
 
     ranks = RankOptions(
         cp=sweep.ranks[-1], tp=tp, device=measuring.device, threads=measuring.threads
     )
     with progress() as watch:
-        fields, rank = launch.run(_on_rank, measure, sweep, ranks=ranks, watch=watch)
+        fields, rank = launch.run(
+            _on_rank, measure, sweep, ranks=ranks, watch=watch, preload=rank_modules()
+        )
     return None if rank else fields
 
 
