@@ -48,7 +48,7 @@ RUNS = {
     ],
     "cptool bench merge": [f"-n 2 -t 5 --heads 2 -d 16 --dtype float32 {ONCE}"],
     "cptool bench link": [f"--size 1K {ONCE}"],
-    "cptool bench prefill": [f"{{tiny}} --context 32 --layers 1 {ONCE}"],
+    "cptool bench prefill": [f"{{tiny}} --context 32 --layers 1 --dtype float32 {ONCE}"],
     "cptool bench decode": [f"{{tiny}} --cached 32 --layers 1 --steps 2 {ONCE}"],
     "cptool bench emulate": [f"--shape {{tiny}} --context 128 --cp 2 --tp 2 {ONCE}"],
     "cptool session show": ["{here}/plain", "{here}/chats"],
