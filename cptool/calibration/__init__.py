@@ -15,16 +15,17 @@ import os
 import torch
 
 from cptool.calibration.attention import attention_rates
-from cptool.calibration.clock import Clock, Log
+from cptool.calibration.clock import Clock, ComputeClock, Log
 from cptool.calibration.examples import EXAMPLE
-from cptool.calibration.linear import device_rates, row_rates, tiny_layer
+from cptool.calibration.linear import device_rates, row_rates, stored_rates, tiny_layer
 from cptool.calibration.link import link_rates
 from cptool.calibration.overheads import with_overheads
 from cptool.calibration.rig import smaller_worlds
-from cptool.calibration.small_ops import positions, small_op, touch
+from cptool.calibration.small_ops import positions, small_op, tokenwise, touch
 from cptool.distributed.world import World
-from cptool.engine.world_profile import for_processor, usable_processors
+from cptool.engine.world_profile import usable_processors
 from cptool.host.processor import cpu_model
+from cptool.ops.processor import instruction_set
 from cptool.planning.hardware import MEASURED, PARTS, HardwareProfile, Measurement
 from cptool.planning.linear_rates import RowRates
 from cptool.planning.profiles import default_profile
@@ -53,11 +54,13 @@ def measure(
     fitting = max(n for n in counts if n <= (at_once or world.cp) or n == counts[0])
     alone = device == "cpu" and world.tp == 1 and fitting > 1
     log = Log(world, _measurements(world, len(dtypes), len(worlds), alone=alone))
-    clock = Clock(world, worlds[fitting], repeats, log)
-    clocks = {fitting: clock}
+    clock = ComputeClock(world, worlds[fitting], repeats, log)
+    clocks: dict[int, Clock] = {fitting: clock}
     if alone:
-        clocks = {1: Clock(world, smaller_worlds(world, [1])[1], repeats, log), **clocks}
-    default = for_processor(default_profile(device))
+        clocks = {1: ComputeClock(world, smaller_worlds(world, [1])[1], repeats, log), **clocks}
+    default = (
+        default_profile(device, instruction_set()) if device == "cpu" else default_profile(device)
+    )
     profile = dataclasses.replace(
         default,
         name=f"{MEASURED}{world.size} {device} rank{'s' * (world.size > 1)}",
@@ -66,6 +69,8 @@ def measure(
         touch_bandwidth=touch(clock),
         ranks_per_host=world.local_size if machines > 1 else None,
         ranks_at_once=at_once,
+        stored=stored_rates(clock) if device == "cpu" else None,
+        tokenwise_bandwidth={},
         notes={},
         peak_flops={},  # the default's may be of another device
     )
@@ -95,9 +100,11 @@ def measure(
 
 def _measurements(world: World, dtypes: int, worlds: int, *, alone: bool) -> int:
     """Return how many measurements `measure` makes: calls of a clock."""
-    small, tiny, attention, link = 3, 1, 3, 5
-    linear = 3 if world.device.type != "cpu" else 1 + alone
-    return small + tiny + dtypes * (linear + attention) + link * (world.cp > 1) + worlds
+    small, tiny, tokenwise, attention, link = 3, 1, 1, 3, 5
+    on_cpu = world.device.type == "cpu"
+    linear = 1 + alone if on_cpu else 3
+    each = dtypes * (tokenwise + linear + attention)
+    return small + on_cpu + tiny + each + link * (world.cp > 1) + worlds
 
 
 def _with_link(profile: HardwareProfile, clock: Clock, part: World | None) -> HardwareProfile:
@@ -162,13 +169,17 @@ def _compute(
     if first:
         tiny = tiny_layer(clock, name)
         profile = dataclasses.replace(profile, layer_overhead_s=tiny)
+    moved = tokenwise(clock, name)
+    profile = dataclasses.replace(
+        profile, tokenwise_bandwidth={**profile.tokenwise_bandwidth, name: moved}
+    )
     by_rows: tuple[RowRates, ...] = ()
     if clock.device.type == "cpu":
-        found = [row_rates(clock, ranks, name) for ranks, clock in clocks.items()]
+        found = [row_rates(clock, ranks, name, tokenwise=moved) for ranks, clock in clocks.items()]
         by_rows = tuple(rates for rates, _ in found)
         rate, weights = found[-1][0].flops_of_many, found[-1][1]
     else:
-        rate, weights = device_rates(clock, name, profile.layer_overhead_s)
+        rate, weights = device_rates(clock, name, profile.layer_overhead_s, tokenwise=moved)
     pairs, reading = attention_rates(clock, getattr(torch, name))
     linear, attention = dict(profile.linear_flops), dict(profile.attention_flops)
     if first:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from cptool.distributed.world import World
+from cptool.host import contention
 
 
 class Log:
@@ -65,16 +66,20 @@ class Clock:
                 self.world.barrier()
                 if self.part is None:
                     continue
-                began = time.perf_counter()
-                for _ in range(calls):
-                    work()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
+                took = self._time(work, calls)
                 if repeat:  # the first one warms up
-                    spent[name].append((time.perf_counter() - began) / calls)
+                    spent[name].append(took / calls)
         self.log.spreads += [spread_of(times) for times in spent.values() if len(times) > 1]
         middle = {name: statistics.median(times) if times else 0.0 for name, times in spent.items()}
         return {name: max(found[name] for found in self.world.gather(middle)) for name in works}
+
+    def _time(self, work: Callable[[], object], calls: int) -> float:
+        began = time.perf_counter()
+        for _ in range(calls):
+            work()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
 
 
 def slope(low: tuple[float, float], high: tuple[float, float]) -> float:
@@ -84,3 +89,15 @@ def slope(low: tuple[float, float], high: tuple[float, float]) -> float:
     """
     seconds = max(high[1] - low[1], 0.05 * high[1])
     return (high[0] - low[0]) / seconds
+
+
+class ComputeClock(Clock):
+    """Times work in which ranks compute and wait for nothing: without the time for which other
+    programs had their processors.
+    """
+
+    def _time(self, work: Callable[[], object], calls: int) -> float:
+        before, began = contention.waits(), time.thread_time()
+        spent = super()._time(work, calls)
+        # Threads that have no part in the work may have waited longer than it took.
+        return max(time.thread_time() - began, spent - contention.longest_since(before))

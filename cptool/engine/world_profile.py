@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
-from cptool.ops.processor import has_bfloat16_products
+from cptool.ops.processor import instruction_set
 from cptool.planning.hardware import PARTS, HardwareProfile
 from cptool.planning.profiles import load_profile
 
@@ -14,33 +13,13 @@ if TYPE_CHECKING:
     from cptool.distributed.world import World
 
 
-WIDENING = 4.0
-"""How many times as long as linear layers in float32 those in bfloat16 take on a processor without
-such products: 4.6 as measured on one that was limited to AVX2. Attention takes as long."""
-
-
 def machine_profile(device: str) -> HardwareProfile:
-    """Return what was measured of this machine's `device` ("cpu" or "cuda"), else its defaults.
+    """Return what was measured of this machine's `device` ("cpu" or "cuda"), else the defaults of
+    its kind: of a CPU, those of the instruction set in use.
 
     Raises UserError if the file of measured profiles is damaged.
     """
-    profile = load_profile(device)
-    return profile if profile.measurement else for_processor(profile)
-
-
-def for_processor(default: HardwareProfile) -> HardwareProfile:
-    """Return a default profile with the rates of dtypes that suit this processor's instructions.
-
-    The defaults are of a processor with products of bfloat16; another one widens its factors.
-    """
-    if default.device != "cpu" or has_bfloat16_products():
-        return default
-    linear, attention = default.linear_flops, default.attention_flops
-    return dataclasses.replace(
-        default,
-        linear_flops={**linear, "bfloat16": linear["float32"] / WIDENING},
-        attention_flops={**attention, "bfloat16": attention["float32"]},
-    )
+    return load_profile(device, instruction_set()) if device == "cpu" else load_profile(device)
 
 
 def world_profile(world: World) -> HardwareProfile:

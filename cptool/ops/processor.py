@@ -4,35 +4,35 @@ import os
 
 from cptool.ops import extension
 
-_BFLOAT16 = "avx512bf16"
-# Values of the variables that cap what torch and oneDNN use, and lie below bfloat16 products.
-_BELOW_BFLOAT16 = {
-    "ATEN_CPU_CAPABILITY": ("default", "avx2"),
-    "ONEDNN_MAX_CPU_ISA": (
-        "sse41",
-        "avx",
-        "avx2",
-        "avx2_vnni",
-        "avx2_vnni_2",
-        "avx512_core",
-        "avx512_core_vnni",
-    ),
+# The instruction set that caps of torch and oneDNN come down to, by variable and value.
+_CAPS = {
+    "ATEN_CPU_CAPABILITY": {"default": "avx2", "avx2": "avx2"},
+    "ONEDNN_MAX_CPU_ISA": {
+        "sse41": "portable",
+        "avx": "portable",
+        "avx2": "avx2",
+        "avx2_vnni": "avx2",
+        "avx2_vnni_2": "avx2",
+        "avx512_core": "avx512",
+        "avx512_core_vnni": "avx512",
+    },
 }
+
+
+def instruction_set() -> str:
+    """Return the best instruction set of `cptool.ops.kernels.cpu_isas` that both cptool's kernels
+    and those of torch use.
+
+    Variables of the environment cap it: CPTOOL_ISA, ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA.
+    """
+    isas: list[str] = extension.load().cpu_isas()
+    caps = [os.environ.get("CPTOOL_ISA")]
+    caps += [known.get(os.environ.get(name, "").lower()) for name, known in _CAPS.items()]
+    return isas[min(isas.index(cap) if cap in isas else len(isas) - 1 for cap in caps)]
 
 
 def has_bfloat16_products() -> bool:
     """Return whether products of bfloat16 run at least as fast as those of float32 on this
-    processor.
-
-    They do where it has AVX512-BF16 (every processor with AMX-BF16 has it too), unless a variable
-    of the environment caps the instructions in use below that: CPTOOL_ISA, ATEN_CPU_CAPABILITY or
-    ONEDNN_MAX_CPU_ISA.
+    processor, with the instruction set in use.
     """
-    isas = extension.load().cpu_isas()
-    cap = os.environ.get("CPTOOL_ISA")
-    if cap in isas:
-        isas = isas[: isas.index(cap) + 1]
-    capped = any(
-        os.environ.get(name, "").lower() in values for name, values in _BELOW_BFLOAT16.items()
-    )
-    return _BFLOAT16 in isas and not capped
+    return instruction_set() in ("avx512bf16", "amx")

@@ -122,7 +122,7 @@ class StoredWeight:
         out = torch.empty(self.shape, dtype=torch.float32)
         row = 0
         for part in self.parts:
-            _widen(part, 0, out[row : row + part.shape[0]])
+            widen(part, 0, out[row : row + part.shape[0]])
             row += part.shape[0]
         return out
 
@@ -155,11 +155,11 @@ def _multiply_many(x: Tensor, part: Blocks, out: Tensor) -> None:
     panel = _panel(min(at_once, rows) * depth).view(-1, depth)
     for begin in range(0, rows, at_once):
         widened = panel[: min(at_once, rows - begin)]
-        _widen(part, begin, widened)
+        widen(part, begin, widened)
         out[:, begin : begin + len(widened)] = linear(x, widened)
 
 
-def _widen(part: Blocks, begin: int, out: Tensor) -> None:
+def widen(part: Blocks, begin: int, out: Tensor) -> None:
     """Write the rows from `begin` on to `out`, float32 and contiguous."""
     _C.widen_cpu(*part.place, 0, begin, len(out), out.data_ptr(), torch.get_num_threads())
 

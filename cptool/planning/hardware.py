@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
-from cptool.planning.linear_rates import RowRates
+from cptool.planning.linear_rates import RowRates, StoredRates
 
 MEASURED = "measured on "
 """Prefix of the names of profiles from `cptool bench calibrate`."""
@@ -78,9 +79,13 @@ class HardwareProfile:
     row_rates: measured rates of linear layers by dtype name, from one row to many, alone and beside
         other ranks; without them, products reach `linear_flops` and read their weights at
         `memory_bandwidth`.
-    memory_bytes: memory per rank. memory_bandwidth: B/s at which linear layers read weights and
-        small ops read and write. cache_bandwidth: B/s at which attention reads keys and values,
-        once per call.
+    stored: rates of weights that stay as a file stores them, on a CPU; None to count their bytes
+        alone.
+    memory_bytes: memory per rank. memory_bandwidth: B/s at which linear layers read weights.
+    tokenwise_bandwidth: B/s by dtype name at which norms, rotation, activation and residual sums
+        read and write; on a CPU arithmetic and conversions bound them. `memory_bandwidth` for
+        dtypes that are not there.
+    cache_bandwidth: B/s at which attention reads keys and values, once per call.
     few_query_rows: rows of a KV head up to which a CPU reads keys and values while it computes, at
         `few_query_rate` times the FLOP/s of many.
     block_bandwidth: B/s of reading them for more than one query and more than these rows, for which
@@ -136,6 +141,8 @@ class HardwareProfile:
     block_bandwidth: float | None = None
     touch_bandwidth: float | None = None
     row_rates: dict[str, tuple[RowRates, ...]] = field(default_factory=dict, hash=False)
+    stored: StoredRates | None = None
+    tokenwise_bandwidth: dict[str, float] = field(default_factory=dict, hash=False)
     few_query_rows: int = 0
     few_query_rate: float = 1.0
     feed_forward: str | None = None
@@ -202,22 +209,30 @@ class HardwareProfile:
 
     def scaled(self, factor: float) -> HardwareProfile:
         """Return the profile with compute and memory `factor` times as fast."""
-        names = [f.name for f in dataclasses.fields(self) if f.name.endswith("_bandwidth")]
-        rates = {name: getattr(self, name) for name in names}
+        names = [
+            f.name for f in dataclasses.fields(self) if f.name.endswith(("_bandwidth", "_flops"))
+        ]
+        rates: dict[str, Any] = {name: _scaled(getattr(self, name), factor) for name in names}
         return dataclasses.replace(
             self,
-            linear_flops={name: factor * rate for name, rate in self.linear_flops.items()},
-            attention_flops={name: factor * rate for name, rate in self.attention_flops.items()},
+            stored=self.stored and self.stored.scaled(factor),
             row_rates={
                 dtype: tuple(m.scaled(factor) for m in measured)
                 for dtype, measured in self.row_rates.items()
             },
-            **{name: rate and factor * rate for name, rate in rates.items()},
+            **{**rates, "peak_flops": self.peak_flops},
         )
 
 
-PARTS = (HardwareProfile, Link, RowRates, Measurement)
+PARTS = (HardwareProfile, Link, RowRates, StoredRates, Measurement)
 """The dataclasses that a profile is made of."""
+
+
+def _scaled(rate: float | dict[str, float] | None, factor: float) -> object:
+    """Return a rate, or the rates by dtype, times `factor`; None stays."""
+    if isinstance(rate, dict):
+        return {dtype: factor * value for dtype, value in rate.items()}
+    return rate and factor * rate
 
 
 def _beyond(measured: Beyond, variant: str, ranks: int, sources: int) -> float:

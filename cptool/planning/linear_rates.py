@@ -11,7 +11,7 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BEYOND = 2
 """Where the line that extrapolates to more rows begins: this many entries before the last one."""
@@ -84,6 +84,33 @@ class RowRates:
             low, high = high - 1 - BEYOND, high - 1
         slope = (seconds[high] - seconds[low]) / (self.rows[high] - self.rows[low])
         return seconds[high] + max(0.0, slope) * (rows - self.rows[high])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRates:
+    """How fast a CPU multiplies float32 rows with weights that stay as a file stores them.
+
+    rows: up to how many rows weights are widened in registers, `direct` per second; the arithmetic
+    of these rows hides behind it. widened: weights per second that are widened for more rows, a
+    panel at a time. layer_s: seconds per layer of few rows that do not depend on its widths; its
+    steps are calls of their own, while other layers of few rows take two.
+    """
+
+    rows: int
+    direct: float
+    widened: float
+    layer_s: float
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values that no measurement gives."""
+        if not (self.rows >= 1 and 0 <= self.layer_s < math.inf):
+            raise ValueError(f"stored is {self}; rows must be positive, seconds not negative")
+        if not all(0 < rate < math.inf for rate in (self.direct, self.widened)):
+            raise ValueError(f"stored is {self}; its rates must be positive")
+
+    def scaled(self, factor: float) -> StoredRates:
+        """Return the rates with compute and memory `factor` times as fast."""
+        return replace(self, direct=factor * self.direct, widened=factor * self.widened)
 
 
 def fitted(

@@ -17,23 +17,27 @@ from typing import Any
 from cptool.errors import OptionError, UserError
 from cptool.files import cache_dir, expanded
 from cptool.planning.hardware import HardwareProfile, Link, Measurement
-from cptool.planning.linear_rates import RowRates
+from cptool.planning.linear_rates import RowRates, StoredRates
 
 FORMAT = 3
 REMEDY = "measure it again with `cptool bench calibrate`, or remove the file"
 PROFILES = Path(__file__).parents[1] / "data" / "hardware"
-_DEFAULTS = {"cpu": "cpu-core", "cuda": "h100-sxm"}
-DEFAULTS = tuple(_DEFAULTS.values())
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+"""Kinds of processors that have default figures, those of `cptool.ops.kernels.cpu_isas`."""
+_GPU = "h100-sxm"
+DEFAULTS = (*(f"cpu-{isa}" for isa in INSTRUCTION_SETS), _GPU)
 """Names of the profiles that stand in for machines that were not measured."""
 
 
 @lru_cache
-def default_profile(device: str) -> HardwareProfile:
-    """Return a plausible profile: one CPU core per rank, or one H100 per rank over NVLink."""
-    profile = find_profile(_DEFAULTS["cpu" if device == "cpu" else "cuda"])
+def default_profile(device: str, isa: str = "avx2") -> HardwareProfile:
+    """Return a plausible profile: one CPU core per rank, or one H100 per rank over NVLink.
+
+    isa: the instruction set of a CPU, of `INSTRUCTION_SETS`.
+    """
     if device != "cpu":
-        return profile
-    return dataclasses.replace(profile, ranks_at_once=os.cpu_count() or 1)
+        return find_profile(_GPU)
+    return dataclasses.replace(find_profile(f"cpu-{isa}"), ranks_at_once=os.cpu_count() or 1)
 
 
 def known_profiles() -> list[str]:
@@ -81,12 +85,13 @@ def profile_path() -> Path:
     return cache_dir() / "hardware.json"
 
 
-def load_profile(device: str) -> HardwareProfile:
-    """Return the measured profile of `device` ("cpu" or "cuda") if there is one, else the default.
+def load_profile(device: str, isa: str = "avx2") -> HardwareProfile:
+    """Return the measured profile of `device` ("cpu" or "cuda") if there is one, else the default;
+    `isa` as in `default_profile`.
 
     Raises UserError if the file is damaged.
     """
-    return _saved().get(device) or default_profile(device)
+    return _saved().get(device) or default_profile(device, isa)
 
 
 def _saved() -> dict[str, HardwareProfile]:
@@ -163,7 +168,13 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
     measurement = measured and Measurement(
         **{**measured, "dtypes": tuple(measured.get("dtypes", ()))}
     )
-    parts = {**links, "row_rates": row_rates, "measurement": measurement}
+    stored = fields.get("stored")
+    parts = {
+        **links,
+        "row_rates": row_rates,
+        "stored": stored and StoredRates(**stored),
+        "measurement": measurement,
+    }
     profile = HardwareProfile(**{**fields, **parts})
     rates = {
         "memory_bytes": profile.memory_bytes,
@@ -172,6 +183,7 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
         "cache_bandwidth": profile.cache_bandwidth,
         **{f"linear_flops.{dtype}": rate for dtype, rate in profile.linear_flops.items()},
         **{f"attention_flops.{dtype}": rate for dtype, rate in profile.attention_flops.items()},
+        **{f"tokenwise_bandwidth.{d}": rate for d, rate in profile.tokenwise_bandwidth.items()},
     }
     for name in ("block_bandwidth", "touch_bandwidth"):
         if getattr(profile, name) is not None:

@@ -12,10 +12,11 @@ from cptool.checkpoint import open_checkpoint
 from cptool.engine import options
 from cptool.engine.options import resolve_dtype
 from cptool.ops import processor
-from cptool.ops.kernels import cpu_isas, cpu_linear_isa, force_cpu_isa
+from cptool.ops.kernels import build_info, cpu_isas, cpu_linear_isa, force_cpu_isa
+from cptool.planning.profiles import INSTRUCTION_SETS, default_profile
 
 CAPS = ("CPTOOL_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
-ISAS = ["portable", "avx2", "avx512", "avx512bf16", "amx"]
+ISAS = list(INSTRUCTION_SETS)
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +99,27 @@ def test_torch_is_not_imported():
         text=True,
     )
     assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("isas", "caps", "expected"),
+    [
+        (5, {}, "amx"),
+        (5, {"CPTOOL_ISA": "avx512"}, "avx512"),
+        (5, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, "avx512"),
+        (5, {"ATEN_CPU_CAPABILITY": "avx2", "CPTOOL_ISA": "avx512bf16"}, "avx2"),
+        (4, {"ONEDNN_MAX_CPU_ISA": "avx2", "CPTOOL_ISA": "portable"}, "portable"),
+        (2, {"ONEDNN_MAX_CPU_ISA": "avx512_core"}, "avx2"),
+        (1, {}, "portable"),
+    ],
+)
+def test_default_figures_follow_the_instruction_set_in_use(monkeypatch, isas, caps, expected):
+    isas_of_machine(monkeypatch, ISAS[:isas])
+    for name, value in caps.items():
+        monkeypatch.setenv(name, value)
+    assert processor.instruction_set() == expected
+    assert default_profile("cpu", expected).name == f"cpu-{expected}"
+
+
+def test_every_instruction_set_that_is_built_has_default_figures():
+    assert set(build_info()["isas"]) <= set(INSTRUCTION_SETS)

@@ -297,7 +297,7 @@ def test_decode_takes_the_steps_that_the_engine_takes():
     assert plan(work, 4, 8, "gather-q", GTT).decode_choice.variant == "gather-q"
     assert plan(work, 1, 8, "auto", GTT).decode_choice.variant == "pass-kv"
     cpu = plan(
-        Workload(config=SHAPES["llama3-1b"], context=8000), 2, 1, "auto", find_profile("cpu-core")
+        Workload(config=SHAPES["llama3-1b"], context=8000), 2, 1, "auto", find_profile("cpu-avx2")
     )
     assert cpu.decode_choice.variant in ("pass-q", "gather-q")
 
@@ -328,7 +328,7 @@ def test_nothing_fits_names_the_nearest():
 
 
 def test_ranks_beyond_the_processors_gain_nothing():
-    two = dataclasses.replace(find_profile("cpu-core"), ranks_at_once=2)
+    two = dataclasses.replace(find_profile("cpu-avx2"), ranks_at_once=2)
     work = Workload(config=SHAPES["llama3-1b"], context=16_000)
     one = plan(work, 1, 1, "auto", two).ttft.seconds  # of two threads
     for cp, tp in ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4)):
@@ -347,11 +347,12 @@ def test_a_target_that_is_not_reached_is_exit_code_3():
 def test_a_checkpoint_is_planned_as_prefill_would_run_it(mqa_path, monkeypatch, products):
     from cptool.engine import options, world_profile
 
-    for module in (options, world_profile):
-        monkeypatch.setattr(module, "has_bfloat16_products", lambda: products)
+    isa = "avx512bf16" if products else "avx2"
+    monkeypatch.setattr(options, "has_bfloat16_products", lambda: products)
+    monkeypatch.setattr(world_profile, "instruction_set", lambda: isa)
     said = ask(mqa_path, "--context", 64)
-    assert (said["dtype"], said["hardware"], said["calibrated"]) == ("float32", "cpu-core", None)
-    assert "cpu-core (defaults, not calibrated here)" in run(mqa_path, "--context", 64)
+    assert (said["dtype"], said["hardware"], said["calibrated"]) == ("float32", f"cpu-{isa}", None)
+    assert f"cpu-{isa} (defaults, not calibrated here)" in run(mqa_path, "--context", 64)
     assert ask("llama3-1b", "--context", 64)["dtype"] == "bfloat16"
     slow, fast = (
         ask(mqa_path, "--context", "100K", "--dtype", dtype)["ttft_s"]

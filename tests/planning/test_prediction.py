@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from cptool.model.shapes import SHAPES
+from cptool.planning.cost.forward import Forward
+from cptool.planning.cost.layer import predict
 from cptool.planning.hardware import Measurement
 from cptool.planning.planner import Workload, plan
 from cptool.planning.prediction import Work, predict_turn
@@ -48,9 +50,33 @@ def test_where_the_figures_come_from_is_said():
 
 
 def test_weights_that_stay_as_stored_are_read_in_their_bytes():
-    """A decode step is bound by them; many rows hardly notice."""
-    plain, stored = (
-        predict_turn(work(ranks=1, **fields), "auto", CPU) for fields in ({}, {"weight_size": 0.5})
+    """A decode step is bound by them, or by widening them; many rows hardly notice."""
+    plain, read = (
+        predict_turn(work(ranks=1, **fields), "auto", dataclasses.replace(CPU, stored=None))
+        for fields in ({}, {"weight_size": 0.5})
     )
-    assert stored.ttit_s < 0.4 * plain.ttit_s
-    assert 0.9 * plain.ttft_s < stored.ttft_s < plain.ttft_s
+    assert read.ttit_s < 0.4 * plain.ttit_s
+    assert 0.9 * plain.ttft_s < read.ttft_s < plain.ttft_s
+    widened = predict_turn(work(ranks=1, weight_size=0.5), "auto", CPU)
+    assert read.ttit_s < widened.ttit_s < plain.ttit_s
+    assert read.ttft_s < widened.ttft_s < 1.1 * plain.ttft_s
+
+
+def test_many_rows_widen_stored_weights_again_for_each_piece():
+    forward = Forward(
+        config=work().config,
+        dtype="float32",
+        new=4096,
+        cached=0,
+        ranks=1,
+        active=1,
+        weight_size=0.5,
+    )
+    slow = dataclasses.replace(CPU.stored, widened=1e6)
+    profile = dataclasses.replace(CPU, stored=slow)
+    difference = (
+        predict("pass-kv", forward, profile).linear_s - predict("pass-kv", forward, CPU).linear_s
+    )
+    (attention, _), (feed_forward, _) = forward.linear_layers()
+    widened = attention + 4 * feed_forward  # pieces of 1024 rows
+    assert difference == pytest.approx(widened / 1e6 - widened / CPU.stored.widened)

@@ -14,6 +14,7 @@ from cptool.cli.options.common import DTYPES, device_option, json_option, thread
 from cptool.cli.options.examples import examples
 from cptool.cli.progress import progress
 from cptool.errors import RunError, UserError
+from cptool.ops.processor import has_bfloat16_products
 from cptool.units import byte_rate, duration, flop_rate, percent, three
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def calibrate(
     check_size(cp, 1)
     check_place()
     placed = devices.resolve_device(device, cp)
-    dtypes = ("bfloat16", "float32") if dtype == "auto" else (dtype,)
+    dtypes = _both(placed) if dtype == "auto" else (dtype,)
     request = Request(dtypes=dtypes, load=load_per_processor(), force=force)
     if not force:
         _check_load(placed, request)
@@ -79,6 +80,15 @@ def calibrate(
             found = launch.run(_on_rank, request, ranks=ranks, watch=watch)
     if found.rank == 0:
         _show(found, dtypes, cp, as_json=as_json)
+
+
+def _both(device: str) -> tuple[str, ...]:
+    """Return the dtypes to measure, that in which models compute by default first: the profile's
+    other figures, such as what a layer costs at least, are its.
+    """
+    if device == "cpu" and not has_bfloat16_products():
+        return "float32", "bfloat16"
+    return "bfloat16", "float32"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,10 +25,9 @@ def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Predict
         computing, rows = forward.ranks, forward.new
     crowd = rates.crowd(computing)
     linear = sum(rates.product(*matrix, rows, computing) for matrix in forward.linear_layers())
-    moved = elementwise_bytes(forward) * rows
-    elementwise = moved / profile.memory_bandwidth
-    measured = rates.row_rates(forward.dtype, computing)
-    overhead = measured.layer(rows) if measured else profile.layer_overhead_s
+    linear += rates.in_panels(rows)
+    elementwise = rates.tokenwise(elementwise_bytes(forward) * rows)
+    overhead = rates.layer_overhead(rows, computing)
     if rates.queued:
         ops = SMALL_OPS + QUANTISING_OPS * (forward.feed_forward == "float8")
         elementwise += ops * profile.op_overhead_s

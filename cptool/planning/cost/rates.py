@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from cptool.model.row_limits import ROWS_AT_ONCE_CPU
 from cptool.planning.cost.forward import ELEMENT_BYTES, Forward
 from cptool.planning.hardware import HardwareProfile, Link
-from cptool.planning.linear_rates import RowRates, nearest
+from cptool.planning.linear_rates import RowRates, StoredRates, nearest
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,58 @@ class Rates:
 
         As measured; else a roofline whose two terms add: few rows wait for the matrix, and many
         rows still wait for the first part of it. Rates are measured with weights of the dtype: of
-        weights that are stored in fewer bytes, the bytes that need not be read are taken off.
+        weights that are stored in fewer bytes, the bytes that need not be read are taken off, and
+        widening them is added.
         """
         measured, bandwidth = self.row_rates(dtype, ranks), self.profile.memory_bandwidth
         read = self.forward.weight_bytes(parameters, dtype) / bandwidth
+        stored = self._stored
+        if stored and rows <= stored.rows:
+            return max(parameters / stored.direct, read)
+        widening = parameters / stored.widened if stored else 0.0
         if measured:
             seconds = measured.product(parameters, rows)
             if self.forward.weight_size is None:
                 return seconds
             saved = parameters * ELEMENT_BYTES[dtype] / bandwidth - read
-            return max(seconds - saved, read)
+            return max(seconds - saved, read) + widening
         rates = self.profile.linear_flops
         rate = rates.get(dtype) or rates[self.forward.dtype]
-        return 2 * parameters * rows / rate + read
+        return 2 * parameters * rows / rate + read + widening
+
+    def in_panels(self, rows: float) -> float:
+        """Return the seconds per layer that many rows lose to weights that stay as stored: those of
+        the feed-forward are widened again for each further piece of the rows, and each result is
+        copied to its place; see `cptool.ops.stored`.
+        """
+        stored, forward = self._stored, self.forward
+        if stored is None or rows <= stored.rows:
+            return 0.0
+        _, (feed_forward, _) = forward.linear_layers()
+        again = math.ceil(rows / ROWS_AT_ONCE_CPU) - 1
+        feed_width = forward.config.intermediate_size / forward.tp
+        columns = (
+            forward.query_width + forward.kv_width + 2 * (forward.config.hidden_size + feed_width)
+        )
+        copied = 2 * rows * columns * forward.element
+        return again * feed_forward / stored.widened + self.tokenwise(copied)
+
+    def tokenwise(self, count: float) -> float:
+        """Return the seconds of norms, rotation, activation and sums that move `count` bytes."""
+        found = self.profile.tokenwise_bandwidth.get(self.forward.dtype)
+        return count / (found or self.profile.memory_bandwidth)
+
+    def layer_overhead(self, rows: float, ranks: int) -> float:
+        """Return the fixed seconds of a layer in which each of `ranks` ranks has `rows` rows."""
+        stored, measured = self._stored, self.row_rates(self.forward.dtype, ranks)
+        if stored is not None and (rows <= stored.rows or not measured):
+            return stored.layer_s
+        return measured.layer(rows) if measured else self.profile.layer_overhead_s
+
+    @property
+    def _stored(self) -> StoredRates | None:
+        """The rates of weights as they are stored, None where there are none."""
+        return None if self.forward.weight_size is None else self.profile.stored
 
     def attention(
         self, pairs: float, keys: float, queries: float, calls: int = 1, received: bool = False
