@@ -183,28 +183,59 @@ def stopping(request: Callable[[], bool], noticed: Callable[[], bool]) -> Iterat
         signal.signal(signal.SIGINT, before)
 
 
-@contextlib.contextmanager
-def caught() -> Iterator[None]:
-    """While the body runs, have Ctrl-C raise KeyboardInterrupt for a caller that catches it and
-    goes on: a guarded process does not end then.
+class Caught:
+    """A handler that raises KeyboardInterrupt where the main thread waits for the user (`wait`).
+    Other signals have no effect, so that none gets into the handling of the one before.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or type(before) is not Interrupt:
-        yield
-        return
-    global _caught_at
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
+
+    def __init__(self) -> None:
+        self.waits, self._waiting = 0, False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        global _caught_at
         _caught_at = time.monotonic()
-        raise
+        if self._waiting:
+            self._waiting = False
+            raise KeyboardInterrupt
+
+    def wait(self, read: Callable[[], str]) -> str:
+        """Return what `read` returns. Raises KeyboardInterrupt at the first signal before that."""
+        self.waits += 1
+        self._waiting = True
+        try:
+            return read()
+        finally:
+            self._waiting = False
+
+    def nudge(self) -> None:
+        """Repeat a signal that has just arrived if the wait goes on.
+
+        readline handles no signal that comes after its last look and before it waits for a key.
+        """
+        waits, main = self.waits, threading.main_thread().ident
+        time.sleep(0.05)
+        if self._waiting and self.waits == waits and main is not None:
+            signal.pthread_kill(main, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def caught() -> Iterator[Caught]:
+    """While the body runs, have Ctrl-C raise KeyboardInterrupt in `Caught.wait` alone, for a caller
+    that catches it and goes on: a guarded process does not end then.
+    """
+    handler, before = Caught(), signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or type(before) is not Interrupt:
+        yield handler
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield handler
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 _caught_at = 0.0
-"""When `caught` last had a signal: the watching thread may see it only after the body's end."""
+"""When a `Caught` last had a signal: the watching thread may see it only after the body's end."""
 
 
 def _leave_unless_noticed(handler: Stop, number: int) -> None:
@@ -225,6 +256,8 @@ def _watch(reading: int) -> None:
             if isinstance(handler, Stop) and handler.arrived():
                 arguments = (handler, number)
                 threading.Thread(target=_leave_unless_noticed, args=arguments, daemon=True).start()
+            elif isinstance(handler, Caught) and number == signal.SIGINT:
+                handler.nudge()
             elif handler is _end or isinstance(handler, (Interrupt, _Held)):
                 # An import leaves nothing to clean up, so it gets less time.
                 came = time.monotonic()

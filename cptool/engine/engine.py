@@ -17,7 +17,7 @@ import torch
 from cptool.cache import KVCache
 from cptool.distributed.world import World
 from cptool.engine.options import EngineOptions
-from cptool.engine.reading import LONG, Layers, Reading, Report, attention_pairs, silent
+from cptool.engine.reading import Layers, Reading, Report, attention_pairs, silent
 from cptool.engine.state import BatchState
 from cptool.engine.static_decode import Observer, StaticDecode, StepContext
 from cptool.errors import Interrupted
@@ -105,10 +105,11 @@ class Engine(BatchState):
         seen: called with what this rank computed, if there was anything to compute.
 
         Raises Interrupted on all ranks, and leaves everything as it was, if the launching process
-        requests a stop while more than `reading.LONG` tokens are computed.
+        requests a stop while a prompt is read (see `reading.LONG`).
         """
-        if sum(map(len, self.tokens)) - sum(self.computed) + sum(map(len, new)) <= LONG:
-            self._extend(new, reserve, variant, seen)
+        said = zip(self.tokens, new, self.computed, strict=True)
+        if all(len(before) + len(more) - done <= 1 for before, more, done in said):
+            self._extend(new, reserve, variant, seen)  # a step of decode
             return
         with self.undone_by(Interrupted):
             self._extend(new, reserve, variant, seen)

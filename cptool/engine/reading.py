@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from cptool.model.config import LlamaConfig
     from cptool.planning.cost.forward import Forward, Prediction
 
-LONG = 512
-"""Forwards over more new tokens than this end within a layer when that is requested."""
+LONG, LONG_S = 512, 1.0
+"""Forwards over more new tokens than this, or that are predicted to take longer than this, end
+within a layer when that is requested. In shorter ones, to agree on it in every layer would count.
+"""
 
 
 class Report(Protocol):
@@ -47,6 +49,7 @@ class Layers:
     """Where the borders within a layer lie, as shares of its time.
 
     before: of the products ahead of attention. attention. The rest is what follows it.
+    seconds: the layer's time as predicted.
     """
 
     def __init__(self, config: LlamaConfig, predicted: Prediction) -> None:
@@ -57,7 +60,8 @@ class Layers:
         self._qkv = first * (kept - heads) / kept / (first + feed_forward_parameters(config))
         self._rest = 1 - first / (first + feed_forward_parameters(config))
         attention = predicted.attention_s + predicted.merge_s + predicted.exposed_s
-        self.attention = attention / predicted.seconds if predicted.seconds else 0.5
+        self.seconds = predicted.seconds
+        self.attention = attention / self.seconds if self.seconds else 0.5
 
     def measured(self, attention_s: float, others_s: float) -> None:
         """Take the shares from what whole layers took."""
@@ -85,7 +89,8 @@ class Reading:
         self.world, self.report = world, report
         self.layers, self.tokens = forward.config.num_hidden_layers, forward.new
         self.shares, self.pairs = shares, pairs
-        self.stoppable = self.tokens > LONG and world.board.shared
+        long = self.tokens > LONG or self.layers * shares.seconds > LONG_S
+        self.stoppable = long and world.board.shared
         self.began = time.monotonic()
         self._layer, self._share = 0, 0.0
         self._attention_s = self._others_s = 0.0

@@ -83,9 +83,10 @@ def test_chat_goes_on_after_a_question_that_was_not_read_to_its_end(smollm2_path
     options = ("--cp", cp, "--threads", 1, "-n", 4, "--dtype", "float32")
     with terminal("chat", smollm2_path, *options, **SLOW) as opened:
         opened.wait_for("> ")
-        time.sleep(0.5)  # until readline waits for a key
-        opened.type(CTRL_C)  # discards a line, and ends nothing
-        opened.wait_for("again.*\n.*> ")
+        for pause in (0.0, 0.0, 0.02, 0.3):  # discards a line, and ends nothing, at any pace
+            time.sleep(pause)
+            opened.type(b"nothing" + CTRL_C)
+        opened.wait_for("or /exit to end.*\n.*> ")
         time.sleep(signals.PATIENCE_S + 0.5)
         opened.type(b"one two three four five " * 150 + b"\r")
         opened.wait_for(r"reading 781 tokens, layer \d+ of 30")

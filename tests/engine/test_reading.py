@@ -7,6 +7,7 @@ from ranks import run_ranks
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
+from cptool.engine import reading
 from cptool.engine.answers.decode import next_tokens
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
@@ -82,11 +83,13 @@ def test_the_parts_of_a_layer_weigh_what_they_take(mqa_path):
     assert parts.attention == 0.75
 
 
-def stopped(world, path, at, pending):
+def stopped(world, path, at, pending, long=reading.LONG):
     """Where a turn that is stopped in layer `at` ended, which leaves the state as it was.
 
-    pending: how many of its 600 tokens the engine had already, without KV.
+    pending: how many of its 600 tokens the engine had already, without KV. long: the number of
+    tokens up to which only the predicted time says that it can be stopped.
     """
+    reading.LONG, reading.LONG_S = long, 0.0 if long > 600 else 1e9
     layer = -1
 
     def report(phase, done, total, *, work=None):
@@ -128,10 +131,12 @@ def unstopped(world, path):
 
 
 @pytest.mark.parametrize("cp, tp", [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize("at, pending", [(0, 0), (1, 0), (1, 550)])
-def test_a_prefill_that_is_stopped_leaves_no_trace(tiny_model, cp, tp, at, pending):
+@pytest.mark.parametrize("at, pending, long", [(0, 0, 512), (1, 0, 9999), (1, 550, 512)])
+def test_a_prefill_that_is_stopped_leaves_no_trace(tiny_model, cp, tp, at, pending, long):
     ranks = RankOptions(cp=cp, tp=tp, device="cpu")
-    ended, token = run(stopped, tiny_model, at, pending, ranks=ranks)
+    with_limits = reading.LONG, reading.LONG_S
+    ended, token = run(stopped, tiny_model, at, pending, long, ranks=ranks)
+    reading.LONG, reading.LONG_S = with_limits  # a single rank is this process
     assert len(set(ended)) == 1 and ended[0] - at in (0, 1)
     assert token == run(unstopped, tiny_model, ranks=ranks)
 

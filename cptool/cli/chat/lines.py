@@ -57,27 +57,23 @@ def _piped() -> Iterator[str]:
 
 
 def _typed() -> Iterator[str]:
-    """Yield lines with editing and history.
-
-    Ctrl-C discards a line, a second one in a row ends the program.
-    """
+    """Yield lines with editing and history. Ctrl-C discards a line and never ends the program."""
     import readline  # input() uses it once it is imported
 
     # Python turns it off. A pasted text is then one line with line ends in it, as is its history.
     readline.parse_and_bind("set enable-bracketed-paste on")
-    interrupted = False
-    while True:
-        try:
-            with signals.caught():
-                line = input("> ")
-        except EOFError:
-            click.echo()
-            return
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            draw.say("\n(Ctrl-C again, Ctrl-D or /exit to end)")
-            continue
-        interrupted = False
+    while (line := _typed_line()) is not None:
         yield line.strip("\n") if "\n" in line else line
+
+
+def _typed_line() -> str | None:
+    """Return the next line, None at Ctrl-D."""
+    with signals.caught() as interrupts:
+        while True:
+            try:
+                return interrupts.wait(lambda: input("> "))
+            except EOFError:
+                click.echo()
+                return None
+            except KeyboardInterrupt:
+                draw.say("\n(Ctrl-D or /exit to end)")
