@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from conftest import greedy
+from terminal import terminal
 
 from cptool import files
 from cptool.checkpoint import open_checkpoint
@@ -29,7 +30,7 @@ from cptool.errors import UserError
 from cptool.session import chat_file, committing, maintenance, store
 from cptool.session.chat_file import FILE
 from cptool.session.chat_state import State
-from cptool.session.conversation import Conversation
+from cptool.session.conversation import Conversation, find_dialogues
 from cptool.session.manifest import Manifest, ModelIdentity, Sequence
 
 EOS = (2,)
@@ -311,6 +312,38 @@ def read_until(terminal: int, pattern: str, patience: float = 120) -> str:
     return seen
 
 
+def test_a_text_that_is_pasted_is_one_question(smollm2_path, tmp_path):
+    """At a terminal with bracketed paste, whatever its lines begin with."""
+    where = tmp_path / "s"
+    with terminal("chat", smollm2_path, "-n", 2, "--threads", 1) as opened:
+        opened.wait_for("> ")
+        opened.type(b"\x1b[200~/exit\n\nWhat is this?\n\x1b[201~\r")
+        opened.wait_for(r"in\s+context\]\s*> ")
+        opened.type(f"/save {where}\r/exit\r".encode())
+        assert opened.end() == 0
+    (dialogue,) = find_dialogues(where, store.load(where))
+    assert ("user", "/exit\n\nWhat is this?") in dialogue.messages
+    assert dialogue.answers == 1
+
+
+def test_retry_answers_again_from_the_context_before(smollm2_path, tmp_path):
+    """With other draws each time; a document before the question stays."""
+    (tmp_path / "doc").write_text("word " * 99)
+    where, options = tmp_path / "s", ("-n", 6, "--temperature", 1, "--stop", "\n")
+    lines = ["/retry", f"/file {tmp_path / 'doc'}", "/retry", QUESTIONS[0], "/retry", "/retry"]
+    result = chat(smollm2_path, *options, say=[*lines, f"/save {where}"])
+    assert result.stderr.count("the last question has no answer yet") == 2
+    first, second, third = result.stdout.splitlines()
+    assert len({first, second, third}) == 3
+    assert reused(result)[1][0] > 99  # all but the answer
+    manifest = store.load(where)
+    (dialogue,) = find_dialogues(where, manifest)
+    roles = [role for role, _ in dialogue.messages if role != "system"]
+    assert roles == ["user", "assistant"] and dialogue.messages[-1][1] == third.rstrip()
+    greedily = chat(where, "--temperature", 0, say=["/retry"])
+    assert "at temperature 0 the answer would be the same" in greedily.stderr
+
+
 @pytest.mark.parametrize("cp", [1, 2])
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(smollm2_path, tokenizer, tmp_path, cp):
     """At a real terminal, where Ctrl-C reaches all processes of the foreground group."""
@@ -319,11 +352,8 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(smollm2_path, tokeni
         os.execvp(sys.executable, command(smollm2_path, "--cp", cp, "-n", 200))
     try:
         read_until(terminal, "> ")
-        # Between writing its prompt and waiting for a key, readline leaves a signal until the next
-        # key comes.
-        time.sleep(0.5)
-        os.write(terminal, b"\x03")
-        read_until(terminal, "Ctrl-C again")
+        os.write(terminal, b"\x03")  # seen also before readline waits for a key
+        read_until(terminal, "Ctrl-D or /exit to end")
         os.write(terminal, b"Write a long story.\n")
         read_until(terminal, r"\x1b\[2K[A-Z]\w+ \w")  # the bar has gone
         os.write(terminal, b"\x03")

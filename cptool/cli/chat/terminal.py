@@ -4,7 +4,8 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,12 +32,14 @@ HELP = """\
 /save [DIR]  keep the conversation and its KV in DIR, which cptool chat DIR
              continues; a chat that continues a session saves at its end
 /file PATH   put a text file before the next question
+/retry       answer the last question again, with other draws
 /undo        take back the last question and its answer
 /reset       start over
 /exit        end, as Ctrl-D does
 //...        ask something that begins with /...
 Ctrl-C stops an answer; what was written of it stays in the conversation.
-A question that is still being read is taken back."""
+A question that is still being read is taken back. A second Ctrl-C ends the
+chat. Where you type, Ctrl-C clears the line and ends nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,7 @@ class Terminal:
         self.stop_ids = tuple(dict.fromkeys((*checkpoint.eos_ids, *self.tokenizer.turn_ends)))
         self.saved: tuple[Path, int] | None = None
         self._kept = conversation.dialogue
+        self._retries = 0
 
     def continue_session(self, directory: Path, revision: int) -> None:
         """Let the end of the chat, and /save without a directory, continue this session."""
@@ -101,6 +105,7 @@ class Terminal:
         commands = {
             "/save": self.save,
             "/file": self.file,
+            "/retry": self.retry,
             "/undo": self.undo,
             "/reset": self.reset,
             "/help": self.help,
@@ -125,11 +130,15 @@ class Terminal:
             draw.say(as_options(str(error)), always=True)
         return True
 
-    def ask(self, question: str) -> None:
-        """Write the answer on standard output as it comes, and its rates on standard error."""
+    def ask(self, question: str, retries: int = 0) -> None:
+        """Write the answer on standard output as it comes, and its rates on standard error.
+
+        retries: how often it was answered before; the draws depend on it.
+        """
         from cptool.engine.answers.records import AnswerOptions
         from cptool.engine.requests import Continue
 
+        self._retries = retries
         context = self.conversation.ask(question)
         limit = self.checkpoint.config.max_position_embeddings
         room = min(self.answering.count, limit - len(context))
@@ -139,7 +148,7 @@ class Terminal:
                 f"the model's limit is {limit:,}; "
                 "nothing was lost: ask something shorter, /save, /undo or /reset"
             )
-        answering = self.answering
+        answering, sampling = self.answering, self.answering.sampling
         text = StopStream(self.tokenizer.stream(), answering.stop_texts)
         ids: list[int] = []
         began = first = time.perf_counter()
@@ -156,7 +165,7 @@ class Terminal:
                 tokens=(tuple(context),),
                 options=AnswerOptions(
                     limit=room,
-                    sampling=answering.sampling,
+                    sampling=replace(sampling, seed=sampling.seed + retries),
                     stop_ids=self.stop_ids,
                     stop_texts=answering.stop_texts,
                     stop_tokens=answering.stop_tokens,
@@ -269,6 +278,25 @@ class Terminal:
                 f"{limit:,}; nothing was changed"
             )
         draw.say(f"{argument}: {tokens - before:,} tokens, read with your next question")
+
+    def retry(self, argument: str) -> None:
+        """Answer the last question again; the answer so far stays if that does not come about."""
+        before = copy(self.conversation)
+        answers = before.dialogue.answers
+        if before.dialogue.pending or not answers:
+            raise UserError("/retry: the last question has no answer yet; ask something first")
+        if not self.answering.sampling.temperature:
+            raise UserError(
+                "/retry: at temperature 0 the answer would be the same; start the chat with "
+                "--temperature 0.8, say"
+            )
+        question = self.conversation.undo()
+        assert question is not None  # it is answered
+        try:
+            self.ask(question, self._retries + 1)
+        finally:
+            if self.conversation.dialogue.answers < answers:
+                self.conversation = before
 
     def undo(self, argument: str) -> None:
         question = self.conversation.undo()
