@@ -1,12 +1,12 @@
 """What every command draws: lines on standard error, and tables without a frame."""
 
 import sys
-import textwrap
 
 import click
 
 from cptool.cli import verbosity
 from cptool.cli.figures import tables
+from cptool.cli.figures.wrapping import wrapped
 
 Rows = list[tuple[str, str]]
 """Rows of a table without a frame: a name and what it is."""
@@ -36,17 +36,13 @@ def table(rows: Rows, *, to_stderr: bool = False) -> None:
         for name, value in rows:
             click.echo(f"{name:{width}}{value}".rstrip(), err=to_stderr)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    grid = Table.grid(padding=(0, GAP))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
+    begin = indent(rows)
     for name, value in rows:
-        grid.add_row(name, value)
-    console = Console(stderr=to_stderr, highlight=False)
-    console.width = max(room, NARROWEST)
-    console.print(grid)
+        width = max(room, NARROWEST, begin + 10) - begin
+        first, *others = wrapped(value, width, break_long_words=True)
+        click.echo(click.style(f"{name:{begin}}", bold=True) + first, err=to_stderr)
+        for line in others:
+            click.echo(" " * begin + line, err=to_stderr)
 
 
 def say(line: str, *, always: bool = False) -> None:
@@ -71,8 +67,5 @@ def _folded(text: str) -> str:
     if room is None or room < NARROWEST:
         return text
     return "\n".join(
-        textwrap.fill(line, room, break_long_words=False, break_on_hyphens=False)
-        if len(line) > room
-        else line
-        for line in text.split("\n")
+        "\n".join(wrapped(line, room)) if len(line) > room else line for line in text.split("\n")
     )

@@ -1,6 +1,5 @@
 """What a turn did, as rows of a table, fields of JSON, and the phases of a profile."""
 
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -41,8 +40,7 @@ def say_prediction(turn: "Turn", ranks: "RankOptions", cached: Sequence[int]) ->
             f"{duration(found.ttit_s)} for each further {_step(turn.samples * len(turn.prompts))}"
         )
     if parts:
-        line, width = f"predicted: {', '.join(parts)} ({found.source})", tables.room(to_stderr=True)
-        say(textwrap.fill(line, width) if width else line)
+        say(f"predicted: {', '.join(parts)} ({found.source})")
 
 
 def _step(batch: int) -> str:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import click
 
+from cptool.cli.figures.wrapping import wrapped
+
 _GAP, _INDENT = 2, 2
 _WIDE = "cptool.wide"
 
@@ -82,13 +84,13 @@ def show(
     shown = {n for group in layout.groups for n in group}
     left_out = [column.name for n, column in enumerate(columns) if n not in shown]
     missing = f"Left out for want of room: {', '.join(left_out)}; --wide prints all."
-    titles = textwrap.wrap(title, width) if width else [title] * bool(title)
+    titles = wrapped(title, width) if title and width else [title] * bool(title)
     for line in (*titles, *layout.lines(layout.heads)):
         click.echo(click.style(line, bold=True), err=to_stderr)
     for line in layout.lines(rows):
         click.echo(line, err=to_stderr)
     for text in (caption, missing if left_out else ""):
-        for line in textwrap.wrap(text, width) if width else [text] * bool(text):
+        for line in wrapped(text, width) if text and width else [text] * bool(text):
             click.echo(line, err=to_stderr)
 
 

@@ -11,7 +11,7 @@ import click
 from cptool import units
 from cptool.cli import draw
 from cptool.cli.draw import Rows
-from cptool.cli.figures import tables
+from cptool.cli.figures import tables, wrapping
 from cptool.cli.plan.search import Search
 from cptool.model.shapes import SHAPES
 from cptool.planning.cost.estimate import Estimate
@@ -59,7 +59,7 @@ class Report:
             "target_ttft_s": self.target,
             "reaches_target": None if self.target is None else not self.answer.misses_target,
             "rejected": [{**_layout_fields(p), "why": why} for p, why in self.answer.rejected],
-            "command": "   ".join(self._commands()),
+            "command": "   # or: ".join(self._commands()),
         }
 
     def draw(self) -> None:
@@ -83,8 +83,12 @@ class Report:
                 ]
             )
         click.echo("\nrun it:")
-        for command in self._commands():
-            click.echo(f"  {command}")
+        width = tables.room()
+        for number, command in enumerate(self._commands()):
+            if number:
+                click.echo("  # or:")
+            for line in wrapping.continued(command, width - 2) if width else [command]:
+                click.echo(f"  {line}")
         if work.feed_forward == "float8":
             click.echo(f"it computes everything in {work.dtype}: the engine has no FP8 yet")
 
@@ -179,7 +183,7 @@ class Report:
         return [
             f"torchrun --nnodes {best.hosts} --nproc-per-node {each} --rdzv-backend c10d "
             f"--rdzv-endpoint HOST:29500 -m {line}",
-            f"# or: srun --nodes {best.hosts} --ntasks-per-node {each} {line}",
+            f"srun --nodes {best.hosts} --ntasks-per-node {each} {line}",
         ]
 
 
