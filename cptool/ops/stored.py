@@ -2,8 +2,10 @@
 
 A quantised weight counts as the float32 value that its type defines, the one of the `gguf` package
 bit for bit; bfloat16 and float16 are widened. Activations are float32 and stay as they are. Few
-rows are multiplied with weights that are widened in registers. For many rows a panel of the weights
-is widened, once for all of them, and multiplied as any float32 matrix is.
+rows are multiplied with weights that are widened in registers, or, with AVX2, with the integers of
+a block, whose sums are then scaled; both are the product with the widened weights to the rounding
+of float32 sums. For many rows a panel of the weights is widened, once for all of them, and
+multiplied as any float32 matrix is.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from torch import Tensor
 
 from cptool.ops.encodings import BLOCKS, ENCODINGS
 from cptool.ops.kernels import EXTENSION as _C
-from cptool.ops.kernels import cpu_stored_isa
 
 _PANEL_BYTES = 4 << 20
 """Of widened weights. They are written once and read once per block of rows, from a cache."""
@@ -91,13 +92,12 @@ class StoredWeight:
                 f"x is {x.dtype} {list(x.shape)}; it must be float32 [rows, {self.shape[1]}]"
             )
         out = torch.empty((rows, self.shape[0]), dtype=torch.float32)
-        few = rows <= DIRECT_ROWS
-        if few and x.stride(1) != 1:
+        if rows <= FEW_ROWS and x.stride(1) != 1:
             x = x.contiguous()
         column = 0
         for part in self.parts:
             columns = out[:, column : column + part.shape[0]]
-            (_multiply_few if few else _multiply_many)(x, part, columns)
+            (_multiply_few if rows <= few_rows(part) else _multiply_many)(x, part, columns)
             column += part.shape[0]
         return out
 
@@ -127,12 +127,13 @@ class StoredWeight:
         return out
 
 
-def _direct_rows() -> int:
-    """Return up to how many rows weights are widened in registers."""
-    return {"avx512": 4, "avx2": 2}.get(cpu_stored_isa(), 1)
+FEW_ROWS = 16
+"""The most rows that `few_rows` returns."""
 
 
-DIRECT_ROWS = _direct_rows()
+def few_rows(part: Blocks) -> int:
+    """Return up to how many rows its weights are widened in registers."""
+    return _C.cpu_stored_rows(ENCODINGS[part.encoding])
 
 
 def _multiply_few(x: Tensor, part: Blocks, out: Tensor) -> None:

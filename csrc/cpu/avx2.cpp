@@ -2,10 +2,10 @@
 // packed, or as they are read.
 #include "cpu/few_rows_kernel.h"
 #include "cpu/float32_math.h"
+#include "cpu/group_kernel.h"
 #include "cpu/isa.h"
 #include "cpu/merge_kernel.h"
 #include "cpu/panel_kernel.h"
-#include "cpu/stored_kernel.h"
 #include "cpu/stream_kernel.h"
 #include "cpu/tokenwise_kernel.h"
 
@@ -30,7 +30,7 @@ void attention_partial(const AttentionArgs& args, int threads) {
 }  // namespace
 
 extern constexpr Isa isa_avx2 = {
-    "avx2",     supported, {handles, attention_partial, kStreamRows}, run_merge_kernel, kFewRows,
-    kTokenwise, kStored};
+    "avx2",     supported,    {handles, attention_partial, kStreamRows}, run_merge_kernel, kFewRows,
+    kTokenwise, kStoredGroups};
 
 }  // namespace cptool::cpu

@@ -38,9 +38,16 @@ struct FewRowsKernel {
 
 // Weights in the type in which they are stored.
 struct StoredKernels {
-  // Computes the columns that the rows [begin, end) of the file make. Results have the bits of the
-  // few-row product with the widened weights.
-  void (*columns)(const StoredLinearArgs& args, int64_t begin, int64_t end) = nullptr;
+  // Up to how many rows it is the fastest way to widen weights in registers. A result of these has
+  // the same bits for any number of rows: those of the few-row product with the widened weights,
+  // if more than these go to it.
+  int (*most_rows)(Encoding encoding) = nullptr;
+  int64_t (*packed_bytes)(const StoredLinearArgs& args) = nullptr;
+  // Writes x in the order in which `columns` reads it.
+  void (*pack)(const StoredLinearArgs& args, void* packed) = nullptr;
+  // Computes the columns that the rows [begin, end) of the file make.
+  void (*columns)(const StoredLinearArgs& args, const void* packed, int64_t begin,
+                  int64_t end) = nullptr;
   // Computes [begin, end) of the rows that are wanted.
   void (*widen)(const WidenArgs& args, int64_t begin, int64_t end) = nullptr;
 };

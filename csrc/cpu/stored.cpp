@@ -14,11 +14,13 @@ constexpr int64_t kPiecesOfThread = 4;
 
 void stored_linear(const StoredLinearArgs& args, int threads) {
   const StoredKernels& kernels = stored_isa().stored;
+  void* packed = thread_scratch(static_cast<size_t>(kernels.packed_bytes(args)));
+  kernels.pack(args, packed);
   const int64_t bytes = args.w.rows * args.w.stride;
   const int64_t piece =
       threads == 1 ? bytes : std::max(bytes / (kPiecesOfThread * threads), kPieceBytes);
   in_pieces(args.w.rows, args.w.stride, piece, 4, threads,
-            [&](int64_t begin, int64_t end) { kernels.columns(args, begin, end); });
+            [&](int64_t begin, int64_t end) { kernels.columns(args, packed, begin, end); });
 }
 
 void widen(const WidenArgs& args, int threads) {

@@ -5,9 +5,7 @@
 // few_rows_kernel.h, and each result is summed in the same order as there: it has the bits that the
 // product with the widened weights has.
 //
-// Counted for Q4_0 and AVX2: about 25 instructions per 32 weights (18 bytes) and one row of x,
-// 7 cycles on a processor that starts 3.5 in each; memory delivers the bytes in about as many.
-// Unnamed namespace: see isa.h.
+// AVX2 has a faster way for most types (group_kernel.h). Unnamed namespace: see isa.h.
 #pragma once
 
 #include "cpu/block_formats.h"
@@ -205,8 +203,20 @@ inline void with_block(Encoding encoding, const Run& run) {
   }
 }
 
+// Rows that share a widened weight.
+#if defined(__AVX512F__)
+constexpr int kSharingRows = 4;
+#elif defined(__FMA__)
+constexpr int kSharingRows = 2;
+#else
+constexpr int kSharingRows = 1;
+#endif
+
 constexpr StoredKernels kStored = {
-    [](const StoredLinearArgs& args, int64_t begin, int64_t end) {
+    [](Encoding) { return kSharingRows; },
+    [](const StoredLinearArgs&) -> int64_t { return 0; },  // x is read as it is
+    [](const StoredLinearArgs&, void*) {},
+    [](const StoredLinearArgs& args, const void*, int64_t begin, int64_t end) {
       with_block(args.w.encoding, [&](auto block) {
         using Block = decltype(block);
         const int64_t apart = (end - begin) / kColumns;
