@@ -39,6 +39,7 @@ class Sweep:
 
     config: LlamaConfig
     dtype: str
+    kv_dtype: str
     ranks: tuple[int, ...]
     cached: tuple[int, ...]
     variants: tuple[str, ...]
@@ -76,6 +77,7 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
             forward = Forward(
                 config=sweep.config,
                 dtype=sweep.dtype,
+                kv_dtype=sweep.kv_dtype,
                 new=sweep.batch,
                 cached=sweep.batch * cached,
                 ranks=ranks,
@@ -134,11 +136,13 @@ def _once(engine: Engine, variant: str, steps: int, cached: int) -> tuple[float,
 
 def _results(run: _Runs, profile: HardwareProfile) -> list[dict[str, Any]]:
     forward = run.forward
-    config, size = forward.config, getattr(torch, forward.dtype).itemsize
+    config, size = forward.config, forward.element
     medians = {variant: summary(times)["median"] for variant, times in run.seconds.items()}
     best = min(medians, key=lambda variant: medians[variant])
     # Each rank reads all its weights and its part of the KV.
-    read = weight_bytes(config, size) + kv_bytes(config, forward.cached // forward.ranks, size)
+    read = weight_bytes(config, size) + kv_bytes(
+        config, forward.cached // forward.ranks, forward.kv_element
+    )
     results = []
     for asked, choice in run.choices.items():
         predicted = predicted_s(choice, run.forward, profile)

@@ -43,6 +43,7 @@ class Sweep:
 
     config: LlamaConfig
     dtype: str
+    kv_dtype: str
     ranks: tuple[int, ...]
     contexts: tuple[int, ...]
     miss_rates: tuple[float, ...]
@@ -82,6 +83,7 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
             forward = Forward(
                 config=sweep.config,
                 dtype=sweep.dtype,
+                kv_dtype=sweep.kv_dtype,
                 new=new,
                 cached=context - new,
                 ranks=ranks,

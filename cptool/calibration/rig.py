@@ -12,6 +12,7 @@ import torch.distributed as dist
 from cptool.distributed.group import Group
 from cptool.distributed.world import World
 from cptool.engine.engine import Engine
+from cptool.engine.options import EngineOptions
 from cptool.engine.state import Mark
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
@@ -129,5 +130,6 @@ def prepare(
     }
     if part is None:
         return choices, None, None
-    engine = Engine(model, part, batch=forward.batch, profile=profile)
+    options = EngineOptions(kv_dtype=forward.kv_dtype or "auto")
+    engine = Engine(model, part, batch=forward.batch, options=options, profile=profile)
     return choices, engine, hold(engine, forward.cached // forward.batch)

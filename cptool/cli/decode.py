@@ -25,7 +25,7 @@ from cptool.cli.options.next_turn import next_turn
 from cptool.cli.options.prompts import Prompts, prompt_options
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.options.sampling import SamplingRequest, sampling_options
-from cptool.engine.options import EngineOptions
+from cptool.engine.options import EngineOptions, setup_types
 from cptool.session import store as sessions
 
 DEFAULT_TOKENS = 128
@@ -92,10 +92,10 @@ def decode(
     say_reading(checkpoint)
     sessions.check_model(manifest, sessions.identity(checkpoint))
     following = next_turn(session, manifest, checkpoint, asked, raw=raw)
+    placed = ranks.or_as_last(manifest).resolve(checkpoint.config)
     turn = Turn(
         model=str(checkpoint.path),
-        dtype=manifest.dtype,
-        options=attention,
+        **setup_types("auto", attention, checkpoint, placed.device, held=(session, manifest)),
         max_new_tokens=tokens_to_append(
             count, DEFAULT_TOKENS, checkpoint.config, new=following.prompts, held=following.keep
         ),
@@ -108,7 +108,6 @@ def decode(
         **following.fields(),
         **session_fields(session, manifest, checkpoint),
     )
-    placed = ranks.or_as_last(manifest).resolve(checkpoint.config)
     check_turn_room(turn, checkpoint.config)
     run_and_write(
         turn,

@@ -20,7 +20,7 @@ from cptool.cli.options.models import open_model
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.pull.fetching import fetching
 from cptool.distributed.options import RankOptions
-from cptool.engine.options import EngineOptions, resolve_dtype
+from cptool.engine.options import EngineOptions, resolve_types
 from cptool.errors import UserError
 from cptool.model.context import check_context
 from cptool.units import duration, some
@@ -68,11 +68,12 @@ def demo(question: str, ranks: RankRequest, attention: EngineOptions) -> None:
     prompt = tokenizer.chat([{"role": "user", "content": f"{document}\n{question}"}])
     check_context([len(prompt)], [0], ANSWER_TOKENS, checkpoint.config)
     many = dataclasses.replace(ranks, cp=ranks.cp or 2).resolve(checkpoint.config)
+    dtype, options = resolve_types("auto", attention, checkpoint, many.device)
     turn = Turn(
         model=str(path),
         prompts=(tuple(prompt),),
-        dtype=resolve_dtype("auto", checkpoint, many.device),
-        options=attention,
+        dtype=dtype,
+        options=options,
         max_new_tokens=ANSWER_TOKENS,
         stop_ids=checkpoint.answer_ends(prompt),
     )

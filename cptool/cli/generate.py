@@ -25,7 +25,7 @@ from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_de
 from cptool.cli.options.samples import check_samples, samples_option
 from cptool.cli.options.sampling import SamplingRequest, sampling_options
 from cptool.cli.turns import SessionRequest, session_options
-from cptool.engine.options import EngineOptions, resolve_dtype
+from cptool.engine.options import EngineOptions, setup_types
 
 DEFAULT_TOKENS = 256
 
@@ -81,12 +81,13 @@ def generate(
     batch.check(asked, output, others)
     asked = asked if batch else _or_piped(asked)
     check_profile(profile)
-    manifest = kept.open(dtype)
+    manifest = kept.open()
     checkpoint = open_model(model, context_length)
     sampling, placed = sampler.resolve(checkpoint), ranks.resolve(checkpoint.config)
     check_samples(samples, sampling, kept.directory)
-    compute_dtype = resolve_dtype(dtype, checkpoint, placed.device)
-    shared: Any = {"dtype": compute_dtype, "options": attention, "sampling": sampling}
+    held = (kept.directory, manifest)
+    shared: Any = setup_types(dtype, attention, checkpoint, placed.device, held=held)
+    shared["sampling"] = sampling
     if batch:
         places: Any = {"batch": batch, "texts": asked, "checkpoint": checkpoint, "ranks": placed}
         job = Job(wanted=wanted, answering=wanted.fields(checkpoint), **places, **shared)

@@ -20,7 +20,7 @@ from cptool.cli.options.next_turn import begun
 from cptool.cli.options.prompts import Prompts, chat_prompt_options
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.turns import SessionRequest, session_options
-from cptool.engine.options import EngineOptions, resolve_dtype
+from cptool.engine.options import EngineOptions, setup_types
 from cptool.model.context import check_context
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def prefill(
             "no prompt; give --prompt, --prompt-file, --token-ids or --synthetic"
         )
     check_profile(profile)
-    manifest = kept.open(dtype)
+    manifest = kept.open()
     checkpoint = open_model(model, context_length)
     prompts = asked.read(checkpoint, begin=True)
     lengths = [len(prompt.tokens) for prompt in prompts]
@@ -77,8 +77,7 @@ def prefill(
         manifest,
         checkpoint,
         prompts,
-        dtype=resolve_dtype(dtype, checkpoint, placed.device),
-        options=attention,
+        **setup_types(dtype, attention, checkpoint, placed.device, held=(kept.directory, manifest)),
         profile=profile,
         chat=begun(prompts, asked, kept.directory, manifest),
     )

@@ -15,6 +15,7 @@ from cptool.cli.options import completion
 from cptool.cli.options.common import json_option
 from cptool.cli.options.examples import examples
 from cptool.cli.session_export import export, list_sessions, message_rows, readable_dialogues
+from cptool.cli.turn_report import types_of
 from cptool.session import store as sessions
 from cptool.session.manifest import Manifest
 
@@ -59,6 +60,7 @@ def show(directory: Path, as_json: bool) -> None:
         "model": manifest.model.path,
         "fingerprint": manifest.model.fingerprint,
         "dtype": manifest.dtype,
+        "kv_dtype": manifest.kv_dtype,
         "cp": manifest.cp,
         "tp": manifest.tp,
         "revision": manifest.revision,
@@ -86,7 +88,7 @@ def _rows(manifest: Manifest, fields: dict[str, Any]) -> list[tuple[str, str]]:
     said = [] if messages is None else [("messages", ", ".join(str(len(m)) for m in messages))]
     return [
         ("model", f"{sessions.printable(model.path)} ({model.fingerprint[:12]})"),
-        ("last turn on", f"{manifest.cp} cp x {manifest.tp} tp, {manifest.dtype}"),
+        ("last turn on", f"{manifest.cp} cp x {manifest.tp} tp, {types_of(manifest)}"),
         (
             "tokens",
             f"{tokens}, {cached} of them with KV",

@@ -1,7 +1,7 @@
 """What a turn did, as rows of a table, fields of JSON, and the phases of a profile."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cptool.cli import verbosity
 from cptool.cli.draw import Rows, say
@@ -13,6 +13,15 @@ from cptool.units import byte_rate, duration, flop_rate, percent, size, some, to
 if TYPE_CHECKING:
     from cptool.distributed.options import RankOptions
     from cptool.engine.turn import Report, Turn
+
+
+class Typed(Protocol):
+    """What computes in one type and stores KV in one."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def kv_dtype(self) -> str: ...
 
 
 _SHARED = 0.05
@@ -52,12 +61,18 @@ def _beside(predicted_s: float | None) -> str:
     return "" if predicted_s is None else f" (predicted {duration(predicted_s)})"
 
 
+def types_of(run: Typed) -> str:
+    """Return the dtype of the products, and that of KV if it is another one."""
+    kv = f", KV in {run.kv_dtype}" if run.kv_dtype != run.dtype else ""
+    return f"{run.dtype}{kv}"
+
+
 def prefill_rows(report: "Report") -> Rows:
     """Return rows on what a prefill did, which variant it chose and what rate it reached."""
     after = f" after {report.cached:,} cached" if report.cached else ""
     rows = [
         ("prompt", some(report.tokens, "token") + after),
-        ("ranks", f"{report.cp} cp x {report.tp} tp on {report.device}, {report.dtype}"),
+        ("ranks", f"{report.cp} cp x {report.tp} tp on {report.device}, {types_of(report)}"),
         ("variant", f"{report.variant or 'none'} ({report.reason})"),
         (
             "first token",

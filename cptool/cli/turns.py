@@ -12,7 +12,6 @@ import click
 from cptool.cli.options import completion
 from cptool.cli.options.models import check_turn_room, say_reading, session_fields
 from cptool.cli.options.records import as_object
-from cptool.errors import OptionError
 from cptool.session import store as sessions
 
 if TYPE_CHECKING:
@@ -32,10 +31,10 @@ class SessionRequest:
     directory: Path | None = None
     rewind: bool = False
 
-    def open(self, dtype: str) -> Manifest | None:
+    def open(self) -> Manifest | None:
         """Return the manifest of the session that is there, None for a new one or none.
 
-        Raises UserError if a turn could not be saved there, or its KV has another dtype.
+        Raises UserError if a turn could not be saved there.
         """
         directory = self.directory
         if directory is None:
@@ -48,23 +47,13 @@ class SessionRequest:
         if not sessions.exists(directory):
             sessions.check_new(directory)
             return None
-        manifest = sessions.load(directory)
-        if dtype not in ("auto", manifest.dtype):
-            raise OptionError(
-                "dtype",
-                dtype,
-                f"the KV of {directory} is {manifest.dtype}",
-                "leave `dtype` out, or name a new directory",
-            )
-        return manifest
+        return sessions.load(directory)
 
     def turn(
         self,
         manifest: Manifest | None,
         checkpoint: Checkpoint,
         prompts: Sequence[Prompt],
-        *,
-        dtype: str,
         **settings: Any,
     ) -> Turn:
         """Return the turn that makes the session hold `prompts` and computes what it lacks.
@@ -84,7 +73,6 @@ class SessionRequest:
         turn = Turn(
             model=str(checkpoint.path),
             prompts=tuple(map(tuple, sequences)),
-            dtype=manifest.dtype if manifest else dtype,
             keep=None if keep is None else tuple(keep),
             **settings,
             **session_fields(self.directory, manifest, checkpoint),

@@ -18,6 +18,7 @@ from cptool.cli.options.common import (
     device_option,
     dtype_option,
     json_option,
+    kv_dtype_option,
     threads_option,
     timeout_option,
 )
@@ -27,7 +28,8 @@ from cptool.cli.options.prompts import Prompts, prompt_options
 from cptool.cli.options.ranks import RankRequest
 from cptool.cli.options.records import as_object
 from cptool.cli.progress import following
-from cptool.engine.options import resolve_dtype
+from cptool.cli.turn_report import types_of
+from cptool.engine.options import EngineOptions, resolve_types
 from cptool.errors import OptionError, UserError
 from cptool.model.context import check_context
 
@@ -56,6 +58,7 @@ STEPS = 8
 @as_object("ranks", RankRequest, (device_option, threads_option, timeout_option))
 @context_option
 @dtype_option
+@kv_dtype_option
 @json_option
 @wide_option
 def verify(
@@ -65,6 +68,7 @@ def verify(
     ranks: RankRequest,
     context_length: int | None,
     dtype: str,
+    kv_dtype: str,
     as_json: bool,
 ) -> None:
     """Check that results are exact with your MODEL on your devices.
@@ -86,10 +90,13 @@ def verify(
 
     from cptool.exactness import verify as verifier
 
+    options = EngineOptions(kv_dtype=kv_dtype)
+    dtype, options = resolve_types(dtype, options, checkpoint, device)
     half = max(1, len(tokens) * 2 // 3)
     trial = verifier.Trial(
         model=str(checkpoint.path),
-        dtype=resolve_dtype(dtype, checkpoint, device),
+        dtype=dtype,
+        kv_dtype=options.kv_dtype,
         turns=(tuple(tokens[:half]), tuple(tokens[half:])),
         steps=STEPS,
     )
@@ -147,6 +154,7 @@ def _fields(trial: Trial, verdicts: list[Verdict]) -> dict[str, Any]:
     return {
         "model": trial.model,
         "dtype": trial.dtype,
+        "kv_dtype": trial.kv_dtype,
         "tokens": [*map(len, trial.turns), trial.steps],
         "passed": all(verdict.passed for verdict in verdicts),
         "runs": [
@@ -175,7 +183,7 @@ def _summary(trial: Trial, verdicts: list[Verdict], device: str) -> str:
     )
     first, second = map(len, trial.turns)
     return (
-        f"{trial.model}, {trial.dtype}, {first} + {second} tokens and {trial.steps} steps on "
+        f"{trial.model}, {types_of(trial)}, {first} + {second} tokens and {trial.steps} steps on "
         f"{device}: {said}"
     )
 

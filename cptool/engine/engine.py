@@ -73,12 +73,13 @@ class Engine(BatchState):
         self.ring = ring or ring_of(world.cp_group)
         self.report = progress or silent
         self.choice: Choice | None = None
+        kv = options.kv_dtype
         cache = KVCache(
             layers=model.config.num_hidden_layers,
             kv_heads=model.num_kv_heads,
             head_dim=model.config.head_dim,
             batch=batch,
-            dtype=self.dtype,
+            dtype=self.dtype if kv == "auto" else getattr(torch, kv),
             device=world.device,
         )
         super().__init__(cache, ranks=world.cp)
@@ -177,6 +178,7 @@ class Engine(BatchState):
         return Forward(
             config=self.model.config,
             dtype=str(self.dtype).removeprefix("torch."),
+            kv_dtype=str(self.cache.dtype).removeprefix("torch."),
             new=sum(lengths),
             cached=sum(self.computed),
             ranks=self.world.cp,

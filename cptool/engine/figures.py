@@ -33,6 +33,7 @@ def predicted(
         tp=engine.world.tp,
         partial_bytes=engine.partial_dtype.itemsize,
         weight_size=mean_weight_size(checkpoint, turn.dtype, engine.world.device.type),
+        kv_dtype=turn.kv_dtype,
     )
     return predict_turn(work, turn.options.variant, engine.profile)
 
@@ -54,6 +55,7 @@ def expected(
         tp=ranks.tp,
         partial_bytes=ELEMENT_BYTES[turn.dtype] if turn.options.partials == "working" else 4,
         weight_size=mean_weight_size(checkpoint, turn.dtype, ranks.device),
+        kv_dtype=turn.kv_dtype,
     )
     return predict_turn(work, turn.options.variant, local_profile(ranks))
 
@@ -67,6 +69,6 @@ def prefill_flops(config: LlamaConfig, new: list[int], cached: list[int]) -> int
 
 def decode_bytes(engine: Engine) -> int:
     """Return the bytes of weights and KV that one rank reads for one step of decode."""
-    size, world = engine.dtype.itemsize, engine.world
+    size, world = engine.cache.dtype.itemsize, engine.world
     kv = kv_bytes(engine.model.config, -(-engine.held_tokens // world.cp), size)
     return engine.model.step_bytes + kv // world.tp

@@ -1,14 +1,21 @@
-"""Options of how an engine computes, set by a command or a caller. Imports no torch."""
+"""What an engine loads and how it computes, set by a command or a caller. Imports no torch."""
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
+from cptool.errors import OptionError, RunError
 from cptool.ops.encodings import ENCODINGS
 from cptool.ops.processor import has_bfloat16_products
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cptool.checkpoint import Checkpoint
+    from cptool.distributed.world import World
+    from cptool.engine.engine import Engine
+    from cptool.model.llama import Llama
+    from cptool.session.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +25,7 @@ class EngineOptions:
     variant: attention variant, or "auto" to choose one for each forward.
     partials: "float32", or "working" to send partial outputs in the model's dtype
         (`cptool.parallel.step.Step` says what that costs in error).
+    kv_dtype: type in which keys and values are stored and travel, or "auto" for the model's dtype.
     static: whether `decode` under the variant "auto" runs over static memory
         (`cptool.engine.static_decode`); None means on CUDA only.
     """
@@ -25,6 +33,7 @@ class EngineOptions:
     variant: str = "auto"
     partials: str = "float32"
     static: bool | None = None
+    kv_dtype: str = "auto"
 
 
 def resolve_dtype(requested: str, checkpoint: "Checkpoint", device: str) -> str:
@@ -42,6 +51,89 @@ def resolve_dtype(requested: str, checkpoint: "Checkpoint", device: str) -> str:
     return own if own == "bfloat16" and has_bfloat16_products() else "float32"
 
 
+def check_kv_dtype(kv_dtype: str, dtype: str, device: str) -> None:
+    """Raise OptionError unless attention on `device` can compute in `dtype` over KV of `kv_dtype`:
+    it must be the same or, in float32 on a CPU, a narrower one.
+    """
+    if kv_dtype == dtype:
+        return
+    if device != "cpu":
+        raise OptionError(
+            "kv_dtype",
+            kv_dtype,
+            f"on {device} KV has the type of the products, {dtype}",
+            "leave it out, or add `device` cpu",
+        )
+    if dtype != "float32":
+        raise OptionError(
+            "kv_dtype",
+            kv_dtype,
+            f"products in {dtype} take KV in {dtype} alone",
+            "leave it out, or compute in `dtype` float32",
+        )
+
+
+def resolve_types(
+    dtype: str, options: EngineOptions, checkpoint: "Checkpoint", device: str
+) -> tuple[str, EngineOptions]:
+    """Return the dtype to compute in, and the options with the type of KV; either may be requested
+    as "auto". Raises OptionError for two that do not go together.
+    """
+    found = resolve_dtype(dtype, checkpoint, device)
+    kv_dtype = found if options.kv_dtype == "auto" else options.kv_dtype
+    check_kv_dtype(kv_dtype, found, device)
+    return found, replace(options, kv_dtype=kv_dtype)
+
+
+def continued_types(
+    dtype: str, options: EngineOptions, device: str, *, held: tuple["Path | str", "Manifest"]
+) -> tuple[str, EngineOptions]:
+    """Return the same to continue a session, its directory and manifest `held`: KV stays in the
+    type in which it is, and "auto" computes in the dtype of the last turn.
+    """
+    directory, manifest = held
+    kept = manifest.kv_dtype
+    if options.kv_dtype not in ("auto", kept):
+        raise OptionError(
+            "kv_dtype",
+            options.kv_dtype,
+            f"the KV of {directory} is {kept}",
+            "leave `kv_dtype` out, or name a new directory",
+        )
+    found = manifest.dtype if dtype == "auto" else dtype
+    if kept != found and (device != "cpu" or found != "float32"):
+        usable = kept if device != "cpu" else f"float32 or {kept}" if kept != "float32" else kept
+        remedy = "leave `dtype` out, or name a new directory"
+        if dtype == "auto":
+            remedy = f"add `device` cpu, or continue it with prefill and `dtype` {kept}"
+        raise OptionError(
+            "dtype",
+            found,
+            f"the KV of {directory} is {kept}, over which {device} computes in {usable}",
+            remedy,
+        )
+    return found, replace(options, kv_dtype=kept)
+
+
+def setup_types(
+    dtype: str,
+    options: EngineOptions,
+    checkpoint: "Checkpoint",
+    device: str,
+    *,
+    held: tuple["Path | str | None", "Manifest | None"] = (None, None),
+) -> dict[str, Any]:
+    """Return the fields of a `Setup` that say what is computed and stored in which type: for the
+    session `held`, its directory and manifest, or without a manifest for a new one.
+    """
+    directory, manifest = held
+    if directory is None or manifest is None:
+        dtype, options = resolve_types(dtype, options, checkpoint, device)
+    else:
+        dtype, options = continued_types(dtype, options, device, held=(directory, manifest))
+    return {"dtype": dtype, "options": options}
+
+
 def mean_weight_size(checkpoint: "Checkpoint", dtype: str, device: str) -> float | None:
     """Return the bytes per element of the matrices of a model that computes in `dtype` on `device`;
     None where every weight has that dtype.
@@ -57,3 +149,65 @@ def mean_weight_size(checkpoint: "Checkpoint", dtype: str, device: str) -> float
         return None
     widened = sum(4 * count[tensor] for tensor in matrices if tensor.encoding not in ENCODINGS)
     return (sum(tensor.nbytes for tensor in kept) + widened) / sum(count.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What the ranks load.
+
+    model, dtype: the checkpoint, and the dtype to compute in.
+    session, resume: a session to restore, at this revision.
+    fingerprint: the checkpoint's, if the process that starts the ranks has computed it.
+    state: the state of the checkpoint's files at that time; ranks that find another one fail.
+    """
+
+    model: str
+    dtype: str
+    options: EngineOptions = field(default_factory=EngineOptions)
+    session: str | None = None
+    resume: int | None = None
+    fingerprint: str | None = None
+    state: str | None = None
+
+    @property
+    def kv_dtype(self) -> str:
+        """Type in which keys and values are stored."""
+        return self.dtype if self.options.kv_dtype == "auto" else self.options.kv_dtype
+
+    @property
+    def types(self) -> dict[str, Any]:
+        """What is computed and stored in which type, as fields of a report."""
+        return {"dtype": self.dtype, "kv_dtype": self.kv_dtype}
+
+
+def load_for(world: "World", setup: Setup) -> "tuple[Checkpoint, Llama]":
+    """Load the model of `setup`, in its dtype, onto this rank.
+
+    Collective. Raises RunError if the checkpoint changed since `setup.state` was taken.
+    """
+    import torch
+
+    from cptool.checkpoint import open_checkpoint
+    from cptool.engine.weights import load_model
+
+    world.report("load the weights")
+    checkpoint = open_checkpoint(setup.model)
+    model = load_model(checkpoint, getattr(torch, setup.dtype), world.device, world)
+    if setup.state is not None and checkpoint.state != setup.state:
+        raise RunError(f"{checkpoint.path} was changed while it was loaded; give the command again")
+    return checkpoint, model
+
+
+def make_engine(world: "World", setup: Setup, model: "Llama", *, batch: int) -> "Engine":
+    """Return an engine with the options of `setup` for a batch of sequences. Collective."""
+    from cptool.engine.engine import Engine
+    from cptool.engine.world_profile import world_profile
+
+    return Engine(
+        model,
+        world,
+        batch=batch,
+        options=setup.options,
+        profile=world_profile(world),
+        progress=world.report,
+    )

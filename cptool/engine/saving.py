@@ -171,6 +171,7 @@ def _manifest(
         session=previous.session if previous else secrets.token_hex(8),
         model=model,
         dtype=str(engine.dtype).removeprefix("torch."),
+        kv_dtype=str(engine.cache.dtype).removeprefix("torch."),
         cp=engine.world.cp,
         tp=engine.world.tp,
         revision=addition.revision,

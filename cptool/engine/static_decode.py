@@ -164,8 +164,8 @@ class StaticDecode:
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         ) -> torch.Tensor:
             keys, values = self._slab[layer].unbind(1)
-            keys.index_copy_(0, slots, k)
-            values.index_copy_(0, slots, v)
+            keys.index_copy_(0, slots, k.to(keys.dtype))
+            values.index_copy_(0, slots, v.to(values.dtype))
             kv = LayerKV(
                 slab=self._slab[layer],
                 k_pos=self._k_pos,

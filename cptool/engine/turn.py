@@ -7,15 +7,14 @@ with up to `max_new_tokens` tokens each, and may leave a session behind.
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptool.engine.answers.records import AnswerOptions, Emit, Logprobs
 from cptool.engine.figures import decode_bytes, predicted, prefill_flops
-from cptool.engine.options import EngineOptions
+from cptool.engine.options import Setup, load_for, make_engine
 from cptool.engine.sampling import Sampling
-from cptool.errors import RunError
 from cptool.host import contention
 from cptool.planning.prediction import Prediction
 from cptool.profiling.report import Phases, Section, collect
@@ -26,29 +25,9 @@ if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.distributed.world import World
     from cptool.engine.engine import Engine
-    from cptool.model.llama import Llama
     from cptool.planning.strategy import Choice
     from cptool.profiling.device_trace import DeviceProfiler
     from cptool.session.manifest import Manifest
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What the ranks load.
-
-    model, dtype: the checkpoint, and the dtype to compute in.
-    session, resume: a session to restore, at this revision.
-    fingerprint: the checkpoint's, if the process that starts the ranks has computed it.
-    state: the state of the checkpoint's files at that time; ranks that find another one fail.
-    """
-
-    model: str
-    dtype: str
-    options: EngineOptions = field(default_factory=EngineOptions)
-    session: str | None = None
-    resume: int | None = None
-    fingerprint: str | None = None
-    state: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +95,7 @@ class Report:
     tp: int
     device: str
     dtype: str
+    kv_dtype: str
     variant: str | None
     reason: str
     load_s: float
@@ -148,8 +128,8 @@ class Report:
 
     def shared_fields(self) -> dict[str, object]:
         """Return the fields of the JSON of every command."""
-        names = "cached", "cp", "tp", "device", "dtype", "variant", "reason", "processor_wait_s"
-        return {name: getattr(self, name) for name in names}
+        names = "cached", "cp", "tp", "device", "dtype", "kv_dtype", "variant", "reason"
+        return {name: getattr(self, name) for name in (*names, "processor_wait_s")}
 
 
 def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
@@ -205,7 +185,7 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
         cp=world.cp,
         tp=world.tp,
         device=str(world.device),
-        dtype=turn.dtype,
+        **turn.types,
         **_chosen(choice, answering.choice if steps > 0 else None),
         load_s=loaded - began,
         ttft_s=answered - loaded,
@@ -315,36 +295,3 @@ class _Profile:
     def phases(self, sections: Sequence[Section]) -> tuple[Phases, ...]:
         """Write the trace and return the phases of each section. Collective."""
         return collect(self.world, self.recorder, sections, self.path)
-
-
-def load_for(world: "World", setup: Setup) -> "tuple[Checkpoint, Llama]":
-    """Load the model of `setup`, in its dtype, onto this rank.
-
-    Collective. Raises RunError if the checkpoint changed since `setup.state` was taken.
-    """
-    import torch
-
-    from cptool.checkpoint import open_checkpoint
-    from cptool.engine.weights import load_model
-
-    world.report("load the weights")
-    checkpoint = open_checkpoint(setup.model)
-    model = load_model(checkpoint, getattr(torch, setup.dtype), world.device, world)
-    if setup.state is not None and checkpoint.state != setup.state:
-        raise RunError(f"{checkpoint.path} was changed while it was loaded; give the command again")
-    return checkpoint, model
-
-
-def make_engine(world: "World", setup: Setup, model: "Llama", *, batch: int) -> "Engine":
-    """Return an engine with the options of `setup` for a batch of sequences. Collective."""
-    from cptool.engine.engine import Engine
-    from cptool.engine.world_profile import world_profile
-
-    return Engine(
-        model,
-        world,
-        batch=batch,
-        options=setup.options,
-        profile=world_profile(world),
-        progress=world.report,
-    )

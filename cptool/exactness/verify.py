@@ -44,12 +44,15 @@ ALLOWED_GROWTH = 1.1
 """Factor by which merging may raise the error of one rank, beside one rounding of the result."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
-    """The work of every run: two turns of tokens, then greedy decode steps."""
+    """The work of every run: two turns of tokens, then greedy decode steps; `kv_dtype` is the type
+    in which KV is stored.
+    """
 
     model: str
     dtype: str
+    kv_dtype: str
     turns: tuple[tuple[int, ...], tuple[int, ...]]
     steps: int
 
@@ -187,7 +190,7 @@ def _measure(world: World, model: Llama, trial: Trial, variant: str) -> Measurem
     runs = []
     for first_run in (True, False):
         prefill = PASS_KV.name if static else variant
-        options = EngineOptions(variant=prefill, static=static)
+        options = EngineOptions(variant=prefill, static=static, kv_dtype=trial.kv_dtype)
         engine = Engine(model, world, options=options)
         observed = _Observed(layers, positions)
         engine.extend([list(trial.turns[0])])

@@ -14,22 +14,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from cptool import variants
 from cptool.checkpoint.tokenizer.stops import StopStream, before_stop
 from cptool.distributed.devices import resolve_device
 from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
 from cptool.engine.answers.records import AnswerOptions, Emit
-from cptool.engine.options import EngineOptions, resolve_dtype
+from cptool.engine.options import Setup, resolve_types
 from cptool.engine.requests import Answer, Continue
-from cptool.engine.turn import Setup
-from cptool.errors import OptionError, RunError, UserError, explain
+from cptool.errors import RunError, UserError, explain
 from cptool.llm.answers import Generation, Keep, Stream, Tokens, is_whole
 from cptool.llm.options import (
     Answering,
     GenerateOptions,
+    StoredTypes,
+    check_dtype,
     check_samples,
     describes_options,
+    engine_options,
     takes_options,
 )
 from cptool.llm.prompts import Prompt, before_answers, encoded, tokenizer_of
@@ -37,7 +38,6 @@ from cptool.llm.running import Running, Turns
 from cptool.llm.session import Session
 from cptool.model import shares
 from cptool.model.context import answer_limit
-from cptool.session.manifest import DTYPES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,6 +66,8 @@ class LLM:
     device: "auto", "cpu" or "cuda".
     dtype: "auto", "float32", "bfloat16" or "float16".
     variant: attention variant, or "auto" to choose one for each forward.
+    kv_dtype: type in which keys and values are stored and sent, "auto" for `dtype`; products in
+        float32 on a CPU also take "bfloat16" and "float16", to which they are rounded once.
     threads: CPU threads per rank; by default the machine's cores divided among the ranks.
     context_length: allow this many positions, whatever the model's files say.
 
@@ -89,26 +91,26 @@ class LLM:
         variant: str = "auto",
         threads: int | None = None,
         context_length: int | None = None,
+        **types: Unpack[StoredTypes],
     ) -> None:
         from cptool.checkpoint import open_checkpoint
         from cptool.engine.resident import Resident
 
         if launched_size() is not None:
             raise UserError("cptool.LLM starts its own ranks; run the script without a launcher")
-        if dtype not in ("auto", *DTYPES):
-            raise OptionError("dtype", dtype, f"it must be auto or one of {', '.join(DTYPES)}")
-        if variant not in (known := ("auto", *variants.names())):
-            raise OptionError("variant", variant, f"it must be one of {', '.join(known)}")
+        check_dtype("dtype", dtype)
+        asked = engine_options(variant, types)
         ranks = RankOptions(cp=cp, tp=tp, device=device, threads=threads)
         ranks.check()
         self.checkpoint: Checkpoint = open_checkpoint(os.fspath(model), context_length, watch=None)
         shares.check(self.checkpoint.config, tp)
         ranks = replace(ranks, device=resolve_device(device, ranks.count))
-        self.dtype = resolve_dtype(dtype, self.checkpoint, ranks.device)
+        self.dtype, options = resolve_types(dtype, asked, self.checkpoint, ranks.device)
+        self.kv_dtype = options.kv_dtype
         setup = Setup(
             model=str(self.checkpoint.path),
             dtype=self.dtype,
-            options=EngineOptions(variant=variant),
+            options=options,
             state=self.checkpoint.state,
         )
         self._turns = Turns()

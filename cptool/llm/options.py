@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
+from cptool import variants
 from cptool.engine.answers.request import AnswerRequest
+from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
 from cptool.engine.sampling_request import SamplingRequest
 from cptool.errors import OptionError
+from cptool.session.manifest import DTYPES
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -19,6 +22,37 @@ DEFAULT_TOKENS = 128
 """Tokens that a call generates at most by default."""
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+class StoredTypes(TypedDict, total=False):
+    """Options of `cptool.LLM` that say in which types numbers are stored, all of them strings:
+
+    kv_dtype: type in which keys and values are stored and sent: "auto" for that of the products,
+        or with float32 products on a CPU also "bfloat16" or "float16".
+    """
+
+    kv_dtype: str
+
+
+def engine_options(variant: str, types: StoredTypes) -> EngineOptions:
+    """Return the options of the engines of an LLM.
+
+    Raises OptionError for a value that is not allowed, TypeError for a name that is no option.
+    """
+    for name in types:
+        if name not in StoredTypes.__annotations__:
+            raise TypeError(f"unexpected keyword argument {name!r}")
+    if variant not in (known := ("auto", *variants.names())):
+        raise OptionError("variant", variant, f"it must be one of {', '.join(known)}")
+    kv_dtype = types.get("kv_dtype", "auto")
+    check_dtype("kv_dtype", kv_dtype)
+    return EngineOptions(variant=variant, kv_dtype=kv_dtype)
+
+
+def check_dtype(name: str, value: str) -> None:
+    """Raise OptionError unless the option `name` is "auto" or a type to compute or store in."""
+    if value not in ("auto", *DTYPES):
+        raise OptionError(name, value, f"it must be auto or one of {', '.join(DTYPES)}")
 
 
 class GenerateOptions(TypedDict, total=False):

@@ -62,10 +62,11 @@ class Session:
             return
         manifest = store.load(self.directory)
         store.check_model(manifest, store.identity(llm.checkpoint))
-        if manifest.dtype != llm.dtype:
+        if manifest.kv_dtype != llm.kv_dtype:
             raise UserError(
-                f"the KV of {self.directory} is {manifest.dtype}, this LLM computes in "
-                f'{llm.dtype}; make it with dtype="{manifest.dtype}"'
+                f"the KV of {self.directory} is {manifest.kv_dtype}, this LLM stores it in "
+                f'{llm.kv_dtype}; make it with dtype="{manifest.dtype}" and '
+                f'kv_dtype="{manifest.kv_dtype}"'
             )
         try:
             self._dialogues = find_dialogues(self.directory, manifest)

@@ -41,6 +41,7 @@ class Workload:
     dtype: str = "bfloat16"
     feed_forward: str | None = None
     weight_size: float | None = None
+    kv_dtype: str | None = None
     published: bool = False
     graphs: bool = True
     rule: str = "predicted"
@@ -231,6 +232,7 @@ def _forward(work: Workload, *, new: int, cached: int, cp: int, tp: int) -> Forw
         tp=tp,
         feed_forward=work.feed_forward,
         weight_size=work.weight_size,
+        kv_dtype=work.kv_dtype,
         partial_bytes=2 if work.published else 4,
     )
 

@@ -31,6 +31,7 @@ class Work:
     samples: int = 1
     partial_bytes: int = 4
     weight_size: float | None = None
+    kv_dtype: str | None = None
 
 
 def predicted_s(choice: Choice, forward: Forward, profile: HardwareProfile) -> float:
@@ -90,6 +91,7 @@ def _predicted(
         tp=work.tp,
         partial_bytes=work.partial_bytes,
         weight_size=work.weight_size,
+        kv_dtype=work.kv_dtype,
     )
     first = predicted_s(choose(variant, forward, profile), forward, profile) if new else None
     if work.answer < 2:

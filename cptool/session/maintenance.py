@@ -69,7 +69,7 @@ def compact(directory: Path, manifest: Manifest) -> Manifest:
                 kv_heads=model.kv_heads,
                 head_dim=model.head_dim,
                 batch=batch,
-                dtype=getattr(torch, manifest.dtype),
+                dtype=getattr(torch, manifest.kv_dtype),
                 device="cpu",
             )
             with store.while_read(directory, manifest):

@@ -97,12 +97,14 @@ class Manifest:
     `session` names the session itself, so that another one in its place is not taken for it.
     `revision` counts what was ever committed. `turns[t][b]` is the number of tokens of sequence b
     after turn t + 1. `chat` holds the seals of the states of the conversation in chat.json, one for
-    each turn after which it is known, the latest last.
+    each turn after which it is known, the latest last. `dtype` is what the last turn computed in,
+    `kv_dtype` the type of all KV.
     """
 
     session: str
     model: ModelIdentity
     dtype: str
+    kv_dtype: str
     cp: int
     tp: int
     revision: int
@@ -120,7 +122,7 @@ class Manifest:
         layers.
         """
         model = self.model
-        return 2 * model.layers * (heads[1] - heads[0]) * model.head_dim * DTYPES[self.dtype]
+        return 2 * model.layers * (heads[1] - heads[0]) * model.head_dim * DTYPES[self.kv_dtype]
 
     def truncated(self, lengths: list[int]) -> "Manifest":
         """Return the state in which sequence b has its first `lengths[b]` tokens alone; nothing on

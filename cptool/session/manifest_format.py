@@ -44,6 +44,7 @@ def parse(data: bytes) -> Manifest:
     _require(seal is not None, "it has no checksum (sha256), so it cannot be trusted")
     _require(seal == checksum(text_of(found)), "its checksum is that of something else")
     del found["format"]
+    found.setdefault("kv_dtype", found.get("dtype"))  # which older versions did not tell apart
     made = _made(Manifest, found, "the manifest")
     manifest = replace(
         made,
@@ -107,10 +108,12 @@ def validate(manifest: Manifest) -> None:
     _within(model.kv_heads, 1, _MOST_HEADS, "model: kv_heads")
     _within(model.head_dim, 1, _MOST_HEADS, "model: head_dim")
     _within(model.vocab_size, 1, _MOST_POSITIONS, "model: vocab_size")
-    _require(
-        type(manifest.dtype) is str and manifest.dtype in DTYPES,
-        f"dtype is {_quoted(manifest.dtype)}, it must be one of {', '.join(DTYPES)}",
-    )
+    for name in ("dtype", "kv_dtype"):
+        value = getattr(manifest, name)
+        _require(
+            type(value) is str and value in DTYPES,
+            f"{name} is {_quoted(value)}, it must be one of {', '.join(DTYPES)}",
+        )
     _within(manifest.cp, 1, _MOST_RANKS, "cp")
     _within(manifest.tp, 1, _MOST_RANKS, "tp")
     _within(manifest.revision, 1, _MOST_POSITIONS, "revision")

@@ -200,7 +200,7 @@ def _check_tensors(manifest: Manifest, segment: Segment, file: Any) -> None:
     """Raise ValueError unless the file has the tensors of a segment, in their dtypes and shapes."""
     model, rows = manifest.model, sum(segment.tokens)
     heads = segment.kv_heads[1] - segment.kv_heads[0]
-    stored = STORED_AS[manifest.dtype]
+    stored = STORED_AS[manifest.kv_dtype]
     expected = {"positions": ("I32", [rows])}
     for layer in range(model.layers):
         expected[f"kv.{layer}"] = (stored, [rows, 2, heads, model.head_dim])

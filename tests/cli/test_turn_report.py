@@ -14,6 +14,7 @@ REPORT = dict(
     tp=8,
     device="cuda:0",
     dtype="bfloat16",
+    kv_dtype="bfloat16",
     variant="gather-kv",
     reason="195 ms per layer on 64 of 128 ranks, pass-kv and pass-q equal within 1%",
     load_s=123.456,

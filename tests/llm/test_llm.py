@@ -194,6 +194,8 @@ def test_mistakes_are_one_line_and_the_ranks_go_on(mqa_path, smollm2_path, tmp_p
     for options, rule in [
         ({"cp": 0}, "`cp` 0"),
         ({"dtype": "int8"}, "`dtype` int8"),
+        ({"kv_dtype": "int8"}, "`kv_dtype` int8"),
+        ({"dtype": "bfloat16", "kv_dtype": "float32"}, "`kv_dtype` float32"),
         ({"variant": "fast"}, "`variant` fast"),
         ({"tp": 2}, "`tp` 2"),
         ({"context_length": 0}, "`context_length` 0"),

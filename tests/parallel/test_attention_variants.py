@@ -34,15 +34,17 @@ class Case:
     dtype: torch.dtype = torch.float32
     scatter: bool = False
     one_takes: bool = False
+    kv_dtype: torch.dtype | None = None
 
     def tensors(self):
         """q of all new tokens, K and V of all tokens, sequence after sequence."""
         generator = torch.Generator().manual_seed(sum(self.new) + 7 * sum(self.cached))
         total = sum(self.new) + sum(self.cached)
         shapes = [(sum(self.new), self.heads[0]), (total, self.heads[1]), (total, self.heads[1])]
+        kv = self.kv_dtype or self.dtype
         return [
-            torch.randn(*shape, self.head_dim, generator=generator).to(self.dtype)
-            for shape in shapes
+            torch.randn(*shape, self.head_dim, generator=generator).to(dtype)
+            for shape, dtype in zip(shapes, (self.dtype, kv, kv), strict=True)
         ]
 
     def layout(self, ranks):
@@ -85,6 +87,8 @@ CASES = [
     Case((23, 5), (9, 60), scatter=True, one_takes=True),
     Case((3, 65), (6001, 1), (4, 1), 64, torch.float16, scatter=True),
     Case((129,), (4999,), (8, 1), 128, torch.bfloat16, scatter=True),
+    Case((40, 0, 9), (77, 5, 200), (5, 1), 80, scatter=True, kv_dtype=torch.bfloat16),
+    Case((199,), (33,), (9, 3), 64, scatter=True, kv_dtype=torch.float16),
 ]
 
 
@@ -97,7 +101,7 @@ def stored(case, cached, new):
         kv_heads=case.heads[1],
         head_dim=case.head_dim,
         batch=len(starts),
-        dtype=case.dtype,
+        dtype=case.kv_dtype or case.dtype,
         device="cpu",
     )
     cache.reserve(

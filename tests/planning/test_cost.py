@@ -10,11 +10,12 @@ from cptool.model.shapes import llama_config
 from cptool.planning.cost import counts, estimate
 from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.layer import predict
+from cptool.planning.cost.memory import memory_per_rank
 from cptool.planning.cost.rates import Rates
 from cptool.planning.hardware import Link
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import choose
-from cptool.variants import names
+from cptool.variants import find, names
 
 CONFIG = llama_config(
     hidden=1024,
@@ -53,6 +54,20 @@ def on(ranks: int, new: int, cached: int = 0, active: int | None = None, **more)
         active=active or ranks,
         **more,
     )
+
+
+def test_kv_of_16_bits_is_half_the_memory_and_half_of_what_keys_travel():
+    wide, narrow = (
+        dataclasses.replace(on(4, 4096, 4096), dtype="float32", kv_dtype=kv_dtype)
+        for kv_dtype in (None, "bfloat16")
+    )
+    held = [memory_per_rank("pass-kv", forward) for forward in (wide, narrow)]
+    positions = 4 * 2048
+    assert held[0]["kv"] - positions == 2 * (held[1]["kv"] - positions)
+    assert held[0]["weights"] == held[1]["weights"]
+    for variant in names():
+        sent = [predict(variant, forward, PROFILES["cpu"]).bytes for forward in (wide, narrow)]
+        assert sent[0] == sent[1] * (2 if find(variant).keys_travel else 1)
 
 
 def test_attention_flops_count_visible_pairs():

@@ -229,6 +229,7 @@ CRAFTED = {
     "another name": lambda f: f["segments"][0].update(file="segment-00001-000-000-x.safetensors"),
     "a name above": lambda f: f["segments"][0].update(file="../s/" + f["segments"][0]["file"]),
     "a dtype that is none": lambda f: f.update(dtype="int8"),
+    "a type of KV that is none": lambda f: f.update(kv_dtype="int8"),
     "too small a file": lambda f: f["segments"][0].update(bytes=100),
     "layers that are not there": lambda f: f["model"].update(layers=3),
     "more ranks than there are": lambda f: f.update(cp=10**9),
@@ -319,9 +320,15 @@ def test_what_a_segment_holds_is_checked_before_anything_is_taken_over(made, tmp
     assert cache.lengths == [0, 0] and cache.nbytes == 0
 
 
+def test_older_manifests_have_kv_of_the_dtype(made):
+    fields = fields_of(made)
+    assert fields.pop("kv_dtype") == "float32"
+    assert parse(text_of(fields)).kv_dtype == "float32"
+
+
 def test_kv_of_another_dtype_is_refused(made):
     fields = fields_of(made)
-    manifest = parse(text_of({**fields, "dtype": "float16"}))
+    manifest = parse(text_of({**fields, "kv_dtype": "float16"}))
     assert "kv.0 is F32" in maintenance.problems(made, manifest)[0]
     with pytest.raises(UserError, match=r"kv.0 is F32"):
         restoring.restore(made, manifest, new_cache(2), rank=0, ranks=1, kv_heads=(0, HEADS))

@@ -104,6 +104,7 @@ def _save_turn(directory, lengths, starts, ranks, tp, previous, held):
         session=previous.session if previous else "5" * 16,
         model=MODEL,
         dtype="float32",
+        kv_dtype="float32",
         cp=ranks,
         tp=tp,
         revision=revision,

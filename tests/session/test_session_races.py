@@ -52,6 +52,7 @@ def began(directory, previous: Manifest | None, held: ExitStack, lengths=(3, 3))
         session=previous.session if previous else "7" * 16,
         model=previous.model if previous else MODEL,
         dtype="float32",
+        kv_dtype="float32",
         cp=1,
         tp=1,
         revision=segment.revision,

@@ -20,6 +20,7 @@ from cptool.cli.batch.options import STANDARD_OUTPUT, BatchRequest
 from cptool.cli.batch.progress import Progress
 from cptool.cli.options.models import say_reading
 from cptool.cli.progress import drawn_bar
+from cptool.cli.turn_report import types_of
 from cptool.units import duration, some, token_rate
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class Job:
     ranks: RankOptions
     options: EngineOptions
 
+    @property
+    def kv_dtype(self) -> str:
+        """Type in which keys and values are stored."""
+        return self.options.kv_dtype
+
     def origin(self, line: Line) -> dict[str, Any]:
         """Return the fields that identify the answer to a line: what it answers, and how."""
         return {
@@ -62,6 +68,7 @@ class Job:
             "max_tokens": line.limit,
             "fingerprint": self.checkpoint.fingerprint,
             "dtype": self.dtype,
+            "kv_dtype": self.kv_dtype,
             "sampling": asdict(self.sampling),
             "stop": list(self.wanted.stop),
             "top_logprobs": self.wanted.logprobs,
@@ -121,8 +128,8 @@ class _Run:
 
     def run(self) -> None:
         """Answer the prompts that are left."""
+        from cptool.engine.options import Setup
         from cptool.engine.resident import Resident
-        from cptool.engine.turn import Setup
 
         job, left = self.job, self.lines[self.before :]
         setup = Setup(
@@ -225,6 +232,7 @@ class _Run:
             "tp": ranks.tp,
             "device": ranks.device,
             "dtype": self.job.dtype,
+            "kv_dtype": self.job.kv_dtype,
             "sampling": asdict(self.job.sampling),
             "load_s": self.load_s,
             "read_s": progress.read_s if progress else 0.0,
@@ -247,7 +255,7 @@ class _Run:
                 "prompts",
                 f"{self.written:,}{before}, of {some(progress.prompt_tokens, 'token')} together",
             ),
-            ("ranks", f"{ranks.cp} cp x {ranks.tp} tp on {ranks.device}, {self.job.dtype}"),
+            ("ranks", f"{ranks.cp} cp x {ranks.tp} tp on {ranks.device}, {types_of(self.job)}"),
             ("batches", f"{self.batches:,}, of {_most(self.job.batch)}"),
             (
                 "reading",

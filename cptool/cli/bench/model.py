@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cptool.cli.bench.options import KINDS, MeasureOptions
+from cptool.cli.options.common import DTYPES
 from cptool.cli.options.ranks import VARIANTS
 from cptool.cli.options.records import as_object
 from cptool.cli.progress import progress
+from cptool.cli.turn_report import types_of
+from cptool.distributed.devices import resolve_device
+from cptool.engine.options import check_kv_dtype
 from cptool.variants import names
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ class SweepOptions:
     variants: tuple[str, ...]
     layers: int
     dtype: str
+    kv_dtype: str
     calibrate: bool
 
     def checked(self, config: LlamaConfig) -> SweepOptions:
@@ -59,9 +64,12 @@ class SweepOptions:
         """
         from cptool.calibration.rig import cut
 
+        kv_dtype = self.dtype if self.kv_dtype == "auto" else self.kv_dtype
+        check_kv_dtype(kv_dtype, self.dtype, resolve_device("auto"))
         return {
             "config": cut(config, self.layers),
             "dtype": self.dtype,
+            "kv_dtype": kv_dtype,
             "ranks": self.ranks,
             "variants": self.variants or DEFAULT_VARIANTS,
             "calibrated": self.calibrate,
@@ -109,7 +117,14 @@ sweep_options = as_object(
             type=click.Choice(KINDS),
             default="bfloat16",
             show_default=True,
-            help="Type of weights, KV and products.",
+            help="Type of weights and products.",
+        ),
+        click.option(
+            "--kv-dtype",
+            type=click.Choice(DTYPES),
+            default="auto",
+            help="Type in which keys and values are stored and sent.  [default: auto, that of "
+            "--dtype]",
         ),
         click.option(
             "--calibrate",
@@ -157,6 +172,7 @@ def head(model: str, config: LlamaConfig, sweep: Any, tp: int) -> dict[str, Any]
         "model_layers": config.num_hidden_layers,
         "vocabulary": sweep.config.vocab_size,
         "dtype": sweep.dtype,
+        "kv_dtype": sweep.kv_dtype,
         "tp": tp,
     }
 
@@ -171,7 +187,7 @@ def caption(title: str, sweep: Any, note: str, profile: dict[str, Any]) -> str:
     measured = profile["measurement"]
     source = f"calibrated {measured['date']}" if measured else "defaults, not calibrated here"
     return (
-        f"{title}, random weights, vocabulary of {sweep.config.vocab_size:,}, {sweep.dtype}. "
+        f"{title}, random weights, vocabulary of {sweep.config.vocab_size:,}, {types_of(sweep)}. "
         f"{note} Predicted from: {profile['name']} ({source})."
     )
 

@@ -18,7 +18,8 @@ from cptool.cli.options.examples import examples
 from cptool.cli.options.models import context_option, open_model, say_reading, session_fields
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.options.sampling import SamplingRequest, sampling_options
-from cptool.engine.options import EngineOptions, resolve_dtype
+from cptool.cli.turn_report import types_of
+from cptool.engine.options import EngineOptions, setup_types
 from cptool.errors import OptionError, UserError
 from cptool.session import store as sessions
 from cptool.session.conversation import Conversation
@@ -91,14 +92,14 @@ def chat(
     question, or with --paragraphs each paragraph. A text of several lines that is pasted at a
     terminal is one question. /help lists the commands.
     """
+    from cptool.engine.options import Setup
     from cptool.engine.resident import Resident
-    from cptool.engine.turn import Setup
 
     asked = questions(paragraphs=paragraphs)
 
     directory = Path(source) if sessions.exists(Path(source)) else None
     manifest = None if directory is None else sessions.load(directory)
-    _check_options(source, manifest, system=system, dtype=dtype, model=model)
+    _check_options(source, manifest, system=system, model=model)
     moved = model or (sessions.model_path(manifest) if manifest else source)
     checkpoint = open_model(moved, context_length)
     sampling, stops = sampler.resolve(checkpoint), wanted.stops(checkpoint)
@@ -110,18 +111,17 @@ def chat(
     placed = ranks.resolve(checkpoint.config)
     setup = Setup(
         model=str(checkpoint.path),
-        dtype=manifest.dtype if manifest else resolve_dtype(dtype, checkpoint, placed.device),
-        options=attention,
+        **setup_types(dtype, attention, checkpoint, placed.device, held=(source, manifest)),
         **{"state": checkpoint.state, **session_fields(directory, manifest, checkpoint)},
     )
     if sys.stdin.isatty():
-        shown = f"{placed.cp} cp x {placed.tp} tp on {placed.device}, {setup.dtype}"
+        shown = f"{placed.cp} cp x {placed.tp} tp on {placed.device}, {types_of(setup)}"
         draw.say(f"{checkpoint.name}: starting {shown} ...")
     if sampling.temperature:
         draw.say(f"sampling: {sampler.describe(sampling)}")
     with Resident(setup, placed) as resident:
         answering = Answering(
-            tokenizer=tokenizer, sampling=sampling, count=count, dtype=setup.dtype, **stops
+            tokenizer=tokenizer, sampling=sampling, count=count, dtype=setup.kv_dtype, **stops
         )
         terminal = Terminal(resident, checkpoint, conversation, answering)
         if directory is not None and manifest is not None:
@@ -132,7 +132,7 @@ def chat(
 
 
 def _check_options(
-    source: str, manifest: Manifest | None, *, system: str | None, dtype: str, model: str | None
+    source: str, manifest: Manifest | None, *, system: str | None, model: str | None
 ) -> None:
     """Raise UserError for options that do not go with a session, or with none."""
     from cptool.distributed.environment import launched_size
@@ -148,10 +148,6 @@ def _check_options(
     if system is not None:
         raise UserError(
             f"--system: {source} is a conversation with a beginning of its own; leave it out"
-        )
-    if dtype not in ("auto", manifest.dtype):
-        raise OptionError(
-            "dtype", dtype, f"the KV of {source} is {manifest.dtype}", "leave `dtype` out"
         )
 
 

@@ -52,8 +52,20 @@ dtype_option = click.option(
     envvar="CPTOOL_DTYPE",
     type=click.Choice(DTYPES),
     default="auto",
-    help="Compute and cache in this type.  [default: auto, the checkpoint's own; float32 on a "
-    "CPU that is slow in it]",
+    help="Compute in this type.  [default: auto, the checkpoint's own; float32 on a CPU that is "
+    "slow in it]",
+)
+
+
+kv_dtype_option = click.option(
+    "--kv-dtype",
+    cls=VariableOption,
+    envvar="CPTOOL_KV_DTYPE",
+    type=click.Choice(DTYPES),
+    default="auto",
+    help="Store and send keys and values in this type, rounded once; products are computed in the "
+    "type of --dtype. A CPU that computes in float32 takes any, others that of --dtype alone.  "
+    "[default: auto, that of --dtype, or of the session]",
 )
 
 

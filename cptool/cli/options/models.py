@@ -95,7 +95,7 @@ def check_turn_room(turn: "Turn", config: "LlamaConfig") -> None:
     batch = len(turn.prompts)
     tokens = sum(map(len, turn.prompts)) + batch * turn.max_new_tokens
     if turn.session is not None:
-        check_room(Path(turn.session), config, tokens=tokens, batch=batch, dtype=turn.dtype)
+        check_room(Path(turn.session), config, tokens=tokens, batch=batch, dtype=turn.kv_dtype)
 
 
 def check_room(

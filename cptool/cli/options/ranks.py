@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool import variants
-from cptool.cli.options.common import device_option, threads_option, timeout_option
+from cptool.cli.options.common import (
+    device_option,
+    kv_dtype_option,
+    threads_option,
+    timeout_option,
+)
 from cptool.cli.options.records import Decorator, as_object
 from cptool.cli.options.variables import VariableOption
 from cptool.distributed.options import DEFAULT_TIMEOUT_S, RankOptions
@@ -126,5 +131,6 @@ attention_options = as_object(
             help="Where queries travel, return partial outputs in float32, or in the working "
             "dtype: fewer bytes, one more rounding.  [default: float32]",
         ),
+        kv_dtype_option,
     ],
 )

@@ -22,7 +22,7 @@ from cptool.cli.options.records import as_object
 from cptool.cli.options.types import Duration, TokenCount
 from cptool.cli.plan.search import Search
 from cptool.distributed.devices import resolve_device
-from cptool.engine.options import mean_weight_size, resolve_dtype
+from cptool.engine.options import check_kv_dtype, mean_weight_size, resolve_dtype
 from cptool.engine.world_profile import machine_profile
 from cptool.errors import OptionError, UserError
 from cptool.model import shares
@@ -48,6 +48,7 @@ class WorkOptions:
     batch: int
     answer: int
     dtype: str
+    kv_dtype: str
     fp8: bool | None
     eager: bool
     as_published: bool
@@ -115,8 +116,15 @@ class SweepOptions:
             "--dtype",
             type=click.Choice(DTYPES),
             default="auto",
-            help="Type of weights, KV and products.  [default: auto, what prefill would take for "
-            "this checkpoint; bfloat16 for a shape]",
+            help="Type of the products, and of weights that do not stay as a file stores them.  "
+            "[default: auto, what prefill would take for this checkpoint; bfloat16 for a shape]",
+        ),
+        click.option(
+            "--kv-dtype",
+            type=click.Choice(DTYPES),
+            default="auto",
+            help="Type in which keys and values are stored and sent.  [default: auto, that of "
+            "--dtype]",
         ),
         click.option(
             "--fp8/--no-fp8",
@@ -265,6 +273,8 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
             f"{profile.name} has no coefficients of it",
             "measure them with `cptool bench calibrate`, or name another rule",
         )
+    kv_dtype = None if run.kv_dtype == "auto" else run.kv_dtype
+    check_kv_dtype(kv_dtype or dtype, dtype, profile.device)
     work = planner.Workload(
         config=config,
         context=run.context,
@@ -276,6 +286,7 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
         weight_size=(
             mean_weight_size(checkpoint, dtype, profile.device) if checkpoint is not None else None
         ),
+        kv_dtype=kv_dtype,
         published=run.as_published,
         graphs=not run.eager,
         rule=on.rule,

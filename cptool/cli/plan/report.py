@@ -47,6 +47,7 @@ class Report:
             **_layout_fields(best),
             "hosts": best.hosts,
             "dtype": work.dtype,
+            "kv_dtype": work.kv_dtype or work.dtype,
             "feed_forward": work.feed_forward or work.dtype,
             "rule": work.rule,
             "active": best.choice.active,
@@ -174,6 +175,8 @@ class Report:
             what = f"decode SESSION {prompt} -n {work.answer}"
         else:
             options.append(f"--dtype {work.dtype}")
+            if work.kv_dtype is not None:
+                options.append(f"--kv-dtype {work.kv_dtype}")
         if self._beyond_context():
             options.append(f"--context-length {work.context + work.answer}")
         line = " ".join(["cptool", what, *options])
@@ -248,9 +251,10 @@ def _moved(estimate: Estimate, where: str = "") -> str:
 
 def _layout(best: Plan, work: Workload) -> str:
     fp8 = ", feed-forward in FP8" if work.feed_forward == "float8" else ""
+    kv = "" if work.kv_dtype in (None, work.dtype) else f", KV in {work.kv_dtype}"
     return (
         f"{best.cp} cp x {best.tp} tp, {units.some(best.ranks, 'rank')} on "
-        f"{units.some(best.hosts, 'host')}, {work.dtype}{fp8}"
+        f"{units.some(best.hosts, 'host')}, {work.dtype}{kv}{fp8}"
     )
 
 

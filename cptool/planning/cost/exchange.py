@@ -58,7 +58,7 @@ def _pass_kv(rates: Rates) -> AttentionCost:
     A step lasts as long as the longer of its attention and its transfer (paper, section 3.3).
     """
     forward, crowd, cost = rates.forward, rates.crowd(rates.forward.sources), AttentionCost()
-    block = forward.keys * forward.kv_width * forward.element
+    block = forward.keys * forward.kv_width * forward.kv_element
     for step in range(forward.ranks):
         fresh = step < forward.sources
         pairs = forward.cached_pairs + fresh * forward.new_pairs
@@ -78,7 +78,7 @@ def _pass_kv(rates: Rates) -> AttentionCost:
 def _gather_kv(rates: Rates) -> AttentionCost:
     """Return the cost of gather-kv: ranks without queries send their keys and receive none."""
     forward, sources = rates.forward, rates.forward.sources
-    width = forward.kv_width * forward.element
+    width = forward.kv_width * forward.kv_element
     everything = (forward.cached + forward.new) * width
     own = forward.keys * width
     # This rank's own block is copied in, and all blocks are sorted by position. The order itself is

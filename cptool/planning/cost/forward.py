@@ -19,7 +19,7 @@ class Forward:
     activations rounded on the way in). partial_bytes: of an element of a partial output that
     travels. graph: replayed as one CUDA graph, so that the host takes no time. weight_size: bytes
     of a weight in memory, on average, where weights stay as a file stores them; else those of the
-    dtype.
+    dtype. kv_dtype: type in which keys and values are stored and travel, None for `dtype`.
     """
 
     config: LlamaConfig
@@ -34,13 +34,19 @@ class Forward:
     partial_bytes: int = 4
     graph: bool = False
     weight_size: float | None = None
+    kv_dtype: str | None = None
 
     # Below: what rank 0 of the active ones holds and computes, the most of any rank.
 
     @property
     def element(self) -> int:
-        """Bytes of an element of activations, keys and values."""
+        """Bytes of an element of activations."""
         return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def kv_element(self) -> int:
+        """Bytes of an element of keys and values, stored or on the way."""
+        return ELEMENT_BYTES[self.kv_dtype or self.dtype]
 
     @property
     def decoding(self) -> bool:

@@ -64,7 +64,7 @@ def elementwise_bytes(forward: Forward) -> float:
     config, e = forward.config, forward.element
     feed_forward = config.intermediate_size / forward.tp
     rotated = forward.query_width + forward.kv_width / 2
-    moved: float = e * forward.kv_width * 2  # K and V into the cache
+    moved: float = (e + forward.kv_element) * forward.kv_width  # K and V into the cache
     # A norm; a residual sum with the norm after it; a sum. Rotation; silu(gate) * up.
     moved += e * config.hidden_size * (2 + 4 + 3) + e * rotated * 2 + e * feed_forward * 3
     if forward.feed_forward == "float8":

@@ -13,14 +13,14 @@ def memory_per_rank(variant: str, forward: Forward) -> dict[str, float]:
 
     Embedding and output head are replicated over tensor-parallel ranks, weights over CP ranks.
     """
-    config, e = forward.config, forward.element
+    config = forward.config
     layers = config.num_hidden_layers
     weights = sum(forward.weight_bytes(*matrix) for matrix in forward.linear_layers()) * layers
     tables = 1 if config.tie_word_embeddings else 2
     table = config.vocab_size * config.hidden_size
     weights += tables * forward.weight_bytes(table, forward.dtype)
     held = -(-(forward.cached + forward.new) // forward.ranks)
-    kv = layers * held * forward.kv_width * e + 4 * held
+    kv = layers * held * forward.kv_width * forward.kv_element + 4 * held
     return {
         "weights": weights,
         "kv": kv,
@@ -48,13 +48,13 @@ def _messages(variant: str, forward: Forward) -> float:
     """Return the bytes of receive buffers and of partials under way."""
     if forward.ranks == 1:
         return 0.0
-    block = forward.keys * forward.kv_width * forward.element
+    block = forward.keys * forward.kv_width * forward.kv_element
     queries = forward.queries * forward.query_width * forward.element
     partial = forward.partial(forward.queries)
     sizes = MessageBytes(
         ranks=forward.ranks,
         block=block,
-        everything=(forward.cached + forward.new) * forward.kv_width * forward.element,
+        everything=(forward.cached + forward.new) * forward.kv_width * forward.kv_element,
         queries=queries,
         partial=partial,
         all_queries=forward.sources * queries,

@@ -115,7 +115,7 @@ class Rates:
             spent /= profile.few_query_rate
             if received and profile.touch_bandwidth:
                 bandwidth = profile.touch_bandwidth
-        read = keys * forward.kv_width * forward.element / bandwidth
+        read = keys * forward.kv_width * forward.kv_element / bandwidth
         # A device reads the next tiles while it multiplies, as a core does for few rows alone.
         busy = max(spent, read) if self.queued or few else spent + read
         return calls * profile.call_overhead_s + busy
