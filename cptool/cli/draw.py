@@ -50,22 +50,22 @@ def say(line: str, *, always: bool = False) -> None:
     it is `always` to be seen, as a warning about a result is.
     """
     if always or not verbosity.quiet():
-        print(_folded(line), file=sys.stderr, flush=True)
+        print("\n".join(folded(line, to_stderr=True)), file=sys.stderr, flush=True)
 
 
 def detail(line: str) -> None:
     """Print one line on standard error if -v was given: what was chosen, and why."""
     if verbosity.verbose():
-        print(_folded(line), file=sys.stderr, flush=True)
+        print("\n".join(folded(line, to_stderr=True)), file=sys.stderr, flush=True)
 
 
-def _folded(text: str) -> str:
+def folded(text: str, *, to_stderr: bool = False) -> list[str]:
     """Return the lines of a text, those that a terminal would break in the midst of a word broken
     between words.
     """
-    room = tables.room(to_stderr=True)
+    lines, room = text.split("\n"), tables.room(to_stderr=to_stderr)
     if room is None or room < NARROWEST:
-        return text
-    return "\n".join(
-        "\n".join(wrapped(line, room)) if len(line) > room else line for line in text.split("\n")
-    )
+        return lines
+    return [
+        part for line in lines for part in (wrapped(line, room) if len(line) > room else [line])
+    ]
