@@ -6,8 +6,14 @@ import signal
 from pathlib import Path
 
 import pytest
+
+# Threads of torch that have nothing to do sleep: while they spin, other processes of a test do not
+# run. It is read once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from llama_reference import save_llama
+from small_smollm2 import small_smollm2 as write_small_smollm2
 
 # All readers, which `rank_modules` then has ranks forked with.
 import cptool.checkpoint.gguf.reader
@@ -79,11 +85,35 @@ def smollm2_reference(smollm2_path):
 
 
 @pytest.fixture(scope="session")
+def small_smollm2(smollm2_path, tmp_path_factory):
+    """A small model with SmolLM2's tokenizer: its GGUF file, and itself in `transformers`."""
+    path = tmp_path_factory.mktemp("models") / "small-smollm2.gguf"
+    return path, write_small_smollm2(smollm2_path, path)
+
+
+@pytest.fixture(scope="session")
+def small_smollm2_path(small_smollm2) -> Path:
+    return small_smollm2[0]
+
+
+@pytest.fixture(scope="session")
+def small_smollm2_reference(small_smollm2):
+    return small_smollm2[1]
+
+
+@pytest.fixture(scope="session")
 def template(smollm2_path):
     """The tokenizer of SmolLM2 in `transformers`, with its own rendering of chat templates."""
+    from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    oracle = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    # transformers does not look at `tokenizer.ggml.pre`; this is what the model's own
+    # tokenizer.json says, and what llama.cpp means by "smollm".
+    oracle.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return oracle
 
 
 @pytest.fixture(scope="session")

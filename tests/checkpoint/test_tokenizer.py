@@ -20,7 +20,7 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.tokenizer import library
@@ -50,17 +50,6 @@ relaxed = settings(deadline=None, max_examples=150)
 @pytest.fixture(scope="session")
 def smollm2(smollm2_path):
     return open_checkpoint(str(smollm2_path)).tokenizer()
-
-
-@pytest.fixture(scope="session")
-def smollm2_oracle(smollm2_path):
-    oracle = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
-    # transformers does not look at `tokenizer.ggml.pre`; this is what the model's own
-    # tokenizer.json says, and what llama.cpp means by "smollm".
-    oracle.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    return oracle
 
 
 def trained(pattern=True, **model):
@@ -112,11 +101,11 @@ def tokenizer(saved):
 
 @relaxed
 @given(TEXT)
-def test_smollm2_encodes_as_transformers(smollm2, smollm2_oracle, text):
+def test_smollm2_encodes_as_transformers(smollm2, template, text):
     ids = smollm2.encode(text)
-    assert ids == smollm2_oracle.encode(text, split_special_tokens=True)
+    assert ids == template.encode(text, split_special_tokens=True)
     # Not always `text`: the vocabulary lacks a few bytes of rare planes.
-    assert smollm2.decode(ids) == smollm2_oracle.decode(ids)
+    assert smollm2.decode(ids) == template.decode(ids)
 
 
 @relaxed
@@ -130,11 +119,11 @@ def test_a_directory_encodes_as_transformers(tokenizer, oracle, text):
 
 
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>"])
-def test_control_tokens_in_text_stay_text(smollm2, smollm2_oracle, token):
+def test_control_tokens_in_text_stay_text(smollm2, template, token):
     text = f"a {token}system\n{token}"
     ids = smollm2.encode(text)
     assert not set(ids) & set(range(17))
-    assert ids == smollm2_oracle.encode(text, split_special_tokens=True)
+    assert ids == template.encode(text, split_special_tokens=True)
     assert smollm2.decode(ids) == text
 
 
@@ -184,15 +173,13 @@ def test_chats_are_those_of_transformers(tokenizer, oracle, messages):
 
 @settings(deadline=None, max_examples=50)
 @given(TEXT, TEXT)
-def test_smollm2_chats_are_those_of_transformers(smollm2, smollm2_oracle, question, answer):
+def test_smollm2_chats_are_those_of_transformers(smollm2, template, question, answer):
     messages = [
         {"role": "user", "content": question},
         {"role": "assistant", "content": answer},
         {"role": "user", "content": "And 2024?"},
     ]
-    expected = smollm2_oracle.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False
-    )
+    expected = template.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert smollm2.chat(messages) == expected
 
 
@@ -209,9 +196,9 @@ def test_no_message_can_begin_a_turn(tokenizer, parts):
     assert tokenizer.decode(ids) == f"user\n{trimmed}\nassistant\n"
 
 
-def test_a_message_with_control_tokens_merges_with_its_surroundings(smollm2, smollm2_oracle):
+def test_a_message_with_control_tokens_merges_with_its_surroundings(smollm2, template):
     ids = smollm2.chat([{"role": "user", "content": "<|im_end|>"}])
-    middle = smollm2_oracle.encode("user\n<|im_end|>", split_special_tokens=True)
+    middle = template.encode("user\n<|im_end|>", split_special_tokens=True)
     start = ids.index(1, 1)
     assert ids[start + 1 : ids.index(2, start)] == middle
 

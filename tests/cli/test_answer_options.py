@@ -1,4 +1,4 @@
-"""`--stop`, `--logprobs` and `--prompt-logprobs` against transformers, on the real model."""
+"""`--stop`, `--logprobs` and `--prompt-logprobs` against transformers."""
 
 import json
 from types import SimpleNamespace
@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import greedy
 from test_cli import MQA_IDS, as_json, cptool
-from transformers import AutoTokenizer
 
 from cptool.checkpoint import open_checkpoint
 from cptool.cli.answers import logprobs
@@ -18,20 +17,15 @@ TEXT = "The three primary colours are"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2_path):
-    return open_checkpoint(str(smollm2_path)).tokenizer()
+def tokenizer(small_smollm2_path):
+    return open_checkpoint(str(small_smollm2_path)).tokenizer()
 
 
 @pytest.fixture(scope="module")
-def oracle(smollm2_path):
-    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
-
-
-@pytest.fixture(scope="module")
-def free(smollm2_reference, tokenizer):
+def free(small_smollm2_reference, tokenizer):
     """The prompt's tokens, and 30 more, which nothing stops."""
     ids = tokenizer.encode(TEXT)
-    return ids, greedy(smollm2_reference, ids, 30, (2,))
+    return ids, greedy(small_smollm2_reference, ids, 30, (2,))
 
 
 def spanning(tokenizer, answer: list[int], n: int) -> str:
@@ -41,13 +35,26 @@ def spanning(tokenizer, answer: list[int], n: int) -> str:
 
 
 @pytest.mark.parametrize("cp", [1, 3])
-def test_a_stop_text_across_tokens(smollm2_path, smollm2_reference, tokenizer, oracle, free, cp):
+def test_a_stop_text_across_tokens(
+    small_smollm2_path, small_smollm2_reference, tokenizer, template, free, cp
+):
     ids, answer = free
     stop = spanning(tokenizer, answer, 8)
-    options = {"stop_strings": [stop, "no such text"], "tokenizer": oracle}
-    expected = greedy(smollm2_reference, ids, 30, (2,), **options)
+    options = {"stop_strings": [stop, "no such text"], "tokenizer": template}
+    expected = greedy(small_smollm2_reference, ids, 30, (2,), **options)
     assert expected == answer[:9]
-    asked = ("generate", smollm2_path, "--prompt", TEXT, "-n", 30, "--temperature", 0, "--cp", cp)
+    asked = (
+        "generate",
+        small_smollm2_path,
+        "--prompt",
+        TEXT,
+        "-n",
+        30,
+        "--temperature",
+        0,
+        "--cp",
+        cp,
+    )
     stops = ("--stop", "no such text", "--stop", stop)
     lines = [
         json.loads(line)
@@ -66,11 +73,11 @@ def test_a_stop_text_across_tokens(smollm2_path, smollm2_reference, tokenizer, o
         assert "ended at a stop text" in shown.stderr
 
 
-def test_each_answer_of_a_batch_stops_by_itself(smollm2_path, tokenizer, free):
+def test_each_answer_of_a_batch_stops_by_itself(small_smollm2_path, tokenizer, free):
     """One at a stop text, one at the limit; the text of the prompt does not count."""
     answer = free[1]
     stop = tokenizer.decode(answer[4:6])
-    asked = ("generate", smollm2_path, "-n", 9, "--temperature", 0, "--cp", 2, "--stop", stop)
+    asked = ("generate", small_smollm2_path, "-n", 9, "--temperature", 0, "--cp", 2, "--stop", stop)
     prompts = ("--prompt", TEXT, "--prompt", f"Once{stop}")
     fields = as_json(*asked, *prompts)
     assert fields["token_ids"][0] == answer[:6] and fields["stopped"] == ["stop", "length"]
@@ -79,10 +86,10 @@ def test_each_answer_of_a_batch_stops_by_itself(smollm2_path, tokenizer, free):
     assert shown == f"[1] {fields['text'][0]}\n[2] {fields['text'][1]}\n"
 
 
-def test_a_session_goes_on_after_a_stop_text(smollm2_path, tokenizer, free, tmp_path):
+def test_a_session_goes_on_after_a_stop_text(small_smollm2_path, tokenizer, free, tmp_path):
     ids, answer = free
     made = tmp_path / "s"
-    cptool("prefill", smollm2_path, "--prompt", TEXT, "--session", made)
+    cptool("prefill", small_smollm2_path, "--prompt", TEXT, "--session", made)
     asked = ("decode", made, "--temperature", 0, "-n", 12)
     first = as_json(*asked, "--stop", tokenizer.decode(answer[4:6]))
     assert first["token_ids"] == [answer[:6]] and not store.load(made).sequences[0].ended
@@ -92,23 +99,36 @@ def test_a_session_goes_on_after_a_stop_text(smollm2_path, tokenizer, free, tmp_
     assert [score["token"] for score in again["logprobs"][0]] == answer[6:18]
 
 
-def test_a_control_token_stops_without_ending(smollm2_path, tmp_path):
-    asked = ("generate", smollm2_path, "--chat", "--prompt", "Hi", "-n", 3)
+def test_a_control_token_stops_without_ending(small_smollm2_path, tmp_path):
+    asked = ("generate", small_smollm2_path, "--chat", "--prompt", "Hi", "-n", 3)
     bias = ("--logit-bias", "1=1000", "--session", tmp_path / "s")
     fields = as_json(*asked, *bias, "--stop", "<|im_start|>")
     assert fields["token_ids"] == [[1]] and fields["stopped"] == ["stop"] and fields["text"] == [""]
     assert not store.load(tmp_path / "s").sequences[0].ended
 
 
-def test_log_probabilities_are_those_of_transformers(smollm2_path, smollm2_reference, free):
+def test_log_probabilities_are_those_of_transformers(
+    small_smollm2_path, small_smollm2_reference, free
+):
     """Whatever the penalties are."""
     ids = free[0]
-    asked = ("generate", smollm2_path, "--prompt", TEXT, "-n", 6, "--temperature", 0, "--cp", 2)
+    asked = (
+        "generate",
+        small_smollm2_path,
+        "--prompt",
+        TEXT,
+        "-n",
+        6,
+        "--temperature",
+        0,
+        "--cp",
+        2,
+    )
     more = ("--logprobs", 3, "--prompt-logprobs", 2, "--repetition-penalty", 1.3)
     fields = as_json(*asked, *more, "--dtype", "float32")
     said = ids + fields["token_ids"][0]
     with torch.inference_mode():
-        table = smollm2_reference(torch.tensor([said])).logits[0].float().log_softmax(-1)
+        table = small_smollm2_reference(torch.tensor([said])).logits[0].float().log_softmax(-1)
     scores = fields["prompt_logprobs"][0] + fields["logprobs"][0]
     assert scores[0] == {"token": ids[0], "logprob": None, "top": []}
     assert fields["prompt_logprobs_from"] == [0]
@@ -141,8 +161,8 @@ def test_tables_fit_and_say_what_is_left_out(mqa_path, token_file, tmp_path):
         (["--prompt-logprobs", -1], "--prompt-logprobs -1: it must be"),
     ],
 )
-def test_mistakes_are_one_line(smollm2_path, options, told):
-    done = cptool("generate", smollm2_path, "--prompt", "Hi", *options, code=2)
+def test_mistakes_are_one_line(small_smollm2_path, options, told):
+    done = cptool("generate", small_smollm2_path, "--prompt", "Hi", *options, code=2)
     assert told in done.stderr and len(done.stderr.splitlines()) == 1
 
 

@@ -36,25 +36,26 @@ def prompts(count: int) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2_path):
-    return open_checkpoint(str(smollm2_path)).tokenizer()
+def tokenizer(small_smollm2_path):
+    return open_checkpoint(str(small_smollm2_path)).tokenizer()
 
 
 @pytest.fixture(scope="module")
-def answered(smollm2_reference, tokenizer):
+def answered(small_smollm2_reference, tokenizer):
     """Prompts and their greedy answers: texts, and messages as the second."""
     ids = [
         *(tokenizer.encode(TEXTS[0]), tokenizer.chat(MESSAGES)),
         *map(tokenizer.encode, TEXTS[1:]),
     ]
     answers = [
-        greedy(smollm2_reference, each, 3 if b == 1 else 7, (2,)) for b, each in enumerate(ids)
+        greedy(small_smollm2_reference, each, 3 if b == 1 else 7, (2,))
+        for b, each in enumerate(ids)
     ]
     return ids, answers
 
 
 @pytest.mark.parametrize("cp", [1, 2])
-def test_each_prompt_is_answered_as_alone(smollm2_path, answered, tokenizer, tmp_path, cp):
+def test_each_prompt_is_answered_as_alone(small_smollm2_path, answered, tokenizer, tmp_path, cp):
     ids, expected = answered
     lines = [
         {"id": "a", "prompt": TEXTS[0]},
@@ -66,7 +67,7 @@ def test_each_prompt_is_answered_as_alone(smollm2_path, answered, tokenizer, tmp
     ]
     out = tmp_path / "out.jsonl"
     file = write_lines(tmp_path / "in.jsonl", *lines)
-    asked = ("generate", smollm2_path, "--temperature", 0, "-n", 7, "--cp", cp)
+    asked = ("generate", small_smollm2_path, "--temperature", 0, "-n", 7, "--cp", cp)
     done = cptool(*asked, "--batch-file", file, "--output", out)
     assert done.stdout == "" and f"5, of {sum(map(len, ids))} tokens together" in done.stderr
     answers = read_answers(out)
@@ -82,11 +83,11 @@ def test_each_prompt_is_answered_as_alone(smollm2_path, answered, tokenizer, tmp
     assert alone["token_ids"] == [expected[0]] and alone["text"] == [answers[0]["text"]]
 
 
-def test_texts_go_into_the_chat_template(smollm2_path, tokenizer, tmp_path):
+def test_texts_go_into_the_chat_template(small_smollm2_path, tokenizer, tmp_path):
     file = write_lines(
         tmp_path / "in.jsonl", {"prompt": "Hi"}, {"prompt": "Ho", "system": "Be rude."}
     )
-    asked = ("generate", smollm2_path, "--batch-file", file, "-n", 2)
+    asked = ("generate", small_smollm2_path, "--batch-file", file, "-n", 2)
     done = cptool(*asked, "--chat", "--system", "Be brief.")
     sizes = [json.loads(line)["prompt_tokens"] for line in done.stdout.splitlines()]
     assert sizes == [
@@ -99,7 +100,18 @@ def test_texts_go_into_the_chat_template(smollm2_path, tokenizer, tmp_path):
 
 def test_stop_texts_and_log_probabilities_are_those_of_generate(smollm2_path, tmp_path):
     file = write_lines(tmp_path / "in.jsonl", *({"prompt": text} for text in TEXTS))
-    asked = ("generate", smollm2_path, "-n", 9, "--stop", ".", "--stop", " was", "--logprobs", 2)
+    asked = (
+        "generate",
+        smollm2_path,
+        "-n",
+        9,
+        "--stop",
+        ".",
+        "--stop",
+        " was",
+        "--logprobs",
+        2,
+    )
     out = tmp_path / "out.jsonl"
     saved = ("--batch-file", file, "--batch-size", 3, "--output", out)
     cptool(*asked, "--prompt-logprobs", 0, "--temperature", 0, *saved)
@@ -280,7 +292,7 @@ MISTAKES = {
 }
 
 
-def test_mistakes_are_known_early(mqa_path, smollm2_path, tmp_path, monkeypatch):
+def test_mistakes_are_known_early(mqa_path, small_smollm2_path, tmp_path, monkeypatch):
     monkeypatch.setattr("cptool.engine.resident.Resident.start", lambda self: 1 / 0)
     out = tmp_path / "out.jsonl"
     good = {"token_ids": [1], "id": "x"}
@@ -294,7 +306,7 @@ def test_mistakes_are_known_early(mqa_path, smollm2_path, tmp_path, monkeypatch)
     assert len(done.stderr.splitlines()) == 6 and not out.exists()
     systems = [{"prompt": str(n), "system": "x"} for n in range(3)]
     file = write_lines(tmp_path / "in.jsonl", *systems)
-    done = cptool("generate", smollm2_path, "--batch-file", file, "--output", out, code=2)
+    done = cptool("generate", small_smollm2_path, "--batch-file", file, "--output", out, code=2)
     assert f'{file}, 3 lines, the first line 1: "system" is a message of the' in done.stderr
     assert done.stderr.count("\n") == 1
     long = {"token_ids": [1] * 2048}

@@ -38,8 +38,8 @@ QUESTIONS = ["What is the capital of France?", "And of <|im_end|> Spain?", "Name
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2_path):
-    return open_checkpoint(str(smollm2_path)).tokenizer()
+def tokenizer(small_smollm2_path):
+    return open_checkpoint(str(small_smollm2_path)).tokenizer()
 
 
 def chat(source, *arguments, say: list[str], code: int = 0):
@@ -189,11 +189,11 @@ def test_every_byte_of_a_conversation_is_sealed(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("cp", [1, 2])
 def test_answers_are_those_of_transformers(
-    smollm2_path, smollm2_reference, tokenizer, tmp_path, cp
+    small_smollm2_path, small_smollm2_reference, tokenizer, tmp_path, cp
 ):
     where = tmp_path / "s"
-    result = chat(smollm2_path, "--cp", cp, "-n", 6, say=[*QUESTIONS, f"/save {where}"])
-    text, ids = said(tokenizer, smollm2_reference, QUESTIONS, 6)
+    result = chat(small_smollm2_path, "--cp", cp, "-n", 6, say=[*QUESTIONS, f"/save {where}"])
+    text, ids = said(tokenizer, small_smollm2_reference, QUESTIONS, 6)
     assert result.stdout == text
     assert list(store.load(where).sequences[0].tokens) == ids
     (none, _), *later = reused(result)
@@ -203,7 +203,7 @@ def test_answers_are_those_of_transformers(
 
 
 def test_undo_forgets_and_a_mistake_changes_nothing(
-    smollm2_path, smollm2_reference, tokenizer, tmp_path
+    small_smollm2_path, small_smollm2_reference, tokenizer, tmp_path
 ):
     where = tmp_path / "s"
     lines = [
@@ -218,15 +218,15 @@ def test_undo_forgets_and_a_mistake_changes_nothing(
         QUESTIONS[2],
     ]
     result = chat(
-        smollm2_path,
+        small_smollm2_path,
         "-n",
         5,
         say=[*lines, "/save", "/reset", QUESTIONS[1], "/save", "/exit", "not read"],
     )
-    first, _ = said(tokenizer, smollm2_reference, QUESTIONS[:2], 5)
-    kept, _ = said(tokenizer, smollm2_reference, [QUESTIONS[0], QUESTIONS[2]], 5)
-    fresh, ids = said(tokenizer, smollm2_reference, [QUESTIONS[1]], 5)
-    start, _ = said(tokenizer, smollm2_reference, QUESTIONS[:1], 5)
+    first, _ = said(tokenizer, small_smollm2_reference, QUESTIONS[:2], 5)
+    kept, _ = said(tokenizer, small_smollm2_reference, [QUESTIONS[0], QUESTIONS[2]], 5)
+    fresh, ids = said(tokenizer, small_smollm2_reference, [QUESTIONS[1]], 5)
+    start, _ = said(tokenizer, small_smollm2_reference, QUESTIONS[:1], 5)
     assert result.stdout == first + kept.removeprefix(start) + fresh
     for told in (
         "no question to take back",
@@ -241,7 +241,7 @@ def test_undo_forgets_and_a_mistake_changes_nothing(
 
 
 def test_a_save_that_fails_ends_nothing(
-    smollm2_path, smollm2_reference, tokenizer, tmp_path, monkeypatch
+    small_smollm2_path, small_smollm2_reference, tokenizer, tmp_path, monkeypatch
 ):
     original, failed = files.write_all, []
 
@@ -254,25 +254,27 @@ def test_a_save_that_fails_ends_nothing(
     monkeypatch.setattr(files, "write_all", fail_once)
     first, second = tmp_path / "s", tmp_path / "t"
     lines = [QUESTIONS[0], f"/save {first}", QUESTIONS[1], f"/save {second}"]
-    result = chat(smollm2_path, "-n", 4, say=lines)
+    result = chat(small_smollm2_path, "-n", 4, say=lines)
     assert "No space left on device" in result.stderr
-    text, ids = said(tokenizer, smollm2_reference, QUESTIONS[:2], 4)
+    text, ids = said(tokenizer, small_smollm2_reference, QUESTIONS[:2], 4)
     assert result.stdout == text
     assert list(store.load(second).sequences[0].tokens) == ids
     assert not list(first.iterdir())
 
 
-def test_a_saved_chat_is_a_session(smollm2_path, smollm2_reference, tokenizer, tmp_path):
+def test_a_saved_chat_is_a_session(
+    small_smollm2_path, small_smollm2_reference, tokenizer, tmp_path
+):
     where = tmp_path / "s"
-    chat(smollm2_path, "--cp", 2, "-n", 4, say=[QUESTIONS[0], f"/save {where}"])
+    chat(small_smollm2_path, "--cp", 2, "-n", 4, say=[QUESTIONS[0], f"/save {where}"])
     result = chat(where, "--cp", 1, "-n", 4, say=[QUESTIONS[1]])
     assert "continue with: cptool chat" in result.stderr  # saved at its end
     assert "continue with" not in chat(where, "-n", 4, say=["/undo"]).stderr
-    text, ids = said(tokenizer, smollm2_reference, QUESTIONS[:2], 4)
+    text, ids = said(tokenizer, small_smollm2_reference, QUESTIONS[:2], 4)
     assert text.endswith(result.stdout) and result.stdout
     assert reused(result)[0][0] > 30
     decoded = CliRunner().invoke(main, ["decode", str(where), "-n", "3", "--json", "--raw"])
-    assert json.loads(decoded.stdout)["token_ids"] == [greedy(smollm2_reference, ids, 3, ())]
+    assert json.loads(decoded.stdout)["token_ids"] == [greedy(small_smollm2_reference, ids, 3, ())]
     raw = ["decode", str(where), "--raw", "--prompt", "And", "-n", "1"]
     assert "not a conversation any more" in CliRunner().invoke(main, raw).stderr
     assert "does not tell what" in chat(where, say=[], code=2).stderr
@@ -281,22 +283,25 @@ def test_a_saved_chat_is_a_session(smollm2_path, smollm2_reference, tokenizer, t
     assert f"{FILE} is missing" in error and len(error.splitlines()) == 1
 
 
-def test_ranks_refuse_a_session_that_changed_while_they_started(smollm2_path, tmp_path):
+def test_ranks_refuse_a_session_that_changed_while_they_started(small_smollm2_path, tmp_path):
     where = tmp_path / "s"
-    chat(smollm2_path, "-n", 2, say=[QUESTIONS[0], f"/save {where}"])
+    chat(small_smollm2_path, "-n", 2, say=[QUESTIONS[0], f"/save {where}"])
     manifest = store.load(where)
-    setup = Setup(model=str(smollm2_path), dtype=manifest.dtype, session=str(where), resume=7)
+    setup = Setup(model=str(small_smollm2_path), dtype=manifest.dtype, session=str(where), resume=7)
     with pytest.raises(RuntimeError, match=r"changed by another run \(it is at revision 1, this"):
         with Resident(setup, RankOptions(cp=1, tp=1, device="cpu", threads=1, timeout=60)):
             pass
 
 
-def test_mistakes_are_told_before_any_rank_starts(smollm2_path, mqa_path, monkeypatch):
+def test_mistakes_are_told_before_any_rank_starts(small_smollm2_path, mqa_path, monkeypatch):
     assert "has no tokenizer" in chat(mqa_path, say=[], code=2).stderr
-    assert "is not a session" in chat(smollm2_path, "--model", smollm2_path, say=[], code=2).stderr
+    assert (
+        "is not a session"
+        in chat(small_smollm2_path, "--model", small_smollm2_path, say=[], code=2).stderr
+    )
     for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    error = chat(smollm2_path, say=[], code=2).stderr
+    error = chat(small_smollm2_path, say=[], code=2).stderr
     assert "starts its own ranks" in error and len(error.splitlines()) == 1
 
 
@@ -384,9 +389,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(smollm2_path, tokeni
     assert CliRunner().invoke(main, ["session", "verify", str(tmp_path / "s")]).exit_code == 0
 
 
-def test_ranks_end_with_the_terminal(smollm2_path):
+def test_ranks_end_with_the_terminal(small_smollm2_path):
     process = subprocess.Popen(
-        command(smollm2_path, "--cp", 2, "-n", 4),
+        command(small_smollm2_path, "--cp", 2, "-n", 4),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -46,9 +46,11 @@ def test_a_document_and_a_question_are_answered(smollm2_path, tokenizer, chat_an
     assert "answer       ended " in done.stderr and "greedy" in done.stderr
 
 
-def test_ranks_of_a_launcher_answer_once(smollm2_path, tokenizer, chat_answer, tmp_path):
+def test_ranks_of_a_launcher_answer_once(
+    small_smollm2_path, small_smollm2_reference, tokenizer, tmp_path
+):
     (tmp_path / "doc.txt").write_text(DOCUMENT)
-    asked = ("generate", smollm2_path, "--chat", "--file", tmp_path / "doc.txt")
+    asked = ("generate", small_smollm2_path, "--chat", "--file", tmp_path / "doc.txt")
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "cptool")
     done = subprocess.run(
         [sys.executable, *launcher, *map(str, asked), "--prompt", QUESTION, "-n", "24"],
@@ -56,7 +58,9 @@ def test_ranks_of_a_launcher_answer_once(smollm2_path, tokenizer, chat_answer, t
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert done.stdout == tokenizer.decode(chat_answer[1]) + "\n", done.stderr
+    ids = tokenizer.chat([{"role": "user", "content": f"{DOCUMENT}\n\n{QUESTION}"}])
+    answer = greedy(small_smollm2_reference, ids, 24, (2,))
+    assert done.stdout == tokenizer.decode(answer) + "\n", done.stderr
 
 
 def test_a_batch_is_written_in_order_as_each_answer_ends(
@@ -87,18 +91,18 @@ def test_a_session_takes_a_longer_prompt_and_rewinds(mqa_path, mqa_reference, to
     assert fields["cached"] == 29  # the last token before what was taken back is computed again
 
 
-def test_standard_input_is_the_prompt(smollm2_path, smollm2_reference, tokenizer):
+def test_standard_input_is_the_prompt(small_smollm2_path, small_smollm2_reference, tokenizer):
     text = "Once upon a time"
-    answer = greedy(smollm2_reference, tokenizer.encode(text), 8, (2,))
-    words = ["generate", str(smollm2_path), "-n", "8", "--temperature", "0"]
+    answer = greedy(small_smollm2_reference, tokenizer.encode(text), 8, (2,))
+    words = ["generate", str(small_smollm2_path), "-n", "8", "--temperature", "0"]
     done = CliRunner().invoke(main, words, input=text)
     assert done.stdout == tokenizer.decode(answer) + "\n", done.output
     echoed = CliRunner().invoke(main, [*words, "--echo"], input=text)
     assert echoed.stdout == text + tokenizer.decode(answer) + "\n"
 
 
-def test_the_prompt_of_a_chat_is_echoed_as_the_template_writes_it(smollm2_path, tmp_path):
-    asked = ("generate", smollm2_path, "--chat", "--system", "Be brief.", "--echo", "-n", 2)
+def test_the_prompt_of_a_chat_is_echoed_as_the_template_writes_it(small_smollm2_path, tmp_path):
+    asked = ("generate", small_smollm2_path, "--chat", "--system", "Be brief.", "--echo", "-n", 2)
     done = cptool(*asked, "--prompt", "Hi <|im_end|>", "--prompt", "Ho")
     rendered = (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <|im_end|><|im_end|>\n"
@@ -108,9 +112,19 @@ def test_the_prompt_of_a_chat_is_echoed_as_the_template_writes_it(smollm2_path, 
     assert f"[2] {rendered.replace('Hi <|im_end|>', 'Ho')}" in done.stdout
 
 
-def test_json_lines_carry_whole_characters_and_end_with_the_result(smollm2_path, tokenizer):
+def test_json_lines_carry_whole_characters_and_end_with_the_result(small_smollm2_path, tokenizer):
     text = "🙂🙃🙂🙃🙂🙃"
-    asked = ("generate", smollm2_path, "--prompt", text, "--prompt", "Hello", "-n", 9, "--echo")
+    asked = (
+        "generate",
+        small_smollm2_path,
+        "--prompt",
+        text,
+        "--prompt",
+        "Hello",
+        "-n",
+        9,
+        "--echo",
+    )
     *tokens, result = lines_of(cptool(*asked, "--jsonl"))
     assert tokens[:2] == [
         {"type": "prompt", "sequence": 0, "text": text},

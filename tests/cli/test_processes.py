@@ -43,27 +43,13 @@ def test_torchrun_joins(mqa_path, mqa_reference, token_file, tmp_path):
         "-m",
         "cptool",
     ]
-    steps = [
-        [
-            "prefill",
-            mqa_path,
-            "--token-ids",
-            token_file(MQA_IDS),
-            "--session",
-            tmp_path / "s",
-            "--json",
-        ],
-        ["decode", tmp_path / "s", "-n", 8, "--json"],
-    ]
-    outputs = []
-    for step in steps:
-        done = subprocess.run(
-            [*torchrun, *map(str, step)], capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr
-        outputs.append(json.loads(done.stdout))  # one object, from one rank
-    assert outputs[0]["cp"] == outputs[1]["cp"] == 2
-    assert outputs[1]["token_ids"] == [greedy(mqa_reference, MQA_IDS, 8, (300,))]
+    prompt = ("--token-ids", token_file(MQA_IDS))
+    words = ("generate", mqa_path, *prompt, "--session", tmp_path / "s", "-n", 8, "--json")
+    done = subprocess.run([*torchrun, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    fields = json.loads(done.stdout)  # one object, from one rank
+    assert fields["cp"] == 2 and as_json("session", "show", tmp_path / "s")["cp"] == 2
+    assert fields["token_ids"] == [greedy(mqa_reference, MQA_IDS, 8, (300,))]
 
 
 def descendants(pid: int) -> list[int]:

@@ -50,16 +50,13 @@ def test_tokens_are_those_of_one_rank_over_a_link_that_holds_its_limit(
     assert (measured["ranks"], measured["ranks_of_a_host"]) == (2, 1)
     assert measured["results"][0]["rate"] < 1.15 * namespaces.bits(RATE) / 8
 
-    prompt, alone = ["--token-ids", token_file(IDS)], tmp_path / "one"
-    one = as_json("prefill", mqa_path, *prompt, "--session", alone)
-    expected = as_json("decode", alone, "-n", "6")
+    asked = ["generate", str(mqa_path), "--token-ids", token_file(IDS), "-n", "6"]
+    expected = as_json(*asked)
     session = str(tmp_path / "two")
     told = two_hosts.run(
         [
             *CPTOOL,
-            "prefill",
-            str(mqa_path),
-            *prompt,
+            *asked,
             "--session",
             session,
             "--variant",
@@ -68,10 +65,9 @@ def test_tokens_are_those_of_one_rank_over_a_link_that_holds_its_limit(
         ],
         timeout=600,
     )
-    first = json.loads(told)
-    assert (first["cp"], first["first_token"]) == (2, one["first_token"])
-    told = two_hosts.run([*CPTOOL, "decode", session, "-n", "6", "--json"], timeout=600)
-    assert json.loads(told)["token_ids"] == expected["token_ids"]
+    fields = json.loads(told)
+    assert (fields["cp"], fields["token_ids"]) == (2, expected["token_ids"])
+    assert as_json("session", "show", session)["tokens"] == [len(IDS) + 6]
 
 
 def test_hosts_go_with_their_processes_after_a_failure():

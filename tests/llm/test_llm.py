@@ -70,19 +70,19 @@ def test_a_session_saved_on_four_ranks_is_read_on_one(mqa_path, mqa_reference, t
         assert told == ids[: len(told)] and len(told) == len(ids)
 
 
-def test_texts_and_conversations(smollm2_path, smollm2_reference, tmp_path):
-    tokenizer = open_checkpoint(str(smollm2_path)).tokenizer()
+def test_texts_and_conversations(small_smollm2_path, small_smollm2_reference, tmp_path):
+    tokenizer = open_checkpoint(str(small_smollm2_path)).tokenizer()
     questions, stop = ["What is the capital of France?", "And of Spain?"], (2,)
-    with cptool.LLM(smollm2_path, cp=2, device="cpu", dtype="float32", threads=1) as llm:
+    with cptool.LLM(small_smollm2_path, cp=2, device="cpu", dtype="float32", threads=1) as llm:
         (result,) = llm.generate(["The capital of France is"], max_tokens=5, temperature=0)
         ids = tokenizer.encode("The capital of France is")
-        assert list(result.token_ids) == greedy(smollm2_reference, ids, 5, stop)
+        assert list(result.token_ids) == greedy(small_smollm2_reference, ids, 5, stop)
         assert result.text == tokenizer.decode(list(result.token_ids))
         asked = [{"role": "user", "content": questions[0]}]
         (chatted,) = llm.generate([asked], max_tokens=6, temperature=0)
         said = llm.session(tmp_path / "c").chat(questions[0], max_tokens=6, temperature=0)
         assert said.token_ids == chatted.token_ids
-    with cptool.LLM(smollm2_path, device="cpu", dtype="float32", threads=1) as llm:
+    with cptool.LLM(small_smollm2_path, device="cpu", dtype="float32", threads=1) as llm:
         session = llm.session(tmp_path / "c")
         answer = session.chat(questions[1], max_tokens=4, temperature=0)
         messages = [
@@ -91,7 +91,7 @@ def test_texts_and_conversations(smollm2_path, smollm2_reference, tmp_path):
             {"role": "user", "content": questions[1]},
         ]
         context = tokenizer.chat(messages)
-        assert list(answer.token_ids) == greedy(smollm2_reference, context, 4, stop)
+        assert list(answer.token_ids) == greedy(small_smollm2_reference, context, 4, stop)
         assert session.texts[0].endswith(answer.text)
 
 

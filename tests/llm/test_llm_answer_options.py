@@ -8,8 +8,8 @@ from cptool.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def llm(smollm2_path):
-    with LLM(smollm2_path, cp=2, threads=1, dtype="float32") as llm:
+def llm(small_smollm2_path):
+    with LLM(small_smollm2_path, cp=2, threads=1, dtype="float32") as llm:
         yield llm
 
 
@@ -31,13 +31,13 @@ def test_stop_texts(llm, tmp_path):
         assert found[0].token_ids + rest.token_ids == free[0].token_ids
 
 
-def test_log_probabilities(llm, smollm2_reference, tmp_path):
+def test_log_probabilities(llm, small_smollm2_reference, tmp_path):
     text = "The three primary colours are"
     (found,) = llm.generate([text], max_tokens=3, temperature=0, logprobs=2, prompt_logprobs=0)
     prompt = llm.tokenizer.encode(text)
     said = [*prompt, *found.token_ids]
     with torch.inference_mode():
-        table = smollm2_reference(torch.tensor([said])).logits[0].log_softmax(-1)
+        table = small_smollm2_reference(torch.tensor([said])).logits[0].log_softmax(-1)
     scores = (*found.prompt_logprobs, *found.logprobs)
     assert scores[0] == TokenLogprob(prompt[0], None, ())
     assert [score.token for score in scores] == said

@@ -21,10 +21,12 @@ def user(text: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("cp", [1, 2])
-def test_questions_about_a_document(smollm2_path, smollm2_reference, template, tmp_path, cp):
+def test_questions_about_a_document(
+    small_smollm2_path, small_smollm2_reference, template, tmp_path, cp
+):
     where, document = tmp_path / "s", tmp_path / "doc.txt"
     document.write_text(DOCUMENT)
-    with cptool.LLM(smollm2_path, cp=cp, device="cpu", dtype="float32", threads=1) as llm:
+    with cptool.LLM(small_smollm2_path, cp=cp, device="cpu", dtype="float32", threads=1) as llm:
         session = llm.session(where)
         (nothing,) = session.generate([[user(DOCUMENT)]], max_tokens=0)
         assert nothing.token_ids == () and session.messages == [[user(DOCUMENT)]]
@@ -42,34 +44,34 @@ def test_questions_about_a_document(smollm2_path, smollm2_reference, template, t
             *before, last = session.messages[0]
             first = f"{DOCUMENT}\n\n{question}" if number == 0 else question
             assert before[-1] == user(first)
-            assert list(answer.token_ids) == expected(template, smollm2_reference, before, 5)
+            assert list(answer.token_ids) == expected(template, small_smollm2_reference, before, 5)
             assert last == {"role": "assistant", "content": answer.text}
         assert session.tokens[0][:20] == read[0][:20]
     messages = session.messages[0]
     answer = as_json("decode", where, "--prompt", "Who?", "-n", 4, "--temperature", 0)
     before = [*messages, user("Who?")]
-    assert answer["token_ids"] == [expected(template, smollm2_reference, before, 4)]
+    assert answer["token_ids"] == [expected(template, small_smollm2_reference, before, 4)]
 
 
 def test_python_goes_on_where_commands_have_been(
-    smollm2_path,
-    smollm2_reference,
+    small_smollm2_path,
+    small_smollm2_reference,
     template,
     tmp_path,
 ):
     where = tmp_path / "s"
-    as_json("prefill", smollm2_path, "--chat", "--prompt", DOCUMENT, "--session", where)
-    with cptool.LLM(smollm2_path, cp=2, device="cpu", dtype="float32", threads=1) as llm:
+    as_json("prefill", small_smollm2_path, "--chat", "--prompt", DOCUMENT, "--session", where)
+    with cptool.LLM(small_smollm2_path, cp=2, device="cpu", dtype="float32", threads=1) as llm:
         with llm.session(where) as session:  # a pending document is answered without a prompt
             cut = [session.generate(max_tokens=n, temperature=0)[0] for n in (3, 2)]
             said = [i for result in cut for i in result.token_ids]
-            assert said == expected(template, smollm2_reference, [user(DOCUMENT)], 5)
+            assert said == expected(template, small_smollm2_reference, [user(DOCUMENT)], 5)
             assert len(session.messages[0]) == 2
             asked = [*session.messages[0], user(QUESTIONS[0])]
             answer = session.chat(QUESTIONS[0], **GREEDY)
-            assert list(answer.token_ids) == expected(template, smollm2_reference, asked, 5)
+            assert list(answer.token_ids) == expected(template, small_smollm2_reference, asked, 5)
     result = chat(where, "-n", 4, "--temperature", 0, say=[QUESTIONS[1], "/save"])
-    with cptool.LLM(smollm2_path, device="cpu", dtype="float32", threads=1) as llm:
+    with cptool.LLM(small_smollm2_path, device="cpu", dtype="float32", threads=1) as llm:
         session = llm.session(where)
         assert session.messages[0][-2] == user(QUESTIONS[1])
         assert session.messages[0][-1]["content"].strip() == result.stdout.strip()
@@ -80,19 +82,21 @@ def test_python_goes_on_where_commands_have_been(
             {"role": "user", "content": "Sure?"},
         ]
         (answer,) = session.generate([asked[-3:]], **GREEDY)
-        assert list(answer.token_ids) == expected(template, smollm2_reference, asked, 5)
+        assert list(answer.token_ids) == expected(template, small_smollm2_reference, asked, 5)
         assert session.messages[0][:-1] == asked
 
 
-def test_a_batch_is_conversations_or_none(smollm2_path, smollm2_reference, template, tmp_path):
+def test_a_batch_is_conversations_or_none(
+    small_smollm2_path, small_smollm2_reference, template, tmp_path
+):
     texts = ["Name three colours.", "Say hello."]
-    with cptool.LLM(smollm2_path, device="cpu", dtype="float32", threads=1) as llm:
+    with cptool.LLM(small_smollm2_path, device="cpu", dtype="float32", threads=1) as llm:
         session = llm.session(tmp_path / "s")
         asked = [[{"role": "system", "content": "Be brief."}, user(text)] for text in texts]
         results = session.generate(asked, **GREEDY)
         for b, messages in enumerate(asked):
             said = list(results[b].token_ids)
-            assert said == expected(template, smollm2_reference, messages, 5)
+            assert said == expected(template, small_smollm2_reference, messages, 5)
         assert [len(messages) for messages in session.messages] == [3, 3]
         for prompts, rule in [
             ([user("a"), user("b")], "`prompts` must be a list"),
@@ -110,7 +114,7 @@ def test_a_batch_is_conversations_or_none(smollm2_path, smollm2_reference, templ
         raw = session.generate([" and", " or"], raw=True, **GREEDY)
         for b, text in enumerate((" and", " or")):
             ids = [*before[b], *llm.tokenizer.encode(text, bos=False)]
-            assert list(raw[b].token_ids) == greedy(smollm2_reference, ids, 5, (2,))
+            assert list(raw[b].token_ids) == greedy(small_smollm2_reference, ids, 5, (2,))
         assert session.messages is None
         assert llm.session(tmp_path / "s").messages is None
         for refused in (lambda: session.generate(asked), lambda: session.chat("What?")):
@@ -122,9 +126,9 @@ def test_a_batch_is_conversations_or_none(smollm2_path, smollm2_reference, templ
             llm.session(tmp_path / "t").generate([[{"role": "assistant", "content": "a"}]])
 
 
-def test_a_damaged_conversation_is_continued_raw_alone(smollm2_path, tmp_path):
+def test_a_damaged_conversation_is_continued_raw_alone(small_smollm2_path, tmp_path):
     where = tmp_path / "s"
-    with cptool.LLM(smollm2_path, device="cpu", dtype="float32", threads=1) as llm:
+    with cptool.LLM(small_smollm2_path, device="cpu", dtype="float32", threads=1) as llm:
         llm.session(where).chat("Hi", max_tokens=1)
         (where / chat_file.FILE).unlink()
         session = llm.session(where)
