@@ -14,7 +14,7 @@ from cptool.model.llama import DecoderLayer
 from cptool.model.row_limits import ROWS_AT_ONCE_CPU
 from cptool.ops.encodings import BLOCKS
 from cptool.ops.linear import FEW_ROWS
-from cptool.ops.stored import DIRECT_ROWS, Blocks, StoredWeight, widen
+from cptool.ops.stored import Blocks, StoredWeight, few_rows, widen
 from cptool.planning.cost.counts import attention_parameters, feed_forward_parameters
 from cptool.planning.cost.forward import ELEMENT_BYTES, Forward
 from cptool.planning.cost.layer import elementwise_bytes
@@ -106,7 +106,7 @@ def stored_rates(clock: Clock) -> StoredRates:
     ]
     each = max(large - small, 0.05 * large) / (sizes[1] - sizes[0])
     return StoredRates(
-        rows=DIRECT_ROWS,
+        rows=few_rows(part),
         direct=1 / each,
         widened=panel.numel() / times["widen"],
         layer_s=max(0.0, small - sizes[0] * each),
