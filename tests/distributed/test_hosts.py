@@ -67,7 +67,8 @@ def test_tokens_are_those_of_one_rank_over_a_link_that_holds_its_limit(
     )
     fields = json.loads(told)
     assert (fields["cp"], fields["token_ids"]) == (2, expected["token_ids"])
-    assert as_json("session", "show", session)["tokens"] == [len(IDS) + len(expected["token_ids"][0])]
+    (said,) = expected["token_ids"]
+    assert as_json("session", "show", session)["tokens"] == [len(IDS) + len(said)]
 
 
 def test_hosts_go_with_their_processes_after_a_failure():
