@@ -40,6 +40,7 @@ class Sweep:
     config: LlamaConfig
     dtype: str
     kv_dtype: str
+    weights: str = "file"
     ranks: tuple[int, ...]
     cached: tuple[int, ...]
     variants: tuple[str, ...]

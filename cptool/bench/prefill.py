@@ -44,6 +44,7 @@ class Sweep:
     config: LlamaConfig
     dtype: str
     kv_dtype: str
+    weights: str = "file"
     ranks: tuple[int, ...]
     contexts: tuple[int, ...]
     miss_rates: tuple[float, ...]

@@ -50,22 +50,22 @@ def say(line: str, *, always: bool = False) -> None:
     it is `always` to be seen, as a warning about a result is.
     """
     if always or not verbosity.quiet():
-        print("\n".join(folded(line, to_stderr=True)), file=sys.stderr, flush=True)
+        print(_folded(line), file=sys.stderr, flush=True)
 
 
 def detail(line: str) -> None:
     """Print one line on standard error if -v was given: what was chosen, and why."""
     if verbosity.verbose():
-        print("\n".join(folded(line, to_stderr=True)), file=sys.stderr, flush=True)
+        print(_folded(line), file=sys.stderr, flush=True)
 
 
-def folded(text: str, *, to_stderr: bool = False) -> list[str]:
+def _folded(text: str) -> str:
     """Return the lines of a text, those that a terminal would break in the midst of a word broken
     between words.
     """
-    lines, room = text.split("\n"), tables.room(to_stderr=to_stderr)
+    room = tables.room(to_stderr=True)
     if room is None or room < NARROWEST:
-        return lines
-    return [
-        part for line in lines for part in (wrapped(line, room) if len(line) > room else [line])
-    ]
+        return text
+    return "\n".join(
+        "\n".join(wrapped(line, room)) if len(line) > room else line for line in text.split("\n")
+    )

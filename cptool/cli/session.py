@@ -61,6 +61,7 @@ def show(directory: Path, as_json: bool) -> None:
         "fingerprint": manifest.model.fingerprint,
         "dtype": manifest.dtype,
         "kv_dtype": manifest.kv_dtype,
+        "weights": manifest.weights,
         "cp": manifest.cp,
         "tp": manifest.tp,
         "revision": manifest.revision,

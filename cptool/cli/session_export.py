@@ -50,8 +50,7 @@ def list_sessions(folders: tuple[Path, ...], depth: int, as_json: bool) -> None:
     elif not found:
         draw.say("no sessions here")
     for each in () if as_json else found:
-        for line_of_it in draw.folded(each["session"] + ": " + (each["fault"] or _line(each))):
-            click.echo(line_of_it)
+        click.echo(each["session"] + ": " + (each["fault"] or _line(each)))
 
 
 def _sessions_in(folder: Path, depth: int) -> Iterator[Path]:

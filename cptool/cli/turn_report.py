@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 
 class Typed(Protocol):
-    """What computes in one type and stores KV in one."""
+    """What computes in one type and stores KV and weights in others."""
 
     @property
     def dtype(self) -> str: ...
     @property
     def kv_dtype(self) -> str: ...
+    @property
+    def weights(self) -> str: ...
 
 
 _SHARED = 0.05
@@ -62,9 +64,12 @@ def _beside(predicted_s: float | None) -> str:
 
 
 def types_of(run: Typed) -> str:
-    """Return the dtype of the products, and that of KV if it is another one."""
+    """Return the dtype of the products, that of KV if it is another one, and whether weights were
+    quantised.
+    """
     kv = f", KV in {run.kv_dtype}" if run.kv_dtype != run.dtype else ""
-    return f"{run.dtype}{kv}"
+    weights = "" if run.weights == "file" else f", weights quantised to {run.weights}"
+    return f"{run.dtype}{kv}{weights}"
 
 
 def prefill_rows(report: "Report") -> Rows:
@@ -73,6 +78,7 @@ def prefill_rows(report: "Report") -> Rows:
     rows = [
         ("prompt", some(report.tokens, "token") + after),
         ("ranks", f"{report.cp} cp x {report.tp} tp on {report.device}, {types_of(report)}"),
+        *([("weights", report.widened)] if report.widened else []),
         ("variant", f"{report.variant or 'none'} ({report.reason})"),
         (
             "first token",

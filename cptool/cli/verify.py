@@ -21,6 +21,7 @@ from cptool.cli.options.common import (
     kv_dtype_option,
     threads_option,
     timeout_option,
+    weights_option,
 )
 from cptool.cli.options.examples import examples
 from cptool.cli.options.models import context_option, open_model
@@ -36,6 +37,7 @@ from cptool.model.context import check_context
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.exactness.verify import Trial, Verdict
+    from cptool.exactness.weights import WeightErrors
 
 TOKENS = 768
 STEPS = 8
@@ -59,6 +61,7 @@ STEPS = 8
 @context_option
 @dtype_option
 @kv_dtype_option
+@weights_option
 @json_option
 @wide_option
 def verify(
@@ -69,6 +72,7 @@ def verify(
     context_length: int | None,
     dtype: str,
     kv_dtype: str,
+    weights: str | None,
     as_json: bool,
 ) -> None:
     """Check that results are exact with your MODEL on your devices.
@@ -89,14 +93,16 @@ def verify(
     most = max_cp or _most_ranks(device)
 
     from cptool.exactness import verify as verifier
+    from cptool.exactness.weights import weight_errors
 
-    options = EngineOptions(kv_dtype=kv_dtype)
+    options = EngineOptions(kv_dtype=kv_dtype, weights=weights)
     dtype, options = resolve_types(dtype, options, checkpoint, device)
     half = max(1, len(tokens) * 2 // 3)
     trial = verifier.Trial(
         model=str(checkpoint.path),
         dtype=dtype,
         kv_dtype=options.kv_dtype,
+        weights=options.weights or "file",
         turns=(tuple(tokens[:half]), tuple(tokens[half:])),
         steps=STEPS,
     )
@@ -104,11 +110,12 @@ def verify(
     counts = list(range(2, most + 1))
     with following(verifier.PHASE, verifier.run_count(len(counts))) as watch:
         verdicts = list(verifier.verify(trial, counts, each, watch))
+    errors = None if trial.weights == "file" else weight_errors(checkpoint, trial.weights)
     if as_json:
-        print_object(_fields(trial, verdicts))
+        print_object(_fields(trial, verdicts, errors))
     else:
         _draw(verdicts)
-        click.echo(_summary(trial, verdicts, device))
+        click.echo(_summary(trial, verdicts, errors, device=device))
     sys.exit(0 if all(verdict.passed for verdict in verdicts) else 1)
 
 
@@ -149,12 +156,14 @@ def _default_length(checkpoint: Checkpoint) -> int:
     return min(TOKENS, limit - STEPS)
 
 
-def _fields(trial: Trial, verdicts: list[Verdict]) -> dict[str, Any]:
+def _fields(trial: Trial, verdicts: list[Verdict], errors: WeightErrors | None) -> dict[str, Any]:
     """Return what --json prints."""
     return {
         "model": trial.model,
         "dtype": trial.dtype,
         "kv_dtype": trial.kv_dtype,
+        "weights": trial.weights,
+        **({} if errors is None else errors.fields()),
         "tokens": [*map(len, trial.turns), trial.steps],
         "passed": all(verdict.passed for verdict in verdicts),
         "runs": [
@@ -173,14 +182,23 @@ def _fields(trial: Trial, verdicts: list[Verdict]) -> dict[str, Any]:
     }
 
 
-def _summary(trial: Trial, verdicts: list[Verdict], device: str) -> str:
-    """Return one line: what was run, and whether it is exact."""
+def _summary(
+    trial: Trial, verdicts: list[Verdict], errors: WeightErrors | None, *, device: str
+) -> str:
+    """Return what was run, and whether it is exact, which quantised weights never are."""
     failed = sum(not verdict.passed for verdict in verdicts)
     said = (
         f"NOT exact: {failed} of {len(verdicts)} runs failed"
         if failed
         else "exact: all within the bound, same tokens"
     )
+    if errors is not None:
+        sound = "FAILED" if failed else "attention within the bound, same tokens"
+        said = (
+            f"{sound}\nproducts with the quantised weights differ from float64 products with the "
+            f"original weights by {errors.of_original:.2g}, and from those with the quantised "
+            f"weights by {errors.of_quantised:.2g} (root mean square, relative, worst matrix)"
+        )
     first, second = map(len, trial.turns)
     return (
         f"{trial.model}, {types_of(trial)}, {first} + {second} tokens and {trial.steps} steps on "

@@ -32,7 +32,9 @@ def predicted(
         ranks=engine.world.cp,
         tp=engine.world.tp,
         partial_bytes=engine.partial_dtype.itemsize,
-        weight_size=mean_weight_size(checkpoint, turn.dtype, engine.world.device.type),
+        weight_size=mean_weight_size(
+            checkpoint, turn.dtype, engine.world.device.type, turn.weights
+        ),
         kv_dtype=turn.kv_dtype,
     )
     return predict_turn(work, turn.options.variant, engine.profile)
@@ -54,7 +56,7 @@ def expected(
         ranks=ranks.cp,
         tp=ranks.tp,
         partial_bytes=ELEMENT_BYTES[turn.dtype] if turn.options.partials == "working" else 4,
-        weight_size=mean_weight_size(checkpoint, turn.dtype, ranks.device),
+        weight_size=mean_weight_size(checkpoint, turn.dtype, ranks.device, turn.weights),
         kv_dtype=turn.kv_dtype,
     )
     return predict_turn(work, turn.options.variant, local_profile(ranks))

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cptool.errors import OptionError, RunError
-from cptool.ops.encodings import ENCODINGS
+from cptool.ops.encodings import ENCODINGS, quantised_bytes
 from cptool.ops.processor import has_bfloat16_products
+from cptool.units import size, some
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from cptool.session.manifest import Manifest
 
 
+_FLOATS = ("F32", "F16", "BF16")
+
+QUANTISED = ("q8_0", "int8")
+"""Weight-only quantisations: a scale for each block of 32 weights, or for each row of a matrix."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """Options of `cptool.engine.engine.Engine`.
@@ -25,6 +32,9 @@ class EngineOptions:
     variant: attention variant, or "auto" to choose one for each forward.
     partials: "float32", or "working" to send partial outputs in the model's dtype
         (`cptool.parallel.step.Step` says what that costs in error).
+    weights: "file" to keep weights in the type of the file where products read it, or one of
+        `QUANTISED`, to which float matrices are quantised while loading; None for "file", or what
+        the session was computed with.
     kv_dtype: type in which keys and values are stored and travel, or "auto" for the model's dtype.
     static: whether `decode` under the variant "auto" runs over static memory
         (`cptool.engine.static_decode`); None means on CUDA only.
@@ -34,6 +44,7 @@ class EngineOptions:
     partials: str = "float32"
     static: bool | None = None
     kv_dtype: str = "auto"
+    weights: str | None = None
 
 
 def resolve_dtype(requested: str, checkpoint: "Checkpoint", device: str) -> str:
@@ -79,10 +90,30 @@ def resolve_types(
     """Return the dtype to compute in, and the options with the type of KV; either may be requested
     as "auto". Raises OptionError for two that do not go together.
     """
+    weights = options.weights or "file"
+    if weights != "file" and dtype == "auto" and device == "cpu":
+        dtype = "float32"
     found = resolve_dtype(dtype, checkpoint, device)
+    check_weights(weights, found, device, checkpoint)
     kv_dtype = found if options.kv_dtype == "auto" else options.kv_dtype
     check_kv_dtype(kv_dtype, found, device)
-    return found, replace(options, kv_dtype=kv_dtype)
+    return found, replace(options, kv_dtype=kv_dtype, weights=weights)
+
+
+def check_weights(weights: str, dtype: str, device: str, checkpoint: "Checkpoint") -> None:
+    """Raise OptionError unless the float matrices of `checkpoint` can be quantised to `weights`."""
+    if weights == "file":
+        return
+    if device != "cpu" or dtype != "float32":
+        remedy = "leave it out, or add `device` cpu and `dtype` float32"
+        rule = f"quantised weights are multiplied in float32 on a CPU, not in {dtype} on {device}"
+        raise OptionError("weights", weights, rule, remedy)
+    matrices = [tensor for tensor in checkpoint.stored.values() if len(tensor.shape) == 2]
+    others = {t.encoding for t in matrices} - {*_FLOATS}
+    if others:
+        found = ", ".join(sorted(others))
+        rule = f"the weights of {checkpoint.name} are quantised already ({found})"
+        raise OptionError("weights", weights, rule, "leave it out: they stay as they are")
 
 
 def continued_types(
@@ -100,6 +131,13 @@ def continued_types(
             f"the KV of {directory} is {kept}",
             "leave `kv_dtype` out, or name a new directory",
         )
+    if options.weights not in (None, manifest.weights):
+        raise OptionError(
+            "weights",
+            options.weights,
+            f"the KV of {directory} is that of weights {manifest.weights}",
+            "leave `weights` out, or name a new directory",
+        )
     found = manifest.dtype if dtype == "auto" else dtype
     if kept != found and (device != "cpu" or found != "float32"):
         usable = kept if device != "cpu" else f"float32 or {kept}" if kept != "float32" else kept
@@ -112,7 +150,34 @@ def continued_types(
             f"the KV of {directory} is {kept}, over which {device} computes in {usable}",
             remedy,
         )
-    return found, replace(options, kv_dtype=kept)
+    if manifest.weights != "file" and (device != "cpu" or found != "float32"):
+        raise OptionError(
+            "dtype",
+            found,
+            f"{directory} has weights {manifest.weights}, which are multiplied in float32 on a CPU",
+            "leave `dtype` out and add `device` cpu",
+        )
+    return found, replace(options, kv_dtype=kept, weights=manifest.weights)
+
+
+def widened(checkpoint: "Checkpoint", dtype: str, device: str) -> str | None:
+    """Return which quantised matrices do not stay as the file stores them, in words; None if there
+    are none.
+    """
+    kept = ENCODINGS if device == "cpu" and dtype == "float32" else ()
+    found = [
+        tensor
+        for tensor in checkpoint.stored.values()
+        if len(tensor.shape) == 2 and tensor.encoding not in (*kept, *_FLOATS)
+    ]
+    if not found:
+        return None
+    types = ", ".join(sorted({tensor.encoding for tensor in found}))
+    stored = sum(tensor.nbytes for tensor in found)
+    held = sum(math.prod(tensor.shape) for tensor in found) * (4 if dtype == "float32" else 2)
+    how = "widened to float32, without loss" if dtype == "float32" else f"rounded to {dtype}"
+    bytes_of = f"{size(stored)} in the file, {size(held)} in memory"
+    return f"{some(len(found), 'tensor')} in {types} {how}: {bytes_of}"
 
 
 def setup_types(
@@ -134,9 +199,11 @@ def setup_types(
     return {"dtype": dtype, "options": options}
 
 
-def mean_weight_size(checkpoint: "Checkpoint", dtype: str, device: str) -> float | None:
+def mean_weight_size(
+    checkpoint: "Checkpoint", dtype: str, device: str, weights: str | None = None
+) -> float | None:
     """Return the bytes per element of the matrices of a model that computes in `dtype` on `device`;
-    None where every weight has that dtype.
+    None where every weight has that dtype. weights: those of `EngineOptions`.
 
     On a CPU, products in float32 read matrices as they are stored (`cptool.ops.stored`).
     """
@@ -144,6 +211,14 @@ def mean_weight_size(checkpoint: "Checkpoint", dtype: str, device: str) -> float
         return None
     matrices = [tensor for tensor in checkpoint.stored.values() if len(tensor.shape) == 2]
     count = {tensor: math.prod(tensor.shape) for tensor in matrices}
+    if weights in QUANTISED:
+        stored = sum(
+            count[tensor] * 4
+            if (row := quantised_bytes(tensor.shape[1])) is None
+            else tensor.shape[0] * row
+            for tensor in matrices
+        )
+        return stored / sum(count.values())
     kept = [tensor for tensor in matrices if tensor.encoding in ENCODINGS]
     if not kept:
         return None
@@ -175,9 +250,15 @@ class Setup:
         return self.dtype if self.options.kv_dtype == "auto" else self.options.kv_dtype
 
     @property
-    def types(self) -> dict[str, Any]:
-        """What is computed and stored in which type, as fields of a report."""
-        return {"dtype": self.dtype, "kv_dtype": self.kv_dtype}
+    def weights(self) -> str:
+        """What weights are quantised to, or "file"."""
+        return self.options.weights or "file"
+
+    def types(self, checkpoint: "Checkpoint", device: str) -> dict[str, Any]:
+        """Return what is computed and stored in which type, as fields of a report."""
+        found = widened(checkpoint, self.dtype, device)
+        shown = {"kv_dtype": self.kv_dtype, "weights": self.weights, "widened": found}
+        return {"dtype": self.dtype, **shown}
 
 
 def load_for(world: "World", setup: Setup) -> "tuple[Checkpoint, Llama]":
@@ -192,7 +273,8 @@ def load_for(world: "World", setup: Setup) -> "tuple[Checkpoint, Llama]":
 
     world.report("load the weights")
     checkpoint = open_checkpoint(setup.model)
-    model = load_model(checkpoint, getattr(torch, setup.dtype), world.device, world)
+    dtype, weights = getattr(torch, setup.dtype), setup.options.weights
+    model = load_model(checkpoint, dtype, world.device, world, weights=weights)
     if setup.state is not None and checkpoint.state != setup.state:
         raise RunError(f"{checkpoint.path} was changed while it was loaded; give the command again")
     return checkpoint, model

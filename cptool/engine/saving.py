@@ -172,6 +172,7 @@ def _manifest(
         model=model,
         dtype=str(engine.dtype).removeprefix("torch."),
         kv_dtype=str(engine.cache.dtype).removeprefix("torch."),
+        weights=engine.options.weights or "file",
         cp=engine.world.cp,
         tp=engine.world.tp,
         revision=addition.revision,

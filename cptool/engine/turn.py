@@ -96,6 +96,8 @@ class Report:
     device: str
     dtype: str
     kv_dtype: str
+    weights: str
+    widened: str | None
     variant: str | None
     reason: str
     load_s: float
@@ -128,8 +130,8 @@ class Report:
 
     def shared_fields(self) -> dict[str, object]:
         """Return the fields of the JSON of every command."""
-        names = "cached", "cp", "tp", "device", "dtype", "kv_dtype", "variant", "reason"
-        return {name: getattr(self, name) for name in (*names, "processor_wait_s")}
+        names = "cached", "cp", "tp", "device", "dtype", "kv_dtype", "weights", "variant"
+        return {name: getattr(self, name) for name in (*names, "reason", "processor_wait_s")}
 
 
 def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
@@ -185,7 +187,7 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
         cp=world.cp,
         tp=world.tp,
         device=str(world.device),
-        **turn.types,
+        **turn.types(checkpoint, world.device.type),
         **_chosen(choice, answering.choice if steps > 0 else None),
         load_s=loaded - began,
         ttft_s=answered - loaded,

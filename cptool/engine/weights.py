@@ -7,13 +7,15 @@ import torch
 
 from cptool.checkpoint import Checkpoint
 from cptool.distributed.shared_memory import shared_tensors
+from cptool.engine.options import QUANTISED
 from cptool.host import large_pages
 from cptool.model.architectures.family import Size
 from cptool.model.architectures.registry import find_family
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
 from cptool.model.shares import Bounds, divided, share
-from cptool.ops.encodings import BLOCKS, ENCODINGS
+from cptool.ops.encodings import BLOCKS, ENCODINGS, QUANTISED_AS, quantised_bytes
+from cptool.ops.quantise import quantised
 from cptool.ops.stored import Blocks, StoredWeight
 from cptool.parallel import tensor_parallel
 
@@ -42,6 +44,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str,
     world: "World | None" = None,
+    weights: str | None = None,
 ) -> Llama:
     """Return a model ready to run, with the weights of `checkpoint` in `dtype` on `device`.
 
@@ -54,14 +57,19 @@ def load_model(
     pages; if not, parameters that are stored as they are needed stay in the file, and the ranks of
     a machine hold one copy of the rest between them, each having filled a part. Collective over the
     ranks of `world`.
+
+    weights: those of `cptool.engine.options.EngineOptions`; quantised matrices are held once on a
+    machine, too.
     """
     device = torch.device(device)
     tp_rank, tp = (world.tp_rank, world.tp) if world else (0, 1)
     model = Llama(checkpoint.config, device="meta", tp=tp)
     sources = _sources(checkpoint.config, share(checkpoint.config, tp_rank, tp))
+    sharing = world if world is not None and world.size > 1 else None
+    if weights in QUANTISED:
+        _quantise(model, checkpoint, sources, sharing, whole_rows=weights == "int8")
     if device.type == "cpu" and dtype == torch.float32:
         _keep_stored(model, checkpoint, sources)
-    sharing = world if world is not None and world.size > 1 else None
     size = sum(model.get_parameter(name).numel() for name in sources) * dtype.itemsize
     stays = device.type == "cpu" and (sharing is not None or not large_pages.worth_copying(size))
     parameters: dict[str, torch.Tensor] = {}
@@ -109,6 +117,47 @@ def _keep_stored(model: Llama, checkpoint: Checkpoint, sources: dict[str, Source
         if (weight := _stored(checkpoint, source)) is not None:
             model.keep_stored(name, weight)
             del sources[name]
+
+
+def _quantise(
+    model: Llama,
+    checkpoint: Checkpoint,
+    sources: dict[str, Source],
+    sharing: "World | None",
+    *,
+    whole_rows: bool,
+) -> None:
+    """Have the matrices whose rows are whole blocks be quantised, and take them out of `sources`.
+    Collective over the ranks that share them.
+    """
+    taken, shapes = {}, {}
+    for name, source in list(sources.items()):
+        rows, *depth = model.get_parameter(name).shape
+        if depth and (size := quantised_bytes(*depth)) is not None:
+            taken[name], shapes[source] = sources.pop(name), (rows, size)
+
+    def fill(tensors: dict[Source, torch.Tensor]) -> None:
+        for source, tensor in tensors.items():
+            row = 0
+            for block in source:
+                values = quantised(block.read(checkpoint), whole_rows=whole_rows)
+                tensor[row : row + len(values)] = values
+                row += len(values)
+
+    if sharing is None:
+        tensors = {each: large_pages.empty(shape, torch.uint8) for each, shape in shapes.items()}
+        fill(tensors)
+    else:
+        with shared_tensors(sharing, shapes, torch.uint8, (Block,)) as (tensors, mine):
+            fill({source: tensors[source] for source in mine})
+    for name, source in taken.items():
+        model.keep_stored(name, StoredWeight([Blocks(tensors[source], QUANTISED_AS)]))
+
+
+def original(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """Return the matrix `name` of a whole model as the checkpoint has it, in one of its dtypes."""
+    source = _sources(checkpoint.config, share(checkpoint.config, 0, 1))[name]
+    return torch.cat([block.read(checkpoint).float() for block in source])
 
 
 def _stored(checkpoint: Checkpoint, source: Source) -> StoredWeight | None:

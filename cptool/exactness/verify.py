@@ -47,12 +47,13 @@ ALLOWED_GROWTH = 1.1
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """The work of every run: two turns of tokens, then greedy decode steps; `kv_dtype` is the type
-    in which KV is stored.
+    in which KV is stored, `weights` what float weights are quantised to, or "file".
     """
 
     model: str
     dtype: str
     kv_dtype: str
+    weights: str
     turns: tuple[tuple[int, ...], tuple[int, ...]]
     steps: int
 
@@ -169,9 +170,8 @@ def compare(measurement: Measurement, reference: Measurement) -> str:
 def measure(world: World, trial: Trial, batch: Batch) -> list[Measurement]:
     """Run the trial under each variant on this rank; the measurements are those of rank 0."""
     world.report("load the weights")
-    model = load_model(
-        open_checkpoint(trial.model), getattr(torch, trial.dtype), world.device, world
-    )
+    checkpoint, dtype = open_checkpoint(trial.model), getattr(torch, trial.dtype)
+    model = load_model(checkpoint, dtype, world.device, world, weights=trial.weights)
     measurements = []
     for number, variant in enumerate(batch.variants):
         world.report(PHASE, batch.done + number, batch.total)

@@ -68,6 +68,7 @@ class LLM:
     variant: attention variant, or "auto" to choose one for each forward.
     kv_dtype: type in which keys and values are stored and sent, "auto" for `dtype`; products in
         float32 on a CPU also take "bfloat16" and "float16", to which they are rounded once.
+    weights: "file", or "q8_0" or "int8" to quantise float matrices while loading.
     threads: CPU threads per rank; by default the machine's cores divided among the ranks.
     context_length: allow this many positions, whatever the model's files say.
 
@@ -106,7 +107,7 @@ class LLM:
         shares.check(self.checkpoint.config, tp)
         ranks = replace(ranks, device=resolve_device(device, ranks.count))
         self.dtype, options = resolve_types(dtype, asked, self.checkpoint, ranks.device)
-        self.kv_dtype = options.kv_dtype
+        self.kv_dtype, self.weights = options.kv_dtype, options.weights
         setup = Setup(
             model=str(self.checkpoint.path),
             dtype=self.dtype,

@@ -13,7 +13,7 @@ from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
 from cptool.engine.sampling_request import SamplingRequest
 from cptool.errors import OptionError
-from cptool.session.manifest import DTYPES
+from cptool.session.manifest import DTYPES, WEIGHTS
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -29,9 +29,12 @@ class StoredTypes(TypedDict, total=False):
 
     kv_dtype: type in which keys and values are stored and sent: "auto" for that of the products,
         or with float32 products on a CPU also "bfloat16" or "float16".
+    weights: "file" to keep weights as the file stores them, or "q8_0" or "int8" to quantise float
+        matrices while loading.
     """
 
     kv_dtype: str
+    weights: str
 
 
 def engine_options(variant: str, types: StoredTypes) -> EngineOptions:
@@ -46,7 +49,9 @@ def engine_options(variant: str, types: StoredTypes) -> EngineOptions:
         raise OptionError("variant", variant, f"it must be one of {', '.join(known)}")
     kv_dtype = types.get("kv_dtype", "auto")
     check_dtype("kv_dtype", kv_dtype)
-    return EngineOptions(variant=variant, kv_dtype=kv_dtype)
+    if (weights := types.get("weights", "file")) not in WEIGHTS:
+        raise OptionError("weights", weights, f"it must be one of {', '.join(WEIGHTS)}")
+    return EngineOptions(variant=variant, kv_dtype=kv_dtype, weights=weights)
 
 
 def check_dtype(name: str, value: str) -> None:

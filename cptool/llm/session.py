@@ -62,6 +62,11 @@ class Session:
             return
         manifest = store.load(self.directory)
         store.check_model(manifest, store.identity(llm.checkpoint))
+        if manifest.weights != llm.weights:
+            raise UserError(
+                f"the KV of {self.directory} is that of weights {manifest.weights}, those of this "
+                f'LLM are {llm.weights}; make it with weights="{manifest.weights}"'
+            )
         if manifest.kv_dtype != llm.kv_dtype:
             raise UserError(
                 f"the KV of {self.directory} is {manifest.kv_dtype}, this LLM stores it in "

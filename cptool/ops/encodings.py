@@ -18,3 +18,12 @@ BLOCKS = {
     "IQ4_XS": (256, 136),
 }
 """Weights and bytes of a block; the kernels take plain types in blocks of 32."""
+
+QUANTISED_AS = "Q8_0"
+"""The type that `cptool.ops.quantise` makes: a float16 scale and 32 int8 weights in each block."""
+
+
+def quantised_bytes(depth: int) -> int | None:
+    """Return the bytes of a quantised row of `depth` weights, None if they are not whole blocks."""
+    weights, size = BLOCKS[QUANTISED_AS]
+    return None if depth % weights else depth // weights * size

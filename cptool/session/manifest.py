@@ -17,6 +17,8 @@ from cptool.errors import UserError
 FORMAT = 2
 REMEDY = "restore it or prefill anew"
 """For a session, or a file of one, that is damaged."""
+WEIGHTS = ("file", "q8_0", "int8")
+"""What KV can have been computed with: the weights of the model's files, or quantised ones."""
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element of KV, by its dtype."""
 
@@ -98,13 +100,14 @@ class Manifest:
     `revision` counts what was ever committed. `turns[t][b]` is the number of tokens of sequence b
     after turn t + 1. `chat` holds the seals of the states of the conversation in chat.json, one for
     each turn after which it is known, the latest last. `dtype` is what the last turn computed in,
-    `kv_dtype` the type of all KV.
+    `kv_dtype` the type of all KV, `weights` what the model's weights were quantised to, or "file".
     """
 
     session: str
     model: ModelIdentity
     dtype: str
     kv_dtype: str
+    weights: str
     cp: int
     tp: int
     revision: int

@@ -11,6 +11,7 @@ from cptool.session.manifest import (
     DTYPES,
     FORMAT,
     SEGMENT_NAME,
+    WEIGHTS,
     Manifest,
     ModelIdentity,
     Segment,
@@ -44,7 +45,8 @@ def parse(data: bytes) -> Manifest:
     _require(seal is not None, "it has no checksum (sha256), so it cannot be trusted")
     _require(seal == checksum(text_of(found)), "its checksum is that of something else")
     del found["format"]
-    found.setdefault("kv_dtype", found.get("dtype"))  # which older versions did not tell apart
+    # Older versions did not tell these apart, and quantised nothing.
+    found = {"kv_dtype": found.get("dtype"), "weights": "file", **found}
     made = _made(Manifest, found, "the manifest")
     manifest = replace(
         made,
@@ -114,6 +116,10 @@ def validate(manifest: Manifest) -> None:
             type(value) is str and value in DTYPES,
             f"{name} is {_quoted(value)}, it must be one of {', '.join(DTYPES)}",
         )
+    _require(
+        type(manifest.weights) is str and manifest.weights in WEIGHTS,
+        f"weights is {_quoted(manifest.weights)}, it must be one of {', '.join(WEIGHTS)}",
+    )
     _within(manifest.cp, 1, _MOST_RANKS, "cp")
     _within(manifest.tp, 1, _MOST_RANKS, "tp")
     _within(manifest.revision, 1, _MOST_POSITIONS, "revision")

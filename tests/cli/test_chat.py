@@ -105,6 +105,7 @@ def manifest_of(revision: int, tokens: list[int], chat: tuple[str, ...] = ()) ->
         ),
         dtype="float32",
         kv_dtype="float32",
+        weights="file",
         cp=1,
         tp=1,
         revision=revision,

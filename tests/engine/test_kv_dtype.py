@@ -80,7 +80,7 @@ def test_a_session_keeps_the_type_of_its_kv(tiny_model, tmp_path):
 
 
 def held(dtype, kv_dtype):
-    return "s", SimpleNamespace(dtype=dtype, kv_dtype=kv_dtype)
+    return "s", SimpleNamespace(dtype=dtype, kv_dtype=kv_dtype, weights="file")
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,18 @@ def test_bfloat16_products_are_those_of_avx512_bf16(monkeypatch, isas, fast):
     assert processor.has_bfloat16_products() == bool(fast)
 
 
+@pytest.mark.parametrize("best", range(len(ISAS)), ids=ISAS)
+def test_the_choice_on_each_instruction_set(monkeypatch, best):
+    """float32 loses nothing; bfloat16 is taken where it is the file's own type and fast."""
+    isas_of_machine(monkeypatch, ISAS[: best + 1])
+    fast = ISAS[best] in ("avx512bf16", "amx")
+    for own in ("float32", "bfloat16", "float16", None):  # None: quantised, or several
+        found = resolve_dtype("auto", SimpleNamespace(matrix_dtype=own), "cpu")
+        assert found == ("bfloat16" if fast and own == "bfloat16" else "float32")
+        for asked in ("float32", "bfloat16", "float16"):
+            assert resolve_dtype(asked, SimpleNamespace(matrix_dtype=own), "cpu") == asked
+
+
 @pytest.mark.parametrize(
     "name, value, fast",
     [

@@ -230,6 +230,7 @@ CRAFTED = {
     "a name above": lambda f: f["segments"][0].update(file="../s/" + f["segments"][0]["file"]),
     "a dtype that is none": lambda f: f.update(dtype="int8"),
     "a type of KV that is none": lambda f: f.update(kv_dtype="int8"),
+    "weights that are none": lambda f: f.update(weights="int4"),
     "too small a file": lambda f: f["segments"][0].update(bytes=100),
     "layers that are not there": lambda f: f["model"].update(layers=3),
     "more ranks than there are": lambda f: f.update(cp=10**9),
@@ -322,8 +323,9 @@ def test_what_a_segment_holds_is_checked_before_anything_is_taken_over(made, tmp
 
 def test_older_manifests_have_kv_of_the_dtype(made):
     fields = fields_of(made)
-    assert fields.pop("kv_dtype") == "float32"
-    assert parse(text_of(fields)).kv_dtype == "float32"
+    assert (fields.pop("kv_dtype"), fields.pop("weights")) == ("float32", "file")
+    older = parse(text_of(fields))
+    assert (older.kv_dtype, older.weights) == ("float32", "file")
 
 
 def test_kv_of_another_dtype_is_refused(made):

@@ -105,6 +105,7 @@ def _save_turn(directory, lengths, starts, ranks, tp, previous, held):
         model=MODEL,
         dtype="float32",
         kv_dtype="float32",
+        weights="file",
         cp=ranks,
         tp=tp,
         revision=revision,

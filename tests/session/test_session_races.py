@@ -53,6 +53,7 @@ def began(directory, previous: Manifest | None, held: ExitStack, lengths=(3, 3))
         model=previous.model if previous else MODEL,
         dtype="float32",
         kv_dtype="float32",
+        weights="file",
         cp=1,
         tp=1,
         revision=segment.revision,

@@ -58,6 +58,11 @@ class Job:
         """Type in which keys and values are stored."""
         return self.options.kv_dtype
 
+    @property
+    def weights(self) -> str:
+        """What weights are quantised to, or "file"."""
+        return self.options.weights or "file"
+
     def origin(self, line: Line) -> dict[str, Any]:
         """Return the fields that identify the answer to a line: what it answers, and how."""
         return {
@@ -69,6 +74,7 @@ class Job:
             "fingerprint": self.checkpoint.fingerprint,
             "dtype": self.dtype,
             "kv_dtype": self.kv_dtype,
+            "weights": self.weights,
             "sampling": asdict(self.sampling),
             "stop": list(self.wanted.stop),
             "top_logprobs": self.wanted.logprobs,
@@ -233,6 +239,7 @@ class _Run:
             "device": ranks.device,
             "dtype": self.job.dtype,
             "kv_dtype": self.job.kv_dtype,
+            "weights": self.job.weights,
             "sampling": asdict(self.job.sampling),
             "load_s": self.load_s,
             "read_s": progress.read_s if progress else 0.0,

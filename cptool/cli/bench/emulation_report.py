@@ -12,7 +12,7 @@ from cptool.emulation.layer import Scenario
 from cptool.emulation.projection import Projection
 from cptool.planning.cost.counts import kv_bytes, matrix_parameters
 from cptool.planning.hardware import HardwareProfile
-from cptool.units import byte_rate, duration, flop_rate, percent, size, some
+from cptool.units import byte_rate, duration, flop_rate, percent, size
 from cptool.variants import find
 
 
@@ -107,7 +107,7 @@ class Report:
         device = self.scenario.device
         if device.type == "cuda":
             return torch.cuda.get_device_name(device)
-        return f"CPU, {some(torch.get_num_threads(), 'thread')}"
+        return f"CPU, {torch.get_num_threads()} threads"
 
     def _attention_rate(self, pairs: int, seconds: float) -> float | None:
         """Return TFLOP/s of attention over `pairs` of queries and keys: 4 D per pair and head."""
@@ -150,13 +150,11 @@ class Report:
     def _part_rows(self) -> Rows:
         rows = []
         for part in self.result.parts:
-            spread = ""
-            if part.fastest_s < part.slowest_s:  # of several passes
-                spread = f" ({duration(part.fastest_s)} to {duration(part.slowest_s)})"
+            spread = f"{duration(part.fastest_s)} to {duration(part.slowest_s)}"
             rows.append(
                 (
                     part.name.partition(",")[0] if part.flops else "other",
-                    f"{duration(part.seconds)}{spread}"
+                    f"{duration(part.seconds)} ({spread})"
                     + (
                         f", {flop_rate(part.flops / part.seconds)}"
                         if part.flops and part.seconds
@@ -182,15 +180,14 @@ class Report:
 
     def _exchange_rows(self) -> Rows:
         scenario, result = self.scenario, self.result
-        rows, waiting = [], ""
-        if result.waiting_s > 0:
-            waiting = f"; ranks wait for each other {duration(result.waiting_s)}"
+        rows = []
         if scenario.cp > 1:
             rows.append(
                 (
                     "exchange",
                     f"{size(result.sent_bytes)} sent, {duration(result.transfer_s)}, of which "
-                    f"{duration(result.exposed_s)} exposed{waiting}",
+                    f"{duration(result.exposed_s)} exposed; ranks wait for each other "
+                    f"{duration(result.waiting_s)}",
                 )
             )
         if scenario.tp > 1:

@@ -11,6 +11,7 @@ from cptool.cli.options import completion
 from cptool.cli.options.variables import VariableOption
 from cptool.distributed.options import DEFAULT_TIMEOUT_S
 from cptool.errors import OptionError
+from cptool.session.manifest import WEIGHTS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -54,6 +55,17 @@ dtype_option = click.option(
     default="auto",
     help="Compute in this type.  [default: auto, the checkpoint's own; float32 on a CPU that is "
     "slow in it]",
+)
+
+
+weights_option = click.option(
+    "--weights",
+    cls=VariableOption,
+    envvar="CPTOOL_WEIGHTS",
+    type=click.Choice(WEIGHTS),
+    help="Keep weights as the file stores them, or quantise float matrices while loading to int8 "
+    "with a scale for each 32 weights (q8_0) or each row (int8): fewer bytes for a CPU to read, "
+    "and other results.  [default: file, or what the session was computed with]",
 )
 
 

@@ -14,6 +14,7 @@ from cptool.cli.options.common import (
     kv_dtype_option,
     threads_option,
     timeout_option,
+    weights_option,
 )
 from cptool.cli.options.records import Decorator, as_object
 from cptool.cli.options.variables import VariableOption
@@ -132,5 +133,6 @@ attention_options = as_object(
             "dtype: fewer bytes, one more rounding.  [default: float32]",
         ),
         kv_dtype_option,
+        weights_option,
     ],
 )

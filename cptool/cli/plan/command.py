@@ -14,15 +14,16 @@ from cptool.cli import draw
 from cptool.cli.figures.tables import wide_option
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
-from cptool.cli.options.common import DTYPES, json_option
+from cptool.cli.options.common import json_option
 from cptool.cli.options.examples import examples
 from cptool.cli.options.models import open_shape
 from cptool.cli.options.ranks import VARIANT_WORDS, VARIANTS
 from cptool.cli.options.records import as_object
 from cptool.cli.options.types import Duration, TokenCount
 from cptool.cli.plan.search import Search
+from cptool.cli.plan.types import planned_types, type_options
 from cptool.distributed.devices import resolve_device
-from cptool.engine.options import check_kv_dtype, mean_weight_size, resolve_dtype
+from cptool.engine.options import EngineOptions, mean_weight_size
 from cptool.engine.world_profile import machine_profile
 from cptool.errors import OptionError, UserError
 from cptool.model import shares
@@ -49,6 +50,7 @@ class WorkOptions:
     answer: int
     dtype: str
     kv_dtype: str
+    weights: str | None
     fp8: bool | None
     eager: bool
     as_published: bool
@@ -112,20 +114,7 @@ class SweepOptions:
             metavar="N",
             help="Tokens of the answer, for the memory and the time of the whole.",
         ),
-        click.option(
-            "--dtype",
-            type=click.Choice(DTYPES),
-            default="auto",
-            help="Type of the products, and of weights that do not stay as a file stores them.  "
-            "[default: auto, what prefill would take for this checkpoint; bfloat16 for a shape]",
-        ),
-        click.option(
-            "--kv-dtype",
-            type=click.Choice(DTYPES),
-            default="auto",
-            help="Type in which keys and values are stored and sent.  [default: auto, that of "
-            "--dtype]",
-        ),
+        *type_options,
         click.option(
             "--fp8/--no-fp8",
             default=None,
@@ -262,7 +251,8 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
     notes: list[str] = []
     config, checkpoint = open_shape(model, notes), find_checkpoint(model)
     profile = _profile(on.hardware, checkpoint)
-    dtype = _dtype(run.dtype, profile, checkpoint)
+    types = EngineOptions(kv_dtype=run.kv_dtype, weights=run.weights)
+    dtype, kv_dtype = planned_types(run.dtype, types, profile.device, checkpoint)
     for note in (*notes, *_unmeasured(dtype, profile)):
         draw.say(note, always=True)
     shares.check(config, on.tp or 1)
@@ -273,8 +263,6 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
             f"{profile.name} has no coefficients of it",
             "measure them with `cptool bench calibrate`, or name another rule",
         )
-    kv_dtype = None if run.kv_dtype == "auto" else run.kv_dtype
-    check_kv_dtype(kv_dtype or dtype, dtype, profile.device)
     work = planner.Workload(
         config=config,
         context=run.context,
@@ -284,7 +272,9 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
         dtype=dtype,
         feed_forward=_feed_forward(run, dtype, profile),
         weight_size=(
-            mean_weight_size(checkpoint, dtype, profile.device) if checkpoint is not None else None
+            mean_weight_size(checkpoint, dtype, profile.device, run.weights)
+            if checkpoint is not None
+            else None
         ),
         kv_dtype=kv_dtype,
         published=run.as_published,
@@ -310,13 +300,6 @@ def _profile(hardware: str | None, checkpoint: Checkpoint | None) -> HardwarePro
     if hardware is None and checkpoint is not None:
         return machine_profile(resolve_device("auto"))
     return find_profile(hardware or ("measured" if is_measured() else "h100-sxm"))
-
-
-def _dtype(requested: str, profile: HardwareProfile, checkpoint: Checkpoint | None) -> str:
-    """Return the dtype requested; for "auto" what `cptool prefill` takes on such hardware."""
-    if requested == "auto" and checkpoint is None:
-        return "bfloat16"
-    return requested if checkpoint is None else resolve_dtype(requested, checkpoint, profile.device)
 
 
 def _unmeasured(dtype: str, profile: HardwareProfile) -> list[str]:

@@ -175,7 +175,7 @@ class Report:
             what = f"decode SESSION {prompt} -n {work.answer}"
         else:
             options.append(f"--dtype {work.dtype}")
-            if work.kv_dtype is not None:
+            if work.kv_dtype not in (None, work.dtype):
                 options.append(f"--kv-dtype {work.kv_dtype}")
         if self._beyond_context():
             options.append(f"--context-length {work.context + work.answer}")

@@ -1,0 +1,57 @@
+"""In which types a planned run computes and stores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from cptool.cli.options.common import DTYPES
+from cptool.engine.options import QUANTISED, EngineOptions, check_kv_dtype, resolve_types
+from cptool.errors import OptionError
+from cptool.session.manifest import WEIGHTS
+
+if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
+
+type_options = (
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="auto",
+        help="Type of the products, and of weights that do not stay as a file stores them.  "
+        "[default: auto, what prefill would take for this checkpoint; bfloat16 for a shape]",
+    ),
+    click.option(
+        "--kv-dtype",
+        type=click.Choice(DTYPES),
+        default="auto",
+        help="Type in which keys and values are stored and sent.  [default: auto, that of --dtype]",
+    ),
+    click.option(
+        "--weights",
+        type=click.Choice(WEIGHTS),
+        help="Plan for a checkpoint's float weights as they are, or quantised while loading.  "
+        "[default: file]",
+    ),
+)
+
+
+def planned_types(
+    dtype: str, options: EngineOptions, device: str, checkpoint: Checkpoint | None
+) -> tuple[str, str]:
+    """Return the types of the products and of KV; for "auto" those that `cptool prefill` takes.
+
+    Without a checkpoint, for a shape, it is bfloat16. Raises OptionError for types that do not go
+    together.
+    """
+    if checkpoint is not None:
+        dtype, options = resolve_types(dtype, options, checkpoint, device)
+        return dtype, options.kv_dtype
+    if options.weights in QUANTISED:
+        rule = "a shape has no weights to quantise"
+        raise OptionError("weights", options.weights, rule, "name a checkpoint, or leave it out")
+    dtype = "bfloat16" if dtype == "auto" else dtype
+    kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
+    check_kv_dtype(kv_dtype, dtype, device)
+    return dtype, kv_dtype
