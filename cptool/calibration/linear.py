@@ -22,6 +22,8 @@ from cptool.planning.linear_rates import RowRates, StoredRates, fitted
 
 STORED = "Q4_K", "Q4_1"
 """Types of GGUF whose weights are timed."""
+LIKE_ONE = 2
+"""Rows whose products with stored weights take about as long as those of one."""
 
 MOST_ROWS = ROWS_AT_ONCE_CPU
 """The most rows that a CPU is timed at: more go through the feed-forward network in pieces."""
@@ -106,7 +108,7 @@ def stored_rates(clock: Clock) -> StoredRates:
     ]
     each = max(large - small, 0.05 * large) / (sizes[1] - sizes[0])
     return StoredRates(
-        rows=few_rows(part),
+        rows=min(LIKE_ONE, few_rows(part)),
         direct=1 / each,
         widened=panel.numel() / times["widen"],
         layer_s=max(0.0, small - sizes[0] * each),

@@ -116,6 +116,6 @@ def decode(
         tokenizer=checkpoint.tokenizer(),
         prompts=turn.prompts,
         after=following.before_answers(manifest.sequences),
-        cached=[sequence.cached for sequence in manifest.sequences],
+        manifest=manifest,
         sampling=sampler.describe(sampling),
     )

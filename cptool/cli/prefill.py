@@ -81,7 +81,7 @@ def prefill(
         profile=profile,
         chat=begun(prompts, asked, kept.directory, manifest),
     )
-    turn_report.say_prediction(turn, placed, turn.keep or [0] * len(lengths))
+    turn_report.say_prediction(turn, placed, manifest)
     report = run_turn(turn, placed)
     if report is None:
         return

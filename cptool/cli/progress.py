@@ -1,11 +1,13 @@
 """Progress bars, drawn while ranks work or a command counts its steps.
 
-Time left is elapsed x (1 - share) / share, from the share of the work that is done, and not from
-the steps of the last seconds: a step, such as a layer of a long prompt, may take minutes.
+Time left follows from the share of the work that was done in the last two thirds of the time so
+far (`Pace`), and not from the steps of the last seconds: a step, such as a layer of a long prompt,
+may take minutes.
 """
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -92,12 +94,38 @@ def counted(what: str, total: int) -> Iterator["Callable[[int], None]"]:
                 thread.join()
 
 
+class Pace:
+    """Estimates the time left of work from the shares that are done at moments.
+
+    The rest goes on at the speed of the last two thirds of the time so far. What came before, such
+    as a slow start or another program that has ended since, does not count any more.
+    """
+
+    def __init__(self, began: float) -> None:
+        self._seen = deque([(began, 0.0)])
+        self._began = began
+
+    def left(self, now: float, share: float) -> float | None:
+        """Return the seconds left once `share` is done; None while that is unknown.
+
+        To be called at ascending moments.
+        """
+        seen = self._seen
+        if share > seen[-1][1]:
+            seen.append((now, share))
+        while len(seen) > 2 and seen[1][0] <= self._began + (now - self._began) / 3:
+            seen.popleft()
+        then, done = seen[0]
+        return (now - then) * (1 - share) / (share - done) if share > done else None
+
+
 class Bar:
     """A progress bar; `hidden` if it is not drawn."""
 
     def __init__(self, drawn: "Progress | None", first: str) -> None:
         self._drawn, self.hidden = drawn, drawn is None
         self._phase, self._began, self._share = "", time.monotonic(), 0.0
+        self._pace = Pace(self._began)
         if drawn is not None:
             self._task = drawn.add_task(first, total=None, figures="")
 
@@ -110,16 +138,19 @@ class Bar:
         status, now = board.read(0), time.monotonic()
         if not status.phase or status.phase == IDLE:
             return
-        if status.phase != self._phase:
-            self._phase, self._began, self._share = status.phase, now, 0.0
+        began = self._began if status.phase == self._phase else now
         if status.work is not None:
-            self._began = status.work.began
+            began = status.work.began
+        if (status.phase, began) != (self._phase, self._began):
+            self._share = self._share if status.phase == self._phase else 0.0
+            self._phase, self._began, self._pace = status.phase, began, Pace(began)
         share = status.work.share if status.work else status.done / max(1, status.total)
         self._share = max(self._share, share)
         tokens = status.work.tokens if status.work else 0
         if self._phase in _PHASES:
             tokens = status.total
-        shown = figures(self._share, now - self._began, tokens) if status.total else ""
+        left = self._pace.left(now, self._share)
+        shown = figures(self._share, now - began, tokens, left=left) if status.total else ""
         self.draw(described(status), self._share if status.total else None, shown)
 
     def draw(self, what: str, share: float | None, shown: str) -> None:
@@ -164,16 +195,19 @@ def described(status: "Status") -> str:
     return f"{phase} {step:,} of {status.total:,}" if status.total else phase
 
 
-def figures(share: float, elapsed: float, tokens: int = 0) -> str:
+def figures(share: float, elapsed: float, tokens: int = 0, *, left: float | None = None) -> str:
     """Return percent, tokens per second so far, time elapsed and time left; `share` of `tokens`
     were computed in `elapsed` seconds.
+
+    left: the seconds left, by default at the speed so far.
     """
     shown = [f"{int(100 * share)}%"]  # 100% is the end
     if tokens and share and elapsed:
         shown.append(token_rate(tokens * share / elapsed))
     shown.append(clock(elapsed))
     if _SOONEST <= share < 1:
-        shown.append(f"{clock(elapsed * (1 - share) / share)} left")
+        left = elapsed * (1 - share) / share if left is None else left
+        shown.append(f"{clock(left)} left")
     return ", ".join(shown)
 
 

@@ -1,6 +1,5 @@
 """What a turn did, as rows of a table, fields of JSON, and the phases of a profile."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from cptool.cli import verbosity
@@ -13,6 +12,7 @@ from cptool.units import byte_rate, duration, flop_rate, percent, size, some, to
 if TYPE_CHECKING:
     from cptool.distributed.options import RankOptions
     from cptool.engine.turn import Report, Turn
+    from cptool.session.manifest import Manifest
 
 
 class Typed(Protocol):
@@ -30,19 +30,19 @@ _SHARED = 0.05
 """The part of the time to the first token from which on sharing processors is worth a row."""
 
 
-def say_prediction(turn: "Turn", ranks: "RankOptions", cached: Sequence[int]) -> None:
+def say_prediction(turn: "Turn", ranks: "RankOptions", manifest: "Manifest | None") -> None:
     """Print what the turn is predicted to take, where the cost model covers it, to a user who waits
     at a terminal, or with -v.
 
-    cached: the tokens of each sequence that the session holds. Under a launcher the ranks may be
-    on several machines, whose profile is known only to them; nothing is printed then.
+    manifest: of the session that the turn continues. Under a launcher the ranks may be on several
+    machines, whose profile is known only to them; nothing is printed then.
     """
     if launched_size() is not None or not (verbosity.draws_bars() or verbosity.verbose()):
         return
     from cptool.checkpoint import open_checkpoint
     from cptool.engine.figures import expected
 
-    found = expected(turn, open_checkpoint(turn.model), ranks, cached)
+    found = expected(turn, open_checkpoint(turn.model), ranks, manifest)
     parts = []
     if found.ttft_s is not None:
         parts.append(f"{duration(found.ttft_s)} to the first token")

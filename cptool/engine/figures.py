@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cptool.engine.options import mean_weight_size
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from cptool.engine.engine import Engine
     from cptool.engine.turn import Turn
     from cptool.model.config import LlamaConfig
+    from cptool.session.manifest import Manifest
 
 
 def predicted(
@@ -41,15 +41,28 @@ def predicted(
 
 
 def expected(
-    turn: Turn, checkpoint: Checkpoint, ranks: RankOptions, cached: Sequence[int]
+    turn: Turn, checkpoint: Checkpoint, ranks: RankOptions, manifest: Manifest | None
 ) -> Prediction:
-    """Return the same for a turn whose ranks this process is about to start on this machine."""
+    """Return the same for a turn whose ranks this process is about to start on this machine.
+
+    manifest: of the session that it continues, before the turn goes back in it.
+    """
     from cptool.engine.world_profile import local_profile
 
+    said, cached = [0] * len(turn.prompts), [0] * len(turn.prompts)
+    if manifest is not None:
+        kept = manifest if turn.keep is None else manifest.truncated(list(turn.keep))
+        said = [len(sequence.tokens) for sequence in kept.sequences]
+        cached = [sequence.cached for sequence in kept.sequences]
+    # Tokens whose KV is pending are computed with the prompts.
+    new = [
+        held - done + len(prompt)
+        for held, done, prompt in zip(said, cached, turn.prompts, strict=True)
+    ]
     work = Work(
         config=checkpoint.config,
         dtype=turn.dtype,
-        new=[len(prompt) for prompt in turn.prompts],
+        new=new,
         cached=cached,
         answer=turn.max_new_tokens,
         samples=turn.samples,

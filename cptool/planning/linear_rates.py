@@ -90,8 +90,8 @@ class RowRates:
 class StoredRates:
     """How fast a CPU multiplies float32 rows with weights that stay as a file stores them.
 
-    rows: up to how many rows weights are widened in registers, `direct` per second; the arithmetic
-    of these rows hides behind it. widened: weights per second that are widened for more rows, a
+    rows: up to how many rows take the time of one, in which `direct` weights are multiplied per
+    second. widened: weights per second that are widened for more rows, a
     panel at a time. layer_s: seconds per layer of few rows that do not depend on its widths; its
     steps are calls of their own, while other layers of few rows take two.
     """

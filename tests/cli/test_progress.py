@@ -22,6 +22,19 @@ def test_time_left_is_that_of_the_share():
     assert progress.figures(0.0, 0.0, 5) == "0%, 0:00"
 
 
+def test_time_left_goes_by_the_last_two_thirds_of_the_time():
+    steady = progress.Pace(10.0)
+    for second in range(1, 100):
+        assert steady.left(10.0 + second, second / 100) == pytest.approx(100 - second)
+    # A fifth in 40 s, and then twice as fast.
+    faster = progress.Pace(0.0)
+    shares = [(t, t / 200 if t <= 40 else 0.2 + (t - 40) / 100) for t in range(0, 121, 5)]
+    left = [faster.left(t, share) for t, share in shares]
+    assert left[0] is None and left[8] == pytest.approx(160)
+    assert left[-1] == pytest.approx(0, abs=1e-9) and left[-2] == pytest.approx(5, rel=0.05)
+    assert steady.left(150.0, 0.99) > 1  # while nothing is done, it grows
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """A bar of 80 columns at 100 s of the clock, and what it has drawn."""

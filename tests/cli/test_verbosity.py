@@ -1,7 +1,11 @@
 """-q and -v: what is on standard error."""
 
+import json
+
 import pytest
 from test_cli import cptool
+
+from cptool.units import duration
 
 PLAN = ("plan", "llama3-8b", "--context", "8K")
 
@@ -37,3 +41,23 @@ def test_they_exclude_each_other_and_hold_for_one_command():
 def test_every_command_takes_them(words):
     shown = cptool(*words, "--help").stdout
     assert shown.count("--quiet") == shown.count("--verbose") == 1
+
+
+def test_what_is_predicted_before_a_turn_is_what_its_report_says(prefill, tmp_path):
+    """The session holds a token whose KV is pending, and the last turn goes back in it."""
+
+    def turn(*command):
+        done = cptool("-v", *command, "--json")
+        said, found = " ".join(done.stderr.split()), json.loads(done.stdout)
+        assert f"predicted: {duration(found['predicted_ttft_s'])} to the first token" in said
+        if step_ms := found.get("predicted_ttit_ms"):
+            assert f"{duration(step_ms / 1e3)} for each further token" in said
+        return found["predicted_ttft_s"]
+
+    turn(*prefill)
+    cptool("decode", tmp_path / "s", "-n", "3", "--temperature", "0")
+    ids = tmp_path / "ids"
+    ids.write_text(json.dumps(list(range(10, 13))))
+    turn("decode", tmp_path / "s", "-n", "3", "--temperature", "0", "--token-ids", ids)
+    longer = ("prefill", prefill[1], "--synthetic", "40", "--session", tmp_path / "s", "--rewind")
+    assert turn(*longer) > 0

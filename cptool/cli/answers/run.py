@@ -15,6 +15,7 @@ from cptool.distributed.options import RankOptions
 if TYPE_CHECKING:
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
     from cptool.engine.turn import Turn
+    from cptool.session.manifest import Manifest
 
 
 def run_and_write(
@@ -26,13 +27,13 @@ def run_and_write(
     prompts: Sequence[Sequence[int]],
     after: Sequence[Sequence[int]],
     sampling: str,
-    cached: Sequence[int] | None = None,
+    manifest: Manifest | None = None,
 ) -> None:
     """Run the turn, write its answers to standard output and, for people, a table after them.
 
     prompts: the token ids that --echo shows. after: the tokens whose text each answer goes on
     with, none where it begins a text. sampling: one line on how tokens were sampled.
-    cached: the tokens of each sequence that the session holds; by default those that it keeps.
+    manifest: of the session that the turn continues.
 
     Raises KeyboardInterrupt if Ctrl-C ended the answers, once they are written.
     """
@@ -40,7 +41,7 @@ def run_and_write(
 
     if turn.stop_texts:
         turn = replace(turn, after=tuple(map(len, after)))
-    turn_report.say_prediction(turn, ranks, cached or turn.keep or [0] * len(turn.prompts))
+    turn_report.say_prediction(turn, ranks, manifest)
     writer = output.writer(turn, tokenizer, prompts, after)
     report = run_turn(turn, ranks, emit=writer.emit)
     if report is None:  # another process of the launcher writes
