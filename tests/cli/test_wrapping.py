@@ -13,6 +13,7 @@ from cptool.cli.figures.wrapping import continued, wrapped
         ("", [""]),
         ("attention 62.7 s (81%)", ["attention", "62.7 s (81%)"]),
         ("in 1 min 50 s more", ["in 1 min 50 s", "more"]),
+        ("105 MB, 1 h 5 min", ["105 MB,", "1 h 5 min"]),
         ("12.8 GB/s of weights", ["12.8 GB/s of", "weights"]),
         ("the 3 steps", ["the 3 steps"]),
         ("abcdefghijklmnop", ["abcdefghijklm", "nop"]),

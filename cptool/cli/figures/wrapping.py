@@ -7,8 +7,9 @@ import textwrap
 
 _GLUE = "\N{NO-BREAK SPACE}"
 
-_BEFORE_UNIT = re.compile(
+_IN_A_QUANTITY = re.compile(
     r"(?<=\d) (?=(?:s|ms|us|ns|min|h|d|[kKMGTP]?B(?:/s)?|[kKMGTP]?FLOP/s|tokens?(?:/s)?)(?!\w))"
+    r"|(?<=\d d) (?=\d)|(?<=\d h) (?=\d)|(?<=\d min) (?=\d)"
 )
 
 _QUOTED = re.compile(r"'[^']*'")
@@ -22,7 +23,7 @@ def wrapped(text: str, width: int, *, break_long_words: bool = False) -> list[st
     if not text.isascii() and break_long_words:
         return _wrapped_cells(text, width)
     lines = textwrap.wrap(
-        _BEFORE_UNIT.sub(_GLUE, text),
+        _IN_A_QUANTITY.sub(_GLUE, text),
         width,
         break_long_words=break_long_words,
         break_on_hyphens=False,
