@@ -183,16 +183,33 @@ void widen(uintptr_t w, int64_t w_stride, int64_t rows, int64_t depth, int64_t h
                      threads);
 }
 
+// A weight, as Python gives it: its address and the elements from row to row, or the address of
+// `parts` times the arguments of `stored`.
+struct LayerWeight {
+  LayerWeight(uintptr_t at, int64_t stride, int64_t parts)
+      : weight{pointer<const void>(at), stride, nullptr, parts} {
+    const int64_t* from = pointer<const int64_t>(at);
+    for (int64_t i = 0; i < parts; ++i, from += 6) {
+      matrices.push_back(stored(static_cast<uintptr_t>(from[0]), from[1], from[2], from[3], from[4],
+                                static_cast<int>(from[5])));
+    }
+    weight.stored = matrices.data();
+  }
+  std::vector<cptool::StoredMatrix> matrices;
+  cptool::cpu::Weight weight;
+};
+
 void layer_input(uintptr_t hidden, int64_t stride, int64_t rows, int64_t width, int dtype,
-                 uintptr_t norm, double eps, uintptr_t qkv, int64_t qkv_stride, int64_t columns,
-                 int64_t rotated, int64_t head_dim, uintptr_t cos, uintptr_t sin, uintptr_t scratch,
-                 uintptr_t out, int threads) {
+                 uintptr_t norm, double eps, uintptr_t qkv, int64_t qkv_stride, int64_t qkv_parts,
+                 int64_t columns, int64_t rotated, int64_t head_dim, uintptr_t cos, uintptr_t sin,
+                 uintptr_t scratch, uintptr_t out, int threads) {
   py::gil_scoped_release released;
+  const LayerWeight qkv_weight(qkv, qkv_stride, qkv_parts);
   cptool::cpu::layer_input(
       {{pointer<void>(hidden), stride, rows, width, static_cast<ScalarType>(dtype)},
        pointer<const void>(norm),
        static_cast<float>(eps),
-       {pointer<const void>(qkv), qkv_stride},
+       qkv_weight.weight,
        columns,
        rotated,
        head_dim,
@@ -204,19 +221,22 @@ void layer_input(uintptr_t hidden, int64_t stride, int64_t rows, int64_t width, 
 }
 
 void layer_output(uintptr_t hidden, int64_t stride, int64_t rows, int64_t width, int dtype,
-                  uintptr_t attended, int64_t depth, uintptr_t o, int64_t o_stride, uintptr_t norm,
-                  double eps, uintptr_t gate_up, int64_t gate_up_stride, uintptr_t down,
-                  int64_t down_stride, int64_t ffn, uintptr_t scratch, int threads) {
+                  uintptr_t attended, int64_t depth, uintptr_t o, int64_t o_stride, int64_t o_parts,
+                  uintptr_t norm, double eps, uintptr_t gate_up, int64_t gate_up_stride,
+                  int64_t gate_up_parts, uintptr_t down, int64_t down_stride, int64_t down_parts,
+                  int64_t ffn, uintptr_t scratch, int threads) {
   py::gil_scoped_release released;
+  const LayerWeight o_weight(o, o_stride, o_parts), down_weight(down, down_stride, down_parts);
+  const LayerWeight gate_up_weight(gate_up, gate_up_stride, gate_up_parts);
   cptool::cpu::layer_output(
       {{pointer<void>(hidden), stride, rows, width, static_cast<ScalarType>(dtype)},
        pointer<const void>(attended),
        depth,
-       {pointer<const void>(o), o_stride},
+       o_weight.weight,
        pointer<const void>(norm),
        static_cast<float>(eps),
-       {pointer<const void>(gate_up), gate_up_stride},
-       {pointer<const void>(down), down_stride},
+       gate_up_weight.weight,
+       down_weight.weight,
        ffn,
        pointer<void>(scratch)},
       threads);

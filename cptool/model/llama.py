@@ -177,7 +177,7 @@ class DecoderLayer(nn.Module):
         if not hidden.shape[0]:
             self.self_attn.without_tokens(hidden, attend)
             return
-        if fused_layer.takes(hidden) and self._fuses():
+        if self._fuses() and fused_layer.takes(hidden, *self._weights()):
             self._in_two_calls(hidden, cos, sin, attend)
             return
         attended = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
@@ -216,14 +216,14 @@ class DecoderLayer(nn.Module):
 
     def _fuses(self) -> bool:
         """Return whether all products are plain, and none is timed or completed by a caller."""
+        return all(type(module) is Linear and not module.observed for module in self._products())
+
+    def _products(self) -> tuple[Linear, ...]:
         attention, mlp = self.self_attn, self.mlp
-        products = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
-        return all(
-            type(module) is Linear
-            and isinstance(module.weight, torch.Tensor)
-            and not module.observed
-            for module in products
-        )
+        return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+
+    def _weights(self) -> tuple[fused_layer.Weight, ...]:
+        return tuple(module.weight for module in self._products())
 
 
 class Llama(nn.Module):

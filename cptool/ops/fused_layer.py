@@ -13,15 +13,18 @@ from torch import Tensor
 from cptool.ops.checks import SCALAR_TYPES, check_matrix
 from cptool.ops.kernels import EXTENSION as _C
 from cptool.ops.linear import FEW_ROWS
+from cptool.ops.stored import StoredWeight
+
+Weight = Tensor | StoredWeight
 
 _MOST_ROWS = 64
 """Rows up to which the fused layer is used; with more, the calls between the steps cost nothing and
 the intermediates are large."""
 
 
-def takes(hidden: Tensor) -> bool:
+def takes(hidden: Tensor, *weights: Weight) -> bool:
     """Return whether `hidden` [rows, width] is few rows on a CPU, of which the extension computes
-    all products.
+    all products with `weights`.
     """
     rows, dtype = hidden.shape[0], hidden.dtype
     return (
@@ -29,11 +32,27 @@ def takes(hidden: Tensor) -> bool:
         and dtype in SCALAR_TYPES
         and rows <= min(_MOST_ROWS, FEW_ROWS[dtype])
         and not torch.compiler.is_compiling()
+        and all(rows <= w.few_rows for w in weights if isinstance(w, StoredWeight))
     )
 
 
+def _place(
+    name: str, weight: Weight, shape: tuple[int, int], dtype: torch.dtype
+) -> tuple[int, int, int]:
+    """Return what the extension is told of a weight, checked."""
+    if not isinstance(weight, StoredWeight):
+        check_matrix(name, weight, shape, dtype)
+        return weight.data_ptr(), weight.stride(0), 0
+    if tuple(weight.shape) != shape or dtype != torch.float32:
+        raise ValueError(
+            f"{name} is stored and has shape {list(weight.shape)}; it must be {list(shape)}, "
+            f"for float32 and not {dtype}"
+        )
+    return weight.places.data_ptr(), 0, len(weight.parts)
+
+
 def before_attention(
-    hidden: Tensor, norm: Tensor, eps: float, qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int
+    hidden: Tensor, norm: Tensor, eps: float, qkv: Weight, cos: Tensor, sin: Tensor, rotated: int
 ) -> Tensor:
     """rms_norm(hidden) W^T, of whose heads the first `rotated` are rotated.
 
@@ -50,7 +69,7 @@ def before_attention(
         )
     check_matrix("hidden", hidden, (rows, width), dtype)
     check_matrix("norm", norm, (width,), dtype)
-    check_matrix("qkv", qkv, (columns, width), dtype)
+    place = _place("qkv", qkv, (columns, width), dtype)
     for name, table in (("cos", cos), ("sin", sin)):
         check_matrix(name, table, (rows, 1, head_dim // 2), torch.float32)
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -64,8 +83,7 @@ def before_attention(
         SCALAR_TYPES[dtype],
         norm.data_ptr(),
         eps,
-        qkv.data_ptr(),
-        qkv.stride(0),
+        *place,
         columns,
         rotated,
         head_dim,
@@ -81,11 +99,11 @@ def before_attention(
 def after_attention_(
     hidden: Tensor,
     attended: Tensor,
-    o: Tensor,
+    o: Weight,
     norm: Tensor,
     eps: float,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Weight,
+    down: Weight,
 ) -> None:
     """hidden += o(attended); hidden += down(silu(gate) up) of gate and up of rms_norm(hidden).
 
@@ -98,10 +116,10 @@ def after_attention_(
     depth = attended.shape[1]
     check_matrix("hidden", hidden, (rows, width), dtype)
     check_matrix("attended", attended, (rows, depth), dtype)
-    check_matrix("o", o, (width, depth), dtype)
     check_matrix("norm", norm, (width,), dtype)
-    check_matrix("gate_up", gate_up, (2 * ffn, width), dtype)
-    check_matrix("down", down, (width, ffn), dtype)
+    o_place = _place("o", o, (width, depth), dtype)
+    gate_up_place = _place("gate_up", gate_up, (2 * ffn, width), dtype)
+    down_place = _place("down", down, (width, ffn), dtype)
     scratch = torch.empty((rows, 2 * (width + ffn)), dtype=dtype)
     _C.layer_output_cpu(
         hidden.data_ptr(),
@@ -111,14 +129,11 @@ def after_attention_(
         SCALAR_TYPES[dtype],
         attended.data_ptr(),
         depth,
-        o.data_ptr(),
-        o.stride(0),
+        *o_place,
         norm.data_ptr(),
         eps,
-        gate_up.data_ptr(),
-        gate_up.stride(0),
-        down.data_ptr(),
-        down.stride(0),
+        *gate_up_place,
+        *down_place,
         ffn,
         scratch.data_ptr(),
         torch.get_num_threads(),

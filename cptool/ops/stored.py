@@ -66,7 +66,10 @@ class Blocks:
 
 
 class StoredWeight:
-    """A matrix [rows, depth] whose `parts` lie one below the other, each in its own type."""
+    """A matrix [rows, depth] whose `parts` lie one below the other, each in its own type.
+
+    places: int64 [parts, 6], what the extension is told of each (`Blocks.place`).
+    """
 
     def __init__(self, parts: Sequence[Blocks]) -> None:
         self.parts = tuple(parts)
@@ -74,11 +77,18 @@ class StoredWeight:
         if len(depths) != 1:
             raise ValueError(f"parts of depths {sorted(depths)}; they must have the same")
         self.shape = torch.Size((sum(part.shape[0] for part in self.parts), *depths))
+        with torch.inference_mode(False):
+            self.places = torch.tensor([part.place for part in self.parts], dtype=torch.int64)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks."""
         return sum(part.data.numel() for part in self.parts)
+
+    @property
+    def few_rows(self) -> int:
+        """Up to how many rows all parts are widened in registers."""
+        return min(few_rows(part) for part in self.parts)
 
     def linear(self, x: Tensor) -> Tensor:
         """x W^T, float32 [rows, W's rows], of x float32 [rows, depth], summed in float32.

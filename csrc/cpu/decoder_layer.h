@@ -3,6 +3,7 @@
 // caller between steps.
 #pragma once
 
+#include "stored.h"
 #include "tokenwise.h"
 
 namespace cptool::cpu {
@@ -15,9 +16,13 @@ struct Hidden {
   ScalarType dtype;
 };
 
-struct Weight {  // [columns, depth]
+// [columns, depth]: elements of the hidden states' type, or `parts` matrices, one below the other,
+// which stay as a file stores them.
+struct Weight {
   const void* at;
   int64_t stride;
+  const StoredMatrix* stored;
+  int64_t parts;  // 0: `at` and `stride` hold
 };
 
 struct LayerInputArgs {

@@ -1,6 +1,7 @@
 """A layer of few rows in two calls gives the bits of the layer step by step."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cptool.model.config import LlamaConfig
 from cptool.model.rope import rotary_tables
 from cptool.ops import fused_layer
 from cptool.ops.kernels import cpu_isas, force_cpu_isa
+from cptool.ops.stored import Blocks, StoredWeight
 
 CONFIG = LlamaConfig(
     vocab_size=32,
@@ -34,12 +36,40 @@ def layer(dtype):
     return made.requires_grad_(False)
 
 
+def stored_layer():
+    """A layer of width 64, the weights of whose products are Q8_0 and Q4_1."""
+    config = replace(CONFIG, hidden_size=64, intermediate_size=96, head_dim=16)
+    config = replace(config, num_attention_heads=4, num_key_value_heads=4)
+    torch.manual_seed(1)
+    made = llama.DecoderLayer(config, 0, 1, "cpu").requires_grad_(False)
+    q_and_k = Blocks(blocks(128, 2 * 34), "Q8_0", 16)
+    weights = {
+        made.self_attn.qkv_proj: [q_and_k, Blocks(blocks(64, 2 * 20), "Q4_1")],
+        made.self_attn.o_proj: [Blocks(blocks(64, 2 * 34), "Q8_0")],
+        made.mlp.gate_up_proj: [Blocks(blocks(96, 2 * 20), "Q4_1")] * 2,
+        made.mlp.down_proj: [Blocks(blocks(64, 3 * 20), "Q4_1")],
+    }
+    for module, parts in weights.items():
+        del module.weight
+        vars(module)["weight"] = StoredWeight(parts)
+    for norm in (made.input_layernorm, made.post_attention_layernorm):
+        torch.nn.init.normal_(norm.weight)
+    return made
+
+
+def blocks(rows, size):
+    """Any bytes, of which pairs are float16 below 2 in size."""
+    return torch.randint(256, (rows, size), dtype=torch.uint8) & 0xBB
+
+
 def attend(_, q, k, v):
-    return (q * 0.5 + k.repeat_interleave(3, 1) - v.repeat_interleave(3, 1)).contiguous()
+    shared = q.shape[1] // k.shape[1]
+    return (q * 0.5 + (k - v).repeat_interleave(shared, 1)).contiguous()
 
 
 def run(made, hidden, positions):
-    tables = rotary_tables(positions, llama.inverse_frequencies(CONFIG))
+    config = replace(CONFIG, head_dim=made.self_attn.head_dim)
+    tables = rotary_tables(positions, llama.inverse_frequencies(config))
     cos, sin = torch.cat(tables, dim=-1).chunk(2, dim=-1)
     # Rows further apart than they are wide.
     hidden = torch.nn.functional.pad(hidden, (0, 8))[:, : hidden.shape[1]]
@@ -71,6 +101,24 @@ def test_the_same_bits(dtype, rows, isa, monkeypatch):
         check_bits(made, hidden, positions, monkeypatch)
 
 
+@pytest.mark.parametrize("isa", cpu_isas())
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_same_bits_with_stored_weights(rows, isa, monkeypatch):
+    """The heads of q and k in interleaved order, parts of several types."""
+    made = stored_layer()
+    hidden, positions = torch.randn(rows, 64), torch.arange(7, 7 + rows, dtype=torch.int32)
+    with force_cpu_isa(isa):
+        assert fused_layer.takes(hidden[:1], *made._weights())
+        check_bits(made, hidden, positions, monkeypatch)
+
+
+def test_stored_weights_that_do_not_fit_are_refused():
+    made = stored_layer()
+    vars(made.self_attn.o_proj)["weight"] = made.mlp.gate_up_proj.weight
+    with pytest.raises(ValueError, match=r"o is stored and has shape \[192, 64\]; it must be"):
+        run(made, torch.randn(1, 64), torch.tensor([3], dtype=torch.int32))
+
+
 def test_more_than_few_rows_go_step_by_step():
     most = max(64, fused_layer.FEW_ROWS[torch.float32])
     assert not fused_layer.takes(torch.zeros(most + 1, 8))
@@ -79,7 +127,7 @@ def test_more_than_few_rows_go_step_by_step():
 
 def check_bits(made, hidden, positions, monkeypatch):
     together = run(made, hidden, positions)
-    monkeypatch.setattr(fused_layer, "takes", lambda hidden: False)
+    monkeypatch.setattr(fused_layer, "takes", lambda *_: False)
     assert torch.equal(together, run(made, hidden, positions))
     assert not torch.equal(together, hidden)
 
