@@ -36,7 +36,7 @@ RUNS = {
         "generate {smollm2} --chat --prompt Hi --prompt Ho -n 2 --echo --session {here}/chats",
         "generate {smollm2} --prompt Hi -n 2 --logprobs 2",
     ],
-    "cptool verify": ["{tiny} --synthetic 6 --max-cp 2"],
+    "cptool verify": ["{tiny} --synthetic 6 --max-cp 2 --weights q8_0"],
     "cptool plan": ["llama3-8b --context 8K --max-gpus 2 --ttft-below 1s", "{tiny} --context 256"],
     "cptool plan --sweep": [
         "ranks llama3-8b --context 8K",
