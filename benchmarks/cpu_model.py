@@ -1,12 +1,19 @@
-"""A whole model on one CPU thread: time to the first token and per further token, ours against
-transformers with SDPA and, where llama-cpp-python is installed, llama.cpp with flash attention, on
-the same random bfloat16 weights, with the ceilings of the machine.
+"""A whole model on a CPU: time to the first token and per further token, ours against transformers
+with SDPA and, where llama-cpp-python is installed, llama.cpp with flash attention, on the same
+weights, with the ceilings of the machine.
 
-    python benchmarks/cpu_model.py --tokens 1024,4096 --repeats 3 --json results.json
+    python benchmarks/cpu_model.py --weights bf16,q4_k_m --tokens 1024,4096 --json results.json
+    python benchmarks/cpu_model.py --shape llama3-1b --weights q4_0 --threads 2 --tokens 4096
+    python benchmarks/cpu_model.py --model SmolLM2-135M-Instruct.gguf --tokens 1024,4096
+
+Each engine computes in the type that is fastest for it: cptool in that of `--dtype auto`,
+transformers in bfloat16 where the processor multiplies it and else in float32, llama.cpp as it
+does. llama.cpp quantises activations to 8 bits where weights are quantised, and computes another
+function than the others.
 
 The ceiling of a prefill is its matrix products at oneDNN's rate and its attention at that of our
-own kernel, both measured in the same run; that of a decode step is its weights and KV at the
-bandwidth of one thread's reads.
+own kernel, both measured in the same run; that of a decode step is its weights as they are stored
+and its KV at the rate at which the same threads read memory.
 """
 
 from __future__ import annotations
@@ -19,25 +26,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 import checkout  # noqa: F401
+import random_gguf
+import random_llama
 import torch
 from ceilings import Ceilings
-from random_llama import SHAPE, write
 from transformers import AutoModelForCausalLM
 
 from cptool.bench.timing import circumstances, summary
-from cptool.checkpoint import open_checkpoint
+from cptool.checkpoint import Checkpoint, open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.engine.answers.decode import decode, next_tokens
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
+from cptool.engine.options import mean_weight_size, resolve_dtype
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
+from cptool.model.shapes import SHAPES, llama_config
 from cptool.ops.attention import attention_partial
+from cptool.ops.processor import has_bfloat16_products
 from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops, weight_bytes
 
 Times = tuple[float, float]
 """Seconds to the first token, and of each further one."""
+
+SMALL = "156m"
+"""The shape of `random_llama`, which transformers reads as well."""
 
 
 def clock() -> float:
@@ -47,9 +61,10 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def ours(world, path: Path) -> Callable[[list[int], int], Times]:
-    checkpoint = open_checkpoint(str(path))
-    model = load_model(checkpoint, torch.bfloat16, world.device, world)
+def ours(world, path: str) -> Callable[[list[int], int], Times]:
+    checkpoint = open_checkpoint(path)
+    dtype = getattr(torch, resolve_dtype("auto", checkpoint, "cpu"))
+    model = load_model(checkpoint, dtype, world.device, world)
 
     def measure(tokens: list[int], further: int) -> Times:
         engine = Engine(model, world)
@@ -63,9 +78,12 @@ def ours(world, path: Path) -> Callable[[list[int], int], Times]:
     return measure
 
 
-def by_transformers(path: Path) -> Callable[[list[int], int], Times]:
+def by_transformers(path: str) -> Callable[[list[int], int], Times]:
+    dtype = torch.bfloat16 if has_bfloat16_products() else torch.float32
+    file = Path(path)
+    place = (file.parent, {"gguf_file": file.name}) if file.is_file() else (file, {})
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16, attn_implementation="sdpa"
+        place[0], dtype=dtype, attn_implementation="sdpa", **place[1]
     )
 
     @torch.inference_mode()
@@ -82,12 +100,13 @@ def by_transformers(path: Path) -> Callable[[list[int], int], Times]:
     return measure
 
 
-def by_llama_cpp(path: Path, context: int) -> Callable[[list[int], int], Times]:
+def by_llama_cpp(path: str, context: int) -> Callable[[list[int], int], Times]:
     from llama_cpp import Llama
 
     threads = torch.get_num_threads()
+    file = Path(path)
     model = Llama(
-        model_path=str(path / "model.gguf"),
+        model_path=str(file if file.is_file() else file / "model.gguf"),
         n_ctx=context,
         n_batch=2048,
         n_threads=threads,
@@ -108,15 +127,15 @@ def by_llama_cpp(path: Path, context: int) -> Callable[[list[int], int], Times]:
     return measure
 
 
-def rates(tokens: int) -> dict[str, float]:
+def rates(checkpoint: Checkpoint, tokens: int) -> dict[str, float]:
     """Measured now: FLOP/s of a large product and of causal attention, bytes/s of reading."""
-    x, w = torch.randn(1024, 1024).bfloat16(), torch.randn(5632, 1024).bfloat16()
-    heads, kv_heads, head_dim = (
-        SHAPE[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim")
-    )
+    config = checkpoint.config
+    dtype = getattr(torch, resolve_dtype("auto", checkpoint, "cpu"))
+    x, w = torch.randn(1024, 1024, dtype=dtype), torch.randn(5632, 1024, dtype=dtype)
+    heads, head_dim = config.num_attention_heads, config.head_dim
     count = min(tokens, 4096)
-    q = torch.randn(count, heads, head_dim).bfloat16()
-    k = torch.randn(count, kv_heads, head_dim).bfloat16()
+    q = torch.randn(count, heads, head_dim, dtype=dtype)
+    k = torch.randn(count, config.num_key_value_heads, head_dim, dtype=dtype)
     positions = torch.arange(count, dtype=torch.int32)
     ends = torch.tensor([0, count], dtype=torch.int32)
 
@@ -146,15 +165,19 @@ def rates(tokens: int) -> dict[str, float]:
 def compare(world, path: str, options: argparse.Namespace) -> list[dict]:
     torch.set_num_threads(options.threads)
     lengths = [int(length) for length in options.tokens.split(",")]
-    config = open_checkpoint(path).config
-    measures = {"cptool": ours(world, Path(path))}
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    measures = {"cptool": ours(world, path)}
     if "transformers" in options.peers:
-        measures["transformers"] = by_transformers(Path(path))
+        measures["transformers"] = by_transformers(path)
     if "llama.cpp" in options.peers:
-        measures["llama.cpp"] = by_llama_cpp(Path(path), max(lengths) + options.decode + 8)
+        measures["llama.cpp"] = by_llama_cpp(path, max(lengths) + options.decode + 8)
     generator = torch.manual_seed(1)
     for measure in measures.values():  # warm up
         measure([7] * 64, 2)
+    dtype = resolve_dtype("auto", checkpoint, "cpu")
+    size = getattr(torch, dtype).itemsize
+    stored_size = mean_weight_size(checkpoint, dtype, "cpu") or size
     rows = []
     for length in lengths:
         tokens = torch.randint(100, config.vocab_size, (length,), generator=generator).tolist()
@@ -162,14 +185,14 @@ def compare(world, path: str, options: argparse.Namespace) -> list[dict]:
         for _ in range(options.repeats):
             for name, measure in measures.items():
                 samples[name].append(measure(tokens, options.decode))
-        rate = rates(length)
+        rate = rates(checkpoint, length)
         ceiling = {
             "ttft_s": linear_flops(config, length, 1) / rate["linear_flops"]
             + attention_flops(config, length, 0) / rate["attention_flops"],
-            "ttit_s": (weight_bytes(config, 2) + kv_bytes(config, length, 2))
+            "ttit_s": (weight_bytes(config, 1) * stored_size + kv_bytes(config, length, size))
             / rate["read_bandwidth"],
         }
-        row = {"tokens": length, "rates": rate, "ceiling": ceiling, "engines": {}}
+        row = {"tokens": length, "dtype": dtype, "rates": rate, "ceiling": ceiling, "engines": {}}
         for name, times in samples.items():
             row["engines"][name] = {
                 "ttft_s": summary([first for first, _ in times]),
@@ -192,6 +215,22 @@ def _medians(times: dict[str, dict[str, float]]) -> Times:
     return times["ttft_s"]["median"], times["ttit_s"]["median"]
 
 
+def _write(folder: Path, shape: str, weights: str) -> Path:
+    """Return the model, written to `folder` unless an earlier run did."""
+    if (shape, weights) == (SMALL, "bf16"):
+        path = folder / f"{shape}-{weights}"
+        if not (path / "model.gguf").exists():
+            random_llama.write(path, gguf=True)
+        return path
+    path = folder / f"{shape}-{weights}.gguf"
+    if not path.exists():
+        small = llama_config(
+            hidden=1024, layers=8, heads=8, kv_heads=2, ffn=2816, max_position_embeddings=1 << 17
+        )
+        random_gguf.write(path, small if shape == SMALL else SHAPES[shape], weights)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", default="1024,2048,4096")
@@ -199,20 +238,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peers", default="transformers,llama.cpp")
-    parser.add_argument("--model", help="a directory that an earlier run has written")
+    parser.add_argument("--model", help="a checkpoint, in place of random weights")
+    parser.add_argument("--shape", default=SMALL, choices=[SMALL, *SHAPES])
+    parser.add_argument("--weights", default="bf16", help=f"some of {','.join(random_gguf.MIXES)}")
+    parser.add_argument("--folder", help="where random models are kept for the next run")
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
     options.peers = [peer for peer in options.peers.split(",") if peer]
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(options.model or folder)
-        if not (path / "config.json").exists() or not (path / "model.gguf").exists():
-            write(path, gguf="llama.cpp" in options.peers)
-        rows = run(
-            compare, str(path), options, ranks=RankOptions(device="cpu", threads=options.threads)
-        )
+    ranks = RankOptions(device="cpu", threads=options.threads)
+    models = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.folder or temporary)
+        for weights in options.weights.split(","):
+            path = options.model or str(_write(folder, options.shape, weights))
+            name = Path(path).name
+            print(name, flush=True)
+            models.append({"model": name, "rows": run(compare, path, options, ranks=ranks)})
+            if options.model:
+                break
     clock = "CPU time of the process" if options.threads == 1 else "wall time"
-    result = {**circumstances(), "clock": clock, "model": SHAPE, "rows": rows}
+    result = {**circumstances(), "clock": clock, "models": models}
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from random_gguf import describe
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from cptool.checkpoint.huggingface.config import read_shape
 
 SHAPE = {
     "vocab_size": 32_000,
@@ -38,27 +41,9 @@ def write(directory: Path, layers: int = 8, gguf: bool = False) -> int:
 def _write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     import gguf
 
-    config = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    writer = describe(path, read_shape(path.with_name("config.json"), []))
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    writer.add_tokenizer_model("llama")
-    # Nobody reads the text: one made-up word a token.
-    writer.add_token_list([f"<{i}>".encode() for i in range(config.vocab_size)])
-    writer.add_token_scores([0.0] * config.vocab_size)
-    writer.add_token_types([3, 3, 3] + [1] * (config.vocab_size - 3))
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    config = model.config
     state = model.state_dict()
     names = {
         "model.embed_tokens": "token_embd",
