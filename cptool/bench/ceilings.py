@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 
 from cptool.bench.timing import stopwatch
+from cptool.ops.processor import has_bfloat16_products
 
 _ROWS = {"cpu": 1024, "cuda": 8192}
 
 
 def matmul_rate(dtype: torch.dtype, device: str) -> float:
-    """Return the FLOP/s of one large square matrix product."""
+    """Return the FLOP/s of one large square matrix product.
+
+    On a CPU that does not multiply `dtype` itself it is that of float32, to which values are
+    widened: torch's product in their own type is many times slower, and no ceiling.
+    """
     rows = _ROWS[device]
+    if device == "cpu" and not (dtype == torch.bfloat16 and has_bfloat16_products()):
+        dtype = torch.float32
     key = (dtype, device)
     if key not in _operands:
         _operands[key] = [torch.randn(rows, rows, device=device).to(dtype) for _ in range(2)]
