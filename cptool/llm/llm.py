@@ -262,9 +262,10 @@ class LLM:
                         raise RunError(_CLOSED)  # `close` in another thread ended it
                 finally:
                     running.stop()
-                    answer = running.result()
-                    if any(answer.token_ids) or "interrupted" not in answer.stopped:
-                        results += self._generations(request, answer, after)
+                    if running.sent:
+                        answer = running.result()
+                        if any(answer.token_ids) or "interrupted" not in answer.stopped:
+                            results += self._generations(request, answer, after)
         finally:
             if results and keep is not None and self._ended.alive:
                 keep(results)

@@ -50,7 +50,8 @@ class Running(Generic[_T]):
         self._tokens: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
         self._values: list[_T] = []
         self._failure: BaseException | None = None
-        self._over = self._stopping = False
+        self._over = self._stopping = self._sent = False
+        self._sending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="cptool-request", daemon=True)
 
     def start(self) -> None:
@@ -77,24 +78,38 @@ class Running(Generic[_T]):
         return self._values[0]
 
     def stop(self) -> None:
-        """Have the ranks stop if they have not replied yet, and block until they have. A call that
-        was itself interrupted is not repeated.
+        """Have the ranks stop if they have not replied yet, and block until they have. A request
+        that was not sent yet will not be. A call that was itself interrupted is not repeated.
         """
-        if self._over or self._stopping or self._thread.ident is None:
+        if self._over or self._stopping:
             return
-        self._stopping = True
+        with self._sending:
+            self._stopping = True
+        if not self._sent:
+            return
         self._ranks.stop()
         for _ in self.tokens():
             pass
         self._ranks.stop(False)
 
     @property
+    def sent(self) -> bool:
+        """Whether the ranks have the request, so that there will be a result."""
+        return self._sent
+
+    @property
     def leaves_ranks_ready(self) -> bool:
         """Whether the ranks have replied in full, or no request was sent."""
         whole = isinstance(self._failure, (UserError, RunError, type(None)))
-        return self._thread.ident is None or (self._over and whole)
+        return not self._sent or (self._over and whole)
 
     def _run(self) -> None:
+        # An interrupt can come while `start` waits for this thread to begin, which then begins
+        # after `stop`.
+        with self._sending:
+            if self._stopping:
+                return
+            self._sent = True
         try:
             self._values.append(
                 self._request(self._ranks, lambda b, t, _: self._tokens.put((b, t)))

@@ -122,6 +122,28 @@ def test_an_interrupt_stops_a_prompt_that_is_read(llm, mqa_reference):
     works(llm, mqa_reference)
 
 
+def test_an_interrupt_before_the_request_is_sent(llm, mqa_reference, monkeypatch):
+    """It comes while `Thread.start` waits for a thread that has not begun to run yet."""
+    start, late, sent = threading.Thread.start, [], []
+
+    def interrupted_start(thread):
+        if thread.name != "cptool-request":
+            return start(thread)
+        late.append(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "start", interrupted_start)
+        llm.generate([PROMPT] * 4, max_tokens=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._resident, "answer", lambda *request: sent.append(request))
+        for thread in late:
+            thread.start()
+            thread.join()
+    assert late and not sent
+    works(llm, mqa_reference)
+
+
 def _interrupt(number, frame):
     raise KeyboardInterrupt
 
