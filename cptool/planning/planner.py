@@ -24,7 +24,7 @@ from cptool.variants import find, names, records
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """`batch` sequences of `context` tokens each (T + P), `cached` of them held already (P), and
-    `answer` tokens to decode after it.
+    `answer` tokens to decode after it. weights: what they are quantised to, or "file".
 
     published: work as the paper's system does, which pads the queries of a decode step to a
     multiple of N, sends partials in 16 bits, and has two variants: pass-KV, and pass-Q with one
@@ -42,6 +42,7 @@ class Workload:
     feed_forward: str | None = None
     weight_size: float | None = None
     kv_dtype: str | None = None
+    weights: str = "file"
     published: bool = False
     graphs: bool = True
     rule: str = "predicted"

@@ -6,11 +6,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from ranks import run_ranks
 from test_stored_weights import kept_in
 from test_weights import without_the_others
 
 from cptool.checkpoint import open_checkpoint
+from cptool.cli.plan.command import plan
 from cptool.engine.answers.decode import decode
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
@@ -103,6 +105,13 @@ def test_what_does_not_stay_as_stored_is_said():
     assert said.endswith("2.18 kB in the file, 16.4 kB in memory")
     assert "2 tensors in MXFP4, Q4_0 rounded to bfloat16" in widened(checkpoint, "bfloat16", "cpu")
     assert widened(SimpleNamespace(stored={"c": stored["c"]}), "float32", "cuda") is None
+
+
+def test_a_plan_for_quantised_weights_names_them(tiny_model):
+    options = ("--context", "256", "--hardware", "cpu-avx2", "--weights", "q8_0")
+    shown = CliRunner().invoke(plan, [str(tiny_model), *options])
+    assert shown.exit_code == 0, shown.output
+    assert "weights quantised to q8_0" in shown.output and "--weights q8_0" in shown.output
 
 
 def test_what_cannot_be_quantised_is_refused(tiny_model):

@@ -277,6 +277,7 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
             else None
         ),
         kv_dtype=kv_dtype,
+        weights=run.weights or "file",
         published=run.as_published,
         graphs=not run.eager,
         rule=on.rule,

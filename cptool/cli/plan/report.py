@@ -48,6 +48,7 @@ class Report:
             "hosts": best.hosts,
             "dtype": work.dtype,
             "kv_dtype": work.kv_dtype or work.dtype,
+            "weights": work.weights,
             "feed_forward": work.feed_forward or work.dtype,
             "rule": work.rule,
             "active": best.choice.active,
@@ -177,6 +178,8 @@ class Report:
             options.append(f"--dtype {work.dtype}")
             if work.kv_dtype not in (None, work.dtype):
                 options.append(f"--kv-dtype {work.kv_dtype}")
+            if work.weights != "file":
+                options.append(f"--weights {work.weights}")
         if self._beyond_context():
             options.append(f"--context-length {work.context + work.answer}")
         line = " ".join(["cptool", what, *options])
@@ -251,10 +254,11 @@ def _moved(estimate: Estimate, where: str = "") -> str:
 
 def _layout(best: Plan, work: Workload) -> str:
     fp8 = ", feed-forward in FP8" if work.feed_forward == "float8" else ""
+    quantised = "" if work.weights == "file" else f", weights quantised to {work.weights}"
     kv = "" if work.kv_dtype in (None, work.dtype) else f", KV in {work.kv_dtype}"
     return (
         f"{best.cp} cp x {best.tp} tp, {units.some(best.ranks, 'rank')} on "
-        f"{units.some(best.hosts, 'host')}, {work.dtype}{kv}{fp8}"
+        f"{units.some(best.hosts, 'host')}, {work.dtype}{kv}{quantised}{fp8}"
     )
 
 
