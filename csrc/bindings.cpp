@@ -174,6 +174,15 @@ void stored_linear(uintptr_t w, int64_t w_stride, int64_t columns, int64_t depth
       threads);
 }
 
+void product(uintptr_t w, int64_t w_stride, int64_t columns, int64_t depth, int64_t head_dim,
+             int encoding, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t out,
+             int64_t out_stride, int threads) {
+  py::gil_scoped_release released;
+  cptool::cpu::product({stored(w, w_stride, columns, depth, head_dim, encoding),
+                        pointer<const float>(x), pointer<float>(out), x_stride, out_stride, rows},
+                       threads);
+}
+
 void widen(uintptr_t w, int64_t w_stride, int64_t rows, int64_t depth, int64_t head_dim,
            int encoding, uintptr_t index, int64_t first, int64_t count, uintptr_t out,
            int threads) {
@@ -259,6 +268,7 @@ void define_cpu_ops(py::module_& m) {
   m.def("linear_cpu", linear);
   m.def("stored_linear_cpu", stored_linear);
   m.def("widen_cpu", widen);
+  m.def("product_cpu", product);
   m.def("layer_input_cpu", layer_input);
   m.def("layer_output_cpu", layer_output);
   m.def("rms_norm_cpu", with_rms_norm_args<int>(cptool::cpu::rms_norm));
@@ -283,6 +293,11 @@ void define_cpu_dispatch(py::module_& m) {
         [](int dtype) { return cptool::cpu::few_rows_isa(static_cast<ScalarType>(dtype)).name; });
   m.def("cpu_stored_rows", [](int encoding) {
     return cptool::cpu::stored_isa().stored.most_rows(static_cast<cptool::Encoding>(encoding));
+  });
+  m.def("cpu_has_product", [] {
+    const cptool::cpu::Isa& isa = cptool::cpu::product_isa();
+    return isa.product.compute != nullptr &&
+           &isa == &cptool::cpu::few_rows_isa(ScalarType::kFloat32);
   });
   m.def("cpu_stored_isa", [] { return cptool::cpu::stored_isa().name; });
   m.def("watch_attention_cpu", [](uintptr_t pairs, uintptr_t cancelled) {

@@ -10,6 +10,7 @@
 namespace cptool {
 
 enum class Encoding : int32_t {
+  kFloat32 = -1,  // rows of any depth; for products of many rows alone
   kBFloat16 = 0,
   kFloat16,
   kQ4_0,

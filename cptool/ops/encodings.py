@@ -11,6 +11,9 @@ ENCODINGS = {
 }
 """The types that products can read, with the values of csrc/stored.h's Encoding."""
 
+FLOAT32 = -1
+"""Encoding's value for float32 as it lies, which products of many rows alone take."""
+
 BLOCKS = {
     **{"BF16": (32, 64), "F16": (32, 64), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22)},
     **{"Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110)},

@@ -53,6 +53,11 @@ def cpu_stored_isa() -> str:
     return _C.cpu_stored_isa()
 
 
+def cpu_has_product() -> bool:
+    """Return whether the instruction set in use has a kernel for float32 products of many rows."""
+    return _C.cpu_has_product()
+
+
 @contextmanager
 def force_cpu_isa(name: str) -> Iterator[None]:
     """Use no CPU kernel beyond `name` inside the context, in all threads.

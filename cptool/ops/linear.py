@@ -1,4 +1,4 @@
-"""Products of few rows with a weight matrix, where the extension is faster than oneDNN."""
+"""Products of rows with a weight matrix, by the extension where it is faster than oneDNN."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from cptool.ops.checks import SCALAR_TYPES, check_tensor, dispatch, rows_of
+from cptool.ops.encodings import FLOAT32
 from cptool.ops.kernels import EXTENSION as _C
-from cptool.ops.kernels import cpu_isas, cpu_linear_isa
+from cptool.ops.kernels import cpu_has_product, cpu_isas, cpu_linear_isa
 from cptool.ops.stored import StoredWeight
 
 
@@ -27,12 +28,13 @@ def _few_rows(dtype: torch.dtype) -> int:
 
 
 FEW_ROWS = {dtype: _few_rows(dtype) for dtype in SCALAR_TYPES}
-"""Rows up to which the extension's product is the faster one; beyond it, oneDNN's. Measured where
-there is avx512_bf16 (benchmarks/few_rows.py), chosen low where there is AMX.
+"""Rows up to which the extension's product of few rows is the faster one. Measured where there is
+avx512_bf16 (benchmarks/few_rows.py), chosen low where there is AMX.
 """
 
-# torch gives float32 products to MKL, which is 10 to 20% behind oneDNN on processors of AMD and
-# level with it on Intel's. oneDNN takes the weights as they are, so they stay shared.
+# Many rows of float32 without a kernel of our own. torch gives them to MKL, which is 10 to 20%
+# behind oneDNN on processors of AMD and level with it on Intel's. oneDNN takes the weights as they
+# are, so they stay shared.
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn else None
 
 
@@ -41,13 +43,15 @@ def linear(x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
     once.
 
     On a CPU a row's result for up to FEW_ROWS rows does not depend on the other rows, their number
-    or the number of threads. There a product of bfloat16 takes subnormal values for 0 on processors
-    that multiply pairs of them (avx512_bf16).
+    or the number of threads; nor does it for more rows than that where `cpu_has_product`. A product
+    of bfloat16 takes subnormal values for 0 on processors that multiply pairs of them
+    (avx512_bf16).
     """
     if isinstance(weight, StoredWeight):
         return weight.linear(x)
     if x.is_cpu and x.shape[0] and x.dtype in SCALAR_TYPES:
-        if x.shape[0] <= FEW_ROWS[x.dtype] and x.dim() == 2:
+        own = x.dtype == torch.float32 and cpu_has_product()
+        if (own or x.shape[0] <= FEW_ROWS[x.dtype]) and x.dim() == 2:
             return dispatch(_linear, _linear_op, x, weight)
         if x.dtype == torch.float32 and _onednn is not None:
             return _onednn(x, weight, None, "none", [], "")
@@ -58,6 +62,9 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     (rows, depth), columns = rows_of(x), weight.shape[0]
     check_tensor("weight", weight, (columns, depth), x.dtype, device=x.device)
     out = torch.empty((rows, columns), dtype=x.dtype)
+    if rows > FEW_ROWS[x.dtype]:
+        multiply_many(x, (weight.data_ptr(), 4 * weight.stride(0), columns, depth, 0, FLOAT32), out)
+        return out
     _C.linear_cpu(
         x.data_ptr(),
         x.stride(0),
@@ -71,6 +78,21 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def multiply_many(x: Tensor, place: tuple[int, int, int, int, int, int], out: Tensor) -> None:
+    """Write x W^T to `out`, float32 [rows, columns] with contiguous rows, where the processor has a
+    kernel for it (`cpu_has_product`); `place` is that of `cptool.ops.stored.Blocks`, or of float32.
+    """
+    _C.product_cpu(
+        *place,
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[0],
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
+    )
 
 
 _library = torch.library.Library("cptool", "FRAGMENT")

@@ -5,7 +5,7 @@ bit for bit; bfloat16 and float16 are widened. Activations are float32 and stay 
 rows are multiplied with weights that are widened in registers, or, with AVX2, with the integers of
 a block, whose sums are then scaled; both are the product with the widened weights to the rounding
 of float32 sums. For many rows a panel of the weights is widened, once for all of them, and
-multiplied as any float32 matrix is.
+multiplied as any float32 matrix is; with AVX2 by a kernel that packs it as it widens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cptool.ops.encodings import BLOCKS, ENCODINGS
 from cptool.ops.kernels import EXTENSION as _C
+from cptool.ops.kernels import cpu_has_product
 
 _PANEL_BYTES = 4 << 20
 """Of widened weights. They are written once and read once per block of rows, from a cache."""
@@ -102,7 +103,7 @@ class StoredWeight:
                 f"x is {x.dtype} {list(x.shape)}; it must be float32 [rows, {self.shape[1]}]"
             )
         out = torch.empty((rows, self.shape[0]), dtype=torch.float32)
-        if rows <= FEW_ROWS and x.stride(1) != 1:
+        if x.stride(1) != 1:
             x = x.contiguous()
         column = 0
         for part in self.parts:
@@ -159,8 +160,11 @@ def _multiply_few(x: Tensor, part: Blocks, out: Tensor) -> None:
 
 
 def _multiply_many(x: Tensor, part: Blocks, out: Tensor) -> None:
-    from cptool.ops.linear import linear
+    from cptool.ops.linear import linear, multiply_many
 
+    if cpu_has_product():
+        multiply_many(x, part.place, out)
+        return
     rows, depth = part.shape
     at_once = max(16, _PANEL_BYTES // (4 * depth) // 16 * 16)
     panel = _panel(min(at_once, rows) * depth).view(-1, depth)

@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "cpu/merge_kernel.h"
 #include "cpu/panel_kernel.h"
+#include "cpu/product_kernel.h"
 #include "cpu/stream_kernel.h"
 #include "cpu/tokenwise_kernel.h"
 
@@ -30,7 +31,8 @@ void attention_partial(const AttentionArgs& args, int threads) {
 }  // namespace
 
 extern constexpr Isa isa_avx2 = {
-    "avx2",     supported,    {handles, attention_partial, kStreamRows}, run_merge_kernel, kFewRows,
-    kTokenwise, kStoredGroups};
+    "avx2",           supported, {handles, attention_partial, kStreamRows},
+    run_merge_kernel, kFewRows,  kTokenwise,
+    kStoredGroups,    kProduct};
 
 }  // namespace cptool::cpu

@@ -65,4 +65,8 @@ const Isa& stored_isa() {
   return fastest([](const Isa& isa) { return isa.stored.columns != nullptr; });
 }
 
+const Isa& product_isa() {
+  return fastest([](const Isa& isa) { return isa.product.compute != nullptr; });
+}
+
 }  // namespace cptool::cpu

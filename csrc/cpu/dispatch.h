@@ -21,5 +21,6 @@ const Isa& merge_isa();
 const Isa& few_rows_isa(ScalarType dtype);
 const Isa& tokenwise_isa();
 const Isa& stored_isa();
+const Isa& product_isa();
 
 }  // namespace cptool::cpu

@@ -7,6 +7,7 @@
 // whole extension, and that copy may hold instructions that the machine lacks.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "attention.h"
@@ -52,6 +53,19 @@ struct StoredKernels {
   void (*widen)(const WidenArgs& args, int64_t begin, int64_t end) = nullptr;
 };
 
+// Columns and rows that products of many rows pack at a time.
+constexpr int64_t kProductColumns = 1024, kProductRows = 144;
+
+struct ProductPiece {
+  int64_t row, rows, column, columns;  // columns: at most kProductColumns
+};
+
+// Products of many rows with a matrix that is packed first.
+struct ProductKernel {
+  size_t scratch_bytes = 0;
+  void (*compute)(const StoredLinearArgs& args, const ProductPiece& piece, void* scratch) = nullptr;
+};
+
 // Each function computes [begin, end) of the rows or tokens.
 struct TokenwiseKernels {
   void (*rms_norm)(const RmsNormArgs& args, int64_t begin, int64_t end) = nullptr;
@@ -69,6 +83,7 @@ struct Isa {
   FewRowsKernel few_rows = {};
   TokenwiseKernels tokenwise = {};
   StoredKernels stored = {};
+  ProductKernel product = {};
 };
 
 }  // namespace cptool::cpu

@@ -19,6 +19,9 @@ void linear(const LinearArgs& args, int threads);
 void stored_linear(const StoredLinearArgs& args, int threads);
 void widen(const WidenArgs& args, int threads);
 
+// The same for many rows, where an instruction set has a kernel for it.
+void product(const StoredLinearArgs& args, int threads);
+
 void rms_norm(const RmsNormArgs& args, int threads);
 void rotate(const RotateArgs& args, int threads);
 void swiglu(const SwigluArgs& args, int threads);

@@ -172,6 +172,8 @@ inline void stored_columns(const StoredLinearArgs& args, int64_t column, int64_t
 template <class Run>
 inline void with_block(Encoding encoding, const Run& run) {
   switch (encoding) {
+    case Encoding::kFloat32:
+      return;
     case Encoding::kBFloat16:
       return run(WideningHalves<BFloat16>{});
     case Encoding::kFloat16:

@@ -1,0 +1,39 @@
+// Divides a product of many rows with a matrix over threads (product_kernel.h).
+#include "cpu/dispatch.h"
+#include "cpu/ops.h"
+#include "cpu/pieces.h"
+
+namespace cptool::cpu {
+namespace {
+
+// A piece's columns are packed for its rows alone, and its rows for its columns alone.
+constexpr int64_t kLeastColumns = 128, kLeastRows = 4 * kProductRows;
+constexpr int64_t kPiecesOfThread = 4;
+
+int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+void product(const StoredLinearArgs& args, int threads) {
+  const ProductKernel& kernel = product_isa().product;
+  const int64_t wanted = threads == 1 ? 1 : kPiecesOfThread * threads;
+  int64_t columns = ceiling(ceiling(args.w.rows, wanted), kLeastColumns) * kLeastColumns;
+  columns = std::min<int64_t>(columns, kProductColumns);
+  const int64_t across = std::max<int64_t>(1, ceiling(args.w.rows, columns));
+  int64_t rows = std::max<int64_t>(ceiling(args.rows, ceiling(wanted, across)), kLeastRows);
+  rows = ceiling(rows, kProductRows) * kProductRows;
+  const int64_t pieces = across * ceiling(args.rows, rows);
+  const int64_t bytes = 4 * args.w.depth * std::min(rows, args.rows);  // of x: work enough to share
+  in_pieces(pieces, bytes, bytes, 1, threads, [&](int64_t begin, int64_t end) {
+    void* scratch = thread_scratch(kernel.scratch_bytes);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / across * rows, column = i % across * columns;
+      kernel.compute(
+          args,
+          {row, std::min(rows, args.rows - row), column, std::min(columns, args.w.rows - column)},
+          scratch);
+    }
+  });
+}
+
+}  // namespace cptool::cpu

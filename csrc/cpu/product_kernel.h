@@ -1,0 +1,191 @@
+// Products of many rows with a matrix in any type that is stored: float32 sums, for AVX2.
+//
+// The matrix is widened and packed once for all rows, `kDepth` of its depth and up to
+// `kProductColumns` of its columns at a time (1 MB, for a level-2 or level-3 cache), then up to
+// `kProductRows` rows of x at a time (144 KB, for level 2). A tile of 6 rows and 16 columns is
+// summed in 12 registers: in each step of the depth 2 loads and 6 broadcasts feed 12 multiply-adds,
+// which take 6 cycles where 2 start in each, so the loads have 1.33 per cycle to keep up with.
+//
+// Counted per element of the packed depth: a tile of 256 steps takes 1,536 cycles and reads and
+// writes 12 vectors of the result (2%); packing takes about 2 cycles per weight, which is used
+// rows / 16 cycles, and 1 cycle per element of x, used for columns / 16 cycles.
+//
+// A result is one chain of multiply-adds for each `kDepth` of the depth, and these are added in
+// their order: it does not depend on how many rows or columns go with it.
+// Unnamed namespace: see isa.h.
+#pragma once
+
+#include "cpu/avx2_math.h"      // transpose
+#include "cpu/stored_kernel.h"  // with_block, row_of
+
+namespace cptool::cpu {
+namespace {
+
+constexpr int kTileRows = 6, kTileVectors = 2, kTileColumns = kTileVectors * kLanes;
+constexpr int kDepth = 256;  // of packed columns: a multiple of every type's block
+
+// Multiplies R packed rows with 16 packed columns; `c` is their place in the result, of which the
+// first `columns` columns exist, and holds the sum over the depth before if `add`.
+template <int R>
+void product_tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride,
+                  int columns, bool add) {
+  // The result was last used kDepth of the depth ago. Its lines arrive while the tile is summed.
+  for (int r = 0; r < R; ++r) {
+    __builtin_prefetch(c + r * c_stride, 1);
+    __builtin_prefetch(c + r * c_stride + columns - 1, 1);
+  }
+  Vector acc[R][kTileVectors] = {};
+  for (int64_t k = 0; k < depth; ++k, a += R, b += kTileColumns) {
+    const Vector b0 = load(b), b1 = load(b + kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const Vector value = broadcast(a[r]);
+      acc[r][0] = multiply_add(value, b0, acc[r][0]);
+      acc[r][1] = multiply_add(value, b1, acc[r][1]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    float* const to = c + r * c_stride;
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) {
+      const int lanes = columns - v * kLanes;
+      if (lanes >= kLanes) {
+        float* const at = to + v * kLanes;
+        store(add ? load(at) + acc[r][v] : acc[r][v], at);
+      } else if (lanes > 0) {
+        float* const at = to + v * kLanes;
+        store(add ? load(at, lanes) + acc[r][v] : acc[r][v], at, lanes);
+      }
+    }
+  }
+}
+
+// Writes rows [0, count) of x as slivers of up to 6 rows, each [depth][rows], and up to 2 elements
+// beyond.
+inline void pack_rows(const float* x, int64_t stride, int64_t count, int64_t depth, float* to) {
+  for (int64_t row = 0; row < count; row += kTileRows, x += kTileRows * stride) {
+    const int rows = count - row < kTileRows ? static_cast<int>(count - row) : kTileRows;
+    int64_t k = 0;
+    if (rows == kTileRows) {
+      for (; k + kLanes <= depth; k += kLanes) {
+        Vector square[kLanes];
+#pragma GCC unroll 8
+        for (int r = 0; r < kLanes; ++r) {
+          square[r] = r < kTileRows ? load(x + r * stride + k) : Vector{};
+        }
+        transpose(square);
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes; ++i) store(square[i], to + (k + i) * kTileRows);
+      }
+    }
+    for (; k < depth; ++k) {
+      for (int r = 0; r < rows; ++r) to[k * rows + r] = x[r * stride + k];
+    }
+    to += rows * depth;
+  }
+}
+
+// Writes 16 rows of float32 as [depth][16].
+inline void pack_columns(const float* const (&from)[kTileColumns], int64_t depth, float* to) {
+  int64_t k = 0;
+  for (; k + kLanes <= depth; k += kLanes, to += kLanes * kTileColumns) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      Vector square[kLanes];
+#pragma GCC unroll 8
+      for (int i = 0; i < kLanes; ++i) square[i] = load(from[v * kLanes + i] + k);
+      transpose(square);
+#pragma GCC unroll 8
+      for (int i = 0; i < kLanes; ++i) store(square[i], to + i * kTileColumns + v * kLanes);
+    }
+  }
+  for (; k < depth; ++k) {
+    for (int c = 0; c < kTileColumns; ++c) *to++ = from[c][k];
+  }
+}
+
+// Points `rows` at elements [begin, begin + depth) of `count` rows of the matrix from `first` on,
+// widened into `widened` unless they are float32 as they lie. Rows that do not exist repeat the
+// first.
+inline void widened_rows(const StoredMatrix& w, int64_t first, int count, int64_t begin,
+                         int64_t depth, float* widened, const float* (&rows)[kTileColumns]) {
+  const auto* const at = static_cast<const uint8_t*>(w.at);
+  if (w.encoding == Encoding::kFloat32) {
+    for (int r = 0; r < kTileColumns; ++r) {
+      const int64_t row = first + (r < count ? r : 0);
+      rows[r] = reinterpret_cast<const float*>(at + row * w.stride) + begin;
+    }
+    return;
+  }
+  for (int r = 0; r < kTileColumns; ++r) rows[r] = widened + (r < count ? r : 0) * kDepth;
+  with_block(w.encoding, [&](auto block) {
+    for (int r = 0; r < count; ++r) {
+      const uint8_t* from =
+          at + row_of(w, first + r) * w.stride + begin / block.kWeights * block.kBytes;
+      float* to = widened + r * kDepth;
+      for (int64_t k = 0; k < depth; from += block.kBytes) {
+        block.begin(from);
+        for (int run = 0; run < block.kWeights / block.kRun; ++run) {
+#pragma GCC unroll 8
+          for (int part = 0; part < block.kRun / kPart; ++part, k += kPart, to += kPart) {
+            Vector weights[kPartVectors];
+            block.widen(run, part, weights);
+            for (int v = 0; v < kPartVectors; ++v) store(weights[v], to + v * kLanes);
+          }
+        }
+      }
+    }
+  });
+}
+
+inline void product_tiles(const float* a, const float* b, int64_t rows, int64_t depth, float* c,
+                          int64_t c_stride, int columns, bool add) {
+  for (; rows >= kTileRows; rows -= kTileRows, a += kTileRows * depth, c += kTileRows * c_stride) {
+    product_tile<kTileRows>(a, b, depth, c, c_stride, columns, add);
+  }
+  switch (rows) {
+    case 5:
+      return product_tile<5>(a, b, depth, c, c_stride, columns, add);
+    case 4:
+      return product_tile<4>(a, b, depth, c, c_stride, columns, add);
+    case 3:
+      return product_tile<3>(a, b, depth, c, c_stride, columns, add);
+    case 2:
+      return product_tile<2>(a, b, depth, c, c_stride, columns, add);
+    case 1:
+      return product_tile<1>(a, b, depth, c, c_stride, columns, add);
+  }
+}
+
+inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+
+constexpr ProductKernel kProduct = {
+    sizeof(float) * kDepth * (kProductColumns + kProductRows + kTileColumns),
+    [](const StoredLinearArgs& args, const ProductPiece& piece, void* scratch) {
+      float* const packed = static_cast<float*>(scratch);
+      float* const x = packed + kDepth * kProductColumns;
+      float* const widened = x + kDepth * kProductRows;
+      for (int64_t k = 0; k < args.w.depth; k += kDepth) {
+        const int64_t depth = at_most(args.w.depth - k, kDepth);
+        for (int64_t n = 0; n < piece.columns; n += kTileColumns) {
+          const auto count = static_cast<int>(at_most(piece.columns - n, kTileColumns));
+          const float* rows[kTileColumns];
+          widened_rows(args.w, piece.column + n, count, k, depth, widened, rows);
+          pack_columns(rows, depth, packed + n * depth);
+        }
+        for (int64_t m = 0; m < piece.rows; m += kProductRows) {
+          const int64_t count = at_most(piece.rows - m, kProductRows), row = piece.row + m;
+          pack_rows(args.x + row * args.x_stride + k, args.x_stride, count, depth, x);
+          float* const out = args.out + row * args.out_stride + piece.column;
+          for (int64_t n = 0; n < piece.columns; n += kTileColumns) {
+            const auto columns = static_cast<int>(at_most(piece.columns - n, kTileColumns));
+            product_tiles(x, packed + n * depth, count, depth, out + n, args.out_stride, columns,
+                          k > 0);
+          }
+        }
+      }
+    },
+};
+
+}  // namespace
+}  // namespace cptool::cpu

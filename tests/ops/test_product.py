@@ -1,0 +1,80 @@
+"""Products of many rows in float32 by the kernel that packs the matrix, which AVX2 has."""
+
+import pytest
+import torch
+from test_stored import depth_of, matrix
+
+from cptool.ops.encodings import ENCODINGS
+from cptool.ops.kernels import cpu_has_product, cpu_isas, force_cpu_isa
+from cptool.ops.linear import FEW_ROWS, linear
+from cptool.ops.stored import StoredWeight
+
+UNIT = torch.finfo(torch.float32).eps / 2
+FEWEST = FEW_ROWS[torch.float32] + 1
+
+
+@pytest.fixture(autouse=True)
+def avx2():
+    if "avx2" not in cpu_isas():
+        pytest.skip("this processor has no AVX2")
+    with force_cpu_isa("avx2"):
+        assert cpu_has_product()
+        yield
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.manual_seed(seed))
+
+
+def check(out, x, weight):
+    """Hold `out` against float64, with the bound of a float32 sum of `depth` terms."""
+    exact = x.double() @ weight.double().T
+    magnitude = x.double().abs() @ weight.double().abs().T
+    bound = (x.shape[1] + 1) * UNIT * magnitude + torch.finfo(torch.float32).tiny
+    assert out.shape == exact.shape and ((out.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("rows", [FEWEST, 144, 151, 600])
+@pytest.mark.parametrize(
+    ("depth", "columns"), [(1, 1), (7, 15), (64, 16), (255, 33), (257, 130), (576, 1029)]
+)
+def test_of_float32(rows, depth, columns):
+    x = random(rows, depth + 3)[:, 1 : depth + 1]
+    weight = random(columns, depth + 5, seed=1)[:, 2 : depth + 2]
+    check(linear(x, weight), x, weight)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_of_every_stored_type(encoding):
+    """They have the bits of the product with the widened matrix, in rotary order too."""
+    depth = depth_of(encoding, 3)
+    upper, above = matrix(encoding, 48, depth, head_dim=24)
+    lower, below = matrix(encoding, 37, depth, seed=1)
+    x, values = random(FEWEST + 2, depth), torch.cat([above, below])
+    out = StoredWeight([upper, lower]).linear(x)
+    check(out, x, values)
+    assert torch.equal(out, linear(x, values))
+    wide = random(FEWEST + 2, 2 * depth)[:, ::2]
+    check(StoredWeight([upper]).linear(wide), wide, above)
+
+
+def test_a_result_depends_on_its_row_and_column_alone():
+    x, weight = random(451, 700), random(1200, 700, seed=1)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = linear(x, weight)
+        torch.set_num_threads(3)
+        assert torch.equal(linear(x, weight), whole)
+    finally:
+        torch.set_num_threads(threads)
+    for first, rows in ((0, FEWEST), (3, 150), (301, 150)):
+        assert torch.equal(linear(x[first : first + rows], weight), whole[first : first + rows])
+    assert torch.equal(linear(x, weight[1021:1060]), whole[:, 1021:1060])
+
+
+def test_values_that_are_not_finite_stay_where_they_are():
+    x, weight = torch.ones(FEWEST, 70), torch.ones(9, 70)
+    x[1, 69], weight[4, 3], weight[5, 68] = float("inf"), float("nan"), -float("inf")
+    exact = torch.nn.functional.linear(x.double(), weight.double())
+    torch.testing.assert_close(linear(x, weight).double(), exact, rtol=0, atol=0, equal_nan=True)
