@@ -22,6 +22,21 @@ def main() -> None:
         main()
     except KeyboardInterrupt:  # before or after what `main` itself catches
         _leave(_signal.SIGINT, None)
+    except SystemExit as end:
+        _leave_threads(end.code)
+        raise
+
+
+def _leave_threads(code: object) -> None:
+    """End at once if a thread would disturb the interpreter's end: a rank in this process would go
+    on computing meanwhile, and the hub's library would receive more of a file.
+    """
+    import sys
+    import threading
+
+    if any(thread.name in ("cptool-ranks", "cptool-hub") for thread in threading.enumerate()):
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def _leave(number: int, frame: object) -> None:

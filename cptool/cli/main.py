@@ -4,7 +4,6 @@ import importlib
 import os
 import signal
 import sys
-import threading
 from typing import Any
 
 import click
@@ -90,11 +89,6 @@ class Commands(click.Group):
             newline = "\n" if code == 130 and sys.stderr.isatty() else ""  # after the ^C
             line = with_origins(" ".join(line.split()), origins)
             click.echo(newline + line, err=True)
-        if any(thread.name in ("cptool-ranks", "cptool-hub") for thread in threading.enumerate()):
-            # A rank in this process would go on computing while the interpreter is torn down, and
-            # the interpreter would wait for the hub's library to receive more of a file.
-            sys.stderr.flush()
-            os._exit(code)
         # A KeyboardInterrupt that left the `exec` of a string, which importing a dataclass is full
         # of, has Python end by SIGINT whatever the exit code; the next `exec` forgets it.
         exec("")

@@ -131,7 +131,7 @@ if __name__ == "__main__":
     setup = Setup(model={model!r}, dtype="float32")
     with Resident(setup, RankOptions(cp=2, device="cpu", threads=1, timeout=60)) as resident:
         request = Continue(tokens=((1, 2, 3),), options=AnswerOptions(limit=4))
-        answer = resident.answer(request, lambda sequence, token: None)
+        answer = resident.answer(request, lambda *token: None)
         assert len(answer.token_ids[0]) == 4
         Path({folder!r}, "ready0").touch(), Path({folder!r}, "ready1").touch()
         while not Path({folder!r}, "over").exists():

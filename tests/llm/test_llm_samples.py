@@ -1,5 +1,7 @@
 """`LLM.generate(samples=K)`: the answers of `cptool generate --samples K`."""
 
+from dataclasses import replace
+
 import pytest
 from test_cli import MQA_IDS, as_json
 
@@ -25,7 +27,14 @@ def test_answers_are_those_of_the_command(llm, mqa_path, token_file):
     assert [result.prompt_tokens for result in found] == [31] * 3 + [3] * 3
     for result in found:
         assert [score.token for score in result.logprobs] == list(result.token_ids)
-    assert llm.generate(BATCH, max_tokens=7, logprobs=1, **WARM) == found[::3]
+    for single, first in zip(
+        llm.generate(BATCH, max_tokens=7, logprobs=1, **WARM), found[::3], strict=True
+    ):
+        assert replace(single, logprobs=None) == replace(first, logprobs=None)
+        # The attention of several answers is merged from that over the prompt and their own.
+        assert [score.logprob for score in single.logprobs] == pytest.approx(
+            [score.logprob for score in first.logprobs], abs=1e-5
+        )
 
 
 def test_answers_to_a_prompt_share_its_log_probabilities(llm):
