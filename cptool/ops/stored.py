@@ -162,7 +162,7 @@ def _multiply_few(x: Tensor, part: Blocks, out: Tensor) -> None:
 def _multiply_many(x: Tensor, part: Blocks, out: Tensor) -> None:
     from cptool.ops.linear import linear, multiply_many
 
-    if cpu_has_product():
+    if len(x) > FEW_ROWS and cpu_has_product():
         multiply_many(x, part.place, out)
         return
     rows, depth = part.shape

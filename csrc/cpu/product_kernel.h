@@ -1,17 +1,17 @@
 // Products of many rows with a matrix in any type that is stored: float32 sums, for AVX2.
 //
-// The matrix is widened and packed once for all rows, `kDepth` of its depth and up to
-// `kProductColumns` of its columns at a time (1 MB, for a level-2 or level-3 cache), then up to
-// `kProductRows` rows of x at a time (144 KB, for level 2). A tile of 6 rows and 16 columns is
+// The matrix is widened and packed once for all rows, up to `kDepth` of its depth and
+// `kProductColumns` of its columns at a time (1.3 MB, for a level-3 cache), then up to
+// `kProductRows` rows of x at a time (184 KB, for level 2). A tile of 6 rows and 16 columns is
 // summed in 12 registers: in each step of the depth 2 loads and 6 broadcasts feed 12 multiply-adds,
 // which take 6 cycles where 2 start in each, so the loads have 1.33 per cycle to keep up with.
 //
-// Counted per element of the packed depth: a tile of 256 steps takes 1,536 cycles and reads and
-// writes 12 vectors of the result (2%); packing takes about 2 cycles per weight, which is used
-// rows / 16 cycles, and 1 cycle per element of x, used for columns / 16 cycles.
+// Counted: a tile of 256 steps takes 1,536 cycles, and reads and writes 12 vectors of the result
+// (2%); packing takes 1 to 2 cycles per weight, which is used for rows / 16 cycles, and half a
+// cycle per element of x, used for columns / 16 cycles.
 //
-// A result is one chain of multiply-adds for each `kDepth` of the depth, and these are added in
-// their order: it does not depend on how many rows or columns go with it.
+// A result is one chain of multiply-adds for each piece of the depth, and these are added in their
+// order: it does not depend on how many rows or columns go with it.
 // Unnamed namespace: see isa.h.
 #pragma once
 
@@ -22,14 +22,22 @@ namespace cptool::cpu {
 namespace {
 
 constexpr int kTileRows = 6, kTileVectors = 2, kTileColumns = kTileVectors * kLanes;
-constexpr int kDepth = 256;  // of packed columns: a multiple of every type's block
+constexpr int kDepth = 320;  // the most of the depth that is packed at a time: 25 KB for a tile
+
+// How much of the depth is packed at a time: whole blocks of any type whose rows have this depth,
+// in as few pieces as there can be, of about the same size.
+inline int64_t packed_depth(int64_t depth) {
+  if (depth % 256 == 0) return 256;
+  const int64_t pieces = (depth + kDepth - 1) / kDepth;
+  return ((depth + pieces - 1) / pieces + 31) / 32 * 32;
+}
 
 // Multiplies R packed rows with 16 packed columns; `c` is their place in the result, of which the
 // first `columns` columns exist, and holds the sum over the depth before if `add`.
 template <int R>
 void product_tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride,
                   int columns, bool add) {
-  // The result was last used kDepth of the depth ago. Its lines arrive while the tile is summed.
+  // The result was last used a piece of the depth ago. Its lines arrive while the tile is summed.
   for (int r = 0; r < R; ++r) {
     __builtin_prefetch(c + r * c_stride, 1);
     __builtin_prefetch(c + r * c_stride + columns - 1, 1);
@@ -165,8 +173,9 @@ constexpr ProductKernel kProduct = {
       float* const packed = static_cast<float*>(scratch);
       float* const x = packed + kDepth * kProductColumns;
       float* const widened = x + kDepth * kProductRows;
-      for (int64_t k = 0; k < args.w.depth; k += kDepth) {
-        const int64_t depth = at_most(args.w.depth - k, kDepth);
+      const int64_t whole = packed_depth(args.w.depth);
+      for (int64_t k = 0; k < args.w.depth; k += whole) {
+        const int64_t depth = at_most(args.w.depth - k, whole);
         for (int64_t n = 0; n < piece.columns; n += kTileColumns) {
           const auto count = static_cast<int>(at_most(piece.columns - n, kTileColumns));
           const float* rows[kTileColumns];

@@ -162,16 +162,17 @@ def of_another_length(where):
 
 
 @pytest.mark.parametrize(
-    "damage, told, lines",
+    "damage, told",
     [
-        (emptied, "not a readable session manifest", 1),
-        (without_segments, "is missing", 4),
-        (cut_short, "bytes, the manifest says", 1),
-        (of_another_length, "the segments hold 55 positions", 1),
+        (emptied, "not a readable session manifest"),
+        (without_segments, "is missing"),
+        (cut_short, "bytes, the manifest says"),
+        (of_another_length, "the segments hold 55 positions"),
     ],
 )
-def test_verify_reports_all_damage_alike(session, damage, told, lines):
+def test_verify_reports_all_damage_alike(session, damage, told):
     where, _ = session
+    lines = len(list(where.glob("segment-*"))) if damage is without_segments else 1
     damage(where)
     result = cptool("session", "verify", where, code=1)
     assert result.stderr.count(told) == len(result.stderr.splitlines()) == lines
