@@ -11,9 +11,9 @@ transformers in bfloat16 where the processor multiplies it and else in float32, 
 does. llama.cpp quantises activations to 8 bits where weights are quantised, and computes another
 function than the others.
 
-The ceiling of a prefill is its matrix products at oneDNN's rate and its attention at that of our
-own kernel, both measured in the same run; that of a decode step is its weights as they are stored
-and its KV at the rate at which the same threads read memory.
+The ceiling of a prefill is its matrix products at the rate of one large product, torch's or ours,
+and its attention at that of our own kernel, all measured in the same run; that of a decode step is
+its weights as they are stored and its KV at the rate at which the same threads read memory.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.model.shapes import SHAPES, llama_config
 from cptool.ops.attention import attention_partial
+from cptool.ops.linear import linear as ours_linear
 from cptool.ops.processor import has_bfloat16_products
 from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops, weight_bytes
 
@@ -147,7 +148,10 @@ def rates(checkpoint: Checkpoint, tokens: int) -> dict[str, float]:
             samples.append(clock() - begin)
         return min(samples)
 
-    linear = seconds(lambda: torch.nn.functional.linear(x, w), 5)
+    linear = min(
+        seconds(lambda: torch.nn.functional.linear(x, w), 5),
+        seconds(lambda: ours_linear(x, w), 5),
+    )
     attention = seconds(
         lambda: attention_partial(
             q, k, k, positions, positions, ends, ends, head_dim**-0.5, out_dtype=q.dtype
