@@ -39,7 +39,7 @@ struct StoredMatrix {
   Encoding encoding;
 };
 
-// out[i][n] = sum_k x[i][k] w[n][k], summed in float32, for few rows of x.
+// out[i][n] = sum_k x[i][k] w[n][k], summed in float32.
 struct StoredLinearArgs {
   StoredMatrix w;                // [columns, depth]
   const float* x;                // [rows, depth]

@@ -36,7 +36,7 @@ def _leave_threads(code: object) -> None:
 
     if any(thread.name in ("cptool-ranks", "cptool-hub") for thread in threading.enumerate()):
         sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _leave(number: int, frame: object) -> None:

@@ -88,8 +88,8 @@ class Running(Generic[_T]):
         if not self._sent:
             return
         self._ranks.stop()
-        for _ in self.tokens():
-            pass
+        self._thread.join()  # not by its last token, which an interrupted `tokens` may have taken
+        self._over = True
         self._ranks.stop(False)
 
     @property

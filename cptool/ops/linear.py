@@ -50,19 +50,32 @@ def linear(x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
     if isinstance(weight, StoredWeight):
         return weight.linear(x)
     if x.is_cpu and x.shape[0] and x.dtype in SCALAR_TYPES:
-        own = x.dtype == torch.float32 and cpu_has_product()
-        if (own or x.shape[0] <= FEW_ROWS[x.dtype]) and x.dim() == 2:
+        own = x.shape[0] <= FEW_ROWS[x.dtype] or _takes_many(x, weight)
+        if own and x.dim() == 2:
             return dispatch(_linear, _linear_op, x, weight)
         if x.dtype == torch.float32 and _onednn is not None:
             return _onednn(x, weight, None, "none", [], "")
     return functional.linear(x, weight)
 
 
+def _takes_many(x: Tensor, weight: Tensor) -> bool:
+    """Return whether many rows are left to `_linear`, which under torch's compiler chooses when it
+    runs.
+    """
+    if x.dtype != torch.float32 or x.stride(-1) != 1 or weight.stride(-1) != 1:
+        return False
+    return torch.compiler.is_compiling() or cpu_has_product()
+
+
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     (rows, depth), columns = rows_of(x), weight.shape[0]
     check_tensor("weight", weight, (columns, depth), x.dtype, device=x.device)
     out = torch.empty((rows, columns), dtype=x.dtype)
-    if rows > FEW_ROWS[x.dtype]:
+    if rows > FEW_ROWS[x.dtype] and x.dtype == torch.float32:
+        if depth == 0:
+            return out.zero_()
+        if not cpu_has_product():
+            return functional.linear(x, weight)
         multiply_many(x, (weight.data_ptr(), 4 * weight.stride(0), columns, depth, 0, FLOAT32), out)
         return out
     _C.linear_cpu(

@@ -17,8 +17,9 @@
 // 2.9 GHz. A Zen 3 starts 4 arithmetic instructions of 8 lanes in each cycle; here the 8 weights
 // take 3.5, loads and scales apart.
 //
-// A vector's x underflows in the packed copy below 2^-98, and then loses bits: 2^-122 at most.
-// Unnamed namespace: see isa.h.
+// A vector's x underflows in the packed copy below 2^-102, and then loses bits: 2^-122 at most.
+// Types whose integers come times 2^24 (InBytes) overflow from |x| of about 2^95 on. Unnamed
+// namespace: see isa.h.
 #pragma once
 
 #include "cpu/block_formats.h"

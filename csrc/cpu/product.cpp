@@ -1,4 +1,6 @@
 // Divides a product of many rows with a matrix over threads (product_kernel.h).
+#include <stdexcept>
+
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
 #include "cpu/pieces.h"
@@ -16,6 +18,8 @@ int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void product(const StoredLinearArgs& args, int threads) {
   const ProductKernel& kernel = product_isa().product;
+  if (kernel.compute == nullptr) throw std::invalid_argument("no kernel for many rows is in use");
+  if (args.rows == 0 || args.w.rows == 0) return;
   const int64_t wanted = threads == 1 ? 1 : kPiecesOfThread * threads;
   int64_t columns = ceiling(ceiling(args.w.rows, wanted), kLeastColumns) * kLeastColumns;
   columns = std::min<int64_t>(columns, kProductColumns);

@@ -22,7 +22,7 @@ namespace cptool::cpu {
 namespace {
 
 constexpr int kTileRows = 6, kTileVectors = 2, kTileColumns = kTileVectors * kLanes;
-constexpr int kDepth = 320;  // the most of the depth that is packed at a time: 25 KB for a tile
+constexpr int kDepth = 320;  // the most of the depth that is packed at a time: 28 KB for a tile
 
 // How much of the depth is packed at a time: whole blocks of any type whose rows have this depth,
 // in as few pieces as there can be, of about the same size.

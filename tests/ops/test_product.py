@@ -7,7 +7,7 @@ from test_stored import depth_of, matrix
 from cptool.ops.encodings import ENCODINGS
 from cptool.ops.kernels import cpu_has_product, cpu_isas, force_cpu_isa
 from cptool.ops.linear import FEW_ROWS, linear
-from cptool.ops.stored import StoredWeight
+from cptool.ops.stored import Blocks, StoredWeight
 
 UNIT = torch.finfo(torch.float32).eps / 2
 FEWEST = FEW_ROWS[torch.float32] + 1
@@ -34,7 +34,7 @@ def check(out, x, weight):
     assert out.shape == exact.shape and ((out.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("rows", [FEWEST, 144, 151, 600])
+@pytest.mark.parametrize("rows", [*range(FEWEST, FEWEST + 6), 144, 151, 600])
 @pytest.mark.parametrize(
     ("depth", "columns"), [(1, 1), (7, 15), (64, 16), (255, 33), (257, 130), (576, 1029)]
 )
@@ -78,3 +78,34 @@ def test_values_that_are_not_finite_stay_where_they_are():
     x[1, 69], weight[4, 3], weight[5, 68] = float("inf"), float("nan"), -float("inf")
     exact = torch.nn.functional.linear(x.double(), weight.double())
     torch.testing.assert_close(linear(x, weight).double(), exact, rtol=0, atol=0, equal_nan=True)
+
+
+def test_nothing_to_multiply():
+    x = random(20 + FEWEST, 64)
+    assert linear(x, random(0, 64)).shape == (20 + FEWEST, 0)
+    empty = Blocks(torch.zeros(0, 36, dtype=torch.uint8), "Q4_0")
+    assert StoredWeight([empty]).linear(x).shape == (20 + FEWEST, 0)
+    assert torch.equal(linear(x[:, :0], random(5, 0)), torch.zeros(20 + FEWEST, 5))
+
+
+def test_operands_that_the_kernel_does_not_take():
+    x, weight = random(64, 2 * FEWEST).T, random(33, 64)
+    check(linear(x, weight), x, weight)
+    check(linear(x.contiguous(), weight.T.contiguous().T), x, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_registered_op_takes_any_dtype_under_any_cap(dtype):
+    x, weight = random(2 * FEWEST, 64).to(dtype), random(33, 64, seed=1).to(dtype)
+    exact = x.double() @ weight.double().T
+    for isa in ("avx2", "portable"):
+        with force_cpu_isa(isa):
+            out = torch.ops.cptool.linear(x, weight)
+        torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2)
+
+
+def test_it_is_compiled_without_a_break():
+    compiled = torch.compile(linear, fullgraph=True, backend="eager")
+    for rows in (4, FEWEST, 2 * FEWEST):
+        x, weight = random(rows, 64), random(33, 64, seed=1)
+        assert torch.equal(compiled(x, weight), linear(x, weight))
