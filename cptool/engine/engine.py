@@ -73,6 +73,7 @@ class Engine(BatchState):
         self.ring = ring or ring_of(world.cp_group)
         self.report = progress or silent
         self.choice: Choice | None = None
+        self._weight_size = model.weight_size
         kv = options.kv_dtype
         cache = KVCache(
             layers=model.config.num_hidden_layers,
@@ -186,6 +187,7 @@ class Engine(BatchState):
             batch=sum(map(bool, lengths)),
             tp=self.world.tp,
             partial_bytes=self.partial_dtype.itemsize,
+            weight_size=self._weight_size,
         )
 
     def _placed(self, queries: tuple[Placement, ...], reserve: int, *, keys_travel: bool) -> Step:

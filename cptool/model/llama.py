@@ -270,9 +270,20 @@ class Llama(nn.Module):
         """Bytes of weights that one decode step reads: all matrices, of the embedding as the output
         matrix alone.
         """
+        return sum(weight.nbytes for weight in self._step_matrices())
+
+    @property
+    def weight_size(self) -> float | None:
+        """Bytes per element of these matrices; None unless some stay as a file stores them."""
+        matrices = self._step_matrices()
+        if not any(isinstance(weight, StoredWeight) for weight in matrices):
+            return None
+        return self.step_bytes / sum(weight.shape.numel() for weight in matrices)
+
+    def _step_matrices(self) -> list[torch.Tensor | StoredWeight]:
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         matrices = [m.weight for m in self.layers.modules() if isinstance(m, Linear)]
-        return sum(weight.nbytes for weight in (*matrices, head.weight))
+        return [*matrices, head.weight]
 
     @property
     def num_heads(self) -> int:
