@@ -125,6 +125,7 @@ def _or_piped(asked: Prompts) -> Prompts:
         return asked
     if sys.stdin is None or sys.stdin.isatty() or (launched_size() or 1) > 1:
         raise click.UsageError(
-            "no prompt; give --prompt, --prompt-file, --token-ids or --synthetic"
+            "no prompt; give --prompt, --prompt-file, --file, --token-ids, --synthetic or "
+            "--batch-file"
         )
     return dataclasses.replace(asked, given=(("--prompt", "-"),))

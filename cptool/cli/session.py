@@ -162,7 +162,10 @@ def compact(directory: Path) -> None:
     help="How many turns to go back.",
 )
 def rollback(directory: Path, turns: int) -> None:
-    """Take back the last turns of a SESSION."""
+    """Take back the last turns of a SESSION.
+
+    A turn is what one command added: all questions and answers of a `cptool chat` are one.
+    """
     from cptool.session.maintenance import roll_back
 
     before = sessions.load(directory)
