@@ -12,7 +12,7 @@ from cptool.ops.checks import SCALAR_TYPES, check_tensor, dispatch, rows_of
 from cptool.ops.encodings import FLOAT32
 from cptool.ops.kernels import EXTENSION as _C
 from cptool.ops.kernels import cpu_has_product, cpu_isas, cpu_linear_isa
-from cptool.ops.stored import StoredWeight
+from cptool.ops.stored import StoredWeight, product_arguments
 
 
 def _few_rows(dtype: torch.dtype) -> int:
@@ -76,7 +76,8 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
             return out.zero_()
         if not cpu_has_product():
             return functional.linear(x, weight)
-        multiply_many(x, (weight.data_ptr(), 4 * weight.stride(0), columns, depth, 0, FLOAT32), out)
+        place = weight.data_ptr(), 4 * weight.stride(0), columns, depth, 0, FLOAT32
+        _C.product_cpu(*product_arguments(x, place, out))
         return out
     _C.linear_cpu(
         x.data_ptr(),
@@ -91,21 +92,6 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return out
-
-
-def multiply_many(x: Tensor, place: tuple[int, int, int, int, int, int], out: Tensor) -> None:
-    """Write x W^T to `out`, float32 [rows, columns] with contiguous rows, where the processor has a
-    kernel for it (`cpu_has_product`); `place` is that of `cptool.ops.stored.Blocks`, or of float32.
-    """
-    _C.product_cpu(
-        *place,
-        x.data_ptr(),
-        x.stride(0),
-        x.shape[0],
-        out.data_ptr(),
-        out.stride(0),
-        torch.get_num_threads(),
-    )
 
 
 _library = torch.library.Library("cptool", "FRAGMENT")

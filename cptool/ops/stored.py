@@ -107,8 +107,7 @@ class StoredWeight:
             x = x.contiguous()
         column = 0
         for part in self.parts:
-            columns = out[:, column : column + part.shape[0]]
-            (_multiply_few if rows <= few_rows(part) else _multiply_many)(x, part, columns)
+            _multiply(x, part, out[:, column : column + part.shape[0]])
             column += part.shape[0]
         return out
 
@@ -147,24 +146,29 @@ def few_rows(part: Blocks) -> int:
     return _C.cpu_stored_rows(ENCODINGS[part.encoding])
 
 
-def _multiply_few(x: Tensor, part: Blocks, out: Tensor) -> None:
-    _C.stored_linear_cpu(
-        *part.place,
-        x.data_ptr(),
-        x.stride(0),
-        x.shape[0],
-        out.data_ptr(),
-        out.stride(0),
-        torch.get_num_threads(),
-    )
+def product_arguments(
+    x: Tensor, place: tuple[int, int, int, int, int, int], out: Tensor
+) -> tuple[int, ...]:
+    """Return the arguments of the extension's products that write x W^T to `out`, float32 [rows,
+    columns] with contiguous rows. place: that of W (`Blocks.place`).
+    """
+    threads = torch.get_num_threads()
+    rows = (x.data_ptr(), x.stride(0), x.shape[0], out.data_ptr(), out.stride(0))
+    return (*place, *rows, threads)
 
 
-def _multiply_many(x: Tensor, part: Blocks, out: Tensor) -> None:
-    from cptool.ops.linear import linear, multiply_many
+def _multiply(x: Tensor, part: Blocks, out: Tensor) -> None:
+    if len(x) <= few_rows(part):
+        _C.stored_linear_cpu(*product_arguments(x, part.place, out))
+    elif len(x) > FEW_ROWS and cpu_has_product():
+        _C.product_cpu(*product_arguments(x, part.place, out))
+    else:
+        _multiply_panels(x, part, out)
 
-    if len(x) > FEW_ROWS and cpu_has_product():
-        multiply_many(x, part.place, out)
-        return
+
+def _multiply_panels(x: Tensor, part: Blocks, out: Tensor) -> None:
+    from cptool.ops.linear import linear
+
     rows, depth = part.shape
     at_once = max(16, _PANEL_BYTES // (4 * depth) // 16 * 16)
     panel = _panel(min(at_once, rows) * depth).view(-1, depth)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cptool.ops import stored
 from cptool.ops.encodings import ENCODINGS
-from cptool.ops.kernels import cpu_isas, cpu_stored_isa, force_cpu_isa
+from cptool.ops.kernels import EXTENSION, cpu_isas, cpu_stored_isa, force_cpu_isa
 from cptool.ops.linear import FEW_ROWS, linear
 from cptool.ops.stored import Blocks, StoredWeight
 
@@ -121,7 +121,7 @@ def test_weights_have_the_bits_of_the_gguf_package(encoding, isa):
             for count in (0, 1, 2, 3, 4, 5, 6):
                 x = torch.randn(count, values.shape[1])
                 out = torch.empty(count, rows)
-                stored._multiply_few(x, part, out)
+                EXTENSION.stored_linear_cpu(*stored.product_arguments(x, part.place, out))
                 assert right(out, x, part, values, isa), count
 
 
@@ -152,7 +152,7 @@ def test_any_bytes_are_widened_like_the_gguf_package(encoding, isa, seed, rows, 
     with force_cpu_isa(isa):
         assert same_bits(weight.widened(), values)
         out = torch.empty(5, rows)
-        stored._multiply_few(x, part, out)
+        EXTENSION.stored_linear_cpu(*stored.product_arguments(x, part.place, out))
         assert right(out, x, part, values, isa)
         indices = torch.arange(rows).flip(0)
         assert same_bits(weight.gather(indices), values[indices])
