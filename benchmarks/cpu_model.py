@@ -39,8 +39,8 @@ from cptool.distributed.options import RankOptions
 from cptool.engine.answers.decode import decode, next_tokens
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
-from cptool.engine.options import mean_weight_size, resolve_dtype
 from cptool.engine.sampling import Sampling
+from cptool.engine.setup.types import mean_weight_size, resolve_dtype
 from cptool.engine.weights import load_model
 from cptool.model.shapes import SHAPES, llama_config
 from cptool.ops.attention import attention_partial

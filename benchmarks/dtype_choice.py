@@ -27,8 +27,9 @@ from cptool.distributed.options import RankOptions
 from cptool.engine.answers.decode import decode, next_tokens
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
-from cptool.engine.options import EngineOptions, resolve_types
+from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
+from cptool.engine.setup.types import resolve_types
 from cptool.engine.weights import load_model
 
 CHOICES = {

@@ -29,7 +29,7 @@ from cptool.cli.options.types import TokenCount
 from cptool.cli.progress import Pace
 from cptool.distributed import launch
 from cptool.distributed.options import RankOptions
-from cptool.engine.options import resolve_dtype
+from cptool.engine.setup.types import resolve_dtype
 from cptool.engine.turn import Report, Turn, run
 
 if TYPE_CHECKING:

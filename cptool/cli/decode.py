@@ -25,7 +25,8 @@ from cptool.cli.options.next_turn import next_turn
 from cptool.cli.options.prompts import Prompts, prompt_options
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.options.sampling import SamplingRequest, sampling_options
-from cptool.engine.options import EngineOptions, setup_types
+from cptool.engine.options import EngineOptions
+from cptool.engine.setup.types import setup_types
 from cptool.session import store as sessions
 
 DEFAULT_TOKENS = 128

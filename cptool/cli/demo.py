@@ -20,7 +20,8 @@ from cptool.cli.options.models import open_model
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.pull.fetching import fetching
 from cptool.distributed.options import RankOptions
-from cptool.engine.options import EngineOptions, resolve_types
+from cptool.engine.options import EngineOptions
+from cptool.engine.setup.types import resolve_types
 from cptool.errors import UserError
 from cptool.model.context import check_context
 from cptool.units import duration, some

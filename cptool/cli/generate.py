@@ -25,7 +25,8 @@ from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_de
 from cptool.cli.options.samples import check_samples, samples_option
 from cptool.cli.options.sampling import SamplingRequest, sampling_options
 from cptool.cli.turns import SessionRequest, session_options
-from cptool.engine.options import EngineOptions, setup_types
+from cptool.engine.options import EngineOptions
+from cptool.engine.setup.types import setup_types
 
 DEFAULT_TOKENS = 256
 

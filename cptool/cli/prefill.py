@@ -20,7 +20,8 @@ from cptool.cli.options.next_turn import begun
 from cptool.cli.options.prompts import Prompts, chat_prompt_options
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.turns import SessionRequest, session_options
-from cptool.engine.options import EngineOptions, setup_types
+from cptool.engine.options import EngineOptions
+from cptool.engine.setup.types import setup_types
 from cptool.model.context import check_context
 
 if TYPE_CHECKING:

@@ -30,7 +30,8 @@ from cptool.cli.options.ranks import RankRequest
 from cptool.cli.options.records import as_object
 from cptool.cli.progress import following
 from cptool.cli.turn_report import types_of
-from cptool.engine.options import EngineOptions, resolve_types
+from cptool.engine.options import EngineOptions
+from cptool.engine.setup.types import resolve_types
 from cptool.errors import OptionError, UserError
 from cptool.model.context import check_context
 

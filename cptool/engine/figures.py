@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cptool.engine.options import mean_weight_size
+from cptool.engine.setup.types import mean_weight_size
 from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops
 from cptool.planning.cost.forward import ELEMENT_BYTES
 from cptool.planning.prediction import Prediction, Work, predict_turn

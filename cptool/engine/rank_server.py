@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptool.distributed.status_board import IDLE
-from cptool.engine.options import Setup, load_for, make_engine
 from cptool.engine.requests import (
     END,
     Answer,
@@ -22,6 +21,7 @@ from cptool.engine.requests import (
     Refused,
     Save,
 )
+from cptool.engine.setup.loading import Setup, load_for, make_engine
 from cptool.errors import Interrupted, RunError, UserError, explain
 
 if TYPE_CHECKING:

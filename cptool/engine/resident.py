@@ -19,7 +19,6 @@ from cptool.distributed.failure import RankFailed
 from cptool.distributed.local import RANK_NAME
 from cptool.distributed.options import RankOptions
 from cptool.distributed.status_board import Board
-from cptool.engine.options import Setup
 from cptool.engine.rank_modules import rank_modules
 from cptool.engine.rank_server import serve
 from cptool.engine.requests import (
@@ -32,6 +31,7 @@ from cptool.engine.requests import (
     Refused,
     Save,
 )
+from cptool.engine.setup.loading import Setup
 from cptool.errors import RunError, UserError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from cptool.engine.answers.records import AnswerOptions, Emit, Logprobs
 from cptool.engine.figures import decode_bytes, predicted, prefill_flops
-from cptool.engine.options import Setup, load_for, make_engine
 from cptool.engine.sampling import Sampling
+from cptool.engine.setup.loading import Setup, load_for, make_engine
 from cptool.host import contention
 from cptool.planning.prediction import Prediction
 from cptool.profiling.report import Phases, Section, collect

@@ -19,8 +19,9 @@ from cptool.distributed.devices import resolve_device
 from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
 from cptool.engine.answers.records import AnswerOptions, Emit
-from cptool.engine.options import Setup, resolve_types
 from cptool.engine.requests import Answer, Continue
+from cptool.engine.setup.loading import Setup
+from cptool.engine.setup.types import resolve_types
 from cptool.errors import RunError, UserError, explain
 from cptool.llm.answers import Generation, Keep, Stream, Tokens, is_whole
 from cptool.llm.options import (

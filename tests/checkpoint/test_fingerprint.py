@@ -13,7 +13,7 @@ from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.tensors import byte_ranges
 from cptool.distributed import launch
 from cptool.distributed.options import RankOptions
-from cptool.engine.options import Setup, load_for
+from cptool.engine.setup.loading import Setup, load_for
 from cptool.errors import RunError
 
 

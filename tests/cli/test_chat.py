@@ -24,8 +24,8 @@ from cptool import files
 from cptool.checkpoint import open_checkpoint
 from cptool.cli.main import main
 from cptool.distributed.options import RankOptions
-from cptool.engine.options import Setup
 from cptool.engine.resident import Resident
+from cptool.engine.setup.loading import Setup
 from cptool.errors import UserError
 from cptool.session import chat_file, committing, maintenance, store
 from cptool.session.chat_file import FILE

@@ -9,7 +9,7 @@ from fake_gpu import FIRST_USE, STARTED, pretend, stop_at_launch
 
 from cptool.checkpoint import open_checkpoint
 from cptool.cli.main import COMMANDS, main
-from cptool.engine.options import Setup
+from cptool.engine.setup.loading import Setup
 from cptool.errors import RunError
 from cptool.exactness import selftest
 

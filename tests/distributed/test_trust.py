@@ -126,7 +126,7 @@ from cptool.distributed.options import RankOptions
 from cptool.engine.resident import Resident
 from cptool.engine.requests import Continue
 from cptool.engine.answers.records import AnswerOptions
-from cptool.engine.options import Setup
+from cptool.engine.setup.loading import Setup
 if __name__ == "__main__":
     setup = Setup(model={model!r}, dtype="float32")
     with Resident(setup, RankOptions(cp=2, device="cpu", threads=1, timeout=60)) as resident:

@@ -12,7 +12,8 @@ from cptool.engine import saving
 from cptool.engine.answers.decode import decode
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
-from cptool.engine.options import EngineOptions, check_kv_dtype, continued_types, resolve_types
+from cptool.engine.options import EngineOptions
+from cptool.engine.setup.types import check_kv_dtype, continued_types, resolve_types
 from cptool.engine.weights import load_model
 from cptool.errors import OptionError
 from cptool.session import store

@@ -16,7 +16,8 @@ from cptool.cli.plan.command import plan
 from cptool.engine.answers.decode import decode
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
-from cptool.engine.options import EngineOptions, mean_weight_size, resolve_types, widened
+from cptool.engine.options import EngineOptions
+from cptool.engine.setup.types import mean_weight_size, resolve_types, widened
 from cptool.engine.weights import load_model, original
 from cptool.errors import OptionError
 from cptool.exactness.weights import weight_errors

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cptool.checkpoint import open_checkpoint
-from cptool.engine import options
-from cptool.engine.options import resolve_dtype
+from cptool.engine.setup import types
+from cptool.engine.setup.types import resolve_dtype
 from cptool.ops import processor
 from cptool.ops.kernels import build_info, cpu_isas, cpu_linear_isa, force_cpu_isa
 from cptool.planning.profiles import INSTRUCTION_SETS, default_profile
@@ -93,7 +93,7 @@ def test_a_cap_in_the_environment_counts(monkeypatch, name, value, fast):
 def test_auto(monkeypatch, stored, with_products, without, cuda):
     checkpoint = SimpleNamespace(matrix_dtype=stored)
     for fast, expected in ((True, with_products), (False, without)):
-        monkeypatch.setattr(options, "has_bfloat16_products", lambda fast=fast: fast)
+        monkeypatch.setattr(types, "has_bfloat16_products", lambda fast=fast: fast)
         assert resolve_dtype("auto", checkpoint, "cpu") == expected
         assert resolve_dtype("auto", checkpoint, "cuda") == cuda
         assert resolve_dtype("bfloat16", checkpoint, "cpu") == "bfloat16"

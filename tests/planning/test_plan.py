@@ -345,10 +345,11 @@ def test_a_target_that_is_not_reached_is_exit_code_3():
 
 @pytest.mark.parametrize("products", [True, False])
 def test_a_checkpoint_is_planned_as_prefill_would_run_it(mqa_path, monkeypatch, products):
-    from cptool.engine import options, world_profile
+    from cptool.engine import world_profile
+    from cptool.engine.setup import types
 
     isa = "avx512bf16" if products else "avx2"
-    monkeypatch.setattr(options, "has_bfloat16_products", lambda: products)
+    monkeypatch.setattr(types, "has_bfloat16_products", lambda: products)
     monkeypatch.setattr(world_profile, "instruction_set", lambda: isa)
     said = ask(mqa_path, "--context", 64)
     assert (said["dtype"], said["hardware"], said["calibrated"]) == ("float32", f"cpu-{isa}", None)

@@ -134,8 +134,8 @@ class _Run:
 
     def run(self) -> None:
         """Answer the prompts that are left."""
-        from cptool.engine.options import Setup
         from cptool.engine.resident import Resident
+        from cptool.engine.setup.loading import Setup
 
         job, left = self.job, self.lines[self.before :]
         setup = Setup(

@@ -17,7 +17,7 @@ from cptool.cli.options.records import as_object
 from cptool.cli.progress import progress
 from cptool.cli.turn_report import types_of
 from cptool.distributed.devices import resolve_device
-from cptool.engine.options import check_kv_dtype
+from cptool.engine.setup.types import check_kv_dtype
 from cptool.variants import names
 
 if TYPE_CHECKING:

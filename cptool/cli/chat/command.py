@@ -19,7 +19,8 @@ from cptool.cli.options.models import context_option, open_model, say_reading, s
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.options.sampling import SamplingRequest, sampling_options
 from cptool.cli.turn_report import types_of
-from cptool.engine.options import EngineOptions, setup_types
+from cptool.engine.options import EngineOptions
+from cptool.engine.setup.types import setup_types
 from cptool.errors import OptionError, UserError
 from cptool.session import store as sessions
 from cptool.session.conversation import Conversation
@@ -92,8 +93,8 @@ def chat(
     question, or with --paragraphs each paragraph. A text of several lines that is pasted at a
     terminal is one question. /help lists the commands.
     """
-    from cptool.engine.options import Setup
     from cptool.engine.resident import Resident
+    from cptool.engine.setup.loading import Setup
 
     asked = questions(paragraphs=paragraphs)
 

@@ -23,7 +23,8 @@ from cptool.cli.options.types import Duration, TokenCount
 from cptool.cli.plan.search import Search
 from cptool.cli.plan.types import planned_types, type_options
 from cptool.distributed.devices import resolve_device
-from cptool.engine.options import EngineOptions, mean_weight_size
+from cptool.engine.options import EngineOptions
+from cptool.engine.setup.types import mean_weight_size
 from cptool.engine.world_profile import machine_profile
 from cptool.errors import OptionError, UserError
 from cptool.model import shares

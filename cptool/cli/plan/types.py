@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool.cli.options.common import DTYPES
-from cptool.engine.options import QUANTISED, EngineOptions, check_kv_dtype, resolve_types
+from cptool.engine.options import QUANTISED, EngineOptions
+from cptool.engine.setup.types import check_kv_dtype, resolve_types
 from cptool.errors import OptionError
 from cptool.session.manifest import WEIGHTS
 

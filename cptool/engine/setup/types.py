@@ -1,0 +1,200 @@
+"""In which types a run stores weights and KV and computes: what was requested, resolved for a
+checkpoint, a device and a session. Imports no torch.
+"""
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cptool.engine.options import QUANTISED, EngineOptions
+from cptool.errors import OptionError
+from cptool.ops.encodings import ENCODINGS, quantised_bytes
+from cptool.ops.processor import has_bfloat16_products
+from cptool.units import size, some
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cptool.checkpoint import Checkpoint
+    from cptool.session.manifest import Manifest
+
+_FLOATS = ("F32", "F16", "BF16")
+
+
+def resolve_dtype(requested: str, checkpoint: "Checkpoint", device: str) -> str:
+    """Return the dtype to compute in: `requested`, or for "auto" the checkpoint's own if `device`
+    is fast in it.
+
+    No processor that cptool knows is fast in float16, and those without bfloat16 products take
+    several times as long in bfloat16 as in float32, which loses nothing.
+    """
+    if requested != "auto":
+        return requested
+    own = checkpoint.matrix_dtype or "float32"
+    if device != "cpu":
+        return own
+    return own if own == "bfloat16" and has_bfloat16_products() else "float32"
+
+
+def check_kv_dtype(kv_dtype: str, dtype: str, device: str) -> None:
+    """Raise OptionError unless attention on `device` can compute in `dtype` over KV of `kv_dtype`:
+    it must be the same or, in float32 on a CPU, a narrower one.
+    """
+    if kv_dtype == dtype:
+        return
+    if device != "cpu":
+        raise OptionError(
+            "kv_dtype",
+            kv_dtype,
+            f"on {device} KV has the type of the products, {dtype}",
+            "leave it out, or add `device` cpu",
+        )
+    if dtype != "float32":
+        raise OptionError(
+            "kv_dtype",
+            kv_dtype,
+            f"products in {dtype} take KV in {dtype} alone",
+            "leave it out, or compute in `dtype` float32",
+        )
+
+
+def resolve_types(
+    dtype: str, options: EngineOptions, checkpoint: "Checkpoint", device: str
+) -> tuple[str, EngineOptions]:
+    """Return the dtype to compute in, and the options with the type of KV; either may be requested
+    as "auto". Raises OptionError for two that do not go together.
+    """
+    weights = options.weights or "file"
+    if weights != "file" and dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    found = resolve_dtype(dtype, checkpoint, device)
+    check_weights(weights, found, device, checkpoint)
+    kv_dtype = found if options.kv_dtype == "auto" else options.kv_dtype
+    check_kv_dtype(kv_dtype, found, device)
+    return found, replace(options, kv_dtype=kv_dtype, weights=weights)
+
+
+def check_weights(weights: str, dtype: str, device: str, checkpoint: "Checkpoint") -> None:
+    """Raise OptionError unless the float matrices of `checkpoint` can be quantised to `weights`."""
+    if weights == "file":
+        return
+    if device != "cpu" or dtype != "float32":
+        remedy = "leave it out, or add `device` cpu and `dtype` float32"
+        rule = f"quantised weights are multiplied in float32 on a CPU, not in {dtype} on {device}"
+        raise OptionError("weights", weights, rule, remedy)
+    matrices = [tensor for tensor in checkpoint.stored.values() if len(tensor.shape) == 2]
+    others = {t.encoding for t in matrices} - {*_FLOATS}
+    if others:
+        found = ", ".join(sorted(others))
+        rule = f"the weights of {checkpoint.name} are quantised already ({found})"
+        raise OptionError("weights", weights, rule, "leave it out: they stay as they are")
+
+
+def continued_types(
+    dtype: str, options: EngineOptions, device: str, *, held: tuple["Path | str", "Manifest"]
+) -> tuple[str, EngineOptions]:
+    """Return the same to continue a session, its directory and manifest `held`: KV stays in the
+    type in which it is, and "auto" computes in the dtype of the last turn.
+    """
+    directory, manifest = held
+    kept = manifest.kv_dtype
+    if options.kv_dtype not in ("auto", kept):
+        raise OptionError(
+            "kv_dtype",
+            options.kv_dtype,
+            f"the KV of {directory} is {kept}",
+            "leave `kv_dtype` out, or name a new directory",
+        )
+    if options.weights not in (None, manifest.weights):
+        raise OptionError(
+            "weights",
+            options.weights,
+            f"the KV of {directory} is that of weights {manifest.weights}",
+            "leave `weights` out, or name a new directory",
+        )
+    found = manifest.dtype if dtype == "auto" else dtype
+    if kept != found and (device != "cpu" or found != "float32"):
+        usable = kept if device != "cpu" else f"float32 or {kept}" if kept != "float32" else kept
+        remedy = "leave `dtype` out, or name a new directory"
+        if dtype == "auto":
+            remedy = f"add `device` cpu, or continue it with prefill and `dtype` {kept}"
+        raise OptionError(
+            "dtype",
+            found,
+            f"the KV of {directory} is {kept}, over which {device} computes in {usable}",
+            remedy,
+        )
+    if manifest.weights != "file" and (device != "cpu" or found != "float32"):
+        raise OptionError(
+            "dtype",
+            found,
+            f"{directory} has weights {manifest.weights}, which are multiplied in float32 on a CPU",
+            "leave `dtype` out and add `device` cpu",
+        )
+    return found, replace(options, kv_dtype=kept, weights=manifest.weights)
+
+
+def widened(checkpoint: "Checkpoint", dtype: str, device: str) -> str | None:
+    """Return which quantised matrices do not stay as the file stores them, in words; None if there
+    are none.
+    """
+    kept = ENCODINGS if device == "cpu" and dtype == "float32" else ()
+    found = [
+        tensor
+        for tensor in checkpoint.stored.values()
+        if len(tensor.shape) == 2 and tensor.encoding not in (*kept, *_FLOATS)
+    ]
+    if not found:
+        return None
+    types = ", ".join(sorted({tensor.encoding for tensor in found}))
+    stored = sum(tensor.nbytes for tensor in found)
+    held = sum(math.prod(tensor.shape) for tensor in found) * (4 if dtype == "float32" else 2)
+    how = "widened to float32, without loss" if dtype == "float32" else f"rounded to {dtype}"
+    bytes_of = f"{size(stored)} in the file, {size(held)} in memory"
+    return f"{some(len(found), 'tensor')} in {types} {how}: {bytes_of}"
+
+
+def setup_types(
+    dtype: str,
+    options: EngineOptions,
+    checkpoint: "Checkpoint",
+    device: str,
+    *,
+    held: tuple["Path | str | None", "Manifest | None"] = (None, None),
+) -> dict[str, Any]:
+    """Return the fields of a `Setup` that say what is computed and stored in which type: for the
+    session `held`, its directory and manifest, or without a manifest for a new one.
+    """
+    directory, manifest = held
+    if directory is None or manifest is None:
+        dtype, options = resolve_types(dtype, options, checkpoint, device)
+    else:
+        dtype, options = continued_types(dtype, options, device, held=(directory, manifest))
+    return {"dtype": dtype, "options": options}
+
+
+def mean_weight_size(
+    checkpoint: "Checkpoint", dtype: str, device: str, weights: str | None = None
+) -> float | None:
+    """Return the bytes per element of the matrices of a model that computes in `dtype` on `device`;
+    None where every weight has that dtype. weights: those of `EngineOptions`.
+
+    On a CPU, products in float32 read matrices as they are stored (`cptool.ops.stored`).
+    """
+    if device != "cpu" or dtype != "float32":
+        return None
+    matrices = [tensor for tensor in checkpoint.stored.values() if len(tensor.shape) == 2]
+    count = {tensor: math.prod(tensor.shape) for tensor in matrices}
+    if weights in QUANTISED:
+        stored = sum(
+            count[tensor] * 4
+            if (row := quantised_bytes(tensor.shape[1])) is None
+            else tensor.shape[0] * row
+            for tensor in matrices
+        )
+        return stored / sum(count.values())
+    kept = [tensor for tensor in matrices if tensor.encoding in ENCODINGS]
+    if not kept:
+        return None
+    widened = sum(4 * count[tensor] for tensor in matrices if tensor.encoding not in ENCODINGS)
+    return (sum(tensor.nbytes for tensor in kept) + widened) / sum(count.values())
