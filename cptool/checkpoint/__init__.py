@@ -21,9 +21,9 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a model and check everything that its headers state; imports no torch.
 
-    `model` is a directory in the Hugging Face layout or in Meta's, a .gguf file, a name of the
-    catalogue, or a hub id `org/name`, downloaded on first use; `watch` is called while it is, or,
-    if it is None, the hub's library draws its bars. `context_length` takes the place of the context
+    `model` is a directory in the Hugging Face layout or in Meta's, a .gguf file, or a name of
+    the catalogue or a hub id `org/name`, downloaded on first use; `watch` is called while it is,
+    or, if it is None, the hub's library draws its bars. `context_length` takes the place of the context
     that its files state. Raises UserError, one line, for anything else.
     """
     checkpoint = _open(model, watch)
@@ -42,7 +42,7 @@ def _open(model: str, watch: Watch | None) -> Checkpoint:
         if path.is_file():
             return _open_file(path)
         if model in catalogue.MODELS:
-            return _open_file(catalogue.find(model), model)
+            return _open_file(catalogue.find(model, watch or unwatched), model)
         if HUB_ID.fullmatch(model) and path.suffix not in (".gguf", ".safetensors"):
             return _open_directory(hub.snapshot(model, watch), model)
     except OSError as error:

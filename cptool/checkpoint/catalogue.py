@@ -65,11 +65,9 @@ def is_here(name: str) -> bool:
     return path.is_file() and path.stat().st_size == MODELS[name].size
 
 
-def find(name: str) -> Path:
-    """Return the path of the pulled model; UserError if it is not pulled or its size is wrong."""
-    if not is_here(name):
-        raise UserError(f"{name}: not on this machine yet; run: cptool pull {name}")
-    return path_of(name)
+def find(name: str, watch: Watch = unwatched) -> Path:
+    """Return the path of the model, which is pulled if it is not on this machine."""
+    return path_of(name) if is_here(name) else pull(name, watch)
 
 
 def pull(name: str, watch: Watch = unwatched) -> Path:
