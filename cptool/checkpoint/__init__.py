@@ -23,8 +23,8 @@ def open_checkpoint(
 
     `model` is a directory in the Hugging Face layout or in Meta's, a .gguf file, or a name of
     the catalogue or a hub id `org/name`, downloaded on first use; `watch` is called while it is,
-    or, if it is None, the hub's library draws its bars. `context_length` takes the place of the context
-    that its files state. Raises UserError, one line, for anything else.
+    or, if it is None, the hub's library draws its bars. `context_length` takes the place of the
+    context that its files state. Raises UserError, one line, for anything else.
     """
     checkpoint = _open(model, watch)
     if context_length is None:

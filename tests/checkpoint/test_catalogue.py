@@ -167,7 +167,7 @@ def test_a_cache_that_cannot_be_written(shelf, tmp_path, monkeypatch):
     assert "set CPTOOL_CACHE" in refusal(catalogue.pull, NAME)
 
 
-def test_names_not_pulled_and_not_known(shelf):
+def test_a_name_is_pulled_on_first_use_and_must_be_known(shelf):
     refusal(open_checkpoint, NAME)  # pulled on first use; its bytes are no model
     assert catalogue.is_here(NAME)
     assert "choose one of tiny" in refusal(catalogue.pull, "huge")
