@@ -20,6 +20,9 @@ PATIENCE_S = 4.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+_told: threading.Lock | None = None
+"""Held once somebody tells the user how a guarded command ended."""
+
 
 @contextlib.contextmanager
 def orderly() -> Iterator[None]:
@@ -100,6 +103,8 @@ def guard(early: Callable) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if _has_seat():
         return
+    global _told
+    _told = threading.Lock()
     if watched:
         signal.signal(signal.SIGINT, Interrupt())
     reading, writing = os.pipe()
@@ -266,13 +271,21 @@ def _watch(reading: int) -> None:
                     leave(number)
 
 
+def first_to_tell() -> bool:
+    """Return whether nobody has told the user yet how this command ended.
+
+    The main thread and the one that watches for signals may both be about to.
+    """
+    return _told is None or _told.acquire(blocking=False)
+
+
 def leave(number: int) -> None:
     """End this process as signal `number` requires, without unwinding; remove temporary folders."""
     from cptool.host.scratch import remove_folders
 
     if sys.stderr.isatty():
         os.write(2, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
-    if number == signal.SIGINT:
+    if first_to_tell() and number == signal.SIGINT:
         os.write(2, b"cptool: interrupted\n")
     try:
         remove_folders()

@@ -28,8 +28,7 @@ def attention(q_tokens=4, kv_heads=2, head_dim=64, batch=1):
         kv_heads,
         head_dim,
         1.0,
-        0,
-        0,
+        *(0, 0, 0),  # the types of q, of k and v, and of the output
         0,
         0,
         False,
