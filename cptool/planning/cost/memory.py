@@ -8,10 +8,13 @@ RESERVED = 0.04
 """Part of a device's memory taken by its context, fragmentation and the buffers of links."""
 
 
-def memory_per_rank(variant: str, forward: Forward) -> dict[str, float]:
+def memory_per_rank(variant: str, forward: Forward, room: int | None = None) -> dict[str, float]:
     """Return the bytes on the fullest rank by use: weights, kv, workspace, messages.
 
     Embedding and output head are replicated over tensor-parallel ranks, weights over CP ranks.
+
+    room: tokens of all sequences and CP ranks that the cache has room for, by default those that
+        the forward leaves in it.
     """
     config = forward.config
     layers = config.num_hidden_layers
@@ -19,7 +22,8 @@ def memory_per_rank(variant: str, forward: Forward) -> dict[str, float]:
     tables = 1 if config.tie_word_embeddings else 2
     table = config.vocab_size * config.hidden_size
     weights += tables * forward.weight_bytes(table, forward.dtype)
-    held = -(-(forward.cached + forward.new) // forward.ranks)
+    room = max(room or 0, forward.cached + forward.new)
+    held = -(-room // forward.ranks)
     kv = layers * held * forward.kv_width * forward.kv_element + 4 * held
     return {
         "weights": weights,
