@@ -203,8 +203,8 @@ class KVCache:
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write K and V `[new tokens, kv_heads, head_dim]` of the tokens of the last `extend`."""
         slab = self._slab[layer]
-        slab[self._new, 0] = k
-        slab[self._new, 1] = v
+        slab[self._new, 0] = k.to(slab.dtype)
+        slab[self._new, 1] = v.to(slab.dtype)
 
     def layer(self, layer: int) -> LayerKV:
         """Return the keys and values of one layer, which stay valid until the next `extend`."""

@@ -79,6 +79,7 @@ def prefill_rows(report: "Report") -> Rows:
         ("prompt", some(report.tokens, "token") + after),
         ("ranks", f"{report.cp} cp x {report.tp} tp on {report.device}, {types_of(report)}"),
         *([("weights", report.widened)] if report.widened else []),
+        *_chunk_rows(report),
         ("variant", f"{report.variant or 'none'} ({report.reason})"),
         (
             "first token",
@@ -95,6 +96,17 @@ def prefill_rows(report: "Report") -> Rows:
             exposed += " (ranks stood waiting for messages)"
         rows.append(("exchange", f"{size(report.wire_bytes)} sent per rank, {exposed}"))
     return rows
+
+
+def _chunk_rows(report: "Report") -> Rows:
+    """Return a row on the chunks in which the prompt was read, if it was not in one piece."""
+    if report.chunks < 2:
+        return []
+    shown = f"{report.chunks:,} of up to {some(report.chunk, 'token')}"
+    if len(report.variants) > 1:
+        each = ", ".join(f"{n:,} by {variant}" for variant, n in report.variants.items())
+        shown += f": {each}; below, the last"
+    return [("chunks", shown)]
 
 
 def _sharing_rows(report: "Report") -> Rows:

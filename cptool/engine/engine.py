@@ -8,7 +8,7 @@ placement of the cached ones; positions are the mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -96,6 +96,7 @@ class Engine(BatchState):
         reserve: int = 0,
         variant: str | Choice | None = None,
         seen: Seen | None = None,
+        until: Sequence[int] | None = None,
     ) -> None:
         """Compute the pending tokens of each sequence and then `new[b]`, and leave what follows in
         `logits`.
@@ -103,6 +104,8 @@ class Engine(BatchState):
         A sequence with nothing to compute keeps its logits.
 
         reserve: keep room in the cache for that many further tokens.
+        until: compute only the first `until[b]` tokens of each sequence and leave the rest pending;
+            none has logits then. `cptool.engine.prefill` reads a prompt in such chunks.
         variant: used for this forward instead of the engine's; a Choice is used as it is.
         seen: called with what this rank computed, if there was anything to compute.
 
@@ -110,18 +113,24 @@ class Engine(BatchState):
         requests a stop while a prompt is read (see `reading.LONG`).
         """
         said = zip(self.tokens, new, self.computed, strict=True)
-        if all(len(before) + len(more) - done <= 1 for before, more, done in said):
-            self._extend(new, reserve, variant, seen)  # a step of decode
-            return
-        with self.undone_by(Interrupted):
-            self._extend(new, reserve, variant, seen)
+        step = until is None and all(len(before) + len(more) - n <= 1 for before, more, n in said)
+        with nullcontext() if step else self.undone_by(Interrupted):
+            self.append(new)
+            stops = [len(tokens) for tokens in self.tokens] if until is None else list(until)
+            self._compute(stops, reserve=reserve, variant=variant, seen=seen)
 
     @torch.inference_mode()
-    def _extend(
-        self, new: list[list[int]], reserve: int, variant: str | Choice | None, seen: Seen | None
+    def _compute(
+        self,
+        stops: list[int],
+        *,
+        reserve: int,
+        variant: str | Choice | None,
+        seen: Seen | None,
     ) -> None:
-        self.append(new)
-        todo = [said[done:] for said, done in zip(self.tokens, self.computed, strict=True)]
+        """Compute the tokens of each sequence from where they are pending to `stops[b]`."""
+        pending = zip(self.tokens, self.computed, stops, strict=True)
+        todo = [said[done:stop] for said, done, stop in pending]
         lengths = [len(tokens) for tokens in todo]
         if not any(lengths):
             return
@@ -162,13 +171,18 @@ class Engine(BatchState):
         owned = [
             b
             for b, length in enumerate(lengths)
-            if length and layout.owner(b, self.computed[b] + length - 1) == rank
+            if length and stops[b] == len(self.tokens[b]) and layout.owner(b, stops[b] - 1) == rank
         ]
-        kept = {b: row for b, row in self.logits.items() if not lengths[b]}
-        with self.trace.span("logits", "linear"):
-            rows = self.model.logits(hidden[[ends[b] - 1 for b in owned]])
-        self.logits = {**kept, **dict(zip(owned, rows, strict=True))}
-        self.computed = [len(said) for said in self.tokens]
+        if owned:
+            with self.trace.span("logits", "linear"):
+                rows = self.model.logits(hidden[[ends[b] - 1 for b in owned]])
+            self.logits |= dict(zip(owned, rows, strict=True))
+        self.computed = stops
+
+    def make_room(self, more: Sequence[int]) -> None:
+        """Make room in this rank's cache for `more[b]` further tokens of each sequence."""
+        held = self.holdings.counts[self.world.cp_rank]
+        self.cache.reserve([n + slots for n, slots in zip(held, more, strict=True)])
 
     def _chosen(self, variant: str | Choice, lengths: list[int]) -> Choice:
         if isinstance(variant, Choice):

@@ -19,6 +19,8 @@ class EngineOptions:
     kv_dtype: type in which keys and values are stored and travel, or "auto" for the model's dtype.
     static: whether `decode` under the variant "auto" runs over static memory
         (`cptool.engine.static_decode`); None means on CUDA only.
+    chunk: the most new tokens, over all sequences together, that go through the model at a time
+        while prompts are read (`cptool.engine.prefill.chunks`); None leaves it to cptool.
     """
 
     variant: str = "auto"
@@ -26,3 +28,4 @@ class EngineOptions:
     static: bool | None = None
     kv_dtype: str = "auto"
     weights: str | None = None
+    chunk: int | None = None

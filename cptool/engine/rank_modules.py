@@ -6,6 +6,7 @@ _ALWAYS = (
     "cptool.engine.samples",  # with it the engine
     "cptool.engine.answers.decode",
     "cptool.engine.answers.logprobs",
+    "cptool.engine.prefill.prompt",
     "cptool.engine.saving",
     "cptool.engine.weights",
     "cptool.engine.world_profile",

@@ -122,7 +122,7 @@ class _Server:
 
     def go_on(self, request: Continue) -> Answer:
         from cptool.engine.answers.decode import decode
-        from cptool.engine.answers.logprobs import extend
+        from cptool.engine.prefill.prompt import read
         from cptool.engine.samples import sampled
 
         slot = self.slot_of(request)
@@ -132,8 +132,8 @@ class _Server:
         new = [list(said[n:]) for said, n in zip(request.tokens, shared, strict=True)]
         try:
             room = max(request.options.limits(len(new)))
-            reserve = room if request.samples == 1 else 0
-            scores = extend(engine, new, request.prompt_logprobs, reserve=reserve)
+            answer = room if request.samples == 1 else 0
+            scores = read(engine, new, request.prompt_logprobs, answer=answer).scores
         except Interrupted:
             count = len(new) * request.samples
             return Answer(token_ids=((),) * count, stopped=("interrupted",) * count, reused=reused)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,15 +15,18 @@ from cptool.distributed.status_board import SAVING
 from cptool.errors import RunError, explain
 from cptool.session import committing, restoring, segments, store
 from cptool.session.dialogue import Dialogue
-from cptool.session.manifest import Damaged, Manifest, ModelIdentity, Segment, Sequence
+from cptool.session.manifest import Damaged, Manifest, ModelIdentity, Segment
+from cptool.session.manifest import Sequence as Saved
 
 if TYPE_CHECKING:
     from cptool.distributed.world import World
     from cptool.engine.engine import Engine
 
 
-def restore(engine: Engine, directory: Path, manifest: Manifest, *, reserve: int = 0) -> None:
-    """Take over a session's state, with room for `reserve` more tokens of each sequence.
+def restore(
+    engine: Engine, directory: Path, manifest: Manifest, *, reserve: Sequence[int] | None = None
+) -> None:
+    """Take over a session's state, with `reserve[b]` free slots for each sequence on every rank.
 
     Collective. Raises UserError on all ranks, before anything changes, if a segment is damaged.
     """
@@ -37,7 +41,7 @@ def restore(engine: Engine, directory: Path, manifest: Manifest, *, reserve: int
             rank=world.cp_rank,
             ranks=world.cp,
             kv_heads=_kv_heads(engine),
-            reserve=-(-reserve // world.cp) + 1,
+            reserve=reserve,
         )
         if world.cp_rank == 0:
             rows = restoring.read_logits(directory, manifest)
@@ -178,7 +182,7 @@ def _manifest(
         revision=addition.revision,
         turns=turns if turns[-1:] == (lengths,) else (*turns, lengths),
         sequences=tuple(
-            Sequence(tuple(tokens), computed, logits_of.get(b), ended)
+            Saved(tuple(tokens), computed, logits_of.get(b), ended)
             for b, (tokens, computed, ended) in enumerate(state)
         ),
         segments=(

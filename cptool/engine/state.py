@@ -78,7 +78,9 @@ class BatchState:
         """Append `new[b]` to each sequence without computing anything; their KV stays pending."""
         for b, (tokens, added) in enumerate(zip(self.tokens, new, strict=True)):
             tokens.extend(added)
-            self.ended[b] = self.ended[b] and not added
+            if added:
+                self.ended[b] = False
+                self.logits.pop(b, None)
 
     def conclude(self, last: Mapping[int, int], *, ended: Collection[int]) -> None:
         """Append the last token of its answer to each sequence b, `last[b]`, whose KV stays

@@ -86,7 +86,9 @@ class Report:
     this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank reads
     for one step of decode. `ceiling_flops` is what a rank of this hardware can reach, None where
     that is unknown. `phases` holds the time per phase if the turn requested a profile. `stopped`
-    says how each answer ended: `Answers`. `predicted` is what the cost model expects.
+    says how each answer ended: `Answers`. `predicted` is what the cost model expects. The prompts
+    were read in `chunks` forwards of at most `chunk` new tokens, `variants[v]` of them under v;
+    `variant` and `reason` are those of the last.
     """
 
     tokens: int
@@ -115,6 +117,9 @@ class Report:
     decode_bytes: int
     ceiling_flops: float | None
     predicted: Prediction
+    chunk: int
+    chunks: int
+    variants: dict[str, int]
     phases: tuple[Phases, ...] = ()
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
@@ -131,7 +136,8 @@ class Report:
     def shared_fields(self) -> dict[str, object]:
         """Return the fields of the JSON of every command."""
         names = "cached", "cp", "tp", "device", "dtype", "kv_dtype", "weights", "variant"
-        return {name: getattr(self, name) for name in (*names, "reason", "processor_wait_s")}
+        others = "reason", "chunk", "chunks", "variants", "processor_wait_s"
+        return {name: getattr(self, name) for name in (*names, *others)}
 
 
 def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
@@ -143,7 +149,7 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
     session is saved; Interrupted is raised, and nothing saved, if the prompt was still being read.
     """
     from cptool.engine.answers.decode import decode, next_tokens
-    from cptool.engine.answers.logprobs import extend
+    from cptool.engine.prefill.prompt import read
     from cptool.engine.samples import sampled
 
     began = time.perf_counter()
@@ -157,7 +163,7 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
     _allow_cancelling(world)
     waits, loaded = contention.waits(), time.perf_counter()
     room = turn.max_new_tokens if turn.samples == 1 else 0
-    scores = extend(engine, turn.prompts, turn.prompt_logprobs, reserve=room)
+    prompt = read(engine, turn.prompts, turn.prompt_logprobs, answer=room)
     first = tuple(next_tokens(engine, turn.sampling))
     answered, waited = time.perf_counter(), contention.longest_since(waits)
     choice, exposed, sent = engine.choice, engine.ring.exposed_s, engine.ring.sent_bytes
@@ -202,7 +208,7 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
         ceiling_flops=engine.profile.ceiling(turn.dtype),
         predicted=predicted(engine, turn, checkpoint, new=new, cached=cached),
         phases=profile.phases(sections) if profile else (),
-        prompt_logprobs=scores,
+        **prompt.fields(),
     )
 
 
@@ -228,6 +234,7 @@ def _allow_cancelling(world: "World") -> None:
 def _restored(engine: "Engine", turn: Turn, checkpoint: "Checkpoint") -> "Manifest | None":
     """Restore the turn's session, if it continues one, and return its manifest."""
     from cptool.engine import saving
+    from cptool.engine.prefill import chunks
     from cptool.session import store
 
     if turn.session is None or turn.resume is None:
@@ -237,7 +244,9 @@ def _restored(engine: "Engine", turn: Turn, checkpoint: "Checkpoint") -> "Manife
     store.check_model(manifest, store.identity(checkpoint, turn.fingerprint))
     if turn.keep is not None:
         manifest = manifest.truncated(list(turn.keep))
-    room = turn.max_new_tokens + max(map(len, turn.prompts), default=0)
+    pairs = zip(manifest.sequences, turn.prompts, strict=True)
+    left = [len(s.tokens) - s.cached + len(prompt) for s, prompt in pairs]
+    room = chunks.room(left, turn.options.chunk, ranks=engine.world.cp, answer=turn.max_new_tokens)
     saving.restore(engine, directory, manifest, reserve=room)
     return manifest
 

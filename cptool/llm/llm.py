@@ -26,8 +26,8 @@ from cptool.errors import RunError, UserError, explain
 from cptool.llm.answers import Generation, Keep, Stream, Tokens, is_whole
 from cptool.llm.options import (
     Answering,
+    EngineSettings,
     GenerateOptions,
-    StoredTypes,
     check_dtype,
     check_samples,
     describes_options,
@@ -70,6 +70,8 @@ class LLM:
     kv_dtype: type in which keys and values are stored and sent, "auto" for `dtype`; products in
         float32 on a CPU also take "bfloat16" and "float16", to which they are rounded once.
     weights: "file", or "q8_0" or "int8" to quantise float matrices while loading.
+    chunk: tokens of a prompt, over all prompts of a call together, that go through the model at a
+        time, or "auto": fewer take less memory, and the results are the same tokens.
     threads: CPU threads per rank; by default the machine's cores divided among the ranks.
     context_length: allow this many positions, whatever the model's files say.
 
@@ -93,7 +95,7 @@ class LLM:
         variant: str = "auto",
         threads: int | None = None,
         context_length: int | None = None,
-        **types: Unpack[StoredTypes],
+        **settings: Unpack[EngineSettings],
     ) -> None:
         from cptool.checkpoint import open_checkpoint
         from cptool.engine.resident import Resident
@@ -101,7 +103,7 @@ class LLM:
         if launched_size() is not None:
             raise UserError("cptool.LLM starts its own ranks; run the script without a launcher")
         check_dtype("dtype", dtype)
-        asked = engine_options(variant, types)
+        asked = engine_options(variant, settings)
         ranks = RankOptions(cp=cp, tp=tp, device=device, threads=threads)
         ranks.check()
         self.checkpoint: Checkpoint = open_checkpoint(os.fspath(model), context_length, watch=None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 from cptool import variants
 from cptool.engine.answers.request import AnswerRequest
 from cptool.engine.options import EngineOptions
+from cptool.engine.prefill.chunks import check_chunk
 from cptool.engine.sampling import Sampling
 from cptool.engine.sampling_request import SamplingRequest
 from cptool.errors import OptionError
@@ -24,34 +25,44 @@ DEFAULT_TOKENS = 128
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-class StoredTypes(TypedDict, total=False):
-    """Options of `cptool.LLM` that say in which types numbers are stored, all of them strings:
+class EngineSettings(TypedDict, total=False):
+    """Options of `cptool.LLM` for its memory:
 
     kv_dtype: type in which keys and values are stored and sent: "auto" for that of the products,
         or with float32 products on a CPU also "bfloat16" or "float16".
     weights: "file" to keep weights as the file stores them, or "q8_0" or "int8" to quantise float
         matrices while loading.
+    chunk: tokens of a prompt, over all prompts of a call together, that go through the model at a
+        time, or "auto".
     """
 
     kv_dtype: str
     weights: str
+    chunk: int | str
 
 
-def engine_options(variant: str, types: StoredTypes) -> EngineOptions:
+def engine_options(variant: str, settings: EngineSettings) -> EngineOptions:
     """Return the options of the engines of an LLM.
 
     Raises OptionError for a value that is not allowed, TypeError for a name that is no option.
     """
-    for name in types:
-        if name not in StoredTypes.__annotations__:
+    for name in settings:
+        if name not in EngineSettings.__annotations__:
             raise TypeError(f"unexpected keyword argument {name!r}")
     if variant not in (known := ("auto", *variants.names())):
         raise OptionError("variant", variant, f"it must be one of {', '.join(known)}")
-    kv_dtype = types.get("kv_dtype", "auto")
+    kv_dtype = settings.get("kv_dtype", "auto")
     check_dtype("kv_dtype", kv_dtype)
-    if (weights := types.get("weights", "file")) not in WEIGHTS:
+    if (weights := settings.get("weights", "file")) not in WEIGHTS:
         raise OptionError("weights", weights, f"it must be one of {', '.join(WEIGHTS)}")
-    return EngineOptions(variant=variant, kv_dtype=kv_dtype, weights=weights)
+    chunk: Any = settings.get("chunk", "auto")
+    check_chunk(chunk if chunk != "auto" else None)
+    return EngineOptions(
+        variant=variant,
+        kv_dtype=kv_dtype,
+        weights=weights,
+        chunk=None if chunk == "auto" else chunk,
+    )
 
 
 def check_dtype(name: str, value: str) -> None:

@@ -1,6 +1,6 @@
 """Reading the KV of a session: which ranks take which rows of which segments."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,13 +24,13 @@ def restore(
     rank: int,
     ranks: int,
     kv_heads: tuple[int, int],
-    reserve: int = 0,
+    reserve: Sequence[int] | None = None,
 ) -> "tuple[Placement, ...]":
     """Fill an empty cache with this rank's part of the session and return what every rank holds.
 
-    KV heads [kv_heads[0], kv_heads[1]) are read, and room is kept for `reserve` more tokens of each
-    sequence. The caller has called `verify` on the segments. Raises Damaged, before the cache is
-    changed, if their contents do not match the manifest.
+    KV heads [kv_heads[0], kv_heads[1]) are read, and room is kept for `reserve[b]` more tokens of
+    each sequence. The caller has called `verify` on the segments. Raises Damaged, before the cache
+    is changed, if their contents do not match the manifest.
     """
     import torch
 
@@ -63,7 +63,8 @@ def restore(
                 order = sorts
 
         lengths = [len(o) for o in order]
-        cache.reserve([length + reserve for length in lengths])
+        more = reserve or [0] * batch
+        cache.reserve([length + slots for length, slots in zip(lengths, more, strict=True)])
         cache.extend(placements[rank].to(cache.device))
 
         def read(layer: int) -> torch.Tensor:

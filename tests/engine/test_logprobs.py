@@ -14,6 +14,7 @@ from cptool.engine.answers.decode import decode
 from cptool.engine.answers.records import AnswerOptions, TokenLogprob
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
+from cptool.engine.prefill.prompt import read
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 
@@ -59,9 +60,9 @@ def two_turns(world, path, static, sampling, rows_at_once):
     options = AnswerOptions(limit=9, sampling=sampling, logprobs=TOP)
     before, logprobs._LOGITS_AT_ONCE = logprobs._LOGITS_AT_ONCE, rows_at_once * 301
     try:
-        first = logprobs.extend(engine, BATCH, TOP), decode(engine, options)
+        first = read(engine, BATCH, TOP).scores, decode(engine, options)
         later = [
-            logprobs.extend(engine, new, TOP)
+            read(engine, new, TOP).scores
             for new in ([[2, 3], [4], [], [7, 8]], [[1], [2, 9], [5], []])
         ]
     finally:
@@ -93,7 +94,7 @@ def test_prompts_and_answers_on_1_to_3_ranks(mqa_path, mqa_reference, static):
 def chosen_alone(world, path):
     model = load_model(open_checkpoint(str(path)), torch.float32, world.device, world)
     engine = Engine(model, world, batch=2)
-    prompt = logprobs.extend(engine, BATCH[:2], 0)
+    prompt = read(engine, BATCH[:2], 0).scores
     return prompt, decode(engine, AnswerOptions(limit=3, logprobs=0)).logprobs
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from cptool.cli.options import completion
+from cptool.cli.options.types import Chunk
 from cptool.cli.options.variables import VariableOption
 from cptool.distributed.options import DEFAULT_TIMEOUT_S
 from cptool.errors import OptionError
@@ -78,6 +79,15 @@ kv_dtype_option = click.option(
     help="Store and send keys and values in this type, rounded once; products are computed in the "
     "type of --dtype. A CPU that computes in float32 takes any, others that of --dtype alone.  "
     "[default: auto, that of --dtype, or of the session]",
+)
+
+
+chunk_option = click.option(
+    "--chunk",
+    type=Chunk(),
+    metavar="N",
+    help="Read a prompt in chunks of N tokens, over all prompts of a batch together: memory for a "
+    "chunk instead of the whole, and the same tokens.  [default: auto, the whole]",
 )
 
 

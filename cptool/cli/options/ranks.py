@@ -10,6 +10,7 @@ import click
 
 from cptool import variants
 from cptool.cli.options.common import (
+    chunk_option,
     device_option,
     kv_dtype_option,
     threads_option,
@@ -134,5 +135,6 @@ attention_options = as_object(
         ),
         kv_dtype_option,
         weights_option,
+        chunk_option,
     ],
 )

@@ -33,6 +33,17 @@ class TokenCount(click.ParamType):
         return int(count)
 
 
+class Chunk(TokenCount):
+    """`auto`, which is None, or a number of tokens."""
+
+    name = "chunk"
+
+    def convert(  # type: ignore[override]
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        return None if value == "auto" else super().convert(value, param, ctx)
+
+
 class Bytes(click.ParamType):
     """A size such as 1K, 4M or 65536: decimal, as tables show them; 4Mi is a power of two."""
 

@@ -71,30 +71,15 @@ def packed_size(top: int) -> int:
     return 1 + 2 * top
 
 
-def extend(
-    engine: Engine, new: Sequence[Sequence[int]], top: int | None, *, reserve: int = 0
-) -> Logprobs | None:
-    """Do what `Engine.extend` does, and return the log-probabilities of the tokens in `new`.
-
-    The first token of a sequence has none. Rank 0 returns them, the others None, as do all without
-    `top`. Collective.
-    """
-    if top is None:
-        engine.extend(list(map(list, new)), reserve=reserve)
-        return None
-    prompt = _Prompt(engine, new, top)
-    engine.extend(prompt.new, reserve=reserve, seen=prompt.score)
-    return prompt.gathered()
-
-
-class _Prompt:
-    """The tokens `new` that `engine` is about to compute, and what this rank knows of them.
+class PromptScores:
+    """The tokens `new` that `engine` is about to compute, in one forward or several, and what this
+    rank knows of them.
 
     scores: of some tokens each, float64 [tokens, 2 + 1 + 2 top]: sequence, position, `_scores`.
     """
 
     def __init__(self, engine: Engine, new: Sequence[Sequence[int]], top: int) -> None:
-        self.engine, self.new, self.top = engine, list(map(list, new)), top
+        self.engine, self.new, self.top = engine, new, top
         self.starts = list(map(len, engine.tokens))
         self.scores: list[torch.Tensor] = []
         for b, row in engine.logits.items():  # what the first one follows was computed earlier
