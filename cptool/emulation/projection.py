@@ -20,6 +20,7 @@ from cptool.emulation.layer import OTHER, Scenario, build, run_once, shards, tim
 from cptool.emulation.ring import Compute, Trace, Wait, replay
 from cptool.planning.cost.counts import attention_flops, linear_flops
 from cptool.planning.cost.estimate import prefill
+from cptool.planning.cost.exchange import waiting
 from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.rates import all_reduce
 from cptool.planning.hardware import HardwareProfile
@@ -187,10 +188,9 @@ def _planned(scenario: Scenario, choice: Choice, profile: HardwareProfile) -> fl
 
 
 def _waiting(scenario: Scenario, variant: str, profile: HardwareProfile) -> float:
-    """Return the seconds per layer that ranks wait for each other: per rank, and per exchange."""
-    if scenario.cp == 1:
-        return 0.0
-    return scenario.cp * profile.wait_s + find(variant).collectives * profile.skew_s
+    """Return the seconds per layer that ranks wait, for each other and for what is cached."""
+    skewed = find(variant).collectives * profile.skew_s if scenario.cp > 1 else 0.0
+    return waiting(_forward(scenario, scenario.cp), profile) + skewed
 
 
 def _median(traces: list[Trace]) -> Trace:

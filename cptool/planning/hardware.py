@@ -22,6 +22,8 @@ class Link:
     latency_s: seconds of a message, from the call to its end, which compute does not hide.
     message_overhead_s: seconds of each further message of the same batch.
     collective_latency_s: seconds of an all-reduce or an exchange of few bytes.
+    spread: how far transfer times lie apart, from 0, all the same, to 1, distributed exponentially
+        about the mean, as where other traffic shares the links.
     """
 
     bandwidth: float
@@ -29,6 +31,7 @@ class Link:
     latency_s: float
     message_overhead_s: float
     collective_latency_s: float
+    spread: float = 0.0
 
 
 QUIET = 0.15
@@ -101,7 +104,9 @@ class HardwareProfile:
         forward_overhead_s: seconds of a prefill, once. step_overhead_s: seconds of a decode step on
         a device with a queue, once. wait_s: seconds per layer of a prefill and CP rank, beside
         compute and transfers. skew_s: seconds by which ranks arrive at an exchange apart, in a
-        prefill.
+        prefill. cached_key_s: seconds per layer of a prefill and cached key of a rank, whatever the
+        number of new tokens: what it takes to have the KV of earlier turns where attention reads
+        it.
     position_s: seconds per key to sort the positions of all ranks into sequence order, once per
         forward.
     transfer_steals: the part of a transfer's time that compute loses meanwhile: 0 where copy
@@ -137,6 +142,7 @@ class HardwareProfile:
     position_s: float
     wait_s: float = 0.0
     skew_s: float = 0.0
+    cached_key_s: float = 0.0
     transfer_steals: float = 0.0
     block_bandwidth: float | None = None
     touch_bandwidth: float | None = None

@@ -194,7 +194,8 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
     costs = {name: getattr(profile, name) for name in (*names, "attention_ramp", "transfer_steals")}
     for name, link in links.items():
         for key, value in dataclasses.asdict(link).items():
-            (costs if key.endswith("_s") else rates)[f"{name}.{key}"] = value
+            free = key.endswith("_s") or key == "spread"
+            (costs if free else rates)[f"{name}.{key}"] = value
     for name, rate in rates.items():
         if not 0 < rate < float("inf"):
             raise ValueError(f"{name} is {rate}; it must be positive")

@@ -1,6 +1,7 @@
 """The cost model: its limits, its monotonicity, and counts that can be done by hand."""
 
 import dataclasses
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -197,6 +198,32 @@ def test_what_a_forward_costs_once_is_shared_by_its_layers():
     assert choice.variant == "pass-q"  # the rest costs 0.1 s more in each of four layers
     asked = [choose("pass-kv", forward, p).predicted_s for p in (PROFILES["cpu"], profile)]
     assert asked[1] - asked[0] == pytest.approx(0.1)
+
+
+def test_transfers_that_vary_are_exposed_at_times_though_they_fit():
+    def waited(spread, cover):
+        link = dataclasses.replace(PROFILES["cuda"].host_link, spread=spread)
+        rates = Rates(on(4, 4096), with_link(dataclasses.replace(PROFILES["cuda"]), link))
+        rates = dataclasses.replace(
+            rates, profile=dataclasses.replace(rates.profile, transfer_steals=0)
+        )
+        return rates.exposed(cover, 0.0, 1.0)
+
+    assert [waited(0, c) for c in (0.0, 0.6, 1.0, 2.0)] == [1, 0.4, 0, 0]
+    assert waited(1, 2.0) == pytest.approx(math.exp(-2))
+    for spread in (0.3, 1.0):  # all of it where nothing covers it, and less the more does
+        times = [waited(spread, c / 10) for c in range(40)]
+        assert times[0] == pytest.approx(1) and times == sorted(times, reverse=True)
+        assert all(t >= waited(0, c / 10) - 1e-12 for c, t in enumerate(times))
+
+
+def test_cached_keys_cost_a_prefill_and_no_step_of_decode():
+    idle = dataclasses.replace(PROFILES["cuda"], layer_overhead_s=0.0)
+    bare, costly = (dataclasses.replace(idle, cached_key_s=each) for each in (0.0, 1e-7))
+    for ranks, new in ((1, 64), (4, 64), (4, 1)):
+        forward = on(ranks, new, 8000)
+        more, less = (predict("pass-kv", forward, p).overhead_s for p in (costly, bare))
+        assert more - less == pytest.approx(8000 / ranks * 1e-7 if new > 1 else 0)
 
 
 def test_steps_of_all_queries_send_partials_alone():

@@ -68,15 +68,24 @@ def test_published_decode_attention_is_predicted_but_for_batches():
     assert sizes[-4] <= 0.1
 
 
-def test_the_switch_lies_near_where_the_paper_measured_it():
-    """The published steps themselves, 627 us of transfer against 414 us of attention and 424 us of
-    All2All, put it at 3%; the published whole at 5%, where the two differ by less than 1%.
+def test_published_times_of_short_turns_are_predicted():
+    """Section 7, partial prefill: below a miss rate of 10% too, whichever rows the fit has seen."""
+    paper = published()
+    found = paper.errors(paper.compare(), "partial")
+    assert found["rows"] == 14 and found["median"] <= 0.02 and found["worst"] <= 0.08
+    left_out = sorted(paper.without_one_row())
+    assert left_out[len(left_out) // 2] <= 0.025 and left_out[-1] <= 0.08
+
+
+def test_the_switch_lies_where_the_paper_measured_it():
+    """Steady transfers, 627 us against 414 us of attention and 424 us of All2All, would put it at
+    3%; the published whole is at 5%, where the two differ by less than 1%.
     """
     switch = published().switch()
-    assert 0.025 <= switch["equal_at_miss_rate"] <= 0.05
+    assert 0.04 <= switch["equal_at_miss_rate"] <= 0.06
     assert switch["pass_q_over_pass_kv_at_1.00%"] < 0.9
-    assert switch["pass_q_over_pass_kv_at_2.50%"] < 1
-    assert abs(switch["pass_q_over_pass_kv_at_5.00%"] - 1) < 0.085
+    assert switch["pass_q_over_pass_kv_at_2.50%"] < 0.96
+    assert abs(switch["pass_q_over_pass_kv_at_5.00%"] - 1) < 0.015
     assert switch["pass_q_over_pass_kv_at_12.50%"] > 1
 
 
@@ -96,7 +105,7 @@ def test_json_says_what_the_design_promises():
         *PAPER, "--context", 128000, "--cached", 121600, "--cp", 4, "--tp", 8, "--variant", "pass-q"
     )
     assert said["variant"] == "pass-q" and said["reason"] == "as asked"
-    assert 0.9 < said["ttft_s"] < 1.4 and 40 < said["ttit_ms"] < 90
+    assert 1.2 < said["ttft_s"] < 1.6 and 40 < said["ttit_ms"] < 90
     assert 60e9 < said["memory_bytes_per_rank"] < 96e9
     assert sum(said["parts_s"].values()) == pytest.approx(said["ttft_s"])
     assert sum(said["ttit_parts_ms"].values()) == pytest.approx(said["ttit_ms"])

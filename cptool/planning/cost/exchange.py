@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.rates import Rates
+from cptool.planning.hardware import HardwareProfile
 from cptool.variants import MessageBytes, Variant, find, register
 
 
@@ -39,12 +40,16 @@ class AttentionCost:
 def attention_cost(variant: str, rates: Rates) -> AttentionCost:
     """Return the cost of a variant by name. Raise OptionError if there is none of that name."""
     forward, record = rates.forward, find(variant)
-    if forward.ranks == 1:
-        return _alone(rates)
-    cost = record.cost(rates)
+    cost = _alone(rates) if forward.ranks == 1 else record.cost(rates)
     if not forward.decoding:
-        cost.overhead_s += forward.ranks * rates.profile.wait_s
+        cost.overhead_s += waiting(forward, rates.profile)
     return cost
+
+
+def waiting(forward: Forward, profile: HardwareProfile) -> float:
+    """Return the seconds per layer of a prefill that neither compute nor transfers explain."""
+    together = forward.ranks * profile.wait_s if forward.ranks > 1 else 0.0
+    return together + forward.cached_keys * profile.cached_key_s
 
 
 def _alone(rates: Rates) -> AttentionCost:

@@ -138,8 +138,16 @@ class Rates:
         return latency * crowd, count / bandwidth * moving
 
     def exposed(self, cover: float, latency: float, moving: float) -> float:
-        """Return the seconds that a transfer adds to the `cover` seconds of compute beside it."""
-        return latency + max(moving - cover, self.profile.transfer_steals * moving)
+        """Return the seconds that a transfer adds to the `cover` seconds of compute beside it.
+
+        A part `spread` of its time varies, m on average: the wait for what cover leaves of it is
+        E[max(0, X - cover)] = m exp(-cover / m), X distributed exponentially. So transfers are
+        exposed at times, although on average they would fit.
+        """
+        varying = self.link.spread * moving
+        left = cover - (moving - varying)  # of the cover, for the part that varies
+        waited = varying * math.exp(-left / varying) if varying and left > 0 else moving - cover
+        return latency + max(waited, self.profile.transfer_steals * moving)
 
     def collective(self, count: float, messages: int, receivers: int | None = None) -> float:
         """Return the seconds to exchange `count` bytes with several ranks; nothing hides them."""
