@@ -25,6 +25,7 @@ from cptool.cli.options.next_turn import next_turn
 from cptool.cli.options.prompts import Prompts, prompt_options
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.options.sampling import SamplingRequest, sampling_options
+from cptool.cli.progress_lines import progress_option
 from cptool.engine.options import EngineOptions
 from cptool.engine.setup.types import setup_types
 from cptool.session import store as sessions
@@ -59,6 +60,7 @@ DEFAULT_TOKENS = 128
 @attention_options
 @context_option
 @output_options
+@progress_option
 @wide_option
 def decode(
     session: Path,

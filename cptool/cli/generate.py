@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from cptool.cli import verbosity
 from cptool.cli.answers.output import OutputRequest, output_options
 from cptool.cli.answers.run import run_and_write
 from cptool.cli.batch.options import BatchRequest, batch_options
@@ -24,6 +25,7 @@ from cptool.cli.options.prompts import Prompts, chat_prompt_options
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.options.samples import check_samples, samples_option
 from cptool.cli.options.sampling import SamplingRequest, sampling_options
+from cptool.cli.progress_lines import progress_option
 from cptool.cli.turns import SessionRequest, session_options
 from cptool.engine.options import EngineOptions
 from cptool.engine.setup.types import setup_types
@@ -53,6 +55,7 @@ DEFAULT_TOKENS = 256
 @attention_options
 @context_option
 @dtype_option
+@progress_option
 @wide_option
 def generate(
     model: str,
@@ -79,6 +82,7 @@ def generate(
     """
     output.check()
     others = {"--session": kept.directory, "--profile": profile, "--samples": samples > 1}
+    others["--progress json"] = verbosity.writes_progress_lines()
     batch.check(asked, output, others)
     asked = asked if batch else _or_piped(asked)
     check_profile(profile)

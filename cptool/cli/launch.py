@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from cptool.cli import draw
-from cptool.cli.progress import Bar, drawn_bar
+from cptool.cli import draw, verbosity
+from cptool.cli.progress import drawn_bar
+from cptool.cli.progress_lines import Lines
 from cptool.distributed import launch
 from cptool.distributed.environment import launched_size
 from cptool.distributed.options import RankOptions
@@ -35,10 +36,11 @@ def run_turn(turn: Turn, ranks: RankOptions, *, emit: "Emit | None" = None) -> R
     The first Ctrl-C ends the turn in order, and a second one at once. Answers keep what was said
     (`check_whole` tells); KeyboardInterrupt is raised if the prompt was still being read.
     """
+    lines = Lines() if verbosity.writes_progress_lines() else None
     with drawn_bar() as bar:
         if emit is not None:
             emit = bar.before(emit)
-        with _stopped_by_ctrl_c(bar) as watch:
+        with _stopped_by_ctrl_c(bar.watch if lines is None else lines.watch) as watch:
             shared: Any = {"ranks": ranks, "watch": watch, "preload": rank_modules()}
             if emit is None or (launched_size() or 1) > 1 or ranks.count == 1:
                 here = _on_rank if emit is None else functools.partial(_on_rank, emit=emit)
@@ -55,6 +57,8 @@ def run_turn(turn: Turn, ranks: RankOptions, *, emit: "Emit | None" = None) -> R
         if turn.session is not None and turn.resume is not None:
             kept = f"session {turn.session} is as it was"
         raise KeyboardInterrupt(f"interrupted while the prompt was read; {kept}")
+    if lines is not None:
+        lines.end(report)
     rate = report.flops / report.ttft_s / (report.cp * report.tp)
     if report.ceiling_flops is not None and rate > report.ceiling_flops:
         # Ranks that attend to their own tokens alone have such rates.
@@ -76,14 +80,17 @@ def check_whole(report: Report, turn: Turn) -> None:
 
 
 @contextlib.contextmanager
-def _stopped_by_ctrl_c(bar: Bar) -> Iterator[Callable[[Board], None]]:
-    """Have the first Ctrl-C request the ranks to stop; yield what is to see their board."""
+def _stopped_by_ctrl_c(show: Callable[[Board], None]) -> Iterator[Callable[[Board], None]]:
+    """Have the first Ctrl-C request the ranks to stop; yield what is to see their board.
+
+    show: called with it.
+    """
     boards: list[Board] = []
 
     def watch(board: Board) -> None:
         if not boards:
             boards.append(board)
-        bar.watch(board)
+        show(board)
 
     def request() -> bool:
         heard = bool(boards) and boards[0].cancellable

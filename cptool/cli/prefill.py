@@ -19,6 +19,7 @@ from cptool.cli.options.models import context_option, open_model
 from cptool.cli.options.next_turn import begun
 from cptool.cli.options.prompts import Prompts, chat_prompt_options
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
+from cptool.cli.progress_lines import progress_option
 from cptool.cli.turns import SessionRequest, session_options
 from cptool.engine.options import EngineOptions
 from cptool.engine.setup.types import setup_types
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 @context_option
 @dtype_option
 @json_option
+@progress_option
 @wide_option
 def prefill(
     model: str,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cptool.distributed.status_board import Board, Status
     from cptool.engine.answers.records import Emit, TokenLogprob
 
-_SOONEST = 0.02
+SOONEST = 0.02
 """The share from which on time left is shown: before, it would be a guess."""
 
 _NARROWEST_BAR = 8
@@ -119,13 +119,38 @@ class Pace:
         return (now - then) * (1 - share) / (share - done) if share > done else None
 
 
+class Followed:
+    """A phase of ranks, as their board is read from time to time.
+
+    share: what is done of it. elapsed: its seconds so far. left: those to come, None while unknown.
+    """
+
+    def __init__(self) -> None:
+        self.elapsed = self.share = 0.0
+        self.left: float | None = None
+        self._phase, self._began = "", time.monotonic()
+        self._pace = Pace(self._began)
+
+    def follow(self, status: "Status") -> None:
+        """Take what a rank does now."""
+        now = time.monotonic()
+        began = self._began if status.phase == self._phase else now
+        if status.work is not None:
+            began = status.work.began
+        if (status.phase, began) != (self._phase, self._began):
+            self.share = self.share if status.phase == self._phase else 0.0
+            self._phase, self._began, self._pace = status.phase, began, Pace(began)
+        share = status.work.share if status.work else status.done / max(1, status.total)
+        self.share, self.elapsed = max(self.share, share), now - began
+        self.left = self._pace.left(now, self.share)
+
+
 class Bar:
     """A progress bar; `hidden` if it is not drawn."""
 
     def __init__(self, drawn: "Progress | None", first: str) -> None:
         self._drawn, self.hidden = drawn, drawn is None
-        self._phase, self._began, self._share = "", time.monotonic(), 0.0
-        self._pace = Pace(self._began)
+        self._followed = Followed()
         if drawn is not None:
             self._task = drawn.add_task(first, total=None, figures="")
 
@@ -135,23 +160,16 @@ class Bar:
         Rank 0 stands for all: they share each layer's work in balance and end it together, and
         under a launcher the other ranks' records are on other machines.
         """
-        status, now = board.read(0), time.monotonic()
+        status, followed = board.read(0), self._followed
         if not status.phase or status.phase == IDLE:
             return
-        began = self._began if status.phase == self._phase else now
-        if status.work is not None:
-            began = status.work.began
-        if (status.phase, began) != (self._phase, self._began):
-            self._share = self._share if status.phase == self._phase else 0.0
-            self._phase, self._began, self._pace = status.phase, began, Pace(began)
-        share = status.work.share if status.work else status.done / max(1, status.total)
-        self._share = max(self._share, share)
+        followed.follow(status)
         tokens = status.work.tokens if status.work else 0
-        if self._phase in _PHASES:
+        if status.phase in _PHASES:
             tokens = status.total
-        left = self._pace.left(now, self._share)
-        shown = figures(self._share, now - began, tokens, left=left) if status.total else ""
-        self.draw(described(status), self._share if status.total else None, shown)
+        shown = figures(followed.share, followed.elapsed, tokens, left=followed.left)
+        drawn = (followed.share, shown) if status.total else (None, "")
+        self.draw(described(status), *drawn)
 
     def draw(self, what: str, share: float | None, shown: str) -> None:
         """Draw a line: what is done, how much of it is done (None: unknown), and figures."""
@@ -190,8 +208,12 @@ class Bar:
 def described(status: "Status") -> str:
     """Return what a rank is doing, as a user reads it: `reading 3,812 tokens, layer 7 of 30`."""
     phase, step = _PHASES.get(status.phase, status.phase), min(status.done + 1, status.total)
-    if status.work is not None:
-        phase = f"reading {some(status.work.tokens, 'token')}, layer"
+    work = status.work
+    if work is not None:
+        phase = f"reading {some(work.tokens, 'token')}, layer"
+        if work.chunks > 1:
+            read = f"reading {work.done:,} of {some(work.tokens, 'token')}"
+            return f"{read}, chunk {work.chunk + 1:,} of {work.chunks:,}"
     return f"{phase} {step:,} of {status.total:,}" if status.total else phase
 
 
@@ -205,7 +227,7 @@ def figures(share: float, elapsed: float, tokens: int = 0, *, left: float | None
     if tokens and share and elapsed:
         shown.append(token_rate(tokens * share / elapsed))
     shown.append(clock(elapsed))
-    if _SOONEST <= share < 1:
+    if SOONEST <= share < 1:
         left = elapsed * (1 - share) / share if left is None else left
         shown.append(f"{clock(left)} left")
     return ", ".join(shown)

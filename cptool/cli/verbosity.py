@@ -22,12 +22,13 @@ class Level(enum.IntEnum):
 
 
 _level = Level.NORMAL
+_json_lines = False
 
 
 def reset() -> None:
     """Go back to NORMAL, before the options of a command line are read."""
-    global _level
-    _level = Level.NORMAL
+    global _level, _json_lines
+    _level, _json_lines = Level.NORMAL, False
 
 
 def quiet() -> bool:
@@ -40,9 +41,20 @@ def verbose() -> bool:
     return _level is Level.VERBOSE
 
 
+def write_progress_lines() -> None:
+    """Have progress be lines of JSON in place of bars."""
+    global _json_lines
+    _json_lines = True
+
+
+def writes_progress_lines() -> bool:
+    """Return whether --progress json was given."""
+    return _json_lines
+
+
 def draws_bars() -> bool:
-    """Return whether progress bars are drawn: on a terminal, without -q."""
-    return not quiet() and sys.stderr is not None and sys.stderr.isatty()
+    """Return whether progress bars are drawn: on a terminal, without -q and --progress json."""
+    return not (quiet() or _json_lines) and sys.stderr is not None and sys.stderr.isatty()
 
 
 def add_options(command: click.Command) -> None:

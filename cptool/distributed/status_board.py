@@ -31,15 +31,19 @@ _PAIRS_AT = 192  # a line of the cache of its own: kernels add to it all the tim
 _FAILURE = struct.Struct("<d16sH")  # monotonic time (0: none), kind, bytes of the message
 _FAILURE_AT = 256
 _MESSAGE_AT = _FAILURE_AT + _FAILURE.size
+_CHUNK = struct.Struct("<4q24s")  # done, chunk, chunks, memory, variant
+_CHUNK_AT = _RECORD - _CHUNK.size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """How far a forward over a prompt is, in time, not in steps.
+    """How far the reading of a prompt is, in time, not in steps.
 
     tokens: the new ones. began: when, in seconds of the monotonic clock. share: of the work that is
     done, from 0 to 1. running: the share of the part in progress, all of it attention, which is
-    done once the count of pairs has grown from `since` by `pairs`.
+    done once the count of pairs has grown from `since` by `pairs`. done: tokens of the chunks that
+    are done. chunk: index of the one under way, of `chunks`, under `variant`. memory: bytes that
+    the rank holds.
     """
 
     tokens: int
@@ -48,6 +52,11 @@ class Work:
     running: float = 0.0
     pairs: int = 0
     since: int = 0
+    done: int = 0
+    chunk: int = 0
+    chunks: int = 1
+    variant: str = ""
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,9 @@ class Board:
         base = rank * _RECORD
         w = work or Work(tokens=0, began=0.0, share=0.0)
         fields = (w.tokens, w.began, w.share, w.running, w.pairs, w.since)
+        chunk = (w.done, w.chunk, w.chunks, w.memory, w.variant.encode())
         _WORK.pack_into(self._memory, base + _WORK_AT, *fields)
+        _CHUNK.pack_into(self._memory, base + _CHUNK_AT, *chunk)
         _STATUS.pack_into(self._memory, base, done, total, phase.encode())
 
     def read(self, rank: int) -> Status:
@@ -127,7 +138,17 @@ class Board:
         if tokens:
             grown = self.pairs(rank) - since
             share += running * min(1.0, max(0.0, grown / pairs)) if pairs else 0.0
-            work = Work(tokens=tokens, began=began, share=share)
+            past, chunk, chunks, held, variant = _CHUNK.unpack_from(self._memory, base + _CHUNK_AT)
+            work = Work(
+                tokens=tokens,
+                began=began,
+                share=share,
+                done=past,
+                chunk=chunk,
+                chunks=chunks,
+                variant=variant.rstrip(b"\0").decode(errors="replace"),
+                memory=held,
+            )
         return Status(phase.rstrip(b"\0").decode(errors="replace"), done, total, work)
 
     @property
@@ -182,7 +203,7 @@ class Board:
 
     def fail(self, rank: int, kind: str, message: str) -> None:
         """Record the exception that ends `rank`; see `Failure`. A long message is cut."""
-        text = message.encode()[: _RECORD - _MESSAGE_AT]
+        text = message.encode()[: _CHUNK_AT - _MESSAGE_AT]
         base = rank * _RECORD
         self._memory[base + _MESSAGE_AT : base + _MESSAGE_AT + len(text)] = text
         _FAILURE.pack_into(

@@ -17,7 +17,8 @@ import torch
 from cptool.cache import KVCache
 from cptool.distributed.world import World
 from cptool.engine.options import EngineOptions
-from cptool.engine.reading import Layers, Reading, Report, attention_pairs, silent
+from cptool.engine.prefill.course import Course
+from cptool.engine.reading import Reading, Report, attention_pairs, silent
 from cptool.engine.state import BatchState
 from cptool.engine.static_decode import Observer, StaticDecode, StepContext
 from cptool.errors import Interrupted
@@ -28,12 +29,11 @@ from cptool.parallel.step import Step
 from cptool.parallel.transport import ring_of
 from cptool.planning.cost.exchange import ALL_Q
 from cptool.planning.cost.forward import Forward
-from cptool.planning.cost.layer import predict
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import AUTO, STATIC_ROWS, Choice, choose
 from cptool.profiling.trace import SILENT, Recorder, Silent
-from cptool.sharding import Placement, balanced
+from cptool.sharding import Layout, Placement, balanced
 from cptool.variants import find
 
 STATIC_STEPS = 1024
@@ -97,6 +97,7 @@ class Engine(BatchState):
         variant: str | Choice | None = None,
         seen: Seen | None = None,
         until: Sequence[int] | None = None,
+        course: Course | None = None,
     ) -> None:
         """Compute the pending tokens of each sequence and then `new[b]`, and leave what follows in
         `logits`.
@@ -106,6 +107,7 @@ class Engine(BatchState):
         reserve: keep room in the cache for that many further tokens.
         until: compute only the first `until[b]` tokens of each sequence and leave the rest pending;
             none has logits then. `cptool.engine.prefill` reads a prompt in such chunks.
+        course: of the prompt that this is a chunk of.
         variant: used for this forward instead of the engine's; a Choice is used as it is.
         seen: called with what this rank computed, if there was anything to compute.
 
@@ -117,7 +119,7 @@ class Engine(BatchState):
         with nullcontext() if step else self.undone_by(Interrupted):
             self.append(new)
             stops = [len(tokens) for tokens in self.tokens] if until is None else list(until)
-            self._compute(stops, reserve=reserve, variant=variant, seen=seen)
+            self._compute(stops, reserve=reserve, variant=variant, seen=seen, course=course)
 
     @torch.inference_mode()
     def _compute(
@@ -127,6 +129,7 @@ class Engine(BatchState):
         reserve: int,
         variant: str | Choice | None,
         seen: Seen | None,
+        course: Course | None,
     ) -> None:
         """Compute the tokens of each sequence from where they are pending to `stops[b]`."""
         pending = zip(self.tokens, self.computed, stops, strict=True)
@@ -148,17 +151,7 @@ class Engine(BatchState):
         mine = step.queries[rank]
         flat = torch.tensor([token for tokens in todo for token in tokens], dtype=torch.int64)
         local = flat[layout.indices(rank)].to(device)
-        reading = None
-        if self.report is not silent and max(lengths) > 1:
-            forward = replace(self._forward(lengths), active=self.choice.active)
-            reading = Reading(
-                self.world,
-                self.report,
-                forward,
-                shares=Layers(forward.config, predict(self.choice.variant, forward, self.profile)),
-                pairs=self.model.num_heads
-                * attention_pairs(layout, rank, None if keys_travel else self.holdings),
-            )
+        reading = self._reading(lengths, layout, course)
         with self.trace.span("model", "small ops"):
             attention = self._attention(step, self.choice.variant, reading)
             passed = None if reading is None else reading.passed
@@ -184,12 +177,29 @@ class Engine(BatchState):
         held = self.holdings.counts[self.world.cp_rank]
         self.cache.reserve([n + slots for n, slots in zip(held, more, strict=True)])
 
+    def _reading(self, lengths: list[int], layout: Layout, course: Course | None) -> Reading | None:
+        """Return what reports a forward's progress; None for a step of decode."""
+        if self.report is silent or (course is None and max(lengths) <= 1):
+            return None
+        assert self.choice is not None
+        course = course or Course.of(self, lengths, None)
+        course.begin(lengths, self.computed)
+        held = None if find(self.choice.variant).keys_travel else self.holdings
+        return Reading(
+            self,
+            course,
+            replace(self.forward(lengths), active=self.choice.active),
+            choice=self.choice,
+            pairs=self.model.num_heads * attention_pairs(layout, self.world.cp_rank, held),
+        )
+
     def _chosen(self, variant: str | Choice, lengths: list[int]) -> Choice:
         if isinstance(variant, Choice):
             return variant
-        return choose(variant, self._forward(lengths), self.profile)
+        return choose(variant, self.forward(lengths), self.profile)
 
-    def _forward(self, lengths: list[int]) -> Forward:
+    def forward(self, lengths: Sequence[int]) -> Forward:
+        """Return `lengths[b]` new tokens over those computed, as the cost model describes them."""
         return Forward(
             config=self.model.config,
             dtype=str(self.dtype).removeprefix("torch."),

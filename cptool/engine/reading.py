@@ -1,9 +1,10 @@
-"""How far the forward over a prompt is, and its end on request, within a layer too.
+"""How far a forward over a prompt is, or over a chunk of it, and its end on request, within a layer
+too.
 
 Progress is the share of the work that is done, in time. A layer is its attention, counted in pairs
 of a query and a key that it sees (the kernels count them, `cptool.ops.watch`), and the rest,
-counted in rows. The cost model says which of the two takes which part of a layer, until layers of
-this very forward have said it.
+counted in rows. Which of the two takes which part of a layer, and the chunk which part of the
+prompt, is that of `cptool.engine.prefill.course`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from cptool.distributed.status_board import Work
-from cptool.distributed.world import World
 from cptool.engine.holdings import Holdings
 from cptool.errors import Interrupted
+from cptool.host import memory
 from cptool.ops.watch import watched_attention
 from cptool.planning.cost.counts import attention_parameters, feed_forward_parameters
 from cptool.sharding import Layout
 
 if TYPE_CHECKING:
+    from cptool.engine.engine import Engine
+    from cptool.engine.prefill.course import Course
     from cptool.model.config import LlamaConfig
-    from cptool.planning.cost.forward import Forward, Prediction
+    from cptool.planning.cost.forward import Forward
+    from cptool.planning.strategy import Choice
 
 LONG, LONG_S = 512, 1.0
 """Forwards over more new tokens than this, or that are predicted to take longer than this, end
@@ -49,24 +53,16 @@ class Layers:
     """Where the borders within a layer lie, as shares of its time.
 
     before: of the products ahead of attention. attention. The rest is what follows it.
-    seconds: the layer's time as predicted.
     """
 
-    def __init__(self, config: LlamaConfig, predicted: Prediction) -> None:
+    def __init__(self, config: LlamaConfig, attention: float) -> None:
         first = attention_parameters(config)
         heads = config.num_attention_heads
         kept = 2 * heads + 2 * config.num_key_value_heads  # of q, k, v and o, in heads
         # Of the products' time, that of q, k and v, and that of the feed-forward network.
         self._qkv = first * (kept - heads) / kept / (first + feed_forward_parameters(config))
         self._rest = 1 - first / (first + feed_forward_parameters(config))
-        attention = predicted.attention_s + predicted.merge_s + predicted.exposed_s
-        self.seconds = predicted.seconds
-        self.attention = attention / self.seconds if self.seconds else 0.5
-
-    def measured(self, attention_s: float, others_s: float) -> None:
-        """Take the shares from what whole layers took."""
-        if attention_s + others_s > 0:
-            self.attention = attention_s / (attention_s + others_s)
+        self.attention = attention
 
     @property
     def before(self) -> float:
@@ -80,21 +76,22 @@ class Layers:
 class Reading:
     """The progress of one forward over a prompt, and its end on request.
 
+    course: of the prompt, in which this forward has begun. choice: the forward's variant.
     pairs: what this rank's attention of a layer counts.
     """
 
     def __init__(
-        self, world: World, report: Report, forward: Forward, *, shares: Layers, pairs: int
+        self, engine: Engine, course: Course, forward: Forward, *, choice: Choice, pairs: int
     ) -> None:
-        self.world, self.report = world, report
+        self.world, self.report, self.course = engine.world, engine.report, course
         self.layers, self.tokens = forward.config.num_hidden_layers, forward.new
-        self.shares, self.pairs = shares, pairs
-        long = self.tokens > LONG or self.layers * shares.seconds > LONG_S
-        self.stoppable = long and world.board.shared
-        self.began = time.monotonic()
-        self._layer, self._share = 0, 0.0
-        self._attention_s = self._others_s = 0.0
-        self._at = self.began
+        self.variant, self.pairs = choice.variant, pairs
+        self.shares = Layers(forward.config, course.attention)
+        long = self.tokens > LONG or self.layers * choice.predicted_s > LONG_S
+        self.stoppable = long and self.world.board.shared
+        self._layer = self._memory = 0
+        self._attention_s = 0.0
+        self._at = time.monotonic()
         self._events: list[torch.cuda.Event] = []
 
     @contextmanager
@@ -105,12 +102,12 @@ class Reading:
         """
         self._layer = layer
         self._limit_queue()
+        self._memory = memory_held(self.world.device)
         now = time.monotonic()
-        if layer:
-            self._others_s += now - self._at
-            # Kernels on CUDA are only queued here: the clock says nothing of them.
-            if self.world.device.type == "cpu":
-                self.shares.measured(self._attention_s, self._others_s)
+        # Kernels on CUDA are only queued here: the clock says nothing of them.
+        if layer and self.world.device.type == "cpu":
+            self.course.took(self._attention_s, now - self._at)
+            self.shares.attention = self.course.attention
         self._at = now
         if self.world.device.type == "cpu":
             board, rank = self.world.board, self.world.rank
@@ -122,7 +119,7 @@ class Reading:
             self._write(0.0)
             yield
         now = time.monotonic()
-        self._attention_s += now - self._at
+        self._attention_s = now - self._at
         self._at = now
         self.check()
         if self.world.device.type == "cpu":
@@ -157,16 +154,19 @@ class Reading:
         self._write(0.0)
 
     def _write(self, within: float, running: float = 0.0) -> None:
-        share = (self._layer + within) / self.layers
-        # New weights of a layer's parts may put what is done a little lower.
-        self._share = max(self._share, min(1.0, share))
+        course = self.course
         work = Work(
-            tokens=self.tokens,
-            began=self.began,
-            share=self._share,
-            running=running / self.layers,
+            tokens=course.tokens,
+            began=course.began,
+            share=course.share((self._layer + within) / self.layers),
+            running=course.part * running / self.layers,
             pairs=self.pairs,
             since=self.world.board.pairs(self.world.rank),
+            done=course.done,
+            chunk=course.chunk,
+            chunks=course.chunks,
+            variant=self.variant,
+            memory=self._memory,
         )
         self.report("prefill, layer", min(self._layer, self.layers - 1), self.layers, work=work)
 
@@ -180,6 +180,11 @@ class Reading:
         if len(self._events) > 1:
             self._events[-2].synchronize()
             self._layer -= 1
+
+
+def memory_held(device: torch.device) -> int:
+    """Return the bytes that this rank holds on its device."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.resident()
 
 
 def attention_pairs(layout: Layout, rank: int, holdings: Holdings | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,16 @@ def available() -> int:
     """
     reported = _numbers(_PROC / "meminfo")
     return min([1024 * reported["MemAvailable"], *_left_in_groups()])
+
+
+def resident() -> int:
+    """Return the bytes of this process that are in memory, with pages that it shares; 0 if the
+    system does not report it.
+    """
+    try:
+        return int((_PROC / "self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _left_in_groups() -> Iterator[int]:

@@ -62,8 +62,8 @@ RUNS = {
 CALIBRATED = {"cptool bench calibrate", "Rates by rows", "Measurement"}
 """Headings that calibration/test_calibrate.py holds against what it runs."""
 
-ELSEWHERE = {*CALIBRATED, "Calibration"}
-"""Those that this file does not; cli/test_doctor.py has the last."""
+ELSEWHERE = {*CALIBRATED, "Calibration", "Lines of --progress json"}
+"""Those that this file does not; cli/test_doctor.py and test_progress_lines.py have the last."""
 
 ALWAYS = {"cptool session export"}
 """Commands that print JSON without --json."""

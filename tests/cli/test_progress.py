@@ -78,6 +78,10 @@ def test_a_line_says_what_is_read_and_fits(drawn):
     bar.watch(board)
     assert line().startswith("reading 1,128,000 tokens, layer 100 of 126 ")
     assert line().endswith(" 50%, 111:08:20 left") and len(line()) == 80
+    work = Work(tokens=1_128_000, began=-4e5, share=0.6, done=9000, chunk=9, chunks=1128)
+    board.write(0, "prefill, layer", 99, 126, work=work)
+    bar.watch(board)
+    assert line().startswith("reading 9,000 of 1,128,000 tokens, chunk 10 of 1,128 ")
     board.write(0, "decode, token", 4, 16)
     bar.watch(board)
     assert line().startswith("answering, token 5 of 16 ") and " 25%, 0:00, 0:00 left" in line()

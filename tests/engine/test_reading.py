@@ -11,11 +11,11 @@ from cptool.engine import reading
 from cptool.engine.answers.decode import next_tokens
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
+from cptool.engine.prefill.course import Course, Seconds
 from cptool.engine.reading import Layers
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.errors import Interrupted
-from cptool.planning.cost.forward import Prediction
 from cptool.sharding import balanced
 from cptool.variants import names
 
@@ -74,13 +74,30 @@ def test_the_share_grows_to_one_and_the_kernels_count_what_was_predicted(mqa_pat
 
 def test_the_parts_of_a_layer_weigh_what_they_take(mqa_path):
     config = open_checkpoint(str(mqa_path)).config
-    parts = Layers(config, Prediction(linear_s=3.0, attention_s=1.0))
-    assert parts.attention == 0.25
+    parts = Layers(config, 0.25)
     whole = parts.after_rows(0, 9) - parts.before - parts.attention  # the product after attention
     assert 0 < parts.before and 0 < whole < 0.75
     assert parts.after_rows(9, 9) == 1
-    parts.measured(6.0, 2.0)
-    assert parts.attention == 0.75
+
+
+def test_chunks_weigh_their_pairs_and_tokens():
+    course = Course([100, 60], [50, 0], most=80, predicted=Seconds(3.0, 1.0))
+    assert (course.tokens, course.chunks) == (160, 2)
+    pairs = [40 * 50 + 820 + 820, 60 * 90 + 1830 + 20 * 40 + 210]
+    course.begin([40, 40], [50, 0])
+    # As predicted of the mean of both: attention takes three times as long as the rest.
+    first, second = (3 * 2 * p / sum(pairs) + 1 for p in pairs)
+    assert course.share(0.5) == pytest.approx(first / 2 / (first + second), rel=0.01)
+    for _ in range(3):
+        course.took(1.0, 4.0)  # seconds of a layer of this chunk
+    second = pairs[1] / pairs[0] + 4
+    assert course.attention == pytest.approx(1 / 5)
+    assert course.share(1.0) == pytest.approx(5 / (5 + second))
+    course.begin([60, 20], [90, 40])
+    assert (course.chunk, course.done) == (1, 80)
+    assert course.attention == pytest.approx((second - 4) / second)
+    assert course.share(0.0) == pytest.approx(5 / (5 + second))
+    assert course.share(1.0) == pytest.approx(1)
 
 
 def stopped(world, path, at, pending, long=reading.LONG):

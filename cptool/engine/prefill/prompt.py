@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from cptool.engine.answers.logprobs import PromptScores
 from cptool.engine.prefill import chunks
+from cptool.engine.prefill.course import Course
+from cptool.engine.reading import silent
 from cptool.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -64,6 +66,9 @@ def read(
     several = chunks.count(left, most) > 1
     if several:
         engine.make_room(chunks.room(left, most, ranks=engine.world.cp, answer=answer))
+    course = None
+    if several and engine.report is not silent:
+        course = Course.of(engine, left, most)
     done = Read(chunk=min(most or sum(left), sum(left)))
     for lengths in chunks.cut(left, most):
         if done.chunks and engine.world.agree_to_stop():
@@ -74,6 +79,7 @@ def read(
             reserve=0 if several else answer,
             until=stops if several else None,
             seen=None if scores is None else scores.score,
+            course=course,
         )
         assert engine.choice is not None  # there was something to compute
         done.chunks += 1
