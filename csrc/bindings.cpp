@@ -294,10 +294,9 @@ void define_cpu_dispatch(py::module_& m) {
   m.def("cpu_stored_rows", [](int encoding) {
     return cptool::cpu::stored_isa().stored.most_rows(static_cast<cptool::Encoding>(encoding));
   });
-  m.def("cpu_has_product", [] {
-    const cptool::cpu::Isa& isa = cptool::cpu::product_isa();
-    return isa.product.compute != nullptr &&
-           &isa == &cptool::cpu::few_rows_isa(ScalarType::kFloat32);
+  m.def("cpu_product_isa", [] {
+    const cptool::cpu::Isa* const isa = cptool::cpu::product_isa();
+    return isa == nullptr ? "" : isa->name;
   });
   m.def("cpu_stored_isa", [] { return cptool::cpu::stored_isa().name; });
   m.def("watch_attention_cpu", [](uintptr_t pairs, uintptr_t cancelled) {

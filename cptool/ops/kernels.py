@@ -53,9 +53,11 @@ def cpu_stored_isa() -> str:
     return _C.cpu_stored_isa()
 
 
-def cpu_has_product() -> bool:
-    """Return whether the instruction set in use has a kernel for float32 products of many rows."""
-    return _C.cpu_has_product()
+def cpu_product_isa() -> str:
+    """Return the instruction set of the kernel for float32 products of many rows; empty where they
+    are left to torch.
+    """
+    return _C.cpu_product_isa()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.nn import functional
 from cptool.ops.checks import SCALAR_TYPES, check_tensor, dispatch, rows_of
 from cptool.ops.encodings import FLOAT32
 from cptool.ops.kernels import EXTENSION as _C
-from cptool.ops.kernels import cpu_has_product, cpu_isas, cpu_linear_isa
+from cptool.ops.kernels import cpu_isas, cpu_linear_isa, cpu_product_isa
 from cptool.ops.stored import StoredWeight, product_arguments
 
 
@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
     once.
 
     On a CPU a row's result for up to FEW_ROWS rows does not depend on the other rows, their number
-    or the number of threads; nor does it for more rows than that where `cpu_has_product`. A product
+    or the number of threads; nor does it for more rows than that where `cpu_product_isa`. A product
     of bfloat16 takes subnormal values for 0 on processors that multiply pairs of them
     (avx512_bf16).
     """
@@ -64,7 +64,7 @@ def _takes_many(x: Tensor, weight: Tensor) -> bool:
     """
     if x.dtype != torch.float32 or x.stride(-1) != 1 or weight.stride(-1) != 1:
         return False
-    return torch.compiler.is_compiling() or cpu_has_product()
+    return torch.compiler.is_compiling() or bool(cpu_product_isa())
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     if rows > FEW_ROWS[x.dtype] and x.dtype == torch.float32:
         if depth == 0:
             return out.zero_()
-        if not cpu_has_product():
+        if not cpu_product_isa():
             return functional.linear(x, weight)
         place = weight.data_ptr(), 4 * weight.stride(0), columns, depth, 0, FLOAT32
         _C.product_cpu(*product_arguments(x, place, out))

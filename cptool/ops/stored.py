@@ -5,13 +5,13 @@ bit for bit; bfloat16 and float16 are widened. Activations are float32 and stay 
 rows are multiplied with weights that are widened in registers, or, with AVX2, with the integers of
 a block, whose sums are then scaled; both are the product with the widened weights to the rounding
 of float32 sums. For many rows a panel of the weights is widened, once for all of them, and
-multiplied as any float32 matrix is; with AVX2 by a kernel that packs it as it widens.
+multiplied as any float32 matrix is; with AVX2 and AMX by kernels that pack it as they widen.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cptool.ops.encodings import BLOCKS, ENCODINGS
 from cptool.ops.kernels import EXTENSION as _C
-from cptool.ops.kernels import cpu_has_product
+from cptool.ops.kernels import cpu_product_isa
 
 _PANEL_BYTES = 4 << 20
 """Of widened weights. They are written once and read once per block of rows, from a cache."""
@@ -158,17 +158,19 @@ def product_arguments(
 
 
 def _multiply(x: Tensor, part: Blocks, out: Tensor) -> None:
+    from cptool.ops import linear
+
     if len(x) <= few_rows(part):
         _C.stored_linear_cpu(*product_arguments(x, part.place, out))
-    elif len(x) > FEW_ROWS and cpu_has_product():
+    elif len(x) > linear.FEW_ROWS[torch.float32] and cpu_product_isa():
         _C.product_cpu(*product_arguments(x, part.place, out))
     else:
-        _multiply_panels(x, part, out)
+        _multiply_panels(x, part, out, linear.linear)
 
 
-def _multiply_panels(x: Tensor, part: Blocks, out: Tensor) -> None:
-    from cptool.ops.linear import linear
-
+def _multiply_panels(
+    x: Tensor, part: Blocks, out: Tensor, linear: Callable[[Tensor, Tensor], Tensor]
+) -> None:
     rows, depth = part.shape
     at_once = max(16, _PANEL_BYTES // (4 * depth) // 16 * 16)
     panel = _panel(min(at_once, rows) * depth).view(-1, depth)

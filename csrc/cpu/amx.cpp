@@ -1,5 +1,7 @@
-// AMX for bfloat16; calls of few rows go through AVX-512's dot products of pairs.
+// AMX for bfloat16, and for products of many rows of float32; attention of few rows goes through
+// AVX-512's dot products of pairs.
 #include "cpu/amx_kernel.h"
+#include "cpu/amx_product.h"
 #include "cpu/avx512_features.h"
 #include "cpu/avx512bf16_math.h"
 #include "cpu/isa.h"
@@ -28,6 +30,8 @@ void attention_partial(const AttentionArgs& args, int threads) {
 
 }  // namespace
 
-extern constexpr Isa isa_amx = {"amx", supported, {handles, attention_partial, kAmxStreamRows}};
+extern constexpr Isa isa_amx = {"amx",   supported,  {handles, attention_partial, kAmxStreamRows},
+                                nullptr, {},         {},
+                                {},      kAmxProduct};
 
 }  // namespace cptool::cpu

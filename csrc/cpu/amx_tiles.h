@@ -18,9 +18,8 @@ constexpr int kTileBytes = 1024;
 constexpr int64_t kTileStride = 64;
 
 template <int kTile>
-inline void load_tile(const void* from) {
-  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(kTile), "r"(from), "r"(kTileStride)
-               : "memory");
+inline void load_tile(const void* from, int64_t stride = kTileStride) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(kTile), "r"(from), "r"(stride) : "memory");
 }
 
 template <int kTile>

@@ -21,6 +21,9 @@ const Isa& merge_isa();
 const Isa& few_rows_isa(ScalarType dtype);
 const Isa& tokenwise_isa();
 const Isa& stored_isa();
-const Isa& product_isa();
+
+// The instruction set for float32 products of many rows; null if none that is as fast as the one
+// for few rows has a kernel for them.
+const Isa* product_isa();
 
 }  // namespace cptool::cpu

@@ -53,16 +53,16 @@ struct StoredKernels {
   void (*widen)(const WidenArgs& args, int64_t begin, int64_t end) = nullptr;
 };
 
-// Columns and rows that products of many rows pack at a time.
-constexpr int64_t kProductColumns = 1024, kProductRows = 144;
-
 struct ProductPiece {
-  int64_t row, rows, column, columns;  // columns: at most kProductColumns
+  int64_t row, rows, column, columns;
 };
 
 // Products of many rows with a matrix that is packed first.
 struct ProductKernel {
   size_t scratch_bytes = 0;
+  // Of a piece: the most rows and columns that it may have; what its rows are a multiple of, unless
+  // they are the last; and the fewest of both for which packing them pays.
+  int64_t most_rows = 0, most_columns = 0, row_grain = 1, least_rows = 1, least_columns = 1;
   void (*compute)(const StoredLinearArgs& args, const ProductPiece& piece, void* scratch) = nullptr;
 };
 

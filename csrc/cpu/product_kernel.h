@@ -15,14 +15,15 @@
 // Unnamed namespace: see isa.h.
 #pragma once
 
-#include "cpu/avx2_math.h"      // transpose
-#include "cpu/stored_kernel.h"  // with_block, row_of
+#include "cpu/avx2_math.h"  // transpose
+#include "cpu/product_rows.h"
 
 namespace cptool::cpu {
 namespace {
 
 constexpr int kTileRows = 6, kTileVectors = 2, kTileColumns = kTileVectors * kLanes;
 constexpr int kDepth = 320;  // the most of the depth that is packed at a time: 28 KB for a tile
+constexpr int64_t kProductColumns = 1024, kProductRows = 144;  // that are packed at a time
 
 // How much of the depth is packed at a time: whole blocks of any type whose rows have this depth,
 // in as few pieces as there can be, of about the same size.
@@ -112,40 +113,6 @@ inline void pack_columns(const float* const (&from)[kTileColumns], int64_t depth
   }
 }
 
-// Points `rows` at elements [begin, begin + depth) of `count` rows of the matrix from `first` on,
-// widened into `widened` unless they are float32 as they lie. Rows that do not exist repeat the
-// first.
-inline void widened_rows(const StoredMatrix& w, int64_t first, int count, int64_t begin,
-                         int64_t depth, float* widened, const float* (&rows)[kTileColumns]) {
-  const auto* const at = static_cast<const uint8_t*>(w.at);
-  if (w.encoding == Encoding::kFloat32) {
-    for (int r = 0; r < kTileColumns; ++r) {
-      const int64_t row = first + (r < count ? r : 0);
-      rows[r] = reinterpret_cast<const float*>(at + row * w.stride) + begin;
-    }
-    return;
-  }
-  for (int r = 0; r < kTileColumns; ++r) rows[r] = widened + (r < count ? r : 0) * kDepth;
-  with_block(w.encoding, [&](auto block) {
-    for (int r = 0; r < count; ++r) {
-      const uint8_t* from =
-          at + row_of(w, first + r) * w.stride + begin / block.kWeights * block.kBytes;
-      float* to = widened + r * kDepth;
-      for (int64_t k = 0; k < depth; from += block.kBytes) {
-        block.begin(from);
-        for (int run = 0; run < block.kWeights / block.kRun; ++run) {
-#pragma GCC unroll 8
-          for (int part = 0; part < block.kRun / kPart; ++part, k += kPart, to += kPart) {
-            Vector weights[kPartVectors];
-            block.widen(run, part, weights);
-            for (int v = 0; v < kPartVectors; ++v) store(weights[v], to + v * kLanes);
-          }
-        }
-      }
-    }
-  });
-}
-
 inline void product_tiles(const float* a, const float* b, int64_t rows, int64_t depth, float* c,
                           int64_t c_stride, int columns, bool add) {
   for (; rows >= kTileRows; rows -= kTileRows, a += kTileRows * depth, c += kTileRows * c_stride) {
@@ -165,10 +132,13 @@ inline void product_tiles(const float* a, const float* b, int64_t rows, int64_t 
   }
 }
 
-inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-
 constexpr ProductKernel kProduct = {
     sizeof(float) * kDepth * (kProductColumns + kProductRows + kTileColumns),
+    INT64_MAX,
+    kProductColumns,
+    kProductRows,
+    4 * kProductRows,
+    128,
     [](const StoredLinearArgs& args, const ProductPiece& piece, void* scratch) {
       float* const packed = static_cast<float*>(scratch);
       float* const x = packed + kDepth * kProductColumns;
@@ -179,7 +149,8 @@ constexpr ProductKernel kProduct = {
         for (int64_t n = 0; n < piece.columns; n += kTileColumns) {
           const auto count = static_cast<int>(at_most(piece.columns - n, kTileColumns));
           const float* rows[kTileColumns];
-          widened_rows(args.w, piece.column + n, count, k, depth, widened, rows);
+          widened_rows<kTileColumns, kDepth>(args.w, piece.column + n, count, k, depth, widened,
+                                             rows);
           pack_columns(rows, depth, packed + n * depth);
         }
         for (int64_t m = 0; m < piece.rows; m += kProductRows) {

@@ -1,11 +1,23 @@
-// The AMX kernel on emulated tiles (emulated_tiles/), as a library for test_emulated_amx.py. Calls
-// of few rows go through it too.
+// The AMX kernels on emulated tiles (emulated_tiles/), as a library for test_emulated_amx.py.
+// Attention of few rows goes through them too.
+#include <vector>
+
 #include "cpu/amx_kernel.h"
+#include "cpu/amx_product.h"
 
 extern "C" {
 
 void attention_partial(const cptool::AttentionArgs* args, int threads) {
   cptool::cpu::run<cptool::cpu::AmxKernel>(*args, threads);
+}
+
+void product(const cptool::StoredLinearArgs* args, int64_t piece_columns) {
+  std::vector<char> scratch(cptool::cpu::kAmxProduct.scratch_bytes + 64);
+  char* const aligned = scratch.data() + 64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64;
+  for (int64_t n = 0; n < args->w.rows; n += piece_columns) {
+    const int64_t columns = std::min(piece_columns, args->w.rows - n);
+    cptool::cpu::kAmxProduct.compute(*args, {0, args->rows, n, columns}, aligned);
+  }
 }
 
 void tile_counts(int64_t* loads, int64_t* stores, int64_t* products) {

@@ -1,4 +1,4 @@
-"""The AMX kernel against float64 on machines without AMX, its tile instructions emulated."""
+"""The AMX kernels against float64 on machines without AMX, their tile instructions emulated."""
 
 import ctypes
 import os
@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from reference import check, make_case, tolerance
+from test_stored import depth_of, matrix
 
+from cptool.ops.encodings import FLOAT32 as FLOAT32_ENCODING
 from cptool.ops.kernels import cpu_isas
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,3 +175,53 @@ def test_tile_loads_per_product(library, attention):
     assert products > 1024 * 256 * 4 * 128 * 2 / (16 * 16 * 32)
     assert loads <= 1.15 * products
     assert stores <= 0.26 * products
+
+
+class Product(ctypes.Structure):
+    """StoredLinearArgs of csrc/stored.h."""
+
+    _fields_ = (
+        [("at", ctypes.c_void_p)]
+        + [(name, ctypes.c_int64) for name in ("stride", "columns", "depth", "head_dim")]
+        + [("encoding", ctypes.c_int32)]
+        + [("x", ctypes.c_void_p), ("out", ctypes.c_void_p)]
+        + [(name, ctypes.c_int64) for name in ("x_stride", "out_stride", "rows")]
+    )
+
+
+def product(library, x, place, *, piece_columns=10_000):
+    """x W^T on emulated tiles, in pieces of so many columns."""
+    out = torch.full((len(x), place[2]), torch.nan)
+    args = Product(*place, x.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), len(x))
+    library.product(ctypes.byref(args), piece_columns)
+    return out
+
+
+def check_product(out, x, weight):
+    """Six roundings to float32 per term, and one that is lacking (amx_product.h)."""
+    exact = x.double() @ weight.double().T
+    magnitude = x.double().abs() @ weight.double().abs().T
+    assert ((out.double() - exact).abs() <= (6 * x.shape[1] + 1) * 2**-24 * magnitude).all()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 70])
+@pytest.mark.parametrize(("depth", "columns"), [(1, 1), (31, 17), (64, 32), (577, 49), (1100, 400)])
+def test_product_of_float32(library, rows, depth, columns):
+    x = torch.randn(rows, depth + 3, generator=torch.manual_seed(0))[:, 1 : depth + 1]
+    weight = torch.randn(columns, depth, generator=torch.manual_seed(1))
+    place = (weight.data_ptr(), 4 * depth, columns, depth, 0, FLOAT32_ENCODING)
+    out = product(library, x, place)
+    check_product(out, x, weight)
+    assert torch.equal(out, product(library, x, place, piece_columns=32))
+    assert torch.equal(out[-1:], product(library, x[-1:], place))
+
+
+@pytest.mark.parametrize("encoding", ["BF16", "F16", "Q4_0", "Q5_0", "Q8_0", "Q4_K", "IQ4_NL"])
+def test_product_of_stored_types(library, encoding):
+    """Fewer pieces of a weight are the whole weight."""
+    part, values = matrix(encoding, 48, depth_of(encoding, 3), head_dim=24)
+    x = torch.randn(35, part.shape[1], generator=torch.manual_seed(0))
+    out = product(library, x, part.place)
+    check_product(out, x, values)
+    place = (values.data_ptr(), 4 * values.shape[1], 48, values.shape[1], 0, FLOAT32_ENCODING)
+    assert torch.equal(out, product(library, x, place))

@@ -1,11 +1,11 @@
-"""Products of many rows in float32 by the kernel that packs the matrix, which AVX2 has."""
+"""Products of many rows in float32 by the kernels that pack the matrix, of AVX2 and AMX."""
 
 import pytest
 import torch
 from test_stored import depth_of, matrix
 
 from cptool.ops.encodings import ENCODINGS
-from cptool.ops.kernels import cpu_has_product, cpu_isas, force_cpu_isa
+from cptool.ops.kernels import cpu_isas, cpu_product_isa, force_cpu_isa
 from cptool.ops.linear import FEW_ROWS, linear
 from cptool.ops.stored import Blocks, StoredWeight
 
@@ -13,13 +13,17 @@ UNIT = torch.finfo(torch.float32).eps / 2
 FEWEST = FEW_ROWS[torch.float32] + 1
 
 
-@pytest.fixture(autouse=True)
-def avx2():
-    if "avx2" not in cpu_isas():
-        pytest.skip("this processor has no AVX2")
-    with force_cpu_isa("avx2"):
-        assert cpu_has_product()
-        yield
+ROUNDINGS = {"avx2": 1, "amx": 6}
+"""Of a sum per term: AMX adds up to six products of pieces."""
+
+
+@pytest.fixture(autouse=True, params=ROUNDINGS)
+def isa(request):
+    if request.param not in cpu_isas():
+        pytest.skip(f"this processor has no {request.param}")
+    with force_cpu_isa(request.param):
+        assert cpu_product_isa() == request.param
+        yield request.param
 
 
 def random(*shape, seed=0):
@@ -27,10 +31,13 @@ def random(*shape, seed=0):
 
 
 def check(out, x, weight):
-    """Hold `out` against float64, with the bound of a float32 sum of `depth` terms."""
+    """Hold `out` against float64, with the bound of a float32 sum of `depth` terms. Those of AMX
+    lack one rounding each (amx_product.h).
+    """
+    roundings = ROUNDINGS[cpu_product_isa()]
     exact = x.double() @ weight.double().T
     magnitude = x.double().abs() @ weight.double().abs().T
-    bound = (x.shape[1] + 1) * UNIT * magnitude + torch.finfo(torch.float32).tiny
+    bound = (roundings * x.shape[1] + 1) * UNIT * magnitude + torch.finfo(torch.float32).tiny
     assert out.shape == exact.shape and ((out.double() - exact).abs() <= bound).all()
 
 
@@ -73,11 +80,22 @@ def test_a_result_depends_on_its_row_and_column_alone():
     assert torch.equal(linear(x, weight[1021:1060]), whole[:, 1021:1060])
 
 
-def test_values_that_are_not_finite_stay_where_they_are():
+def test_values_that_are_not_finite_stay_where_they_are(isa):
+    """With AMX, a sum with an infinite value is not a number."""
     x, weight = torch.ones(FEWEST, 70), torch.ones(9, 70)
     x[1, 69], weight[4, 3], weight[5, 68] = float("inf"), float("nan"), -float("inf")
+    x.view(torch.int32)[2, 7] = weight.view(torch.int32)[6, 9] = 0x7FFFFFFF  # a rare NaN
     exact = torch.nn.functional.linear(x.double(), weight.double())
+    if isa == "amx":
+        exact[exact.isinf()] = float("nan")
     torch.testing.assert_close(linear(x, weight).double(), exact, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e12, 1e30])
+def test_values_of_any_magnitude(magnitude):
+    x, weight = magnitude * random(FEWEST, 300), random(40, 300, seed=1)
+    weight *= torch.logspace(-6, 6, 300)[torch.randperm(300, generator=torch.manual_seed(2))]
+    check(linear(x, weight), x, weight)
 
 
 def test_nothing_to_multiply():
@@ -95,11 +113,11 @@ def test_operands_that_the_kernel_does_not_take():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_registered_op_takes_any_dtype_under_any_cap(dtype):
+def test_the_registered_op_takes_any_dtype_under_any_cap(isa, dtype):
     x, weight = random(2 * FEWEST, 64).to(dtype), random(33, 64, seed=1).to(dtype)
     exact = x.double() @ weight.double().T
-    for isa in ("avx2", "portable"):
-        with force_cpu_isa(isa):
+    for cap in (isa, "portable"):
+        with force_cpu_isa(cap):
             out = torch.ops.cptool.linear(x, weight)
         torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2)
 

@@ -25,8 +25,10 @@ struct Tiles {
 thread_local Tiles tiles;
 
 template <int kTile>
-inline void load_tile(const void* from) {
-  std::memcpy(tiles.words[kTile], from, kTileBytes);
+inline void load_tile(const void* from, int64_t stride = kTileStride) {
+  for (int row = 0; row < 16; ++row) {
+    std::memcpy(tiles.words[kTile][row], static_cast<const char*>(from) + row * stride, 64);
+  }
   ++tile_counts.loads;
 }
 
