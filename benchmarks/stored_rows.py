@@ -41,8 +41,11 @@ def measure(
     weights, size = BLOCKS[kind]
     each = 2 * hidden * hidden // weights * size
     data = large_pages.empty((-(-COLD // each), 2 * hidden, hidden // weights * size), torch.uint8)
-    # Any bytes, of which pairs are float16 below 2 in size.
-    data.copy_(torch.randint(256, data.shape[1:], dtype=torch.uint8) & 0xBB)
+    plain = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind)
+    if plain is None:  # any bytes, of which pairs are float16 below 2 in size
+        data.copy_(torch.randint(256, data.shape[1:], dtype=torch.uint8) & 0xBB)
+    else:  # subnormal values would be slow on some processors
+        data.copy_(torch.randn(2 * hidden, hidden).to(plain).view(torch.uint8))
     calls = -(-TURN // each)
     following = itertools.cycle([StoredWeight([Blocks(matrix, kind)]) for matrix in data])
     parts = itertools.cycle(data.flatten().split(calls * each // 64 * 64)[:-1])
@@ -64,7 +67,7 @@ def measure(
             "hidden": hidden,
             "type": kind,
             "threads": torch.get_num_threads(),
-            "isa": cpu_stored_isa(),
+            "isa": cpu_stored_isa(kind),
             "rows": rows,
             "unit": "bytes/s",
             "rate": measured[f"rows {rows}"],

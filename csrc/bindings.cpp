@@ -292,13 +292,16 @@ void define_cpu_dispatch(py::module_& m) {
   m.def("cpu_linear_isa",
         [](int dtype) { return cptool::cpu::few_rows_isa(static_cast<ScalarType>(dtype)).name; });
   m.def("cpu_stored_rows", [](int encoding) {
-    return cptool::cpu::stored_isa().stored.most_rows(static_cast<cptool::Encoding>(encoding));
+    const auto of = static_cast<cptool::Encoding>(encoding);
+    return cptool::cpu::stored_isa(of).stored.most_rows(of);
   });
   m.def("cpu_product_isa", [] {
     const cptool::cpu::Isa* const isa = cptool::cpu::product_isa();
     return isa == nullptr ? "" : isa->name;
   });
-  m.def("cpu_stored_isa", [] { return cptool::cpu::stored_isa().name; });
+  m.def("cpu_stored_isa", [](int encoding) {
+    return cptool::cpu::stored_isa(static_cast<cptool::Encoding>(encoding)).name;
+  });
   m.def("watch_attention_cpu", [](uintptr_t pairs, uintptr_t cancelled) {
     cptool::cpu::watch_attention({pointer<int64_t>(pairs), pointer<const int64_t>(cancelled)});
   });

@@ -14,6 +14,7 @@ from cptool.ops import extension
 from cptool.ops.checks import (
     SCALAR_TYPES,
 )
+from cptool.ops.encodings import ENCODINGS
 
 EXTENSION = _C = extension.load()
 """The compiled extension, kept to the kernels that CPTOOL_ISA and CPTOOL_CUDA_KERNEL name."""
@@ -48,9 +49,11 @@ def cpu_linear_isa(dtype: torch.dtype) -> str:
     return _C.cpu_linear_isa(SCALAR_TYPES[dtype])
 
 
-def cpu_stored_isa() -> str:
-    """Return the instruction set of the kernel that multiplies with weights as they are stored."""
-    return _C.cpu_stored_isa()
+def cpu_stored_isa(encoding: str) -> str:
+    """Return the instruction set of the kernel that multiplies few rows with weights as they are
+    stored. encoding: one of `ENCODINGS`.
+    """
+    return _C.cpu_stored_isa(ENCODINGS[encoding])
 
 
 def cpu_product_isa() -> str:

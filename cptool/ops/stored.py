@@ -11,7 +11,7 @@ multiplied as any float32 matrix is; with AVX2 and AMX by kernels that pack it a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,8 +94,8 @@ class StoredWeight:
     def linear(self, x: Tensor) -> Tensor:
         """x W^T, float32 [rows, W's rows], of x float32 [rows, depth], summed in float32.
 
-        A row's result for up to FEW_ROWS rows (`cptool.ops.linear`) does not depend on the other
-        rows, their number or the number of threads.
+        A row's result for up to FEW_ROWS rows does not depend on the other rows, their number or
+        the number of threads.
         """
         rows, depth = x.shape
         if x.dtype != torch.float32 or depth != self.shape[1]:
@@ -138,7 +138,9 @@ class StoredWeight:
 
 
 FEW_ROWS = 16
-"""The most rows that `few_rows` returns."""
+"""The most rows that `few_rows` returns, and the most that are widened a panel at a time where
+there is a kernel for many rows.
+"""
 
 
 def few_rows(part: Blocks) -> int:
@@ -158,19 +160,17 @@ def product_arguments(
 
 
 def _multiply(x: Tensor, part: Blocks, out: Tensor) -> None:
-    from cptool.ops import linear
-
     if len(x) <= few_rows(part):
         _C.stored_linear_cpu(*product_arguments(x, part.place, out))
-    elif len(x) > linear.FEW_ROWS[torch.float32] and cpu_product_isa():
+    elif len(x) > FEW_ROWS and cpu_product_isa():
         _C.product_cpu(*product_arguments(x, part.place, out))
     else:
-        _multiply_panels(x, part, out, linear.linear)
+        _multiply_panels(x, part, out)
 
 
-def _multiply_panels(
-    x: Tensor, part: Blocks, out: Tensor, linear: Callable[[Tensor, Tensor], Tensor]
-) -> None:
+def _multiply_panels(x: Tensor, part: Blocks, out: Tensor) -> None:
+    from cptool.ops.linear import linear
+
     rows, depth = part.shape
     at_once = max(16, _PANEL_BYTES // (4 * depth) // 16 * 16)
     panel = _panel(min(at_once, rows) * depth).view(-1, depth)

@@ -23,10 +23,31 @@ void attention_partial(const AttentionArgs& args, int threads) {
   });
 }
 
+// AVX2's products with integers take as long or less for types whose integers or scales take many
+// instructions to find: half as long for Q4_K, Q5_0, Q5_K and Q6_K.
+bool handles_stored(Encoding encoding) {
+  switch (encoding) {
+    case Encoding::kQ5_0:
+    case Encoding::kQ5_1:
+    case Encoding::kQ4_K:
+    case Encoding::kQ5_K:
+    case Encoding::kQ6_K:
+      return false;
+    default:
+      return true;
+  }
+}
+
+constexpr StoredKernels some_stored() {
+  StoredKernels kernels = kStored;
+  kernels.handles = handles_stored;
+  return kernels;
+}
+
 }  // namespace
 
 extern constexpr Isa isa_avx512 = {
-    "avx512",   has_avx512, {handles, attention_partial, kStreamRows}, run_merge_kernel, kFewRows,
-    kTokenwise, kStored};
+    "avx512",   has_avx512,   {handles, attention_partial, kStreamRows}, run_merge_kernel, kFewRows,
+    kTokenwise, some_stored()};
 
 }  // namespace cptool::cpu

@@ -61,8 +61,14 @@ const Isa& tokenwise_isa() {
   return fastest([](const Isa& isa) { return isa.tokenwise.rms_norm != nullptr; });
 }
 
-const Isa& stored_isa() {
-  return fastest([](const Isa& isa) { return isa.stored.columns != nullptr; });
+const Isa& stored_isa(Encoding encoding) {
+  return fastest([=](const Isa& isa) {
+    return isa.stored.handles != nullptr && isa.stored.handles(encoding);
+  });
+}
+
+const Isa& widen_isa() {
+  return fastest([](const Isa& isa) { return isa.stored.widen != nullptr; });
 }
 
 const Isa* product_isa() {

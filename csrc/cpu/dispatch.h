@@ -20,7 +20,8 @@ const Isa& attention_isa(ScalarType q_dtype, ScalarType dtype, int64_t head_dim)
 const Isa& merge_isa();
 const Isa& few_rows_isa(ScalarType dtype);
 const Isa& tokenwise_isa();
-const Isa& stored_isa();
+const Isa& stored_isa(Encoding encoding);  // for products of few rows
+const Isa& widen_isa();
 
 // The instruction set for float32 products of many rows; null if none that is as fast as the one
 // for few rows has a kernel for them.

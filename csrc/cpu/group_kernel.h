@@ -214,6 +214,7 @@ inline auto with_groups(Encoding encoding, const Run& run, const Else& otherwise
 }
 
 constexpr StoredKernels kStoredGroups = {
+    [](Encoding) { return true; },
     [](Encoding encoding) {
       return with_groups(
           encoding, [](auto) { return 16; }, [=] { return kStored.most_rows(encoding); });

@@ -39,6 +39,8 @@ struct FewRowsKernel {
 
 // Weights in the type in which they are stored.
 struct StoredKernels {
+  // Whether its products of few rows are the fastest way; if not, a lower set's are used.
+  bool (*handles)(Encoding encoding) = nullptr;
   // Up to how many rows it is the fastest way to widen weights in registers. A result of these has
   // the same bits for any number of rows: those of the few-row product with the widened weights,
   // if more than these go to it.

@@ -13,7 +13,7 @@ constexpr int64_t kPiecesOfThread = 4;
 }  // namespace
 
 void stored_linear(const StoredLinearArgs& args, int threads) {
-  const StoredKernels& kernels = stored_isa().stored;
+  const StoredKernels& kernels = stored_isa(args.w.encoding).stored;
   void* packed = thread_scratch(static_cast<size_t>(kernels.packed_bytes(args)));
   kernels.pack(args, packed);
   const int64_t bytes = args.w.rows * args.w.stride;
@@ -24,7 +24,7 @@ void stored_linear(const StoredLinearArgs& args, int threads) {
 }
 
 void widen(const WidenArgs& args, int threads) {
-  const StoredKernels& kernels = stored_isa().stored;
+  const StoredKernels& kernels = widen_isa().stored;
   const int64_t row_bytes = args.w.stride + 4 * args.w.depth;
   in_pieces(args.count, row_bytes, kPieceBytes, 1, threads,
             [&](int64_t begin, int64_t end) { kernels.widen(args, begin, end); });

@@ -87,6 +87,7 @@ constexpr int kSharingRows = 1;
 #endif
 
 constexpr StoredKernels kStored = {
+    [](Encoding) { return true; },
     [](Encoding) { return kSharingRows; },
     [](const StoredLinearArgs&) -> int64_t { return 0; },  // x is read as it is
     [](const StoredLinearArgs&, void*) {},

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cptool.ops import stored
 from cptool.ops.encodings import ENCODINGS
 from cptool.ops.kernels import EXTENSION, cpu_isas, cpu_stored_isa, force_cpu_isa
-from cptool.ops.linear import FEW_ROWS, linear
+from cptool.ops.linear import linear
 from cptool.ops.stored import Blocks, StoredWeight
 
 HALVES = {
@@ -82,11 +82,11 @@ def terms_of(part, values):
     return (values - shifts).abs() + shifts.abs()
 
 
-def right(out, x, part, values, isa):
+def right(out, x, part, values):
     """Whether few rows have the bits of the product with the widened weights, or where sums are
     scaled are as near to it as a float32 sum, and no number where a weight is none.
     """
-    if isa != "avx2" or part.encoding not in UNSCALED:
+    if cpu_stored_isa(part.encoding) != "avx2" or part.encoding not in UNSCALED:
         return same_bits(out, linear(x, values))
     finite = values.isfinite().all(1)
     terms = terms_of(part, values)
@@ -122,7 +122,7 @@ def test_weights_have_the_bits_of_the_gguf_package(encoding, isa):
                 x = torch.randn(count, values.shape[1])
                 out = torch.empty(count, rows)
                 EXTENSION.stored_linear_cpu(*stored.product_arguments(x, part.place, out))
-                assert right(out, x, part, values, isa), count
+                assert right(out, x, part, values), count
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -153,7 +153,7 @@ def test_any_bytes_are_widened_like_the_gguf_package(encoding, isa, seed, rows, 
         assert same_bits(weight.widened(), values)
         out = torch.empty(5, rows)
         EXTENSION.stored_linear_cpu(*stored.product_arguments(x, part.place, out))
-        assert right(out, x, part, values, isa)
+        assert right(out, x, part, values)
         indices = torch.arange(rows).flip(0)
         assert same_bits(weight.gather(indices), values[indices])
 
@@ -162,7 +162,7 @@ def test_any_bytes_are_widened_like_the_gguf_package(encoding, isa, seed, rows, 
 def test_a_rows_result_does_not_depend_on_the_others(encoding):
     part, values = matrix(encoding, 70, depth_of(encoding, 2))
     weight = StoredWeight([part])
-    x = torch.randn(FEW_ROWS[torch.float32], values.shape[1])
+    x = torch.randn(stored.FEW_ROWS, values.shape[1])
     alone = torch.cat([weight.linear(row) for row in x.split(1)])
     for count in range(1, len(x) + 1):
         assert torch.equal(weight.linear(x[:count]), alone[:count]), count
@@ -208,7 +208,7 @@ def test_threads_do_not_change_the_bits():
         assert torch.equal(weight.linear(x), one)
     finally:
         torch.set_num_threads(before)
-    assert right(one, x, part, values, cpu_stored_isa())
+    assert right(one, x, part, values)
 
 
 def test_callers_in_several_threads_do_not_disturb_each_other():
