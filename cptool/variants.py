@@ -23,16 +23,19 @@ if TYPE_CHECKING:
 class MessageBytes:
     """Sizes in bytes of what can travel in one layer, per rank; `ranks` is their number.
 
-    block: K and V of the fullest rank. everything: K and V of all ranks. queries, partial: q of
-    this rank's new tokens, and a partial result over them. all_queries, all_partials: of the new
-    tokens of all ranks.
+    block: K and V of the fullest rank; packed: a copy of it, where its slots are not contiguous.
+    everything: K and V of all ranks. queries, partial: q of this rank's new tokens, and a partial
+    result over them as it travels; running: one that kernels merge into, in float32. all_queries,
+    all_partials: of the new tokens of all ranks.
     """
 
     ranks: int
     block: float
+    packed: float
     everything: float
     queries: float
     partial: float
+    running: float
     all_queries: float
     all_partials: float
 
@@ -44,7 +47,9 @@ class Variant:
     travels: what moves between the ranks, in words.
     section: where the paper describes it; empty if it does not.
     cost: seconds and bytes of the attention of one layer on the busiest rank.
-    buffers: bytes of receive buffers and of partials under way, in one layer.
+    buffers: bytes of what attention allocates for its messages and partial results, beside its
+        result, and frees at its end.
+    kept: bytes of receive buffers that stay from layer to layer.
     keys_travel: K and V of other ranks arrive, so every rank must know all their positions.
     ring: blocks move from neighbour to neighbour under the attention over the one before.
     collectives: exchanges per layer in which all ranks take part at once, which nothing hides.
@@ -65,6 +70,7 @@ class Variant:
     collectives: int = 0
     baseline: bool = False
     static: bool = False
+    kept: Callable[[MessageBytes], float] = lambda sizes: 0.0
     published: bool = False
     published_form: str = ""
 

@@ -22,9 +22,10 @@ from cptool.planning.cost.counts import attention_flops, linear_flops
 from cptool.planning.cost.estimate import prefill
 from cptool.planning.cost.exchange import waiting
 from cptool.planning.cost.forward import Forward
+from cptool.planning.cost.memory import memory_per_rank
 from cptool.planning.cost.rates import all_reduce
 from cptool.planning.hardware import HardwareProfile
-from cptool.planning.strategy import Choice, choose
+from cptool.planning.strategy import choose
 from cptool.variants import find
 
 
@@ -59,7 +60,8 @@ class Projection:
     transfer_s of its transfers, of which exposed_s is not hidden; waiting_s of ranks for each
     other; allreduce_s of its tensor-parallel sums. once: seconds of what a forward does once,
     measured except for the overhead, which is the profile's. flops: of the whole model, each causal
-    pair counted once. planned_s: the cost model's prediction for the profile's own devices.
+    pair counted once. planned_s: the cost model's prediction for the profile's own devices; memory:
+    bytes that the whole model takes on the fullest of them, by use.
     """
 
     rank: int
@@ -80,6 +82,7 @@ class Projection:
     flops: float
     ranks: int
     planned_s: float
+    memory: dict[str, float]
     emulated_bytes: int
 
     @property
@@ -115,14 +118,16 @@ def emulate(
     Raises UserError, one line, if the device has too little memory for it.
     """
     config, device = scenario.config, scenario.device
-    choice = choose(scenario.variant, _forward(scenario, scenario.cp), profile)
+    plain = dataclasses.replace(_forward(scenario, scenario.cp), feed_forward=None)
+    choice = choose(scenario.variant, plain, profile)
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
         held = shards(scenario, choice.active).to(device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         dealt = time.perf_counter() - began
-    needed = memory.check(scenario, choice.variant, held)
+    forward = _forward(scenario, choice.active)
+    needed = memory.check(scenario, choice.variant, forward)
 
     rank = held.busiest
     layer, passes = build(scenario), []
@@ -162,7 +167,8 @@ def emulate(
         flops=linear_flops(config, scenario.new, 1)
         + attention_flops(config, scenario.new, scenario.cached),
         ranks=scenario.cp * scenario.tp,
-        planned_s=_planned(scenario, choice, profile),
+        planned_s=prefill(choice.variant, forward, profile).seconds,
+        memory=memory_per_rank(choice.variant, forward, profile),
         emulated_bytes=needed,
     )
 
@@ -177,14 +183,8 @@ def _forward(scenario: Scenario, active: int) -> Forward:
         ranks=scenario.cp,
         active=active,
         tp=scenario.tp,
+        feed_forward="float8" if scenario.fp8 else None,
     )
-
-
-def _planned(scenario: Scenario, choice: Choice, profile: HardwareProfile) -> float:
-    """Return the TTFT that `cptool.planning.cost` predicts, in seconds."""
-    forward = _forward(scenario, choice.active)
-    forward = dataclasses.replace(forward, feed_forward="float8" if scenario.fp8 else None)
-    return prefill(choice.variant, forward, profile).seconds
 
 
 def _waiting(scenario: Scenario, variant: str, profile: HardwareProfile) -> float:

@@ -114,7 +114,7 @@ def plan_chunk(
         cached=forward.cached,
         choice=choice,
         estimate=prefill(choice.variant, shared, profile),
-        memory=memory_per_rank(choice.variant, shared, room),
+        memory=memory_per_rank(choice.variant, shared, profile, room),
     )
 
 
@@ -211,8 +211,8 @@ def auto_chunk(
     arguments are those of `largest_chunk`.
     """
     room = max(room or 0, whole.cached + whole.new)
-    held = memory_per_rank("pass-kv", whole, room)
-    spare = (1 + SPARE) * (held["weights"] + held["kv"])
+    held = memory_per_rank("pass-kv", whole, profile, room)
+    spare = held["process"] + (1 + SPARE) * (held["weights"] + held["kv"])
     fitting = largest_chunk(whole, profile, limit, variant=variant, room=room, chooser=chooser)
     if not fitting:
         return 0

@@ -91,15 +91,17 @@ class StoredRates:
     """How fast a CPU multiplies float32 rows with weights that stay as a file stores them.
 
     rows: up to how many rows take the time of one, in which `direct` weights are multiplied per
-    second. widened: weights per second that are widened for more rows, a
-    panel at a time. layer_s: seconds per layer of few rows that do not depend on its widths; its
-    steps are calls of their own, while other layers of few rows take two.
+    second. widened: weights per second that are widened for more rows. layer_s: seconds per layer
+    of few rows that do not depend on its widths; its steps are calls of their own, while other
+    layers of few rows take two. panels: whether many rows are multiplied with a panel of widened
+    weights at a time, whose result is then copied to its place; else one kernel widens as it goes.
     """
 
     rows: int
     direct: float
     widened: float
     layer_s: float
+    panels: bool = True
 
     def __post_init__(self) -> None:
         """Raise ValueError for values that no measurement gives."""

@@ -14,7 +14,7 @@ from cptool.model.config import LlamaConfig
 from cptool.planning.cost.estimate import Estimate, decode_step, prefill
 from cptool.planning.cost.exchange import ALL_Q, GATHER_Q, PASS_Q
 from cptool.planning.cost.forward import Forward
-from cptool.planning.cost.memory import RESERVED, memory_per_rank
+from cptool.planning.cost.memory import RESERVED, in_words, memory_per_rank
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.strategy import AUTO, STATIC_ROWS, Choice, choose
 from cptool.units import duration, size
@@ -133,7 +133,7 @@ def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfil
         ttit=steps[decoding.variant],
         others=others,
         other_steps=steps,
-        memory=memory_per_rank(chosen.variant, filled),
+        memory=memory_per_rank(chosen.variant, filled, profile),
         capacity=(1 - RESERVED) * room,
     )
 
@@ -205,9 +205,8 @@ def best(
 
 def misfit(p: Plan) -> str:
     """Return why a layout cannot run, in one line."""
-    parts = ", ".join(f"{name} {size(count)}" for name, count in p.memory.items())
     return (
-        f"`cp` {p.cp}, `tp` {p.tp}: a rank needs {size(p.memory_bytes)} ({parts}), "
+        f"`cp` {p.cp}, `tp` {p.tp}: a rank needs {size(p.memory_bytes)} ({in_words(p.memory)}), "
         f"{size(p.excess_bytes)} more than the {size(p.capacity)} that it has"
     )
 

@@ -80,7 +80,7 @@ def test_every_variant_has_a_function_and_a_cost():
     forward = Forward(config=CONFIG, dtype="float32", new=64, cached=64, ranks=4, active=4)
     for record in records:
         assert predict(record.name, forward, profile).bytes > 0
-        assert memory_per_rank(record.name, forward)["messages"] > 0
+        assert memory_per_rank(record.name, forward, profile)["messages"] > 0
 
 
 def test_a_new_variant_runs_on_ranks():

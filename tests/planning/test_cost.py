@@ -62,7 +62,7 @@ def test_kv_of_16_bits_is_half_the_memory_and_half_of_what_keys_travel():
         dataclasses.replace(on(4, 4096, 4096), dtype="float32", kv_dtype=kv_dtype)
         for kv_dtype in (None, "bfloat16")
     )
-    held = [memory_per_rank("pass-kv", forward) for forward in (wide, narrow)]
+    held = [memory_per_rank("pass-kv", forward, PROFILES["cpu"]) for forward in (wide, narrow)]
     positions = 4 * 2048
     assert held[0]["kv"] - positions == 2 * (held[1]["kv"] - positions)
     assert held[0]["weights"] == held[1]["weights"]

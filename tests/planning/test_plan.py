@@ -278,6 +278,7 @@ def test_fp8_halves_the_feed_forward_alone():
                 tp=8,
                 feed_forward=dtype,
             ),
+            GTT,
         )["weights"]
         for dtype in (None, "float8")
     )

@@ -10,7 +10,7 @@ import torch
 from cptool.cli.draw import Rows
 from cptool.emulation.layer import Scenario
 from cptool.emulation.projection import Projection
-from cptool.planning.cost.counts import kv_bytes, matrix_parameters
+from cptool.planning.cost.memory import in_words
 from cptool.planning.hardware import HardwareProfile
 from cptool.units import byte_rate, duration, flop_rate, percent, size
 from cptool.variants import find
@@ -60,7 +60,7 @@ class Report:
             "planned_ttft_s": result.planned_s,
             "flops": result.flops,
             "tflops_per_rank": result.flops_per_rank / 1e12,
-            "memory_bytes_per_rank": self._memory(),
+            "memory_bytes_per_rank": {n: round(b) for n, b in result.memory.items()},
             "emulated_bytes": result.emulated_bytes,
             "assumptions": self._assumptions(),
         }
@@ -68,7 +68,6 @@ class Report:
     def rows(self) -> Rows:
         """Return the rows of the table."""
         scenario, result = self.scenario, self.result
-        memory = self._memory()
         return [
             ("model", self._run()),
             ("device", f"{self._device_name()}, as rank {result.rank} of the cp ranks"),
@@ -90,7 +89,8 @@ class Report:
             ),
             (
                 "memory",
-                f"a rank holds {size(memory['weights'])} of weights and {size(memory['kv'])} of KV",
+                f"a rank of the run takes {size(sum(result.memory.values()))}: "
+                f"{in_words(result.memory)}; {size(result.emulated_bytes)} here",
             ),
             ("assumed", "; ".join(self._assumptions())),
         ]
@@ -194,17 +194,6 @@ class Report:
             reduced = f"{size(result.allreduce_bytes)}, {duration(result.allreduce_s)}"
             rows.append(("all-reduce", reduced))
         return rows
-
-    def _memory(self) -> dict[str, int]:
-        """Return the bytes that the weights and the KV of a real rank take."""
-        scenario, config = self.scenario, self.scenario.config
-        item = scenario.dtype.itemsize
-        ffn = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
-        others = matrix_parameters(config) - ffn
-        tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-        shared = (others * item + ffn * (1 if scenario.fp8 else item)) // scenario.tp
-        kv = kv_bytes(config, self.result.keys, item) * scenario.kv_heads
-        return {"weights": shared + tables * item, "kv": kv // config.num_key_value_heads}
 
     def _assumptions(self) -> list[str]:
         """Return what the projection assumes without measuring it here."""

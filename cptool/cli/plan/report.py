@@ -15,6 +15,7 @@ from cptool.cli.figures import tables, wrapping
 from cptool.cli.plan.search import Search
 from cptool.model.shapes import SHAPES
 from cptool.planning.cost.estimate import Estimate
+from cptool.planning.cost.memory import in_words
 from cptool.planning.hardware import MEASURED
 from cptool.planning.planner import Answer, Plan, Workload
 from cptool.planning.profiles import DEFAULTS
@@ -119,7 +120,6 @@ class Report:
             if work.answer
             else ""
         )
-        memory = ", ".join(f"{name} {units.size(count)}" for name, count in best.memory.items())
         return [
             *rows,
             ("each further", f"{duration(best.ttit.seconds)} ({_steps(best)}){all_tokens}"),
@@ -127,7 +127,7 @@ class Report:
             (
                 "memory",
                 f"{units.size(best.memory_bytes)} of {units.size(best.capacity)} per rank: "
-                f"{memory}",
+                f"{in_words(best.memory)}",
             ),
         ]
 

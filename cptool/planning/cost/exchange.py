@@ -213,12 +213,24 @@ def _merged(rates: Rates, partials: int, each: float | None = None) -> float:
     return rates.touch(partials * each + written)
 
 
+def _ring_buffers(block: float, ranks: int) -> float:
+    """Return the bytes of the buffers that a ring receives blocks in."""
+    return min(2, ranks - 1) * block
+
+
 def _query_buffers(sizes: MessageBytes) -> float:
-    return 2 * sizes.queries + 2 * sizes.ranks * sizes.partial
+    """Return the bytes of the contiguous copy of q that is sent first, and of the partials that
+    are sent and received, this rank's own among them.
+    """
+    return sizes.queries + (2 * sizes.ranks - 1) * sizes.partial
 
 
 def _gather_q_buffers(sizes: MessageBytes) -> float:
-    return 2 * (sizes.all_queries + sizes.all_partials) + sizes.ranks * sizes.partial
+    """Return the bytes of all queries in order, of the partials over them as they are computed and
+    as they are sent, and of those received; the queries as they arrived are gone by then.
+    """
+    partials = 2 * sizes.all_partials + sizes.ranks * sizes.partial
+    return sizes.all_queries + max(partials, sizes.queries + sizes.all_queries)
 
 
 PASS_KV = register(
@@ -227,7 +239,8 @@ PASS_KV = register(
         travels="blocks of K and V, round a ring",
         section="3.2, algorithm 2",
         cost=_pass_kv,
-        buffers=lambda sizes: 2 * sizes.block + 2 * sizes.partial,
+        buffers=lambda sizes: sizes.packed + 2 * sizes.running,
+        kept=lambda sizes: _ring_buffers(sizes.block, sizes.ranks),
         keys_travel=True,
         ring=True,
         published=True,
@@ -239,7 +252,8 @@ GATHER_KV = register(
         travels="K and V of all ranks at once",
         section="",
         cost=_gather_kv,
-        buffers=lambda sizes: 2 * sizes.everything,
+        buffers=lambda sizes: sizes.packed,
+        kept=lambda sizes: 2 * sizes.everything,
         keys_travel=True,
         collectives=1,
     )
@@ -251,6 +265,7 @@ PASS_Q = register(
         section="",
         cost=_pass_q,
         buffers=_query_buffers,
+        kept=lambda sizes: _ring_buffers(sizes.queries, sizes.ranks),
         ring=True,
         published_form="pass-q-all2all",
     )
@@ -272,6 +287,7 @@ PASS_Q_ALL2ALL = register(
         section="3.3, algorithm 3",
         cost=_pass_q_all2all,
         buffers=_query_buffers,
+        kept=lambda sizes: _ring_buffers(sizes.queries, sizes.ranks),
         ring=True,
         collectives=1,
         baseline=True,

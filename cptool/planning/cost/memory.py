@@ -1,67 +1,138 @@
-"""The memory that a rank needs, so that what does not fit is rejected before anything starts."""
+"""The memory that a rank needs, so that what does not fit is refused before anything starts.
 
-from cptool.model.row_limits import ROWS_AT_ONCE
+It is the one model of memory: `cptool plan`, `bench emulate` and every command that computes go by
+it. Each allocation that grows with tokens is counted where the code makes it; on a CPU the figures
+are those of resident memory.
+"""
+
+from __future__ import annotations
+
+from cptool.model.row_limits import ROWS_AT_ONCE, ROWS_AT_ONCE_CPU
 from cptool.planning.cost.forward import Forward
+from cptool.planning.hardware import HardwareProfile
+from cptool.units import size
 from cptool.variants import MessageBytes, find
 
 RESERVED = 0.04
 """Part of a device's memory taken by its context, fragmentation and the buffers of links."""
+PROCESS_BYTES = 200e6
+"""Of a rank on a CPU, whatever it computes: 160 to 170 MB of the interpreter, torch and their
+libraries' data, and what the C library keeps of what was freed."""
+TOKEN_BYTES = 80
+"""Of a token on the host of every rank: its number in the lists of what was said, its position."""
+PANEL_ELEMENTS, PANEL_COPIES = 1 << 20, 10
+"""Of stored weights that are widened at once where many rows are multiplied with them
+(`cptool.ops.stored`), and how many times as much oneDNN was measured to take beside them."""
 
 
-def memory_per_rank(variant: str, forward: Forward, room: int | None = None) -> dict[str, float]:
-    """Return the bytes on the fullest rank by use: weights, kv, workspace, messages.
+def memory_per_rank(
+    variant: str, forward: Forward, profile: HardwareProfile, room: int | None = None
+) -> dict[str, float]:
+    """Return the bytes on the fullest rank at the peak of a forward, by use.
 
-    Embedding and output head are replicated over tensor-parallel ranks, weights over CP ranks.
+    process: what a rank takes on a CPU before it has read anything. weights: on a CPU the ranks of
+    a machine hold one copy between them, of which each counts its part, in the page cache where
+    the file stays their memory; on other devices each has its own, replicated over CP ranks, with
+    embedding and output head replicated over TP ranks too. kv. workspace: what a layer computes
+    beside that. messages: buffers that receive, and partial results.
 
     room: tokens of all sequences and CP ranks that the cache has room for, by default those that
         the forward leaves in it.
     """
-    config = forward.config
-    layers = config.num_hidden_layers
-    weights = sum(forward.weight_bytes(*matrix) for matrix in forward.linear_layers()) * layers
-    tables = 1 if config.tie_word_embeddings else 2
-    table = config.vocab_size * config.hidden_size
-    weights += tables * forward.weight_bytes(table, forward.dtype)
     room = max(room or 0, forward.cached + forward.new)
     held = -(-room // forward.ranks)
-    kv = layers * held * forward.kv_width * forward.kv_element + 4 * held
+    layers = forward.config.num_hidden_layers
+    on_cpu = profile.device == "cpu"
+    kept, passing = _messages(variant, forward)
     return {
-        "weights": weights,
-        "kv": kv,
-        "workspace": _workspace(forward),
-        "messages": _messages(variant, forward),
+        "process": PROCESS_BYTES + TOKEN_BYTES * room if on_cpu else 0.0,
+        "weights": _weights(forward, profile),
+        "kv": layers * held * forward.kv_width * forward.kv_element + 4.0 * held,
+        "workspace": _workspace(forward, profile, passing),
+        "messages": kept + passing,
     }
 
 
-def _workspace(forward: Forward) -> float:
-    """Return the bytes live at the same time: the residual stream, a normed copy of it, q, k and v,
-    attention's result in float32 and in the working dtype, and a slice of the feed-forward network.
+def in_words(memory: dict[str, float]) -> str:
+    """Return the uses of memory that there are, such as "weights 67.6 GB, kv 8.06 GB"."""
+    return ", ".join(f"{name} {size(count)}" for name, count in memory.items() if count)
+
+
+def _weights(forward: Forward, profile: HardwareProfile) -> float:
+    config = forward.config
+    matrices = sum(forward.weight_bytes(*matrix) for matrix in forward.linear_layers())
+    matrices *= config.num_hidden_layers
+    table = forward.weight_bytes(config.vocab_size * config.hidden_size, forward.dtype)
+    tables = table if config.tie_word_embeddings else 2 * table
+    if profile.device != "cpu":
+        return matrices + tables
+    together = forward.local or forward.ranks * forward.tp
+    return (min(forward.tp, together) * matrices + tables) / together
+
+
+def _workspace(forward: Forward, profile: HardwareProfile, passing: float) -> float:
+    """Return the bytes that a forward allocates beside weights, KV and messages.
+
+    That is the residual stream and the rotary tables, and the most of what is live at a time beside
+    them: while q, k and v are projected, in attention with the `passing` bytes of its partial
+    results, while its result is projected, in a slice of the feed-forward network, or with the
+    logits.
     """
-    config, e = forward.config, forward.element
-    rows = forward.queries
-    streams = 3 * config.hidden_size * e
-    projected = (forward.query_width + forward.kv_width) * e
-    result = forward.query_width * (4 + e) + 4 * forward.heads
-    rotary = 2 * config.head_dim * 4
-    sliced = min(rows, ROWS_AT_ONCE) * 3 * config.intermediate_size / forward.tp * e
-    logits = forward.batch * config.vocab_size * (4 + e)
-    return rows * (streams + projected + result + rotary) + sliced + logits
+    config, e, rows = forward.config, forward.element, forward.queries
+    hidden, query = config.hidden_size, forward.query_width
+    feed_forward = config.intermediate_size / forward.tp
+    # A normed copy of the stream, and q, k and v, stay until attention's result is projected.
+    attending = rows * (hidden + query + forward.kv_width) * e
+    result = rows * query * e
+    sliced = min(rows, ROWS_AT_ONCE_CPU if profile.device == "cpu" else ROWS_AT_ONCE)
+    most = max(
+        attending + rows * _panel(forward, profile, hidden),
+        attending + result + rows * 4 * forward.heads + passing,
+        attending + result + rows * (hidden * e + _panel(forward, profile, query)),
+        rows * hidden * e
+        + sliced * (2 * hidden + 2 * feed_forward) * e
+        + sliced * _panel(forward, profile, feed_forward),
+        forward.batch * config.vocab_size * (4 + e),
+    )
+    whole = rows * (hidden * e + 4 * config.head_dim + 12)  # 12: of numbers and positions
+    if _in_panels(forward, profile):
+        whole += 4 * PANEL_COPIES * min(PANEL_ELEMENTS, hidden * feed_forward)
+    return whole + max(0.0, most - passing)
 
 
-def _messages(variant: str, forward: Forward) -> float:
-    """Return the bytes of receive buffers and of partials under way."""
-    if forward.ranks == 1:
+def _in_panels(forward: Forward, profile: HardwareProfile) -> bool:
+    """Return whether many rows are multiplied with one panel of stored weights at a time."""
+    if profile.device != "cpu" or forward.weight_size is None:
+        return False
+    return profile.stored is None or profile.stored.panels
+
+
+def _panel(forward: Forward, profile: HardwareProfile, depth: float) -> float:
+    """Return the bytes per row of the result of one panel of stored weights of this depth, before
+    it is copied to its place.
+    """
+    if not _in_panels(forward, profile):
         return 0.0
+    return 4 * min(PANEL_ELEMENTS / depth, forward.config.hidden_size)
+
+
+def _messages(variant: str, forward: Forward) -> tuple[float, float]:
+    """Return the bytes of messages that stay from layer to layer, and that pass with attention."""
+    if forward.ranks == 1:
+        return 0.0, 0.0
     block = forward.keys * forward.kv_width * forward.kv_element
     queries = forward.queries * forward.query_width * forward.element
     partial = forward.partial(forward.queries)
     sizes = MessageBytes(
         ranks=forward.ranks,
         block=block,
+        packed=block if forward.batch > 1 else 0.0,
         everything=(forward.cached + forward.new) * forward.kv_width * forward.kv_element,
         queries=queries,
         partial=partial,
+        running=forward.queries * (forward.query_width + forward.heads) * 4,
         all_queries=forward.sources * queries,
         all_partials=forward.sources * partial,
     )
-    return find(variant).buffers(sizes)
+    record = find(variant)
+    return record.kept(sizes), record.buffers(sizes)
