@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from cptool.planning.cost.estimate import Estimate, prefill
 from cptool.planning.cost.forward import Forward
@@ -35,7 +36,7 @@ long as in one piece: its products reach 97% of their rate, and its transfers st
 SPARE = 0.25
 """Beyond an efficient chunk, `auto_chunk` uses no more memory than this part of weights and KV: the
 few percent of time that are left to gain are not worth it."""
-_SAMPLES = 64
+_SAMPLES = 16
 
 Chooser = Callable[[str, Forward, HardwareProfile], Choice]
 """Picks the variant of a forward, as `cptool.planning.strategy.choose` does."""
@@ -67,14 +68,30 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Chunks:
-    """All chunks of a prompt, in order."""
+    """All chunks of a prompt, in order. Its sums are those of `Estimate`, over all of them."""
 
     chunks: tuple[Chunk, ...]
+
+    @cached_property
+    def parts(self) -> dict[str, float]:
+        """Seconds by part; they add up to `seconds`."""
+        each = [chunk.estimate.parts for chunk in self.chunks]
+        return {name: sum(parts[name] for parts in each) for name in each[0]}
 
     @property
     def seconds(self) -> float:
         """Seconds to the first token."""
-        return sum(chunk.seconds for chunk in self.chunks)
+        return sum(self.parts.values())
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds of transfers that compute does not hide."""
+        return sum(chunk.estimate.exposed_s for chunk in self.chunks)
+
+    @property
+    def hidden_s(self) -> float:
+        """Seconds of transfers under compute."""
+        return sum(chunk.estimate.hidden_s for chunk in self.chunks)
 
     @property
     def wire_bytes(self) -> float:
@@ -82,6 +99,16 @@ class Chunks:
         return sum(chunk.estimate.wire_bytes for chunk in self.chunks)
 
     @property
+    def tensor_parallel_bytes(self) -> float:
+        """Bytes that a rank sends to other TP ranks."""
+        return sum(chunk.estimate.tensor_parallel_bytes for chunk in self.chunks)
+
+    @property
+    def last(self) -> Chunk:
+        """The chunk after which the first token is known."""
+        return self.chunks[-1]
+
+    @cached_property
     def fullest(self) -> Chunk:
         """The chunk that needs the most memory."""
         return max(self.chunks, key=lambda chunk: chunk.memory_bytes)
@@ -157,13 +184,17 @@ def largest_chunk(
     """
     room = max(room or 0, whole.cached + whole.new)
 
-    def fits(chunk: int) -> bool:
-        planned = (
-            plan_chunk(part, profile, variant=variant, room=room, chooser=chooser)
-            for part in _sampled(whole, chunk)
-        )
-        return all(one.memory_bytes <= limit for one in planned)
+    def peak(part: Forward) -> float:
+        choice = chooser(variant, part, profile)
+        shared = replace(part, active=choice.active)
+        return sum(memory_per_rank(choice.variant, shared, profile, room).values())
 
+    def fits(chunk: int) -> bool:
+        return all(peak(part) <= limit for part in _sampled(whole, chunk))
+
+    held = memory_per_rank("pass-kv", whole, profile, room)
+    if held["process"] + held["weights"] + held["kv"] > limit:
+        return 0
     if fits(whole.new):
         return whole.new
     low, high = 0, -(-whole.new // UNIT)  # `low` units fit, `high` do not
@@ -179,8 +210,9 @@ def efficient_chunk(
     *,
     variant: str = AUTO,
     chooser: Chooser = choose,
+    least: int = UNIT,
 ) -> int:
-    """Return the fewest tokens per chunk, `UNIT` times a power of two, with which the prompt takes
+    """Return the fewest tokens per chunk, `least` times a power of two, with which the prompt takes
     at most `SLOWER` times as long as in one piece; all of its tokens if there is no such number.
     """
 
@@ -189,7 +221,7 @@ def efficient_chunk(
         planned = [plan_chunk(p, profile, variant=variant, chooser=chooser) for p in parts]
         return whole.new * sum(p.seconds for p in planned) / sum(p.new for p in planned)
 
-    one_piece, chunk = seconds(whole.new), UNIT
+    one_piece, chunk = seconds(whole.new), least
     while chunk < whole.new and seconds(chunk) > SLOWER * one_piece:
         chunk *= 2
     return min(chunk, whole.new)
@@ -207,22 +239,25 @@ def auto_chunk(
     """Return the tokens per chunk that "auto" stands for, 0 if no chunk fits.
 
     The largest chunk that fits into `limit` bytes per rank, but none that takes memory for nothing:
-    at most an efficient one, or one that adds `SPARE` to weights and KV, whichever is larger. The
-    arguments are those of `largest_chunk`.
+    at most an efficient one, or one that adds `SPARE` to weights and KV, whichever is larger; and
+    as many chunks have about the same size. The arguments are those of `largest_chunk`.
     """
     room = max(room or 0, whole.cached + whole.new)
     held = memory_per_rank("pass-kv", whole, profile, room)
     spare = held["process"] + (1 + SPARE) * (held["weights"] + held["kv"])
-    fitting = largest_chunk(whole, profile, limit, variant=variant, room=room, chooser=chooser)
-    if not fitting:
+
+    def largest(limit: float) -> int:
+        return largest_chunk(whole, profile, limit, variant=variant, room=room, chooser=chooser)
+
+    chunk = largest(min(limit, spare))
+    if chunk < whole.new and spare < limit:
+        least = max(UNIT, chunk)
+        efficient = efficient_chunk(whole, profile, variant=variant, chooser=chooser, least=least)
+        chunk = min(largest(limit), efficient) if efficient > chunk else chunk
+    if not chunk:
         return 0
-    modest = largest_chunk(
-        whole, profile, min(limit, spare), variant=variant, room=room, chooser=chooser
-    )
-    return min(
-        fitting,
-        max(modest, efficient_chunk(whole, profile, variant=variant, chooser=chooser)),
-    )
+    count = -(-whole.new // chunk)
+    return min(whole.new, -(-whole.new // (count * UNIT)) * UNIT)
 
 
 def _parts(whole: Forward, chunk: int) -> Iterator[Forward]:

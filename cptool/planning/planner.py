@@ -5,16 +5,19 @@ Pure arithmetic, no torch: it takes milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from cptool.errors import UserError
 from cptool.model import shares
 from cptool.model.config import LlamaConfig
+from cptool.planning.chunks import UNIT, Chunks, auto_chunk, plan_chunk, plan_chunks
 from cptool.planning.cost.estimate import Estimate, decode_step, prefill
 from cptool.planning.cost.exchange import ALL_Q, GATHER_Q, PASS_Q
 from cptool.planning.cost.forward import Forward
-from cptool.planning.cost.memory import RESERVED, in_words, memory_per_rank
+from cptool.planning.cost.memory import RESERVED, in_words
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.strategy import AUTO, STATIC_ROWS, Choice, choose
 from cptool.units import duration, size
@@ -24,7 +27,8 @@ from cptool.variants import find, names, records
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """`batch` sequences of `context` tokens each (T + P), `cached` of them held already (P), and
-    `answer` tokens to decode after it. weights: what they are quantised to, or "file".
+    `answer` tokens to decode after it. weights: what they are quantised to, or "file". chunk: new
+    tokens that go through the model at a time, None for as many as `cptool.planning.chunks` finds.
 
     published: work as the paper's system does, which pads the queries of a decode step to a
     multiple of N, sends partials in 16 bits, and has two variants: pass-KV, and pass-Q with one
@@ -46,6 +50,7 @@ class Workload:
     published: bool = False
     graphs: bool = True
     rule: str = "predicted"
+    chunk: int | None = None
 
     @property
     def new(self) -> int:
@@ -57,21 +62,36 @@ class Workload:
 class Plan:
     """A layout, the variants in it, what they are predicted to take and what a rank must hold.
 
-    ttft, ttit: of the chosen variants; others, other_steps: prefill and decode step by variant, the
-    chosen one included. memory: bytes per rank by use; capacity: bytes available on each rank.
+    ttft, ttit: of the chosen variants. compared: variants, the chosen one first; under(variant):
+    the prefill under one of them throughout. other_steps: decode step by variant, the chosen one
+    included. capacity: bytes available on each rank.
     """
 
     cp: int
     tp: int
     hosts: int
-    choice: Choice
     decode_choice: Choice
-    ttft: Estimate
+    ttft: Chunks
     ttit: Estimate
-    others: dict[str, Estimate]
+    compared: tuple[str, ...]
+    under: Callable[[str], Chunks]
     other_steps: dict[str, Estimate]
-    memory: dict[str, float]
     capacity: float
+
+    @property
+    def choice(self) -> Choice:
+        """The variant of the last chunk, and why."""
+        return self.ttft.last.choice
+
+    @cached_property
+    def others(self) -> dict[str, Chunks]:
+        """Prefill by variant, the chosen one included."""
+        return {name: self.under(name) for name in self.compared}
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Bytes per rank by use, while the chunk that takes most of it runs."""
+        return self.ttft.fullest.memory
 
     @property
     def ranks(self) -> int:
@@ -101,11 +121,18 @@ def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfil
     held = work.batch * (work.context + work.answer // 2)
     step = -(-work.batch // cp) * cp if work.published else work.batch
     everywhere = _forward(work, new=work.new, cached=cached, cp=cp, tp=tp)
-    chosen = _choose(variant, work, everywhere, profile)
-    forward = replace(everywhere, active=chosen.active)
+    capacity = (1 - RESERVED) * room
+    ttft = _prefill(variant, work, everywhere, profile, capacity=capacity)
+    chosen = ttft.last.choice
     listed = dict.fromkeys((chosen.variant, *(_published() if work.published else names())))
-    compared = listed if cp > 1 else [*listed][:1]
-    others = {name: prefill(name, forward, profile) for name in compared}
+    compared = tuple(listed) if cp > 1 else (chosen.variant,)
+
+    def under(name: str) -> Chunks:
+        """Return the same chunks under one variant, on as many ranks if there is but one chunk."""
+        active = chosen.active if len(ttft.chunks) == 1 else cp
+        asked = Choice(name, active, "as asked", 0.0)
+        chunk = ttft.chunks[0].new
+        return plan_chunks(everywhere, profile, chunk, chooser=lambda *_: asked)
 
     queued = profile.device != "cpu"
     static = queued and work.batch <= STATIC_ROWS and not work.published
@@ -120,22 +147,41 @@ def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfil
     else:
         decoding = replace(_choose(AUTO, work, step_forward, profile), active=cp)
     listed = dict.fromkeys((decoding.variant, PASS_Q.name, GATHER_Q.name, *[ALL_Q.name] * static))
-    compared = listed if cp > 1 else [*listed][:1]
-    steps = {name: decode_step(name, one, profile) for name in compared}
-    filled = replace(forward, cached=forward.cached + work.batch * work.answer)
+    timed = listed if cp > 1 else [*listed][:1]
+    steps = {name: decode_step(name, one, profile) for name in timed}
     return Plan(
         cp=cp,
         tp=tp,
         hosts=-(-cp * tp // profile.ranks_per_host) if profile.ranks_per_host else 1,
-        choice=chosen,
         decode_choice=decoding,
-        ttft=others[chosen.variant],
+        ttft=ttft,
         ttit=steps[decoding.variant],
-        others=others,
+        compared=compared,
+        under=under,
         other_steps=steps,
-        memory=memory_per_rank(chosen.variant, filled, profile),
-        capacity=(1 - RESERVED) * room,
+        capacity=capacity,
     )
+
+
+def _prefill(
+    variant: str, work: Workload, whole: Forward, profile: HardwareProfile, *, capacity: float
+) -> Chunks:
+    """Return the prefill in the chunks that are requested, or that fit. If none do, return one
+    piece with the memory of the last of the smallest chunks.
+    """
+
+    def chooser(variant: str, forward: Forward, profile: HardwareProfile) -> Choice:
+        return _choose(variant, work, forward, profile)
+
+    given: Any = {"variant": variant, "chooser": chooser}
+    given["room"] = work.batch * (work.context + work.answer)
+    chunk = work.chunk or auto_chunk(whole, profile, capacity, **given)
+    if chunk:
+        return plan_chunks(whole, profile, chunk, **given)
+    least = min(UNIT, whole.new)
+    last = replace(whole, cached=whole.cached + whole.new - least, new=least)
+    memory = plan_chunk(last, profile, **given).memory
+    return Chunks((replace(plan_chunk(whole, profile, **given), memory=memory),))
 
 
 def layouts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ from cptool.cli.options.examples import examples
 from cptool.cli.options.models import open_shape
 from cptool.cli.options.ranks import VARIANT_WORDS, VARIANTS
 from cptool.cli.options.records import as_object
-from cptool.cli.options.types import Duration, TokenCount
+from cptool.cli.options.types import Chunk, Duration, TokenCount
 from cptool.cli.plan.search import Search
-from cptool.cli.plan.types import planned_types, type_options
+from cptool.cli.plan.types import feed_forward, planned_types, type_options
 from cptool.distributed.devices import resolve_device
 from cptool.engine.options import EngineOptions
 from cptool.engine.setup.types import mean_weight_size
@@ -49,6 +50,7 @@ class WorkOptions:
     cached: int
     batch: int
     answer: int
+    chunk: int | None
     dtype: str
     kv_dtype: str
     weights: str | None
@@ -114,6 +116,13 @@ class SweepOptions:
             default=0,
             metavar="N",
             help="Tokens of the answer, for the memory and the time of the whole.",
+        ),
+        click.option(
+            "--chunk",
+            type=Chunk(),
+            metavar="N",
+            help="New tokens of all sequences that go through the model at a time.  [default: "
+            "auto, as many as the memory has room for and time gains from]",
         ),
         *type_options,
         click.option(
@@ -271,7 +280,7 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
         batch=run.batch,
         answer=run.answer,
         dtype=dtype,
-        feed_forward=_feed_forward(run, dtype, profile),
+        feed_forward=feed_forward(run.fp8, dtype, profile),
         weight_size=(
             mean_weight_size(checkpoint, dtype, profile.device, run.weights)
             if checkpoint is not None
@@ -282,9 +291,10 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
         published=run.as_published,
         graphs=not run.eager,
         rule=on.rule,
+        chunk=run.chunk,
     )
     least = (on.cp or 1) * (on.tp or 1)
-    return Search(
+    search = Search(
         model=model,
         work=work,
         profile=profile,
@@ -293,6 +303,11 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
         variant=planner.as_published(on.variant) if run.as_published else on.variant,
         ranks=on.max_gpus or max(least, profile.ranks_per_host or profile.ranks_at_once or 1),
     )
+    if checkpoint is not None or run.fp8 is not None or not search.fits_in_fp8_alone():
+        return search
+    note = "nothing fits with the feed-forward in {0}; planned in FP8, as --fp8 asks for"
+    draw.say(note.format(dtype), always=True)
+    return dataclasses.replace(search, work=search.with_work(feed_forward="float8"))
 
 
 def _profile(hardware: str | None, checkpoint: Checkpoint | None) -> HardwareProfile:
@@ -313,19 +328,3 @@ def _unmeasured(dtype: str, profile: HardwareProfile) -> list[str]:
         f"{dtype} was not measured here: its rates are those of {measured[0]} times the ratio of "
         f"the defaults; measure it with: cptool bench calibrate --dtype {dtype}"
     ]
-
-
-def _feed_forward(run: WorkOptions, dtype: str, profile: HardwareProfile) -> str | None:
-    """Return the dtype of the feed-forward layers, None for that of the others.
-
-    Raises UserError for a dtype that the profile has no rate for.
-    """
-    if dtype not in profile.linear_flops or dtype not in profile.attention_flops:
-        known = sorted(set(profile.linear_flops) & set(profile.attention_flops))
-        raise OptionError(
-            "dtype", dtype, f"{profile.name} has no rate for it", f"use {' or '.join(known)}"
-        )
-    chosen = profile.feed_forward if run.fp8 is None else "float8" if run.fp8 else None
-    if chosen and chosen not in profile.linear_flops:
-        raise UserError(f"`fp8`: {profile.name} has no FP8 rate; leave it out")
-    return chosen

@@ -12,9 +12,10 @@ from cptool import units
 from cptool.cli import draw
 from cptool.cli.draw import Rows
 from cptool.cli.figures import tables, wrapping
+from cptool.cli.plan import chunks
 from cptool.cli.plan.search import Search
 from cptool.model.shapes import SHAPES
-from cptool.planning.cost.estimate import Estimate
+from cptool.planning.chunks import Chunks
 from cptool.planning.cost.memory import in_words
 from cptool.planning.hardware import MEASURED
 from cptool.planning.planner import Answer, Plan, Workload
@@ -57,6 +58,7 @@ class Report:
             "decode_variant": best.decode_choice.variant,
             "decode_reason": best.decode_choice.reason,
             **_time_fields(best),
+            **chunks.fields(best.ttft),
             "memory_parts_bytes": {name: round(count) for name, count in best.memory.items()},
             "memory_capacity_bytes": round(best.capacity),
             "target_ttft_s": self.target,
@@ -101,7 +103,8 @@ class Report:
             ("plan", self._run()),
             *self._beyond_context(),
             ("layout", _layout(best, work)),
-            ("variant", f"{best.choice.variant} ({best.choice.reason})"),
+            *chunks.rows(best.ttft),
+            ("variant", chunks.variants(best.ttft)),
             ("first token", duration(best.ttft.seconds) + self._missed()),
             ("", _shares(best.ttft.parts)),
         ]
@@ -169,6 +172,8 @@ class Report:
         options = [f"--cp {best.cp}"] * (best.cp > 1) + [f"--tp {best.tp}"] * (best.tp > 1)
         if best.choice.reason == "as asked":
             options.append(f"--variant {best.choice.variant}")
+        if len(best.ttft.chunks) > 1:
+            options.append(f"--chunk {best.ttft.chunks[0].new}")
         prompt = "--prompt-file PROMPT"
         named = "MODEL" if model in SHAPES or model.endswith(".json") else shlex.quote(model)
         what = f"prefill {named} {prompt} --session SESSION"
@@ -232,7 +237,7 @@ def _time_fields(best: Plan) -> dict[str, Any]:
     }
 
 
-def _variants(best: Plan) -> list[tuple[str, Estimate, str]]:
+def _variants(best: Plan) -> list[tuple[str, Chunks, str]]:
     """(name, estimate, why) of every variant on the chosen layout, the fastest first."""
     rows = []
     for name, estimate in sorted(best.others.items(), key=lambda item: item[1].seconds):
@@ -245,7 +250,7 @@ def _variants(best: Plan) -> list[tuple[str, Estimate, str]]:
     return rows
 
 
-def _moved(estimate: Estimate, where: str = "") -> str:
+def _moved(estimate: Chunks, where: str = "") -> str:
     """Return how long ranks wait for messages, and how much of them compute hides, if any."""
     exposed = f"{duration(estimate.exposed_s)} exposed"
     hidden = f", {duration(estimate.hidden_s)} hidden{where}" if estimate.hidden_s > 0 else ""

@@ -68,6 +68,17 @@ class Search:
         fp8_helps = self.work.feed_forward is None and "float8" in self.profile.linear_flops
         return planner.best(plans, ttft_below, list(fixed), fp8_helps)
 
+    def fits_in_fp8_alone(self) -> bool:
+        """Return whether no layout fits as the work is, and one does with its feed-forward layers
+        in FP8.
+        """
+        if self.work.feed_forward is not None or "float8" not in self.profile.linear_flops:
+            return False
+        if not all(plan.excess_bytes for plan in self._plans(self.tp)):
+            return False
+        narrow = dataclasses.replace(self, work=self.with_work(feed_forward="float8"))
+        return not all(plan.excess_bytes for plan in narrow._plans(narrow.tp))
+
     def with_work(self, **changes: Any) -> Workload:
         """Return the workload with some fields changed."""
         return dataclasses.replace(self.work, **changes)

@@ -9,11 +9,12 @@ import click
 from cptool.cli.options.common import DTYPES
 from cptool.engine.options import QUANTISED, EngineOptions
 from cptool.engine.setup.types import check_kv_dtype, resolve_types
-from cptool.errors import OptionError
+from cptool.errors import OptionError, UserError
 from cptool.session.manifest import WEIGHTS
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
+    from cptool.planning.hardware import HardwareProfile
 
 type_options = (
     click.option(
@@ -56,3 +57,20 @@ def planned_types(
     kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
     check_kv_dtype(kv_dtype, dtype, device)
     return dtype, kv_dtype
+
+
+def feed_forward(fp8: bool | None, dtype: str, profile: HardwareProfile) -> str | None:
+    """Return the dtype of the feed-forward layers, None for that of the others.
+
+    fp8: what is requested, None for what the profile says. Raises UserError for a dtype that the
+    profile has no rate for.
+    """
+    if dtype not in profile.linear_flops or dtype not in profile.attention_flops:
+        known = sorted(set(profile.linear_flops) & set(profile.attention_flops))
+        raise OptionError(
+            "dtype", dtype, f"{profile.name} has no rate for it", f"use {' or '.join(known)}"
+        )
+    chosen = profile.feed_forward if fp8 is None else "float8" if fp8 else None
+    if chosen and chosen not in profile.linear_flops:
+        raise UserError(f"`fp8`: {profile.name} has no FP8 rate; leave it out")
+    return chosen
