@@ -10,8 +10,9 @@ can see it, and kernels skip it by its position alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -37,6 +38,37 @@ def truncated(held: Placement, limits: Sequence[int]) -> Placement:
             for row, limit in zip(held.sequences(), limits, strict=True)
         ]
     ).to(held.positions.device)
+
+
+class Slab(Protocol):
+    """Memory for K and V. tensor: `[layers, slots, 2, kv_heads, head_dim]`, each layer contiguous.
+
+    visit: called before a layer's first `slots` slots are read or written.
+    streamed: how many of the last layers lie in a file.
+    """
+
+    tensor: torch.Tensor
+    streamed: int
+
+    def visit(self, layer: int, slots: int) -> None: ...
+
+
+class MemorySlab:
+    """All of it in memory."""
+
+    streamed = 0
+
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.tensor = large_pages.empty(shape, dtype, device)
+
+    def visit(self, layer: int, slots: int) -> None:
+        """Do nothing: every layer is at hand."""
+
+
+Allocate = Callable[[Sequence[int], torch.dtype, torch.device], Slab]
+"""Makes a slab of a shape."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +123,7 @@ class KVCache:
 
     prefix: the cache that holds the beginning of every sequence, if they share it; everything else
         here counts only what follows.
+    allocate: makes its memory, each time that it grows.
     """
 
     def __init__(
@@ -102,16 +135,22 @@ class KVCache:
         batch: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        allocate: Allocate = MemorySlab,
     ) -> None:
         self.batch = batch
         self.held = nothing_held(batch, device)
         self.prefix: KVCache | None = None
         self._shape = (2, kv_heads, head_dim)
-        self._slab = torch.empty((layers, 0, *self._shape), dtype=dtype, device=device)
+        self._allocate = allocate
+        self._memory: Slab = MemorySlab((layers, 0, *self._shape), dtype, device)
         self._offsets = [0] * (batch + 1)
         self._new: slice | torch.Tensor = slice(0, 0)
         self._held_slots: torch.Tensor | None = None
         self._index()
+
+    @property
+    def _slab(self) -> torch.Tensor:
+        return self._memory.tensor
 
     @property
     def layers(self) -> int:
@@ -143,6 +182,11 @@ class KVCache:
         """Bytes allocated, slack included."""
         return self._slab.nbytes
 
+    @property
+    def nbytes_in_file(self) -> int:
+        """How many of them lie in a file, which every forward reads."""
+        return self.nbytes // self.layers * self._memory.streamed
+
     def begin_with(self, prefix: KVCache) -> None:
         """Let what this cache will hold follow the sequences of `prefix`, which is not copied.
 
@@ -162,12 +206,16 @@ class KVCache:
         offsets = [0]
         for slots in room:
             offsets.append(offsets[-1] + slots)
-        old = self._slab
-        slab = large_pages.empty((old.shape[0], offsets[-1], *self._shape), old.dtype, old.device)
-        for b, held in enumerate(self.lengths):
-            start, new = self._offsets[b], offsets[b]
-            slab[:, new : new + held] = old[:, start : start + held]
-        self._slab, self._offsets = slab, offsets
+        shape = (self.layers, offsets[-1], *self._shape)
+        old, grown = self._memory, self._allocate(shape, self.dtype, self.device)
+        for layer in range(self.layers if any(self.lengths) else 0):
+            old.visit(layer, self._offsets[-1])
+            grown.visit(layer, offsets[-1])
+            for b, held in enumerate(self.lengths):
+                start, new = self._offsets[b], offsets[b]
+                kept = old.tensor[layer, start : start + held]
+                grown.tensor[layer, new : new + held] = kept
+        self._memory, self._offsets = grown, offsets
         self._index()
 
     def extend(self, new: Placement) -> None:
@@ -202,12 +250,14 @@ class KVCache:
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write K and V `[new tokens, kv_heads, head_dim]` of the tokens of the last `extend`."""
+        self._memory.visit(layer, self._slots)
         slab = self._slab[layer]
         slab[self._new, 0] = k.to(slab.dtype)
         slab[self._new, 1] = v.to(slab.dtype)
 
     def layer(self, layer: int) -> LayerKV:
         """Return the keys and values of one layer, which stay valid until the next `extend`."""
+        self._memory.visit(layer, self._slots)
         return LayerKV(
             slab=self._slab[layer, : self._slots],
             k_pos=self._k_pos,
@@ -234,6 +284,7 @@ class KVCache:
         """Return K and V of the sequence's tokens from index `first` on, `[tokens, 2, kv_heads,
         head_dim]`, a view.
         """
+        self._memory.visit(layer, self._slots)
         start, held = self._offsets[sequence], self.lengths[sequence]
         return self._slab[layer, start + first : start + held]
 

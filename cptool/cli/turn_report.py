@@ -80,6 +80,7 @@ def prefill_rows(report: "Report") -> Rows:
         ("ranks", f"{report.cp} cp x {report.tp} tp on {report.device}, {types_of(report)}"),
         *([("weights", report.widened)] if report.widened else []),
         *_chunk_rows(report),
+        *_file_rows(report),
         ("variant", f"{report.variant or 'none'} ({report.reason})"),
         (
             "first token",
@@ -107,6 +108,13 @@ def _chunk_rows(report: "Report") -> Rows:
         each = ", ".join(f"{n:,} by {variant}" for variant, n in report.variants.items())
         shown += f": {each}; below, the last"
     return [("chunks", shown)]
+
+
+def _file_rows(report: "Report") -> Rows:
+    """Return a row on KV that is not in memory, if there is any."""
+    if not report.kv_in_file:
+        return []
+    return [("KV", f"{size(report.kv_in_file)} per rank in a file, which each further token reads")]
 
 
 def _sharing_rows(report: "Report") -> Rows:

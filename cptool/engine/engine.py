@@ -8,20 +8,22 @@ placement of the cached ones; positions are the mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
-from cptool.cache import KVCache
+from cptool.cache import Allocate, KVCache, MemorySlab, Slab
 from cptool.distributed.world import World
 from cptool.engine.options import EngineOptions
 from cptool.engine.prefill.course import Course
 from cptool.engine.reading import Reading, Report, attention_pairs, silent
 from cptool.engine.state import BatchState
 from cptool.engine.static_decode import Observer, StaticDecode, StepContext
-from cptool.errors import Interrupted
+from cptool.errors import Interrupted, OptionError
+from cptool.host.file_memory import FileMemory
 from cptool.model.llama import Llama
 from cptool.parallel.attention import attend
 from cptool.parallel.ring import Ring
@@ -42,6 +44,19 @@ STATIC_STEPS = 1024
 Seen = Callable[[torch.Tensor, Placement, Callable[[], bool]], None]
 """seen(hidden, placement, going) receives the residual stream after the last layer of this rank's
 tokens, [tokens, hidden], and where they are; it may return early once going() is False."""
+
+
+def _memory_of_kv(resident: int | None) -> Allocate:
+    """Return what makes the memory of KV: a file for what does not fit into `resident` bytes."""
+    if resident is None:
+        return MemorySlab
+
+    def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Slab:
+        if math.prod(shape) * dtype.itemsize <= resident:
+            return MemorySlab(shape, dtype, device)
+        return FileMemory(shape, dtype, resident=resident)
+
+    return allocate
 
 
 class Engine(BatchState):
@@ -75,6 +90,9 @@ class Engine(BatchState):
         self.choice: Choice | None = None
         self._weight_size = model.weight_size
         kv = options.kv_dtype
+        if options.kv_memory is not None and (self.static or world.device.type != "cpu"):
+            rule = "KV lies in a file on a CPU alone, where no step needs it at a fixed place"
+            raise OptionError("kv_memory", options.kv_memory, rule, "leave it out")
         cache = KVCache(
             layers=model.config.num_hidden_layers,
             kv_heads=model.num_kv_heads,
@@ -82,6 +100,7 @@ class Engine(BatchState):
             batch=batch,
             dtype=self.dtype if kv == "auto" else getattr(torch, kv),
             device=world.device,
+            allocate=_memory_of_kv(options.kv_memory),
         )
         super().__init__(cache, ranks=world.cp)
         self._steps: StaticDecode | None = None

@@ -19,6 +19,8 @@ class EngineOptions:
     kv_dtype: type in which keys and values are stored and travel, or "auto" for the model's dtype.
     static: whether `decode` under the variant "auto" runs over static memory
         (`cptool.engine.static_decode`); None means on CUDA only.
+    kv_memory: bytes of KV per rank that stay in memory; the rest lies in a file in the temporary
+        directory and is read ahead of its use (`cptool.host.file_memory`). None for all of it.
     chunk: the most new tokens, over all sequences together, that go through the model at a time
         while prompts are read (`cptool.engine.prefill.chunks`); None leaves it to cptool.
     """
@@ -28,4 +30,5 @@ class EngineOptions:
     static: bool | None = None
     kv_dtype: str = "auto"
     weights: str | None = None
+    kv_memory: int | None = None
     chunk: int | None = None

@@ -86,7 +86,8 @@ class Report:
     this rank sent then. `flops` counts the prefill on all ranks, `decode_bytes` what one rank reads
     for one step of decode. `ceiling_flops` is what a rank of this hardware can reach, None where
     that is unknown. `phases` holds the time per phase if the turn requested a profile. `stopped`
-    says how each answer ended: `Answers`. `predicted` is what the cost model expects. The prompts
+    says how each answer ended: `Answers`. `kv_in_file` is what of a rank's KV, in bytes, lies in a
+    file that each forward reads. `predicted` is what the cost model expects. The prompts
     were read in `chunks` forwards of at most `chunk` new tokens, `variants[v]` of them under v;
     `variant` and `reason` are those of the last.
     """
@@ -115,6 +116,7 @@ class Report:
     wire_bytes: int
     flops: int
     decode_bytes: int
+    kv_in_file: int
     ceiling_flops: float | None
     predicted: Prediction
     chunk: int
@@ -205,6 +207,7 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
         wire_bytes=sent,
         flops=prefill_flops(model.config, new, cached),
         decode_bytes=decode_bytes(answering),
+        kv_in_file=engine.cache.nbytes_in_file,
         ceiling_flops=engine.profile.ceiling(turn.dtype),
         predicted=predicted(engine, turn, checkpoint, new=new, cached=cached),
         phases=profile.phases(sections) if profile else (),

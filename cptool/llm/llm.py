@@ -72,6 +72,7 @@ class LLM:
     weights: "file", or "q8_0" or "int8" to quantise float matrices while loading.
     chunk: tokens of a prompt, over all prompts of a call together, that go through the model at a
         time, or "auto": fewer take less memory, and the results are the same tokens.
+    kv_memory: bytes of KV per rank that stay in memory; the rest lies in a file (`EngineOptions`).
     threads: CPU threads per rank; by default the machine's cores divided among the ranks.
     context_length: allow this many positions, whatever the model's files say.
 

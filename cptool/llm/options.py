@@ -34,11 +34,14 @@ class EngineSettings(TypedDict, total=False):
         matrices while loading.
     chunk: tokens of a prompt, over all prompts of a call together, that go through the model at a
         time, or "auto".
+    kv_memory: bytes of KV per rank that stay in memory; the rest lies in a file in the temporary
+        directory, which each further token reads. None for all in memory.
     """
 
     kv_dtype: str
     weights: str
     chunk: int | str
+    kv_memory: int | None
 
 
 def engine_options(variant: str, settings: EngineSettings) -> EngineOptions:
@@ -62,7 +65,14 @@ def engine_options(variant: str, settings: EngineSettings) -> EngineOptions:
         kv_dtype=kv_dtype,
         weights=weights,
         chunk=None if chunk == "auto" else chunk,
+        kv_memory=_checked_memory(settings.get("kv_memory")),
     )
+
+
+def _checked_memory(value: Any) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise OptionError("kv_memory", value, "it must be a number of bytes, or None")
+    return value
 
 
 def check_dtype(name: str, value: str) -> None:

@@ -32,6 +32,7 @@ REPORT = dict(
     wire_bytes=111_000_000_000,
     flops=10**20,
     decode_bytes=648_000_000,
+    kv_in_file=0,
     ceiling_flops=None,
     predicted=Prediction(307_000.0, 0.0802, "defaults, not calibrated here", None),
 )
@@ -67,6 +68,12 @@ def test_a_step_of_a_batch_gives_a_token_to_each_sequence():
     assert "43.8 ms per token, 22.8 tokens/s" in shown["decode"]
     report = Report(**{**REPORT, "token_ids": ((1,) * 10, (1,))})  # the second ended at once
     assert report.tokens_per_s == pytest.approx(1e3 / 87.654)
+
+
+def test_kv_in_a_file_is_named():
+    assert "KV" not in dict(rows())
+    shown = dict(rows(kv_in_file=83_300_000))["KV"]
+    assert shown == "83.3 MB per rank in a file, which each further token reads"
 
 
 def test_without_a_prediction_nothing_is_said_of_it():

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from cptool.cli.options import completion
-from cptool.cli.options.types import Chunk
+from cptool.cli.options.types import Bytes, Chunk
 from cptool.cli.options.variables import VariableOption
 from cptool.distributed.options import DEFAULT_TIMEOUT_S
 from cptool.errors import OptionError
@@ -88,6 +88,18 @@ chunk_option = click.option(
     metavar="N",
     help="Read a prompt in chunks of N tokens, over all prompts of a batch together: memory for a "
     "chunk instead of the whole, and the same tokens.  [default: auto, the whole]",
+)
+
+
+kv_memory_option = click.option(
+    "--kv-memory",
+    cls=VariableOption,
+    envvar="CPTOOL_KV_MEMORY",
+    type=Bytes(),
+    metavar="SIZE",
+    help="Keep so much of the KV of a rank in memory, such as 4G, and the rest in a file in the "
+    "temporary directory (TMPDIR), read ahead of its use: a prompt is read in about the same time, "
+    "and each further token takes that of reading the file.  [default: all in memory]",
 )
 
 

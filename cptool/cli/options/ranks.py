@@ -13,6 +13,7 @@ from cptool.cli.options.common import (
     chunk_option,
     device_option,
     kv_dtype_option,
+    kv_memory_option,
     threads_option,
     timeout_option,
     weights_option,
@@ -136,5 +137,6 @@ attention_options = as_object(
         kv_dtype_option,
         weights_option,
         chunk_option,
+        kv_memory_option,
     ],
 )
