@@ -82,8 +82,13 @@ def prefill_flops(config: LlamaConfig, new: list[int], cached: list[int]) -> int
     return linear + sum(attention_flops(config, n, before) for n, before in pairs)
 
 
-def decode_bytes(engine: Engine) -> int:
-    """Return the bytes of weights and KV that one rank reads for one step of decode."""
+def what_a_step_reads(engine: Engine) -> dict[str, int]:
+    """Return as fields of a report the bytes of weights and KV that one rank reads for one step of
+    decode, and how many of its KV's lie in a file.
+    """
     size, world = engine.cache.dtype.itemsize, engine.world
     kv = kv_bytes(engine.model.config, -(-engine.held_tokens // world.cp), size)
-    return engine.model.step_bytes + kv // world.tp
+    return {
+        "decode_bytes": engine.model.step_bytes + kv // world.tp,
+        "kv_in_file": engine.cache.nbytes_in_file,
+    }

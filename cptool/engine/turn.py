@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptool.engine.answers.records import AnswerOptions, Emit, Logprobs
-from cptool.engine.figures import decode_bytes, predicted, prefill_flops
+from cptool.engine.figures import predicted, prefill_flops, what_a_step_reads
 from cptool.engine.sampling import Sampling
 from cptool.engine.setup.loading import Setup, load_for, make_engine
 from cptool.host import contention
@@ -206,8 +206,7 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
         exposed_s=exposed,
         wire_bytes=sent,
         flops=prefill_flops(model.config, new, cached),
-        decode_bytes=decode_bytes(answering),
-        kv_in_file=engine.cache.nbytes_in_file,
+        **what_a_step_reads(answering),
         ceiling_flops=engine.profile.ceiling(turn.dtype),
         predicted=predicted(engine, turn, checkpoint, new=new, cached=cached),
         phases=profile.phases(sections) if profile else (),
