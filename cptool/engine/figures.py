@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cptool.engine.setup.types import mean_weight_size
 from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops
@@ -82,7 +82,7 @@ def prefill_flops(config: LlamaConfig, new: list[int], cached: list[int]) -> int
     return linear + sum(attention_flops(config, n, before) for n, before in pairs)
 
 
-def what_a_step_reads(engine: Engine) -> dict[str, int]:
+def what_a_step_reads(engine: Engine) -> dict[str, Any]:
     """Return as fields of a report the bytes of weights and KV that one rank reads for one step of
     decode, and how many of its KV's lie in a file.
     """

@@ -33,6 +33,9 @@ REPORT = dict(
     flops=10**20,
     decode_bytes=648_000_000,
     kv_in_file=0,
+    chunk=1_000_000,
+    chunks=1,
+    variants={"gather-kv": 1},
     ceiling_flops=None,
     predicted=Prediction(307_000.0, 0.0802, "defaults, not calibrated here", None),
 )
