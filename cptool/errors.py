@@ -35,10 +35,14 @@ class OptionError(UserError):
 
 
 class Interrupted(Exception):
-    """A prompt was being read, and the launching process requested a stop; no trace of it is left.
+    """A prompt was being read, and the launching process requested a stop. Raised on all ranks.
 
-    Raised on all ranks.
+    kept: tokens of the prompt that its session has.
     """
+
+    def __init__(self, kept: int = 0) -> None:
+        super().__init__()
+        self.kept = kept
 
 
 class RunError(RuntimeError):

@@ -26,9 +26,11 @@ from cptool.cli.options.prompts import Prompts, prompt_options
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.options.sampling import SamplingRequest, sampling_options
 from cptool.cli.progress_lines import progress_option
+from cptool.cli.turns import save_every_option
 from cptool.engine.options import EngineOptions
 from cptool.engine.setup.types import setup_types
 from cptool.session import store as sessions
+from cptool.session import unfinished
 
 DEFAULT_TOKENS = 128
 
@@ -51,6 +53,7 @@ DEFAULT_TOKENS = 128
 @tokens_option(DEFAULT_TOKENS, least=0)
 @sampling_options
 @answering_options
+@save_every_option
 @moved_option
 @profile_option
 @ranks_by_default(
@@ -69,6 +72,7 @@ def decode(
     count: int | None,
     sampler: SamplingRequest,
     wanted: AnswerRequest,
+    save_every: float,
     model: str | None,
     profile: str | None,
     ranks: RankRequest,
@@ -89,6 +93,7 @@ def decode(
     output.check()
     check_profile(profile)
     manifest = sessions.load(session)
+    unfinished.check_begun(session, manifest)
     sessions.check_writable(session)
     checkpoint = open_model(model or sessions.model_path(manifest), context_length)
     sampling = sampler.resolve(checkpoint)
@@ -107,6 +112,7 @@ def decode(
         ),
         sampling=sampling,
         profile=profile,
+        save_every=save_every,
         **wanted.fields(checkpoint),
         **following.fields(),
         **session_fields(session, manifest, checkpoint),

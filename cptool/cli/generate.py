@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from cptool.cli import verbosity
 from cptool.cli.answers.output import OutputRequest, output_options
 from cptool.cli.answers.run import run_and_write
 from cptool.cli.batch.options import BatchRequest, batch_options
@@ -82,7 +81,6 @@ def generate(
     """
     output.check()
     others = {"--session": kept.directory, "--profile": profile, "--samples": samples > 1}
-    others["--progress json"] = verbosity.writes_progress_lines()
     batch.check(asked, output, others)
     asked = asked if batch else _or_piped(asked)
     check_profile(profile)
@@ -117,6 +115,7 @@ def generate(
         output,
         tokenizer=checkpoint.tokenizer(),
         prompts=sequences,
+        manifest=manifest,
         after=[() if asked.chat else said for said in sequences for _ in range(samples)],
         sampling=sampler.describe(sampling),
     )

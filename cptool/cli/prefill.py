@@ -84,7 +84,7 @@ def prefill(
         profile=profile,
         chat=begun(prompts, asked, kept.directory, manifest),
     )
-    turn_report.say_prediction(turn, placed, manifest)
+    turn_report.say_what_comes(turn, placed, manifest)
     report = run_turn(turn, placed)
     if report is None:
         return

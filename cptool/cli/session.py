@@ -18,6 +18,7 @@ from cptool.cli.session_export import export, list_sessions, message_rows, reada
 from cptool.cli.turn_report import types_of
 from cptool.session import store as sessions
 from cptool.session.manifest import Manifest
+from cptool.session.unfinished import read_ahead
 
 _WIDTH = 80
 """Columns that a message is shown in where there is no terminal."""
@@ -53,7 +54,7 @@ def show(directory: Path, as_json: bool) -> None:
     """Show what a SESSION holds."""
     manifest = sessions.load(directory)
     tokens = [len(sequence.tokens) for sequence in manifest.sequences]
-    cached = [sequence.cached for sequence in manifest.sequences]
+    cached = [sequence.held for sequence in manifest.sequences]
     total = sum(segment.bytes for segment in manifest.segments)
     dialogues = readable_dialogues(directory, manifest)
     fields = {
@@ -68,6 +69,7 @@ def show(directory: Path, as_json: bool) -> None:
         "turns": [list(turn) for turn in manifest.turns],
         "tokens": tokens,
         "cached": cached,
+        "read_ahead": read_ahead(manifest),
         "segments": len(manifest.segments),
         "bytes": total,
         "messages": None if dialogues is None else [d.dicts() for d in dialogues],
@@ -84,7 +86,12 @@ def _rows(manifest: Manifest, fields: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of the table of `show`."""
     tokens, cached = (", ".join(f"{n:,}" for n in fields[k]) for k in ("tokens", "cached"))
     model = manifest.model
-    lengths = " -> ".join("+".join(f"{n:,}" for n in turn) for turn in manifest.turns)
+    ends = " -> ".join("+".join(f"{n:,}" for n in turn) for turn in manifest.turns)
+    lengths = f", tokens after each: {ends}" if ends else ""
+    unfinished = (
+        f"{units.some(fields['read_ahead'], 'token')} of a next turn; the command that was reading "
+        "it goes on there"
+    )
     messages = fields["messages"]
     said = [] if messages is None else [("messages", ", ".join(str(len(m)) for m in messages))]
     return [
@@ -94,7 +101,8 @@ def _rows(manifest: Manifest, fields: dict[str, Any]) -> list[tuple[str, str]]:
             "tokens",
             f"{tokens}, {cached} of them with KV",
         ),
-        ("turns", f"{len(manifest.turns)}, tokens after each: {lengths}"),
+        *([("unfinished", unfinished)] if fields["read_ahead"] else []),
+        ("turns", f"{len(manifest.turns)}{lengths}"),
         (
             "on disk",
             f"{units.some(len(manifest.segments), 'segment')}, {units.size(fields['bytes'])}, "

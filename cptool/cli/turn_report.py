@@ -6,7 +6,7 @@ from cptool.cli import verbosity
 from cptool.cli.draw import Rows, say
 from cptool.cli.figures import tables
 from cptool.cli.figures.tables import Column
-from cptool.distributed.environment import launched_size
+from cptool.distributed.environment import is_first_rank, launched_size
 from cptool.units import byte_rate, duration, flop_rate, percent, size, some, token_rate
 
 if TYPE_CHECKING:
@@ -30,7 +30,20 @@ _SHARED = 0.05
 """The part of the time to the first token from which on sharing processors is worth a row."""
 
 
-def say_prediction(turn: "Turn", ranks: "RankOptions", manifest: "Manifest | None") -> None:
+def say_what_comes(turn: "Turn", ranks: "RankOptions", manifest: "Manifest | None") -> None:
+    """Print what the session has of the turn already, because a run of it was interrupted, and what
+    is predicted (`_say_prediction`).
+    """
+    from cptool.session.unfinished import taken
+
+    resumed = 0 if manifest is None else taken(manifest, turn.keep, turn.prompts)
+    if resumed and is_first_rank():
+        whole = some(sum(map(len, turn.prompts)), "token")
+        say(f"{turn.session} has {resumed:,} of the {whole} of this prompt; going on from there")
+    _say_prediction(turn, ranks, manifest)
+
+
+def _say_prediction(turn: "Turn", ranks: "RankOptions", manifest: "Manifest | None") -> None:
     """Print what the turn is predicted to take, where the cost model covers it, to a user who waits
     at a terminal, or with -v.
 
@@ -75,6 +88,8 @@ def types_of(run: Typed) -> str:
 def prefill_rows(report: "Report") -> Rows:
     """Return rows on what a prefill did, which variant it chose and what rate it reached."""
     after = f" after {report.cached:,} cached" if report.cached else ""
+    if report.resumed:
+        after += f", {report.resumed:,} of them of this prompt, from a run that was interrupted"
     rows = [
         ("prompt", some(report.tokens, "token") + after),
         ("ranks", f"{report.cp} cp x {report.tp} tp on {report.device}, {types_of(report)}"),

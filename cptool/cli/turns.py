@@ -12,6 +12,8 @@ import click
 from cptool.cli.options import completion
 from cptool.cli.options.models import check_turn_room, say_reading, session_fields
 from cptool.cli.options.records import as_object
+from cptool.cli.options.types import Duration
+from cptool.engine.options import SAVE_EVERY_S
 from cptool.session import store as sessions
 
 if TYPE_CHECKING:
@@ -26,10 +28,12 @@ class SessionRequest:
     """Where the user wants the KV to be kept: nowhere without a directory.
 
     rewind: whether a session that is there may go back to what it and the prompts have in common.
+    save_every: seconds between two commits of what was computed of a long prompt.
     """
 
     directory: Path | None = None
     rewind: bool = False
+    save_every: float = SAVE_EVERY_S
 
     def open(self) -> Manifest | None:
         """Return the manifest of the session that is there, None for a new one or none.
@@ -74,12 +78,22 @@ class SessionRequest:
             model=str(checkpoint.path),
             prompts=tuple(map(tuple, sequences)),
             keep=None if keep is None else tuple(keep),
+            save_every=self.save_every,
             **settings,
             **session_fields(self.directory, manifest, checkpoint),
         )
         check_turn_room(turn, checkpoint.config)
         return turn
 
+
+save_every_option = click.option(
+    "--save-every",
+    type=Duration(),
+    default=SAVE_EVERY_S,
+    metavar="TIME",
+    help="While a prompt is read in chunks, keep what is computed in the session this often: 30s, "
+    "2min. The same command goes on from there after an interruption.  [default: 1min]",
+)
 
 session_options = as_object(
     "kept",
@@ -98,5 +112,6 @@ session_options = as_object(
             is_flag=True,
             help="Where the prompt differs from the session, go back to what they have in common.",
         ),
+        save_every_option,
     ],
 )

@@ -4,6 +4,7 @@ From here on the process ends with the launching process, however that ends, eve
 """
 
 import os
+import signal
 import sys
 from types import TracebackType
 
@@ -17,4 +18,6 @@ def _quiet(kind: type[BaseException], error: BaseException, trace: TracebackType
 
 
 sys.excepthook = _quiet
+# As Ctrl-C does, SIGTERM may reach every process of a command; only the launching one acts on it.
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 end_with_parent()

@@ -143,6 +143,7 @@ def _rank_main(
     # Ctrl-C reaches every process of the terminal, and the launching process reports it. Python's
     # own handler would never run in a rank that is blocked in a transfer.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # see `fork_server`
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `server_process`
     listen_on_loopback()
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 from cptool.distributed.environment import launched
 
@@ -136,7 +137,7 @@ class Interrupt:
 
 class Stop(Interrupt):
     """A handler whose first signal requests an end in order, and whose second one raises
-    KeyboardInterrupt.
+    KeyboardInterrupt, or SystemExit for SIGTERM.
 
     request: makes the request and returns whether it will be heard. If not, the first signal raises
         already.
@@ -151,9 +152,14 @@ class Stop(Interrupt):
         self._handled = self._arrived = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        global _requested_by
         self._handled += 1
+        _requested_by = _requested_by or number
         # Signals in quick succession are handled once.
         if max(self._handled, self._arrived) > 1 or not self._requested():
+            if number != signal.SIGINT and not self.came:
+                self.came = True
+                _end(number, frame)
             super().__call__(number, frame)
 
     def arrived(self) -> bool:
@@ -172,20 +178,43 @@ class Stop(Interrupt):
 
 
 @contextlib.contextmanager
-def stopping(request: Callable[[], bool], noticed: Callable[[], bool]) -> Iterator[None]:
+def stopping(
+    request: Callable[[], bool], noticed: Callable[[], bool], *, terminate: bool = False
+) -> Iterator[None]:
     """While the body runs, have the first Ctrl-C of a guarded process call `request`; see `Stop`.
 
     If `noticed` does not return True within PATIENCE_S, the process ends as `guard` says.
+
+    terminate: whether SIGTERM, where it would raise SystemExit, does so too.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or type(before) is not Interrupt:
-        yield
-        return
-    signal.signal(signal.SIGINT, Stop(request, noticed))
+    global _requested_by
+    _requested_by, stop = None, Stop(request, noticed)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()
+    taken = [signal.SIGINT] if main and type(before[signal.SIGINT]) is Interrupt else []
+    if main and terminate and before[signal.SIGTERM] is _end:
+        taken.append(signal.SIGTERM)
     try:
+        for number in taken:
+            signal.signal(number, stop)
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in taken:
+            signal.signal(number, before[number])
+
+
+_requested_by: int | None = None
+"""The first signal of the last `stopping`."""
+
+
+def end_as_requested(line: str) -> NoReturn:
+    """End a command that a signal has stopped in order, with a line that says what was kept: raise
+    KeyboardInterrupt, or for SIGTERM write the line and raise SystemExit with a shell's exit code.
+    """
+    if _requested_by == signal.SIGTERM:
+        print(f"cptool: terminated {line}", file=sys.stderr, flush=True)
+        _end(_requested_by, None)
+    raise KeyboardInterrupt(f"interrupted {line}")
 
 
 class Caught:
@@ -249,7 +278,7 @@ def _leave_unless_noticed(handler: Stop, number: int) -> None:
         leave(number)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def _end(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 

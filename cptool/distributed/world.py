@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,17 @@ class World:
         value: any that `cptool.distributed.encoding` takes, with dataclasses of `types`.
         """
         return [value] if self.size == 1 else self.group.gather(value, *types)
+
+    def group_for_a_thread(self, timeout: datetime.timedelta) -> Group:
+        """Return another group of all ranks, whose messages are apart from those of the others, of
+        values and tensors on the CPU. Collective.
+        """
+        if self.size == 1:
+            return Group()
+        import torch
+        import torch.distributed as dist
+
+        return Group(dist.new_group(timeout=timeout, backend="gloo"), torch.device("cpu"))
 
     def barrier(self) -> None:
         """Block until every rank is here."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cptool.engine.setup.types import mean_weight_size
 from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops
 from cptool.planning.cost.forward import ELEMENT_BYTES
 from cptool.planning.prediction import Prediction, Work, predict_turn
+from cptool.session.unfinished import going_on
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -50,14 +52,14 @@ def expected(
     from cptool.engine.world_profile import local_profile
 
     said, cached = [0] * len(turn.prompts), [0] * len(turn.prompts)
+    prompts: Sequence[Sequence[int]] = turn.prompts
     if manifest is not None:
-        kept = manifest if turn.keep is None else manifest.truncated(list(turn.keep))
+        kept, prompts = going_on(manifest, turn.keep, turn.prompts)
         said = [len(sequence.tokens) for sequence in kept.sequences]
         cached = [sequence.cached for sequence in kept.sequences]
     # Tokens whose KV is pending are computed with the prompts.
     new = [
-        held - done + len(prompt)
-        for held, done, prompt in zip(said, cached, turn.prompts, strict=True)
+        held - done + len(prompt) for held, done, prompt in zip(said, cached, prompts, strict=True)
     ]
     work = Work(
         config=checkpoint.config,

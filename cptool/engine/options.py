@@ -5,6 +5,9 @@ from dataclasses import dataclass
 QUANTISED = ("q8_0", "int8")
 """Weight-only quantisations: a scale for each block of 32 weights, or for each row of a matrix."""
 
+SAVE_EVERY_S = 60.0
+"""Seconds between two commits of what was computed of a prompt."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:

@@ -7,6 +7,7 @@ _ALWAYS = (
     "cptool.engine.answers.decode",
     "cptool.engine.answers.logprobs",
     "cptool.engine.prefill.prompt",
+    "cptool.engine.prefill.session",
     "cptool.engine.saving",
     "cptool.engine.weights",
     "cptool.engine.world_profile",

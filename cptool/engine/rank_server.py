@@ -93,9 +93,9 @@ class _Server:
 
     def loaded(self, directory: str, revision: int | None) -> _Slot:
         from cptool.engine import saving
-        from cptool.session import store
+        from cptool.session import store, unfinished
 
-        manifest = store.load(Path(directory), revision)
+        manifest = unfinished.with_what_follows(store.load(Path(directory), revision))
         engine = make_engine(self.world, self.setup, self.model, batch=len(manifest.sequences))
         saving.restore(engine, Path(directory), manifest)
         return _Slot(engine, directory, manifest)

@@ -78,8 +78,9 @@ class Answer:
     """The tokens of each answer, and what `Answers` says of them.
 
     If the request was stopped while it read the prompt, there are none, all are "interrupted", and
-    the slot holds what it had in common with the request. `reused[b]` of the tokens requested had
-    KV already. `prompt_logprobs` are those of the last tokens requested.
+    the slot holds what it had in common with the request and the chunks that were computed.
+    `reused[b]` of the tokens requested had KV already. `prompt_logprobs` are those of the last
+    tokens requested.
     """
 
     token_ids: tuple[tuple[int, ...], ...]

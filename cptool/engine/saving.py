@@ -4,23 +4,47 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cptool import files
 from cptool.distributed.status_board import SAVING
 from cptool.errors import RunError, explain
-from cptool.session import committing, restoring, segments, store
+from cptool.session import committing, restoring, segments, store, unfinished
 from cptool.session.dialogue import Dialogue
 from cptool.session.manifest import Damaged, Manifest, ModelIdentity, Segment
 from cptool.session.manifest import Sequence as Saved
 
+Written = tuple[Segment | None, list[int]]
+"""The segment of a rank, if it wrote one, and the sequences whose logits it holds."""
+
 if TYPE_CHECKING:
+    import torch
+
+    from cptool.cache import KVCache
     from cptool.distributed.world import World
     from cptool.engine.engine import Engine
+    from cptool.engine.options import EngineOptions
+    from cptool.engine.state import OnDisk
+    from cptool.model.llama import Llama
+
+
+class State(Protocol):
+    """What is saved of an engine: its attributes of these names, at a moment."""
+
+    world: World
+    model: Llama
+    dtype: torch.dtype
+    options: EngineOptions
+    cache: KVCache
+    tokens: list[list[int]]
+    computed: list[int]
+    ended: list[bool]
+    logits: dict[int, torch.Tensor]
+    on_disk: OnDisk
 
 
 def restore(
@@ -76,47 +100,118 @@ def save(
     the message. The engine is then unchanged and can save elsewhere.
     """
     engine.report(SAVING, 0, 0)
-    with ExitStack() as held:  # the lock of a running process, until the turn is committed
-        addition = _addition(engine, directory, previous)
-        segment = _write(engine, directory, addition, held)
-        written = [
-            (fields and Segment.of(fields), owned)
-            for fields, owned in engine.world.gather(
-                [segment and asdict(segment), sorted(engine.logits)]
-            )
-        ]
-        manifest = _manifest(engine, previous, model, addition=addition, written=written)
-        fault = None
-        if engine.world.rank == 0:
-            try:
-                manifest = committing.commit_or_keep(directory, manifest, chat)
-            except (RunError, OSError) as error:
-                fault = error
-        raise_everywhere(engine.world, fault)  # and no rank leaves before the turn is on disk
+
+    def made(addition: segments.Addition, written: list[Written]) -> Manifest:
+        return _manifest(engine, previous, model, addition=addition, written=written)
+
+    def commit(manifest: Manifest) -> Manifest:
+        return committing.commit_or_keep(directory, manifest, chat)
+
+    manifest = _committed(engine, directory, previous, made=made, commit=commit)
     engine.on_disk.update(engine.cache.lengths, engine.computed)
     return manifest
 
 
-def _addition(engine: Engine, directory: Path, previous: Manifest | None) -> segments.Addition:
+def save_unfinished(
+    state: State,
+    directory: Path,
+    previous: Manifest | None,
+    model: ModelIdentity,
+    *,
+    before: Sequence[Saved],
+    keep: Sequence[int],
+) -> Manifest:
+    """Write what was computed since `previous` of a turn that is still being read, beside what the
+    session holds, and return the manifest (`cptool.session.unfinished`).
+
+    Collective; changes nothing in `state`, which may be a snapshot.
+
+    previous: the manifest that the session has, None for a new one. before: its sequences before
+        this turn. keep: how many of the tokens of each were said before it.
+
+    Raises RunError or OSError on every rank if it cannot be saved; the session is then as it was.
+    """
+
+    def made(addition: segments.Addition, written: list[Written]) -> Manifest:
+        whole = _manifest(state, previous, model, addition=addition, written=written)
+        sequences = unfinished.interrupted(
+            before,
+            state.tokens,
+            state.computed,
+            keep=keep,
+            logits={b: s.logits for b, s in enumerate(whole.sequences) if s.logits},
+        )
+        wanted = {sequence.logits for sequence in sequences}
+        named = {segment.file for segment in whole.segments}
+        for_logits = [
+            replace(segment, until=tuple(map(min, segment.until, addition.start)))
+            for segment in (previous.segments if previous else ())
+            if segment.file in wanted - named
+        ]
+        return replace(
+            whole,
+            turns=previous.turns if previous else (),
+            sequences=tuple(sequences),
+            segments=(*for_logits, *whole.segments),
+        )
+
+    def commit(manifest: Manifest) -> Manifest:
+        return committing.commit(directory, manifest)
+
+    return _committed(state, directory, previous, made=made, commit=commit)
+
+
+def _committed(
+    state: State,
+    directory: Path,
+    previous: Manifest | None,
+    *,
+    made: Callable[[segments.Addition, list[Written]], Manifest],
+    commit: Callable[[Manifest], Manifest],
+) -> Manifest:
+    """Write this rank's part, have rank 0 commit the manifest that `made` returns, and return it.
+    Collective.
+    """
+    with ExitStack() as held:  # the lock of a running process, until the turn is committed
+        addition = _addition(state, directory, previous)
+        segment = _write(state, directory, addition, held)
+        written = [
+            (fields and Segment.of(fields), owned)
+            for fields, owned in state.world.gather(
+                [segment and asdict(segment), sorted(state.logits)]
+            )
+        ]
+        manifest = made(addition, written)
+        fault = None
+        if state.world.rank == 0:
+            try:
+                manifest = commit(manifest)
+            except (RunError, OSError) as error:
+                fault = error
+        raise_everywhere(state.world, fault)  # and no rank leaves before the turn is on disk
+    return manifest
+
+
+def _addition(state: State, directory: Path, previous: Manifest | None) -> segments.Addition:
     """Return what this rank writes: KV computed since `previous`, or more of it where segments have
     become many and the disk has room.
     """
-    batch, until = len(engine.tokens), engine.computed
+    batch, until = len(state.tokens), state.computed
     revision, since, start = 1, [0] * batch, [0] * batch
     if previous is not None:
         revision = previous.revision + 1
-        since, start = engine.on_disk.rows, engine.on_disk.positions
+        since, start = state.on_disk.rows, state.on_disk.positions
         first = previous.rewrite_from(start, until)
         needed = (sum(until) - sum(first)) * previous.row_bytes((0, previous.model.kv_heads))
         if first != start and all(
-            engine.world.gather(shutil.disk_usage(directory).free > 2 * needed)
+            state.world.gather(shutil.disk_usage(directory).free > 2 * needed)
         ):
-            rows = zip(engine.cache.held.sequences(), first, strict=True)
+            rows = zip(state.cache.held.sequences(), first, strict=True)
             since, start = [int((p < f).sum()) for p, f in rows], first
     return segments.Addition(
         revision=revision,
-        rank=engine.world.cp_rank,
-        kv_heads=_kv_heads(engine),
+        rank=state.world.cp_rank,
+        kv_heads=_kv_heads(state),
         since=tuple(since),
         start=tuple(start),
         until=tuple(until),
@@ -124,16 +219,16 @@ def _addition(engine: Engine, directory: Path, previous: Manifest | None) -> seg
 
 
 def _write(
-    engine: Engine, directory: Path, addition: segments.Addition, held: ExitStack
+    state: State, directory: Path, addition: segments.Addition, held: ExitStack
 ) -> Segment | None:
     """Write this rank's segment; if a rank cannot, remove it again and raise on all of them."""
-    world, segment, fault = engine.world, None, None
-    if not _is_replica(engine):
+    world, segment, fault = state.world, None, None
+    if not _is_replica(state):
         try:
             files.make_private(directory)
-            logits = engine.logits if world.tp_rank == 0 else {}
+            logits = state.logits if world.tp_rank == 0 else {}
             segment = segments.write_segment(
-                directory, engine.cache, addition, logits=logits, held=held
+                directory, state.cache, addition, logits=logits, held=held
             )
         except (RunError, OSError) as error:
             fault = error
@@ -148,17 +243,17 @@ def _write(
 
 
 def _manifest(
-    engine: Engine,
+    state: State,
     previous: Manifest | None,
     model: ModelIdentity,
     *,
     addition: segments.Addition,
-    written: list[tuple[Segment | None, list[int]]],
+    written: list[Written],
 ) -> Manifest:
     """Return the manifest of the engine's state; written[r]: the segment of rank r and the
     sequences whose logits it holds.
     """
-    turns, lengths = previous.turns if previous else (), tuple(map(len, engine.tokens))
+    turns, lengths = previous.turns if previous else (), tuple(map(len, state.tokens))
     logits_of = {
         b: segment.file
         for segment, owned in written
@@ -170,20 +265,20 @@ def _manifest(
         replace(segment, until=tuple(map(min, segment.until, addition.start)))
         for segment in (previous.segments if previous else ())
     )
-    state = zip(engine.tokens, engine.computed, engine.ended, strict=True)
+    each = zip(state.tokens, state.computed, state.ended, strict=True)
     return Manifest(
         session=previous.session if previous else secrets.token_hex(8),
         model=model,
-        dtype=str(engine.dtype).removeprefix("torch."),
-        kv_dtype=str(engine.cache.dtype).removeprefix("torch."),
-        weights=engine.options.weights or "file",
-        cp=engine.world.cp,
-        tp=engine.world.tp,
+        dtype=str(state.dtype).removeprefix("torch."),
+        kv_dtype=str(state.cache.dtype).removeprefix("torch."),
+        weights=state.options.weights or "file",
+        cp=state.world.cp,
+        tp=state.world.tp,
         revision=addition.revision,
         turns=turns if turns[-1:] == (lengths,) else (*turns, lengths),
         sequences=tuple(
-            Saved(tuple(tokens), computed, logits_of.get(b), ended)
-            for b, (tokens, computed, ended) in enumerate(state)
+            Saved(tokens=tuple(tokens), cached=computed, logits=logits_of.get(b), ended=ended)
+            for b, (tokens, computed, ended) in enumerate(each)
         ),
         segments=(
             *(segment for segment in older if segment.live),
@@ -220,15 +315,15 @@ def raise_everywhere(world: World, fault: Exception | None) -> None:
             raise RunError(text)
 
 
-def _kv_heads(engine: Engine) -> tuple[int, int]:
+def _kv_heads(state: State) -> tuple[int, int]:
     """Return the range of KV heads that this rank's tensor-parallel share covers."""
-    heads = engine.model.config.num_key_value_heads
-    first = engine.world.tp_rank * heads // engine.world.tp
-    return first, first + engine.model.num_kv_heads
+    heads = state.model.config.num_key_value_heads
+    first = state.world.tp_rank * heads // state.world.tp
+    return first, first + state.model.num_kv_heads
 
 
-def _is_replica(engine: Engine) -> bool:
+def _is_replica(state: State) -> bool:
     """Return whether a lower tensor-parallel rank holds the same KV heads."""
-    heads, tp = engine.model.config.num_key_value_heads, engine.world.tp
-    rank = engine.world.tp_rank
+    heads, tp = state.model.config.num_key_value_heads, state.world.tp
+    rank = state.world.tp_rank
     return rank > 0 and rank * heads // tp == (rank - 1) * heads // tp

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from cptool.engine.answers.records import AnswerOptions, Emit, Logprobs
 from cptool.engine.figures import predicted, prefill_flops, what_a_step_reads
+from cptool.engine.options import SAVE_EVERY_S
 from cptool.engine.sampling import Sampling
 from cptool.engine.setup.loading import Setup, load_for, make_engine
+from cptool.errors import Interrupted
 from cptool.host import contention
 from cptool.planning.prediction import Prediction
 from cptool.profiling.report import Phases, Section, collect
@@ -22,12 +24,12 @@ from cptool.profiling.trace import Recorder
 from cptool.session.dialogue import Dialogue
 
 if TYPE_CHECKING:
-    from cptool.checkpoint import Checkpoint
     from cptool.distributed.world import World
     from cptool.engine.engine import Engine
+    from cptool.engine.prefill.prompt import Read
+    from cptool.engine.prefill.session import TurnSession
     from cptool.planning.strategy import Choice
     from cptool.profiling.device_trace import DeviceProfiler
-    from cptool.session.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class Turn(Setup):
     prompt_logprobs: report as many of each token of the prompts as `logprobs` does of an answer's.
     samples: answers to each prompt, one after another, which share its KV; 1 with a session.
     profile: file to write a trace of all ranks to.
+    save_every: seconds after which a session has what was computed of a prompt.
     chat: the messages of each sequence, if they are conversations: those that are answered, or
         whose last answer goes on.
     """
@@ -57,6 +60,7 @@ class Turn(Setup):
     prompt_logprobs: int | None = None
     samples: int = 1
     profile: str | None = None
+    save_every: float = SAVE_EVERY_S
     chat: tuple[Dialogue, ...] | None = None
 
     @property
@@ -78,6 +82,7 @@ class Report:
     """What happened: the same on every rank, except the times, which are this rank's, and
     `prompt_logprobs`, which rank 0 has.
 
+    `resumed` of the `cached` tokens were computed by a run of this turn that was interrupted.
     `first_token` follows the new tokens (under the turn's sampling), whether or not it was
     appended. `token_ids` are the tokens appended. `ttft_s` runs from tokens and weights in memory
     to the first token; `ttit_ms` is the mean time of each further token, None where there was none.
@@ -94,6 +99,7 @@ class Report:
 
     tokens: int
     cached: int
+    resumed: int
     cp: int
     tp: int
     device: str
@@ -137,7 +143,7 @@ class Report:
 
     def shared_fields(self) -> dict[str, object]:
         """Return the fields of the JSON of every command."""
-        names = "cached", "cp", "tp", "device", "dtype", "kv_dtype", "weights", "variant"
+        names = "cached", "resumed", "cp", "tp", "device", "dtype", "kv_dtype", "weights", "variant"
         others = "reason", "chunk", "chunks", "variants", "processor_wait_s"
         return {name: getattr(self, name) for name in (*names, *others)}
 
@@ -148,27 +154,27 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
     emit: called on rank 0 for each token as it is known.
 
     Once the launching process requests a stop, the next token of each answer is its last, and the
-    session is saved; Interrupted is raised, and nothing saved, if the prompt was still being read.
+    session is saved. Interrupted is raised if the prompt was still being read; then a session has
+    what was computed of it, beside what it had before.
     """
     from cptool.engine.answers.decode import decode, next_tokens
-    from cptool.engine.prefill.prompt import read
+    from cptool.engine.prefill.session import TurnSession
     from cptool.engine.samples import sampled
 
     began = time.perf_counter()
     checkpoint, model = load_for(world, turn)
     engine = make_engine(world, turn, model, batch=len(turn.prompts))
-    manifest = _restored(engine, turn, checkpoint)
+    session = TurnSession(engine, turn, checkpoint)
     tokenizer = checkpoint.tokenizer() if turn.stop_texts else None
-    cached = list(engine.computed)
     profile = _Profile(engine, Path(turn.profile)) if turn.profile else None
 
-    _allow_cancelling(world)
+    _allow_cancelling(world, keeps=turn.session is not None)
     waits, loaded = contention.waits(), time.perf_counter()
-    room = turn.max_new_tokens if turn.samples == 1 else 0
-    prompt = read(engine, turn.prompts, turn.prompt_logprobs, answer=room)
+    prompt = _read(engine, session, turn)
     first = tuple(next_tokens(engine, turn.sampling))
     answered, waited = time.perf_counter(), contention.longest_since(waits)
     choice, exposed, sent = engine.choice, engine.ring.exposed_s, engine.ring.sent_bytes
+    cached = session.cached
     new = [computed - before for computed, before in zip(engine.computed, cached, strict=True)]
     answering = sampled(engine, turn.samples, room=turn.max_new_tokens)
     answers = decode(
@@ -185,13 +191,13 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
     if profile:
         profile.stop()
     if any(new) or any(answers.token_ids) or turn.chat is not None:
-        _save(engine, turn, checkpoint, manifest, answers=answers.token_ids)
+        session.save(answers.token_ids)
     sections = [Section("prefill", loaded, answered, 1)] if any(new) else []
     if steps > 0:
         sections.append(Section("decode, a token", answered, ended, steps))
     return Report(
         tokens=sum(new),
-        cached=sum(cached),
+        **session.fields(),
         cp=world.cp,
         tp=world.tp,
         device=str(world.device),
@@ -214,6 +220,18 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
     )
 
 
+def _read(engine: "Engine", session: "TurnSession", turn: Turn) -> "Read":
+    """Read what is left of the prompts, and keep what was computed where that is interrupted."""
+    from cptool.engine.prefill.prompt import read
+
+    answer = turn.max_new_tokens if turn.samples == 1 else 0
+    asked: Any = {"answer": answer, "between": session.between_chunks}
+    try:
+        return read(engine, session.rest, turn.prompt_logprobs, **asked)
+    except Interrupted:
+        raise Interrupted(session.keep_unfinished()) from None
+
+
 def _chosen(prefill: "Choice | None", decode: "Choice | None") -> dict[str, Any]:
     """Return the fields of a `Report` on variants; None for what did not run."""
     return {
@@ -224,67 +242,17 @@ def _chosen(prefill: "Choice | None", decode: "Choice | None") -> dict[str, Any]
     }
 
 
-def _allow_cancelling(world: "World") -> None:
-    """Have Ctrl-C reach the ranks through the status board alone from here on. Collective."""
+def _allow_cancelling(world: "World", *, keeps: bool) -> None:
+    """Have Ctrl-C reach the ranks through the status board alone from here on, as it is sent to a
+    whole group of processes, and SIGTERM too if the session `keeps` what is computed. Collective.
+    """
     if world.board.path is not None:  # this rank is a local process of its own
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if keeps:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     world.barrier()
     if world.rank == 0 and world.board.shared:
         world.board.allow_cancelling()
-
-
-def _restored(engine: "Engine", turn: Turn, checkpoint: "Checkpoint") -> "Manifest | None":
-    """Restore the turn's session, if it continues one, and return its manifest."""
-    from cptool.engine import saving
-    from cptool.engine.prefill import chunks
-    from cptool.session import store
-
-    if turn.session is None or turn.resume is None:
-        return None
-    directory = Path(turn.session)
-    manifest = store.load(directory, turn.resume)
-    store.check_model(manifest, store.identity(checkpoint, turn.fingerprint))
-    if turn.keep is not None:
-        manifest = manifest.truncated(list(turn.keep))
-    pairs = zip(manifest.sequences, turn.prompts, strict=True)
-    left = [len(s.tokens) - s.cached + len(prompt) for s, prompt in pairs]
-    room = chunks.room(left, turn.options.chunk, ranks=engine.world.cp, answer=turn.max_new_tokens)
-    saving.restore(engine, directory, manifest, reserve=room)
-    return manifest
-
-
-def _save(
-    engine: "Engine",
-    turn: Turn,
-    checkpoint: "Checkpoint",
-    manifest: "Manifest | None",
-    *,
-    answers: list[list[int]],
-) -> None:
-    """Commit the turn to its session, if it has one, with the messages of a conversation."""
-    from cptool.engine import saving
-    from cptool.session import store
-
-    if turn.session is not None:
-        identity = store.identity(checkpoint, turn.fingerprint)
-        chat = _messages_after(engine, turn, checkpoint, answers)
-        saving.save(engine, Path(turn.session), manifest, identity, chat=chat)
-
-
-def _messages_after(
-    engine: "Engine", turn: Turn, checkpoint: "Checkpoint", answers: list[list[int]]
-) -> tuple[Dialogue, ...] | None:
-    """Return the messages of each sequence once it was answered, on the rank that commits them."""
-    if turn.chat is None or engine.world.rank:
-        return None
-    tokenizer = checkpoint.tokenizer()
-    assert tokenizer is not None  # it has rendered the messages
-    return tuple(
-        dialogue.answered(said, len(answer), tokenizer.decode, ended=ended)
-        for dialogue, said, answer, ended in zip(
-            turn.chat, engine.tokens, answers, engine.ended, strict=True
-        )
-    )
 
 
 class _Profile:

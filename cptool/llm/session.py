@@ -21,6 +21,7 @@ from cptool.session.conversation import find_dialogues
 from cptool.session.dialogue import Dialogue
 from cptool.session.manifest import Damaged
 from cptool.session.next_turn import NextTurn, as_it_is, in_template
+from cptool.session.unfinished import check_begun
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,6 +62,7 @@ class Session:
             store.check_new(self.directory)
             return
         manifest = store.load(self.directory)
+        check_begun(self.directory, manifest)
         store.check_model(manifest, store.identity(llm.checkpoint))
         if manifest.weights != llm.weights:
             raise UserError(

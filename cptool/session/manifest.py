@@ -80,16 +80,46 @@ class Segment:
         return Segment(**known)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sequence:
     """Everything said so far, how much of it has KV, the segment with the logits that come next, if
     they are known, and whether the last token ended an answer.
+
+    ahead: tokens of a turn that was not read to its end, which follow the first `ahead_from` of
+        `tokens`. `cached` then counts KV of these and of `ahead`; that of other tokens was given
+        up (`cptool.session.unfinished`).
     """
 
     tokens: tuple[int, ...]
     cached: int
     logits: str | None = None
     ended: bool = False
+    ahead: tuple[int, ...] = ()
+    ahead_from: int = 0
+
+    @property
+    def line(self) -> tuple[int, ...]:
+        """The tokens that `cached` counts along."""
+        return self.tokens[: self.ahead_from] + self.ahead if self.ahead else self.tokens
+
+    @property
+    def held(self) -> int:
+        """How many of `tokens` have KV."""
+        return min(self.cached, self.ahead_from) if self.ahead else self.cached
+
+    @property
+    def read_ahead(self) -> int:
+        """How many tokens of `ahead` have KV."""
+        return max(0, self.cached - self.ahead_from) if self.ahead else 0
+
+    def truncated(self, length: int) -> "Sequence":
+        """Return the first `length` tokens, with what was read ahead if it follows them."""
+        if length == len(self.tokens):
+            return self
+        if self.ahead and length >= self.ahead_from:
+            return replace(self, tokens=self.tokens[:length], logits=None, ended=False)
+        kept = min(self.held, max(length - 1, 0))
+        return Sequence(tokens=self.tokens[:length], cached=kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +148,11 @@ class Manifest:
 
     def dump(self) -> str:
         """Return the text of manifest.json."""
-        return sealed({"format": FORMAT, **asdict(self)})
+        fields = asdict(self)
+        for sequence in fields["sequences"]:
+            if not sequence["ahead"]:  # as versions wrote it that did not know of it
+                del sequence["ahead"], sequence["ahead_from"]
+        return sealed({"format": FORMAT, **fields})
 
     def row_bytes(self, heads: tuple[int, int]) -> int:
         """Return the bytes of the KV of one token, for KV heads [heads[0], heads[1]) of all
@@ -135,19 +169,20 @@ class Manifest:
         last token is given up, so that the next turn computes it again. The result is a base to
         save on, or a state to commit where the lengths are those after a turn.
         """
-        sequences = tuple(
-            s
-            if n == len(s.tokens)
-            else Sequence(tokens=s.tokens[:n], cached=min(s.cached, max(n - 1, 0)))
-            for s, n in zip(self.sequences, lengths, strict=True)
+        pairs = zip(self.sequences, lengths, strict=True)
+        return replace(
+            self.with_sequences([sequence.truncated(n) for sequence, n in pairs]),
+            turns=tuple(turn for turn in self.turns if all(map(le, turn, lengths))),
         )
+
+    def with_sequences(self, sequences: abc.Sequence[Sequence]) -> "Manifest":
+        """Return the same with other sequences, whose KV is a beginning of what these have."""
         cached = [sequence.cached for sequence in sequences]
         segments = (replace(s, until=tuple(map(min, s.until, cached))) for s in self.segments)
         wanted = {sequence.logits for sequence in sequences}
         return replace(
             self,
-            turns=tuple(turn for turn in self.turns if all(map(le, turn, lengths))),
-            sequences=sequences,
+            sequences=tuple(sequences),
             segments=tuple(s for s in segments if s.live or s.file in wanted),
         )
 
@@ -179,7 +214,7 @@ class Manifest:
 
     def without_kv(self) -> "Manifest":
         """Return the same turns without KV, all of which is to be computed again."""
-        sequences = (replace(s, cached=0, logits=None) for s in self.sequences)
+        sequences = (Sequence(tokens=s.tokens, cached=0, ended=s.ended) for s in self.sequences)
         return replace(self, sequences=tuple(sequences), segments=())
 
 

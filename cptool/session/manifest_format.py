@@ -52,7 +52,7 @@ def parse(data: bytes) -> Manifest:
         made,
         model=_made(ModelIdentity, made.model, "model"),
         sequences=tuple(
-            _made(Sequence, each, f"sequence {b}")
+            _made(Sequence, _with_ahead(each), f"sequence {b}")
             for b, each in enumerate(_listed(made.sequences, "sequences"), 1)
         ),
         segments=tuple(
@@ -68,7 +68,11 @@ def parse(data: bytes) -> Manifest:
     manifest = replace(
         manifest,
         sequences=tuple(
-            replace(s, tokens=tuple(_listed(s.tokens, f"sequence {b}: tokens")))
+            replace(
+                s,
+                tokens=tuple(_listed(s.tokens, f"sequence {b}: tokens")),
+                ahead=tuple(_listed(s.ahead, f"sequence {b}: ahead")),
+            )
             for b, s in enumerate(manifest.sequences, 1)
         ),
         segments=tuple(
@@ -143,40 +147,46 @@ def validate(manifest: Manifest) -> None:
 
 
 def _check_sequence(manifest: Manifest, sequence: Sequence, where: str) -> None:
-    top = manifest.model.vocab_size
-    wrong = next((t for t in sequence.tokens if type(t) is not int or not 0 <= t < top), None)
+    top, every = manifest.model.vocab_size, (*sequence.tokens, *sequence.ahead)
+    wrong = next((t for t in every if type(t) is not int or not 0 <= t < top), None)
     _require(
-        wrong is None and None not in sequence.tokens,
+        wrong is None and None not in every,
         f"{where}: token {_quoted(wrong)} is not in the vocabulary of {top}",
     )
     length = len(sequence.tokens)
     _within(length, 0, _MOST_POSITIONS - 1, f"{where}: the number of tokens")
-    _within(sequence.cached, 0, length, f"{where}: cached")
+    _within(sequence.ahead_from, 0, length if sequence.ahead else 0, f"{where}: ahead_from")
+    line = len(sequence.line)
+    _within(line, 0, _MOST_POSITIONS - 1, f"{where}: the number of tokens read ahead")
+    _within(sequence.cached, 0, line, f"{where}: cached")
     _require(
         type(sequence.ended) is bool,
         f"{where}: ended is {_quoted(sequence.ended)}, it must be true or false",
     )
     _require(length or not sequence.ended, f"{where}: it ended without a token")
     _require(
-        sequence.logits is not None or sequence.cached < length or not length,
+        sequence.logits is not None or sequence.cached < length or not length or sequence.ahead,
         f"{where}: all of its {length} tokens have KV, but the logits that follow are missing",
     )
     if sequence.logits is not None:
         _require(type(sequence.logits) is str, f"{where}: logits is {_quoted(sequence.logits)}")
         _require(
-            sequence.cached == length,
-            f"{where}: logits follow its {length} tokens, but only {sequence.cached} have KV",
+            sequence.held == length,
+            f"{where}: logits follow its {length} tokens, but only {sequence.held} have KV",
         )
 
 
 def _check_turns(manifest: Manifest) -> None:
-    _within(len(manifest.turns), 1, manifest.revision, "the number of turns")
+    said = tuple(len(sequence.tokens) for sequence in manifest.sequences)
+    # Before the first turn there is what was read of it.
+    least = int(any(said) or not any(sequence.ahead for sequence in manifest.sequences))
+    _within(len(manifest.turns), least, manifest.revision, "the number of turns")
     for t, turn in enumerate(manifest.turns, 1):
         _check_counts(manifest, turn, f"turn {t}", _MOST_POSITIONS)
-    said = tuple(len(sequence.tokens) for sequence in manifest.sequences)
+    last = manifest.turns[-1] if manifest.turns else said
     _require(
-        manifest.turns[-1] == said,
-        f"the last turn ends at {list(manifest.turns[-1])} tokens, the sequences have {list(said)}",
+        last == said,
+        f"the last turn ends at {list(last)} tokens, the sequences have {list(said)}",
     )
     for t, (turn, following) in enumerate(pairwise(manifest.turns), 2):
         _require(
@@ -275,6 +285,11 @@ def _check_coverage(manifest: Manifest) -> None:
             end == sequence.cached,
             f"sequence {b}: the segments hold {end} positions, they must hold {sequence.cached}",
         )
+
+
+def _with_ahead(found: Any) -> Any:
+    """Return the fields of a sequence, those too that are left out if nothing was read ahead."""
+    return {"ahead": [], "ahead_from": 0, **found} if isinstance(found, dict) else found
 
 
 def _made(kind: type, found: Any, where: str) -> Any:

@@ -110,7 +110,7 @@ def manifest_of(revision: int, tokens: list[int], chat: tuple[str, ...] = ()) ->
         tp=1,
         revision=revision,
         turns=((len(tokens),),),
-        sequences=(Sequence(tuple(tokens), 0),),
+        sequences=(Sequence(tokens=tuple(tokens), cached=0),),
         chat=chat,
     )
 
@@ -140,7 +140,7 @@ def test_a_kill_between_the_two_files_of_a_save_loses_nothing(tokenizer, tmp_pat
         before,
         revision=4,
         turns=(*before.turns, (len(told[0]) + 1,)),
-        sequences=(Sequence((*told[0], 5), 0),),
+        sequences=(Sequence(tokens=(*told[0], 5), cached=0),),
     )
     committing.commit(tmp_path, decoded)
     with pytest.raises(UserError, match="does not tell what"):

@@ -35,6 +35,7 @@ REPORT = dict(
     kv_in_file=0,
     chunk=1_000_000,
     chunks=1,
+    resumed=0,
     variants={"gather-kv": 1},
     ceiling_flops=None,
     predicted=Prediction(307_000.0, 0.0802, "defaults, not calibrated here", None),

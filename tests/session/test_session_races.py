@@ -28,7 +28,7 @@ def saved(tmp_path):
 
 def began(directory, previous: Manifest | None, held: ExitStack, lengths=(3, 3)) -> Manifest:
     """The manifest of a turn on top of `previous` whose segment is written and not committed."""
-    sequences = previous.sequences if previous else (Sequence((), 0),) * 2
+    sequences = previous.sequences if previous else (Sequence(tokens=(), cached=0),) * 2
     starts = [s.cached for s in sequences]
     cache = new_cache(2)
     store(cache, balanced(list(lengths), 1, starts=starts).placement(0))
@@ -58,7 +58,9 @@ def began(directory, previous: Manifest | None, held: ExitStack, lengths=(3, 3))
         tp=1,
         revision=segment.revision,
         turns=(*(previous.turns if previous else ()), tuple(n + 1 for n in total)),
-        sequences=tuple(Sequence(tuple(range(n + 1)), n) for n in total),  # the last one is pending
+        sequences=tuple(
+            Sequence(tokens=tuple(range(n + 1)), cached=n) for n in total
+        ),  # the last one is pending
         segments=(*(previous.segments if previous else ()), segment),
     )
 

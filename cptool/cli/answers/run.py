@@ -41,7 +41,7 @@ def run_and_write(
 
     if turn.stop_texts:
         turn = replace(turn, after=tuple(map(len, after)))
-    turn_report.say_prediction(turn, ranks, manifest)
+    turn_report.say_what_comes(turn, ranks, manifest)
     writer = output.writer(turn, tokenizer, prompts, after)
     report = run_turn(turn, ranks, emit=writer.emit)
     if report is None:  # another process of the launcher writes

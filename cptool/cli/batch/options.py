@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cptool.cli import verbosity
 from cptool.cli.options.prompt_files import STANDARD_INPUT
 from cptool.cli.options.records import as_object
 
@@ -50,6 +51,7 @@ class BatchRequest:
             **{option: True for option, _ in asked.given[:1]},
             "--echo": output.echo,
             "--jsonl": output.json_lines,
+            "--progress json": verbosity.writes_progress_lines(),
             **others,
         }
         for option, value in others.items():

@@ -24,6 +24,7 @@ from cptool.engine.setup.types import setup_types
 from cptool.errors import OptionError, UserError
 from cptool.session import store as sessions
 from cptool.session.conversation import Conversation
+from cptool.session.unfinished import check_begun
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -107,6 +108,7 @@ def chat(
     tokenizer = _find_tokenizer(checkpoint)
     conversation = _begin(tokenizer, system)
     if directory is not None and manifest is not None:
+        check_begun(directory, manifest)
         conversation = _continue(directory, manifest, checkpoint, tokenizer)
         ranks = ranks.or_as_last(manifest)
     placed = ranks.resolve(checkpoint.config)

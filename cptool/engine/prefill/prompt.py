@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,12 @@ class Read:
 
 
 def read(
-    engine: Engine, new: Sequence[Sequence[int]], top: int | None = None, *, answer: int = 0
+    engine: Engine,
+    new: Sequence[Sequence[int]],
+    top: int | None = None,
+    *,
+    answer: int = 0,
+    between: Callable[[], None] | None = None,
 ) -> Read:
     """Compute the pending tokens of each sequence and then `new[b]`, chunk by chunk, and leave
     what follows in `engine.logits`. Collective.
@@ -54,6 +59,7 @@ def read(
     top: return log-probabilities of the new tokens, and of as many likeliest ones in their place.
         The first token of a sequence has none.
     answer: keep room for that many further tokens of each sequence.
+    between: called on every rank after each chunk but the last.
 
     Raises Interrupted on all ranks if the launching process requests a stop. The chunks that were
     computed stay; the rest of the prompt is pending, or is not there if the first was under way.
@@ -71,8 +77,11 @@ def read(
         course = Course.of(engine, left, most)
     done = Read(chunk=min(most or sum(left), sum(left)))
     for lengths in chunks.cut(left, most):
-        if done.chunks and engine.world.agree_to_stop():
-            raise Interrupted
+        if done.chunks:
+            if engine.world.agree_to_stop():
+                raise Interrupted
+            if between is not None:
+                between()
         stops = [n + more for n, more in zip(engine.computed, lengths, strict=True)]
         engine.extend(
             [[] for _ in prompt] if done.chunks else prompt,
