@@ -7,10 +7,12 @@ from cptool.cli.draw import Rows, say
 from cptool.cli.figures import tables
 from cptool.cli.figures.tables import Column
 from cptool.distributed.environment import is_first_rank, launched_size
+from cptool.planning.cost.memory import in_words
 from cptool.units import byte_rate, duration, flop_rate, percent, size, some, token_rate
 
 if TYPE_CHECKING:
     from cptool.distributed.options import RankOptions
+    from cptool.engine.setup.memory import Used
     from cptool.engine.turn import Report, Turn
     from cptool.session.manifest import Manifest
 
@@ -105,6 +107,7 @@ def prefill_rows(report: "Report") -> Rows:
         ),
         *_sharing_rows(report),
         ("loading", f"{duration(report.load_s)} for the weights"),
+        ("memory", _memory(report.memory)),
     ]
     if report.cp > 1:
         exposed = f"{duration(report.exposed_s)} exposed"
@@ -112,6 +115,12 @@ def prefill_rows(report: "Report") -> Rows:
             exposed += " (ranks stood waiting for messages)"
         rows.append(("exchange", f"{size(report.wire_bytes)} sent per rank, {exposed}"))
     return rows
+
+
+def _memory(used: "Used") -> str:
+    """Return the most that a rank held, beside what was planned, by use."""
+    planned = f"planned {size(used.predicted)}: {in_words(used.parts)}"
+    return f"{size(used.peak)} per rank at most ({planned})"
 
 
 def _chunk_rows(report: "Report") -> Rows:

@@ -20,6 +20,7 @@ from cptool.distributed.world import World
 from cptool.engine.options import EngineOptions
 from cptool.engine.prefill.course import Course
 from cptool.engine.reading import Reading, Report, attention_pairs, silent
+from cptool.engine.setup import memory
 from cptool.engine.state import BatchState
 from cptool.engine.static_decode import Observer, StaticDecode, StepContext
 from cptool.errors import Interrupted, OptionError
@@ -64,6 +65,7 @@ class Engine(BatchState):
 
     choice: the variant of the last forward, and why; None before the first.
     trace: records spans of this rank once a recorder is attached.
+    peak_bytes: the most memory that this rank had held when it last read a prompt.
 
     Attributes, those of `BatchState` included, are for reading; the methods change them.
     """
@@ -107,6 +109,7 @@ class Engine(BatchState):
         self._stepping = False
         self.trace: Recorder | Silent = SILENT
         self._observer: Observer | None = None
+        self.peak_bytes = 0.0
 
     def extend(
         self,
@@ -185,6 +188,8 @@ class Engine(BatchState):
             for b, length in enumerate(lengths)
             if length and stops[b] == len(self.tokens[b]) and layout.owner(b, stops[b] - 1) == rank
         ]
+        if sum(lengths) > len(lengths):
+            self.peak_bytes = max(self.peak_bytes, memory.peak(self.world))
         if owned:
             with self.trace.span("logits", "linear"):
                 rows = self.model.logits(hidden[[ends[b] - 1 for b in owned]])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cptool.engine.setup.types import mean_weight_size
+from cptool.engine.setup.memory import used
 from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops
-from cptool.planning.cost.forward import ELEMENT_BYTES
 from cptool.planning.prediction import Prediction, Work, predict_turn
 from cptool.session.unfinished import going_on
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from cptool.session.manifest import Manifest
 
 
-def predicted(
-    engine: Engine, turn: Turn, checkpoint: Checkpoint, *, new: list[int], cached: list[int]
-) -> Prediction:
-    """Return what the cost model predicts of a turn of `new[b]` tokens over `cached[b]`."""
-    work = Work(
-        config=engine.model.config,
-        dtype=turn.dtype,
-        new=new,
-        cached=cached,
-        answer=turn.max_new_tokens,
-        samples=turn.samples,
-        ranks=engine.world.cp,
-        tp=engine.world.tp,
-        partial_bytes=engine.partial_dtype.itemsize,
-        weight_size=mean_weight_size(
-            checkpoint, turn.dtype, engine.world.device.type, turn.weights
-        ),
-        kv_dtype=turn.kv_dtype,
-    )
-    return predict_turn(work, turn.options.variant, engine.profile)
+def what_was_expected(
+    engine: Engine,
+    turn: Turn,
+    checkpoint: Checkpoint,
+    *,
+    new: list[int],
+    cached: list[int],
+    chunk: int,
+) -> dict[str, Any]:
+    """Return the fields of a `Report` on what the cost model predicts of a turn of `new[b]` tokens
+    over `cached[b]`, read in chunks of `chunk`, and on its memory. Collective.
+    """
+    work = with_answers(turn, turn.on(engine.world, checkpoint, new=new, cached=cached))
+    predicted = predict_turn(work, turn.options.variant, engine.profile)
+    return {"predicted": predicted, "memory": used(engine, work, chunk)}
+
+
+def with_answers(turn: Turn, work: Work) -> Work:
+    """Return the work with the answers that the turn requests."""
+    return replace(work, answer=turn.max_new_tokens, samples=turn.samples)
 
 
 def expected(
@@ -51,6 +51,24 @@ def expected(
     """
     from cptool.engine.world_profile import local_profile
 
+    new, cached = lengths(turn, manifest)
+    work = turn.work(
+        checkpoint,
+        ranks.device,
+        cp=ranks.cp,
+        tp=ranks.tp,
+        local=ranks.count,
+        new=new,
+        cached=cached,
+    )
+    return predict_turn(with_answers(turn, work), turn.options.variant, local_profile(ranks))
+
+
+def lengths(turn: Turn, manifest: Manifest | None) -> tuple[list[int], list[int]]:
+    """Return how many tokens of each sequence the turn computes, and over how many cached ones.
+
+    manifest: of the session that it continues, before the turn goes back in it.
+    """
     said, cached = [0] * len(turn.prompts), [0] * len(turn.prompts)
     prompts: Sequence[Sequence[int]] = turn.prompts
     if manifest is not None:
@@ -61,20 +79,7 @@ def expected(
     new = [
         held - done + len(prompt) for held, done, prompt in zip(said, cached, prompts, strict=True)
     ]
-    work = Work(
-        config=checkpoint.config,
-        dtype=turn.dtype,
-        new=new,
-        cached=cached,
-        answer=turn.max_new_tokens,
-        samples=turn.samples,
-        ranks=ranks.cp,
-        tp=ranks.tp,
-        partial_bytes=ELEMENT_BYTES[turn.dtype] if turn.options.partials == "working" else 4,
-        weight_size=mean_weight_size(checkpoint, turn.dtype, ranks.device, turn.weights),
-        kv_dtype=turn.kv_dtype,
-    )
-    return predict_turn(work, turn.options.variant, local_profile(ranks))
+    return new, cached
 
 
 def prefill_flops(config: LlamaConfig, new: list[int], cached: list[int]) -> int:

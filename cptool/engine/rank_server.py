@@ -120,7 +120,7 @@ class _Server:
         self.slots.pop(request.slot, None)
         return Done()
 
-    def go_on(self, request: Continue) -> Answer:
+    def go_on(self, request: Continue) -> Answer | Refused:
         from cptool.engine.answers.decode import decode
         from cptool.engine.prefill.prompt import read
         from cptool.engine.samples import sampled
@@ -130,8 +130,12 @@ class _Server:
         shared = self.go_back(slot, request.tokens, fresh=request.fresh)
         reused = tuple(engine.computed)
         new = [list(said[n:]) for said, n in zip(request.tokens, shared, strict=True)]
+        room = max(request.options.limits(len(new)))
         try:
-            room = max(request.options.limits(len(new)))
+            self.check_memory(engine, list(map(len, new)), room=room, samples=request.samples)
+        except UserError as error:
+            return Refused(reason=explain(error), mistake=True)
+        try:
             answer = room if request.samples == 1 else 0
             scores = read(engine, new, request.prompt_logprobs, answer=answer).scores
         except Interrupted:
@@ -145,6 +149,26 @@ class _Server:
             interrupted=lambda: self.world.board.cancelled,
         )
         return Answer(**answers.fields(), reused=reused, prompt_logprobs=scores)
+
+    def check_memory(self, engine: "Engine", new: list[int], *, room: int, samples: int) -> None:
+        """Raise UserError on all ranks if one would take more memory than it may for prompts with
+        `new[b]` more tokens. Collective.
+        """
+        from cptool.engine.setup.memory import check
+        from cptool.planning.chunks import UNIT
+
+        if sum(new) < UNIT:
+            return
+        work = self.setup.on(self.world, self.checkpoint, new=new, cached=engine.computed)
+        work = replace(work, answer=room, samples=samples)
+        kept = sum(slot.engine.cache.nbytes for slot in self.slots.values())
+        check(
+            self.world,
+            work,
+            engine.profile,
+            options=self.setup.options,
+            beside=kept - engine.cache.nbytes,
+        )
 
     def save(self, request: Save) -> "Manifest | Refused":
         from cptool.engine import saving

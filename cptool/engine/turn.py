@@ -8,14 +8,22 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptool.engine.answers.records import AnswerOptions, Emit, Logprobs
-from cptool.engine.figures import predicted, prefill_flops, what_a_step_reads
+from cptool.engine.figures import (
+    lengths,
+    prefill_flops,
+    what_a_step_reads,
+    what_was_expected,
+    with_answers,
+)
 from cptool.engine.options import SAVE_EVERY_S
 from cptool.engine.sampling import Sampling
-from cptool.engine.setup.loading import Setup, load_for, make_engine
+from cptool.engine.setup.loading import Setup, check_memory, load_for, make_engine
+from cptool.engine.setup.memory import Used
 from cptool.errors import Interrupted
 from cptool.host import contention
 from cptool.planning.prediction import Prediction
@@ -24,6 +32,7 @@ from cptool.profiling.trace import Recorder
 from cptool.session.dialogue import Dialogue
 
 if TYPE_CHECKING:
+    from cptool.checkpoint import Checkpoint
     from cptool.distributed.world import World
     from cptool.engine.engine import Engine
     from cptool.engine.prefill.prompt import Read
@@ -92,9 +101,9 @@ class Report:
     for one step of decode. `ceiling_flops` is what a rank of this hardware can reach, None where
     that is unknown. `phases` holds the time per phase if the turn requested a profile. `stopped`
     says how each answer ended: `Answers`. `kv_in_file` is what of a rank's KV, in bytes, lies in a
-    file that each forward reads. `predicted` is what the cost model expects. The prompts
-    were read in `chunks` forwards of at most `chunk` new tokens, `variants[v]` of them under v;
-    `variant` and `reason` are those of the last.
+    file that each forward reads. `predicted` is what the cost model expects; so does `memory`,
+    beside what the memory came to. The prompts were read in `chunks` forwards of at most `chunk`
+    new tokens, `variants[v]` of them under v; `variant` and `reason` are those of the last.
     """
 
     tokens: int
@@ -125,6 +134,7 @@ class Report:
     kv_in_file: int
     ceiling_flops: float | None
     predicted: Prediction
+    memory: Used
     chunk: int
     chunks: int
     variants: dict[str, int]
@@ -145,7 +155,8 @@ class Report:
         """Return the fields of the JSON of every command."""
         names = "cached", "resumed", "cp", "tp", "device", "dtype", "kv_dtype", "weights", "variant"
         others = "reason", "chunk", "chunks", "variants", "processor_wait_s"
-        return {name: getattr(self, name) for name in (*names, *others)}
+        fields = {name: getattr(self, name) for name in (*names, *others)}
+        return {**fields, **self.memory.fields()}
 
 
 def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
@@ -162,7 +173,7 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
     from cptool.engine.samples import sampled
 
     began = time.perf_counter()
-    checkpoint, model = load_for(world, turn)
+    checkpoint, model = load_for(world, turn, before=partial(_check_memory, world, turn))
     engine = make_engine(world, turn, model, batch=len(turn.prompts))
     session = TurnSession(engine, turn, checkpoint)
     tokenizer = checkpoint.tokenizer() if turn.stop_texts else None
@@ -214,8 +225,8 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
         flops=prefill_flops(model.config, new, cached),
         **what_a_step_reads(answering),
         ceiling_flops=engine.profile.ceiling(turn.dtype),
-        predicted=predicted(engine, turn, checkpoint, new=new, cached=cached),
         phases=profile.phases(sections) if profile else (),
+        **what_was_expected(engine, turn, checkpoint, new=new, cached=cached, chunk=prompt.chunk),
         **prompt.fields(),
     )
 
@@ -230,6 +241,20 @@ def _read(engine: "Engine", session: "TurnSession", turn: Turn) -> "Read":
         return read(engine, session.rest, turn.prompt_logprobs, **asked)
     except Interrupted:
         raise Interrupted(session.keep_unfinished()) from None
+
+
+def _check_memory(world: "World", turn: Turn, checkpoint: "Checkpoint") -> None:
+    """Raise UserError on all ranks if one would take more memory for the turn than it may.
+    Collective.
+    """
+    from cptool.session import store
+
+    manifest = None
+    if turn.session is not None and turn.resume is not None:
+        manifest = store.load(Path(turn.session), turn.resume)
+    new, cached = lengths(turn, manifest)
+    work = with_answers(turn, turn.on(world, checkpoint, new=new, cached=cached))
+    check_memory(world, turn, work)
 
 
 def _chosen(prefill: "Choice | None", decode: "Choice | None") -> dict[str, Any]:

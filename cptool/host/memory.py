@@ -1,9 +1,11 @@
-"""How much memory of this machine a process may still take."""
+"""How much memory of this machine a process takes, and may still take."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from cptool.host import control_groups
@@ -35,6 +37,37 @@ def resident() -> int:
         return int((_PROC / "self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Resident bytes of this process: its own pages, those of files and of memory that processes
+    share, and the most that both together ever were.
+    """
+
+    private: int
+    shared: int
+    peak: int
+
+    def held(self, sharing: int) -> float:
+        """Return its own bytes and its part of what `sharing` processes share."""
+        return self.private + self.shared / sharing
+
+    def most(self, sharing: int) -> float:
+        """Return the peak of the same, as long as what is shared has only grown."""
+        return max(self.private, self.peak - self.shared) + self.shared / sharing
+
+
+def usage() -> Usage:
+    """Return what this process takes; all 0 if the system does not report it."""
+    fields = {"RssAnon": 0, "RssFile": 0, "RssShmem": 0, "VmHWM": 0}
+    with suppress(OSError, ValueError):
+        for line in (_PROC / "self/status").read_text().splitlines():
+            name, _, count = line.partition(":")
+            if name in fields:
+                fields[name] = 1024 * int(count.split()[0])
+    shared = fields["RssFile"] + fields["RssShmem"]
+    return Usage(private=fields["RssAnon"], shared=shared, peak=fields["VmHWM"])
 
 
 def _left_in_groups() -> Iterator[int]:

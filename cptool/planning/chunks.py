@@ -21,6 +21,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from cptool.planning.cost.estimate import Estimate, prefill
 from cptool.planning.cost.forward import Forward
@@ -168,6 +169,38 @@ def plan_chunks(
     )
 
 
+def peak_memory(
+    whole: Forward,
+    profile: HardwareProfile,
+    chunk: int,
+    *,
+    variant: str = AUTO,
+    room: int | None = None,
+    chooser: Chooser = choose,
+) -> dict[str, float]:
+    """Return the bytes on the fullest rank, by use, of the chunk that takes most. The arguments are
+    those of `plan_chunks`.
+    """
+    room = max(room or 0, whole.cached + whole.new)
+    found = _memories(whole, profile, variant, chunk=chunk, room=room, chooser=chooser)
+    return max(found, key=lambda memory: sum(memory.values()))
+
+
+def _memories(
+    whole: Forward,
+    profile: HardwareProfile,
+    variant: str,
+    *,
+    chunk: int,
+    room: int,
+    chooser: Chooser,
+) -> Iterator[dict[str, float]]:
+    """Yield what chunks all over the prompt take on the fullest rank."""
+    for part in _sampled(whole, chunk):
+        choice = chooser(variant, part, profile)
+        yield memory_per_rank(choice.variant, replace(part, active=choice.active), profile, room)
+
+
 def largest_chunk(
     whole: Forward,
     profile: HardwareProfile,
@@ -184,13 +217,10 @@ def largest_chunk(
     """
     room = max(room or 0, whole.cached + whole.new)
 
-    def peak(part: Forward) -> float:
-        choice = chooser(variant, part, profile)
-        shared = replace(part, active=choice.active)
-        return sum(memory_per_rank(choice.variant, shared, profile, room).values())
-
     def fits(chunk: int) -> bool:
-        return all(peak(part) <= limit for part in _sampled(whole, chunk))
+        given: Any = {"chunk": chunk, "room": room, "chooser": chooser}
+        found = _memories(whole, profile, variant, **given)
+        return all(sum(memory.values()) <= limit for memory in found)
 
     held = memory_per_rank("pass-kv", whole, profile, room)
     if held["process"] + held["weights"] + held["kv"] > limit:

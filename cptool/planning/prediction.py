@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cptool.model.config import LlamaConfig
+from cptool.planning.chunks import UNIT, auto_chunk, peak_memory
 from cptool.planning.cost.estimate import decode_step, prefill
-from cptool.planning.cost.exchange import ALL_Q
+from cptool.planning.cost.exchange import ALL_Q, PASS_KV
 from cptool.planning.cost.forward import Forward
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.strategy import AUTO, STATIC_ROWS, Choice, choose
@@ -32,6 +33,54 @@ class Work:
     partial_bytes: int = 4
     weight_size: float | None = None
     kv_dtype: str | None = None
+    kv_memory: int | None = None
+    local: int | None = None
+
+    @property
+    def forward(self) -> Forward:
+        """The forward over all new tokens, of which there is at least one, in one piece."""
+        return Forward(
+            config=self.config,
+            dtype=self.dtype,
+            new=max(1, sum(self.new)),
+            cached=sum(self.cached),
+            ranks=self.ranks,
+            active=self.ranks,
+            batch=max(1, len(self.new)),
+            tp=self.tp,
+            partial_bytes=self.partial_bytes,
+            weight_size=self.weight_size,
+            kv_dtype=self.kv_dtype,
+            kv_memory=self.kv_memory,
+            local=self.local,
+        )
+
+    @property
+    def room(self) -> int:
+        """Tokens of all sequences and their answers together."""
+        return sum(self.new) + sum(self.cached) + len(self.new) * self.samples * self.answer
+
+    def is_rated(self, profile: HardwareProfile) -> bool:
+        """Return whether the profile has rates of the dtype."""
+        return self.dtype in profile.linear_flops and self.dtype in profile.attention_flops
+
+
+def memory_of(
+    work: Work, variant: str, profile: HardwareProfile, *, chunk: int | None, limit: float
+) -> dict[str, float]:
+    """Return the bytes of a turn on the fullest rank at its peak, by use.
+
+    chunk: tokens of the prompts that go through the model at a time, None for what fits into
+        `limit` bytes per rank, or for the least if nothing does.
+    """
+    whole = work.forward
+    if not work.is_rated(profile):
+        variant = PASS_KV.name if variant == AUTO else variant
+        chunk = chunk or whole.new
+    if chunk is None:
+        fitting = auto_chunk(whole, profile, limit, variant=variant, room=work.room)
+        chunk = fitting or min(UNIT, whole.new)
+    return peak_memory(whole, profile, chunk, variant=variant, room=work.room)
 
 
 def predicted_s(choice: Choice, forward: Forward, profile: HardwareProfile) -> float:
@@ -76,23 +125,10 @@ def predict_turn(work: Work, variant: str, profile: HardwareProfile) -> Predicti
 def _predicted(
     work: Work, variant: str, profile: HardwareProfile
 ) -> tuple[float | None, float | None]:
-    rated = work.dtype in profile.linear_flops and work.dtype in profile.attention_flops
-    if not rated or len(set(work.new)) != 1 or len(set(work.cached)) != 1:
+    if not work.is_rated(profile) or len(set(work.new)) != 1 or len(set(work.cached)) != 1:
         return None, None
     batch, new, cached = len(work.new), sum(work.new), sum(work.cached)
-    forward = Forward(
-        config=work.config,
-        dtype=work.dtype,
-        new=max(1, new),
-        cached=cached,
-        ranks=work.ranks,
-        active=work.ranks,
-        batch=batch,
-        tp=work.tp,
-        partial_bytes=work.partial_bytes,
-        weight_size=work.weight_size,
-        kv_dtype=work.kv_dtype,
-    )
+    forward = work.forward
     first = predicted_s(choose(variant, forward, profile), forward, profile) if new else None
     if work.answer < 2:
         return first, None

@@ -4,6 +4,7 @@ import pytest
 
 from cptool.cli import draw, turn_report
 from cptool.cli.figures import tables
+from cptool.engine.setup.memory import Used
 from cptool.engine.turn import Report
 from cptool.planning.prediction import Prediction
 
@@ -33,6 +34,7 @@ REPORT = dict(
     flops=10**20,
     decode_bytes=648_000_000,
     kv_in_file=0,
+    memory=Used(parts={"weights": 67.6e9, "kv": 4e9, "messages": 0.0}, peak=72.8e9),
     chunk=1_000_000,
     chunks=1,
     resumed=0,
@@ -58,6 +60,9 @@ def test_predicted_and_measured_stand_side_by_side():
         "per rank"
     )
     assert "cptool bench calibrate" in shown["predictions"]
+    assert shown["memory"] == (
+        "72.8 GB per rank at most (planned 71.6 GB: weights 67.6 GB, kv 4 GB)"
+    )
 
 
 def test_a_busy_machine_is_named():

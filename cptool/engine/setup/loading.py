@@ -1,11 +1,14 @@
 """What the ranks of a run load, and loading it. Imports no torch until then."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cptool.engine.options import EngineOptions
-from cptool.engine.setup.types import widened
+from cptool.engine.setup.types import mean_weight_size, widened
 from cptool.errors import RunError
+from cptool.planning.cost.forward import ELEMENT_BYTES
+from cptool.planning.prediction import Work
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -48,11 +51,59 @@ class Setup:
         shown = {"kv_dtype": self.kv_dtype, "weights": self.weights, "widened": found}
         return {"dtype": self.dtype, **shown}
 
+    def work(
+        self,
+        checkpoint: "Checkpoint",
+        device: str,
+        *,
+        cp: int,
+        tp: int,
+        local: int,
+        new: Sequence[int],
+        cached: Sequence[int],
+    ) -> Work:
+        """Return the turn of `new[b]` tokens over `cached[b]`, without an answer, as the cost model
+        describes it, on `local` ranks per machine.
+        """
+        options = self.options
+        return Work(
+            config=checkpoint.config,
+            dtype=self.dtype,
+            new=new,
+            cached=cached,
+            answer=0,
+            ranks=cp,
+            tp=tp,
+            partial_bytes=ELEMENT_BYTES[self.dtype] if options.partials == "working" else 4,
+            weight_size=mean_weight_size(checkpoint, self.dtype, device, self.weights),
+            kv_dtype=self.kv_dtype,
+            kv_memory=options.kv_memory,
+            local=local,
+        )
 
-def load_for(world: "World", setup: Setup) -> "tuple[Checkpoint, Llama]":
+    def on(
+        self,
+        world: "World",
+        checkpoint: "Checkpoint",
+        *,
+        new: Sequence[int],
+        cached: Sequence[int],
+    ) -> Work:
+        """Return the same on the ranks of `world`."""
+        ranks = {"cp": world.cp, "tp": world.tp, "local": world.local_size}
+        return self.work(checkpoint, world.device.type, new=new, cached=cached, **ranks)
+
+
+def load_for(
+    world: "World", setup: Setup, *, before: "Callable[[Checkpoint], None] | None" = None
+) -> "tuple[Checkpoint, Llama]":
     """Load the model of `setup`, in its dtype, onto this rank.
 
-    Collective. Raises RunError if the checkpoint changed since `setup.state` was taken.
+    before: called with the checkpoint before anything of it is loaded; by default, checks that
+        there is memory for the model.
+
+    Collective. Raises UserError before anything is loaded if a rank may not take the memory for it;
+    RunError if the checkpoint changed since `setup.state` was taken.
     """
     import torch
 
@@ -61,11 +112,25 @@ def load_for(world: "World", setup: Setup) -> "tuple[Checkpoint, Llama]":
 
     world.report("load the weights")
     checkpoint = open_checkpoint(setup.model)
+    if before is None:
+        check_memory(world, setup, setup.on(world, checkpoint, new=[], cached=[]))
+    else:
+        before(checkpoint)
     dtype, weights = getattr(torch, setup.dtype), setup.options.weights
     model = load_model(checkpoint, dtype, world.device, world, weights=weights)
     if setup.state is not None and checkpoint.state != setup.state:
         raise RunError(f"{checkpoint.path} was changed while it was loaded; give the command again")
     return checkpoint, model
+
+
+def check_memory(world: "World", setup: Setup, work: Work) -> None:
+    """Raise UserError on all ranks if one would take more memory for `work` than it may.
+    Collective.
+    """
+    from cptool.engine.setup.memory import check
+    from cptool.engine.world_profile import world_profile
+
+    check(world, work, world_profile(world), options=setup.options)
 
 
 def make_engine(world: "World", setup: Setup, model: "Llama", *, batch: int) -> "Engine":

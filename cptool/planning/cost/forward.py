@@ -19,8 +19,9 @@ class Forward:
     activations rounded on the way in). partial_bytes: of an element of a partial output that
     travels. graph: replayed as one CUDA graph, so that the host takes no time. weight_size: bytes
     of a weight in memory, on average, where weights stay as a file stores them; else those of the
-    dtype. kv_dtype: type in which keys and values are stored and travel, None for `dtype`. local:
-    ranks on each machine, None for all of them.
+    dtype. kv_dtype: type in which keys and values are stored and travel, None for `dtype`.
+    kv_memory: bytes of them that stay in a rank's memory, None for all. local: ranks on each
+    machine, None for all of them.
     """
 
     config: LlamaConfig
@@ -36,6 +37,7 @@ class Forward:
     graph: bool = False
     weight_size: float | None = None
     kv_dtype: str | None = None
+    kv_memory: int | None = None
     local: int | None = None
 
     # Below: what rank 0 of the active ones holds and computes, the most of any rank.

@@ -41,13 +41,15 @@ def memory_per_rank(
     """
     room = max(room or 0, forward.cached + forward.new)
     held = -(-room // forward.ranks)
-    layers = forward.config.num_hidden_layers
+    kv = forward.config.num_hidden_layers * held * forward.kv_width * forward.kv_element
+    if forward.kv_memory is not None:
+        kv = min(kv, forward.kv_memory)
     on_cpu = profile.device == "cpu"
     kept, passing = _messages(variant, forward)
     return {
         "process": PROCESS_BYTES + TOKEN_BYTES * room if on_cpu else 0.0,
         "weights": _weights(forward, profile),
-        "kv": layers * held * forward.kv_width * forward.kv_element + 4.0 * held,
+        "kv": kv + 4.0 * held,
         "workspace": _workspace(forward, profile, passing),
         "messages": kept + passing,
     }
