@@ -68,6 +68,7 @@ class Asked:
     cp: int
     chunk: str
     dtype: str
+    save_every: str
     kills: tuple[int, ...]
 
     @property
@@ -81,6 +82,7 @@ class Asked:
             "--chunk": self.chunk,
             "--dtype": self.dtype,
             "--context-length": self.tokens + 16,
+            "--save-every": self.save_every,
             "--progress": "json",
         }
         parts = [str(part) for option in options.items() for part in option]
@@ -141,7 +143,8 @@ def run(asked: Asked, number: int, until: float) -> str:
             record = json.loads(line)
             log.write(json.dumps({"run": number, **record}) + "\n")
             log.flush()
-            if kills and record["tokens_done"] >= kills[0]:
+            done = asked.tokens - record["tokens"] + record["tokens_done"]
+            if kills and done >= kills[0]:
                 os.killpg(process.pid, signal.SIGKILL)
                 how = "killed"
                 break
@@ -173,8 +176,8 @@ class Chunk:
     memory: int
 
 
-def chunks(records: list[dict[str, Any]]) -> Iterator[Chunk]:
-    """Yield each chunk once, in order, of the run that read it last."""
+def chunks(records: list[dict[str, Any]], tokens: int) -> Iterator[Chunk]:
+    """Yield each chunk of a prompt of `tokens` once, in order, of the run that read it last."""
     found: dict[int, Chunk] = {}
     begun: dict[str, Any] | None = None
     for record in records:
@@ -183,8 +186,10 @@ def chunks(records: list[dict[str, Any]]) -> Iterator[Chunk]:
         elif begun is None or record["run"] != begun["run"]:
             begun = record
         elif record["chunk"] != begun["chunk"] or record["share"] >= 1:
-            found[begun["tokens_done"]] = Chunk(
-                cached=begun["tokens_done"],
+            # A run counts the tokens that it computes itself.
+            cached = tokens - begun["tokens"] + begun["tokens_done"]
+            found[cached] = Chunk(
+                cached=cached,
                 new=record["tokens_done"] - begun["tokens_done"],
                 seconds=record["seconds"] - begun["seconds"],
                 variant=begun["variant"],
@@ -224,7 +229,7 @@ def results(asked: Asked) -> dict[str, Any]:
     whole = whole_forward(asked, config)
     rows, ends_at, measured, counted = [], [], [], []
     seconds = operations = 0.0
-    for chunk in chunks(logged(asked)):
+    for chunk in chunks(logged(asked), asked.tokens):
         part = Forward(**{**vars(whole), "new": chunk.new, "cached": chunk.cached})
         planned = plan_chunk(part, profile, variant=chunk.variant, room=asked.tokens)
         seconds += chunk.seconds
@@ -330,6 +335,7 @@ def draw(found: dict[str, Any], to: Path) -> None:
 @click.option("--cp", type=click.IntRange(min=1), default=2)
 @click.option("--chunk", default="auto")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto")
+@click.option("--save-every", default="60s")
 @click.option("--kills", type=click.IntRange(min=0), default=2, help="Evenly over the prompt.")
 @click.option("--limit", type=float, default=115.0, help="Minutes that this command may take.")
 @click.option("--folder", type=Path, default=Path("million"))
@@ -340,6 +346,7 @@ def main(
     cp: int,
     chunk: str,
     dtype: str,
+    save_every: str,
     kills: int,
     limit: float,
     folder: Path,
@@ -356,6 +363,7 @@ def main(
         cp=cp,
         chunk=chunk,
         dtype=resolve_dtype(dtype, checkpoint, "cpu"),
+        save_every=save_every,
         kills=tuple(tokens * n // (kills + 1) for n in range(1, kills + 1)),
     )
     until = time.time() + 60 * limit
