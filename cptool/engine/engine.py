@@ -206,7 +206,7 @@ class Engine(BatchState):
         if self.report is silent or (course is None and max(lengths) <= 1):
             return None
         assert self.choice is not None
-        course = course or Course.of(self, lengths, None)
+        course = course or Course.of(self, lengths, sum(lengths))
         course.begin(lengths, self.computed)
         held = None if find(self.choice.variant).keys_travel else self.holdings
         return Reading(
@@ -236,6 +236,7 @@ class Engine(BatchState):
             tp=self.world.tp,
             partial_bytes=self.partial_dtype.itemsize,
             weight_size=self._weight_size,
+            local=self.world.local_size,
         )
 
     def _placed(self, queries: tuple[Placement, ...], reserve: int, *, keys_travel: bool) -> Step:

@@ -26,6 +26,8 @@ class EngineOptions:
         directory and is read ahead of its use (`cptool.host.file_memory`). None for all of it.
     chunk: the most new tokens, over all sequences together, that go through the model at a time
         while prompts are read (`cptool.engine.prefill.chunks`); None leaves it to cptool.
+    memory: bytes that a rank may take in all, so far as the choice of a chunk decides it; None for
+        its part of what the machine or its control group has left, or the device.
     """
 
     variant: str = "auto"
@@ -35,3 +37,4 @@ class EngineOptions:
     weights: str | None = None
     kv_memory: int | None = None
     chunk: int | None = None
+    memory: int | None = None

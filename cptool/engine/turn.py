@@ -236,7 +236,7 @@ def _read(engine: "Engine", session: "TurnSession", turn: Turn) -> "Read":
     from cptool.engine.prefill.prompt import read
 
     answer = turn.max_new_tokens if turn.samples == 1 else 0
-    asked: Any = {"answer": answer, "between": session.between_chunks}
+    asked: Any = {"answer": answer, "between": session.between_chunks, "chunk": session.chunk}
     try:
         return read(engine, session.rest, turn.prompt_logprobs, **asked)
     except Interrupted:

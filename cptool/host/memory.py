@@ -33,10 +33,23 @@ def resident() -> int:
     """Return the bytes of this process that are in memory, with pages that it shares; 0 if the
     system does not report it.
     """
+    return _pages()[0]
+
+
+def own(processes: int) -> float:
+    """Return the same with the part of each of so many processes in the pages that it shares."""
+    whole, shared = _pages()
+    return whole - shared + shared / processes
+
+
+def _pages() -> tuple[int, int]:
+    """Return the bytes of this process that are in memory, and those of them that may be shared."""
     try:
-        return int((_PROC / "self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
+        fields = (_PROC / "self/statm").read_text().split()
+        whole, shared = (int(number) * os.sysconf("SC_PAGE_SIZE") for number in fields[1:3])
+    except (OSError, ValueError):
+        return 0, 0
+    return whole, shared
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,9 +70,9 @@ class LLM:
     kv_dtype: type in which keys and values are stored and sent, "auto" for `dtype`; products in
         float32 on a CPU also take "bfloat16" and "float16", to which they are rounded once.
     weights: "file", or "q8_0" or "int8" to quantise float matrices while loading.
-    chunk: tokens of a prompt, over all prompts of a call together, that go through the model at a
-        time, or "auto": fewer take less memory, and the results are the same tokens.
-    kv_memory: bytes of KV per rank that stay in memory; the rest lies in a file (`EngineOptions`).
+    chunk: tokens of the prompts of a call that go through the model at a time, or "auto".
+    memory, kv_memory: bytes per rank in all that "auto" may use, None for what there is; and bytes
+        of KV per rank that stay in memory, None for all: the rest lies in a file.
     threads: CPU threads per rank; by default the machine's cores divided among the ranks.
     context_length: allow this many positions, whatever the model's files say.
 

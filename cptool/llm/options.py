@@ -33,7 +33,9 @@ class EngineSettings(TypedDict, total=False):
     weights: "file" to keep weights as the file stores them, or "q8_0" or "int8" to quantise float
         matrices while loading.
     chunk: tokens of a prompt, over all prompts of a call together, that go through the model at a
-        time, or "auto".
+        time, or "auto" for the largest number that fits in memory and adds little to that of
+        weights and KV.
+    memory: bytes per rank in all that "auto" may use, None for its part of what there is.
     kv_memory: bytes of KV per rank that stay in memory; the rest lies in a file in the temporary
         directory, which each further token reads. None for all in memory.
     """
@@ -42,6 +44,7 @@ class EngineSettings(TypedDict, total=False):
     weights: str
     chunk: int | str
     kv_memory: int | None
+    memory: int | None
 
 
 def engine_options(variant: str, settings: EngineSettings) -> EngineOptions:
@@ -65,13 +68,14 @@ def engine_options(variant: str, settings: EngineSettings) -> EngineOptions:
         kv_dtype=kv_dtype,
         weights=weights,
         chunk=None if chunk == "auto" else chunk,
-        kv_memory=_checked_memory(settings.get("kv_memory")),
+        kv_memory=_checked_memory("kv_memory", settings.get("kv_memory")),
+        memory=_checked_memory("memory", settings.get("memory")),
     )
 
 
-def _checked_memory(value: Any) -> int | None:
+def _checked_memory(name: str, value: Any) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
-        raise OptionError("kv_memory", value, "it must be a number of bytes, or None")
+        raise OptionError(name, value, "it must be a number of bytes, or None")
     return value
 
 

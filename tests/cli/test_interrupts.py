@@ -30,7 +30,7 @@ def test_a_prompt_that_is_read_is_dropped_within_a_layer(mqa_path, tmp_path, cp)
     made = tmp_path / "s"
     options = (*LONG, "--cp", cp, "--threads", 1, "--dtype", "float32")
     with terminal("prefill", mqa_path, *options, "--session", made, **SLOW) as opened:
-        opened.wait_for(r"reading 60,000 tokens, layer 1 of 3 ")
+        opened.wait_for(r"reading 0 of 60,000 tokens, chunk 1 of ")
         opened.type(CTRL_C)
         assert opened.end() == 130
         told = "cptool: interrupted while the prompt was read; nothing was kept"
@@ -57,7 +57,7 @@ def test_answers_keep_what_was_said(mqa_path, tmp_path, cp):
     assert store.load(tmp_path / "t").sequences[0].tokens[9:14] == tuple(whole)
     revision = store.load(made).revision
     with terminal("decode", made, *LONG, *options, "--threads", 1, **SLOW) as opened:
-        opened.wait_for("reading 60,000 tokens|reading 60,001 tokens")
+        opened.wait_for("reading 0 of 60,00[01] tokens, chunk 1 of")
         opened.type(CTRL_C)
         assert opened.end() == 130
         told = f"cptool: interrupted while the prompt was read; session {made} is as it was"

@@ -34,7 +34,7 @@ NEXT = [prompt(3), prompt(5), [], prompt(40), prompt(1)]
 def test_sequences_advance_in_step_until_they_end():
     assert list(chunks.cut([5, 0, 2, 9], 6)) == [[2, 0, 2, 2], [3, 0, 0, 3], [0, 0, 0, 4]]
     assert list(chunks.cut([2, 1], 1)) == [[1, 0], [1, 0], [0, 1]]
-    assert list(chunks.cut([3, 1], None)) == [[3, 1]]
+    assert list(chunks.cut([3, 1], 4)) == [[3, 1]]
     assert list(chunks.cut([0, 0], 4)) == [] and chunks.count([0, 0], 4) == 0
 
 

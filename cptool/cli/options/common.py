@@ -87,7 +87,18 @@ chunk_option = click.option(
     type=Chunk(),
     metavar="N",
     help="Read a prompt in chunks of N tokens, over all prompts of a batch together: memory for a "
-    "chunk instead of the whole, and the same tokens.  [default: auto, the whole]",
+    "chunk instead of the whole, and the same tokens.  [default: auto, the largest that fits in "
+    "memory and adds little to that of weights and KV; with a session, that takes no longer than "
+    "--save-every]",
+)
+
+
+memory_option = click.option(
+    "--memory",
+    type=Bytes(),
+    metavar="SIZE",
+    help="Let --chunk auto use up to so much memory per rank in all, such as 4G.  [default: its "
+    "part of what the machine or control group has left, or the GPU]",
 )
 
 

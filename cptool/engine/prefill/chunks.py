@@ -26,21 +26,21 @@ def check_chunk(chunk: int | None) -> None:
         raise OptionError("chunk", chunk, rule, "leave it out for auto")
 
 
-def cut(left: Sequence[int], most: int | None) -> Iterator[list[int]]:
+def cut(left: Sequence[int], most: int) -> Iterator[list[int]]:
     """Yield the new tokens of each sequence in each chunk, of sequences with `left[b]` to compute.
 
-    most: tokens of a chunk, which all but the last have; None for a single chunk.
+    most: tokens of a chunk, which all but the last have.
     """
     rest = list(left)
     while any(rest):
-        lengths = _share(rest, most or sum(rest))
+        lengths = _share(rest, most)
         yield lengths
         rest = [all_of - part for all_of, part in zip(rest, lengths, strict=True)]
 
 
-def count(left: Sequence[int], most: int | None) -> int:
+def count(left: Sequence[int], most: int) -> int:
     """Return how many chunks `cut` yields."""
-    return -(-sum(left) // (most or max(1, sum(left))))
+    return -(-sum(left) // max(1, most))
 
 
 def _share(left: Sequence[int], most: int) -> list[int]:
@@ -64,7 +64,7 @@ def _share(left: Sequence[int], most: int) -> list[int]:
     return lengths
 
 
-def room(left: Sequence[int], most: int | None, *, ranks: int, answer: int = 0) -> list[int]:
+def room(left: Sequence[int], most: int, *, ranks: int, answer: int = 0) -> list[int]:
     """Return the slots for the KV of `left[b]` more tokens of each sequence, read in chunks of
     `most`, and of `answer` tokens after it, on any of `ranks` ranks.
 

@@ -49,7 +49,7 @@ class Course:
         left: Sequence[int],
         computed: Sequence[int],
         *,
-        most: int | None,
+        most: int,
         predicted: Seconds,
     ) -> None:
         self.tokens, self.chunks = sum(left), chunks.count(left, most)
@@ -64,10 +64,10 @@ class Course:
         self._share = 0.0
 
     @staticmethod
-    def of(engine: Engine, left: Sequence[int], most: int | None) -> Course:
+    def of(engine: Engine, left: Sequence[int], most: int) -> Course:
         """Return the course of a prompt that `engine` is about to read."""
         whole = engine.forward(left)
-        new = min(whole.new, most or whole.new)
+        new = min(whole.new, most)
         middle = replace(whole, new=new, cached=whole.cached + (whole.new - new) // 2)
         planned = plan_chunk(middle, engine.profile, variant=engine.variant)
         layer = Seconds.of(planned.estimate.layer)

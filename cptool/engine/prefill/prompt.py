@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cptool.engine.answers.logprobs import PromptScores
 from cptool.engine.prefill import chunks
+from cptool.engine.prefill.auto import chunk_for
 from cptool.engine.prefill.course import Course
 from cptool.engine.reading import silent
 from cptool.errors import Interrupted
@@ -49,6 +50,7 @@ def read(
     *,
     answer: int = 0,
     between: Callable[[], None] | None = None,
+    chunk: int | None = None,
 ) -> Read:
     """Compute the pending tokens of each sequence and then `new[b]`, chunk by chunk, and leave
     what follows in `engine.logits`. Collective.
@@ -60,6 +62,7 @@ def read(
         The first token of a sequence has none.
     answer: keep room for that many further tokens of each sequence.
     between: called on every rank after each chunk but the last.
+    chunk: what `chunk_for` has returned for this prompt, if the caller needed it.
 
     Raises Interrupted on all ranks if the launching process requests a stop. The chunks that were
     computed stay; the rest of the prompt is pending, or is not there if the first was under way.
@@ -68,14 +71,14 @@ def read(
     scores = None if top is None else PromptScores(engine, prompt, top)
     held = zip(engine.tokens, prompt, engine.computed, strict=True)
     left = [len(said) + len(more) - done for said, more, done in held]
-    most = engine.options.chunk
+    most = chunk or chunk_for(engine, left, engine.computed, answer=answer)
     several = chunks.count(left, most) > 1
     if several:
         engine.make_room(chunks.room(left, most, ranks=engine.world.cp, answer=answer))
     course = None
     if several and engine.report is not silent:
         course = Course.of(engine, left, most)
-    done = Read(chunk=min(most or sum(left), sum(left)))
+    done = Read(chunk=most)
     for lengths in chunks.cut(left, most):
         if done.chunks:
             if engine.world.agree_to_stop():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cptool.distributed.status_board import SAVING
 from cptool.engine import saving
 from cptool.engine.prefill import chunks
+from cptool.engine.prefill.auto import chunk_for
 from cptool.engine.prefill.keeping import Keeper, Place
 from cptool.session import store, unfinished
 from cptool.session.dialogue import Dialogue
@@ -26,7 +27,7 @@ class TurnSession:
 
     rest: the tokens of each prompt that are to be read. cached: tokens of each sequence that have
         KV from before. resumed: how many of them are this turn's, because an earlier run of it was
-        interrupted.
+        interrupted. chunk: the most of them that are read at a time.
     """
 
     def __init__(self, engine: Engine, turn: Turn, checkpoint: Checkpoint) -> None:
@@ -40,6 +41,8 @@ class TurnSession:
         self.resumed, self.cached = 0, [0] * len(turn.prompts)
         self._manifest: Manifest | None = None
         self._keeper: Keeper | None = None
+        if turn.resume is None:
+            self.chunk = self._chunk([len(prompt) for prompt in turn.prompts], self.cached)
         if turn.session is None:
             return
         directory, batch = Path(turn.session), len(turn.prompts)
@@ -66,11 +69,15 @@ class TurnSession:
         state, self.rest = unfinished.going_on(manifest, turn.keep, turn.prompts)
         pairs = zip(state.sequences, self.rest, strict=True)
         left = [len(s.tokens) - s.cached + len(prompt) for s, prompt in pairs]
-        room = chunks.room(
-            left, turn.options.chunk, ranks=engine.world.cp, answer=turn.max_new_tokens
-        )
+        self.chunk = self._chunk(left, [s.cached for s in state.sequences])
+        room = chunks.room(left, self.chunk, ranks=engine.world.cp, answer=turn.max_new_tokens)
         saving.restore(engine, directory, state, reserve=room)
         self.cached = list(engine.computed)
+
+    def _chunk(self, left: list[int], cached: list[int]) -> int:
+        turn = self.turn
+        every = None if turn.session is None else turn.save_every
+        return chunk_for(self.engine, left, cached, answer=turn.max_new_tokens, every=every)
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of a `Report`."""
