@@ -13,6 +13,7 @@ from cptool.model.config import LlamaConfig
 from cptool.model.llama import DecoderLayer
 from cptool.model.row_limits import ROWS_AT_ONCE_CPU
 from cptool.ops.encodings import BLOCKS
+from cptool.ops.kernels import cpu_product_isa
 from cptool.ops.linear import FEW_ROWS
 from cptool.ops.stored import Blocks, StoredWeight, few_rows, widen
 from cptool.planning.cost.counts import attention_parameters, feed_forward_parameters
@@ -22,8 +23,6 @@ from cptool.planning.linear_rates import RowRates, StoredRates, fitted
 
 STORED = "Q4_K", "Q4_1"
 """Types of GGUF whose weights are timed."""
-LIKE_ONE = 2
-"""Rows whose products with stored weights take about as long as those of one."""
 
 MOST_ROWS = ROWS_AT_ONCE_CPU
 """The most rows that a CPU is timed at: more go through the feed-forward network in pieces."""
@@ -95,23 +94,23 @@ def stored_rates(clock: Clock) -> StoredRates:
     As in `row_rates`, what layers of different widths take alike does not depend on widths.
     """
     calls = 16
-    layers = {
-        str(config.hidden_size): _layer(clock.device, config, torch.float32, stored=True)(1, calls)
-        for config in (HALF, EXAMPLE)
-    }
-    part = _blocks(EXAMPLE.hidden_size, EXAMPLE.hidden_size, STORED[0])
-    panel = torch.empty(part.shape)
-    times = clock.all({**layers, "widen": lambda: widen(part, 0, panel)})
-    small, large = (times[name] / calls for name in layers)
+    made = [_layer(clock.device, config, torch.float32, stored=True) for config in (HALF, EXAMPLE)]
+    parts = [_blocks(EXAMPLE.hidden_size, EXAMPLE.hidden_size, encoding) for encoding in STORED]
+    rows, panel = min(map(few_rows, parts)), torch.empty(parts[0].shape)
+    works = {"small": made[0](1, calls), "large": made[1](1, calls), "few": made[1](rows, calls)}
+    times = clock.all({**works, "widen": lambda: widen(parts[0], 0, panel)})
+    small, large, few = (times[name] / calls for name in works)
     sizes = [
         attention_parameters(config) + feed_forward_parameters(config) for config in (HALF, EXAMPLE)
     ]
     each = max(large - small, 0.05 * large) / (sizes[1] - sizes[0])
     return StoredRates(
-        rows=min(LIKE_ONE, few_rows(part)),
+        rows=rows,
         direct=1 / each,
+        more=max(0.0, few - large) / (max(1, rows - 1) * sizes[1] * each),
         widened=panel.numel() / times["widen"],
         layer_s=max(0.0, small - sizes[0] * each),
+        panels=not cpu_product_isa(),
     )
 
 

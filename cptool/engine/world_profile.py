@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
+from cptool.host import memory
 from cptool.ops.processor import instruction_set
 from cptool.planning.hardware import PARTS, HardwareProfile
 from cptool.planning.profiles import load_profile
@@ -20,6 +22,19 @@ def machine_profile(device: str) -> HardwareProfile:
     Raises UserError if the file of measured profiles is damaged.
     """
     return load_profile(device, instruction_set()) if device == "cpu" else load_profile(device)
+
+
+def with_memory_of_here(profile: HardwareProfile) -> HardwareProfile:
+    """Return a profile of this machine's CPU with the memory that the machine has by now, or that
+    this process's control groups allow; those of other devices are returned as they are.
+    """
+    if profile.device != "cpu":
+        return profile
+    try:
+        whole = memory.total()
+    except OSError:
+        return profile
+    return dataclasses.replace(profile, memory_bytes=whole / (profile.ranks_at_once or 1))
 
 
 def world_profile(world: World) -> HardwareProfile:

@@ -26,7 +26,7 @@ def available() -> int:
     have them) allow. Raises OSError if the system does not report it.
     """
     reported = _numbers(_PROC / "meminfo")
-    return min([1024 * reported["MemAvailable"], *_left_in_groups()])
+    return min([1024 * reported["MemAvailable"], *(left for _, left in _groups())])
 
 
 def resident() -> int:
@@ -50,6 +50,14 @@ def _pages() -> tuple[int, int]:
     except (OSError, ValueError):
         return 0, 0
     return whole, shared
+
+
+def total() -> int:
+    """Return the bytes of memory that this machine has, or that the process's control groups allow.
+    Raises OSError if the system does not report it.
+    """
+    whole = 1024 * _numbers(_PROC / "meminfo")["MemTotal"]
+    return min([whole, *(most for most, _ in _groups())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +91,15 @@ def usage() -> Usage:
     return Usage(private=fields["RssAnon"], shared=shared, peak=fields["VmHWM"])
 
 
-def _left_in_groups() -> Iterator[int]:
+def _groups() -> Iterator[tuple[int, int]]:
+    """Yield what each control group of the process allows, and what is left of that."""
     for version, folder in control_groups.folders("memory"):
         limit, used, droppable = _FILES[version]
         try:
             most, now = ((folder / name).read_text().strip() for name in (limit, used))
             if most != "max":
-                yield int(most) - int(now) + _numbers(folder / "memory.stat")[droppable]
+                dropped = _numbers(folder / "memory.stat")[droppable]
+                yield int(most), int(most) - int(now) + dropped
         except (OSError, KeyError, ValueError):
             continue
 

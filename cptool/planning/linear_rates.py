@@ -90,25 +90,32 @@ class RowRates:
 class StoredRates:
     """How fast a CPU multiplies float32 rows with weights that stay as a file stores them.
 
-    rows: up to how many rows take the time of one, in which `direct` weights are multiplied per
-    second. widened: weights per second that are widened for more rows. layer_s: seconds per layer
-    of few rows that do not depend on its widths; its steps are calls of their own, while other
-    layers of few rows take two. panels: whether many rows are multiplied with a panel of widened
-    weights at a time, whose result is then copied to its place; else one kernel widens as it goes.
+    rows: up to how many rows the weights are multiplied as they are. direct: weights per second
+    that are multiplied with one row. more: the part of its time that each further row adds.
+    widened: weights per second that are widened for more rows. layer_s: seconds per layer of few
+    rows that do not depend on its widths; its steps are calls of their own, while other layers of
+    few rows take two. panels: whether many rows are multiplied with a panel of widened weights at a
+    time, whose result is then copied to its place; else one kernel widens as it goes.
     """
 
     rows: int
     direct: float
     widened: float
     layer_s: float
+    more: float = 0.0
     panels: bool = True
 
     def __post_init__(self) -> None:
         """Raise ValueError for values that no measurement gives."""
-        if not (self.rows >= 1 and 0 <= self.layer_s < math.inf):
-            raise ValueError(f"stored is {self}; rows must be positive, seconds not negative")
+        costs = (self.layer_s, self.more)
+        if self.rows < 1 or not all(0 <= cost < math.inf for cost in costs):
+            raise ValueError(f"stored is {self}; rows must be positive, costs not negative")
         if not all(0 < rate < math.inf for rate in (self.direct, self.widened)):
             raise ValueError(f"stored is {self}; its rates must be positive")
+
+    def few(self, parameters: float, rows: float) -> float:
+        """Return the seconds of so few rows times a matrix of `parameters` elements."""
+        return parameters / self.direct * (1 + self.more * (max(1.0, rows) - 1))
 
     def scaled(self, factor: float) -> StoredRates:
         """Return the rates with compute and memory `factor` times as fast."""

@@ -17,7 +17,7 @@ from cptool.planning.chunks import UNIT, Chunks, auto_chunk, plan_chunk, plan_ch
 from cptool.planning.cost.estimate import Estimate, decode_step, prefill
 from cptool.planning.cost.exchange import ALL_Q, GATHER_Q, PASS_Q
 from cptool.planning.cost.forward import Forward
-from cptool.planning.cost.memory import RESERVED, in_words
+from cptool.planning.cost.memory import RESERVED, in_words, remedies
 from cptool.planning.hardware import HardwareProfile
 from cptool.planning.strategy import AUTO, STATIC_ROWS, Choice, choose
 from cptool.units import duration, size
@@ -64,7 +64,8 @@ class Plan:
 
     ttft, ttit: of the chosen variants. compared: variants, the chosen one first; under(variant):
     the prefill under one of them throughout. other_steps: decode step by variant, the chosen one
-    included. capacity: bytes available on each rank.
+    included. capacity: bytes available on each rank. remedies: what makes less of it needed, beside
+    other numbers of ranks; on a CPU, whose ranks share a machine's memory, in place of them.
     """
 
     cp: int
@@ -77,6 +78,7 @@ class Plan:
     under: Callable[[str], Chunks]
     other_steps: dict[str, Estimate]
     capacity: float
+    remedies: tuple[str, ...] = ()
 
     @property
     def choice(self) -> Choice:
@@ -160,6 +162,15 @@ def plan(work: Workload, cp: int, tp: int, variant: str, profile: HardwareProfil
         under=under,
         other_steps=steps,
         capacity=capacity,
+        remedies=(
+            *remedies(
+                ttft.fullest.memory,
+                capacity,
+                chunks=work.chunk is not None,
+                wide=not queued and everywhere.kv_element == 4,
+            ),
+            *["the `hardware` of machines with more memory"] * (not queued),
+        ),
     )
 
 
@@ -259,6 +270,9 @@ def misfit(p: Plan) -> str:
 
 def _remedy(p: Plan, fixed: Collection[str], fp8: bool) -> str:
     """Return what makes a layout fit. Every number of ranks that is not fixed was tried."""
+    if p.remedies:
+        *others, last = p.remedies
+        return f"give {', '.join(others)} or {last}" if others else f"give {last}"
     heavy = p.memory["weights"] > p.capacity / 2
     raised = "tp" if heavy else "cp"
     remedy = f"raise `{raised}`" if raised in fixed else "raise `max_gpus`"

@@ -58,3 +58,26 @@ def test_a_person_reads_of_the_chunks_and_of_the_switch():
     assert "pass-q from " in text and " cached tokens on" in text
     assert "--chunk 16000" in text.partition("run it:")[2]
     assert "chunks" not in run(*MILLION, *GTT, "--chunk", "1M").stdout
+
+
+def test_a_cpu_s_remedies_fit_a_cpu():
+    """Its ranks share a machine's memory: more of them are of no use."""
+    cpu = ("llama3-8b", "--context", "1M", "--hardware", "cpu-avx2")
+    assert run(*cpu, code=2).stderr.endswith("; give the --hardware of machines with more memory\n")
+    wide = run(*cpu, "--dtype", "float32", code=2).stderr
+    assert "; give --kv-dtype bfloat16 or the --hardware of machines" in wide
+    whole = ("llama3-1b", "--context", "100K", "--cp", 1, "--tp", 1, "--hardware", "cpu-avx2")
+    assert "give a smaller --chunk or the" in run(*whole, "--chunk", "100K", code=2).stderr
+    run(*whole)
+
+
+def test_a_plan_for_this_machine_takes_the_memory_of_this_machine(mqa_path, monkeypatch):
+    from cptool.host import memory
+
+    for whole in (4e9, 64e9):
+        monkeypatch.setattr(memory, "total", lambda whole=whole: whole)
+        said = ask(mqa_path, "--context", 1000, "--cp", 1, "--tp", 1)
+        assert said["memory_capacity_bytes"] == pytest.approx(0.96 * whole)
+        assert ask("llama3-1b", "--context", "1K", "--cp", 1, "--tp", 1, "--hardware", "cpu-avx2")[
+            "memory_capacity_bytes"
+        ] == pytest.approx(0.96 * 8e9)

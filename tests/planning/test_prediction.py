@@ -7,7 +7,9 @@ import pytest
 from cptool.model.shapes import SHAPES
 from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.layer import predict
+from cptool.planning.cost.rates import Rates
 from cptool.planning.hardware import Measurement
+from cptool.planning.linear_rates import StoredRates
 from cptool.planning.planner import Workload, plan
 from cptool.planning.prediction import Work, predict_turn
 from cptool.planning.profiles import default_profile
@@ -80,3 +82,18 @@ def test_many_rows_widen_stored_weights_again_for_each_piece():
     (attention, _), (feed_forward, _) = forward.linear_layers()
     widened = attention + 4 * feed_forward  # pieces of 1024 rows
     assert difference == pytest.approx(widened / 1e6 - widened / CPU.stored.widened)
+
+
+def test_few_rows_of_stored_weights_take_their_own_kernel_each_row_a_part_more():
+    stored = StoredRates(rows=16, direct=1e9, more=0.4, widened=1e9, layer_s=0.0, panels=False)
+    profile = dataclasses.replace(CPU, stored=stored, memory_bandwidth=1e15)
+    forward = work(ranks=1, new=[1], weight_size=0.56).forward
+    rates = Rates(forward, profile)
+    seconds = [rates.product(1e6, "float32", rows, 1) for rows in (1, 2, 16)]
+    assert seconds == pytest.approx([1e-3, 1.4e-3, 7e-3])
+    assert rates.product(1e6, "float32", 17, 1) != pytest.approx(7.4e-3)
+    assert rates.in_panels(16) == rates.in_panels(1024) == 0  # widened once, copied never
+    _, (feed_forward, _) = forward.linear_layers()
+    assert rates.in_panels(4096) == pytest.approx(3 * feed_forward / 1e9)
+    panels = dataclasses.replace(profile, stored=dataclasses.replace(stored, panels=True))
+    assert Rates(forward, panels).in_panels(1024) > 0

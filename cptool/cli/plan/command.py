@@ -26,7 +26,7 @@ from cptool.cli.plan.types import feed_forward, planned_types, type_options
 from cptool.distributed.devices import resolve_device
 from cptool.engine.options import EngineOptions
 from cptool.engine.setup.types import mean_weight_size
-from cptool.engine.world_profile import machine_profile
+from cptool.engine.world_profile import machine_profile, with_memory_of_here
 from cptool.errors import OptionError, UserError
 from cptool.model import shares
 from cptool.planning import planner
@@ -315,8 +315,10 @@ def _profile(hardware: str | None, checkpoint: Checkpoint | None) -> HardwarePro
     defaults of this machine's kind, and for a shape h100-sxm.
     """
     if hardware is None and checkpoint is not None:
-        return machine_profile(resolve_device("auto"))
-    return find_profile(hardware or ("measured" if is_measured() else "h100-sxm"))
+        return with_memory_of_here(machine_profile(resolve_device("auto")))
+    name = hardware or ("measured" if is_measured() else "h100-sxm")
+    profile = find_profile(name)
+    return with_memory_of_here(profile) if name == "measured" else profile
 
 
 def _unmeasured(dtype: str, profile: HardwareProfile) -> list[str]:

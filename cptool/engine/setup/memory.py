@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cptool.errors import UserError
 from cptool.host import memory
-from cptool.planning.cost.memory import RESERVED, in_words
+from cptool.planning.cost.memory import RESERVED, in_words, remedies
 from cptool.planning.prediction import Work, memory_of
 from cptool.units import size, some
 
@@ -128,14 +128,9 @@ def _remedies(
     work: Work, parts: dict[str, float], most: float, *, on_cpu: bool, offers: Collection[str]
 ) -> str:
     """Return what makes less of the memory needed, in words."""
-    passing = parts["workspace"] + parts["messages"]
-    found = []
-    if "chunk" in offers and sum(parts.values()) - passing <= most:
-        found.append("a smaller `chunk`")
-    wide = on_cpu and (work.kv_dtype or work.dtype) == "float32"
-    if "kv_dtype" in offers and wide and parts["kv"] > 0.1 * most:
-        found.append("`kv_dtype` bfloat16")
-    if "kv_memory" in offers and on_cpu and parts["kv"] > 0.1 * most:
+    wide = on_cpu and "kv_dtype" in offers and (work.kv_dtype or work.dtype) == "float32"
+    found = remedies(parts, most, chunks="chunk" in offers, wide=wide)
+    if "kv_memory" in offers and on_cpu and parts["kv"] > most / 10:
         found.append("`kv_memory`")
     heavy = parts["weights"] > most / 2
     ranks = "more `tp` ranks" if heavy and not on_cpu else "more `cp` ranks"

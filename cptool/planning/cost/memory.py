@@ -60,6 +60,20 @@ def in_words(memory: dict[str, float]) -> str:
     return ", ".join(f"{name} {size(count)}" for name, count in memory.items() if count)
 
 
+def remedies(memory: dict[str, float], most: float, *, chunks: bool, wide: bool) -> list[str]:
+    """Return what makes less than `most` bytes of memory needed, in words, beside more ranks.
+
+    chunks: whether a smaller chunk can be requested. wide: whether KV can be in fewer bits.
+    """
+    passing = memory["workspace"] + memory["messages"]
+    found = []
+    if chunks and sum(memory.values()) - passing <= most:
+        found.append("a smaller `chunk`")
+    if wide and memory["kv"] > most / 10:
+        found.append("`kv_dtype` bfloat16")
+    return found
+
+
 def _weights(forward: Forward, profile: HardwareProfile) -> float:
     config = forward.config
     matrices = sum(forward.weight_bytes(*matrix) for matrix in forward.linear_layers())

@@ -50,7 +50,7 @@ class Rates:
         read = self.forward.weight_bytes(parameters, dtype) / bandwidth
         stored = self._stored
         if stored and rows <= stored.rows:
-            return max(parameters / stored.direct, read)
+            return max(stored.few(parameters, rows), read)
         widening = parameters / stored.widened if stored else 0.0
         if measured:
             seconds = measured.product(parameters, rows)
@@ -64,20 +64,22 @@ class Rates:
 
     def in_panels(self, rows: float) -> float:
         """Return the seconds per layer that many rows lose to weights that stay as stored: those of
-        the feed-forward are widened again for each further piece of the rows, and each result is
-        copied to its place; see `cptool.ops.stored`.
+        the feed-forward are widened again for each further piece of the rows, and where a panel of
+        them is multiplied at a time, each result is copied to its place; see `cptool.ops.stored`.
         """
         stored, forward = self._stored, self.forward
         if stored is None or rows <= stored.rows:
             return 0.0
         _, (feed_forward, _) = forward.linear_layers()
-        again = math.ceil(rows / ROWS_AT_ONCE_CPU) - 1
+        again = (math.ceil(rows / ROWS_AT_ONCE_CPU) - 1) * feed_forward / stored.widened
+        if not stored.panels:
+            return again
         feed_width = forward.config.intermediate_size / forward.tp
         columns = (
             forward.query_width + forward.kv_width + 2 * (forward.config.hidden_size + feed_width)
         )
         copied = 2 * rows * columns * forward.element
-        return again * feed_forward / stored.widened + self.tokenwise(copied)
+        return again + self.tokenwise(copied)
 
     def tokenwise(self, count: float) -> float:
         """Return the seconds of norms, rotation, activation and sums that move `count` bytes."""
