@@ -16,7 +16,7 @@ import torch
 from cptool.bench.ceilings import memory_rate
 from cptool.bench.timing import summary
 from cptool.calibration import measure as calibrate
-from cptool.calibration.rig import prepare, random_model, smaller_worlds
+from cptool.calibration.rig import check_room, prepare, random_model, smaller_worlds
 from cptool.distributed.world import World
 from cptool.engine.answers.decode import decode
 from cptool.engine.answers.records import AnswerOptions
@@ -26,7 +26,7 @@ from cptool.model.config import LlamaConfig
 from cptool.planning.cost.counts import kv_bytes, weight_bytes
 from cptool.planning.cost.forward import Forward
 from cptool.planning.hardware import HardwareProfile
-from cptool.planning.prediction import predicted_s
+from cptool.planning.prediction import Work, predicted_s
 from cptool.planning.strategy import AUTO, Choice
 
 
@@ -66,6 +66,15 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
     """Return the profile that `auto` chose by, the ceiling and one result per run. Collective."""
     dtype = getattr(torch, sweep.dtype)
     profile = calibrate(world, (sweep.dtype,)) if sweep.calibrated else world_profile(world)
+    work = Work(
+        config=sweep.config,
+        dtype=sweep.dtype,
+        kv_dtype=sweep.kv_dtype,
+        new=[1] * sweep.batch,
+        cached=[max(sweep.cached)] * sweep.batch,
+        answer=sweep.steps,
+    )
+    check_room(world, work, profile, sweep.variants)
     model = random_model(sweep.config, dtype, world)
     worlds = smaller_worlds(world, list(sweep.ranks))
     weight = max(model.parameters(), key=lambda parameter: parameter.numel()).detach()

@@ -17,7 +17,7 @@ import torch
 from cptool.bench.ceilings import matmul_rate
 from cptool.bench.timing import summary
 from cptool.calibration import measure as calibrate
-from cptool.calibration.rig import prepare, random_model, smaller_worlds
+from cptool.calibration.rig import check_room, prepare, random_model, smaller_worlds
 from cptool.distributed.world import World
 from cptool.engine.answers.decode import next_tokens
 from cptool.engine.engine import Engine
@@ -28,7 +28,7 @@ from cptool.model.config import LlamaConfig
 from cptool.planning.cost.counts import attention_flops, linear_flops
 from cptool.planning.cost.forward import Forward
 from cptool.planning.hardware import HardwareProfile
-from cptool.planning.prediction import predicted_s
+from cptool.planning.prediction import Work, predicted_s
 from cptool.planning.strategy import AUTO, Choice
 
 
@@ -71,6 +71,16 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
     """Return the profile that `auto` chose by, the ceiling and one result per run. Collective."""
     dtype = getattr(torch, sweep.dtype)
     profile = calibrate(world, (sweep.dtype,)) if sweep.calibrated else world_profile(world)
+    longest = max(sweep.contexts)
+    new = max(1, round(max(sweep.miss_rates) * longest))
+    work = Work(
+        config=sweep.config,
+        dtype=sweep.dtype,
+        kv_dtype=sweep.kv_dtype,
+        new=[new],
+        cached=[longest - new],
+    )
+    check_room(world, work, profile, sweep.variants)
     model = random_model(sweep.config, dtype, world)
     worlds = smaller_worlds(world, list(sweep.ranks))
     cells = [(context, miss) for context in sweep.contexts for miss in sweep.miss_rates]

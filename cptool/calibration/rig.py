@@ -5,6 +5,7 @@ ranks inside the launched one.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,14 @@ from cptool.distributed.group import Group
 from cptool.distributed.world import World
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
+from cptool.engine.setup.memory import check
 from cptool.engine.state import Mark
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
 from cptool.parallel import tensor_parallel
 from cptool.planning.cost.forward import Forward
 from cptool.planning.hardware import HardwareProfile
+from cptool.planning.prediction import Work
 from cptool.planning.strategy import AUTO, Choice, choose
 from cptool.sharding import balanced
 
@@ -34,6 +37,16 @@ def cut(config: LlamaConfig, layers: int) -> LlamaConfig:
         num_hidden_layers=min(layers, config.num_hidden_layers),
         vocab_size=min(VOCABULARY, config.vocab_size),
     )
+
+
+def check_room(world: World, work: Work, profile: HardwareProfile, variants: Sequence[str]) -> None:
+    """Raise UserError on all ranks if one would take more memory than it may for `work` in one
+    piece, on all ranks, with a random model and under any of the `variants`. Collective.
+    """
+    work = dataclasses.replace(work, ranks=world.cp, tp=world.tp, local=1)
+    for variant in variants:
+        options = EngineOptions(variant=variant, chunk=max(1, sum(work.new)))
+        check(world, work, profile, options=options, offers=("kv_dtype",))
 
 
 def random_model(config: LlamaConfig, dtype: torch.dtype, world: World) -> Llama:

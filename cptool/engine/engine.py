@@ -236,6 +236,7 @@ class Engine(BatchState):
             tp=self.world.tp,
             partial_bytes=self.partial_dtype.itemsize,
             weight_size=self._weight_size,
+            kv_memory=self.options.kv_memory,
             local=self.world.local_size,
         )
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cptool.checkpoint import open_checkpoint
+from cptool.checkpoint import Checkpoint, open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.distributed.status_board import Board
@@ -23,11 +23,15 @@ from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
 from cptool.engine.rank_modules import rank_modules
 from cptool.engine.sampling import Sampling
+from cptool.engine.setup.memory import check
+from cptool.engine.setup.types import mean_weight_size
 from cptool.engine.weights import load_model
+from cptool.engine.world_profile import world_profile
 from cptool.exactness.reference import attention
 from cptool.model.llama import Llama
 from cptool.ops.attention import attention_partial
 from cptool.planning.cost.exchange import ALL_Q, PASS_KV
+from cptool.planning.prediction import Work
 from cptool.planning.strategy import AUTO
 from cptool.sharding import Placement
 from cptool.variants import names
@@ -171,12 +175,32 @@ def measure(world: World, trial: Trial, batch: Batch) -> list[Measurement]:
     """Run the trial under each variant on this rank; the measurements are those of rank 0."""
     world.report("load the weights")
     checkpoint, dtype = open_checkpoint(trial.model), getattr(torch, trial.dtype)
+    _check_room(world, trial, checkpoint)
     model = load_model(checkpoint, dtype, world.device, world, weights=trial.weights)
     measurements = []
     for number, variant in enumerate(batch.variants):
         world.report(PHASE, batch.done + number, batch.total)
         measurements.append(_measure(world, model, trial, variant))
     return measurements
+
+
+def _check_room(world: World, trial: Trial, checkpoint: Checkpoint) -> None:
+    """Raise UserError on all ranks if one would take more memory than it may. Collective."""
+    first, second = map(len, trial.turns)
+    device = world.device.type
+    work = Work(
+        config=checkpoint.config,
+        dtype=trial.dtype,
+        kv_dtype=trial.kv_dtype,
+        new=[first],
+        cached=[0],
+        answer=second + trial.steps,
+        ranks=world.cp,
+        weight_size=mean_weight_size(checkpoint, trial.dtype, device, trial.weights),
+        local=world.local_size,
+    )
+    options = EngineOptions(chunk=first)
+    check(world, work, world_profile(world), options=options, offers=("kv_dtype",))
 
 
 @torch.inference_mode()

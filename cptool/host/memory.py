@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,29 +26,6 @@ def available() -> int:
     """
     reported = _numbers(_PROC / "meminfo")
     return min([1024 * reported["MemAvailable"], *(left for _, left in _groups())])
-
-
-def resident() -> int:
-    """Return the bytes of this process that are in memory, with pages that it shares; 0 if the
-    system does not report it.
-    """
-    return _pages()[0]
-
-
-def own(processes: int) -> float:
-    """Return the same with the part of each of so many processes in the pages that it shares."""
-    whole, shared = _pages()
-    return whole - shared + shared / processes
-
-
-def _pages() -> tuple[int, int]:
-    """Return the bytes of this process that are in memory, and those of them that may be shared."""
-    try:
-        fields = (_PROC / "self/statm").read_text().split()
-        whole, shared = (int(number) * os.sysconf("SC_PAGE_SIZE") for number in fields[1:3])
-    except (OSError, ValueError):
-        return 0, 0
-    return whole, shared
 
 
 def total() -> int:
@@ -89,6 +65,14 @@ def usage() -> Usage:
                 fields[name] = 1024 * int(count.split()[0])
     shared = fields["RssFile"] + fields["RssShmem"]
     return Usage(private=fields["RssAnon"], shared=shared, peak=fields["VmHWM"])
+
+
+def resident() -> int:
+    """Return the bytes of this process that are in memory, with pages that it shares; 0 if the
+    system does not report it.
+    """
+    now = usage()
+    return now.private + now.shared
 
 
 def _groups() -> Iterator[tuple[int, int]]:

@@ -26,9 +26,9 @@ class Work:
     dtype: str
     new: Sequence[int]
     cached: Sequence[int]
-    answer: int
-    ranks: int
-    tp: int
+    answer: int = 0
+    ranks: int = 1
+    tp: int = 1
     samples: int = 1
     partial_bytes: int = 4
     weight_size: float | None = None

@@ -7,7 +7,8 @@ from ranks import run_ranks
 from cptool.checkpoint import open_checkpoint
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
-from cptool.engine.prefill.auto import MODEST, SMALL, chunk_for, limit_of
+from cptool.engine.prefill.auto import MODEST, SMALL, chunk_for
+from cptool.engine.setup.memory import rank_limit
 from cptool.engine.weights import load_model
 from cptool.planning.chunks import UNIT, plan_chunks
 
@@ -26,7 +27,7 @@ def chosen(world, path, asked):
         engine.computed = cached
         chunks = plan_chunks(engine.forward(left), engine.profile, chunk)
         found.append((chunk, chunks.fullest.memory_bytes, chunks.last.seconds))
-    return found, limit_of(world), limit_of(world, 10)
+    return found, rank_limit(world), rank_limit(world, 10)
 
 
 @pytest.mark.parametrize("n, most", [(1, 420_000_000), (2, 315_000_000)])

@@ -35,7 +35,7 @@ def test_a_prompt_without_room_is_refused_before_anything_is_loaded(
     from cptool.engine import weights
 
     monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    scarce(PROCESS_BYTES + 4e6)
+    scarce((PROCESS_BYTES + 4e6) / 0.96)
     arguments = [command, str(mqa_path), "--synthetic", "40000", "--context-length", "100000"]
     done = CliRunner().invoke(main, [*arguments, "--cp", "1"])
     assert done.exit_code == 2
@@ -48,7 +48,7 @@ def test_a_prompt_without_room_is_refused_before_anything_is_loaded(
 
 def test_a_program_is_refused_too_and_goes_on(mqa_path, scarce):
     with LLM(mqa_path, context_length=100_000) as llm:
-        scarce(PROCESS_BYTES + 4e6)
+        scarce((PROCESS_BYTES + 4e6) / 0.96)
         with pytest.raises(UserError, match="30,000 tokens: a rank needs"):
             llm.generate([[5] * 30_000], max_tokens=1)
         scarce(2e9)
@@ -108,3 +108,19 @@ def test_the_measured_peak_is_near_the_planned_one(mqa_path):
     planned, peak = said["memory_bytes_per_rank"], said["peak_memory_bytes_per_rank"]
     assert planned == pytest.approx(sum(said["memory_parts_bytes"].values()), abs=5)
     assert peak == pytest.approx(planned, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("verify", "MODEL", "--synthetic", "40000", "--context-length", "100000", "--max-cp", "2"),
+        ("bench", "prefill", "llama3-1b", "--context", "64K", "--cp", "1"),
+        ("bench", "decode", "llama3-1b", "--cached", "64K", "--cp", "1"),
+    ],
+)
+def test_what_measures_and_verifies_is_refused_too(command, mqa_path, scarce):
+    scarce(0.3e9)
+    arguments = [str(mqa_path) if word == "MODEL" else word for word in command]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2, done.output
+    assert done.stderr.strip().splitlines()[-1].count(": a rank needs ") == 1

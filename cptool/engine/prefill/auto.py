@@ -6,15 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
-from cptool.host import memory
+from cptool.engine.setup import memory
 from cptool.planning.chunks import UNIT, auto_chunk, efficient_chunk, plan_chunk
-from cptool.planning.cost.exchange import PASS_KV
-from cptool.planning.cost.memory import RESERVED, memory_per_rank
 
 if TYPE_CHECKING:
-    from cptool.distributed.world import World
     from cptool.engine.engine import Engine
     from cptool.planning.cost.forward import Forward
 
@@ -49,10 +44,7 @@ def chunk_for(
         return whole  # the cost model does not cover other types
     asked, profile = engine.variant, engine.profile
     room = sum(cached) + whole + answer * len(left)
-    limit = min(engine.world.gather(limit_of(engine.world, options.memory)))
-    if options.kv_memory is not None:
-        kv = memory_per_rank(PASS_KV.name, forward, profile, room)["kv"]
-        limit += max(0.0, kv - options.kv_memory)  # what lies in a file is not counted
+    limit = memory.limit(engine.world, options.memory)
     chunk = whole
     if (
         whole > MODEST
@@ -70,17 +62,3 @@ def _last(engine: Engine, whole: Forward, chunk: int) -> float:
     """Return the predicted seconds of the last chunk of this size, which takes the longest."""
     last = replace(whole, new=chunk, cached=whole.cached + whole.new - chunk)
     return plan_chunk(last, engine.profile, variant=engine.variant).seconds
-
-
-def limit_of(world: World, most: int | None = None) -> float:
-    """Return the bytes that this rank may hold in all: what it does, and its part of what is left.
-
-    most: bytes that the user leaves it, if that is less.
-    """
-    if world.device.type == "cuda":
-        held: float = torch.cuda.memory_reserved(world.device)
-        left: float = torch.cuda.mem_get_info(world.device)[0]
-    else:
-        held, left = memory.own(world.local_size), memory.available() / world.local_size
-    found = held + (1 - RESERVED) * left
-    return found if most is None else min(found, most)

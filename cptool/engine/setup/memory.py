@@ -23,24 +23,31 @@ OPTIONS = ("chunk", "kv_dtype", "kv_memory")
 """What the commands that read prompts offer for less memory, beside more ranks."""
 
 
-def limit(world: World) -> float:
-    """Return the bytes that each rank may take in all, the least of all ranks: what it has, and its
-    part of what is left on its machine or device. Collective.
+def limit(world: World, most: int | None = None) -> float:
+    """Return the bytes that each rank may take in all, the least of all ranks. Collective.
+
+    most: bytes that the user leaves a rank, if that is less.
     """
-    return min(world.gather(_limit(world)))
+    return min(world.gather(rank_limit(world, most)))
 
 
-def _limit(world: World) -> float:
+def rank_limit(world: World, most: int | None = None) -> float:
+    """Return the same of this rank: what it has, and its part of what is left on its machine or
+    device.
+    """
     if world.device.type == "cuda":
         import torch
 
-        free = torch.cuda.mem_get_info(world.device)[0]
-        return torch.cuda.memory_reserved(world.device) + (1 - RESERVED) * free
-    try:
-        left = memory.available() / world.local_size
-    except OSError:  # the system does not report it
-        return float("inf")
-    return memory.usage().held(world.local_size) + left
+        held: float = torch.cuda.memory_reserved(world.device)
+        left: float = torch.cuda.mem_get_info(world.device)[0]
+    else:
+        held = memory.usage().held(world.local_size)
+        try:
+            left = memory.available() / world.local_size
+        except OSError:  # the system does not report it
+            left = math.inf
+    found = held + (1 - RESERVED) * left
+    return found if most is None else min(found, most)
 
 
 def usage_now(world: World) -> float:
@@ -107,7 +114,7 @@ def check(
     offers: the options that the caller's user has. beside: bytes that a rank holds and keeps which
         are no part of the work.
     """
-    most = limit(world) - beside
+    most = limit(world, options.memory) - beside
     parts = memory_of(work, options.variant, profile, chunk=options.chunk, limit=most)
     needed = sum(parts.values())
     if needed <= most:
