@@ -10,14 +10,16 @@ from test_logprobs import TOP, assert_right
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
-from cptool.engine.answers.decode import decode
+from cptool.engine.answers.decode import decode, next_tokens
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
 from cptool.engine.prefill import chunks
 from cptool.engine.prefill.prompt import read
 from cptool.engine.samples import sampled
+from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
+from cptool.errors import Interrupted
 from cptool.llm.options import engine_options
 from cptool.sharding import balanced
 from cptool.variants import names
@@ -121,6 +123,40 @@ def test_log_probabilities_of_prompts_are_those_of_transformers(mqa_path, mqa_re
             assert_right(first[b], mqa_reference, said, 0)
             start = len(BATCH[b]) + (4 if BATCH[b] else 0)
             assert_right(second[b], mqa_reference, said, start)
+
+
+def stopped_and_read_again(world, path, at):
+    """What is computed once a stop is requested in chunk `at` of a prompt, within which it takes
+    effect or after which it does, and the tokens after reading the rest."""
+
+    def report(phase, done, total, *, work=None):
+        world.report(phase, done, total, work=work)
+        if armed and work is not None and work.chunk == at and world.rank == world.size - 1:
+            world.board.cancel()
+
+    armed = True
+    model = load_model(open_checkpoint(str(path)), torch.float32, world.device, world)
+    options = EngineOptions(chunk=600)
+    engine = Engine(model, world, batch=2, options=options, progress=report)
+    with pytest.raises(Interrupted):
+        read(engine, [prompt(1500), prompt(900)])
+    armed, computed = False, list(engine.computed)
+    world.barrier()
+    world.board.cancel(False)
+    world.barrier()
+    again = read(engine, [[], []] if at else [prompt(1500), prompt(900)])
+    return computed, again.chunks, next_tokens(engine, Sampling())
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_chunks_that_were_computed_stay_when_the_next_is_stopped(mqa_path, cp):
+    ranks = RankOptions(cp=cp, device="cpu", threads=1)
+    expected = None
+    for at, computed, left in ((0, [0, 0], 4), (2, [600, 600], 2)):
+        found, chunks, tokens = run(stopped_and_read_again, mqa_path, at, ranks=ranks)
+        assert (found, chunks) == (computed, left)
+        expected = expected or tokens
+        assert tokens == expected
 
 
 def answers_of(world, path, chunk, kv_dtype):

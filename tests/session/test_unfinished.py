@@ -45,8 +45,8 @@ def run_turn(world, turn, chunks=None, every=60.0):
         TurnSession.between_chunks = between
 
 
-def run_ranks(n, turn, chunks=None, every=60.0):
-    ranks = RankOptions(cp=n, device="cpu", threads=1)
+def run_ranks(n, turn, chunks=None, every=60.0, tp=1):
+    ranks = RankOptions(cp=n, tp=tp, device="cpu", threads=1)
     return run(run_turn, turn, chunks, every, ranks=ranks)
 
 
@@ -105,6 +105,19 @@ def test_a_first_turn_goes_on_where_it_was_on_any_ranks(mqa_path, tmp_path, expe
     check_sound(place)
     assert unfinished.read_ahead(store.load(place)) == 0
     assert len(store.load(place).turns) == 1
+
+
+def test_tensor_parallel_ranks_keep_their_heads_beside_it(tiny_model, tmp_path):
+    def asked(place):
+        turn = turn_of(tiny_model, place, BATCH, max_new_tokens=4)
+        return replace(turn, options=replace(turn.options, kv_dtype="bfloat16"))
+
+    whole, place = tmp_path / "whole", tmp_path / "s"
+    expected = run_ranks(1, asked(whole)).first_token
+    assert run_ranks(2, asked(place), 4, 1e-9, tp=2) == 80
+    check_sound(place)
+    report = run_ranks(1, asked(place))
+    assert report.first_token == expected and tokens_of(place) == tokens_of(whole)
 
 
 FIRST, NEXT = [prompt(30), prompt(9)], [prompt(50), []]
