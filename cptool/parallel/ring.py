@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from cptool.distributed.group import Group
+from cptool.host import large_pages
 from cptool.profiling.exposed_time import Exposure
 from cptool.profiling.trace import SILENT, Recorder, Silent
 
@@ -153,12 +154,16 @@ class Ring:
         """Return an uninitialised [tokens, ...] tensor like `like`, in memory kept under `name`.
 
         The memory grows as needed and is reused by the next call with this name: layers follow each
-        other, and fresh pages for every layer would cost more than the copies into them.
+        other, and fresh pages for every layer would cost more than the copies into them. Names that
+        are numbers, those of `blocks`, and other names are of different variants: what is kept
+        under the ones is freed when the others are requested.
         """
         needed = tokens * math.prod(like.shape[1:]) * like.element_size()
+        if any(type(kept) is not type(name) for kept in self._memory):
+            self._memory.clear()
         memory = self._memory.get(name)
         if memory is None or memory.numel() < needed or memory.device != like.device:
-            memory = torch.empty(needed, dtype=torch.uint8, device=like.device)
+            memory = large_pages.empty((needed,), torch.uint8, like.device)
             self._memory[name] = memory
         return memory[:needed].view(like.dtype).view(tokens, *like.shape[1:])
 

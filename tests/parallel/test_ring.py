@@ -162,3 +162,14 @@ def test_both_directions_run_at_once():
     with the sends first, two ranks that exchange took turns on a slow link.
     """
     run_ranks(3, receives_are_posted_first)
+
+
+def test_buffers_of_one_variant_are_kept_at_a_time():
+    """Those of rings have numbers, those of gathers names: what a prompt no longer uses is freed."""
+    ring, like = Ring(), torch.empty(0, 4)
+    first, second = (ring.buffer(name, 8, like).data_ptr() for name in (0, 1))
+    assert [ring.buffer(name, 5, like).data_ptr() for name in (0, 1)] == [first, second]
+    ring.buffer("received", 8, like)
+    assert [*ring._memory] == ["received"]
+    ring.buffer(0, 8, like)
+    assert [*ring._memory] == [0]
