@@ -285,9 +285,9 @@ void define_cpu_dispatch(py::module_& m) {
         .name;
   });
   m.def("cpu_stream_rows", [](int q_dtype, int dtype, int64_t head_dim) {
-    return cptool::cpu::attention_isa(static_cast<ScalarType>(q_dtype),
-                                      static_cast<ScalarType>(dtype), head_dim)
-        .attention.stream_rows;
+    const auto q = static_cast<ScalarType>(q_dtype), kv = static_cast<ScalarType>(dtype);
+    const auto rows = cptool::cpu::attention_isa(q, kv, head_dim).attention.stream_rows;
+    return rows == nullptr ? 0 : rows(q, kv);
   });
   m.def("cpu_linear_isa",
         [](int dtype) { return cptool::cpu::few_rows_isa(static_cast<ScalarType>(dtype)).name; });

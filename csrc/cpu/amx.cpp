@@ -1,5 +1,5 @@
-// AMX for bfloat16, and for products of many rows of float32; attention of few rows goes through
-// AVX-512's dot products of pairs.
+// AMX for bfloat16 as it is, and for attention and products of many rows in float32 arithmetic.
+// Attention of few rows goes through AVX-512.
 #include "cpu/amx_kernel.h"
 #include "cpu/amx_product.h"
 #include "cpu/avx512_features.h"
@@ -8,29 +8,38 @@
 #include "cpu/stream_kernel.h"
 
 namespace cptool::cpu {
-namespace {
 
-// At most half a tile: below this, streaming keys is faster than packing them for tile products.
-constexpr int kAmxStreamRows = 8;
+extern const Isa isa_avx512;
+
+namespace {
 
 bool supported() {
   static const bool supported = has_avx512bf16() && tiles_available();
   return supported;
 }
 
-// It takes no float32 q over bfloat16 k and v: that would round q.
-bool handles(ScalarType q_dtype, ScalarType dtype, int64_t head_dim) {
-  return q_dtype == dtype && dtype == ScalarType::kBFloat16 && head_dim % kLanes == 0;
+bool handles(ScalarType, ScalarType, int64_t head_dim) { return head_dim % kLanes == 0; }
+
+// Up to these, streaming keys is faster than packing them for tile products. Measured over 8K keys.
+int most_streamed(ScalarType q_dtype, ScalarType dtype) {
+  if (dtype != ScalarType::kBFloat16) return kStreamRows;
+  return q_dtype == dtype ? 8 : 16;
 }
 
 void attention_partial(const AttentionArgs& args, int threads) {
-  if (few_rows(args, kAmxStreamRows)) return run_stream<BFloat16Math>(args, threads);
-  run<AmxKernel>(args, threads);
+  const bool few = few_rows(args, most_streamed(args.q_dtype, args.dtype));
+  if (args.q_dtype == ScalarType::kBFloat16) {
+    if (few) return run_stream<BFloat16Math>(args, threads);
+    return run<AmxKernel<BFloat16Tiles>>(args, threads);
+  }
+  if (few) return isa_avx512.attention.attention_partial(args, threads);
+  with_type(args.dtype,
+            [&](auto element) { run<AmxKernel<Float32Tiles<decltype(element)>>>(args, threads); });
 }
 
 }  // namespace
 
-extern constexpr Isa isa_amx = {"amx",   supported,  {handles, attention_partial, kAmxStreamRows},
+extern constexpr Isa isa_amx = {"amx",   supported,  {handles, attention_partial, most_streamed},
                                 nullptr, {},         {},
                                 {},      kAmxProduct};
 

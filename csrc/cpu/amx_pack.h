@@ -17,11 +17,27 @@ inline __m512i load_strip(const BFloat16* from, int64_t d, int64_t head_dim) {
   return _mm512_maskz_loadu_epi16(mask, from + d);
 }
 
-// Packs 16 queries, of which the first `rows` exist, as tiles [dims / 32], each [16 pairs of dims]
-// [16 rows][2]. `negate` flips their signs, so that the kernel may take the scale as positive.
+// Where a key is packed, in tiles [keys / 32][dims / 32][kPieces][2], each [16 keys][32 dims].
+template <int kPieces>
+inline char* key_row(int key, int64_t head_dim, char* tiles) {
+  const int64_t strip = (head_dim + kStrip - 1) / kStrip * kPieces * 2;
+  return tiles + (key / kStrip * strip + key % kStrip / kLanes) * kTileBytes +
+         key % kLanes * kTileStride;
+}
+
+// The tile of 16 dimensions of 32 keys, in tiles [dims / 32][kKeys / 32][kPieces][2].
+template <int kPieces, int kKeys>
+inline char* value_tile(int64_t dim, int key, char* tiles) {
+  const int64_t product = dim / kStrip * (kKeys / kStrip) + key / kStrip;
+  return tiles + (product * kPieces * 2 + dim % kStrip / kLanes) * kTileBytes;
+}
+
+// Packs 16 queries, of which the first `rows` exist, as every second tile of [dims / 32][2], each
+// [16 pairs of dims][16 rows][2]. `negate` flips their signs, so that the kernel may take the scale
+// as positive.
 inline void pack_queries(const void* const* q, int rows, int64_t head_dim, bool negate, char* to) {
   const __m512i sign = _mm512_set1_epi16(negate ? -0x8000 : 0);
-  for (int64_t d = 0; d < head_dim; d += kStrip, to += kTileBytes) {
+  for (int64_t d = 0; d < head_dim; d += kStrip, to += 2 * kTileBytes) {
     __m512i r[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       r[i] = i < rows ? load_strip(static_cast<const BFloat16*>(q[i]), d, head_dim)
@@ -33,23 +49,21 @@ inline void pack_queries(const void* const* q, int rows, int64_t head_dim, bool 
   }
 }
 
-// Packs rows of K as tiles [keys / 16][dims / 32], each [16 keys][32 dims].
+// Packs rows of K as tiles [keys / 32][dims / 32][2], each [16 keys][32 dims].
 inline void pack_keys(const BFloat16* k, int64_t stride, int keys, int64_t head_dim, char* to) {
-  const int64_t tiles = (head_dim + kStrip - 1) / kStrip;
   const int padded = (keys + kStrip - 1) / kStrip * kStrip;
   for (int j = 0; j < padded; ++j) {
-    char* row = to + j / kLanes * tiles * kTileBytes + j % kLanes * kTileStride;
-    for (int64_t d = 0; d < head_dim; d += kStrip, row += kTileBytes) {
+    char* row = key_row<1>(j, head_dim, to);
+    for (int64_t d = 0; d < head_dim; d += kStrip, row += 2 * kTileBytes) {
       _mm512_store_si512(
           row, j < keys ? load_strip(k + j * stride, d, head_dim) : _mm512_setzero_si512());
     }
   }
 }
 
-// Packs rows of V as tiles [dims / 16][kKeys / 32], each [16 dims][32 keys].
+// Packs rows of V as tiles [dims / 32][kKeys / 32][2], each [16 dims][32 keys].
 template <int kKeys>
 inline void pack_values(const BFloat16* v, int64_t stride, int keys, int64_t head_dim, char* to) {
-  constexpr int64_t kNextDims = kKeys / kStrip * kTileBytes;
   for (int first = 0; first < keys; first += kStrip) {
     for (int64_t d = 0; d < head_dim; d += kStrip) {
       // Interleaving two keys leaves, in each 128-bit lane, dimensions 0-3 in one register and 4-7
@@ -66,10 +80,10 @@ inline void pack_values(const BFloat16* v, int64_t stride, int keys, int64_t hea
       }
       transpose(low);
       transpose(high);
-      char* tile = to + d / kLanes * kNextDims + first / kStrip * kTileBytes;
+      char* const tiles = value_tile<1, kKeys>(d, first, to);
       for (int i = 0; i < kLanes; ++i) {
         const int dim = i / 4 * 8 + i % 4;  // of low[i]; that of high[i] is 4 more
-        char* row = tile + dim / kLanes * kNextDims + dim % kLanes * kTileStride;
+        char* const row = tiles + dim / kLanes * kTileBytes + dim % kLanes * kTileStride;
         _mm512_store_si512(row, low[i]);
         _mm512_store_si512(row + 4 * kTileStride, high[i]);
       }

@@ -1,12 +1,8 @@
 // Products of many rows with a matrix in any type that is stored, float32 by float32, on the
 // bfloat16 tiles of AMX.
 //
-// A float32 value is the sum of three bfloat16 values: its first 8 bits, rounded, then those of
-// what that leaves, and the rest. A product of two values is then a sum of products of pieces,
-// which the tiles add up in float32. x0 w0, x0 w1, x1 w0, x0 w2, x1 w1 and x2 w0 are computed; what
-// is left out is below 2^-24 of the product, a rounding of float32. A weight that is stored in
-// fewer bits has fewer pieces: bfloat16 takes 3 products instead of 6, and float16, Q4_0 and Q5_0
-// take 5.
+// Values are split into bfloat16 pieces (amx_pieces.h). A weight that is stored in fewer bits has
+// fewer: bfloat16 takes 3 products instead of 6, and float16, Q4_0 and Q5_0 take 5.
 //
 // Counted: a tile product of 16 x 16 x 32 takes 16 cycles, a rate of 1024 operations per cycle
 // where AVX-512's multiply-adds have 64: 171 of float32 in 6 products, 341 in 3. Each tile of
@@ -14,15 +10,12 @@
 // cache. Packing takes 1 to 1.5 cycles per weight, for up to 2048 rows, and as much per element
 // of x, for all columns of a piece.
 //
-// Tiles take subnormal numbers for 0: values below 2^-110 lose their small pieces. An infinite
-// value makes its sums NaN.
-//
 // A result is one chain of sums over the depth: it does not depend on how many rows or columns go
 // with it.
 // Unnamed namespace: see isa.h.
 #pragma once
 
-#include "cpu/amx_pack.h"
+#include "cpu/amx_pieces.h"
 #include "cpu/isa.h"
 #include "cpu/product_rows.h"
 
@@ -30,7 +23,7 @@ namespace cptool::cpu {
 namespace {
 
 constexpr int kBlock = 32;  // rows, and columns, of four tiles that are summed at a time
-constexpr int kRowPieces = 3;
+constexpr int kRowPieces = kFloat32Pieces;
 
 // Into how many bfloat16 values each weight is split without loss.
 inline int pieces_of(Encoding encoding) {
@@ -44,30 +37,6 @@ inline int pieces_of(Encoding encoding) {
     default:
       return 3;
   }
-}
-
-// Rounds two vectors to bfloat16, lane i of both to pair i, and takes what was rounded for the
-// vectors. So values i and i + 16 of 32 are multiplied as a pair, on both sides. The last piece is
-// what remains: it has no more bits, or is not a number.
-template <bool kLast>
-inline __m512i take_piece(Vector (&values)[2]) {
-  __m512i bits[2];
-#pragma GCC unroll 2
-  for (int v = 0; v < 2; ++v) {
-    const __m512i whole = _mm512_castps_si512(values[v]);
-    bits[v] = kLast ? whole : _mm512_add_epi32(whole, _mm512_set1_epi32(0x8000));
-    bits[v] = _mm512_and_si512(bits[v], _mm512_set1_epi32(-0x10000));
-    values[v] = _mm512_sub_ps(values[v], _mm512_castsi512_ps(bits[v]));
-  }
-  return pair_up(bits[0], bits[1]);
-}
-
-// Splits 32 values; put(piece, number) takes each piece.
-template <int kPieces, class Put>
-inline void split(Vector (&values)[2], const Put& put) {
-  if constexpr (kPieces > 1) put(take_piece<false>(values), 0);
-  if constexpr (kPieces > 2) put(take_piece<false>(values), 1);
-  put(take_piece<true>(values), kPieces - 1);
 }
 
 // Loads elements [0, 32) of a row of which `count` > 0 exist; the others are 0.

@@ -2,22 +2,23 @@
 // with. Unnamed namespace: see isa.h.
 #pragma once
 
-#include "cpu/amx_pack.h"
+#include "cpu/amx_math.h"
 #include "cpu/panel.h"
 
 namespace cptool::cpu {
 namespace {
 
+template <class Math>
 class AmxProducts {
  public:
   static constexpr int kPanel = 32;  // rows: two tiles side by side
-  static constexpr int kRows = 16 * kPanel;
+  static constexpr int kRows = Math::kPanels * kPanel;
   static constexpr int kKeys = 128;
 
   static size_t scratch_bytes(const AttentionArgs& args) {
     const size_t dims = padded(args.head_dim);
-    return sizeof(Fixed) + (kRows + 2 * kKeys) * dims * sizeof(BFloat16) +
-           kRows * dims * sizeof(float);
+    return sizeof(Fixed) + kRows * dims * sizeof(float) +
+           (kRows * Math::kRight + 2 * kKeys * Math::kLeft) * dims * sizeof(BFloat16);
   }
 
  protected:
@@ -31,8 +32,8 @@ class AmxProducts {
     // from a line of the other: such a load would wait for the store.
     alignas(64) float scores[2 * kStrip * kPanel];
     // Weights of two panels, one computed while tile products read the other: tiles [keys / 32]
-    // [2 halves of the rows], each [16 key pairs][16 rows][2].
-    alignas(64) BFloat16 weights[2][kKeys * kPanel];
+    // [pieces][2 halves of the rows], each [16 key pairs][16 rows][2].
+    alignas(64) BFloat16 weights[2][kKeys * kPanel * Math::kRight];
   };
 
   // 32 query rows, and how much of a tile of keys they see.
@@ -59,18 +60,23 @@ class AmxProducts {
         fixed_(*static_cast<Fixed*>(scratch)),
         acc_(static_cast<char*>(scratch) + sizeof(Fixed)),
         q_(acc_ + kRows * dims_ * sizeof(float)),
-        k_(q_ + kRows * dims_ * sizeof(BFloat16)),
-        v_(k_ + kKeys * dims_ * sizeof(BFloat16)) {}
+        k_(q_ + kRows * dims_ * Math::kRight * sizeof(BFloat16)),
+        v_(k_ + kKeys * dims_ * Math::kLeft * sizeof(BFloat16)) {}
 
-  // Returns the two tiles of weights of 32 keys by 32 rows.
+  // Returns the tiles of weights of 32 keys by 32 rows: two per piece.
   char* weight_tiles(const Panel& panel, int strip) const {
-    return reinterpret_cast<char*>(fixed_.weights[panel.weights]) + strip * 2 * kTileBytes;
+    return reinterpret_cast<char*>(fixed_.weights[panel.weights]) +
+           strip * Math::kRight * 2 * kTileBytes;
   }
+
+  // Returns the tiles of a panel's queries, [dims / 32][pieces][2].
+  char* query_tiles(int row) const { return q_ + row * dims_ * Math::kRight * sizeof(BFloat16); }
 
   float* accumulator(int row) const { return reinterpret_cast<float*>(acc_) + row * dims_; }
 
   int count(const TileSteps& steps) const {
-    return score_steps(steps) + (steps.group_end - steps.group) * steps.weighed.strips;
+    return score_steps(steps) +
+           (steps.group_end - steps.group) * steps.weighed.strips * Math::kSteps;
   }
 
   void multiply(const TileSteps& steps) {
@@ -82,7 +88,8 @@ class AmxProducts {
     const int scores = score_steps(steps);
     if (i < scores) return score_step(steps, i, i == scores - 1);
     i -= scores;
-    value_step(steps.weighed, steps.group + i / steps.weighed.strips, i % steps.weighed.strips);
+    const int of_group = steps.weighed.strips * Math::kSteps;
+    value_step(steps.weighed, steps.group + i / of_group, i % of_group);
   }
 
   const int64_t dims_;  // head_dim, padded with zeros to whole tiles
@@ -96,28 +103,22 @@ class AmxProducts {
   static int64_t padded(int64_t head_dim) { return (head_dim + kStrip - 1) / kStrip * kStrip; }
 
   int score_steps(const TileSteps& steps) const {
-    return steps.scores_of < 0 ? 0 : static_cast<int>(dims_ / kStrip);
+    return steps.scores_of < 0 ? 0 : static_cast<int>(dims_ / kStrip) * Math::kSteps;
   }
 
-  // Adds the products over dimensions [32 c, 32 c + 32) to the scores of 32 keys by 32 rows.
-  void score_step(const TileSteps& steps, int c, bool last) {
-    const char* k = k_ + steps.strip * kStrip * dims_ * 2 + c * kTileBytes;
-    const char* q = q_ + steps.scores_of * dims_ * 2 + c * kTileBytes;
-    const int64_t next = kLanes * dims_ * 2;  // bytes from 16 keys or rows to the next 16
-    if (c == 0) {
+  // Carries out step i of the scores of 32 keys by 32 rows: some of the products over dimensions
+  // [32 c, 32 c + 32).
+  void score_step(const TileSteps& steps, int i, bool last) {
+    if (i == 0) {
       zero_tile<0>();
       zero_tile<1>();
       zero_tile<2>();
       zero_tile<3>();
     }
-    load_tile<4>(k);
-    load_tile<6>(q);
-    load_tile<7>(q + next);
-    multiply_tiles<0, 4, 6>();
-    multiply_tiles<1, 4, 7>();
-    load_tile<5>(k + next);
-    multiply_tiles<2, 5, 6>();
-    multiply_tiles<3, 5, 7>();
+    const int64_t c = i / Math::kSteps, strip = dims_ / kStrip;
+    Math::multiply(k_ + (steps.strip * strip + c) * Math::kLeft * 2 * kTileBytes,
+                   query_tiles(steps.scores_of) + c * Math::kRight * 2 * kTileBytes,
+                   i % Math::kSteps);
     if (last) {
       float* to = fixed_.scores + steps.into * kLanes;
       store_tile<0>(to, kScoreStride);
@@ -127,27 +128,21 @@ class AmxProducts {
     }
   }
 
-  // Adds the weighted values of 32 keys to dimensions [32 group, 32 group + 32) of 32 rows.
-  void value_step(const Panel& panel, int group, int strip) {
+  // Carries out step i of adding the weighted values to dimensions [32 group, 32 group + 32) of 32
+  // rows: some of the products over 32 keys.
+  void value_step(const Panel& panel, int group, int i) {
     char* acc = reinterpret_cast<char*>(accumulator(panel.row)) + group * 2 * kTileBytes;
     const int64_t next_rows = kLanes * dims_ * sizeof(float);
-    if (strip == 0) {
+    if (i == 0) {
       load_tile<0>(acc);
       load_tile<1>(acc + next_rows);
       load_tile<2>(acc + kTileBytes);
       load_tile<3>(acc + kTileBytes + next_rows);
     }
-    constexpr int kStrips = kKeys / kStrip;
-    const char* v = v_ + (group * 2 * kStrips + strip) * kTileBytes;
-    load_tile<4>(v);
-    load_tile<6>(weight_tiles(panel, strip));
-    load_tile<7>(weight_tiles(panel, strip) + kTileBytes);
-    multiply_tiles<0, 4, 6>();
-    multiply_tiles<1, 4, 7>();
-    load_tile<5>(v + kStrips * kTileBytes);
-    multiply_tiles<2, 5, 6>();
-    multiply_tiles<3, 5, 7>();
-    if (strip == panel.strips - 1) {
+    const int strip = i / Math::kSteps;
+    Math::multiply(v_ + (group * (kKeys / kStrip) + strip) * Math::kLeft * 2 * kTileBytes,
+                   weight_tiles(panel, strip), i % Math::kSteps);
+    if (i == panel.strips * Math::kSteps - 1) {
       store_tile<0>(acc);
       store_tile<1>(acc + next_rows);
       store_tile<2>(acc + kTileBytes);

@@ -31,7 +31,7 @@ void attention_partial(const AttentionArgs& args, int threads) {
 }  // namespace
 
 extern constexpr Isa isa_avx2 = {
-    "avx2",           supported, {handles, attention_partial, kStreamRows},
+    "avx2",           supported, {handles, attention_partial, stream_rows},
     run_merge_kernel, kFewRows,  kTokenwise,
     kStoredGroups,    kProduct};
 

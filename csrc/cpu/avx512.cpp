@@ -47,7 +47,7 @@ constexpr StoredKernels some_stored() {
 }  // namespace
 
 extern constexpr Isa isa_avx512 = {
-    "avx512",   has_avx512,   {handles, attention_partial, kStreamRows}, run_merge_kernel, kFewRows,
+    "avx512",   has_avx512,   {handles, attention_partial, stream_rows}, run_merge_kernel, kFewRows,
     kTokenwise, some_stored()};
 
 }  // namespace cptool::cpu

@@ -29,7 +29,7 @@ using Products = FewRows<Pairs, BFloat16>;
 extern constexpr Isa isa_avx512bf16 = {
     "avx512bf16",
     has_avx512bf16,
-    {handles, attention_partial, kStreamRows},
+    {handles, attention_partial, stream_rows},
     nullptr,
     {is_bfloat16, Products::packed_row_bytes, Products::pack, Products::columns}};
 

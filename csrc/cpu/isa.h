@@ -21,9 +21,9 @@ struct AttentionKernel {
   bool (*handles)(ScalarType q_dtype, ScalarType dtype, int64_t head_dim) = nullptr;
   // Results do not depend on `threads`.
   void (*attention_partial)(const AttentionArgs& args, int threads) = nullptr;
-  // Up to this many query rows per KV head it reads keys and values in place instead of packing
-  // them first. 0: it has one way to read them.
-  int stream_rows = 0;
+  // Up to how many query rows per KV head it reads keys and values in place instead of packing them
+  // first. Null: it has one way to read them.
+  int (*stream_rows)(ScalarType q_dtype, ScalarType dtype) = nullptr;
 };
 
 // Products of few rows x with the rows of a matrix w. A result depends on its own row of x and of w

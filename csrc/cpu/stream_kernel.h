@@ -30,6 +30,8 @@ inline int64_t rows_per_head(const AttentionArgs& args) {
 // a fifth slower).
 constexpr int kStreamRows = 32;
 
+inline int stream_rows(ScalarType, ScalarType) { return kStreamRows; }
+
 inline bool few_rows(const AttentionArgs& args, int most) { return rows_per_head(args) <= most; }
 
 // `tile_keys`: 8, 16 or 32.

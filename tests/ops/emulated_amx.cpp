@@ -8,7 +8,13 @@
 extern "C" {
 
 void attention_partial(const cptool::AttentionArgs* args, int threads) {
-  cptool::cpu::run<cptool::cpu::AmxKernel>(*args, threads);
+  using namespace cptool::cpu;
+  if (args->q_dtype == cptool::ScalarType::kBFloat16) {
+    return run<AmxKernel<BFloat16Tiles>>(*args, threads);
+  }
+  cptool::with_type(args->dtype, [&](auto element) {
+    run<AmxKernel<Float32Tiles<decltype(element)>>>(*args, threads);
+  });
 }
 
 void product(const cptool::StoredLinearArgs* args, int64_t piece_columns) {
