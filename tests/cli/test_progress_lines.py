@@ -55,7 +55,8 @@ def test_commands_write_what_is_documented(mqa_path, tmp_path):
     assert all(not document.check(line, HEADING) for line in found)
     assert not document.unprinted() & {(HEADING, name) for name in document.fields(HEADING)}
     chunks = [line["chunk"] for line in found]
-    assert chunks == sorted(chunks) and len({*chunks}) > 2 and chunks[-1] == 13
+    # Of chunks that take less than a tenth of a second, some are passed over.
+    assert chunks == sorted(chunks) and len({*chunks}) > 1 and chunks[-1] == 13
     assert all(line["tokens_done"] == 150 * (line["chunk"] - 1) for line in found[:-1])
     assert all(line["tokens"] == 1900 and line["memory_bytes"] > 1e7 for line in found)
     assert (found[-1]["tokens_done"], found[-1]["share"]) == (1900, 1.0)
