@@ -44,6 +44,7 @@ class Slab(Protocol):
     """Memory for K and V. tensor: `[layers, slots, 2, kv_heads, head_dim]`, each layer contiguous.
 
     visit: called before a layer's first `slots` slots are read or written.
+    grow: called for room for more slots; returns whether `tensor` has it now, with what it held.
     streamed: how many of the last layers lie in a file.
     """
 
@@ -51,6 +52,8 @@ class Slab(Protocol):
     streamed: int
 
     def visit(self, layer: int, slots: int) -> None: ...
+
+    def grow(self, slots: int) -> bool: ...
 
 
 class MemorySlab:
@@ -65,6 +68,10 @@ class MemorySlab:
 
     def visit(self, layer: int, slots: int) -> None:
         """Do nothing: every layer is at hand."""
+
+    def grow(self, slots: int) -> bool:
+        """Return False: more needs a new tensor."""
+        return False
 
 
 Allocate = Callable[[Sequence[int], torch.dtype, torch.device], Slab]
@@ -184,8 +191,9 @@ class KVCache:
 
     @property
     def nbytes_in_file(self) -> int:
-        """How many of them lie in a file, which every forward reads."""
-        return self.nbytes // self.layers * self._memory.streamed
+        """Bytes of KV that lie in a file and not in memory, those of a prefix included."""
+        own = self.nbytes // self.layers * self._memory.streamed
+        return own + (self.prefix.nbytes_in_file if self.prefix is not None else 0)
 
     def begin_with(self, prefix: KVCache) -> None:
         """Let what this cache will hold follow the sequences of `prefix`, which is not copied.
@@ -206,6 +214,10 @@ class KVCache:
         offsets = [0]
         for slots in room:
             offsets.append(offsets[-1] + slots)
+        if offsets[:-1] == self._offsets[:-1] and self._memory.grow(offsets[-1]):
+            self._offsets = offsets
+            self._index()
+            return
         shape = (self.layers, offsets[-1], *self._shape)
         old, grown = self._memory, self._allocate(shape, self.dtype, self.device)
         for layer in range(self.layers if any(self.lengths) else 0):

@@ -85,7 +85,8 @@ class Commands(click.Group):
         fault = streams.finish()
         if fault is not None and code in (0, 1):
             code, line = 1, f"cptool: {streams.OUTPUT}: {fault.strerror}"
-        if line is not None and signals.first_to_tell():
+        if line is not None:
+            signals.claim_or_wait()
             newline = "\n" if code == 130 and sys.stderr.isatty() else ""  # after the ^C
             line = with_origins(" ".join(line.split()), origins)
             click.echo(newline + line, err=True)

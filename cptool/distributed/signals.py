@@ -21,8 +21,8 @@ PATIENCE_S = 4.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_told: threading.Lock | None = None
-"""Held once somebody tells the user how a guarded command ended."""
+_reported: threading.Lock | None = None
+"""Held by whoever reports how a guarded command ended."""
 
 
 @contextlib.contextmanager
@@ -104,8 +104,8 @@ def guard(early: Callable) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if _has_seat():
         return
-    global _told
-    _told = threading.Lock()
+    global _reported
+    _reported = threading.Lock()
     if watched:
         signal.signal(signal.SIGINT, Interrupt())
     reading, writing = os.pipe()
@@ -300,12 +300,20 @@ def _watch(reading: int) -> None:
                     leave(number)
 
 
-def first_to_tell() -> bool:
-    """Return whether nobody has told the user yet how this command ended.
+def claim_report() -> bool:
+    """Return True to the first caller, who reports how this command ended.
 
     The main thread and the one that watches for signals may both be about to.
     """
-    return _told is None or _told.acquire(blocking=False)
+    return _reported is None or _reported.acquire(blocking=False)
+
+
+def claim_or_wait() -> None:
+    """Return once the caller may report how this command ended; if another thread is ending the
+    process, wait for that.
+    """
+    if not claim_report():
+        time.sleep(60)
 
 
 def leave(number: int) -> None:
@@ -314,7 +322,7 @@ def leave(number: int) -> None:
 
     if sys.stderr.isatty():
         os.write(2, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
-    if first_to_tell() and number == signal.SIGINT:
+    if number == signal.SIGINT and claim_report():
         os.write(2, b"cptool: interrupted\n")
     try:
         remove_folders()

@@ -91,7 +91,7 @@ def prefill_flops(config: LlamaConfig, new: list[int], cached: list[int]) -> int
 
 def what_a_step_reads(engine: Engine) -> dict[str, Any]:
     """Return as fields of a report the bytes of weights and KV that one rank reads for one step of
-    decode, and how many of its KV's lie in a file.
+    decode, and how many of its KV bytes lie in a file.
     """
     size, world = engine.cache.dtype.itemsize, engine.world
     kv = kv_bytes(engine.model.config, -(-engine.held_tokens // world.cp), size)

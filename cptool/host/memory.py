@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from cptool.host import control_groups
 
@@ -16,6 +18,17 @@ _FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
+
+
+class Mapping(Protocol):
+    """A file that this process alone has in memory. resident: the most bytes of it that are."""
+
+    @property
+    def resident(self) -> int: ...
+
+
+own_mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
+"""Those that are in use. Other files are taken to be shared by the ranks of a machine."""
 
 
 def available() -> int:
@@ -63,8 +76,9 @@ def usage() -> Usage:
             name, _, count = line.partition(":")
             if name in fields:
                 fields[name] = 1024 * int(count.split()[0])
-    shared = fields["RssFile"] + fields["RssShmem"]
-    return Usage(private=fields["RssAnon"], shared=shared, peak=fields["VmHWM"])
+    own = min(sum(each.resident for each in list(own_mappings)), fields["RssFile"])
+    shared = fields["RssFile"] + fields["RssShmem"] - own
+    return Usage(private=fields["RssAnon"] + own, shared=shared, peak=fields["VmHWM"])
 
 
 def resident() -> int:

@@ -6,6 +6,7 @@ import os
 import stat
 import tempfile
 import weakref
+from pathlib import Path
 
 from cptool.errors import RunError
 from cptool.host import abandoned
@@ -55,6 +56,18 @@ def others_can_replace(place: str) -> bool:
     except OSError:  # reported where the directory is used
         return False
     return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
+
+
+def in_memory(place: str) -> bool:
+    """Return whether files in the directory are in memory themselves."""
+    try:
+        device = os.stat(place).st_dev
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    kinds = [line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == number]
+    return any(kind in ("tmpfs", "ramfs") for kind in kinds)
 
 
 def _place() -> str:

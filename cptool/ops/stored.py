@@ -103,6 +103,8 @@ class StoredWeight:
                 f"x is {x.dtype} {list(x.shape)}; it must be float32 [rows, {self.shape[1]}]"
             )
         out = torch.empty((rows, self.shape[0]), dtype=torch.float32)
+        if depth == 0:
+            return out.zero_()
         if x.stride(1) != 1:
             x = x.contiguous()
         column = 0

@@ -7,8 +7,9 @@
 // stored in fewer bits has fewer pieces: with bfloat16 there are 3 products instead of 6, with
 // float16 5.
 //
-// Tiles take subnormal numbers for 0: values below 2^-110 lose their small pieces. An infinite
-// value, or one that rounds to infinity, makes its sums NaN.
+// Tiles take pieces, products and sums below 2^-126 for 0, so a term is right to 2^-24 of itself or
+// to a few times 2^-126. Values that are infinite, no numbers or at least 2^128 - 2^119 make their
+// sums NaN.
 //
 // Unnamed namespace: see isa.h.
 #pragma once

@@ -23,8 +23,8 @@ const Isa& tokenwise_isa();
 const Isa& stored_isa(Encoding encoding);  // for products of few rows
 const Isa& widen_isa();
 
-// The instruction set for float32 products of many rows; null if none that is as fast as the one
-// for few rows has a kernel for them.
+// The instruction set for float32 products of many rows; null if the one for few rows is faster
+// than any that has such a kernel.
 const Isa* product_isa();
 
 }  // namespace cptool::cpu

@@ -134,11 +134,11 @@ inline void product_tiles(const float* a, const float* b, int64_t rows, int64_t 
 
 constexpr ProductKernel kProduct = {
     sizeof(float) * kDepth * (kProductColumns + kProductRows + kTileColumns),
-    INT64_MAX,
-    kProductColumns,
-    kProductRows,
-    4 * kProductRows,
-    128,
+    INT64_MAX,         // most_rows
+    kProductColumns,   // most_columns
+    kProductRows,      // row_grain
+    4 * kProductRows,  // least_rows
+    128,               // least_columns
     [](const StoredLinearArgs& args, const ProductPiece& piece, void* scratch) {
       float* const packed = static_cast<float*>(scratch);
       float* const x = packed + kDepth * kProductColumns;

@@ -98,6 +98,41 @@ def test_chat_goes_on_after_a_question_that_was_not_read_to_its_end(smollm2_path
         assert opened.end() == 0 and opened.left() == []
 
 
+SLOW_END = """
+import sys, time
+from cptool.cli import entry, main
+from cptool.distributed import signals
+from cptool.host import scratch
+signals.PATIENCE_S = 0.3
+scratch.remove_folders = lambda: time.sleep(1)
+def command(self, ctx, name):
+    print("now", flush=True)
+    try:
+        time.sleep(60)
+    except BaseException:
+        time.sleep({cleanup})
+        raise
+main.Commands.get_command = command
+sys.argv = ["cptool", "plan"]
+entry.main()
+"""
+
+
+@pytest.mark.parametrize("cleanup", [0.0, 0.4])
+def test_an_interruption_is_reported_once_however_long_the_end_takes(cleanup):
+    """By the main thread, or by the one that ends the process when it takes too long."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_END.format(cleanup=cleanup)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == "cptool: interrupted\n"
+    assert process.returncode == 130
+
+
 STOPPED = """
 import sys, time
 from cptool.distributed import signals

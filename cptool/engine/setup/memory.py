@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cptool.errors import UserError
+from cptool.errors import OptionError, UserError
 from cptool.host import memory
-from cptool.planning.cost.memory import RESERVED, in_words, remedies
+from cptool.planning.cost.exchange import PASS_KV
+from cptool.planning.cost.memory import RESERVED, in_words, memory_per_rank, remedies
 from cptool.planning.prediction import Work, memory_of
 from cptool.units import size, some
 
@@ -114,6 +115,7 @@ def check(
     offers: the options that the caller's user has. beside: bytes that a rank holds and keeps which
         are no part of the work.
     """
+    _check_kv_memory(work, profile)
     most = limit(world, options.memory) - beside
     parts = memory_of(work, options.variant, profile, chunk=options.chunk, limit=most)
     needed = sum(parts.values())
@@ -129,6 +131,22 @@ def check(
         f"{what}: a rank needs {size(needed)} ({in_words(parts)}), {size(needed - most)} more than "
         f"the {size(most)} that each{shared} may take; {remedy}"
     )
+
+
+def _check_kv_memory(work: Work, profile: HardwareProfile) -> None:
+    """Raise OptionError if two layers do not fit into what KV may take of a rank's memory."""
+    if work.kv_memory is None:
+        return
+    forward = replace(work.forward, kv_memory=None)
+    whole = memory_per_rank(PASS_KV.name, forward, profile, work.room)["kv"]
+    two = 2 * whole / work.config.num_hidden_layers
+    if work.kv_memory < min(two, whole):
+        raise OptionError(
+            "kv_memory",
+            size(work.kv_memory),
+            f"two layers of KV take {size(1.005 * two)} per rank",
+            "give more, or use more ranks",
+        )
 
 
 def _remedies(

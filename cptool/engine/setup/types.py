@@ -3,11 +3,13 @@ checkpoint, a device and a session. Imports no torch.
 """
 
 import math
+import tempfile
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cptool.engine.options import QUANTISED, EngineOptions
 from cptool.errors import OptionError
+from cptool.host import scratch
 from cptool.ops.encodings import ENCODINGS, quantised_bytes
 from cptool.ops.processor import has_bfloat16_products
 from cptool.units import size, some
@@ -58,12 +60,31 @@ def check_kv_dtype(kv_dtype: str, dtype: str, device: str) -> None:
         )
 
 
+def check_kv_memory(kv_memory: int | None, device: str) -> None:
+    """Raise OptionError if KV cannot lie in a file: on another device than a CPU, or where files
+    are in memory too.
+    """
+    if kv_memory is None:
+        return
+    if device != "cpu":
+        rule = f"KV lies in a file on a CPU alone, not on {device}"
+        raise OptionError("kv_memory", size(kv_memory), rule, "leave it out, or add `device` cpu")
+    if scratch.in_memory(folder := tempfile.gettempdir()):
+        raise OptionError(
+            "kv_memory",
+            size(kv_memory),
+            f"files in {folder} are in memory too",
+            "set TMPDIR to a directory on a disk",
+        )
+
+
 def resolve_types(
     dtype: str, options: EngineOptions, checkpoint: "Checkpoint", device: str
 ) -> tuple[str, EngineOptions]:
     """Return the dtype to compute in, and the options with the type of KV; either may be requested
     as "auto". Raises OptionError for two that do not go together.
     """
+    check_kv_memory(options.kv_memory, device)
     weights = options.weights or "file"
     if weights != "file" and dtype == "auto" and device == "cpu":
         dtype = "float32"
@@ -96,6 +117,7 @@ def continued_types(
     """Return the same to continue a session, its directory and manifest `held`: KV stays in the
     type in which it is, and "auto" computes in the dtype of the last turn.
     """
+    check_kv_memory(options.kv_memory, device)
     directory, manifest = held
     kept = manifest.kv_dtype
     if options.kv_dtype not in ("auto", kept):
