@@ -63,7 +63,7 @@ class FileMemory:
         self._set(slots)
         self._reader, self._writer = _Worker(self._file, "read"), _Worker(self._file, "write")
         self._released: Future[None] | None = None
-        weakref.finalize(self, _end, self._file, self._reader, self._writer)
+        weakref.finalize(self, _end, self._file, (self._reader, self._writer))
         memory.own_mappings.add(self)
 
     @property
@@ -188,7 +188,7 @@ def _write_back(file: int, start: int, length: int) -> None:
     os.posix_fadvise(file, start, length, os.POSIX_FADV_DONTNEED)
 
 
-def _end(file: int, *workers: _Worker) -> None:
+def _end(file: int, workers: tuple[_Worker, ...]) -> None:
     for worker in workers:
         worker.end()
     os.close(file)
