@@ -150,10 +150,18 @@ class AmxKernel : AmxProducts<Math> {
         most[half] = _mm512_set1_ps(-INFINITY);
       }
     };
-    auto weigh_pairs = [&](int first, int end) {
-      for (int pair = first; pair < end; ++pair) {
+    // Tile products of float32 are also issued between the halves, because the processor looks
+    // ahead for two or three products only.
+    constexpr int kPlaces = Math::kSteps > 1 ? 2 : 1;
+    auto weigh_pairs = [&](int steps) __attribute__((always_inline)) {
+      int done = 0, due = kPlaces * kLanes - 1;
+      for (int pair = 0; pair < kLanes; ++pair) {
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
+          if (half < kPlaces) {
+            due += steps;
+            for (; done < due / (kPlaces * kLanes); ++done) step(beside, done);
+          }
           Vector weight[2];
 #pragma GCC unroll 2
           for (int i = 0; i < 2; ++i) {
@@ -175,12 +183,7 @@ class AmxKernel : AmxProducts<Math> {
       }
     };
     begin();
-    const int steps = count(beside);
-    for (int i = 0; i < steps; ++i) {
-      step(beside, i);
-      weigh_pairs(kLanes * i / steps, kLanes * (i + 1) / steps);
-    }
-    if (steps == 0) weigh_pairs(0, kLanes);
+    weigh_pairs(count(beside));
     __mmask16 exceeded = 0;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -192,7 +195,7 @@ class AmxKernel : AmxProducts<Math> {
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) raise(panel, half, strip, most[half]);
       begin();
-      weigh_pairs(0, kLanes);
+      weigh_pairs(0);
     }
     _mm512_store_ps(rows.sum + panel.row, total[0]);
     _mm512_store_ps(rows.sum + panel.row + kLanes, total[1]);
