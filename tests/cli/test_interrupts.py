@@ -143,8 +143,8 @@ def request():
     heard.append(1)
     return {heard}
 with signals.stopping(request, lambda: {noticed}):
-    print("now", flush=True)
     try:
+        print("now", flush=True)
         while not {over}:
             time.sleep(0.01)
         print("kept", heard)
