@@ -108,9 +108,9 @@ kv_memory_option = click.option(
     envvar="CPTOOL_KV_MEMORY",
     type=Bytes(),
     metavar="SIZE",
-    help="Keep so much of the KV of a rank in memory, such as 4G, and the rest in a file in the "
-    "temporary directory (TMPDIR), read ahead of its use: a prompt is read in about the same time, "
-    "and each further token takes that of reading the file.  [default: all in memory]",
+    help="Keep at most so much of each rank's KV in memory, such as 4G, and the rest in a file in "
+    "the temporary directory (TMPDIR), read ahead of its use: each further token takes the time of "
+    "reading that file.  [default: all in memory]",
 )
 
 
