@@ -165,7 +165,7 @@ def test_both_directions_run_at_once():
 
 
 def test_buffers_of_one_variant_are_kept_at_a_time():
-    """Those of rings have numbers, those of gathers names: what a prompt no longer uses is freed."""
+    """Those of rings have numbers, those of gathers names; what is not used any more is freed."""
     ring, like = Ring(), torch.empty(0, 4)
     first, second = (ring.buffer(name, 8, like).data_ptr() for name in (0, 1))
     assert [ring.buffer(name, 5, like).data_ptr() for name in (0, 1)] == [first, second]
