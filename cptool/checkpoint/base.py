@@ -86,6 +86,10 @@ class Checkpoint:
         tensor = self.stored[name]
         return self._reader.read_stored(tensor, dim, bounds or (0, tensor.shape[dim]))
 
+    def release(self) -> None:
+        """Let files that were read leave this process's memory, but for what views there are."""
+        self._reader.release()
+
     @cached_property
     def state(self) -> str:
         """The identity of the files, including their times, when this was first read.

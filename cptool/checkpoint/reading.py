@@ -75,6 +75,10 @@ class TensorReader:
             return None
         return stored[:, start * width // columns : stop * width // columns]
 
+    def release(self) -> None:
+        """Forget the mapped files: those of which there is no view leave this process's memory."""
+        self._mappings.clear()
+
     def _join(self, tensor: JoinedTensor, dim: int, start: int, stop: int) -> torch.Tensor:
         import torch
 

@@ -89,6 +89,12 @@ def resident() -> int:
     return now.private + now.shared
 
 
+def forget_peak() -> None:
+    """Have the peak of `usage` count from now on, where the system allows that."""
+    with suppress(OSError):
+        (_PROC / "self/clear_refs").write_text("5")
+
+
 def _groups() -> Iterator[tuple[int, int]]:
     """Yield what each control group of the process allows, and what is left of that."""
     for version, folder in control_groups.folders("memory"):

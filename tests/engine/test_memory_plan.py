@@ -41,7 +41,7 @@ def test_a_prompt_without_room_is_refused_before_anything_is_loaded(
     assert done.exit_code == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("cptool: 40,000 tokens: a rank needs ") and "kv " in line
-    assert " MB more than the 204 MB that each may take; use " in line
+    assert " MB more than the 254 MB that each may take; use " in line
     assert "--kv-dtype bfloat16" in line and "--kv-memory" in line
     assert line.endswith("or more --cp ranks on other machines")
 

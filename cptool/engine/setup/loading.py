@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cptool.engine.options import EngineOptions
 from cptool.engine.setup.types import mean_weight_size, widened
 from cptool.errors import RunError
+from cptool.host import memory
 from cptool.planning.cost.forward import ELEMENT_BYTES
 from cptool.planning.prediction import Work
 
@@ -118,6 +119,9 @@ def load_for(
         before(checkpoint)
     dtype, weights = getattr(torch, setup.dtype), setup.options.weights
     model = load_model(checkpoint, dtype, world.device, world, weights=weights)
+    # What loading took beside the weights is page cache: it is no part of what the rank needs.
+    checkpoint.release()
+    memory.forget_peak()
     if setup.state is not None and checkpoint.state != setup.state:
         raise RunError(f"{checkpoint.path} was changed while it was loaded; give the command again")
     return checkpoint, model

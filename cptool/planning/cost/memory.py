@@ -15,9 +15,9 @@ from cptool.variants import MessageBytes, find
 
 RESERVED = 0.04
 """Part of a device's memory taken by its context, fragmentation and the buffers of links."""
-PROCESS_BYTES = 200e6
+PROCESS_BYTES = 250e6
 """Of a rank on a CPU, whatever it computes: 160 to 170 MB of the interpreter, torch and their
-libraries' data, and what the C library keeps of what was freed."""
+libraries' data, 40 to 80 MB of their code, and what the C library keeps of what was freed."""
 TOKEN_BYTES = 80
 """Of a token on the host of every rank: its number in the lists of what was said, its position."""
 PANEL_ELEMENTS, PANEL_COPIES = 1 << 20, 10
