@@ -238,6 +238,12 @@ class Caught:
         self._waiting = True
         try:
             return read()
+        except SystemError:
+            # A second signal, handled while the exception of the first was leaving readline, makes
+            # the interpreter raise this in its place.
+            if self._waiting:
+                raise
+            raise KeyboardInterrupt from None
         finally:
             self._waiting = False
 
