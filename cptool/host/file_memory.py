@@ -16,7 +16,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -102,7 +102,7 @@ class FileMemory:
                 self._release(before, slots)
 
     def _release(self, layer: int, slots: int) -> None:
-        # Before the one before is done this one stays, so that a slow disk takes time, not memory.
+        # At most one is written back at a time, so that a slow disk takes time, not memory.
         try:
             if self._released is not None:
                 self._released.result()
@@ -136,9 +136,11 @@ class _Worker:
         self.file = os.dup(file)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix=f"cptool-kv-{name}")
 
-    def submit(self, work: object, *range_: int) -> Future[None]:
-        assert callable(work)
-        return self._threads.submit(work, self.file, *range_)
+    def submit(
+        self, work: Callable[[int, int, int], None], start: int, length: int
+    ) -> Future[None]:
+        """Call work(file, start, length) after what was submitted before."""
+        return self._threads.submit(work, self.file, start, length)
 
     def end(self) -> None:
         """Have the file closed after what is submitted, without waiting for that."""

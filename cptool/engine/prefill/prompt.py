@@ -55,8 +55,8 @@ def read(
     """Compute the pending tokens of each sequence and then `new[b]`, chunk by chunk, and leave
     what follows in `engine.logits`. Collective.
 
-    The tokens and variants are the same as in one piece; sums may differ in their rounding. Room
-    for all KV is made once, before the first chunk.
+    The tokens are the same as in one piece; sums may differ in their rounding. Each chunk has a
+    variant of its own. Room for all KV is made once, before the first chunk.
 
     top: return log-probabilities of the new tokens, and of as many likeliest ones in their place.
         The first token of a sequence has none.
