@@ -12,7 +12,9 @@ progress lines said.
 The table has a row for each tenth of the prompt: the rate over its chunks, the time that the cost
 model predicts for them (of this machine if `cptool bench calibrate` has measured it), and the
 resident memory of rank 0, of which its KV. The exponent is that of the time as a power of the
-tokens, from a tenth of the prompt on, and beside it that of the operations counted.
+tokens, from a tenth of the prompt on, and beside it that of the operations counted. "Computing" is
+the processor time of a rank: on a machine that other programs use, it is what the time would be
+without them, and has an exponent of its own.
 """
 
 from __future__ import annotations
@@ -134,14 +136,16 @@ def run(asked: Asked, number: int, until: float) -> str:
         ) as process,
         asked.log.open("a") as log,
     ):
-        how, said = "done", []
+        how, said, taken = "done", [], 0.0
         assert process.stderr is not None and process.stdout is not None
         for line in process.stderr:
             if not line.startswith("{"):
                 said.append(line)
                 continue
             record = json.loads(line)
-            log.write(json.dumps({"run": number, **record}) + "\n")
+            # Ranks that have ended are not counted any more.
+            taken = max(taken, processor_time(process.pid) / asked.cp)
+            log.write(json.dumps({"run": number, **record, "computing": taken}) + "\n")
             log.flush()
             done = asked.tokens - record["tokens"] + record["tokens_done"]
             if kills and done >= kills[0]:
@@ -161,6 +165,19 @@ def run(asked: Asked, number: int, until: float) -> str:
     return how
 
 
+def processor_time(session: int) -> float:
+    """Return the processor time of the ranks of a command that leads this session of processes."""
+    ticks = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session != int(folder.name):
+                ticks += int(fields[11]) + int(fields[12])
+        except (OSError, IndexError):  # it has just ended
+            continue
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def ends(asked: Asked) -> list[dict[str, Any]]:
     return [record for record in logged(asked) if "how" in record]
 
@@ -172,6 +189,7 @@ class Chunk:
     cached: int
     new: int
     seconds: float
+    computing: float
     variant: str
     memory: int
 
@@ -192,6 +210,7 @@ def chunks(records: list[dict[str, Any]], tokens: int) -> Iterator[Chunk]:
                 cached=cached,
                 new=record["tokens_done"] - begun["tokens_done"],
                 seconds=record["seconds"] - begun["seconds"],
+                computing=record["computing"] - begun["computing"],
                 variant=begun["variant"],
                 memory=max(begun["memory_bytes"] or 0, record["memory_bytes"] or 0),
             )
@@ -227,12 +246,13 @@ def results(asked: Asked) -> dict[str, Any]:
     config = open_checkpoint(str(asked.model), asked.tokens + 16).config
     profile = local_profile(RankOptions(cp=asked.cp, device="cpu", threads=1))
     whole = whole_forward(asked, config)
-    rows, ends_at, measured, counted = [], [], [], []
-    seconds = operations = 0.0
+    rows, ends_at, measured, computed, counted = [], [], [], [], []
+    seconds = computing = operations = 0.0
     for chunk in chunks(logged(asked), asked.tokens):
         part = Forward(**{**vars(whole), "new": chunk.new, "cached": chunk.cached})
         planned = plan_chunk(part, profile, variant=chunk.variant, room=asked.tokens)
         seconds += chunk.seconds
+        computing += chunk.computing
         operations += linear_flops(config, chunk.new) + attention_flops(
             config, chunk.new, chunk.cached
         )
@@ -248,6 +268,7 @@ def results(asked: Asked) -> dict[str, Any]:
         if chunk.cached + chunk.new >= asked.tokens / 10:
             ends_at.append(chunk.cached + chunk.new)
             measured.append(seconds)
+            computed.append(computing)
             counted.append(operations)
     return {
         "tokens": asked.tokens,
@@ -258,7 +279,9 @@ def results(asked: Asked) -> dict[str, Any]:
         "runs": ends(asked),
         "seconds": seconds,
         "predicted_s": sum(row["predicted_s"] for row in rows),
+        "computing": computing,
         "exponent": slope(ends_at, measured),
+        "exponent_computing": slope(ends_at, computed),
         "exponent_counted": slope(ends_at, counted),
         "chunks": rows,
     }
@@ -274,6 +297,7 @@ def tenths(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {
                 "tokens": part[-1]["cached"] + part[-1]["new"],
                 "seconds": seconds,
+                "computing": sum(c["computing"] for c in part),
                 "predicted_s": sum(c["predicted_s"] for c in part),
                 "rate": new / seconds,
                 "memory": max(c["memory"] for c in part),
@@ -284,13 +308,14 @@ def tenths(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def show(found: dict[str, Any]) -> None:
     table = Table(box=None, header_style="bold", padding=(0, 1))
-    for name in ("tokens", "time", "predicted", "ratio", "rate", "memory", "of it KV"):
+    for name in ("tokens", "time", "computing", "predicted", "ratio", "rate", "memory", "of it KV"):
         table.add_column(name, justify="right")
     table.add_column("variant")
     for row in tenths(found):
         table.add_row(
             f"{row['tokens']:,}",
             duration(row["seconds"]),
+            duration(row["computing"]),
             duration(row["predicted_s"]),
             f"{row['predicted_s'] / row['seconds']:.2f}",
             token_rate(row["rate"]),
@@ -301,11 +326,12 @@ def show(found: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{found['tokens']:,} tokens in {duration(found['seconds'])} (predicted "
+        f"{found['tokens']:,} tokens in {duration(found['seconds'])}, "
+        f"{duration(found['computing'])} of it computing (predicted "
         f"{duration(found['predicted_s'])}, {found['source']}), runs that ended: "
         f"{', '.join(end['how'] for end in found['runs'])}; the time grows with the power "
-        f"{found['exponent']:.3f} of the tokens, the operations with that of "
-        f"{found['exponent_counted']:.3f}"
+        f"{found['exponent']:.3f} of the tokens, computing with {found['exponent_computing']:.3f}, "
+        f"the operations with that of {found['exponent_counted']:.3f}"
     )
 
 

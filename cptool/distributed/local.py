@@ -79,6 +79,7 @@ def launch(
     context = multiprocessing.get_context("forkserver")
     receiver, answer = context.Pipe(duplex=False)
     started: list[BaseProcess] = []
+    supervision: Supervision | None = None
     try:
         with held_back(), start_deadline(ranks.timeout, server_process.kill_if_stopped):
             for rank in range(board.ranks):
@@ -101,7 +102,8 @@ def launch(
                     process.start()
                 started.append(process)
             answer.close()
-        return Supervision(started, receiver, board, timeout=ranks.timeout).result()
+        supervision = Supervision(started, receiver, board, timeout=ranks.timeout)
+        return supervision.result()
     except FileNotFoundError:  # the server's socket is gone
         raise RankFailed(f"{server_process.folder()} was removed while the run used it") from None
     except EOFError:
@@ -110,6 +112,8 @@ def launch(
         ) from None
     finally:
         _end(started)
+        if supervision is not None:
+            supervision.join()
 
 
 def _rank_main(

@@ -84,6 +84,11 @@ class Supervision:
                 raise RankFailed(f"no answer within {self.timeout:g} s from {who}; {ENDED}")
         return self._value()
 
+    def join(self) -> None:
+        """Wait for the thread that reads the answer, which ends soon after the ranks."""
+        if self.answer.is_alive():
+            self.answer.join(_GRACE_S)
+
     def _look(self, patience: float) -> None:
         """Note which ranks ended, within `patience` seconds."""
         ready = wait(list(self.running), patience)
