@@ -1,7 +1,7 @@
 """A million tokens through a small model on this machine: killed twice, resumed, and predicted.
 
     python benchmarks/million.py                            # the same command again goes on
-    python benchmarks/million.py --tokens 256K --chunk 16K --json FILE --plot FILE
+    python benchmarks/million.py --heads 1 --json FILE --plot FILE    # half the attention
 
 A random-weight Llama reads the prompt in chunks with `cptool prefill --session`. Its ranks are
 killed by SIGKILL when a third and two thirds of the tokens are done, and the same command goes on
@@ -66,6 +66,7 @@ class Asked:
     """What is to be read, and how."""
 
     folder: Path
+    heads: int
     tokens: int
     cp: int
     chunk: str
@@ -99,7 +100,11 @@ class Asked:
         return self.folder / "progress.jsonl"
 
 
-def write_model(path: Path) -> None:
+def shape(heads: int) -> dict[str, int]:
+    return {**SHAPE, "num_attention_heads": heads}
+
+
+def write_model(path: Path, heads: int) -> None:
     """Write the model, unless it is there."""
     if (path / "config.json").exists():
         return
@@ -108,7 +113,7 @@ def write_model(path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = Config(**SHAPE, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2)
+    config = Config(**shape(heads), max_position_embeddings=8192, bos_token_id=1, eos_token_id=2)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
 
 
@@ -274,7 +279,7 @@ def results(asked: Asked) -> dict[str, Any]:
         "tokens": asked.tokens,
         "cp": asked.cp,
         "dtype": asked.dtype,
-        "shape": SHAPE,
+        "shape": shape(asked.heads),
         "source": profile.source,
         "runs": ends(asked),
         "seconds": seconds,
@@ -357,6 +362,7 @@ def draw(found: dict[str, Any], to: Path) -> None:
 
 
 @click.command()
+@click.option("--heads", type=click.IntRange(min=1), default=2, help="Of queries, over one of KV.")
 @click.option("--tokens", type=TokenCount(), default=1_000_000)
 @click.option("--cp", type=click.IntRange(min=1), default=2)
 @click.option("--chunk", default="auto")
@@ -368,6 +374,7 @@ def draw(found: dict[str, Any], to: Path) -> None:
 @click.option("--json", "to", type=Path)
 @click.option("--plot", "drawing", type=Path)
 def main(
+    heads: int,
     tokens: int,
     cp: int,
     chunk: str,
@@ -381,10 +388,11 @@ def main(
 ) -> None:
     """Read the prompt, or go on with it, and print the table once it is read."""
     plot.check(drawing)
-    write_model(folder / "model")
+    write_model(folder / "model", heads)
     checkpoint = open_checkpoint(str(folder / "model"), tokens + 16)
     asked = Asked(
         folder=folder,
+        heads=heads,
         tokens=tokens,
         cp=cp,
         chunk=chunk,
