@@ -138,13 +138,15 @@ def _threads() -> int:
 
 
 def _configuration(checkpoint: Model) -> str:
-    from dataclasses import asdict
+    from dataclasses import asdict, fields
 
-    fields = asdict(checkpoint.config)
-    del fields["max_position_embeddings"]
-    if fields["family"] == "llama":  # Not part of it when there was one family.
-        del fields["family"]
-    return json.dumps(fields, sort_keys=True)
+    config = asdict(checkpoint.config)
+    del config["max_position_embeddings"]
+    for field in fields(checkpoint.config):
+        # Fields have been added; where they hold their default, the model is what it was before.
+        if field.name != "rope_scaling" and field.default == config.get(field.name, ()):
+            del config[field.name]
+    return json.dumps(config, sort_keys=True)
 
 
 def _identities(paths: list[Path]) -> list[tuple[int, ...]]:

@@ -144,7 +144,7 @@ def run_once(
     def attention(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         cache.store(0, k, v)
         timeline.mark("attention")
-        out = attend(variant, q, cache.layer(0), step, ring=ring, scale=config.head_dim**-0.5)
+        out = attend(variant, q, cache.layer(0), step, ring=ring, scale=config.scale)
         timeline.mark(OTHER)
         return out
 

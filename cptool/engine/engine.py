@@ -261,7 +261,7 @@ class Engine(BatchState):
 
     def _attention(self, step: Step, variant: str, reading: Reading | None) -> Callable:
         """Return the attention that the model calls in each layer of a forward."""
-        scale = self.model.config.head_dim**-0.5
+        scale = self.model.config.scale
         mine = step.queries[step.rank]
 
         def attention(

@@ -157,7 +157,7 @@ class StaticDecode:
         q_pos = positions.to(torch.int32)
         self._k_pos.index_copy_(0, slots, marks.to(torch.int32))
         model, ring, cache = self.context.model, self.context.ring, self.context.cache
-        scale, alone = model.config.head_dim**-0.5, ring.size == 1
+        scale, alone = model.config.scale, ring.size == 1
         queries = Placement(q_pos, self._cu_q)
 
         def attention(

@@ -285,7 +285,7 @@ def _errors(
     q_pos, q, out, k_pos, kv = map(torch.cat, zip(*gathered, strict=True))
     (q_pos, q_order), (k_pos, k_order) = q_pos.sort(), k_pos.sort()
     q, out, (k, v) = q[q_order], out[q_order], kv[k_order].unbind(1)
-    scale = engine.model.config.head_dim**-0.5
+    scale = engine.model.config.scale
     truth, _ = attention(q.double(), k.double(), v.double(), q_pos=q_pos, k_pos=k_pos, scale=scale)
     device = world.device
     one_call, _ = attention_partial(

@@ -29,7 +29,7 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """attend(layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, Hq, D] in the type of q.
 
 q and k are rotated already. All three are strided views of one projection, and stay valid only
-until the call returns. Scores are scaled by D^-1/2.
+until the call returns. Scores are scaled by `config.scale`.
 """
 
 Passed = Callable[[int, int], bool]

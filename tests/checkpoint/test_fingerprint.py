@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def reads(monkeypatch):
 def entries(saved: Path) -> list[Path]:
     folder = saved.parent / "cache" / "fingerprints"
     return [path for path in folder.iterdir() if not path.name.startswith("lock-")]
+
+
+def test_fields_of_the_configuration_count_where_they_are_not_the_default(saved):
+    """A field that is added later leaves the fingerprints of older sessions as they are."""
+    checkpoint = open_checkpoint(str(saved))
+    written = fingerprints._configuration(checkpoint)
+    assert "score_scale" not in written and "rope_scaling" in written
+    checkpoint.config = replace(checkpoint.config, score_scale=0.5, windows=(4, None))
+    changed = fingerprints._configuration(checkpoint)
+    assert '"score_scale": 0.5' in changed and '"windows": [4, null]' in changed
 
 
 def test_each_byte_of_each_tensor_counts(saved, monkeypatch):
