@@ -10,7 +10,7 @@ import torch
 from cptool.calibration.clock import Clock
 from cptool.calibration.examples import COLD_BYTES, EXAMPLE, HALF, ROWS, TINY
 from cptool.model.config import LlamaConfig
-from cptool.model.llama import DecoderLayer
+from cptool.model.layer import DecoderLayer
 from cptool.model.row_limits import ROWS_AT_ONCE_CPU
 from cptool.ops.encodings import BLOCKS
 from cptool.ops.kernels import cpu_product_isa

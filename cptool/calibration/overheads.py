@@ -17,7 +17,7 @@ from cptool.engine.answers.decode import next_tokens
 from cptool.engine.engine import Engine
 from cptool.engine.sampling import Sampling
 from cptool.engine.state import Mark
-from cptool.model.llama import DecoderLayer
+from cptool.model.layer import DecoderLayer
 from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.layer import predict
 from cptool.planning.hardware import HardwareProfile

@@ -13,14 +13,15 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cptool import files
 from cptool.checkpoint.tensors import AnyTensor, byte_ranges, parts
 from cptool.errors import RunError, UserError
 from cptool.files import cache_dir
-from cptool.model.config import LlamaConfig
+from cptool.model.config import LlamaConfig, RopeScaling
 
 _BLOCK = 1 << 25
 """Bytes of a tensor that one thread reads and digests at a time."""
@@ -138,15 +139,30 @@ def _threads() -> int:
 
 
 def _configuration(checkpoint: Model) -> str:
-    from dataclasses import asdict, fields
+    """Return what the configuration says beyond the fields that models had from the beginning, whose
+    defaults change nothing: the fingerprint of a model stays the same as fields are added.
+    """
+    said = _set(checkpoint.config, "rope_scaling")
+    del said["max_position_embeddings"]
+    if (scaling := checkpoint.config.rope_scaling) is not None:
+        said["rope_scaling"] = _set(scaling, *_FIRST_OF_SCALING)
+        if scaling.kind == "longrope":
+            said["rope_scaling"]["factors"] = scaling.factors(
+                checkpoint.config.max_position_embeddings
+            )
+    return json.dumps(said, sort_keys=True)
 
-    config = asdict(checkpoint.config)
-    del config["max_position_embeddings"]
-    for field in fields(checkpoint.config):
-        # Fields have been added; where they hold their default, the model is what it was before.
-        if field.name != "rope_scaling" and field.default == config.get(field.name, ()):
-            del config[field.name]
-    return json.dumps(config, sort_keys=True)
+
+_FIRST_OF_SCALING = ("low_freq_factor", "high_freq_factor", "original_context")
+
+
+def _set(record: LlamaConfig | RopeScaling, *always: str) -> dict[str, Any]:
+    """Return the fields of a record that differ from their defaults, and those named `always`."""
+    return {
+        entry.name: getattr(record, entry.name)
+        for entry in fields(record)
+        if entry.name in always or getattr(record, entry.name) != entry.default
+    }
 
 
 def _identities(paths: list[Path]) -> list[tuple[int, ...]]:

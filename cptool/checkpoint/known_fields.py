@@ -6,7 +6,7 @@ every token. Any other one is noted if it is set, for it may matter to the user.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,11 @@ class FieldList:
     unapplied: frozenset[str] = frozenset()
     harmless_prefixes: tuple[str, ...] = ()
 
-    def with_neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> "FieldList":
-        """Return the same list with further, or other, neutral values."""
-        return replace(self, neutral={**self.neutral, **neutral})
+    def of_family(self, neutral: Mapping[str, tuple[Any, ...]], used: Iterable[str]) -> "FieldList":
+        """Return the same list with further, or other, neutral values, and further used fields."""
+        used = frozenset(used)
+        values = {name: known for name, known in self.neutral.items() if name not in used}
+        return replace(self, neutral={**values, **neutral}, used=self.used | used)
 
 
 def check_fields(

@@ -24,7 +24,7 @@ def is_mapped(tensor: AnyTensor) -> bool:
     """Return whether reading gives a view of the file in the page cache, which all processes
     share.
     """
-    if isinstance(tensor, JoinedTensor) or tensor.interleaved_heads:
+    if isinstance(tensor, JoinedTensor) or tensor.interleaved_heads or tensor.added:
         return False
     size = ITEM_SIZES.get(tensor.encoding)
     return size is not None and tensor.offset % size == 0
@@ -39,14 +39,16 @@ class TensorReader:
     def read(self, tensor: AnyTensor, dim: int, bounds: tuple[int, int]) -> torch.Tensor:
         """Read what is within `bounds` [start, stop) of dimension `dim`.
 
-        Returns the stored dtype, float32 if the tensor is quantised. Rows in interleaved rotary
-        order come in half-split order; `bounds` of such rows are whole heads, else ValueError.
+        Returns the stored dtype, float32 if the tensor is quantised or something is added to it.
+        Rows in interleaved rotary order come in half-split order; `bounds` of such rows are whole heads, else ValueError.
         """
         start, stop = bounds
         if isinstance(tensor, JoinedTensor):
             values = self._join(tensor, dim, start, stop)
         else:
             values = self._values(tensor).narrow(dim, start, stop - start)
+            if tensor.added:
+                values = values.float() + tensor.added
         if not tensor.interleaved_heads:
             return values
         # Rows 2j, 2j+1 of a head are one rotary pair in the file; j, j + D/2 are one here.

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cptool.checkpoint.tensor_names import CONVERT
-from cptool.checkpoint.tensors import AnyTensor
+from cptool.checkpoint.tensors import AnyTensor, StoredTensor
 from cptool.errors import UserError
 from cptool.model.architectures.registry import find_family
 from cptool.model.config import LlamaConfig
@@ -84,4 +84,18 @@ def mark_interleaved(stored: Mapping[str, AnyTensor], config: LlamaConfig) -> di
         if weight.rotated:
             name = weight.huggingface.format(layer)
             marked[name] = replace(stored[name], interleaved_heads=weight.heads(config))
+    return marked
+
+
+def with_added(
+    stored: Mapping[str, StoredTensor], config: LlamaConfig
+) -> dict[str, AnyTensor]:
+    """Return the same tensors, those of a Hugging Face directory to which the model adds something
+    marked with it.
+    """
+    marked: dict[str, AnyTensor] = dict(stored)
+    for weight, layer in find_family(config.family).tensors(config):
+        if weight.added:
+            name = weight.huggingface.format(layer)
+            marked[name] = replace(stored[name], added=weight.added)
     return marked

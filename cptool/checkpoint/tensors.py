@@ -24,7 +24,8 @@ class StoredTensor:
 
     `offset` and `nbytes` locate it in `file`. `shape` is the logical shape, `encoding` a
     safetensors or GGML type name. `interleaved_heads` is the number of heads whose rows are in
-    interleaved rotary order, 0 if the rows are in half-split order.
+    interleaved rotary order, 0 if the rows are in half-split order. `added` is what the model adds
+    to every element.
     """
 
     file: Path
@@ -33,6 +34,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     encoding: str
     interleaved_heads: int = 0
+    added: float = 0.0
 
 
 @dataclass(frozen=True)

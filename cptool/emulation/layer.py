@@ -19,7 +19,7 @@ from cptool.cache import KVCache
 from cptool.emulation.ring import Compute, EmulatedRing, Timeline, Trace
 from cptool.model.config import LlamaConfig
 from cptool.model.fp8 import RowwiseFp8
-from cptool.model.llama import DecoderLayer
+from cptool.model.layer import Layer, decoder_layer
 from cptool.model.product import Product
 from cptool.model.rope import inverse_frequencies, rotary_tables
 from cptool.parallel.attention import attend
@@ -102,9 +102,9 @@ def shards(scenario: Scenario, active: int) -> Shards:
     )
 
 
-def build(scenario: Scenario) -> DecoderLayer:
+def build(scenario: Scenario) -> Layer:
     """Return the model's layer with random weights."""
-    layer = DecoderLayer(scenario.config, 0, scenario.tp, "meta").requires_grad_(False)
+    layer = decoder_layer(scenario.config, 0, scenario.tp).requires_grad_(False)
     weights = {}
     for name, parameter in layer.named_parameters():
         values = torch.empty(parameter.shape, dtype=scenario.dtype, device=scenario.device)
@@ -117,7 +117,7 @@ def build(scenario: Scenario) -> DecoderLayer:
 
 
 def run_once(
-    scenario: Scenario, layer: DecoderLayer, variant: str, held: Shards, rank: int
+    scenario: Scenario, layer: Layer, variant: str, held: Shards, rank: int
 ) -> tuple[Trace, list[int], int]:
     """Run one pass. Return its trace, the bytes of each all-reduce, and the bytes sent."""
     config, device, dtype = scenario.config, scenario.device, scenario.dtype

@@ -70,9 +70,12 @@ def load_model(
         _quantise(model, checkpoint, sources, sharing, whole_rows=weights == "int8")
     if device.type == "cpu" and dtype == torch.float32:
         _keep_stored(model, checkpoint, sources)
+    parameters: dict[str, torch.Tensor] = {}
+    for name in model.float32_parameters() if dtype != torch.float32 else ():
+        values = [block.read(checkpoint).float() for block in sources.pop(name)]
+        parameters[name] = torch.cat(values).to(device)
     size = sum(model.get_parameter(name).numel() for name in sources) * dtype.itemsize
     stays = device.type == "cpu" and (sharing is not None or not large_pages.worth_copying(size))
-    parameters: dict[str, torch.Tensor] = {}
     shapes: dict[Source, tuple[int, ...]] = {}
     for name, source in sources.items():
         mapped = _mapped(checkpoint, source, dtype) if stays else None

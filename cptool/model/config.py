@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+RopeKind = Literal["linear", "llama3", "yarn", "dynamic", "longrope"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -10,14 +12,33 @@ class RopeScaling:
 
     `linear` divides every frequency by `factor`. `llama3` keeps wavelengths under
     `original_context / high_freq_factor`, divides those over `original_context / low_freq_factor`
-    by `factor`, and blends in between (Llama 3.1).
+    by `factor`, and blends in between (Llama 3.1). `yarn` (Peng et al., 2023) keeps the pairs that
+    turn more than `beta_fast` times within `original_context`, divides those that turn less than
+    `beta_slow` times by `factor`, and blends in between; `truncate` rounds the limits to whole
+    pairs. `longrope` (Ding et al., 2024) divides each frequency by one of `short_factors`, or of
+    `long_factors` in a context longer than `original_context`. `dynamic` changes nothing within
+    `original_context`, and longer contexts are refused.
+
+    attention_factor: what cosines and sines are multiplied by, of yarn and longrope.
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: RopeKind
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def factors(self, context: int) -> tuple[float, ...]:
+        """Return longrope's factors for sequences in a context of so many positions. One set serves
+        all of them, however short they are, so that keys in a cache stay right as they grow.
+        """
+        return self.long_factors if context > self.original_context else self.short_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +50,13 @@ class LlamaConfig:
     score_cap: scaled scores s become cap tanh(s / cap) before the softmax; None for no cap.
     windows: for each layer, how many keys a query sees, its own among them; None for all. A query
         at position p sees positions p - window + 1 to p. None if no layer has a window.
+    attention_bias, mlp_bias: whether products of attention and of the feed-forward network have
+        biases, in families where that is not settled.
+    rotary_dim: how many elements of a head are rotated, its first ones; None: all.
+    unrotated_layers: numbers of the layers without a rotary embedding.
+    embedding_multiplier, residual_multiplier: factors of the embedding, and of what a block adds to
+        the residual stream.
+    logits_divisor: what logits are divided by.
     """
 
     vocab_size: int
@@ -47,6 +75,13 @@ class LlamaConfig:
     score_scale: float | None = None
     score_cap: float | None = None
     windows: tuple[int | None, ...] | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rotary_dim: int | None = None
+    unrotated_layers: tuple[int, ...] = ()
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
 
     @property
     def scale(self) -> float:

@@ -36,7 +36,8 @@ def check(config: LlamaConfig, tp: int) -> None:
             f"{config.intermediate_size} do not divide into {tp} equal parts",
             f"use `tp` {' or '.join(map(str, possible))}",
         )
-    if tp > 1 and any(map(_is_added_after_the_sum, find_family(config.family).weights)):
+    weights = [weight for weight in find_family(config.family).weights if weight.needed(config)]
+    if tp > 1 and any(map(_is_added_after_the_sum, weights)):
         raise OptionError(
             "tp",
             tp,

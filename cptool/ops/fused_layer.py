@@ -1,6 +1,6 @@
 """A decoder layer of few rows on a CPU, in two calls of the extension: before and after attention.
 
-The same steps in the same order as `cptool.model.llama.DecoderLayer` takes one by one, hence the
+The same steps in the same order as `cptool.model.layer.DecoderLayer` takes one by one, hence the
 same bits. Between two of these a processor that streams weights has forgotten the interpreter: of
 a decode step of a small model that cost a tenth.
 """

@@ -23,7 +23,8 @@ from cptool.model import architectures
 from cptool.model.architectures import llama, registry
 from cptool.model.architectures.family import Family, Size, Weight
 from cptool.model.architectures.registry import families, find_family, register
-from cptool.model.llama import BiasedLinear, Llama
+from cptool.model.linear import BiasedLinear
+from cptool.model.llama import Llama
 from cptool.model.shares import check
 
 ROUNDING = 1.25  # as in test_model
@@ -50,7 +51,7 @@ def bias(weight: Weight) -> Weight:
     return replace(weight, shape=weight.shape[:1], **names)
 
 
-WEIGHTS = tuple(renamed(weight) for weight in llama.FAMILY.weights)
+WEIGHTS = tuple(renamed(weight) for weight in llama.WEIGHTS)
 TOY = Family(
     name="toy",
     title="Toy",

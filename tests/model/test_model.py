@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from cptool.checkpoint import open_checkpoint
 from cptool.engine.weights import load_model
-from cptool.model import llama
+from cptool.model import rows
 from cptool.model.rope import inverse_frequencies, rotary_tables
 
 ROUNDING = 1.25
@@ -58,7 +58,7 @@ def test_long_prompts_are_computed_in_slices(tmp_path, monkeypatch):
     reference = random_llama(SHAPES["gqa-9-3"], tmp_path)
     tokens = tokens_of(reference)
     exact = logits(reference, tokens, torch.float64)
-    monkeypatch.setattr(llama, "ROWS_AT_ONCE_CPU", 7)
+    monkeypatch.setattr(rows, "ROWS_AT_ONCE_CPU", 7)
     ours = run(load_model(open_checkpoint(str(tmp_path)), torch.float32, "cpu"), tokens)
     assert rms(ours - exact) <= ROUNDING * rms(logits(reference, tokens, torch.float32) - exact)
 

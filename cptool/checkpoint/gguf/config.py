@@ -1,5 +1,8 @@
 """The shape of a model out of the header of a GGUF file."""
 
+from dataclasses import replace
+from typing import Any
+
 from cptool.checkpoint.gguf.metadata import Metadata
 from cptool.checkpoint.gguf.rope import context, linear_scaling
 from cptool.checkpoint.notes import Notes
@@ -40,7 +43,10 @@ def read_config(
             f"rows; the two are not of one model"
         )
     scaling = linear_scaling(metadata, notes)
-    return LlamaConfig(
+    numbers: dict[str, Any] = {
+        entry.field: metadata.number(entry.gguf, entry.default) for entry in family.numbers
+    }
+    config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=metadata.integer("feed_forward_length"),
@@ -54,4 +60,17 @@ def read_config(
         tie_word_embeddings=family.weight(HEAD).gguf not in tensors,
         rope_scaling=scaling,
         family=family.name,
+        **numbers,
+    )
+    flags: dict[str, Any] = {name: _has(tensors, family, config, name) for name in family.flags}
+    return replace(config, **flags)
+
+
+def _has(tensors: dict[str, StoredTensor], family: Family, config: LlamaConfig, flag: str) -> bool:
+    """Return whether the files hold tensors that a model has because `flag` is set."""
+    switched_on: dict[str, Any] = {flag: True}
+    other = replace(config, **switched_on)
+    return any(
+        weight.needed(other) and not weight.needed(config) and weight.gguf.format(0) in tensors
+        for weight in family.weights
     )

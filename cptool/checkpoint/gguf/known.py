@@ -1,6 +1,7 @@
 """What cptool knows of the metadata of a GGUF file."""
 
 from cptool.checkpoint.known_fields import OFF, FieldList
+from cptool.model.architectures.family import Family
 
 # Fields of any file.
 _USED = frozenset(
@@ -75,12 +76,18 @@ _MODEL_NEUTRAL = {
 }
 
 
-def known_metadata(architecture: str) -> FieldList:
-    """Return the fields of files of an architecture, with which the keys of its models begin."""
+def known_metadata(family: Family) -> FieldList:
+    """Return the fields of files of a family, with whose name the keys of its models begin."""
+    architecture = family.gguf
+    numbers = {entry.gguf for entry in family.numbers}
     return FieldList(
-        used=_USED | {f"{architecture}.{name}" for name in _MODEL_USED},
+        used=_USED | {f"{architecture}.{name}" for name in numbers.union(_MODEL_USED)},
         harmless=_HARMLESS | {f"{architecture}.{name}" for name in _MODEL_HARMLESS},
-        neutral={f"{architecture}.{name}": values for name, values in _MODEL_NEUTRAL.items()},
+        neutral={
+            f"{architecture}.{name}": values
+            for name, values in _MODEL_NEUTRAL.items()
+            if name not in numbers
+        },
         unapplied=_UNAPPLIED,
         harmless_prefixes=(
             "general.base_model.",

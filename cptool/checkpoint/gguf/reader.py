@@ -57,7 +57,7 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
     metadata = header.metadata
     family = _check_kind(path, metadata)
     notes = Notes()
-    check_fields(path, metadata, known_metadata(family.gguf), notes)
+    check_fields(path, metadata, known_metadata(family), notes)
     config, stored = _read_model(path, header, family, notes)
     defaults = _SENTENCEPIECE_IDS if metadata.get("tokenizer.ggml.model") == "llama" else {}
     ids = {
@@ -104,12 +104,12 @@ def _check_kind(path: Path, metadata: dict[str, Any]) -> Family:
         what = what or f"a file of type {shown(kind)}"
         raise UserError(f"{path}: {what}, not a model; give the GGUF of the model itself")
     architecture = metadata.get("general.architecture")
-    known = {family.gguf: family for family in families()}
+    known = {family.gguf: family for family in families() if family.gguf is not None}
     if not isinstance(architecture, str) or architecture not in known:
         missing = architecture is None
         named = "not named in it" if missing else f"{shown(architecture)}, which is not supported"
         raise UserError(
-            f"{path}: its architecture is {named}; use a GGUF of a {' or '.join(known)} model"
+            f"{path}: its architecture is {named}; use one of those that `cptool models` lists"
         )
     pooling = f"{architecture}.pooling_type"
     if metadata.get(pooling, 0) not in (0, None):
@@ -127,7 +127,7 @@ def _read_model(
     found = {family.huggingface_name(key, "gguf"): t for key, t in header.tensors.items()}
     check_names(path, found, family)
     divisors = found.pop(ROPE_DIVISORS, None)
-    metadata = Metadata(path, header.metadata, family.gguf)
+    metadata = Metadata(path, header.metadata, str(family.gguf))
     config = check_config(path, read_config(metadata, header.tensors, family, notes))
     if divisors is not None:
         scaling = scaling_of_divisors(path, config, divisors)

@@ -8,6 +8,7 @@ from cptool.checkpoint.config_checks import check_config
 from cptool.checkpoint.fields import flag, integer, number, read_json, shown
 from cptool.checkpoint.huggingface.known import HUGGING_FACE
 from cptool.checkpoint.huggingface.rope import context, read_rope
+from cptool.checkpoint.huggingface.windows import check_windows
 from cptool.checkpoint.known_fields import check_fields
 from cptool.checkpoint.notes import Notes
 from cptool.errors import UserError
@@ -43,7 +44,8 @@ def read_checked_fields(source: Path, notes: Notes) -> dict[str, Any]:
     """
     fields = read_json(source)
     family = family_of(source, fields)  # first: others have fields that no known family has
-    check_fields(source, fields, HUGGING_FACE.with_neutral(family.neutral_fields), notes)
+    used = [*(entry.huggingface for entry in family.numbers), *family.flags]
+    check_fields(source, fields, HUGGING_FACE.of_family(family.neutral_fields, used), notes)
     return fields
 
 
@@ -54,8 +56,7 @@ def read_config(source: Path, fields: dict[str, Any], notes: Notes) -> LlamaConf
     between two answers are added to `notes`.
     """
     family = family_of(source, fields)
-    _check_layers(source, fields)
-    _check_window(source, fields)
+    fields = {**family.defaults, **fields}
     heads = integer(source, fields, "num_attention_heads")
     hidden = integer(source, fields, "hidden_size")
     if heads < 1 or hidden < 1 or (fields.get("head_dim") is None and hidden % heads):
@@ -65,22 +66,32 @@ def read_config(source: Path, fields: dict[str, Any], notes: Notes) -> LlamaConf
         )
     head_dim = integer(source, fields, "head_dim", hidden // heads)
     _check_attention_scale(source, fields, head_dim)
-    positions = integer(source, fields, "max_position_embeddings", family.default_context)
+    default = family.defaults.get("max_position_embeddings")
+    positions = integer(source, fields, "max_position_embeddings", default)
+    layers = integer(source, fields, "num_hidden_layers")
+    check_windows(source, fields, family, layers=layers, positions=positions)
     rope = read_rope(source, fields, positions, notes)
+    default_eps = family.defaults.get("rms_norm_eps")
+    switches: dict[str, Any] = {name: flag(source, fields, name) for name in family.flags}
+    switches |= {
+        entry.field: number(source, fields, entry.huggingface, entry.default)
+        for entry in family.numbers
+    }
     return LlamaConfig(
         vocab_size=integer(source, fields, "vocab_size"),
         hidden_size=hidden,
         intermediate_size=integer(source, fields, "intermediate_size"),
-        num_hidden_layers=integer(source, fields, "num_hidden_layers"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=integer(source, fields, "num_key_value_heads", heads),
         head_dim=head_dim,
-        rms_norm_eps=number(source, fields, "rms_norm_eps", family.default_eps),
+        rms_norm_eps=number(source, fields, "rms_norm_eps", default_eps),
         rope_theta=rope.theta,
         max_position_embeddings=context(fields, positions, rope),
         tie_word_embeddings=flag(source, fields, "tie_word_embeddings"),
         rope_scaling=rope.scaling,
         family=family.name,
+        **switches,
     )
 
 
@@ -99,33 +110,10 @@ def family_of(source: Path, fields: dict[str, Any]) -> Family:
     stems = [family.architectures[0].removesuffix("ForCausalLM") for family in known]
     uses = {stem + end: why for stem in stems for end, why in _OTHER_USES.items()}
     why = uses.get(first if isinstance(first, str) else "", "")
-    remedy = " or ".join(family.architectures[0] for family in known)
     raise UserError(
         f"{source}: architecture {shown(architectures)} of type {shown(kind)} is not "
-        f"supported{why and f' ({why})'}; use a {remedy} checkpoint"
+        f"supported{why and f' ({why})'}; use one of those that `cptool models` lists"
     )
-
-
-def _check_layers(source: Path, fields: dict[str, Any]) -> None:
-    """Refuse layers of different kinds, of which newer configurations have a list."""
-    kinds = fields.get("layer_types")
-    if kinds is not None and (
-        not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
-    ):
-        raise UserError(
-            f"{source}: layer_types is {shown(kinds)}, cptool only computes layers of full "
-            f"attention; use another checkpoint"
-        )
-
-
-def _check_window(source: Path, fields: dict[str, Any]) -> None:
-    """Refuse a window of attention, unless the file states that it is not used, as Qwen's do."""
-    window = fields.get("sliding_window")
-    if window not in (None, 0) and fields.get("use_sliding_window") is not False:
-        raise UserError(
-            f"{source}: sliding_window is {shown(window)}, and cptool computes attention to the "
-            f"whole context; use a checkpoint without it"
-        )
 
 
 def _check_attention_scale(source: Path, fields: dict[str, Any], head_dim: int) -> None:

@@ -19,7 +19,7 @@ from cptool.checkpoint.known_fields import FieldList, check_fields
 from cptool.checkpoint.lookalikes import dangling
 from cptool.checkpoint.notes import Notes
 from cptool.checkpoint.sampling import SamplingDefaults, read_sampling
-from cptool.checkpoint.selection import select_tensors
+from cptool.checkpoint.selection import select_tensors, with_added
 from cptool.checkpoint.tensor_names import check_names
 from cptool.checkpoint.tensors import TORCH_DTYPES, StoredTensor, differ
 from cptool.errors import UserError
@@ -41,7 +41,7 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
     family = family_of(config_file, fields)
     embedding, head = family.embedding, family.head
     check_quantization(path, fields)
-    tied = flag(config_file, fields, "tie_word_embeddings")
+    tied = flag(config_file, {**family.defaults, **fields}, "tie_word_embeddings")
     found = _with_prefix(family, read_headers(path, head if tied else None, notes))
     check_names(path, found, family)
     if not tied and head not in found and embedding in found:
@@ -61,12 +61,12 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
     generation = _read_optional(path / "generation_config.json", GENERATION, notes)
     tokenizer = _read_optional(path / "tokenizer_config.json", TOKENIZER, notes)
     tokens = _NamedTokens(path, fields, generation, config.vocab_size)
-    default_end = None if tokenizer.get("eos_token") else family.default_eos
+    default_end = None if tokenizer.get("eos_token") else family.defaults.get("eos_token_id")
     return Checkpoint(
         path=path,
         name=name or path.resolve().name,
         config=config,
-        stored=dict(stored),
+        stored=with_added(stored, config),
         eos_ids=tokens.end_ids(default_end),
         bos_id=tokens.begin_id(),
         sampling=_sampling(path / "generation_config.json", generation, notes),

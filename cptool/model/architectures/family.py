@@ -35,6 +35,8 @@ class Size(enum.Enum):
     KEYS = enum.auto()
     """Rows of all key heads, or of all value heads."""
     FFN = enum.auto()
+    HEAD = enum.auto()
+    """Elements of one head."""
 
     def extent(self, config: LlamaConfig) -> int:
         """Return the size in a model of this configuration."""
@@ -46,7 +48,12 @@ class Size(enum.Enum):
             return config.num_attention_heads * config.head_dim
         if self is Size.KEYS:
             return config.num_key_value_heads * config.head_dim
+        if self is Size.HEAD:
+            return config.head_dim
         return config.intermediate_size
+
+
+IsWindowed = Callable[[Mapping[str, Any], int], bool]
 
 
 def _always(config: LlamaConfig) -> bool:
@@ -61,7 +68,8 @@ class Weight:
     stacked along dimension 0 in the order of the table. `shape` tells how tensor parallelism
     divides it, too: along `QUERIES`, `KEYS` or `FFN` (`cptool.model.shares`). `rotated` marks rows
     to which the rotary embedding applies. `meta` is None if Meta's layout does not have the tensor.
-    `needed` says whether a model of a configuration has it.
+    `needed` says whether a model of a configuration has it. `added` is what the model adds to every
+    element that a file in the Hugging Face layout stores, the 1 of (1 + w).
     """
 
     parameter: str
@@ -71,6 +79,7 @@ class Weight:
     meta: str | None = None
     rotated: bool = False
     needed: Callable[[LlamaConfig], bool] = _always
+    added: float = 0.0
 
     @property
     def in_layers(self) -> bool:
@@ -87,28 +96,51 @@ class Weight:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Number:
+    """A number that a family's files state, and the field of `LlamaConfig` that it is.
+
+    `default` counts if a file lacks it.
+    """
+
+    field: str
+    huggingface: str
+    gguf: str
+    default: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A model family. What its attention and MLP compute follows from the table.
 
-    A projection has a bias if the table has one for it. `architectures` and `model_type` name the
-    family in a config.json, `gguf` in GGUF metadata. `gguf_interleaved` says whether rotated rows
-    are in interleaved rotary order there; in the Hugging Face layout they are half-split, in Meta's
-    interleaved. `default_context`, `default_eps` and `default_eos` are transformers' values if a
-    config.json lacks the field. `neutral_fields` are values of its other fields under which a model
-    computes what this table says, if they differ from those of a Llama.
+    A projection has a bias, and queries, keys and blocks have norms, if the table has them.
+    `architectures` and `model_type` name the family in a config.json, `gguf` in GGUF metadata; None
+    if GGUF files of it name another family. `gguf_interleaved` says whether rotated rows are in
+    interleaved rotary order there; in the Hugging Face layout they are half-split, in Meta's
+    interleaved. `defaults` are transformers' values of fields that a config.json lacks; null is a
+    value of its own. `neutral_fields` are values of its other fields under which a model computes
+    what this table says, if they differ from those of a Llama. `numbers` are read from the files.
+    `flags` are fields of a config.json, true or false, that `LlamaConfig` has by the same names.
+
+    is_windowed: whether a layer attends to `sliding_window` tokens only, by the fields of a
+        config.json and its number; None: a family without windows.
+    activation: of the gate of the feed-forward network.
+    float32_norms: whether norms multiply with their weight before they round.
     """
 
     name: str
     title: str
     architectures: tuple[str, ...]
     model_type: str
-    gguf: str
+    gguf: str | None
     gguf_interleaved: bool
     weights: tuple[Weight, ...]
-    default_context: int | None = None
-    default_eps: float | None = None
-    default_eos: int | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     neutral_fields: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    numbers: tuple[Number, ...] = ()
+    flags: tuple[str, ...] = ()
+    is_windowed: IsWindowed | None = None
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    float32_norms: bool = False
 
     def tensors(self, config: LlamaConfig) -> Iterator[tuple[Weight, int]]:
         """Yield every tensor of a model with the number of its layer (0 outside of layers).

@@ -1,0 +1,22 @@
+"""Mistral: a Llama, in some releases with a window of attention."""
+
+from cptool.model.architectures.family import Family
+from cptool.model.architectures.llama import WEIGHTS
+
+FAMILY = Family(
+    name="mistral",
+    title="Mistral",
+    architectures=("MistralForCausalLM",),
+    model_type="mistral",
+    gguf=None,  # llama.cpp knows it as a Llama
+    gguf_interleaved=True,
+    defaults={
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "eos_token_id": 2,
+    },
+    is_windowed=lambda fields, layer: True,
+    weights=WEIGHTS,
+)

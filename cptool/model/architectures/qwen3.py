@@ -1,0 +1,31 @@
+"""Qwen 3, dense: a Llama with a norm of each head of queries and keys before their rotation."""
+
+from cptool.model.architectures.family import Family
+from cptool.model.architectures.llama import WEIGHTS
+from cptool.model.architectures.tables import (
+    windowed_by_kind,
+    with_optional_biases,
+    with_query_key_norms,
+)
+
+FAMILY = Family(
+    name="qwen3",
+    title="Qwen3",
+    architectures=("Qwen3ForCausalLM",),
+    model_type="qwen3",
+    gguf="qwen3",
+    gguf_interleaved=False,
+    defaults={
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 32,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    flags=("attention_bias",),
+    is_windowed=windowed_by_kind(lambda fields, layer: layer >= fields["max_window_layers"]),
+    neutral_fields={"use_qk_norm": (None, True), "qk_norm": (None, True)},
+    weights=with_query_key_norms(with_optional_biases(WEIGHTS)),
+)
