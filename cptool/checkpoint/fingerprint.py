@@ -139,8 +139,8 @@ def _threads() -> int:
 
 
 def _configuration(checkpoint: Model) -> str:
-    """Return what the configuration says beyond the fields that models had from the beginning, whose
-    defaults change nothing: the fingerprint of a model stays the same as fields are added.
+    """Return what the configuration says, without fields that hold their default: fields have been
+    added, and where they do, the model is what it was before.
     """
     said = _set(checkpoint.config, "rope_scaling")
     del said["max_position_embeddings"]

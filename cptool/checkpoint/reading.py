@@ -40,7 +40,8 @@ class TensorReader:
         """Read what is within `bounds` [start, stop) of dimension `dim`.
 
         Returns the stored dtype, float32 if the tensor is quantised or something is added to it.
-        Rows in interleaved rotary order come in half-split order; `bounds` of such rows are whole heads, else ValueError.
+        Rows in interleaved rotary order come in half-split order; `bounds` of such rows are whole
+        heads, else ValueError.
         """
         start, stop = bounds
         if isinstance(tensor, JoinedTensor):

@@ -87,9 +87,7 @@ def mark_interleaved(stored: Mapping[str, AnyTensor], config: LlamaConfig) -> di
     return marked
 
 
-def with_added(
-    stored: Mapping[str, StoredTensor], config: LlamaConfig
-) -> dict[str, AnyTensor]:
+def with_added(stored: Mapping[str, AnyTensor], config: LlamaConfig) -> dict[str, AnyTensor]:
     """Return the same tensors, those of a Hugging Face directory to which the model adds something
     marked with it.
     """
@@ -97,5 +95,7 @@ def with_added(
     for weight, layer in find_family(config.family).tensors(config):
         if weight.added:
             name = weight.huggingface.format(layer)
-            marked[name] = replace(stored[name], added=weight.added)
+            tensor = stored[name]
+            assert isinstance(tensor, StoredTensor)  # safetensors files hold whole tensors
+            marked[name] = replace(tensor, added=weight.added)
     return marked

@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": "plan.command",
     "bench": "bench.group",
     "pull": "pull.command",
+    "models": "models",
     "demo": "demo",
     "doctor": "doctor.command",
 }

@@ -37,9 +37,17 @@ class Attention(nn.Module):
         self.o_proj = projection(shapes, "self_attn.o_proj", device)
         self.num_heads = self.o_proj.in_features // head_dim
         self.num_kv_heads = (self.qkv_proj.out_features // head_dim - self.num_heads) // 2
-        ranks = config.num_attention_heads // self.num_heads
-        self.q_norm = _head_norm(config, "q_norm", shapes, device, ranks)
-        self.k_norm = _head_norm(config, "k_norm", shapes, device, ranks)
+
+        def norm(name: str) -> RMSNorm | None:
+            if f"self_attn.{name}.weight" not in shapes:
+                return None
+            family, (size,) = find_family(config.family), shapes[f"self_attn.{name}.weight"]
+            if family.weight(f"{LAYER}self_attn.{name}.weight").shape == (Size.HEAD,):
+                return norm_of(family)(size, config.rms_norm_eps, device)
+            ranks = config.num_attention_heads // self.num_heads
+            return WidthRMSNorm(size, config.rms_norm_eps, device, ranks)
+
+        self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
         self.rotary_dim = config.rotary_dim or head_dim
         if layer in config.unrotated_layers:
             self.rotary_dim = 0
@@ -68,15 +76,3 @@ class Attention(nn.Module):
             for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         )
         attend(self.layer, q, k, v)
-
-
-def _head_norm(
-    config: LlamaConfig, name: str, shapes: Shapes, device: torch.device | str, ranks: int
-) -> RMSNorm | None:
-    """Return the norm `name` of queries or keys, None if the family has none."""
-    if f"self_attn.{name}.weight" not in shapes:
-        return None
-    family, (size,) = find_family(config.family), shapes[f"self_attn.{name}.weight"]
-    if family.weight(f"{LAYER}self_attn.{name}.weight").shape == (Size.HEAD,):
-        return norm_of(family)(size, config.rms_norm_eps, device)
-    return WidthRMSNorm(size, config.rms_norm_eps, device, ranks)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cptool.model.norms import WidthRMSNorm
 from cptool.model.product import Product
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def apply(model: Llama, group: Group) -> None:
-    """Make every o_proj and down_proj of `model`, this rank's part, sum its result over `group`.
+    """Make every o_proj and down_proj of `model`, this rank's part, sum its result over `group`,
+    and norms of all heads of queries or keys together their squares.
 
     Sums are taken in the type of the weights, as Megatron-LM and vLLM do: the matmul has rounded
     each term to it already, so tp terms add at most tp - 1 roundings of the same size (one for
@@ -36,4 +38,6 @@ def apply(model: Llama, group: Group) -> None:
 
     for name, module in model.named_modules():
         if isinstance(module, Product) and name.endswith((".o_proj", ".down_proj")):
+            module.reduce = reduce
+        elif isinstance(module, WidthRMSNorm):
             module.reduce = reduce

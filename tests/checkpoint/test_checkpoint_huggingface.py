@@ -237,8 +237,10 @@ def test_opening_imports_no_torch(saved):
     [
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
         ({"model_type": "qwen3"}, "qwen3"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"attention_bias": True}, "self_attn.q_proj.bias is missing"),
+        ({"mlp_bias": True}, "mlp.gate_proj.bias is missing"),
+        ({"model_type": "mixtral"}, "a mixture of experts, of which cptool computes none"),
+        ({"model_type": "qwen3_moe"}, "use one of those that `cptool models` lists"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"use_qk_norm": True}, "use_qk_norm"),

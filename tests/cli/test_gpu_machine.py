@@ -54,7 +54,7 @@ IN_THIS_PROCESS = {
     "bench emulate": ("bench", "emulate", "--shape", "{shape}", "--context", 64),
     "bench calibrate": ("bench", "calibrate", "--cp", 1),
 }
-ON_NO_DEVICE = {"plan", "session", "pull"}
+ON_NO_DEVICE = {"plan", "session", "pull", "models"}
 
 
 def cptool(*arguments):

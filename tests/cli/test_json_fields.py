@@ -56,6 +56,7 @@ RUNS = {
     "cptool session export": ["{here}/plain", "{here}/chat", "{here}/chats"],
     "cptool doctor": [""],
     "cptool pull": ["", "smollm2-135m-instruct"],
+    "cptool models": [""],
 }
 """Arguments by the heading that documents the result, in the order in which they are run."""
 

@@ -19,7 +19,7 @@ from cptool.engine.answers.decode import decode
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
 from cptool.engine.weights import load_model
-from cptool.model.llama import BiasedLinear
+from cptool.model.linear import BiasedLinear
 from cptool.ops.stored import StoredWeight
 
 MIXED = {

@@ -13,6 +13,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+    from cptool.model.config import LlamaConfig
+
 SMALL = dict(
     vocab_size=97,
     hidden_size=64,
@@ -107,10 +109,14 @@ def rms(x: torch.Tensor) -> float:
 
 
 class ToyAttention:
-    """Attention of one sequence over all that it was shown, in the plainest way."""
+    """Attention of one sequence over all that it was shown, in the plainest way.
 
-    def __init__(self) -> None:
+    config: that of a model whose scores have a scale of their own.
+    """
+
+    def __init__(self, config: LlamaConfig | None = None) -> None:
         self.layers: dict[int, list[torch.Tensor]] = {}
+        self.scale = None if config is None else config.scale
 
     def at(self, positions: torch.Tensor):
         """The `attend` callable of a forward at these positions."""
@@ -129,6 +135,7 @@ class ToyAttention:
                 keys.transpose(0, 1)[None],
                 values.transpose(0, 1)[None],
                 attn_mask=visible,
+                scale=self.scale,
                 enable_gqa=True,
             )[0].transpose(0, 1)
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cptool.model import layer
 from cptool.model.config import LlamaConfig
+from cptool.model.layer import DecoderLayer
 from cptool.model.rope import inverse_frequencies, rotary_tables
 from cptool.ops import fused_layer
 from cptool.ops.kernels import cpu_isas, force_cpu_isa
@@ -30,7 +30,7 @@ CONFIG = LlamaConfig(
 
 def layer(dtype):
     torch.manual_seed(1)
-    made = layer.DecoderLayer(CONFIG, 0, 1, "cpu").to(dtype)
+    made = DecoderLayer(CONFIG, 0, 1, "cpu").to(dtype)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return made.requires_grad_(False)
@@ -41,7 +41,7 @@ def stored_layer():
     config = replace(CONFIG, hidden_size=64, intermediate_size=96, head_dim=16)
     config = replace(config, num_attention_heads=4, num_key_value_heads=4)
     torch.manual_seed(1)
-    made = layer.DecoderLayer(config, 0, 1, "cpu").requires_grad_(False)
+    made = DecoderLayer(config, 0, 1, "cpu").requires_grad_(False)
     q_and_k = Blocks(blocks(128, 2 * 34), "Q8_0", 16)
     weights = {
         made.self_attn.qkv_proj: [q_and_k, Blocks(blocks(64, 2 * 20), "Q4_1")],

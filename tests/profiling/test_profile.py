@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from cptool.cli.main import main
-from cptool.model.llama import Linear
+from cptool.model.linear import Linear
 from cptool.profiling.device_trace import DEVICE_ROWS, DeviceProfiler, launch_times, phase_of
 from cptool.profiling.intervals import overlap_s, subtract, union
 from cptool.profiling.report import ROWS, Section, phases_of, write_trace

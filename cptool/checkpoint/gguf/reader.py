@@ -19,6 +19,7 @@ from cptool.checkpoint.gguf.metadata import Metadata
 from cptool.checkpoint.gguf.rope import ROPE_DIVISORS, scaling_of_divisors
 from cptool.checkpoint.known_fields import check_fields
 from cptool.checkpoint.notes import Notes
+from cptool.checkpoint.other_models import kind_of
 from cptool.checkpoint.sampling import read_sampling
 from cptool.checkpoint.selection import mark_interleaved, select_tensors
 from cptool.checkpoint.tensor_names import check_names
@@ -106,8 +107,9 @@ def _check_kind(path: Path, metadata: dict[str, Any]) -> Family:
     architecture = metadata.get("general.architecture")
     known = {family.gguf: family for family in families() if family.gguf is not None}
     if not isinstance(architecture, str) or architecture not in known:
+        why = kind_of(architecture) or "which is not supported"
         missing = architecture is None
-        named = "not named in it" if missing else f"{shown(architecture)}, which is not supported"
+        named = "not named in it" if missing else f"{shown(architecture)}, {why}"
         raise UserError(
             f"{path}: its architecture is {named}; use one of those that `cptool models` lists"
         )

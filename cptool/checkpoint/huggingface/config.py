@@ -11,6 +11,7 @@ from cptool.checkpoint.huggingface.rope import context, read_rope
 from cptool.checkpoint.huggingface.windows import check_windows
 from cptool.checkpoint.known_fields import check_fields
 from cptool.checkpoint.notes import Notes
+from cptool.checkpoint.other_models import kind_of
 from cptool.errors import UserError
 from cptool.model.architectures.family import Family
 from cptool.model.architectures.registry import families
@@ -109,7 +110,7 @@ def family_of(source: Path, fields: dict[str, Any]) -> Family:
     first = architectures[0] if isinstance(architectures, list) else architectures
     stems = [family.architectures[0].removesuffix("ForCausalLM") for family in known]
     uses = {stem + end: why for stem in stems for end, why in _OTHER_USES.items()}
-    why = uses.get(first if isinstance(first, str) else "", "")
+    why = uses.get(first if isinstance(first, str) else "", "") or kind_of(kind)
     raise UserError(
         f"{source}: architecture {shown(architectures)} of type {shown(kind)} is not "
         f"supported{why and f' ({why})'}; use one of those that `cptool models` lists"

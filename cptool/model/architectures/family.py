@@ -125,6 +125,8 @@ class Family:
         config.json and its number; None: a family without windows.
     activation: of the gate of the feed-forward network.
     float32_norms: whether norms multiply with their weight before they round.
+    members: releases of the family, for users.
+    refused: what models of the family may have that cptool does not compute, for users.
     """
 
     name: str
@@ -141,6 +143,8 @@ class Family:
     is_windowed: IsWindowed | None = None
     activation: Literal["silu", "gelu_tanh"] = "silu"
     float32_norms: bool = False
+    members: str = ""
+    refused: str = ""
 
     def tensors(self, config: LlamaConfig) -> Iterator[tuple[Weight, int]]:
         """Yield every tensor of a model with the number of its layer (0 outside of layers).

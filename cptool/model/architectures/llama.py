@@ -97,6 +97,7 @@ WEIGHTS = (
 FAMILY = Family(
     name="llama",
     title="Llama",
+    members="Llama 1 to 3.3, Code Llama, SmolLM 1 and 2, Yi, DeepSeek LLM",
     # The second spelling is that of the first converted checkpoints.
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
     model_type="llama",

@@ -6,9 +6,10 @@ from cptool.model.architectures.llama import WEIGHTS
 FAMILY = Family(
     name="mistral",
     title="Mistral",
+    members="Mistral 7B, Nemo, Small, Large, Codestral",
     architectures=("MistralForCausalLM",),
     model_type="mistral",
-    gguf=None,  # llama.cpp knows it as a Llama
+    gguf=None,  # there it is a Llama
     gguf_interleaved=True,
     defaults={
         "max_position_embeddings": 131072,
@@ -17,6 +18,7 @@ FAMILY = Family(
         "sliding_window": 4096,
         "eos_token_id": 2,
     },
+    refused="attention to a window (7B v0.1)",
     is_windowed=lambda fields, layer: True,
     weights=WEIGHTS,
 )

@@ -7,6 +7,7 @@ from cptool.model.architectures.tables import windowed_by_kind, with_biases
 FAMILY = Family(
     name="qwen2",
     title="Qwen2",
+    members="Qwen 2 and 2.5, dense",
     architectures=("Qwen2ForCausalLM",),
     model_type="qwen2",
     gguf="qwen2",
@@ -19,6 +20,7 @@ FAMILY = Family(
         "sliding_window": 4096,
         "max_window_layers": 28,
     },
+    refused="attention to a window",
     is_windowed=windowed_by_kind(lambda fields, layer: layer >= fields["max_window_layers"]),
     # The biases are there whatever the first two say.
     neutral_fields={"attention_bias": (None, True), "qkv_bias": (None, True)},

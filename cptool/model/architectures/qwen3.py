@@ -11,6 +11,7 @@ from cptool.model.architectures.tables import (
 FAMILY = Family(
     name="qwen3",
     title="Qwen3",
+    members="Qwen 3, dense",
     architectures=("Qwen3ForCausalLM",),
     model_type="qwen3",
     gguf="qwen3",
@@ -25,6 +26,7 @@ FAMILY = Family(
         "max_window_layers": 28,
     },
     flags=("attention_bias",),
+    refused="attention to a window",
     is_windowed=windowed_by_kind(lambda fields, layer: layer >= fields["max_window_layers"]),
     neutral_fields={"use_qk_norm": (None, True), "qk_norm": (None, True)},
     weights=with_query_key_norms(with_optional_biases(WEIGHTS)),

@@ -1,0 +1,112 @@
+"""Random models of every family, by `transformers`: their tokens, and their weights as GGUF.
+
+Names of tensors in GGUF files and the architectures' fields are those of the `gguf` package;
+which architectures have rotated rows interleaved is llama.cpp's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SMALL = dict(
+    vocab_size=97,
+    hidden_size=96,
+    intermediate_size=112,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True, use_sliding_window=False)),
+    "qwen3": ("qwen3", dict(head_dim=24)),
+    "qwen3-biases": ("qwen3", dict(attention_bias=True, tie_word_embeddings=True, head_dim=16)),
+    "mistral": ("mistral", dict(sliding_window=None)),
+}
+"""By name: the `model_type`, and what is not as in `SMALL`."""
+
+INTERLEAVED = {"llama", "granite", "smollm3"}
+
+
+def random_model(case: str, directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a case with random weights, saved to `directory`.
+
+    Norm weights and biases vary too, and matrices are wide enough for every layer to move the
+    logits.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, changes = CASES[case]
+    torch.manual_seed(0)
+    fields = {**SMALL, **changes, "initializer_range": 0.1, "pad_token_id": None}
+    config = AutoConfig.for_model(kind, **fields)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, -0.5, 0.5)
+            parameter.data += 0 if kind.startswith("gemma") else 1
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model = model.to(dtype).eval()
+    model.save_pretrained(directory)
+    return model
+
+
+@torch.inference_mode()
+def greedy(model: PreTrainedModel, prompt: list[int], steps: int) -> list[int]:
+    """The tokens after `prompt`, each from a forward over all tokens before it."""
+    tokens = list(prompt)
+    for _ in range(steps):
+        tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def write_gguf(model: PreTrainedModel, path: Path) -> None:
+    """The same model as a GGUF file in float32."""
+    import gguf
+
+    config = model.config
+    kind = "llama" if config.model_type == "mistral" else config.model_type
+    names = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    mapped = gguf.get_tensor_name_map(names[kind], config.num_hidden_layers)
+    writer = gguf.GGUFWriter(str(path), kind)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if getattr(config, "head_dim", None) is not None:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = tensor.float().numpy()
+        if kind in INTERLEAVED and ".q_proj." in name:
+            values = interleaved(values, config.num_attention_heads)
+        if kind in INTERLEAVED and ".k_proj." in name:
+            values = interleaved(values, config.num_key_value_heads)
+        writer.add_tensor(mapped.get_name(name, try_suffixes=(".weight", ".bias")), values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Half-split rotary rows to interleaved ones, as converters to GGUF do."""
+    pairs = rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2)
+    return np.ascontiguousarray(pairs.reshape(rows.shape))
