@@ -3,15 +3,16 @@
 from dataclasses import fields
 from pathlib import Path
 
+from cptool.checkpoint.layers import MOST_LAYERS
 from cptool.errors import UserError
-from cptool.model.config import LlamaConfig
+from cptool.model.config import LlamaConfig, RopeScaling
 
 # What attention takes (`cptool.ops.checks`): a multiple of the step up to the maximum.
 _HEAD_DIM_STEP, _MAX_HEAD_DIM = 8, 256
 
 # Far beyond any model, and small enough that no product of them overflows 64 bits.
 _MAX_SIZE = 2**24
-_LIMITS = {"num_hidden_layers": 10_000, "max_position_embeddings": 2**31 - 1}
+_LIMITS = {"num_hidden_layers": MOST_LAYERS, "max_position_embeddings": 2**31 - 1}
 
 # The range of normal float32 numbers, in which the model computes with them.
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**127
@@ -38,17 +39,33 @@ def check_config(source: Path, config: LlamaConfig) -> LlamaConfig:
             f"{source}: head_dim is {config.head_dim}, attention takes multiples of "
             f"{_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}; use another model"
         )
+    if (config.rotary_dim or 2) % 2:
+        raise UserError(
+            f"{source}: {config.rotary_dim} elements of a head are rotated, which are no pairs; "
+            f"correct the file"
+        )
     if (scaling := config.rope_scaling) is not None:
-        numbers = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor)
-        for value in (*numbers, float(scaling.original_context)):
-            _check_number(source, "a number of the rope scaling", value)
-        if not scaling.low_freq_factor < scaling.high_freq_factor:
-            raise UserError(
-                f"{source}: rope scaling with low_freq_factor {scaling.low_freq_factor} and "
-                f"high_freq_factor {scaling.high_freq_factor} makes no sense; the first must be "
-                f"below the second"
-            )
+        _check_scaling(source, config, scaling)
     return config
+
+
+def _check_scaling(source: Path, config: LlamaConfig, scaling: RopeScaling) -> None:
+    numbers = (value for value in vars(scaling).values() if type(value) is float)
+    for value in (*numbers, float(scaling.original_context)):
+        _check_number(source, "a number of the rope scaling", value)
+    if not scaling.low_freq_factor < scaling.high_freq_factor:
+        raise UserError(
+            f"{source}: rope scaling with low_freq_factor {scaling.low_freq_factor} and "
+            f"high_freq_factor {scaling.high_freq_factor} makes no sense; the first must be "
+            f"below the second"
+        )
+    pairs = (config.rotary_dim or config.head_dim) // 2
+    for name, factors in (("short", scaling.short_factors), ("long", scaling.long_factors)):
+        if scaling.kind == "longrope" and len(factors) != pairs:
+            raise UserError(
+                f"{source}: {len(factors)} {name} factors of the rope scaling for {pairs} rotated "
+                f"pairs of a head; the two must be as many"
+            )
 
 
 def _check_number(source: Path, name: str, value: float) -> None:

@@ -54,6 +54,38 @@ def select_tensors(
     return {name: found[name] for name in needed}
 
 
+def split_fused(
+    source: Path, config: LlamaConfig, found: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Return the same tensors, with the matrices that a family's files hold as one each on its own.
+
+    Raises UserError if such a tensor has not as many rows as they have together.
+    """
+    family, tensors = find_family(config.family), dict(found)
+    for fused in family.fused:
+        for layer in range(config.num_hidden_layers):
+            name = fused.huggingface.format(layer)
+            if (whole := tensors.pop(name, None)) is None:
+                continue
+            parts = [family.find(part, "huggingface") for part in fused.parts]
+            rows = [weight.extents(config)[0] for weight, _ in filter(None, parts)]
+            if whole.shape[:1] != (sum(rows),):
+                raise UserError(
+                    f"{source}: tensor {name} has shape {list(whole.shape)}, the configuration "
+                    f"makes it {sum(rows)} rows; the two are not of one model"
+                )
+            size, first = whole.nbytes // sum(rows), 0
+            for part, count in zip(fused.parts, rows, strict=True):
+                tensors[part.format(layer)] = replace(
+                    whole,
+                    offset=whole.offset + first * size,
+                    nbytes=count * size,
+                    shape=(count, *whole.shape[1:]),
+                )
+                first += count
+    return tensors
+
+
 def _why_missing(name: str, found: Iterable[str], count: int) -> str:
     """Return what may be wrong with files that lack a tensor, with the remedy.
 

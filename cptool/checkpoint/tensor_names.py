@@ -76,7 +76,7 @@ _QUANTISERS = ("quantize_config.json", "quant_config.json", "hqq_config.json", "
 
 def check_names(path: Path, found: Iterable[str], family: Family) -> None:
     """Refuse tensors whose Hugging Face names belong to a known kind that is no plain model."""
-    names = [name for name in found if family.find(name, "huggingface") is None]
+    names = [name for name in found if not family.knows(name)]
     for pattern, what, remedy in _TENSORS:
         if name := next((name for name in names if pattern.search(name)), None):
             beside = next((file for file in _QUANTISERS if (path / file).is_file()), None)

@@ -17,6 +17,15 @@ def with_context(config: LlamaConfig, length: int) -> LlamaConfig:
     if type(length) is not int or not 1 <= length <= _MOST_POSITIONS:
         rule = f"it must be a whole number, at least 1; positions go up to {_MOST_POSITIONS}"
         raise OptionError("context_length", length, rule)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic" and length > scaling.original_context:
+        raise OptionError(
+            "context_length",
+            length,
+            "dynamic rotary scaling changes keys that are in the cache as a sequence grows beyond "
+            f"{scaling.original_context} tokens",
+            f"use at most {scaling.original_context}",
+        )
     return replace(config, max_position_embeddings=length)
 
 

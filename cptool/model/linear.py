@@ -23,14 +23,14 @@ class Linear(Product, nn.Linear):
 
 
 class BiasedLinear(Linear):
-    """A product with a weight matrix, plus a bias."""
+    """A product with a weight matrix, plus a bias, which is added to what `reduce` has summed."""
 
     def __init__(self, width: int, out: int, device: torch.device | str) -> None:
         super().__init__(width, out, device)
         self.bias = nn.Parameter(torch.empty(out, device=device))
 
-    def product(self, input: torch.Tensor) -> torch.Tensor:
-        return linear(input, self.weight).add_(self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).add_(self.bias)
 
 
 def projection(shapes: Shapes, name: str, device: torch.device | str) -> Linear:

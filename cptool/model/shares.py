@@ -36,14 +36,6 @@ def check(config: LlamaConfig, tp: int) -> None:
             f"{config.intermediate_size} do not divide into {tp} equal parts",
             f"use `tp` {' or '.join(map(str, possible))}",
         )
-    weights = [weight for weight in find_family(config.family).weights if weight.needed(config)]
-    if tp > 1 and any(map(_is_added_after_the_sum, weights)):
-        raise OptionError(
-            "tp",
-            tp,
-            "this model adds a bias to what the ranks sum, which cptool does not divide",
-            "use `tp` 1",
-        )
 
 
 def share(config: LlamaConfig, tp_rank: int, tp: int) -> dict[Size, Bounds]:
@@ -70,10 +62,6 @@ def divided(weight: Weight, held: dict[Size, Bounds]) -> tuple[int, Bounds | Non
         if size in held:
             return dim, held[size]
     return 0, None
-
-
-def _is_added_after_the_sum(weight: Weight) -> bool:
-    return weight.parameter.endswith("proj.bias") and weight.shape == (Size.HIDDEN,)
 
 
 def layer_shapes(config: LlamaConfig, tp: int) -> dict[str, tuple[int, ...]]:

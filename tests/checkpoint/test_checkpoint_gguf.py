@@ -191,7 +191,10 @@ def test_other_rotary_scaling(path):
         write(path, {"rope_freqs": np.full(HEAD_DIM // 2, divisor, np.float32)})
         assert "not positive and finite" in refusal(path)
     write(path, **{**scaling, "llama.rope.scaling.type": "yarn"})
-    assert "rope scaling 'yarn'" in refusal(path)
+    yarn = open_checkpoint(str(path)).config.rope_scaling
+    assert (yarn.kind, yarn.factor, yarn.original_context) == ("yarn", 4.0, 128)
+    write(path, **{**scaling, "llama.rope.scaling.type": "ntk"})
+    assert "rope scaling 'ntk'" in refusal(path)
 
 
 def test_fingerprint_depends_on_the_bytes_and_not_on_the_place(tmp_path):

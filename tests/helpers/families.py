@@ -6,6 +6,7 @@ which architectures have rotated rows interleaved is llama.cpp's.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from gguf import GGUFWriter
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SMALL = dict(
     vocab_size=97,
@@ -24,7 +26,33 @@ SMALL = dict(
     num_key_value_heads=2,
     max_position_embeddings=512,
     tie_word_embeddings=False,
+    bos_token_id=None,
+    eos_token_id=None,
 )
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=128)
+GRANITE = dict(
+    embedding_multiplier=6.0,
+    residual_multiplier=0.22,
+    attention_multiplier=0.3,
+    logits_scaling=8.0,
+)
+
+
+def phi3(original: int) -> dict[str, Any]:
+    """Fields of a Phi 3 with longrope whose context was `original` before."""
+    return dict(
+        original_max_position_embeddings=original,
+        partial_rotary_factor=0.75,
+        rope_parameters=dict(
+            rope_type="longrope",
+            rope_theta=1e4,
+            partial_rotary_factor=0.75,
+            short_factor=[1.0, 1.1, 1.2, 1.3, 1.5, 1.7],
+            long_factor=[1.0, 1.5, 2.0, 3.0, 5.0, 8.0],
+        ),
+    )
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
     "qwen2": ("qwen2", {}),
@@ -32,6 +60,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", dict(head_dim=24)),
     "qwen3-biases": ("qwen3", dict(attention_bias=True, tie_word_embeddings=True, head_dim=16)),
     "mistral": ("mistral", dict(sliding_window=None)),
+    "mistral-yarn": ("mistral", dict(sliding_window=None, rope_parameters=YARN)),
+    "granite": ("granite", GRANITE),
+    "granite-biases": ("granite", dict(**GRANITE, attention_bias=True)),
+    "smollm3": ("smollm3", dict(num_hidden_layers=4, tie_word_embeddings=True)),
+    "phi3": ("phi3", dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.75))),
+    "phi3-short": ("phi3", phi3(512)),
+    "phi3-long": ("phi3", phi3(32)),
+    "llama-dynamic": (
+        "llama",
+        dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)),
+    ),
 }
 """By name: the `model_type`, and what is not as in `SMALL`."""
 
@@ -88,6 +127,12 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    _write_rope(writer, config)
+    if kind == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     if getattr(config, "head_dim", None) is not None:
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
@@ -104,6 +149,32 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _write_rope(writer: GGUFWriter, config: PreTrainedConfig) -> None:
+    """The rotary embedding as llama.cpp's converters write it."""
+    import gguf
+
+    rope = config.rope_parameters
+    kind = rope["rope_type"]
+    if kind in ("yarn", "linear"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if (original := rope.get("original_max_position_embeddings")) is not None:
+        writer.add_rope_scaling_orig_ctx_len(original)
+    if config.model_type == "phi3":
+        part = rope.get("partial_rotary_factor", 1.0)
+        writer.add_rope_dimension_count(
+            int(part * config.hidden_size // config.num_attention_heads)
+        )
+        writer.add_sliding_window(config.sliding_window or 0)
+    if kind == "longrope":
+        grown = config.max_position_embeddings / original
+        factor = math.sqrt(1 + math.log(grown) / math.log(original)) if grown > 1 else 1.0
+        writer.add_rope_scaling_attn_factors(factor)
+        for length in ("short", "long"):
+            factors = np.array(rope[f"{length}_factor"], dtype=np.float32)
+            writer.add_tensor(f"rope_factors_{length}.weight", factors)
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -18,14 +18,12 @@ from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.engine.weights import load_model
-from cptool.errors import UserError
 from cptool.model import architectures
 from cptool.model.architectures import llama, registry
-from cptool.model.architectures.family import Family, Size, Weight
+from cptool.model.architectures.family import Family, Weight
 from cptool.model.architectures.registry import families, find_family, register
 from cptool.model.linear import BiasedLinear
 from cptool.model.llama import Llama
-from cptool.model.shares import check
 
 ROUNDING = 1.25  # as in test_model
 
@@ -160,16 +158,6 @@ def test_two_ranks_divide_a_registered_family(toy, reference, tmp_path):
     first, second = run(forward, path, tokens.tolist(), ranks=ranks)
     assert torch.equal(first, second)
     assert rms(first - exact) <= allowed
-
-
-def test_a_bias_of_what_the_ranks_sum_is_not_divided(toy, reference, tmp_path):
-    config = open_checkpoint(str(tmp_path / "toy")).config
-    added = next(bias(w) for w in WEIGHTS if w.parameter.endswith("o_proj.weight"))
-    added = replace(added, shape=(Size.HIDDEN,))
-    register(replace(TOY, weights=(*TOY.weights[:9], added, *TOY.weights[9:])))
-    check(config, 1)
-    with pytest.raises(UserError, match="a bias to what the ranks sum"):
-        check(config, 2)
 
 
 def test_a_file_in_the_folder_is_all_that_a_family_takes(monkeypatch, tmp_path):

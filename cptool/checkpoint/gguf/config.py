@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from cptool.checkpoint.gguf.metadata import Metadata
-from cptool.checkpoint.gguf.rope import context, linear_scaling
+from cptool.checkpoint.gguf.rope import context, stated_scaling
+from cptool.checkpoint.layers import check_windows, unrotated_layers
 from cptool.checkpoint.notes import Notes
 from cptool.checkpoint.tensors import StoredTensor
 from cptool.errors import UserError
@@ -30,7 +31,9 @@ def read_config(
     hidden = metadata.integer("embedding_length")
     heads = metadata.integer("attention.head_count")
     head_dim = metadata.integer("attention.key_length", hidden // heads if heads else 0)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    rotated = metadata.integer("rope.dimension_count", head_dim)
+    whole = ("attention.value_length", *["rope.dimension_count"] * (not family.partial_rotary))
+    for key in whole:
         if (value := metadata.integer(key, head_dim)) != head_dim:
             raise UserError(
                 f"{path}: {metadata.key(key)} is {value}, cptool needs it to equal the head size "
@@ -42,21 +45,26 @@ def read_config(
             f"{path}: {metadata.key('vocab_size')} is {stated}, and {name} has {vocabulary} "
             f"rows; the two are not of one model"
         )
-    scaling = linear_scaling(metadata, notes)
-    numbers: dict[str, Any] = {
-        entry.field: metadata.number(entry.gguf, entry.default) for entry in family.numbers
-    }
+    scaling = stated_scaling(metadata, notes)
+    numbers: dict[str, Any] = {entry.field: metadata.number(entry.gguf) for entry in family.numbers}
+    layers, positions = metadata.integer("block_count"), context(metadata, scaling)
+    if family.is_windowed is not None:
+        fields = dict(family.defaults)
+        fields["sliding_window"] = metadata.integer("attention.sliding_window", 0)
+        check_windows(path, fields, family, layers=layers, positions=positions)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=metadata.integer("feed_forward_length"),
-        num_hidden_layers=metadata.integer("block_count"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=metadata.integer("attention.head_count_kv", heads),
         head_dim=head_dim,
         rms_norm_eps=metadata.number("attention.layer_norm_rms_epsilon"),
         rope_theta=metadata.number("rope.freq_base", 10000.0),
-        max_position_embeddings=context(metadata, scaling),
+        rotary_dim=None if rotated == head_dim else rotated,
+        unrotated_layers=unrotated_layers(path, {}, family, layers),
+        max_position_embeddings=positions,
         tie_word_embeddings=family.weight(HEAD).gguf not in tensors,
         rope_scaling=scaling,
         family=family.name,

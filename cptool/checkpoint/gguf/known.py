@@ -46,10 +46,11 @@ _MODEL_USED = """
     attention.head_count_kv attention.key_length attention.value_length
     attention.layer_norm_rms_epsilon vocab_size rope.dimension_count rope.freq_base
     rope.scaling.type rope.scaling.factor rope.scale_linear rope.scaling.original_context_length
+    rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
     """.split()
 _MODEL_HARMLESS = """
-    tensor_data_layout leading_dense_block_count rope.scaling.finetuned rope.scaling.yarn_beta_fast
-    rope.scaling.yarn_beta_slow rope.scaling.yarn_log_multiplier
+    tensor_data_layout leading_dense_block_count rope.scaling.finetuned
+    rope.scaling.yarn_log_multiplier
     """.split()
 _MODEL_NEUTRAL = {
     "expert_count": OFF,
@@ -79,14 +80,18 @@ _MODEL_NEUTRAL = {
 def known_metadata(family: Family) -> FieldList:
     """Return the fields of files of a family, with whose name the keys of its models begin."""
     architecture = family.gguf
-    numbers = {entry.gguf for entry in family.numbers}
+    used = {entry.gguf for entry in family.numbers}
+    if family.rope_aliases:
+        used.add("rope.scaling.attn_factor")
+    if family.is_windowed is not None:
+        used.add("attention.sliding_window")
     return FieldList(
-        used=_USED | {f"{architecture}.{name}" for name in numbers.union(_MODEL_USED)},
+        used=_USED | {f"{architecture}.{name}" for name in used.union(_MODEL_USED)},
         harmless=_HARMLESS | {f"{architecture}.{name}" for name in _MODEL_HARMLESS},
         neutral={
             f"{architecture}.{name}": values
             for name, values in _MODEL_NEUTRAL.items()
-            if name not in numbers
+            if name not in used
         },
         unapplied=_UNAPPLIED,
         harmless_prefixes=(

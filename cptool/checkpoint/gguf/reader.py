@@ -16,12 +16,12 @@ from cptool.checkpoint.gguf.config import read_config
 from cptool.checkpoint.gguf.header import Header, read_header
 from cptool.checkpoint.gguf.known import known_metadata
 from cptool.checkpoint.gguf.metadata import Metadata
-from cptool.checkpoint.gguf.rope import ROPE_DIVISORS, scaling_of_divisors
+from cptool.checkpoint.gguf.rope import ROPE_DIVISORS, long_rope, scaling_of_divisors, take_factors
 from cptool.checkpoint.known_fields import check_fields
 from cptool.checkpoint.notes import Notes
 from cptool.checkpoint.other_models import kind_of
 from cptool.checkpoint.sampling import read_sampling
-from cptool.checkpoint.selection import mark_interleaved, select_tensors
+from cptool.checkpoint.selection import mark_interleaved, select_tensors, split_fused
 from cptool.checkpoint.tensor_names import check_names
 from cptool.checkpoint.tensors import TORCH_DTYPES, AnyTensor
 from cptool.errors import UserError
@@ -128,12 +128,16 @@ def _read_model(
     """Return the model's shape, and its tensors by their Hugging Face names."""
     found = {family.huggingface_name(key, "gguf"): t for key, t in header.tensors.items()}
     check_names(path, found, family)
-    divisors = found.pop(ROPE_DIVISORS, None)
+    divisors, factors = found.pop(ROPE_DIVISORS, None), take_factors(path, found)
     metadata = Metadata(path, header.metadata, str(family.gguf))
     config = check_config(path, read_config(metadata, header.tensors, family, notes))
     if divisors is not None:
         scaling = scaling_of_divisors(path, config, divisors)
         config = check_config(path, replace(config, rope_scaling=scaling))
+    if factors is not None:
+        scaling = long_rope(metadata, config, factors)
+        config = check_config(path, replace(config, rope_scaling=scaling))
+    found = split_fused(path, config, found)
     stored = select_tensors(path, config, found, (*TORCH_DTYPES, *QUANTISED))
     return config, mark_interleaved(stored, config) if family.gguf_interleaved else stored
 

@@ -1,4 +1,4 @@
-"""Rotary scaling in GGUF files: linear in the metadata, llama3 as a tensor of divisors."""
+"""Rotary scaling in GGUF files: linear and yarn in the metadata, llama3 and longrope as tensors."""
 
 import math
 import struct
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cptool.checkpoint.fields import shown
 from cptool.checkpoint.gguf.metadata import Metadata, shortest
+from cptool.checkpoint.huggingface.rope_scaling import yarn_attention_factor
 from cptool.checkpoint.notes import Notes
 from cptool.checkpoint.tensors import StoredTensor
 from cptool.errors import UserError
@@ -14,8 +15,10 @@ from cptool.model.config import LlamaConfig, RopeScaling
 ROPE_DIVISORS = "rope_freqs.weight"
 """The tensor of one divisor per frequency, which holds Llama 3.1's scaling."""
 
+_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 
-def linear_scaling(metadata: Metadata, notes: Notes) -> RopeScaling | None:
+
+def stated_scaling(metadata: Metadata, notes: Notes) -> RopeScaling | None:
     """Return the scaling that the metadata states, read as llama.cpp does.
 
     A factor without a type is linear, the older key counts if the newer one is missing, a factor
@@ -38,10 +41,14 @@ def linear_scaling(metadata: Metadata, notes: Notes) -> RopeScaling | None:
         if factor not in (None, 0, 1):
             notes.add(f"{path}: {key} is none, so the factor {factor} beside it does not count")
         return None
+    if kind == "longrope":
+        return None  # its factors are tensors
+    if kind == "yarn":
+        return _yarn(metadata, factor)
     if kind != "linear":
         raise UserError(
             f"{path}: rope scaling {shown(kind)} is not supported; use a model without scaling, or "
-            f"with linear or llama3 scaling"
+            f"with linear, yarn, llama3 or longrope scaling"
         )
     return RopeScaling(kind="linear", factor=factor) if factor not in (None, 0, 1) else None
 
@@ -49,13 +56,74 @@ def linear_scaling(metadata: Metadata, notes: Notes) -> RopeScaling | None:
 def context(metadata: Metadata, scaling: RopeScaling | None) -> int:
     """Return the number of positions that the model was made for.
 
-    Linear scaling stretches the original ones.
+    Linear scaling and yarn stretch the original ones.
     """
     positions = metadata.integer("context_length")
     if scaling is None or not 0 < scaling.factor < 2**31:
         return positions
     original = metadata.integer("rope.scaling.original_context_length", positions)
     return max(positions, int(original * scaling.factor))
+
+
+def _yarn(metadata: Metadata, factor: float | None) -> RopeScaling | None:
+    """Return yarn as llama.cpp computes it, its attention factor that of the formula."""
+    if factor in (None, 0, 1):
+        return None
+    original = "rope.scaling.original_context_length"
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_context=metadata.integer(original, metadata.integer("context_length")),
+        attention_factor=yarn_attention_factor(factor),
+        beta_fast=metadata.number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=metadata.number("rope.scaling.yarn_beta_slow", 1.0),
+    )
+
+
+Factors = tuple[tuple[float, ...], tuple[float, ...]]
+"""Short and long ones of longrope."""
+
+
+def take_factors(path: Path, found: dict[str, StoredTensor]) -> Factors | None:
+    """Take the factors of longrope out of the tensors `found`; None if there are none."""
+    tensors = [found.pop(name, None) for name in _FACTORS]
+    if tensors == [None, None]:
+        return None
+    values = []
+    for name, tensor in zip(_FACTORS, tensors, strict=True):
+        if tensor is None or len(tensor.shape) != 1 or tensor.encoding != "F32":
+            raise UserError(
+                f"{path}: {name} must be there and hold one float32 factor per frequency; convert "
+                f"the model anew"
+            )
+        values.append(tuple(map(shortest, _read(path, tensor))))
+    short, long = values
+    return short, long
+
+
+def long_rope(metadata: Metadata, config: LlamaConfig, factors: Factors) -> RopeScaling:
+    """Return longrope with these factors; the rest of it is in the metadata."""
+    path, original = metadata.path, metadata.integer("rope.scaling.original_context_length")
+    if not all(math.isfinite(each) and each > 0 for each in (*factors[0], *factors[1])):
+        raise UserError(
+            f"{path}: {' or '.join(_FACTORS)} holds a factor that is not positive and finite; "
+            f"convert the model anew"
+        )
+    return RopeScaling(
+        kind="longrope",
+        factor=config.max_position_embeddings / max(original, 1),
+        original_context=original,
+        attention_factor=metadata.number("rope.scaling.attn_factor", 1.0),
+        short_factors=factors[0],
+        long_factors=factors[1],
+    )
+
+
+def _read(path: Path, tensor: StoredTensor) -> tuple[float, ...]:
+    """Return the values of a float32 tensor of one dimension."""
+    with path.open("rb") as file:
+        file.seek(tensor.offset)
+        return struct.unpack(f"<{tensor.shape[0]}f", file.read(tensor.nbytes))
 
 
 def scaling_of_divisors(
@@ -72,9 +140,7 @@ def scaling_of_divisors(
             f"{path}: {ROPE_DIVISORS} has shape {list(tensor.shape)} in {tensor.encoding}; it "
             f"must hold {half} float32 divisors and come without other rope scaling"
         )
-    with path.open("rb") as file:
-        file.seek(tensor.offset)
-        divisors = struct.unpack(f"<{half}f", file.read(tensor.nbytes))
+    divisors = _read(path, tensor)
     if all(divisor == 1 for divisor in divisors):
         return None
     if not all(math.isfinite(divisor) and divisor > 0 for divisor in divisors):

@@ -8,8 +8,8 @@ from cptool.checkpoint.config_checks import check_config
 from cptool.checkpoint.fields import flag, integer, number, read_json, shown
 from cptool.checkpoint.huggingface.known import HUGGING_FACE
 from cptool.checkpoint.huggingface.rope import context, read_rope
-from cptool.checkpoint.huggingface.windows import check_windows
 from cptool.checkpoint.known_fields import check_fields
+from cptool.checkpoint.layers import check_windows, unrotated_layers
 from cptool.checkpoint.notes import Notes
 from cptool.checkpoint.other_models import kind_of
 from cptool.errors import UserError
@@ -45,7 +45,8 @@ def read_checked_fields(source: Path, notes: Notes) -> dict[str, Any]:
     """
     fields = read_json(source)
     family = family_of(source, fields)  # first: others have fields that no known family has
-    used = [*(entry.huggingface for entry in family.numbers), *family.flags]
+    used = [*(entry.huggingface for entry in family.numbers), *family.flags, *family.used_fields]
+    used += ["partial_rotary_factor"] * family.partial_rotary
     check_fields(source, fields, HUGGING_FACE.of_family(family.neutral_fields, used), notes)
     return fields
 
@@ -66,12 +67,12 @@ def read_config(source: Path, fields: dict[str, Any], notes: Notes) -> LlamaConf
             f"head_dim must be given"
         )
     head_dim = integer(source, fields, "head_dim", hidden // heads)
-    _check_attention_scale(source, fields, head_dim)
+    _check_attention_scale(source, fields, family, head_dim)
     default = family.defaults.get("max_position_embeddings")
     positions = integer(source, fields, "max_position_embeddings", default)
     layers = integer(source, fields, "num_hidden_layers")
     check_windows(source, fields, family, layers=layers, positions=positions)
-    rope = read_rope(source, fields, positions, notes)
+    rope = read_rope(source, fields, family, positions=positions, notes=notes)
     default_eps = family.defaults.get("rms_norm_eps")
     switches: dict[str, Any] = {name: flag(source, fields, name) for name in family.flags}
     switches |= {
@@ -91,6 +92,8 @@ def read_config(source: Path, fields: dict[str, Any], notes: Notes) -> LlamaConf
         max_position_embeddings=context(fields, positions, rope),
         tie_word_embeddings=flag(source, fields, "tie_word_embeddings"),
         rope_scaling=rope.scaling,
+        rotary_dim=None if rope.part == 1 else int(head_dim * rope.part),
+        unrotated_layers=unrotated_layers(source, fields, family, layers),
         family=family.name,
         **switches,
     )
@@ -105,7 +108,10 @@ def family_of(source: Path, fields: dict[str, Any]) -> Family:
     kind = fields.get("model_type", "llama")
     known = families()
     for family in known:
-        if kind == family.model_type and architectures in [[name] for name in family.architectures]:
+        named = [[name] for name in family.architectures]
+        if kind == family.model_type and (
+            not fields.get("architectures") or architectures in named
+        ):
             return family
     first = architectures[0] if isinstance(architectures, list) else architectures
     stems = [family.architectures[0].removesuffix("ForCausalLM") for family in known]
@@ -117,11 +123,14 @@ def family_of(source: Path, fields: dict[str, Any]) -> Family:
     )
 
 
-def _check_attention_scale(source: Path, fields: dict[str, Any], head_dim: int) -> None:
+def _check_attention_scale(
+    source: Path, fields: dict[str, Any], family: Family, head_dim: int
+) -> None:
     """Refuse scores that are scaled by anything but the inverse root of the head size."""
     usual = {"attention_multiplier": head_dim**-0.5 if head_dim > 0 else 0.0}
+    read = {entry.huggingface for entry in family.numbers}
     for key, expected in {**usual, "query_pre_attn_scalar": float(head_dim)}.items():
-        if fields.get(key) is not None:
+        if key not in read and fields.get(key) is not None:
             value = number(source, fields, key)
             if not math.isclose(value, expected, rel_tol=1e-6):
                 raise UserError(

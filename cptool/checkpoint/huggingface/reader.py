@@ -19,7 +19,7 @@ from cptool.checkpoint.known_fields import FieldList, check_fields
 from cptool.checkpoint.lookalikes import dangling
 from cptool.checkpoint.notes import Notes
 from cptool.checkpoint.sampling import SamplingDefaults, read_sampling
-from cptool.checkpoint.selection import select_tensors, with_added
+from cptool.checkpoint.selection import select_tensors, split_fused, with_added
 from cptool.checkpoint.tensor_names import check_names
 from cptool.checkpoint.tensors import TORCH_DTYPES, StoredTensor, differ
 from cptool.errors import UserError
@@ -52,6 +52,7 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
         )
     config = read_config(config_file, fields, notes)
     config = check_config(config_file, replace(config, tie_word_embeddings=head not in found))
+    found = split_fused(path, config, found)
     stored = select_tensors(path, config, found, TORCH_DTYPES)
     if tied and head in found and differ(found[head], found[embedding]):
         notes.add(

@@ -2,33 +2,39 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from cptool.checkpoint.fields import integer, mapping, number, shown
 from cptool.checkpoint.huggingface.known import ROPE
+from cptool.checkpoint.huggingface.rope_scaling import SCALINGS, Stated
 from cptool.checkpoint.known_fields import check_fields
 from cptool.checkpoint.notes import Notes
 from cptool.errors import UserError
+from cptool.model.architectures.family import Family
 from cptool.model.config import RopeScaling
-
-_LINEAR: Final = "linear"
-_LLAMA3: Final = "llama3"
-_DEFAULT_THETA = 10000.0
 
 # How long a context the author states beside `max_position_embeddings`.
 _CONTEXT_HINTS = ("max_sequence_length", "model_max_length", "max_seq_len", "max_seq_length")
 
+# Types that stretch the context that a model had before.
+_STRETCHING = ("linear", "yarn")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Base and scaling of the frequencies, and the context before scaling if it is stated."""
+    """Base and scaling of the frequencies, the context before scaling if it is stated, and how much
+    of a head is rotated.
+    """
 
     theta: float
     scaling: RopeScaling | None = None
     original_context: int | None = None
+    part: float = 1.0
 
 
-def read_rope(source: Path, fields: dict[str, Any], positions: int, notes: Notes) -> Rope:
+def read_rope(
+    source: Path, fields: dict[str, Any], family: Family, *, positions: int, notes: Notes
+) -> Rope:
     """Return the rotary embedding out of the fields of the `config.json` at `source`.
 
     transformers 4 has `rope_theta` and `rope_scaling`, 5 has both in `rope_parameters`, and files
@@ -38,7 +44,9 @@ def read_rope(source: Path, fields: dict[str, Any], positions: int, notes: Notes
     """
     older, newer = (mapping(source, fields, key) for key in ("rope_scaling", "rope_parameters"))
     answers = [
-        _Dictionary(source, key, rope, fields).rope(positions, notes)
+        _Dictionary(source=source, place=key, fields=rope, top=fields, family=family).rope(
+            positions, notes
+        )
         for key, rope in (("rope_scaling", older), ("rope_parameters", newer))
         if rope
     ]
@@ -47,17 +55,21 @@ def read_rope(source: Path, fields: dict[str, Any], positions: int, notes: Notes
             f"{source}: rope_scaling {shown(older)} and rope_parameters {shown(newer)} "
             f"disagree; remove the wrong one"
         )
-    return answers[0] if answers else Rope(number(source, fields, "rope_theta", _DEFAULT_THETA))
+    if answers:
+        return answers[0]
+    nothing = _Dictionary(source=source, place="", fields={}, top=fields, family=family)
+    return Rope(theta=nothing.theta(), part=nothing.part())
 
 
 def context(fields: dict[str, Any], positions: int, rope: Rope) -> int:
     """Return the number of positions that the model was made for.
 
-    Linear scaling stretches the context that the model had before. `max_position_embeddings` is
-    that one, unless the file states it apart, or states a second time how long the context is now.
+    Linear scaling and yarn stretch the context that the model had before. `max_position_embeddings`
+    is that one, unless the file states it apart, or states a second time how long the context is
+    now.
     """
     scaling, original = rope.scaling, rope.original_context
-    if scaling is None or scaling.kind != _LINEAR or not 0 < scaling.factor < 2**31:
+    if scaling is None or scaling.kind not in _STRETCHING or not 0 < scaling.factor < 2**31:
         return positions
     if original is not None:
         return max(positions, int(original * scaling.factor))
@@ -66,7 +78,7 @@ def context(fields: dict[str, Any], positions: int, rope: Rope) -> int:
     return max(positions, int(positions * scaling.factor))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Dictionary:
     """`rope_scaling` or `rope_parameters` under the key `place`; what it lacks is in `top`."""
 
@@ -74,35 +86,34 @@ class _Dictionary:
     place: str
     fields: dict[str, Any]
     top: dict[str, Any]
+    family: Family
 
     def rope(self, positions: int, notes: Notes) -> Rope:
         """Return the rotary embedding; `positions` is `max_position_embeddings`."""
         source, fields = self.source, self.fields
-        theta, kind = self._theta(), self._kind()
-        check_fields(source, fields, ROPE)
-        if kind == "default":
+        theta, kind = self.theta(), self._kind()
+        scaling = SCALINGS.get(kind)
+        used = [*(scaling.fields if scaling else ()), "partial_rotary_factor"]
+        check_fields(source, fields, ROPE.of_family({}, used))
+        if scaling is None:
             if fields.get("factor") is not None and number(source, fields, "factor") != 1:
                 raise UserError(
                     f"{source}: {self.place} has a factor of {number(source, fields, 'factor')} "
                     f'and no type that it belongs to; add "rope_type"'
                 )
-            return Rope(theta)
+            return Rope(theta=theta, part=self.part())
         original = self._original_context(notes)
-        factor = number(source, fields, "factor")
-        if kind == _LINEAR:
-            return Rope(theta, RopeScaling(kind=_LINEAR, factor=factor), original)
-        scaling = RopeScaling(
-            kind=_LLAMA3,
-            factor=factor,
-            low_freq_factor=number(source, fields, "low_freq_factor"),
-            high_freq_factor=number(source, fields, "high_freq_factor"),
-            # As transformers does if nothing states it.
-            original_context=positions if original is None else original,
+        stated = Stated(source=source, fields=fields, positions=positions, original=original)
+        return Rope(
+            theta=theta,
+            scaling=scaling.read(stated),
+            original_context=original,
+            part=self.part(),
         )
-        return Rope(theta, scaling, original)
 
-    def _theta(self) -> float:
-        theta = number(self.source, self.top, "rope_theta", _DEFAULT_THETA)
+    def theta(self) -> float:
+        """Return the base of the frequencies."""
+        theta = number(self.source, self.top, "rope_theta", self.family.default_theta)
         if self.fields.get("rope_theta") is None:
             return theta
         inside = number(self.source, self.fields, "rope_theta")
@@ -113,6 +124,18 @@ class _Dictionary:
             )
         return inside
 
+    def part(self) -> float:
+        """Return how much of a head is rotated, at most 1."""
+        key = "partial_rotary_factor"
+        part = number(self.source, self.top, key, 1.0)
+        part = number(self.source, self.fields, key, part)
+        if part != 1 and not (self.family.partial_rotary and 0 < part < 1):
+            raise UserError(
+                f"{self.source}: {key} is {part}, a {self.family.title} rotates whole heads; use "
+                f"another checkpoint"
+            )
+        return part
+
     def _kind(self) -> str:
         kinds = [self.fields[k] for k in ("rope_type", "type") if self.fields.get(k) is not None]
         if len(kinds) == 2 and kinds[0] != kinds[1]:
@@ -121,10 +144,12 @@ class _Dictionary:
                 f"{shown(kinds[1])}; remove the wrong one"
             )
         kind = kinds[0] if kinds else "default"
-        if kind not in ("default", _LINEAR, _LLAMA3):
+        if isinstance(kind, str):
+            kind = self.family.rope_aliases.get(kind, kind)
+        if not isinstance(kind, str) or kind not in ("default", *SCALINGS):
             raise UserError(
                 f"{self.source}: rope type {shown(kind)} is not supported; use a checkpoint with "
-                f"default, linear or llama3 rotary embeddings"
+                f"default, {', '.join(SCALINGS)} rotary embeddings"
             )
         return kind
 

@@ -53,7 +53,15 @@ class Size(enum.Enum):
         return config.intermediate_size
 
 
-IsWindowed = Callable[[Mapping[str, Any], int], bool]
+OfLayer = Callable[[Mapping[str, Any], int], bool]
+"""Something about a layer by the fields of a config.json, with the family's defaults, and its
+number."""
+
+
+def _numbered(name: str) -> tuple[str | None, str]:
+    """Return the number of a layer in the name of a tensor, and the name with {} in its place."""
+    number = _NUMBER.search(name)
+    return (None, name) if number is None else (number[0], _NUMBER.sub("{}", name, count=1))
 
 
 def _always(config: LlamaConfig) -> bool:
@@ -96,10 +104,22 @@ class Weight:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fused:
+    """A tensor in which a family's checkpoints hold several matrices, one below the other.
+
+    `parts` are the Hugging Face names of these in the table.
+    """
+
+    huggingface: str
+    gguf: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Number:
     """A number that a family's files state, and the field of `LlamaConfig` that it is.
 
-    `default` counts if a file lacks it.
+    `default` counts if a config.json lacks it; GGUF files always have it.
     """
 
     field: str
@@ -121,8 +141,15 @@ class Family:
     what this table says, if they differ from those of a Llama. `numbers` are read from the files.
     `flags` are fields of a config.json, true or false, that `LlamaConfig` has by the same names.
 
-    is_windowed: whether a layer attends to `sliding_window` tokens only, by the fields of a
-        config.json and its number; None: a family without windows.
+    `used_fields` are further ones that this record reads itself.
+
+    is_windowed: whether a layer attends to `sliding_window` tokens only; None: a family without
+        windows.
+    is_unrotated: whether a layer has no rotary embedding. Fields are empty for a GGUF file.
+    partial_rotary: whether `partial_rotary_factor` may leave a part of each head unrotated.
+    default_theta: base of the rotary embedding if no file states it.
+    rope_aliases: other names of types of rotary scaling.
+    fused: matrices that files hold as one.
     activation: of the gate of the feed-forward network.
     float32_norms: whether norms multiply with their weight before they round.
     members: releases of the family, for users.
@@ -140,7 +167,13 @@ class Family:
     neutral_fields: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     numbers: tuple[Number, ...] = ()
     flags: tuple[str, ...] = ()
-    is_windowed: IsWindowed | None = None
+    used_fields: tuple[str, ...] = ()
+    is_windowed: OfLayer | None = None
+    is_unrotated: OfLayer | None = None
+    partial_rotary: bool = False
+    default_theta: float = 10000.0
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)
+    fused: tuple[Fused, ...] = ()
     activation: Literal["silu", "gelu_tanh"] = "silu"
     float32_norms: bool = False
     members: str = ""
@@ -168,17 +201,23 @@ class Family:
         """Return the weight that a layout calls `name`, and its Hugging Face name; None if there is
         no such weight.
         """
-        number = _NUMBER.search(name)
-        key = name if number is None else _NUMBER.sub("{}", name, count=1)
+        number, key = _numbered(name)
         weight = self._by_name[layout].get(key)
-        if weight is None:
-            return None
-        return weight, weight.huggingface.format(number and number[0])
+        return None if weight is None else (weight, weight.huggingface.format(number))
 
     def huggingface_name(self, name: str, layout: Layout) -> str:
         """Return the Hugging Face name of a tensor; a name that no model has stays as it is."""
+        number, key = _numbered(name)
+        for fused in self.fused:
+            if key == getattr(fused, layout, None):
+                return fused.huggingface.format(number)
         found = self.find(name, layout)
         return name if found is None else found[1]
+
+    def knows(self, name: str) -> bool:
+        """Return whether a tensor in the Hugging Face layout is one of the family's."""
+        fused = any(_numbered(name)[1] == each.huggingface for each in self.fused)
+        return fused or self.find(name, "huggingface") is not None
 
     def weight(self, parameter: str) -> Weight:
         """Return the only weight that the model's `parameter` consists of."""

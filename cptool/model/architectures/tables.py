@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from cptool.model.architectures.family import IsWindowed, Size, Weight
+from cptool.model.architectures.family import OfLayer, Size, Weight
 from cptool.model.config import LlamaConfig
 
 
@@ -63,7 +63,7 @@ def with_query_key_norms(
     return tuple(table)
 
 
-def windowed_by_kind(pattern: IsWindowed) -> IsWindowed:
+def windowed_by_kind(pattern: OfLayer) -> OfLayer:
     """Return whether a layer has a window by `layer_types`, or by `pattern` without that field."""
 
     def is_windowed(fields: Mapping[str, Any], layer: int) -> bool:

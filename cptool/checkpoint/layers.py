@@ -1,4 +1,4 @@
-"""Which layers of a `config.json` attend to a window of the context alone."""
+"""What files say of single layers: windows of attention, and no rotary embedding."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 from cptool.checkpoint.fields import integer, shown
 from cptool.errors import UserError
 from cptool.model.architectures.family import Family
+
+MOST_LAYERS = 10_000
+"""That a model may have."""
 
 
 def check_windows(
@@ -21,7 +24,7 @@ def check_windows(
         return
     if family.is_windowed is not None and (
         integer(source, fields, "sliding_window") >= positions
-        or not any(family.is_windowed(fields, layer) for layer in range(layers))
+        or not any(family.is_windowed(fields, layer) for layer in range(min(layers, MOST_LAYERS)))
     ):
         return
     raise UserError(
@@ -46,3 +49,29 @@ def _check_kinds(source: Path, kinds: Any, family: Family, layers: int) -> None:
         raise UserError(
             f"{source}: layer_types has {len(kinds)} entries for {layers} layers; correct the file"
         )
+
+
+def unrotated_layers(
+    source: Path, fields: dict[str, Any], family: Family, layers: int
+) -> tuple[int, ...]:
+    """Return the numbers of the layers without a rotary embedding.
+
+    `no_rope_layers` has a 1 for each layer that has one, although its name says the opposite.
+    """
+    if family.is_unrotated is None:
+        return ()
+    fields = {**family.defaults, **fields}
+    marks, interval = fields.get("no_rope_layers"), fields.get("no_rope_layer_interval")
+    if marks is not None and (
+        not isinstance(marks, list) or len(marks) != layers or any(m not in (0, 1) for m in marks)
+    ):
+        raise UserError(
+            f"{source}: no_rope_layers is {shown(marks)}, it must have a 0 or a 1 for each of the "
+            f"{layers} layers; correct the file"
+        )
+    if marks is None and (type(interval) is not int or interval < 1):
+        raise UserError(
+            f"{source}: no_rope_layer_interval is {shown(interval)}, it must be positive; correct "
+            f"the file"
+        )
+    return tuple(n for n in range(min(layers, MOST_LAYERS)) if family.is_unrotated(fields, n))
