@@ -43,7 +43,7 @@ from cptool.ops.attention import attention_partial, merge_partials
 from cptool.ops.kernels import force_cuda_kernel
 from cptool.parallel.attention import attend
 from cptool.parallel.ring import Ring
-from cptool.parallel.step import Step
+from cptool.parallel.step import Scores, Step
 from cptool.sharding import balanced
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -419,13 +419,13 @@ def ring_of_size(
     cache = KVCache(layers=1, kv_heads=kv_heads, head_dim=128, batch=1, dtype=dtype, device=device)
     cache.extend(placements[0])
     cache.store(0, *(torch.randn(2, tokens, kv_heads, 128, device=device, dtype=dtype)))
-    kv, scale = cache.layer(0), 128**-0.5
+    kv, scores = cache.layer(0), Scores(128**-0.5)
 
     def forward(beside: bool, copies: bool) -> Callable[[], object]:
         transfers = CopyRing(0, ranks, device, beside, copies)
         for name in range(2):  # what is received before the first copy must be finite
             transfers.buffer(name, tokens, kv.packed()).zero_()
-        return lambda: attend("pass-kv", q, kv, step, ring=transfers, scale=scale)
+        return lambda: attend("pass-kv", q, kv, step, ring=transfers, scores=scores)
 
     calls = {
         "pass-kv": forward(beside=True, copies=True),

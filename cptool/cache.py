@@ -111,14 +111,19 @@ class LayerKV:
         """K, V, positions and sequence offsets, as `attention_partial` takes them."""
         return self.slab[:, 0], self.slab[:, 1], self.k_pos, self.cu_k
 
-    def packed(self) -> torch.Tensor:
-        """Return K and V of the tokens held, `[tokens, 2, kv_heads, head_dim]`, contiguous.
+    def packed(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Return K and V of the tokens held, or of those at indices `rows` among them, `[tokens, 2,
+        kv_heads, head_dim]`, contiguous.
 
-        A view if there is no slack. Raises ValueError if there is a prefix, which it would lack.
+        A view if they are all and there is no slack. Raises ValueError if there is a prefix, which
+        it would lack.
         """
         if self.prefix is not None:
             raise ValueError("keys with a shared prefix cannot be sent; send queries to them")
-        return self.slab if self.held_slots is None else self.slab.index_select(0, self.held_slots)
+        slots = self.held_slots
+        if rows is not None:
+            slots = rows if slots is None else slots[rows]
+        return self.slab if slots is None else self.slab.index_select(0, slots)
 
 
 class KVCache:

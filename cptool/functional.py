@@ -42,7 +42,7 @@ from cptool.ops.attention import attention_partial
 from cptool.ops.checks import refuse_gradients
 from cptool.parallel.attention import attend
 from cptool.parallel.groups import check_alike, group_of, quickest, ring_for
-from cptool.parallel.step import Step
+from cptool.parallel.step import Scores, Step
 from cptool.sharding import Placement, balanced
 from cptool.variants import names, unknown
 
@@ -113,7 +113,7 @@ def ring_attention(
     )
     slab = torch.stack([k, v], dim=1)
     kv = LayerKV(slab=slab, k_pos=keys.positions, cu_k=keys.cu_seqlens)
-    return attend(variant, q, kv, step, ring=ring, scale=scale)
+    return attend(variant, q, kv, step, ring=ring, scores=Scores(scale))
 
 
 def shard(

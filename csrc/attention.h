@@ -6,8 +6,12 @@
 //
 // Positions are the mask: key j of a sequence is visible to query i of the same sequence iff
 // k_pos[j] <= q_pos[i]. Positions ascend within a sequence, so the keys visible to a query are a
-// prefix of its sequence's keys. Slots beyond the last visible key may be uninitialised memory,
-// which must not affect any result.
+// prefix of its sequence's keys; with a window they are a range of it, those whose k_pos[j] is also
+// above q_pos[i] - window. Slots beyond the last visible key may be uninitialised memory, which
+// must not affect any result. Keys ahead of every window are read at most as far as they share a
+// tile with visible ones, and are then multiplied by a weight of 0.
+//
+// A soft cap replaces each scaled score s by cap tanh(s / cap), before the softmax.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +41,11 @@ struct AttentionArgs {
   void* out;             // [q_tokens, q_heads, head_dim], contiguous
   float* lse;            // [q_tokens, q_heads], contiguous
   bool accumulate;       // merge into the partial that out and lse already hold
+  int64_t window = 0;    // how many positions a query sees, its own the last; 0: all up to it
+  float cap = 0.0f;      // of the scores; 0: none
 };
+
+inline bool is_plain(const AttentionArgs& args) { return args.window == 0 && args.cap == 0.0f; }
 
 struct MergeArgs {
   const void* const* outs;   // `partials` pointers to [rows, head_dim], contiguous

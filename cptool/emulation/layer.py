@@ -23,7 +23,7 @@ from cptool.model.layer import Layer, decoder_layer
 from cptool.model.product import Product
 from cptool.model.rope import inverse_frequencies, rotary_tables
 from cptool.parallel.attention import attend
-from cptool.parallel.step import Step
+from cptool.parallel.step import Scores, Step
 from cptool.sharding import Placement, balanced, concat
 from cptool.variants import find
 
@@ -83,10 +83,13 @@ class Shards:
         visible = [int((p.positions.long() + 1).sum()) for p in self.queries]
         return visible.index(max(visible))
 
-    def pairs(self, querying: int, holding: int) -> int:
+    def pairs(self, querying: int, holding: int, window: int | None = None) -> int:
         """Return the number of visible pairs of rank `querying`'s queries and `holding`'s keys."""
         queries, keys = self.queries[querying].positions, self.keys[holding].positions
-        return int(torch.searchsorted(keys, queries, right=True).sum())
+        pairs = torch.searchsorted(keys, queries, right=True).sum()
+        if window is not None:
+            pairs -= torch.searchsorted(keys, queries - window, right=True).sum()
+        return int(pairs)
 
 
 def shards(scenario: Scenario, active: int) -> Shards:
@@ -144,7 +147,8 @@ def run_once(
     def attention(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         cache.store(0, k, v)
         timeline.mark("attention")
-        out = attend(variant, q, cache.layer(0), step, ring=ring, scale=config.scale)
+        scores = Scores.of(config, 0)
+        out = attend(variant, q, cache.layer(0), step, ring=ring, scores=scores)
         timeline.mark(OTHER)
         return out
 

@@ -18,7 +18,8 @@ import torch
 from cptool.emulation import memory
 from cptool.emulation.layer import OTHER, Scenario, build, run_once, shards, time_once
 from cptool.emulation.ring import Compute, Trace, Wait, replay
-from cptool.planning.cost.counts import attention_flops, linear_flops
+from cptool.errors import UserError
+from cptool.planning.cost.counts import attention_flops, layers_by_window, linear_flops
 from cptool.planning.cost.estimate import prefill
 from cptool.planning.cost.exchange import waiting
 from cptool.planning.cost.forward import Forward
@@ -115,9 +116,15 @@ def emulate(
 ) -> Projection:
     """Run the layer once to warm up and then `repeats` times, and project the medians.
 
-    Raises UserError, one line, if the device has too little memory for it.
+    Raises UserError, one line, if the device has too little memory for it, or if the layers differ
+    in their windows.
     """
     config, device = scenario.config, scenario.device
+    if len(layers_by_window(config)) > 1:
+        raise UserError(
+            "this model's layers have different windows, and one layer is emulated; `cptool plan` "
+            "counts them all"
+        )
     plain = dataclasses.replace(_forward(scenario, scenario.cp), feed_forward=None)
     choice = choose(scenario.variant, plain, profile)
     for _ in range(2):  # the first one warms up
@@ -141,9 +148,9 @@ def emulate(
     transfers = [entry for entry in trace if not isinstance(entry, Compute)]
     link, over = profile.link(scenario.cp * scenario.tp), range(scenario.cp)
     if find(choice.variant).keys_travel or scenario.cp == 1:
-        pairs = [held.pairs(rank, source) for source in over]
+        pairs = [held.pairs(rank, source, config.window(0)) for source in over]
     else:
-        pairs = [held.pairs(source, rank) for source in over]
+        pairs = [held.pairs(source, rank, config.window(0)) for source in over]
     return Projection(
         rank=rank,
         queries=held.queries[rank].tokens,
@@ -184,6 +191,7 @@ def _forward(scenario: Scenario, active: int) -> Forward:
         active=active,
         tp=scenario.tp,
         feed_forward="float8" if scenario.fp8 else None,
+        window=scenario.config.window(0),
     )
 
 

@@ -19,7 +19,7 @@ from cptool.cache import Allocate, KVCache, MemorySlab, Slab
 from cptool.distributed.world import World
 from cptool.engine.options import EngineOptions
 from cptool.engine.prefill.course import Course
-from cptool.engine.reading import Reading, Report, attention_pairs, silent
+from cptool.engine.reading import Reading, Report, silent
 from cptool.engine.setup import memory
 from cptool.engine.state import BatchState
 from cptool.engine.static_decode import Observer, StaticDecode, StepContext
@@ -28,7 +28,7 @@ from cptool.host.file_memory import FileMemory
 from cptool.model.llama import Llama
 from cptool.parallel.attention import attend
 from cptool.parallel.ring import Ring
-from cptool.parallel.step import Step
+from cptool.parallel.step import Scores, Step
 from cptool.parallel.transport import ring_of
 from cptool.planning.cost.exchange import ALL_Q
 from cptool.planning.cost.forward import Forward
@@ -208,13 +208,12 @@ class Engine(BatchState):
         assert self.choice is not None
         course = course or Course.of(self, lengths, sum(lengths))
         course.begin(lengths, self.computed)
-        held = None if find(self.choice.variant).keys_travel else self.holdings
         return Reading(
             self,
             course,
             replace(self.forward(lengths), active=self.choice.active),
             choice=self.choice,
-            pairs=self.model.num_heads * attention_pairs(layout, self.world.cp_rank, held),
+            layout=layout,
         )
 
     def _chosen(self, variant: str | Choice, lengths: list[int]) -> Choice:
@@ -261,7 +260,7 @@ class Engine(BatchState):
 
     def _attention(self, step: Step, variant: str, reading: Reading | None) -> Callable:
         """Return the attention that the model calls in each layer of a forward."""
-        scale = self.model.config.scale
+        config = self.model.config
         mine = step.queries[step.rank]
 
         def attention(
@@ -271,7 +270,8 @@ class Engine(BatchState):
             seen = nullcontext() if reading is None else reading.attention(layer)
             with seen, self.trace.span("attention", "attention"):
                 kv = self.cache.layer(layer)
-                out = attend(variant, q, kv, step, ring=self.ring, scale=scale)
+                scores = Scores.of(config, layer)
+                out = attend(variant, q, kv, step, ring=self.ring, scores=scores)
             if self._observer is not None:
                 self._observer(layer, mine, q, out)
             return out

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cptool.engine.setup.memory import used
-from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops
+from cptool.planning.cost.counts import attention_flops, kv_bytes_read, linear_flops
 from cptool.planning.prediction import Prediction, Work, predict_turn
 from cptool.session.unfinished import going_on
 
@@ -94,7 +94,13 @@ def what_a_step_reads(engine: Engine) -> dict[str, Any]:
     decode, and how many of its KV bytes lie in a file.
     """
     size, world = engine.cache.dtype.itemsize, engine.world
-    kv = kv_bytes(engine.model.config, -(-engine.held_tokens // world.cp), size)
+    kv = kv_bytes_read(
+        engine.model.config,
+        engine.held_tokens,
+        batch=engine.cache.batch,
+        ranks=world.cp,
+        element_bytes=size,
+    )
     return {
         "decode_bytes": engine.model.step_bytes + kv // world.tp,
         "kv_in_file": engine.cache.nbytes_in_file,

@@ -21,8 +21,14 @@ from cptool.engine.holdings import Holdings
 from cptool.errors import Interrupted
 from cptool.host import memory
 from cptool.ops.watch import watched_attention
-from cptool.planning.cost.counts import attention_parameters, feed_forward_parameters
+from cptool.planning.cost.counts import (
+    attention_parameters,
+    feed_forward_parameters,
+    layers_by_window,
+    new_pairs,
+)
 from cptool.sharding import Layout
+from cptool.variants import find
 
 if TYPE_CHECKING:
     from cptool.engine.engine import Engine
@@ -77,15 +83,22 @@ class Reading:
     """The progress of one forward over a prompt, and its end on request.
 
     course: of the prompt, in which this forward has begun. choice: the forward's variant.
-    pairs: what this rank's attention of a layer counts.
+    layout: of the new tokens. pairs: what this rank's attention counts in a layer, by its window.
     """
 
     def __init__(
-        self, engine: Engine, course: Course, forward: Forward, *, choice: Choice, pairs: int
+        self, engine: Engine, course: Course, forward: Forward, *, choice: Choice, layout: Layout
     ) -> None:
         self.world, self.report, self.course = engine.world, engine.report, course
         self.layers, self.tokens = forward.config.num_hidden_layers, forward.new
-        self.variant, self.pairs = choice.variant, pairs
+        self.variant = choice.variant
+        held = None if find(choice.variant).keys_travel else engine.holdings
+        self.pairs = {
+            window: engine.model.num_heads
+            * attention_pairs(layout, engine.world.cp_rank, held, window)
+            for window in layers_by_window(forward.config)
+        }
+        self._window = forward.config.window
         self.shares = Layers(forward.config, course.attention)
         long = self.tokens > LONG or self.layers * choice.predicted_s > LONG_S
         self.stoppable = long and self.world.board.shared
@@ -160,7 +173,7 @@ class Reading:
             began=course.began,
             share=course.share((self._layer + within) / self.layers),
             running=course.part * running / self.layers,
-            pairs=self.pairs,
+            pairs=self.pairs[self._window(min(self._layer, self.layers - 1))],
             since=self.world.board.pairs(self.world.rank),
             done=course.done,
             chunk=course.chunk,
@@ -187,19 +200,23 @@ def memory_held(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.resident()
 
 
-def attention_pairs(layout: Layout, rank: int, holdings: Holdings | None) -> int:
-    """Return the pairs of a new token and a key at or before it that the attention of `rank` has
-    in a layer.
+def attention_pairs(
+    layout: Layout, rank: int, holdings: Holdings | None, window: int | None = None
+) -> int:
+    """Return the pairs of a new token and a key that it sees that the attention of `rank` has in a
+    layer with that window.
 
     holdings: given where queries travel; then the keys are those that the rank holds, and the new
         tokens those of all ranks. Where keys travel it is the other way round.
     """
     if holdings is None or layout.ranks == 1:
         ranges = (piece for b in range(layout.batch) for piece in layout.ranges(rank, b))
-        return sum((stop - start) * (start + stop + 1) // 2 for start, stop in ranges)
+        return sum(new_pairs(stop, window) - new_pairs(start, window) for start, stop in ranges)
     pairs = 0
     for bounds, keys in zip(layout.bounds, holdings.placements()[rank].sequences(), strict=True):
         start, stop = bounds[0], bounds[-1]
         if start < stop:
-            pairs += int((stop - keys.to(torch.int64).clamp(min=start)).sum())
+            keys = keys.to(torch.int64)
+            lost = stop if window is None else (keys + window).clamp(max=stop)
+            pairs += int((lost - keys.clamp(min=start)).clamp(min=0).sum())
     return pairs

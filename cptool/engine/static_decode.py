@@ -22,6 +22,7 @@ from cptool.engine.holdings import Holdings
 from cptool.model.llama import Llama
 from cptool.parallel.attention import merge_messages, over_local, pack
 from cptool.parallel.ring import Ring
+from cptool.parallel.step import Scores
 from cptool.sharding import Placement
 
 NOWHERE = -1
@@ -157,7 +158,7 @@ class StaticDecode:
         q_pos = positions.to(torch.int32)
         self._k_pos.index_copy_(0, slots, marks.to(torch.int32))
         model, ring, cache = self.context.model, self.context.ring, self.context.cache
-        scale, alone = model.config.scale, ring.size == 1
+        config, alone = model.config, ring.size == 1
         queries = Placement(q_pos, self._cu_q)
 
         def attention(
@@ -176,7 +177,7 @@ class StaticDecode:
                 q,
                 queries,
                 kv,
-                scale=scale,
+                scores=Scores.of(config, layer),
                 out_dtype=q.dtype if alone else self.context.partial_dtype,
             )
             if not alone:

@@ -9,7 +9,8 @@ same inputs. The greedy tokens are held against those of one rank.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ from cptool.engine.world_profile import world_profile
 from cptool.exactness.reference import attention
 from cptool.model.llama import Llama
 from cptool.ops.attention import attention_partial
+from cptool.parallel.step import Scores
 from cptool.planning.cost.exchange import ALL_Q, PASS_KV
 from cptool.planning.prediction import Work
 from cptool.planning.strategy import AUTO
@@ -285,8 +287,10 @@ def _errors(
     q_pos, q, out, k_pos, kv = map(torch.cat, zip(*gathered, strict=True))
     (q_pos, q_order), (k_pos, k_order) = q_pos.sort(), k_pos.sort()
     q, out, (k, v) = q[q_order], out[q_order], kv[k_order].unbind(1)
-    scale = engine.model.config.scale
-    truth, _ = attention(q.double(), k.double(), v.double(), q_pos=q_pos, k_pos=k_pos, scale=scale)
+    config = engine.model.config
+    scores: dict[str, Any] = asdict(Scores.of(config, layer))
+    exact = (q.double(), k.double(), v.double())
+    truth, _ = attention(*exact, q_pos=q_pos, k_pos=k_pos, **scores)
     device = world.device
     one_call, _ = attention_partial(
         q.to(device),
@@ -296,8 +300,8 @@ def _errors(
         k_pos=k_pos.to(device),
         cu_q=torch.tensor([0, len(q_pos)], dtype=torch.int32, device=device),
         cu_k=torch.tensor([0, len(k_pos)], dtype=torch.int32, device=device),
-        scale=scale,
         out_dtype=q.dtype,
+        **scores,
     )
     unit_roundoff = torch.finfo(q.dtype).eps / 2
     return _rms(out - truth), _rms(one_call.cpu() - truth), unit_roundoff * _rms(truth)

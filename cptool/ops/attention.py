@@ -7,8 +7,8 @@ has ``out = 0`` and ``lse = -inf``. Partials over disjoint keys merge to the one
     lse = log(sum_i exp(lse_i))        out = sum_i exp(lse_i - lse) * out_i
 
 Positions are the mask: a key is visible to the queries of its sequence whose position is at least
-its own. So whole prompts, shards of any layout, cached prefixes, decode steps and empty shards are
-one call.
+its own and, with a window, less than its own plus the window. So whole prompts, shards of any
+layout, cached prefixes, decode steps and empty shards are one call.
 
 Both operations are torch custom ops (``torch.ops.cptool``) with fake implementations. They have no
 backward, and raise where a gradient would be lost. `attention_partial` calls its own only where
@@ -30,6 +30,7 @@ from cptool.ops.checks import (
     check_kernels,
     check_merge,
     check_new_dtype,
+    check_scores,
     refuse_gradients,
 )
 from cptool.ops.kernels import EXTENSION as _C
@@ -46,6 +47,9 @@ def attention_partial(
     scale: float,
     into: tuple[Tensor, Tensor] | None = None,
     out_dtype: torch.dtype | None = None,
+    *,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention of packed sequences over the keys at hand, as a partial result.
 
@@ -65,6 +69,11 @@ def attention_partial(
             pass; it must share no memory with the inputs. Where its lse is -inf its out is ignored,
             and becomes 0 if the query sees no key.
         out_dtype: dtype of a new out: float32 (the default) or q's dtype.
+        window: how many positions a query sees: one at p sees keys at p - window + 1 to p. None for
+            all up to p. Keys ahead of every window are not computed with. Their memory may be read
+            and must then hold finite numbers.
+        cap: soft cap of the scaled scores s, which become ``cap * tanh(s / cap)``; lse is that of
+            the capped ones. None for no cap.
 
     Returns:
         out ``[Tq, Hq, D]`` and lse float32 ``[Tq, Hq]``; the tensors of `into` if given.
@@ -73,6 +82,9 @@ def attention_partial(
         ValueError: an argument breaks the contract. Offsets and positions are checked on the CPU
             only, where that costs no synchronisation.
         UserError: q, k, v or `into` requires a gradient while gradients are recorded.
+
+    On CUDA a call with a window or a cap is computed by the kernel for every call ("simt"), because
+    those that use tensor cores take neither.
 
     On CUDA the work is queued on the current stream of q's device, and nothing waits for it. On the
     CPU it is spread over ``torch.get_num_threads()`` threads; the result does not depend on their
@@ -87,12 +99,12 @@ def attention_partial(
     plain = type(q) is Tensor and not q.is_meta and not torch.compiler.is_compiling()
     if into is None:
         new = _attention_partial if plain else _attention_partial_op
-        return new(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype)
+        return new(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype, window, cap)
     if out_dtype is not None and out_dtype != torch.float32:
         raise ValueError(f"out_dtype is {out_dtype}; with `into` it must be float32")
     out, lse = into
     merge = _attention_partial_into if plain else _attention_partial_into_op
-    merge(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse)
+    merge(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, window, cap)
     return out, lse
 
 
@@ -132,7 +144,7 @@ def _run_attention(
     k_pos: Tensor,
     cu_q: Tensor,
     cu_k: Tensor,
-    scale: float,
+    scores: tuple[float, int | None, float | None],
     out: Tensor,
     lse: Tensor,
     *,
@@ -141,6 +153,7 @@ def _run_attention(
     check_kernels("q", q.device, _C.cuda_archs)
     q_tokens, q_heads, head_dim = q.shape
     k_tokens, kv_heads, _ = k.shape
+    scale, window, cap = scores
     arguments = (
         q.data_ptr(),
         *q.stride()[:2],
@@ -165,6 +178,8 @@ def _run_attention(
         out.data_ptr(),
         lse.data_ptr(),
         accumulate,
+        window or 0,
+        cap or 0.0,
     )
     if q.is_cuda:
         with torch.cuda.device(q.device):
@@ -188,11 +203,15 @@ def _attention_partial(
     cu_k: Tensor,
     scale: float,
     out_dtype: torch.dtype | None = None,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
+    check_scores(window, cap)
     out = torch.empty(q.shape, dtype=check_new_dtype(out_dtype, q), device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulate=False)
+    scores = (scale, window, cap)
+    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scores, out, lse, accumulate=False)
     return out, lse
 
 
@@ -206,8 +225,11 @@ def _attention_partial_fake(
     cu_k: Tensor,
     scale: float,
     out_dtype: torch.dtype | None = None,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
+    check_scores(window, cap)
     out = q.new_empty(q.shape, dtype=check_new_dtype(out_dtype, q))
     return out, q.new_empty(q.shape[:2], dtype=torch.float32)
 
@@ -223,11 +245,15 @@ def _attention_partial_into(
     scale: float,
     out: Tensor,
     lse: Tensor,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> None:
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
+    check_scores(window, cap)
     check_into(q, out, lse)
     check_apart(out, lse, q=q, k=k, v=v, q_pos=q_pos, k_pos=k_pos, cu_q=cu_q, cu_k=cu_k)
-    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, accumulate=True)
+    scores = (scale, window, cap)
+    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scores, out, lse, accumulate=True)
 
 
 def _attention_partial_into_fake(
@@ -241,8 +267,11 @@ def _attention_partial_into_fake(
     scale: float,
     out: Tensor,
     lse: Tensor,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> None:
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
+    check_scores(window, cap)
     check_into(q, out, lse)
 
 
@@ -280,17 +309,18 @@ def _merge_partials_fake(
 
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor k_pos, Tensor cu_q, Tensor cu_k"
+_SCORES = "int? window=None, float? cap=None"
 _library = torch.library.Library("cptool", "DEF")
 for _name, _schema, _function, _fake in (
     (
         "attention_partial",
-        f"({_TENSORS}, float scale, ScalarType? out_dtype=None) -> (Tensor, Tensor)",
+        f"({_TENSORS}, float scale, ScalarType? out_dtype=None, {_SCORES}) -> (Tensor, Tensor)",
         _attention_partial,
         _attention_partial_fake,
     ),
     (
         "attention_partial_",
-        f"({_TENSORS}, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()",
+        f"({_TENSORS}, float scale, Tensor(a!) out, Tensor(b!) lse, {_SCORES}) -> ()",
         _attention_partial_into,
         _attention_partial_into_fake,
     ),

@@ -110,6 +110,13 @@ def check_attention(
         raise ValueError(f"scale is {scale}; it must be finite")
 
 
+def check_scores(window: int | None, cap: float | None) -> None:
+    if window is not None and (type(window) is bool or window < 1):
+        raise ValueError(f"window is {window}; it must be at least 1 position, or None for all")
+    if cap is not None and not 0 < cap < math.inf:
+        raise ValueError(f"cap is {cap}; it must be positive and finite, or None for no cap")
+
+
 def _check_kv_dtype(q: Tensor, k: Tensor) -> None:
     """Kernels on the CPU widen 16-bit keys and values under a float32 q; no other two types mix."""
     if q.dtype != torch.float32 or q.is_cuda:

@@ -116,6 +116,8 @@ def cuda_kernel(dtype: torch.dtype, head_dim: int = 128, tokens: int = 4096) -> 
         0,
         0,
         False,
+        0,
+        0.0,
     )
 
 

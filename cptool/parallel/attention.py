@@ -10,6 +10,8 @@ of messages. Only q, K and V, or partials travel: `Step` gives every rank all po
 - pass-q-all2all: the paper's own form of it, all partials return at the end.
 - gather-q: all queries at once, one attention on the local KV, one exchange of partials.
 
+With a window, keys that no query of another rank sees do not travel.
+
 Partials are merged by the rank of their keys, 0 to N - 1, whatever the order of arrival: the same
 ranks and variant give the same bits in every run.
 
@@ -26,7 +28,7 @@ import torch
 from cptool.cache import NEVER, LayerKV
 from cptool.ops.attention import attention_partial, merge_partials
 from cptool.parallel.ring import Ring
-from cptool.parallel.step import Step
+from cptool.parallel.step import Scores, Step
 from cptool.sharding import Placement
 from cptool.variants import unknown
 
@@ -37,7 +39,7 @@ class AttentionFunction(Protocol):
     """The function of a variant; arguments and result are those of `attend`."""
 
     def __call__(
-        self, q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float
+        self, q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scores: Scores
     ) -> torch.Tensor: ...
 
 
@@ -56,12 +58,12 @@ def computes(name: str) -> Callable[[AttentionFunction], AttentionFunction]:
 
 
 def attend(
-    variant: str, q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float
+    variant: str, q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scores: Scores
 ) -> torch.Tensor:
     """Compute attention of this rank's queries over the keys of all ranks. Collective.
 
     q: [Tq, Hq, D], the new tokens step.queries[step.rank]. kv: this rank's KV of the layer, with
-    the new tokens stored. scale: factor of the scores. Returns [Tq, Hq, D] in q's dtype.
+    the new tokens stored. Returns [Tq, Hq, D] in q's dtype.
 
     Raises OptionError for an unknown variant, and what `attention_partial` and `Ring` raise.
     """
@@ -69,28 +71,33 @@ def attend(
         raise unknown(variant)
     if ring.size == 1:
         mine = step.queries[step.rank]
-        return over_local(q, mine, kv, scale=scale, out_dtype=q.dtype)[0]
-    return FUNCTIONS[variant](q, kv, step, ring=ring, scale=scale)
+        return over_local(q, mine, kv, scores=scores, out_dtype=q.dtype)[0]
+    return FUNCTIONS[variant](q, kv, step, ring=ring, scores=scores)
 
 
 @computes("pass-kv")
-def pass_kv(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float) -> torch.Tensor:
+def pass_kv(
+    q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scores: Scores
+) -> torch.Tensor:
     """Send KV blocks round a ring.
 
     Rank k sees sources k..N-1 and then 0..k-1. Each run ascends, so each has one running result,
     merged into by the kernel; joining the low run to the high one gives the order 0..N-1.
     """
-    mine = step.queries[step.rank]
+    mine, sent = step.queries[step.rank], step.travelling(scores.window)
     low = high = None
-    for source, block in ring.blocks(kv.packed(), step.key_sizes):
-        if not step.has_queries[step.rank] or not step.key_sizes[source]:
+    for source, block in ring.blocks(kv.packed(sent.rows), sent.sizes):
+        if not step.has_queries[step.rank]:
             continue  # only passed on
         if source == step.rank:
-            high = over_local(q, mine, kv, scale=scale)
+            if step.key_sizes[source]:
+                high = over_local(q, mine, kv, scores=scores)
+        elif not sent.sizes[source]:
+            continue
         elif source > step.rank:
-            high = _over_block(q, mine, block, step.keys[source], scale=scale, into=high)
+            high = _over_block(q, mine, block, sent.keys[source], scores=scores, into=high)
         else:
-            low = _over_block(q, mine, block, step.keys[source], scale=scale, into=low)
+            low = _over_block(q, mine, block, sent.keys[source], scores=scores, into=low)
     partials = [partial for partial in (low, high) if partial is not None]
     if not partials:
         return torch.empty_like(q)
@@ -100,7 +107,7 @@ def pass_kv(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: floa
 
 @computes("gather-kv")
 def gather_kv(
-    q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float
+    q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scores: Scores
 ) -> torch.Tensor:
     """Gather all KV, put it in sequence order, then compute one attention.
 
@@ -109,23 +116,27 @@ def gather_kv(
     sending each run of positions straight into its place would take a message for each one.
     Ranks without queries send their keys and receive none.
     """
-    local = kv.packed()
+    sent = step.travelling(scores.window)
+    leaving = kv.packed(sent.rows)
     if not step.has_queries[step.rank]:
-        ring.gather(local, step.key_sizes, readers=step.has_queries)
+        ring.gather(leaving, sent.sizes, readers=step.has_queries)
         return torch.empty_like(q)
-    keys, order = step.all_keys
+    keys, order, sizes, rows = step.gathered(scores.window)
+    local = leaving if rows is None else kv.packed(rows)
     received = ring.buffer("received", keys.tokens, local)
-    parts = received.split(step.key_sizes)
+    parts = received.split(sizes)
     parts[step.rank].copy_(local)
-    ring.gather(parts[step.rank], step.key_sizes, into=parts, readers=step.has_queries)
+    if rows is None:
+        leaving = parts[step.rank]
+    ring.gather(leaving, sizes, into=parts, readers=step.has_queries)
     ordered = ring.buffer("ordered", keys.tokens, local)
     torch.index_select(received.flatten(1), 0, order, out=ordered.flatten(1))
     mine = step.queries[step.rank]
-    return _over_block(q, mine, ordered, keys, scale=scale, out_dtype=q.dtype)[0]
+    return _over_block(q, mine, ordered, keys, scores=scores, out_dtype=q.dtype)[0]
 
 
 @computes("pass-q")
-def pass_q(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float) -> torch.Tensor:
+def pass_q(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scores: Scores) -> torch.Tensor:
     """Send queries round a ring; each partial leaves for its owner as soon as it is computed.
 
     At step j rank k computes for the queries of k + j while rank k - j computes for those of k.
@@ -134,7 +145,7 @@ def pass_q(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float
     messages: list[torch.Tensor] = [q.new_empty(0)] * size
     pending = []
     for source, block in ring.blocks(q.contiguous(), step.query_sizes):
-        message = _answer(block, kv, step, source, scale=scale)
+        message = _answer(block, kv, step, source, scores=scores)
         if source == rank:
             messages[rank] = message
             continue
@@ -149,7 +160,7 @@ def pass_q(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float
 
 @computes("pass-q-all2all")
 def pass_q_all2all(
-    q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float
+    q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scores: Scores
 ) -> torch.Tensor:
     """Send queries round a ring, then exchange all partials, which nothing hides (algorithm 3).
 
@@ -157,12 +168,14 @@ def pass_q_all2all(
     """
     outgoing: list[torch.Tensor] = [q.new_empty(0)] * ring.size
     for source, block in ring.blocks(q.contiguous(), step.query_sizes):
-        outgoing[source] = _answer(block, kv, step, source, scale=scale)
+        outgoing[source] = _answer(block, kv, step, source, scores=scores)
     return merge_messages(_exchange(outgoing, step, ring), q)
 
 
 @computes("gather-q")
-def gather_q(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: float) -> torch.Tensor:
+def gather_q(
+    q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scores: Scores
+) -> torch.Tensor:
     """Gather all queries, compute one attention on the local KV, exchange partials once.
 
     Two exposed transfers per layer, of few bytes where queries are few: the choice for decode.
@@ -170,7 +183,7 @@ def gather_q(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scale: flo
     queries, order = step.all_queries
     gathered = torch.cat(ring.gather(q.contiguous(), step.query_sizes))
     gathered = gathered.index_select(0, order)
-    out, lse = over_local(gathered, queries, kv, scale=scale, out_dtype=step.partial_dtype)
+    out, lse = over_local(gathered, queries, kv, scores=scores, out_dtype=step.partial_dtype)
     outgoing = [
         pack(out.index_select(0, rows), lse.index_select(0, rows)) if len(rows) else q.new_empty(0)
         for rows in step.rows
@@ -183,12 +196,12 @@ def over_local(
     queries: Placement,
     kv: LayerKV,
     *,
-    scale: float,
+    scores: Scores,
     out_dtype: torch.dtype | None = None,
 ) -> Partial:
     """Compute attention of q over this rank's own keys, those of a shared prefix first."""
     k, v, k_pos, cu_k = kv.local
-    prefix = None if kv.prefix is None else _over_prefix(q, queries, kv.prefix, scale=scale)
+    prefix = None if kv.prefix is None else _over_prefix(q, queries, kv.prefix, scores=scores)
     out, lse = attention_partial(
         q,
         k,
@@ -197,25 +210,36 @@ def over_local(
         k_pos=k_pos,
         cu_q=queries.cu_seqlens,
         cu_k=cu_k,
-        scale=scale,
+        scale=scores.scale,
         into=prefix,
         out_dtype=out_dtype if prefix is None else None,
+        window=scores.window,
+        cap=scores.cap,
     )
     return out if out_dtype is None else out.to(out_dtype), lse
 
 
-def _over_prefix(q: torch.Tensor, queries: Placement, prefix: LayerKV, *, scale: float) -> Partial:
+def _over_prefix(
+    q: torch.Tensor, queries: Placement, prefix: LayerKV, *, scores: Scores
+) -> Partial:
     """Compute attention of q over what its sequences share: to the kernel, the queries of all that
     share a sequence are one sequence's, so that they read its keys together.
 
-    They see all of it, wherever they are beyond its end.
+    They see all of it, wherever they are beyond its end, but for a window: then they are put in
+    order of their positions.
     """
     shared_by = queries.batch // (len(prefix.cu_k) - 1)
-    together = Placement(
-        torch.full_like(queries.positions, NEVER - 1),
-        queries.cu_seqlens[::shared_by].contiguous(),
-    )
-    return over_local(q, together, prefix, scale=scale)
+    ends = queries.cu_seqlens[::shared_by].contiguous()
+    if scores.window is None:
+        together = Placement(torch.full_like(queries.positions, NEVER - 1), ends)
+        return over_local(q, together, prefix, scores=scores)
+    number = torch.arange(queries.tokens, dtype=ends.dtype, device=q.device)
+    group = torch.searchsorted(ends[1:], number, right=True)
+    order = ((group << 32) + queries.positions).argsort()
+    together = Placement(queries.positions[order], ends)
+    out, lse = over_local(q[order], together, prefix, scores=scores)
+    back = order.argsort()
+    return out[back], lse[back]
 
 
 def _over_block(
@@ -224,7 +248,7 @@ def _over_block(
     block: torch.Tensor,
     keys: Placement,
     *,
-    scale: float,
+    scores: Scores,
     into: Partial | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Partial:
@@ -237,20 +261,22 @@ def _over_block(
         k_pos=keys.positions,
         cu_q=queries.cu_seqlens,
         cu_k=keys.cu_seqlens,
-        scale=scale,
+        scale=scores.scale,
         into=into,
         out_dtype=out_dtype,
+        window=scores.window,
+        cap=scores.cap,
     )
 
 
 def _answer(
-    block: torch.Tensor, kv: LayerKV, step: Step, source: int, *, scale: float
+    block: torch.Tensor, kv: LayerKV, step: Step, source: int, *, scores: Scores
 ) -> torch.Tensor:
     """Return the message to rank `source` over its queries `block`, empty if it has none."""
     if not step.has_queries[source]:
         return block.new_empty(0)
     queries, dtype = step.queries[source], step.partial_dtype
-    return pack(*over_local(block, queries, kv, scale=scale, out_dtype=dtype))
+    return pack(*over_local(block, queries, kv, scores=scores, out_dtype=dtype))
 
 
 def pack(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

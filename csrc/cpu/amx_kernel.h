@@ -47,7 +47,7 @@ class AmxKernel : AmxProducts<Math> {
   AmxKernel(const AttentionArgs& args, void* scratch)
       : Products(args.head_dim, scratch),
         args_(args),
-        scale_log2_((args.scale < 0 ? -args.scale : args.scale) * kLog2E) {}
+        scores_(args.scale < 0 ? -args.scale : args.scale, args.cap) {}
 
   void begin(const RowBlock<kRows>& block) {
     const int rows = round_up(block.rows, kPanel);
@@ -73,11 +73,10 @@ class AmxKernel : AmxProducts<Math> {
     for (int row = 0; row < block.rows; row += kPanel) {
       prefetch_keys(args_, block, key + kKeys + row / kPanel * share, share);
       const Visible visible(fixed_.rows, row, row + kPanel - 1, key, keys);
-      if (visible.keys == 0) continue;
-      const Panel panel{row, (visible.keys + kStrip - 1) / kStrip, 1 - weighed.weights};
-      // The first strip that some row does not see in full.
-      const int64_t seen_by_all = fixed_.rows.limit[row] - key;
-      const int dense = seen_by_all < 0 ? 0 : static_cast<int>(seen_by_all / kStrip);
+      if (visible.empty()) continue;
+      const Panel panel{row, (visible.end + kStrip - 1) / kStrip, 1 - weighed.weights};
+      // The first strip that some row does not see in full, after those ahead of a window.
+      const int dense = visible.dense_end < 0 ? 0 : static_cast<int>(visible.dense_end / kStrip);
       if (weighed.strips == 0) {  // the first
         TileSteps alone;
         alone.scores_of = row;
@@ -89,13 +88,14 @@ class AmxKernel : AmxProducts<Math> {
         if (strip + 1 < panel.strips) {
           beside.scores_of = row;
           beside.strip = strip + 1;
-        } else if (row + kPanel < block.rows) {  // the next panel sees at least as much
+        } else if (row + kPanel < block.rows) {  // the next panel's keys end no earlier
           beside.scores_of = row + kPanel;
         }
         beside.weighed = weighed;
         beside.group = groups * strip / panel.strips;
         beside.group_end = groups * (strip + 1) / panel.strips;
-        if (strip < dense) {
+        if (scores_.capped) cap(buffer);
+        if (strip < dense && visible.dense_begin <= strip * kStrip) {
           weigh<false>(panel, strip, key, buffer, beside);
         } else {
           weigh<true>(panel, strip, key, buffer, beside);
@@ -128,6 +128,15 @@ class AmxKernel : AmxProducts<Math> {
   SoftmaxState state(int row) const { return fixed_.rows.state(row); }
 
  private:
+  // Replaces the products of a strip, which are all computed, by scores under a soft cap.
+  __attribute__((noinline)) void cap(int buffer) {
+    float* scores = fixed_.scores + buffer * kLanes;
+    const __m512 scale = _mm512_set1_ps(scores_.cap_scale);
+    for (int i = 0; i < 2 * kStrip; ++i, scores += kScoreLanes) {
+      _mm512_store_ps(scores, hyperbolic_tangent(_mm512_mul_ps(_mm512_load_ps(scores), scale)));
+    }
+  }
+
   // Turns the scores of a strip into weights, interleaved with the tile products `beside`. The
   // weights are computed relative to the previous maxima, so that nothing waits for new ones. If
   // those turn out to be too low, which is rare, they are raised and the weights computed again.
@@ -139,7 +148,10 @@ class AmxKernel : AmxProducts<Math> {
     const __m512i left[2] = {
         _mm512_sub_epi32(_mm512_load_si512(rows.limit + panel.row), first_key),
         _mm512_sub_epi32(_mm512_load_si512(rows.limit + panel.row + kLanes), first_key)};
-    const __m512 scale = _mm512_set1_ps(scale_log2_);
+    const __m512i before[2] = {
+        _mm512_sub_epi32(_mm512_load_si512(rows.first + panel.row), first_key),
+        _mm512_sub_epi32(_mm512_load_si512(rows.first + panel.row + kLanes), first_key)};
+    const __m512 scale = _mm512_set1_ps(scores_.factor);
     char* to = weight_tiles(panel, strip);
     __m512 base[2], total[2], most[2];
     auto begin = [&] {
@@ -169,7 +181,9 @@ class AmxKernel : AmxProducts<Math> {
             const __m512 score = _mm512_load_ps(scores + (half * kStrip + j) * kScoreLanes);
             __m512 w = Math::exp2(_mm512_fmsub_ps(score, scale, base[half]));
             if (masked) {
-              const __mmask16 visible = _mm512_cmpgt_epi32_mask(left[half], _mm512_set1_epi32(j));
+              const __m512i number = _mm512_set1_epi32(j);
+              const __mmask16 visible = _mm512_mask_cmple_epi32_mask(
+                  _mm512_cmpgt_epi32_mask(left[half], number), before[half], number);
               w = _mm512_maskz_mov_ps(visible, w);
               most[half] = _mm512_mask_max_ps(most[half], visible, most[half], score);
             } else {
@@ -228,7 +242,7 @@ class AmxKernel : AmxProducts<Math> {
   FlushSubnormals flush_;
   const AttentionArgs& args_;
   TileConfig config_;
-  float scale_log2_;
+  const Scores scores_;
 };
 
 }  // namespace

@@ -1,11 +1,12 @@
 // The structure that every CPU kernel shares: blocks of packed query rows walk their keys in tiles;
-// positions say which tiles end the walk (skipped), need no mask (dense), or are cut by some row's
-// limit (masked); the epilogue writes or merges.
+// positions say which tiles no row sees (skipped), which need no mask (dense), and which are cut by
+// the end of some row's keys or, with a window, by their beginning (masked); the epilogue writes or
+// merges.
 //
 // A kernel is a class, one object per thread:
 //
 //   static constexpr int kRows, kKeys;
-//     Rows of a full block and keys of a full tile; kKeys divides 1024.
+//     Rows of a full block and keys of a full tile; kKeys divides 128.
 //   static int heads(const AttentionArgs&);
 //     KV heads of a full block, which holds at most kRows / heads rows of each.
 //   static size_t scratch_bytes(const AttentionArgs&);
@@ -14,7 +15,8 @@
 //     Loads the queries and resets the state of the previous block.
 //   template <bool masked> void tile(const RowBlock<kRows>&, int64_t key, int keys);
 //     Processes keys [key, key + keys) of the sequence, 1 <= keys <= kKeys. If masked, row r sees
-//     only keys below block.limit[r], possibly none; otherwise every row sees all of them.
+//     only keys from block.first[r] to below block.limit[r], possibly none; otherwise every row
+//     sees all of them.
 //   void finish(const RowBlock<kRows>&);
 //     Arranges the accumulators as rows.
 //   const float* acc(int row);
@@ -22,8 +24,9 @@
 //   SoftmaxState state(int row);
 //     In natural units.
 //
-// Every key of a tile is visible to at least one row of the block, so keys that no row sees are
-// never read. Unnamed namespace: see isa.h.
+// Tiles begin at multiples of kKeys, so that a row's result does not depend on where the windows of
+// other rows begin. Some row sees the last key of a tile or a later one, so keys beyond all rows
+// are never read. Unnamed namespace: see isa.h.
 #pragma once
 
 #include <cstddef>
@@ -39,14 +42,27 @@ namespace {
 
 inline size_t element_size(ScalarType dtype) { return dtype == ScalarType::kFloat32 ? 4 : 2; }
 
+// How a kernel turns a product q k into weights: 2^(score * factor - maximum), with the score the
+// product or, if there is a soft cap, tanh(product * cap_scale).
+struct Scores {
+  Scores(float scale, float cap)
+      : capped(cap > 0),
+        cap_scale(capped ? scale / cap : 0.0f),
+        factor((capped ? cap : scale) * 1.44269504088896341f) {}
+
+  bool capped;
+  float cap_scale, factor;
+};
+
 template <int kRows>
 struct RowBlock {
   int rows;                // of all its KV heads: the first head's, then the next head's
   int heads;               // consecutive KV heads, each with the same number of rows
   const void* q[kRows];    // the row's query vector
   int64_t out_row[kRows];  // token * q_heads + head: its place in out and lse
-  int64_t limit[kRows];    // ascending within a head
-  const void* k;           // key 0 of the sequence, first head; key j is k_token_stride * j further
+  int64_t first[kRows];    // the row sees keys first to limit - 1: both ascend within a head
+  int64_t limit[kRows];
+  const void* k;  // key 0 of the sequence, first head; key j is k_token_stride * j further
   const void* v;
 };
 
@@ -65,6 +81,7 @@ inline void load_block(const AttentionArgs& args, const Schedule& schedule, cons
     block.q[r] = static_cast<const char*>(args.q) +
                  (token * args.q_token_stride + head * args.q_head_stride) * q_size;
     block.out_row[r] = token * args.q_heads + head;
+    block.first[r] = schedule.firsts() == nullptr ? 0 : schedule.firsts()[token];
     block.limit[r] = schedule.limits()[token];
   }
   const int64_t first = args.cu_k[item.sequence];
@@ -139,6 +156,17 @@ inline void merge_group(const AttentionArgs& args, const Schedule& schedule, int
   }
 }
 
+// Returns the first key at or after `key`, both at tile borders, of a tile in which some row sees a
+// key, or one from which on no row does. `row`: a row before which none sees `key`; raised
+// likewise.
+template <int kRows>
+inline int64_t next_seen(const RowBlock<kRows>& block, int tile_keys, int64_t key, int& row) {
+  const int rows = block.rows / block.heads;
+  while (row < rows && block.limit[row] <= key) ++row;
+  if (row == rows || block.first[row] < key + tile_keys) return key;
+  return block.first[row] / tile_keys * tile_keys;
+}
+
 template <class Kernel>
 inline void run_item(const AttentionArgs& args, Schedule& schedule, const WorkItem& item,
                      Kernel& kernel, RowBlock<Kernel::kRows>& block, float* row) {
@@ -146,11 +174,16 @@ inline void run_item(const AttentionArgs& args, Schedule& schedule, const WorkIt
   kernel.begin(block);
   // A head's rows ascend in position, so the first row has the smallest limit. key_end is at most
   // the largest.
-  const int64_t dense_end = block.limit[0];
+  const int64_t dense_begin = block.first[block.rows - 1], dense_end = block.limit[0];
+  int row_seen = 0;
   for (int64_t key = item.key_begin; key < item.key_end; key += Kernel::kKeys) {
+    if (key < dense_begin) {
+      key = next_seen(block, Kernel::kKeys, key, row_seen);
+      if (key >= item.key_end) break;
+    }
     const int64_t left = item.key_end - key;
     const int keys = left < Kernel::kKeys ? static_cast<int>(left) : Kernel::kKeys;
-    if (key + keys <= dense_end) {
+    if (key >= dense_begin && key + keys <= dense_end) {
       kernel.template tile<false>(block, key, keys);
     } else {
       kernel.template tile<true>(block, key, keys);

@@ -29,7 +29,8 @@ template <int kRows>
 struct RowStates {
   alignas(64) float max[kRows];
   alignas(64) float sum[kRows];
-  alignas(64) int32_t limit[kRows];  // keys of the sequence that the row sees
+  alignas(64) int32_t first[kRows];  // of the keys of the sequence that the row sees
+  alignas(64) int32_t limit[kRows];  // the end of them
 
   // `rows`: the number of rows in the block, rounded up to whole panels. Rows beyond the block see
   // what its last row sees, so that they do not change any decision.
@@ -37,7 +38,9 @@ struct RowStates {
     for (int r = 0; r < rows; ++r) {
       max[r] = kNoScore;
       sum[r] = 0.0f;
-      limit[r] = static_cast<int32_t>(block.limit[r < block.rows ? r : block.rows - 1]);
+      const int like = r < block.rows ? r : block.rows - 1;
+      first[r] = static_cast<int32_t>(block.first[like]);
+      limit[r] = static_cast<int32_t>(block.limit[like]);
     }
   }
 
@@ -51,17 +54,23 @@ struct RowStates {
   }
 };
 
-// How many keys of a tile a range of rows sees.
+// Which keys of a tile rows `first` to `last` of the block see, counted from `key`, its first:
+// some row each of [begin, end), every row each of [dense_begin, dense_end).
 struct Visible {
-  int keys;     // 0 if none
-  bool masked;  // some row sees fewer of them
+  int begin, end;  // within the tile
+  int64_t dense_begin, dense_end;
 
-  // Rows `first` to `last` of the block; keys [key, key + keys) of the sequence.
   template <int kRows>
-  Visible(const RowStates<kRows>& rows, int first, int last, int64_t key, int tile_keys) {
-    const int64_t most = rows.limit[last] - key;
-    keys = most < 0 ? 0 : most < tile_keys ? static_cast<int>(most) : tile_keys;
-    masked = rows.limit[first] - key < keys;
+  Visible(const RowStates<kRows>& rows, int first, int last, int64_t key, int tile_keys)
+      : begin(clamp(rows.first[first] - key, tile_keys)),
+        end(clamp(rows.limit[last] - key, tile_keys)),
+        dense_begin(rows.first[last] - key),
+        dense_end(rows.limit[first] - key) {}
+
+  bool empty() const { return begin >= end; }
+
+  static int clamp(int64_t key, int tile_keys) {
+    return key < 0 ? 0 : key < tile_keys ? static_cast<int>(key) : tile_keys;
   }
 };
 

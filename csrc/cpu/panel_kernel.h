@@ -31,6 +31,10 @@ constexpr int kVectors = 3;  // vectors of rows of a register tile
 constexpr int kPanel = kVectors * kLanes;
 constexpr int kPanels = kLanes == 16 ? 8 : 16;  // of a block: 384 rows
 
+// Which keys of a register tile some row does not see: those beyond its last one, or also those
+// ahead of its window.
+enum class Mask { kNone, kEnd, kBoth };
+
 template <class Math>
 class PanelKernel {
   using T = typename Math::Input;
@@ -58,7 +62,7 @@ class PanelKernel {
         q_(acc_ + kRows * args.head_dim),
         k_(q_ + kRows * words_),
         v_(k_ + kKeys * words_),
-        scale_log2_((args.scale < 0 ? -args.scale : args.scale) * kLog2E) {}
+        scores_(args.scale < 0 ? -args.scale : args.scale, args.cap) {}
 
   void begin(const RowBlock<kRows>& block) {
     const int rows = round_up(block.rows, kLanes);
@@ -163,24 +167,26 @@ class PanelKernel {
   template <int kN>
   void panel(const RowBlock<kRows>& block, int row, int64_t key, int tile_keys, int64_t next) {
     const Visible visible(fixed_.rows, row, row + kN * kLanes - 1, key, tile_keys);
-    if (visible.keys == 0) return;
-    const int keys = round_up(visible.keys, kTile);
-    // Every row sees the keys before this one.
-    const int64_t dense = fixed_.rows.limit[row] - key;
-    int begun = 0;  // the first key whose weighted values are not accumulated yet
-    for (int first = 0; first < keys; first += kStrip) {
+    if (visible.empty()) return;
+    const int keys = round_up(visible.end, kTile);
+    int first = visible.begin / kStrip * kStrip;
+    int begun = first;  // the first key whose weighted values are not accumulated yet
+    for (; first < keys; first += kStrip) {
       const int end = keys < first + kStrip ? keys : first + kStrip;
       Vector top[kN];
       for (int n = 0; n < kN; ++n) top[n] = broadcast(-INFINITY);
       for (int j = first; j < end; j += kTile, ++next) {
         ahead_ = Ahead(args_, block, next);
         float* scores = weights<kN>(first) + (j - first) * kN * kLanes;
-        if (j + kTile <= dense) {
-          multiply_keys<kN, false>(row, key, j, scores, top);
+        if (scores_.capped || (visible.dense_begin <= j && j + kTile <= visible.dense_end)) {
+          multiply_keys<kN, Mask::kNone>(row, key, j, scores, top);
+        } else if (visible.dense_begin <= j) {
+          multiply_keys<kN, Mask::kEnd>(row, key, j, scores, top);
         } else {
-          multiply_keys<kN, true>(row, key, j, scores, top);
+          multiply_keys<kN, Mask::kBoth>(row, key, j, scores, top);
         }
       }
+      if (scores_.capped) cap<kN>(row, key, first, end, top);
       begun = raise<kN>(row, top, begun, first);
       weigh<kN>(row, first, end);
     }
@@ -195,7 +201,7 @@ class PanelKernel {
 
   // scores[j][row] = sum over words of k[j][word] * q[word][row] for kTile keys; -inf where a row
   // does not see the key. Raises `top` to the greatest score.
-  template <int kN, bool masked>
+  template <int kN, Mask mask>
   void multiply_keys(int row, int64_t key, int first, float* scores, Vector (&top)[kN]) const {
     const float* k = k_ + first * words_;
     const float* q = q_ + row * words_;
@@ -220,13 +226,15 @@ class PanelKernel {
     }
 #pragma GCC unroll 3
     for (int n = 0; n < kN; ++n) {
-      if (masked) {
+      if (mask != Mask::kNone) {
         const Vector hidden = broadcast(-INFINITY);
-        Ints left;
-        std::memcpy(&left, fixed_.rows.limit + row + n * kLanes, sizeof left);
-        left -= static_cast<int32_t>(key + first);
+        const Ints left = from_key(fixed_.rows.limit + row + n * kLanes, key + first);
+        const Ints before = from_key(fixed_.rows.first + row + n * kLanes, key + first);
 #pragma GCC unroll 8
-        for (int j = 0; j < kTile; ++j) acc[j][n] = left > j ? acc[j][n] : hidden;
+        for (int j = 0; j < kTile; ++j) {
+          acc[j][n] = left > j ? acc[j][n] : hidden;
+          if (mask == Mask::kBoth) acc[j][n] = before > j ? hidden : acc[j][n];
+        }
       }
 #pragma GCC unroll 8
       for (int j = 0; j < kTile; ++j) {
@@ -236,12 +244,41 @@ class PanelKernel {
     }
   }
 
+  // Replaces the products of keys [first, end) by their scores under a soft cap, -inf where a row
+  // does not see the key, and `top` by the greatest.
+  template <int kN>
+  __attribute__((noinline)) void cap(int row, int64_t key, int first, int end, Vector (&top)[kN]) {
+    const Vector scale = broadcast(scores_.cap_scale), hidden = broadcast(-INFINITY);
+    float* scores = weights<kN>(first);
+    for (int n = 0; n < kN; ++n) {
+      const Ints left = from_key(fixed_.rows.limit + row + n * kLanes, key + first);
+      const Ints before = from_key(fixed_.rows.first + row + n * kLanes, key + first);
+      Vector most = hidden;
+      for (int j = 0; j < end - first; ++j) {
+        float* at = scores + (j * kN + n) * kLanes;
+        Vector score = hyperbolic_tangent(load(at) * scale);
+        score = left > j ? score : hidden;
+        score = before > j ? hidden : score;
+        most = largest(most, score);
+        store(score, at);
+      }
+      top[n] = most;
+    }
+  }
+
+  // Loads kLanes limits, counted from `key`.
+  static Ints from_key(const int32_t* limits, int64_t key) {
+    Ints counted;
+    std::memcpy(&counted, limits, sizeof counted);
+    return counted - static_cast<int32_t>(key);
+  }
+
   // Where `top` exceeds the maximum of a row, raises the maximum and rescales what was computed
   // relative to the old one, after accumulating the keys [begun, end), whose weights are. Returns
   // the first key that is not accumulated yet.
   template <int kN>
   int raise(int row, const Vector (&top)[kN], int begun, int end) {
-    const Vector scale = broadcast(scale_log2_);
+    const Vector scale = broadcast(scores_.factor);
     Vector base[kN], scaled[kN];
     unsigned exceeds = 0;
     for (int n = 0; n < kN; ++n) {
@@ -270,7 +307,8 @@ class PanelKernel {
       base[n] = load(fixed_.rows.max + row + n * kLanes);
       total[n] = load(fixed_.rows.sum + row + n * kLanes);
     }
-    Math::template weigh<kN>(weights<kN>(first), end - first, broadcast(scale_log2_), base, total);
+    Math::template weigh<kN>(weights<kN>(first), end - first, broadcast(scores_.factor), base,
+                             total);
     for (int n = 0; n < kN; ++n) store(total[n], fixed_.rows.sum + row + n * kLanes);
   }
 
@@ -317,7 +355,7 @@ class PanelKernel {
   float* q_;    // panels [word][rows of the panel]
   float* k_;
   float* v_;
-  float scale_log2_;
+  const Scores scores_;
   Ahead ahead_;
 };
 

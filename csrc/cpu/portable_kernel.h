@@ -15,7 +15,6 @@
 namespace cptool::cpu {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
 // Columns of C in a vector.
@@ -106,6 +105,21 @@ inline float exp2_nonpositive(float x) {
   return x < -126.0f ? 0.0f : p * power;
 }
 
+// The hyperbolic tangent, to three units in the last place: up to 0.625 the odd polynomial of
+// Cephes' tanhf, which keeps small results to their own precision.
+inline float hyperbolic_tangent(float x) {
+  const float size = x < 0.0f ? -x : x;
+  const float square = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const float power = exp2_nonpositive(size * -2.88539008177792681f);  // e^(-2 |x|)
+  const float large = (1.0f - power) / (1.0f + power);
+  return size < 0.625f ? p * square * x + x : x < 0.0f ? -large : large;
+}
+
 template <class T>
 class PortableKernel {
  public:
@@ -122,6 +136,7 @@ class PortableKernel {
   PortableKernel(const AttentionArgs& args, void* scratch)
       : args_(args),
         head_dim_(args.head_dim),
+        scores_(args.scale, args.cap),
         q_(static_cast<float*>(scratch)),
         acc_(q_ + kRows * head_dim_),
         k_(acc_ + kRows * head_dim_),
@@ -129,7 +144,7 @@ class PortableKernel {
         p_(v_ + kKeys * head_dim_) {}
 
   void begin(const RowBlock<kRows>& block) {
-    const float scale = args_.scale * kLog2e;
+    const float scale = scores_.capped ? scores_.cap_scale : scores_.factor;
     for (int r = 0; r < block.rows; ++r) {
       float* to = q_ + r * head_dim_;
       if (args_.q_dtype == ScalarType::kFloat32) {
@@ -217,24 +232,41 @@ class PortableKernel {
     float* acc = acc_ + r * head_dim_;
     multiply_rows<kR>(q_ + r * head_dim_, head_dim_, k_, kKeys, p, kKeys, head_dim_, columns,
                       false);
+    if (scores_.capped) cap<kR>(p, keys);
     for (int i = 0; i < kR; ++i) {
-      const int64_t visible = masked ? block.limit[r + i] - key : keys;
-      softmax(r + i, visible < keys ? static_cast<int>(visible) : keys, keys);
+      const int64_t end = masked ? block.limit[r + i] - key : keys;
+      const int visible = end < keys ? static_cast<int>(end) : keys;
+      const int64_t begin = masked ? block.first[r + i] - key : 0;
+      softmax(r + i,
+              begin <= 0        ? 0
+              : begin < visible ? static_cast<int>(begin)
+                                : visible,
+              visible, keys);
     }
     multiply_rows<kR>(p, kKeys, v, v_stride, acc, head_dim_, keys, head_dim_, true);
   }
 
+  // Caps the scores of kR rows, and takes them to base 2.
+  template <int kR>
+  __attribute__((noinline)) void cap(float* p, int keys) const {
+    for (int i = 0; i < kR; ++i, p += kKeys) {
+#pragma omp simd
+      for (int j = 0; j < keys; ++j) p[j] = hyperbolic_tangent(p[j]) * scores_.factor;
+    }
+  }
+
   // Turns the row's scores (base 2) into weights relative to its new maximum, and rescales its sum
-  // and accumulator accordingly. 1 <= visible <= keys.
-  void softmax(int r, int visible, int keys) {
+  // and accumulator accordingly. The row sees keys [begin, visible) of the tile.
+  void softmax(int r, int begin, int visible, int keys) {
     float* p = p_ + r * kKeys;
     float larger = max_[r];
 #pragma omp simd reduction(max : larger)
-    for (int j = 0; j < visible; ++j) larger = p[j] > larger ? p[j] : larger;
+    for (int j = begin; j < visible; ++j) larger = p[j] > larger ? p[j] : larger;
     const float base = larger == -INFINITY ? 0.0f : larger;  // -inf - -inf would be NaN
     float sum = 0.0f;
+    for (int j = 0; j < begin; ++j) p[j] = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int j = 0; j < visible; ++j) {
+    for (int j = begin; j < visible; ++j) {
       p[j] = exp2_nonpositive(p[j] - base);
       sum += p[j];
     }
@@ -251,7 +283,8 @@ class PortableKernel {
 
   const AttentionArgs& args_;
   const int64_t head_dim_;
-  float* q_;    // [kRows][head_dim], times scale * log2(e)
+  const Scores scores_;
+  float* q_;    // [kRows][head_dim], times scale * log2(e) or, for a cap, scale / cap
   float* acc_;  // [kRows][head_dim]
   float* k_;
   float* v_;          // [kKeys][head_dim]

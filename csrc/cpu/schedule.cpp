@@ -14,6 +14,9 @@ namespace {
 constexpr int64_t kWantedItems = 64;
 constexpr int64_t kKeyRange = 1024;
 
+// Every kernel's tiles are as long or a part of it.
+constexpr int64_t kLongestTile = 128;
+
 // Multiply-adds that justify waking a thread, roughly 20 microseconds' worth. A block of few rows
 // is bound by reading its keys and counts as kBusyRows.
 constexpr int64_t kThreadWork = 1 << 19;
@@ -28,19 +31,20 @@ struct Group {
   std::atomic<int32_t> pending{0};
 };
 
-// Finds, for each query of one sequence, the number of keys at or before its position. Both ascend,
-// so each search starts where the last one ended and doubles its step: constant time per query when
-// queries and keys advance together.
+// Finds, for each query of one sequence, the number of keys at or before its position less `back`.
+// Both ascend, so each search starts where the last one ended and doubles its step: constant time
+// per query when queries and keys advance together.
 void find_limits(const int32_t* q_pos, int64_t queries, const int32_t* k_pos, int64_t keys,
-                 int64_t* limits) {
+                 int64_t back, int64_t* limits) {
   int64_t low = 0;
   for (int64_t i = 0; i < queries; ++i) {
+    const int64_t position = q_pos[i] - back;
     int64_t high = low;
-    for (int64_t step = 1; high < keys && k_pos[high] <= q_pos[i]; step *= 2) {
+    for (int64_t step = 1; high < keys && k_pos[high] <= position; step *= 2) {
       low = high + 1;
       high = low + step;
     }
-    low = std::upper_bound(k_pos + low, k_pos + std::min(high, keys), q_pos[i]) - k_pos;
+    low = std::upper_bound(k_pos + low, k_pos + std::min(high, keys), position) - k_pos;
     limits[i] = low;
   }
 }
@@ -50,8 +54,8 @@ void find_limits(const int32_t* q_pos, int64_t queries, const int32_t* k_pos, in
 void watch_attention(const Watch& watch) { thread_watch = watch; }
 
 struct Schedule::State {
-  Watch watch = thread_watch;  // of the thread that makes the call
-  std::vector<int64_t> limits;
+  Watch watch = thread_watch;           // of the thread that makes the call
+  std::vector<int64_t> firsts, limits;  // firsts: empty without a window
   std::vector<WorkItem> items;
   std::unique_ptr<Group[]> groups;
   std::unique_ptr<float[]> partials;
@@ -67,23 +71,31 @@ struct Schedule::State {
 // Makes one item per block of rows and KV heads. Returns how many of them have keys.
 int64_t Schedule::State::cut_rows(const AttentionArgs& args, int block_rows, int block_heads) {
   limits.resize(static_cast<size_t>(args.q_tokens));
+  if (args.window > 0) firsts.resize(static_cast<size_t>(args.q_tokens));
   const int64_t group = args.q_heads / args.kv_heads;
   int64_t working = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t first = args.cu_q[b];
     const int64_t tokens = args.cu_q[b + 1] - first;
+    const int32_t* k_pos = args.k_pos + args.cu_k[b];
+    const int64_t sequence_keys = args.cu_k[b + 1] - args.cu_k[b];
     int64_t* seen = limits.data() + first;
-    find_limits(args.q_pos + first, tokens, args.k_pos + args.cu_k[b],
-                args.cu_k[b + 1] - args.cu_k[b], seen);
+    find_limits(args.q_pos + first, tokens, k_pos, sequence_keys, 0, seen);
+    if (args.window > 0) {
+      find_limits(args.q_pos + first, tokens, k_pos, sequence_keys, args.window,
+                  firsts.data() + first);
+    }
     for (int64_t row = 0; row < tokens * group; row += block_rows) {
       const int64_t rows = std::min<int64_t>(block_rows, tokens * group - row);
       const int64_t keys = seen[(row + rows - 1) / group];
+      const int64_t begin =
+          args.window > 0 ? firsts[first + row / group] / kLongestTile * kLongestTile : 0;
       for (int64_t head = 0; head < args.kv_heads; head += block_heads) {
         const int64_t heads = std::min<int64_t>(block_heads, args.kv_heads - head);
-        working += keys > 0;
+        working += keys > begin;
         items.push_back({static_cast<int32_t>(b), static_cast<int32_t>(head),
-                         static_cast<int32_t>(heads), row, static_cast<int32_t>(rows), -1, 0, keys,
-                         nullptr, nullptr});
+                         static_cast<int32_t>(heads), row, static_cast<int32_t>(rows), -1, begin,
+                         keys, nullptr, nullptr});
       }
     }
   }
@@ -97,16 +109,16 @@ void Schedule::State::cut_keys(const AttentionArgs& args, int64_t ranges_wanted)
   groups.reset(new Group[whole.size()]);
   int32_t cut_items = 0;
   for (WorkItem item : whole) {
-    const int64_t keys = item.key_end;
-    const int64_t range = divide_up(divide_up(keys, ranges_wanted), kKeyRange) * kKeyRange;
-    if (keys <= range) {
+    const int64_t begin = item.key_begin, end = item.key_end;
+    const int64_t range = divide_up(divide_up(end - begin, ranges_wanted), kKeyRange) * kKeyRange;
+    if (end - begin <= range) {
       items.push_back(item);
       continue;
     }
     Group& group = groups[cut_items];
     item.split = cut_items++;
-    for (item.key_begin = 0; item.key_begin < keys; item.key_begin += range) {
-      item.key_end = std::min(item.key_begin + range, keys);
+    for (item.key_begin = begin; item.key_begin < end; item.key_begin += range) {
+      item.key_end = std::min(item.key_begin + range, end);
       group.items.push_back(item);
     }
     group.pending = static_cast<int32_t>(group.items.size());
@@ -165,10 +177,13 @@ const WorkItem* Schedule::next() {
 void Schedule::count(const AttentionArgs& args, const WorkItem& item) const {
   if (state_->watch.pairs == nullptr) return;
   const int64_t group = args.q_heads / args.kv_heads;
-  const int64_t* seen = state_->limits.data() + args.cu_q[item.sequence];
+  const int64_t first = args.cu_q[item.sequence];
   int64_t pairs = 0;
   for (int64_t row = item.row_begin; row < item.row_begin + item.rows; ++row) {
-    pairs += std::max<int64_t>(0, std::min(seen[row / group], item.key_end) - item.key_begin);
+    const int64_t token = first + row / group;
+    const int64_t begin = firsts() == nullptr ? 0 : firsts()[token];
+    pairs += std::max<int64_t>(
+        0, std::min(limits()[token], item.key_end) - std::max(begin, item.key_begin));
   }
   __atomic_fetch_add(state_->watch.pairs, pairs * item.kv_heads, __ATOMIC_RELAXED);
 }
@@ -181,6 +196,10 @@ const WorkItem* Schedule::group(int32_t split, int32_t* count) const {
   const std::vector<WorkItem>& items = state_->groups[split].items;
   *count = static_cast<int32_t>(items.size());
   return items.data();
+}
+
+const int64_t* Schedule::firsts() const {
+  return state_->firsts.empty() ? nullptr : state_->firsts.data();
 }
 
 const int64_t* Schedule::limits() const { return state_->limits.data(); }

@@ -17,7 +17,7 @@ struct WorkItem {
   int64_t row_begin;   // first packed row, within the sequence
   int32_t rows;        // of each head, at least 1
   int32_t split;       // the group of items that share these rows, each with some keys; -1: none
-  int64_t key_begin;   // within the sequence; a multiple of 1024
+  int64_t key_begin;   // within the sequence; a multiple of 128
   int64_t key_end;     // at most the largest limit of the rows
   float* partial_out;  // [kv_heads * rows, head_dim] of an item of a group, else null
   float* partial_lse;  // [kv_heads * rows]
@@ -54,8 +54,9 @@ class Schedule {
   bool complete(const WorkItem& item);
   // Returns the items of the group, in the order of their keys.
   const WorkItem* group(int32_t split, int32_t* count) const;
-  // [q_tokens]: how many keys of its sequence each query token sees. These are the first keys,
-  // because positions ascend.
+  // [q_tokens]: each query token sees keys firsts() to limits() - 1 of its sequence, because
+  // positions ascend. firsts() is null if they are all 0: there is no window.
+  const int64_t* firsts() const;
   const int64_t* limits() const;
   // Returns how many of `threads` threads are worth waking.
   int useful_threads(int threads) const;

@@ -68,7 +68,7 @@ class StreamKernel {
         fixed_(*static_cast<Fixed*>(scratch)),
         q_(reinterpret_cast<float*>(static_cast<char*>(scratch) + sizeof(Fixed))),
         acc_(q_ + kRows * query_words_),
-        scale_log2_(args.scale * kLog2E) {}
+        scores_(args.scale, args.cap) {}
 
   void begin(const RowBlock<kRows>& block) {
     rows_ = block.rows / block.heads;
@@ -106,9 +106,16 @@ class StreamKernel {
       }
     }
     for (int row = 0; row < block.rows; ++row) {
-      const int64_t left = block.limit[row] - key;
+      const int64_t left = block.limit[row] - key, before = block.first[row] - key;
+      const int visible = masked && left < keys ? static_cast<int>(left < 0 ? 0 : left) : keys;
+      const int slot = slot_of(row);
       ahead_.prefetch(kBytesOfWeights);
-      weigh(slot_of(row), masked && left < keys ? static_cast<int>(left < 0 ? 0 : left) : keys);
+      if (scores_.capped) cap(slot);
+      if (masked && before > 0) {
+        weigh<true>(slot, before < kKeys ? static_cast<int>(before) : kKeys, visible);
+      } else {
+        weigh<false>(slot, 0, visible);
+      }
     }
     const T* v = static_cast<const T*>(block.v) + key * args_.v_token_stride;
     for (int slot = 0; slot < block.heads * slots_; v += args_.v_head_stride) {
@@ -196,16 +203,27 @@ class StreamKernel {
     }
   }
 
-  // Turns a row's scores into weights, 0 from `visible` on.
-  void weigh(int slot, int visible) {
+  // Replaces a row's products by scores under a soft cap.
+  __attribute__((noinline)) void cap(int slot) {
+    float* scores = fixed_.scores[slot];
+    for (int j = 0; j < kSlots; j += kLanes) {
+      store(hyperbolic_tangent(load(scores + j) * broadcast(scores_.cap_scale)), scores + j);
+    }
+  }
+
+  // Turns a row's scores into weights, 0 from `visible` on and, if there is a window, before
+  // `before`.
+  template <bool windowed>
+  void weigh(int slot, int before, int visible) {
     constexpr int kN = kSlots / kLanes;
-    const Vector scale = broadcast(scale_log2_);
+    const Vector scale = broadcast(scores_.factor);
     Ints seen[kN];
     Vector scores[kN];
     unsigned exceeds = 0;
 #pragma GCC unroll 4
     for (int i = 0; i < kN; ++i) {
       seen[i] = kLaneNumbers < visible - i * kLanes;
+      if (windowed) seen[i] &= kLaneNumbers >= before - i * kLanes;
       scores[i] = load_scores(fixed_.scores[slot] + i * kLanes);
       const Vector scaled = seen[i] ? scores[i] * scale : broadcast(kNoScore);
       exceeds |= above(scaled, broadcast(fixed_.max[slot] + kSlack));
@@ -316,7 +334,7 @@ class StreamKernel {
   Fixed& fixed_;
   float* q_;    // [slots][query_words_]
   float* acc_;  // [slots][head_dim]
-  float scale_log2_;
+  const Scores scores_;
   int rows_ = 0;   // of each head
   int slots_ = 0;  // the same, padded
   StreamAhead ahead_;

@@ -2,7 +2,7 @@
 // and head_dim.
 //
 // FlashAttention's schedule (Dao et al., 2022; 2023). A block of 256 threads holds kRows packed
-// query rows (query_blocks.h) and walks the keys that its last row sees, a tile at a time:
+// query rows (query_blocks.h) and walks the keys that its rows see, a tile at a time:
 // S = scale Q K^T in registers, online softmax, P through shared memory, acc = acc keep + P V in
 // registers. Thread (x, y) of 16 x 16 owns kThreadRows consecutive rows from y kThreadRows, and of
 // those rows the scores x, x + 16 and the columns 2 x + 32 c, 2 x + 32 c + 1. The 16 threads of a
@@ -46,8 +46,9 @@ struct ThreadRows {
 
   // Computes the scores of the keys in shared.kv, of which `key` is the first, and leaves their
   // weights in shared.p.
-  __device__ void scores(Shared& shared, int x, int y, int head_dim, float scale, int64_t key,
+  __device__ void scores(Shared& shared, int x, int y, const AttentionArgs& args, int64_t key,
                          bool masked) {
+    const int head_dim = static_cast<int>(args.head_dim);
     float score[kThreadRows][kThreadKeys] = {};
     for (int column = 0; column < head_dim; column += 4) {
       float4 keys[kThreadKeys];
@@ -74,8 +75,11 @@ struct ThreadRows {
       float largest = -INFINITY;
 #pragma unroll
       for (int j = 0; j < kThreadKeys; ++j) {
-        const bool hidden = masked && key + x + kThreadsX * j >= shared.limits[row];
-        score[i][j] = hidden ? -INFINITY : score[i][j] * scale;
+        const int64_t at = key + x + kThreadsX * j;
+        const bool hidden = masked && (at >= shared.limits[row] || at < shared.firsts[row]);
+        const float scaled = score[i][j] * args.scale;
+        const float capped = args.cap > 0.0f ? args.cap * tanhf(scaled / args.cap) : scaled;
+        score[i][j] = hidden ? -INFINITY : capped;
         largest = fmaxf(largest, score[i][j]);
       }
       // The tile's state is relative to the maximum of all keys so far, so that merge() need not
@@ -192,8 +196,11 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionA
   const int64_t keys = offset_at(args.cu_k, block.sequence + 1, args.k_tokens) - first_key;
   if (threadIdx.x < Shared::kRows) {
     const int row = threadIdx.x;
-    shared.limits[row] =
-        row < rows ? visible_keys(args.k_pos + first_key, keys, args.q_pos[token(row)]) : 0;
+    const int32_t* k_pos = args.k_pos + first_key;
+    shared.limits[row] = row < rows ? visible_keys(k_pos, keys, args.q_pos[token(row)]) : 0;
+    shared.firsts[row] = row < rows && args.window > 0
+                             ? visible_keys(k_pos, keys, args.q_pos[token(row)] - args.window)
+                             : 0;
   }
   const auto query_at = [&](int row) {
     return token(row) * args.q_token_stride + head(row) * args.q_head_stride;
@@ -201,11 +208,18 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionA
   load_tile(args.dtype, args.q, query_at, rows, head_dim, shared.q);
   __syncthreads();
   // Rows ascend in position, so the first row sees the fewest keys and the last one the most.
-  const int64_t dense_end = shared.limits[0];
+  const int64_t dense_begin = shared.firsts[rows - 1], dense_end = shared.limits[0];
   const int64_t key_end = shared.limits[rows - 1];
 
   ThreadRows<kHeadDim> mine;
+  int seen = 0;  // no row before this one sees the keys that are left
   for (int64_t key = 0; key < key_end; key += Shared::kKeys) {
+    if (key < dense_begin) {  // tiles that no row sees are skipped
+      while (shared.limits[seen] <= key) ++seen;
+      const int64_t next = shared.firsts[seen] / Shared::kKeys * Shared::kKeys;
+      key = next > key ? next : key;
+      if (key >= key_end) break;
+    }
     const int64_t left = key_end - key;
     const int held = left < Shared::kKeys ? static_cast<int>(left) : Shared::kKeys;
     const int64_t first = first_key + key;
@@ -214,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionA
     };
     load_tile(args.dtype, args.k, key_at, held, head_dim, shared.kv);
     __syncthreads();
-    mine.scores(shared, x, y, head_dim, args.scale, key, key + Shared::kKeys > dense_end);
+    mine.scores(shared, x, y, args, key, key < dense_begin || key + Shared::kKeys > dense_end);
     __syncthreads();
     const auto value_at = [&](int j) {
       return (first + j) * args.v_token_stride + kv_head * args.v_head_stride;

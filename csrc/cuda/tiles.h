@@ -32,7 +32,8 @@ struct Tiles {
   float q[kRows][kHeadDim + kPadding];
   float kv[kKeys][kHeadDim + kPadding];  // keys, then values
   float p[kRows][kKeys + kPadding];
-  int64_t limits[kRows];  // keys of the sequence that each row sees; 0 for rows that do not exist
+  // Each row sees keys firsts to limits - 1 of the sequence; none for rows that do not exist.
+  int64_t firsts[kRows], limits[kRows];
 };
 
 // One warp per row and one element per thread, which works for any stride and alignment; a tile has

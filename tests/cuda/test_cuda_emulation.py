@@ -74,6 +74,33 @@ def test_simt_matches_float64(cuda, dtype, head_dim):
     check(case, cuda.attention(*case.arguments, kernel="simt"), tolerance(case))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cap", [None, 2.0], ids=["uncapped", "capped"])
+@pytest.mark.parametrize("window", [1, 37, 300, None])
+def test_windows_and_caps(cuda, dtype, window, cap):
+    """The kernel for every call takes them, and the others leave them to it."""
+    case = replace(many_rows(dtype, 64, (3, 1)), window=window, cap=cap)
+    plain = window is None and cap is None
+    taken = "sm80" if plain and dtype == torch.bfloat16 else "simt"
+    assert cuda.kernel(*case.arguments, **case.options) == taken
+    keep = torch.arange(len(case.k_pos)) % 3 == 0
+    running = cuda.attention(*case.only_keys(keep).arguments, kernel="simt", **case.options)
+    result = cuda.attention(
+        *case.only_keys(~keep).arguments, kernel="simt", into=running, **case.options
+    )
+    check(case, result, tolerance(case, merged=True))
+
+
+def test_keys_ahead_of_every_window_are_not_read(cuda):
+    """But for those of a tile of 32 that holds others."""
+    case = replace(make_case([(range(500, 520), range(520)), ([4], range(5))]), window=40)
+    slab = torch.stack([case.k, case.v], 1)
+    slab[: 461 - 32] = torch.nan
+    hidden = replace(case, k=slab[:, 0], v=slab[:, 1])
+    result = cuda.attention(*hidden.arguments, kernel="simt", **case.options)
+    check(case, result, tolerance(case))
+
+
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("head_dim, heads", EVERY_HEAD_DIM, ids=str)
 @pytest.mark.parametrize("rows", CASES)

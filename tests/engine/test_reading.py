@@ -1,5 +1,7 @@
 """The share of a prefill's work that is done, and a prefill's end on request."""
 
+import itertools
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -171,12 +173,13 @@ def test_a_rank_counts_what_it_sees():
     holdings.append(layout.placements())
     new, held = layout.placements(), holdings.placements()
 
-    def seen(queries, keys):
-        return sum(
-            int((k[None, :] <= q[:, None]).sum())
-            for q, k in zip(queries.sequences(), keys.sequences(), strict=True)
-        )
+    def seen(queries, keys, window):
+        pairs = zip(queries.sequences(), keys.sequences(), strict=True)
+        ahead = [q[:, None] - k[None, :] for q, k in pairs]
+        return sum(int(((a >= 0) & (a < (window or 1000))).sum()) for a in ahead)
 
-    for r in range(ranks):
-        assert attention_pairs(layout, r, None) == sum(seen(new[r], keys) for keys in held)
-        assert attention_pairs(layout, r, holdings) == sum(seen(q, held[r]) for q in new)
+    for r, window in itertools.product(range(ranks), (None, 1, 6, 30, 500)):
+        kept = sum(seen(new[r], keys, window) for keys in held)
+        assert attention_pairs(layout, r, None, window) == kept
+        asked = sum(seen(q, held[r], window) for q in new)
+        assert attention_pairs(layout, r, holdings, window) == asked

@@ -2,6 +2,7 @@
 repeats the prompt."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
 from cptool.ops.attention import merge_partials
 from cptool.parallel.attention import over_local
+from cptool.parallel.step import Scores
 from cptool.session.store import identity
 from cptool.sharding import Placement
 
@@ -135,9 +137,10 @@ def test_samples_of_a_restored_session(mqa_path, tmp_path, n):
     assert all(run_ranks(n, restored_and_answered, mqa_path, tmp_path / "s"))
 
 
+@pytest.mark.parametrize("window", [None, 4, 60])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_a_step_over_a_shared_prefix_against_float64(ranks, dtype):
+def test_a_step_over_a_shared_prefix_against_float64(ranks, dtype, window):
     """Keys on any rank; some samples have no query, and some ranks no key."""
     prefixes, samples, heads = (300, 0, 1, 70), 4, (6, 2)
     draw = random.Random(ranks)
@@ -156,9 +159,10 @@ def test_a_step_over_a_shared_prefix_against_float64(ranks, dtype):
         first, mine = int(case.cu_k[b // samples * samples]), int(case.cu_k[b])
         for x in (case.k, case.v):
             x[mine : mine + start] = x[first : first + start]
+    case = replace(case, window=window)
     placement = Placement(case.q_pos, case.cu_q)
     partials = [
-        over_local(case.q, placement, kv, scale=case.scale)
+        over_local(case.q, placement, kv, scores=Scores(case.scale, window))
         for kv in shards(case, prefixes, starts, ranks=ranks, draw=draw)
     ]
     merged = merge_partials(*zip(*partials, strict=True))

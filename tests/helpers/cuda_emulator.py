@@ -44,6 +44,8 @@ class _AttentionArgs(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("lse", ctypes.c_void_p),
         ("accumulate", ctypes.c_bool),
+        ("window", ctypes.c_int64),
+        ("cap", ctypes.c_float),
     ]
 
 
@@ -125,6 +127,8 @@ class Emulator:
         kernel: str | None = None,
         readable: Sequence[Tensor] = (),
         workspace: bool = True,
+        window: int | None = None,
+        cap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`kernel`: the fastest that may take the call, None for any. `readable`: the rows of
         memory, each a contiguous tensor, that asynchronous copies may touch; none: all.
@@ -135,6 +139,7 @@ class Emulator:
             torch.full(q.shape[:2], torch.nan),
         )
         arguments = _arguments(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, into is not None)
+        arguments.window, arguments.cap = window or 0, cap or 0.0
         assert self._library.emulated_force(kernel and kernel.encode()), kernel
         ends = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in readable]
         ranges = (ctypes.c_void_p * (2 * len(ends)))(*[end for pair in ends for end in pair])
@@ -142,12 +147,13 @@ class Emulator:
         self._run("emulated_attention", arguments, seed, ctypes.c_bool(workspace))
         return out, lse
 
-    def kernel(self, *arguments) -> str:
+    def kernel(self, *arguments, window: int | None = None, cap: float | None = None) -> str:
         """The kernel that takes such a call of :meth:`attention`."""
         q = arguments[0]
         out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
         assert self._library.emulated_force(None)
         call = _arguments(*arguments, out, lse, False)
+        call.window, call.cap = window or 0, cap or 0.0
         return self._library.emulated_kernel(ctypes.byref(call)).decode()
 
     def merge(

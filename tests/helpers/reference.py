@@ -12,6 +12,10 @@ with u the unit roundoff of the arithmetic and u_out that of the output's dtype.
 of out are those of the score's scale, a weight, its product with v and the division by the sum;
 those of lse are of the score's scale, the maximum, the logarithm and the sum of the two.
 
+A soft cap adds the error of its hyperbolic tangent, at most three units in the last place as the
+kernels state. An error e in a score is one in an lse, and a relative one in a weight and in the
+total: 6 u max|score| more for lse, and twice that times max|v| for out.
+
 Merging partials weighs each with exp(lse_i - lse): an error e in an lse is a relative error e in
 that weight, once in its own and once in the total's, so a merged out may err by 2 e max|v| more,
 and by one more rounding of each product and of the sum.
@@ -41,6 +45,13 @@ class Case:
     cu_q: Tensor
     cu_k: Tensor
     scale: float
+    window: int | None = None
+    cap: float | None = None
+
+    @property
+    def options(self) -> dict:
+        """What follows the positional arguments."""
+        return {"window": self.window, "cap": self.cap}
 
     @property
     def arguments(self) -> tuple:
@@ -51,8 +62,11 @@ class Case:
         for b in range(len(self.cu_q) - 1):
             queries = slice(int(self.cu_q[b]), int(self.cu_q[b + 1]))
             first, last = int(self.cu_k[b]), int(self.cu_k[b + 1])
-            visible = self.k_pos[first:last][None, :] <= self.q_pos[queries][:, None]
+            k_pos, q_pos = self.k_pos[first:last][None, :].long(), self.q_pos[queries][:, None]
+            visible = k_pos <= q_pos
             used = int(visible.any(0).sum())
+            if self.window is not None:
+                visible &= k_pos > q_pos - self.window
             yield queries, slice(first, first + used), visible[:, :used]
 
     @cached_property
@@ -85,13 +99,27 @@ def _attention(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         q = case.q[queries].to(dtype).transpose(0, 1)
         k = case.k[keys].to(dtype).repeat_interleave(group, 1).permute(1, 2, 0)
         v = case.v[keys].to(dtype).repeat_interleave(group, 1).transpose(0, 1)
-        scores = (q @ k * case.scale).masked_fill(~visible, -torch.inf)
+        scores = _scores(case, q, k).masked_fill(~visible, -torch.inf)
         seen = visible.any(1)
         weights = torch.zeros_like(scores)
         weights[:, seen] = scores[:, seen].softmax(-1)
         out[queries] = (weights @ v).transpose(0, 1)
         lse[queries] = scores.to(lse.dtype).logsumexp(-1).T
     return out, lse
+
+
+def _scores(case: Case, q: Tensor, k: Tensor) -> Tensor:
+    scores = q @ k * case.scale
+    return scores if case.cap is None else (scores / case.cap).tanh() * case.cap
+
+
+def _largest_score(case: Case) -> float:
+    group, largest = case.q.shape[1] // case.k.shape[1], 0.0
+    for queries, keys, visible in case.sequences():
+        k = case.k[keys].double().repeat_interleave(group, 1).permute(1, 2, 0)
+        scores = _scores(case, case.q[queries].double().transpose(0, 1), k)
+        largest = max(largest, _largest(scores.masked_fill(~visible, 0.0)))
+    return largest
 
 
 def _largest(tensor: Tensor) -> float:
@@ -121,6 +149,9 @@ def tolerance(
         + unit_roundoff(out_dtype) * _largest(exact_out)
     )
     lse = 2 * _largest(plain_lse[seen] - exact_lse[seen]) + 4 * u * _largest(exact_lse)
+    if case.cap is not None:
+        capping = 6 * unit_roundoff(torch.float32) * _largest_score(case)
+        out, lse = out + 2 * capping * values, lse + capping
     if merged:
         out += 2 * lse * values + 2 * u * values
         lse += 2 * unit_roundoff(torch.float32) * _largest(exact_lse)

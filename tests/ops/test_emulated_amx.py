@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ class Arguments(ctypes.Structure):
         + [("scale", ctypes.c_float)]
         + [(name, ctypes.c_int32) for name in ("q_dtype", "dtype", "out_dtype")]
         + [("out", ctypes.c_void_p), ("lse", ctypes.c_void_p), ("accumulate", ctypes.c_bool)]
+        + [("window", ctypes.c_int64), ("cap", ctypes.c_float)]
     )
 
 
@@ -79,6 +81,8 @@ def attention(library):
             out.data_ptr(),
             lse.data_ptr(),
             into is not None,
+            case.window or 0,
+            case.cap or 0.0,
         )
         library.attention_partial(ctypes.byref(args), threads)
         return out, lse
@@ -174,6 +178,14 @@ def test_few_queries_over_many_keys(attention, types, queries):
 def test_negative_scale(attention, types):
     case = ragged(heads=(4, 2), **types)
     object.__setattr__(case, "scale", -case.scale)
+    check(case, attention(case), allowed(case))
+
+
+@pytest.mark.parametrize("cap", [None, 2.0], ids=["uncapped", "capped"])
+@pytest.mark.parametrize("window", [1, 37, 200, None])
+@EVERY_TYPE
+def test_windows_and_caps(attention, types, window, cap):
+    case = replace(ragged(heads=(4, 2), **types), window=window, cap=cap)
     check(case, attention(case), allowed(case))
 
 

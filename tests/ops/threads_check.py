@@ -64,6 +64,8 @@ def attention(queries: int, keys: int, heads: int, kv_heads: int, dtype: int, th
             out.ctypes.data,
             lse.ctypes.data,
             accumulate,
+            0,
+            0.0,
             threads,
         )
     merged, total = np.empty_like(out), np.empty_like(lse)

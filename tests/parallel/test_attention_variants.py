@@ -2,7 +2,7 @@
 
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from cptool.cache import NEVER, KVCache
 from cptool.errors import UserError
 from cptool.parallel.attention import attend
 from cptool.parallel.ring import Ring
-from cptool.parallel.step import Step
+from cptool.parallel.step import Scores, Step
 from cptool.sharding import Placement, balanced, concat
 from cptool.variants import find, names
 
@@ -35,6 +35,12 @@ class Case:
     scatter: bool = False
     one_takes: bool = False
     kv_dtype: torch.dtype | None = None
+    window: int | None = None
+    cap: float | None = None
+
+    @property
+    def scores(self):
+        return Scores(self.head_dim**-0.5, self.window, self.cap)
 
     def tensors(self):
         """q of all new tokens, K and V of all tokens, sequence after sequence."""
@@ -89,7 +95,18 @@ CASES = [
     Case((129,), (4999,), (8, 1), 128, torch.bfloat16, scatter=True),
     Case((40, 0, 9), (77, 5, 200), (5, 1), 80, scatter=True, kv_dtype=torch.bfloat16),
     Case((199,), (33,), (9, 3), 64, scatter=True, kv_dtype=torch.float16),
+    Case((257,), (0,), window=1),
+    Case((257,), (0,), window=20, cap=2.0),
+    Case((64, 0, 1, 7, 13), (0, 0, 0, 0, 0), window=5),
+    Case((31, 0, 2), (1, 17, 90), (9, 3), scatter=True, window=12),
+    Case((1, 1, 1, 1, 1), (40, 0, 7, 128, 1), (9, 3), scatter=True, window=33, cap=20.0),
+    Case((40, 0, 9), (77, 5, 200), (5, 1), 80, torch.bfloat16, scatter=True, window=60),
+    Case((17, 1, 30), (50, 333, 0), (9, 3), 64, torch.float16, scatter=True, cap=1.0),
+    Case((23, 5), (9, 60), scatter=True, one_takes=True, window=9),
+    Case((3, 65), (6001, 1), (4, 1), 64, torch.float16, scatter=True, window=4096),
+    Case((129,), (4999,), (8, 1), 128, scatter=True, window=500, kv_dtype=torch.bfloat16),
 ]
+WINDOWED = [case for case in CASES if case.window is not None]
 
 
 def stored(case, cached, new):
@@ -127,7 +144,15 @@ def reference(case):
         v_all = v[keys].repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", q[new_from : new_from + new], k_all)
         visible = torch.arange(cached + new) <= torch.arange(cached, cached + new)[:, None]
-        scores = (scores * case.head_dim**-0.5).masked_fill(~visible, float("-inf"))
+        if case.window is not None:
+            visible &= (
+                torch.arange(cached, cached + new)[:, None]
+                < torch.arange(cached + new) + case.window
+            )
+        scores = scores * case.head_dim**-0.5
+        if case.cap is not None:
+            scores = (scores / case.cap).tanh() * case.cap
+        scores = scores.masked_fill(~visible, float("-inf"))
         outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_all))
         new_from, all_from = new_from + new, all_from + cached + new
     return torch.cat(outs)
@@ -149,7 +174,7 @@ def attend_all_cases(world, cases, variants, jitter=False, narrow=False):
         for variant in variants:
             if jitter:
                 time.sleep(random.random() / 100)
-            out = attend(variant, q[indices], layer, step, ring=ring, scale=case.head_dim**-0.5)
+            out = attend(variant, q[indices], layer, step, ring=ring, scores=case.scores)
             assert out.dtype == case.dtype
             # Bits in bytes: tensors of another process are mapped files, one for each.
             answers.append((indices.numpy(), out.view(torch.uint8).numpy()))
@@ -240,7 +265,7 @@ def test_one_rank_gives_the_same_for_every_variant():
 
 
 def test_runs_are_bit_identical_whatever_the_arrival():
-    cases = [CASES[1], CASES[5], CASES[7], CASES[10]]
+    cases = [CASES[1], CASES[5], CASES[7], CASES[10], WINDOWED[1], WINDOWED[5]]
     first = whole_outputs(4, cases, ALL)
     for _ in range(2):
         again = whole_outputs(4, cases, ALL, jitter=True)
@@ -278,7 +303,7 @@ def bytes_sent(world, case, variant, narrow):
     step = Step(ring.rank, queries, keys, case.dtype if narrow else torch.float32)
     layer = stored(case, cached[ring.rank], queries[ring.rank])
     mine = case.tensors()[0][layout.indices(ring.rank)]
-    attend(variant, mine, layer, step, ring=ring, scale=case.head_dim**-0.5)
+    attend(variant, mine, layer, step, ring=ring, scores=case.scores)
     return ring.sent_bytes
 
 
@@ -294,6 +319,40 @@ def test_nothing_but_tokens_travels(variant, narrow):
     if find(variant).keys_travel:
         expected = total * 2 * case.heads[1] * case.head_dim * element
     assert sum(run_ranks(n, bytes_sent, case, variant, narrow)) == (n - 1) * expected
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_keys_that_nobody_else_sees_stay(n):
+    """What leaves a rank is what some query of another rank sees, in both variants."""
+    for case in WINDOWED:
+        layout, cached = case.layout(n), case.cached_placements(n)
+        queries = layout.placements()
+        keys = tuple(concat(held, new) for held, new in zip(cached, queries, strict=True))
+        leaving = [0] * n
+        for rank in range(n):
+            for b, held in enumerate(keys[rank].sequences()):
+                others = [q.sequences()[b] for r, q in enumerate(queries) if r != rank]
+                ahead = torch.cat(others)[None, :] - held[:, None]
+                leaving[rank] += int(((ahead >= 0) & (ahead < case.window)).any(1).sum())
+        width = 2 * case.heads[1] * case.head_dim * (case.kv_dtype or case.dtype).itemsize
+        sent = run_ranks(n, bytes_sent, case, "pass-kv", False)
+        assert sum(sent) == (n - 1) * sum(leaving) * width
+        readers = [q.tokens > 0 for q in queries]
+        expected = [
+            left * sum(reads for r, reads in enumerate(readers) if r != rank) * width
+            for rank, left in enumerate(leaving)
+        ]
+        assert run_ranks(n, bytes_sent, case, "gather-kv", False) == expected
+
+
+def test_a_window_bounds_what_travels():
+    """Of a prompt of 2N chunks, only the last positions of each leave their rank."""
+    n, window = 4, 10
+    case = Case((8 * 200,), (0,), window=window)
+    sent = run_ranks(n, bytes_sent, case, "pass-kv", False)
+    token = 2 * case.heads[1] * case.head_dim * 4
+    assert max(sent) <= (n - 1) * 2 * (window - 1) * token
+    assert sum(sent) < sum(run_ranks(n, bytes_sent, replace(case, window=None), "pass-kv", False))
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[14]], ids=["one token", "one takes all"])
@@ -314,9 +373,8 @@ def local_only(world):
     cached = case.cached_placements(ring.size)[ring.rank]
     layer = stored(case, cached, layout.placement(ring.rank))
     mine = case.tensors()[0][layout.indices(ring.rank)]
-    scale = case.head_dim**-0.5
     return [
-        attend(variant, mine, layer, step, ring=ring, scale=scale).numpy()
+        attend(variant, mine, layer, step, ring=ring, scores=case.scores).numpy()
         for variant in QUERIES_TRAVEL
     ]
 
@@ -334,4 +392,4 @@ def test_variants_that_move_queries_need_no_other_ranks_keys():
 def test_unknown_variant_names_the_known_ones():
     step = Step(0, balanced([1], 1).placements(), ())
     with pytest.raises(UserError, match="`variant` ring: it must be one of pass-kv, gather-kv, pa"):
-        attend("ring", torch.zeros(1, 1, 64), None, step, ring=Ring(), scale=1.0)
+        attend("ring", torch.zeros(1, 1, 64), None, step, ring=Ring(), scores=Scores(1.0))

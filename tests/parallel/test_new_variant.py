@@ -38,13 +38,13 @@ def cost(rates):
     )
 
 
-def copy_kv(q, kv, step, *, ring, scale):
+def copy_kv(q, kv, step, *, ring, scores):
     """All KV at once, one attention per source, one merge in rank order."""
     mine, partials = step.queries[step.rank], []
     for block, keys in zip(ring.gather(kv.packed(), step.key_sizes), step.keys, strict=True):
         k, v = block.unbind(1)
         positions = (mine.positions, keys.positions, mine.cu_seqlens, keys.cu_seqlens)
-        partials.append(attention_partial(q, k, v, *positions, scale))
+        partials.append(attention_partial(q, k, v, *positions, scores.scale))
     outs, lses = zip(*partials, strict=True)
     return merge_partials(outs, lses, q.dtype)[0]
 

@@ -71,6 +71,59 @@ def test_kv_of_16_bits_is_half_the_memory_and_half_of_what_keys_travel():
         assert sent[0] == sent[1] * (2 if find(variant).keys_travel else 1)
 
 
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 30, 100])
+def test_pairs_in_windows_by_hand(window):
+    for new in (1, 2, 5, 29, 30, 31, 64):
+        for old in (0, 1, 6, 7, 40, 200):
+            queries, most = range(old, old + new), window or 1000
+            assert counts.cached_pairs(new, old, window) == sum(
+                max(0, old - max(0, q - most + 1)) for q in queries
+            )
+            assert counts.new_pairs(new, window) == sum(
+                q - max(old, q - most + 1) + 1 for q in queries
+            )
+    config = dataclasses.replace(CONFIG, windows=(window, None, window, 3))
+    pairs = sum(
+        counts.cached_pairs(9, 50, w) + counts.new_pairs(9, w) for w in (window, None, window, 3)
+    )
+    assert counts.attention_flops(config, 9, 50) == 4 * 8 * 128 * pairs
+
+
+def in_windows(forward: Forward, *windows: int | None) -> Forward:
+    return dataclasses.replace(forward, config=dataclasses.replace(CONFIG, windows=windows))
+
+
+@free
+@given(variants, profiles, st.integers(1, 10**5), cached, ranks, st.integers(1, 10**6))
+def test_a_window_saves_time_and_bytes(variant, profile, new, old, n, window):
+    full = predict(variant, on(n, new, old), profile)
+    windowed = predict(variant, in_windows(on(n, new, old), *[window] * 4), profile)
+    assert windowed.attention_s <= full.attention_s * 1.0001 and windowed.bytes <= full.bytes
+    wide = predict(variant, in_windows(on(n, new, old), *[10**8] * 4), profile)
+    for name, seconds in full.parts.items():
+        assert math.isclose(wide.parts[name], seconds, rel_tol=0.01, abs_tol=1e-6), name
+
+
+def test_layers_with_and_without_windows_take_their_mean():
+    forward = on(4, 4096, 100000)
+    full, windowed, mixed = (
+        predict("pass-kv", in_windows(forward, *windows), PROFILES["cpu"])
+        for windows in ([None] * 4, [512] * 4, [512, None, 512, None])
+    )
+    assert math.isclose(mixed.seconds, (full.seconds + windowed.seconds) / 2)
+    assert windowed.bytes < full.bytes / 10
+
+
+@pytest.mark.parametrize("variant", names())
+def test_time_per_token_is_flat_beyond_the_window(variant):
+    """Decode over 8K tokens or over 64K, in windows of 4K."""
+    steps = [
+        predict(variant, in_windows(on(2, 1, held), *[4096] * 4), PROFILES["cpu"]).seconds
+        for held in (8192, 65536)
+    ]
+    assert steps[0] == steps[1]
+
+
 def test_attention_flops_count_visible_pairs():
     width = 8 * 128
     assert counts.attention_flops(CONFIG, 3) == 4 * 4 * width * (1 + 2 + 3)

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 from cptool.engine.prefill import chunks
 from cptool.planning.chunks import plan_chunk
+from cptool.planning.cost.counts import visible_pairs
 
 if TYPE_CHECKING:
     from cptool.engine.engine import Engine
+    from cptool.model.config import LlamaConfig
     from cptool.planning.cost.forward import Prediction
 
 
@@ -41,7 +43,8 @@ class Course:
     chunk: index of the one under way. done: tokens of those before it.
 
     left: tokens of each sequence to compute over `computed[b]` ones, in chunks of `most`.
-    predicted: of a layer of the chunk in the middle of the prompt.
+    predicted: of a layer of the chunk in the middle of the prompt. config: of the model, None for
+        one without windows.
     """
 
     def __init__(
@@ -51,11 +54,13 @@ class Course:
         *,
         most: int,
         predicted: Seconds,
+        config: LlamaConfig | None = None,
     ) -> None:
+        self._config = config
         self.tokens, self.chunks = sum(left), chunks.count(left, most)
         self.began = time.monotonic()
         self.chunk, self.done = -1, 0
-        self._pairs, self._pairs_done = _visible(left, computed), 0
+        self._pairs, self._pairs_done = self._visible(left, computed), 0
         self._now = (0, 0)
         self._predicted = predicted
         # Sums over layers that have run: their time, and the pairs and tokens that they were for.
@@ -71,13 +76,13 @@ class Course:
         middle = replace(whole, new=new, cached=whole.cached + (whole.new - new) // 2)
         planned = plan_chunk(middle, engine.profile, variant=engine.variant)
         layer = Seconds.of(planned.estimate.layer)
-        return Course(left, engine.computed, most=most, predicted=layer)
+        return Course(left, engine.computed, most=most, predicted=layer, config=whole.config)
 
     def begin(self, lengths: Sequence[int], computed: Sequence[int]) -> None:
         """Begin a chunk of `lengths[b]` tokens over `computed[b]` ones."""
         self.done += self._now[1]
         self._pairs_done += self._now[0]
-        self._now = (_visible(lengths, computed), sum(lengths))
+        self._now = (self._visible(lengths, computed), sum(lengths))
         self.chunk += 1
 
     def took(self, attention_s: float, others_s: float) -> None:
@@ -114,7 +119,10 @@ class Course:
             of = (max(1, self._pairs // self.chunks), max(1, self.tokens // self.chunks))
         return seconds.attention * pairs / of[0] + seconds.others * tokens / of[1]
 
-
-def _visible(lengths: Sequence[int], computed: Sequence[int]) -> int:
-    """Return the pairs of a new token and a key at or before it."""
-    return sum(n * before + n * (n + 1) // 2 for n, before in zip(lengths, computed, strict=True))
+    def _visible(self, lengths: Sequence[int], computed: Sequence[int]) -> int:
+        """Return the pairs of a new token and a key that it sees, of the mean layer."""
+        pairs = list(zip(lengths, computed, strict=True))
+        if self._config is None or self._config.windows is None:
+            return sum(n * before + n * (n + 1) // 2 for n, before in pairs)
+        seen = sum(visible_pairs(self._config, n, before) for n, before in pairs)
+        return seen // self._config.num_hidden_layers

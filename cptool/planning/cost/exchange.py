@@ -63,11 +63,12 @@ def _pass_kv(rates: Rates) -> AttentionCost:
     A step lasts as long as the longer of its attention and its transfer (paper, section 3.3).
     """
     forward, crowd, cost = rates.forward, rates.crowd(rates.forward.sources), AttentionCost()
-    block = forward.keys * forward.kv_width * forward.kv_element
+    block = forward.sent_keys * forward.kv_width * forward.kv_element
     for step in range(forward.ranks):
         fresh = step < forward.sources
         pairs = forward.cached_pairs + fresh * forward.new_pairs
-        keys = forward.cached_keys + fresh * forward.queries
+        new_keys = forward.sent_new_keys if step else forward.queries
+        keys = forward.cached_keys + fresh * new_keys
         spent = crowd * rates.attention(pairs, keys, forward.queries, received=step > 0)
         running = crowd * _running(rates) if step else 0.0
         cost.attention_s += spent
@@ -84,12 +85,14 @@ def _gather_kv(rates: Rates) -> AttentionCost:
     """Return the cost of gather-kv: ranks without queries send their keys and receive none."""
     forward, sources = rates.forward, rates.forward.sources
     width = forward.kv_width * forward.kv_element
-    everything = (forward.cached + forward.new) * width
-    own = forward.keys * width
+    tokens = float(forward.cached + forward.new)
+    if forward.window is not None:
+        tokens = forward.ranks * forward.cached_keys + sources * forward.sent_new_keys
+    everything = tokens * width
+    own = forward.sent_keys * width
     # This rank's own block is copied in, and all blocks are sorted by position. The order itself is
     # computed once for all layers.
     ordering = rates.touch(2 * own + 2 * everything, calls=2)
-    tokens = forward.cached + forward.new
     ordering += tokens * rates.profile.position_s / forward.config.num_hidden_layers
     whole = rates.attention(forward.pairs, tokens, forward.queries, received=True)
     sent = (sources - 1) * own

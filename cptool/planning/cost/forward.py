@@ -21,7 +21,7 @@ class Forward:
     of a weight in memory, on average, where weights stay as a file stores them; else those of the
     dtype. kv_dtype: type in which keys and values are stored and travel, None for `dtype`.
     kv_memory: bytes of them that stay in a rank's memory, None for all. local: ranks on each
-    machine, None for all of them.
+    machine, None for all of them. window: of the layer that is described, None for none.
     """
 
     config: LlamaConfig
@@ -39,6 +39,7 @@ class Forward:
     kv_dtype: str | None = None
     kv_memory: int | None = None
     local: int | None = None
+    window: int | None = None
 
     # Below: what rank 0 of the active ones holds and computes, the most of any rank.
 
@@ -79,13 +80,29 @@ class Forward:
 
     @cached_property
     def cached_keys(self) -> float:
-        """Cached tokens of each rank."""
-        return self.cached / self.ranks
+        """Cached tokens of each rank that some new token sees."""
+        if self.window is None:
+            return self.cached / self.ranks
+        return min(self.cached, self.batch * (self.window - 1)) / self.ranks
 
     @cached_property
     def keys(self) -> float:
-        """Tokens of this rank, cached and new."""
+        """Tokens of this rank, cached and new, that some new token sees."""
         return self.cached_keys + self.queries
+
+    @cached_property
+    def sent_new_keys(self) -> float:
+        """New tokens of this rank that travel: all or, with a window, the end of each of the two
+        chunks of a sequence, which new tokens of other ranks see.
+        """
+        if self.window is None:
+            return self.queries
+        return min(self.queries, 2 * self.batch * (self.window - 1))
+
+    @cached_property
+    def sent_keys(self) -> float:
+        """Tokens of this rank that travel, cached and new."""
+        return self.cached_keys + self.sent_new_keys
 
     @property
     def queried_keys(self) -> float:
@@ -100,7 +117,11 @@ class Forward:
     @cached_property
     def cached_pairs(self) -> float:
         """Pairs (query, key) that this rank's queries see of one rank's cached keys."""
-        return self.queries * self.cached_keys / self.batch
+        if self.window is None:
+            return self.queries * self.cached_keys / self.batch
+        new, cached = self.new // self.batch, self.cached // self.batch
+        pairs = counts.cached_pairs(max(1, new), cached, self.window)
+        return self.batch * pairs / (self.sources * self.ranks)
 
     @cached_property
     def new_pairs(self) -> float:
@@ -110,8 +131,12 @@ class Forward:
         rank's see the early one or its late one sees both; in its own block, the late chunk sees
         the early one, and half of each chunk itself: always half of all pairs (paper, section 4.2
         and appendix A).
+        With a window the pairs are fewer, and taken as spread likewise.
         """
-        return self.new * (self.new / self.batch + 1) / 2 / self.sources**2
+        if self.window is None:
+            return self.new * (self.new / self.batch + 1) / 2 / self.sources**2
+        pairs = counts.new_pairs(max(1, self.new // self.batch), self.window)
+        return self.batch * pairs / self.sources**2
 
     @property
     def pairs(self) -> float:

@@ -1,5 +1,8 @@
 """One decoder layer on the busiest rank."""
 
+from dataclasses import fields, replace
+
+from cptool.planning.cost.counts import layers_by_window
 from cptool.planning.cost.exchange import attention_cost
 from cptool.planning.cost.forward import Forward, Prediction
 from cptool.planning.cost.rates import Rates
@@ -13,12 +16,23 @@ products."""
 
 
 def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Prediction:
-    """Predict one layer under a variant of `cptool.parallel.attention`, on the busiest rank.
+    """Predict one layer under a variant of `cptool.parallel.attention`, on the busiest rank; if
+    their windows differ, the mean of all layers.
 
     Linear layers and attention are counted as `linear_flops` and `attention_flops` do, each plus
     its bytes at the memory's rate. Transfers are those of the variant's code, and hide where it
     hides them (paper, section 3.3).
     """
+    if forward.window is None and forward.config.windows is not None:
+        windows = layers_by_window(forward.config).items()
+        return _mean(
+            [(_predict_one(variant, replace(forward, window=w), profile), n) for w, n in windows]
+        )
+    return _predict_one(variant, forward, profile)
+
+
+def _predict_one(variant: str, forward: Forward, profile: HardwareProfile) -> Prediction:
+    """Predict one layer with the window that `forward` states."""
     rates = Rates(forward, profile)
     computing, rows = forward.sources, forward.queries
     if find(variant).static:
@@ -53,6 +67,16 @@ def predict(variant: str, forward: Forward, profile: HardwareProfile) -> Predict
         bytes=attention.bytes,
         tensor_parallel_bytes=2 * reduced_bytes,
     )
+
+
+def _mean(layers: list[tuple[Prediction, int]]) -> Prediction:
+    """Return the mean of predictions, each of so many layers."""
+    count = sum(n for _, n in layers)
+    means = {
+        field.name: sum(n * getattr(one, field.name) for one, n in layers) / count
+        for field in fields(Prediction)
+    }
+    return Prediction(**means)
 
 
 def elementwise_bytes(forward: Forward) -> float:

@@ -24,7 +24,7 @@ int64_t result_rows(const AttentionArgs& args) { return args.q_tokens * args.q_h
 bool sm80_handles(const AttentionArgs& args) {
   const bool head_dim =
       args.head_dim == 64 || args.head_dim == 80 || args.head_dim == 96 || args.head_dim == 128;
-  return args.dtype != ScalarType::kFloat32 && head_dim &&
+  return is_plain(args) && args.dtype != ScalarType::kFloat32 && head_dim &&
          args.scale >= FLT_MIN &&  // the maximum is taken of scores before scaling
          rows_aligned(args.q, args.q_token_stride, args.q_head_stride) &&
          rows_aligned(args.k, args.k_token_stride, args.k_head_stride) &&

@@ -131,8 +131,8 @@ bool aligned(int64_t size, int64_t stride) {
 
 bool sm90_handles(const AttentionArgs& args) {
   using sm90::aligned;
-  if (args.dtype == ScalarType::kFloat32 || args.head_dim <= 0 || args.head_dim % 8 != 0 ||
-      args.head_dim > 128 || args.batch < 1) {
+  if (!is_plain(args) || args.dtype == ScalarType::kFloat32 || args.head_dim <= 0 ||
+      args.head_dim % 8 != 0 || args.head_dim > 128 || args.batch < 1) {
     return false;
   }
   // Maxima are taken of scores before scaling.
