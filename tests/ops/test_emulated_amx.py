@@ -1,4 +1,6 @@
-"""The AMX kernels against float64 on machines without AMX, their tile instructions emulated."""
+"""The AMX kernels against float64 on machines without AMX, their tile instructions emulated; and
+on machines without AVX-512 its instructions too, for attention alone.
+"""
 
 import ctypes
 import os
@@ -16,12 +18,14 @@ from cptool.ops.encodings import FLOAT32 as FLOAT32_ENCODING
 from cptool.ops.kernels import cpu_isas
 
 ROOT = Path(__file__).resolve().parents[2]
+AVX512 = "avx512" in cpu_isas()
 FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mavx512bf16"]
+EMULATED = ["-mavx2", "-mfma", "-mf16c", "-Wno-psabi", "-DCPTOOL_ATTENTION_ALONE"]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 TYPES = [torch.float32, torch.bfloat16, torch.float16]  # by number, as in ScalarType
 
 pytestmark = [
-    pytest.mark.skipif("avx512" not in cpu_isas(), reason="this machine has no AVX-512"),
+    pytest.mark.skipif("avx2" not in cpu_isas(), reason="this machine has no AVX2"),
     pytest.mark.skipif(not COMPILER, reason="no C++ compiler"),
 ]
 
@@ -50,7 +54,10 @@ def library(tmp_path_factory):
     sources = [Path(__file__).with_name("emulated_amx.cpp")]
     sources += [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("schedule", "thread_pool")]
     includes = ["-I", ROOT / "tests" / "emulated_tiles", "-I", ROOT / "csrc"]
-    command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", *FLAGS, *includes]
+    if not AVX512:
+        includes = ["-I", ROOT / "tests" / "emulated_avx512", *includes]
+    flags = FLAGS if AVX512 else EMULATED
+    command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", *flags, *includes]
     done = subprocess.run([*command, *sources, "-o", path], capture_output=True, text=True)
     if done.returncode != 0 and "avx512bf16" in done.stderr:
         pytest.skip("the compiler doesn't know -mavx512bf16")
@@ -62,7 +69,7 @@ def library(tmp_path_factory):
 def attention(library):
     """attention_partial of a case on emulated tiles."""
 
-    def run(case, into=None, threads=1):
+    def run(case, into=None, threads=1, kernels="attention_partial"):
         out, lse = into or (torch.full(case.q.shape, torch.nan), torch.empty(case.q.shape[:2]))
         keep = case.q, case.k, case.v, case.q_pos, case.k_pos, case.cu_q, case.cu_k
         args = Arguments(
@@ -84,7 +91,7 @@ def attention(library):
             case.window or 0,
             case.cap or 0.0,
         )
-        library.attention_partial(ctypes.byref(args), threads)
+        getattr(library, kernels)(ctypes.byref(args), threads)
         return out, lse
 
     return run
@@ -123,6 +130,10 @@ def ragged(**options):
         slack=3,
         **options,
     )
+
+
+def few(**options):
+    return make_case([([2500], range(2501)), ([7], range(9)), ([], [1])], slack=1, **options)
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (9, 3), (5, 1), (16, 1)], ids=str)
@@ -187,6 +198,18 @@ def test_negative_scale(attention, types):
 def test_windows_and_caps(attention, types, window, cap):
     case = replace(ragged(heads=(4, 2), **types), window=window, cap=cap)
     check(case, attention(case), allowed(case))
+
+
+@pytest.mark.parametrize("cap", [None, 2.0], ids=["uncapped", "capped"])
+@pytest.mark.parametrize("window", [1, 37, 200, None])
+@pytest.mark.parametrize("heads", [(4, 2), (16, 1)], ids=str)
+@pytest.mark.parametrize("types", [FLOAT32, FLOAT16, STORED_BFLOAT16], ids=str)
+def test_windows_and_caps_in_vectors(attention, types, heads, window, cap):
+    """AVX-512 without tiles: many rows in panels, few of them streaming keys."""
+    for case in (ragged(heads=heads, **types), few(heads=heads, **types)):
+        case = replace(case, window=window, cap=cap)
+        result = attention(case, kernels="attention_partial_avx512")
+        check(case, result, tolerance(case, merged=True))
 
 
 @EVERY_TYPE
@@ -274,6 +297,10 @@ def check_product(out, x, weight):
     assert ((out.double() - exact).abs() <= (6 * x.shape[1] + 1) * 2**-24 * magnitude).all()
 
 
+PRODUCTS = pytest.mark.skipif(not AVX512, reason="this machine has no AVX-512")
+
+
+@PRODUCTS
 @pytest.mark.parametrize("rows", [1, 16, 17, 33, 70])
 @pytest.mark.parametrize(("depth", "columns"), [(1, 1), (31, 17), (64, 32), (577, 49), (1100, 400)])
 def test_product_of_float32(library, rows, depth, columns):
@@ -286,6 +313,7 @@ def test_product_of_float32(library, rows, depth, columns):
     assert torch.equal(out[-1:], product(library, x[-1:], place))
 
 
+@PRODUCTS
 @pytest.mark.parametrize("encoding", ["BF16", "F16", "Q4_0", "Q5_0", "Q8_0", "Q4_K", "IQ4_NL"])
 def test_product_of_stored_types(library, encoding):
     """Fewer pieces of a weight are the whole weight."""
