@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -50,7 +50,8 @@ def kernels(device: str) -> list[str]:
 
 def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
     """Check every kernel that this machine can run, or `only` one: attention in every dtype for
-    prefill and decode shapes, then the merge and the token-wise steps.
+    prefill and decode shapes and with a window and a soft cap, then the merge and the token-wise
+    steps.
     """
     force, head_dims = force_cpu_isa, [64, 128]
     if device == "cuda":
@@ -59,7 +60,7 @@ def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
         with force(kernel):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 for head_dim in head_dims:
-                    for case in (PREFILL, DECODE):
+                    for case in (PREFILL, DECODE, WINDOWED):
                         if _taken(device, dtype, head_dim, case) == kernel:
                             yield _attention(device, kernel, dtype, head_dim=head_dim, case=case)
     yield _merge(device)
@@ -67,32 +68,37 @@ def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
         yield _tokenwise(device, dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """Positions of the queries and of the keys of each sequence, in a call that is checked."""
 
     name: str
     queries: tuple[torch.Tensor, ...]
     keys: tuple[torch.Tensor, ...]
+    window: int | None = None
+    cap: float | None = None
 
 
 # Two sequences in two chunks, as ring shards are; and single tokens over many keys.
 PREFILL = Case(
-    "",
-    (torch.cat([torch.arange(0, 37), torch.arange(400, 461)]), torch.arange(5, 6)),
-    (torch.cat([torch.arange(30, 131), torch.arange(300, 500)]), torch.arange(0, 70)),
+    name="",
+    queries=(torch.cat([torch.arange(0, 37), torch.arange(400, 461)]), torch.arange(5, 6)),
+    keys=(torch.cat([torch.arange(30, 131), torch.arange(300, 500)]), torch.arange(0, 70)),
 )
 DECODE = Case(
-    ", decode",
-    (torch.arange(1501, 1502), torch.arange(300, 301)),
-    (torch.arange(0, 1505), torch.arange(1, 301, 3)),
+    name=", decode",
+    queries=(torch.arange(1501, 1502), torch.arange(300, 301)),
+    keys=(torch.arange(0, 1505), torch.arange(1, 301, 3)),
 )
+WINDOWED = replace(PREFILL, name=", window and soft cap", window=90, cap=2.0)
 
 
 def _taken(device: str, dtype: torch.dtype, head_dim: int, case: Case) -> str:
     """Return the kernel that runs such a call now."""
     if device == "cpu":
         return cpu_isa(dtype, head_dim)
+    if case.window is not None:
+        return "simt"
     return cuda_kernel(dtype, head_dim, sum(map(len, case.queries)))
 
 
@@ -122,6 +128,8 @@ def _attention(device: str, kernel: str, dtype: torch.dtype, *, head_dim: int, c
                 q_pos=q_pos[b],
                 k_pos=k_pos[b],
                 scale=scale,
+                window=case.window,
+                cap=case.cap,
             )
             parts.append(part)
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
@@ -141,6 +149,8 @@ def _attention(device: str, kernel: str, dtype: torch.dtype, *, head_dim: int, c
         cu_k=starts.int().to(device),
         scale=scale,
         out_dtype=dtype,
+        window=case.window,
+        cap=case.cap,
     )
     seen, got, got_lse = ~lse.isinf(), got.cpu(), got_lse.cpu()
     pairs = [

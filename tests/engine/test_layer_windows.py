@@ -7,6 +7,7 @@ import torch
 from ranks import run_ranks
 
 from cptool.checkpoint import open_checkpoint
+from cptool.engine import saving
 from cptool.engine.answers.decode import decode
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
@@ -16,6 +17,7 @@ from cptool.exactness.reference import attention
 from cptool.model.config import LlamaConfig
 from cptool.model.shapes import SHAPES
 from cptool.parallel.step import Scores
+from cptool.session.store import identity
 from cptool.variants import names
 
 PROMPT = [(7 * i * i + 3 * i) % 290 for i in range(41)]
@@ -123,3 +125,47 @@ def test_the_tokens_of_plain_attention(mqa_path, n, changes):
     for chunk in (7, 1000):
         got = run_ranks(n, answers, mqa_path, changes, 6, variant="auto", static=True, chunk=chunk)
         assert all(turns == expected for turns in got), chunk
+
+
+def saved(world, path, changes, directory):
+    """The answer to a first turn, saved with its session."""
+    engine = Engine(changed_model(world, path, changes), world, batch=len(TURNS[0]))
+    engine.extend(TURNS[0])
+    answers = decode(engine, AnswerOptions(limit=6)).token_ids
+    return answers, saving.save(engine, directory, None, identity(open_checkpoint(str(path))))
+
+
+def resumed(world, path, changes, directory, manifest):
+    """The answer to a second turn."""
+    engine = Engine(changed_model(world, path, changes), world, batch=len(TURNS[0]))
+    saving.restore(engine, directory, manifest)
+    engine.extend(TURNS[1])
+    return decode(engine, AnswerOptions(limit=6)).token_ids
+
+
+@pytest.mark.parametrize("n, later", [(1, 3), (3, 2)])
+def test_a_session_goes_on_with_other_ranks(mqa_path, tmp_path, n, later):
+    changes = CHANGES["windows and caps"]
+    first, second = run_ranks(1, plain_answers, mqa_path, changes, 6)[0]
+    answers, manifest = run_ranks(n, saved, mqa_path, changes, tmp_path / "s")[0]
+    assert answers == first
+    got = run_ranks(later, resumed, mqa_path, changes, tmp_path / "s", manifest)
+    assert all(answers == second for answers in got)
+
+
+def test_runs_are_bit_identical(mqa_path):
+    for variant in names(baselines=True):
+        runs = [
+            run_ranks(3, last_logits, mqa_path, CHANGES["windows and caps"], variant)
+            for _ in range(2)
+        ]
+        assert runs[0] == runs[1]
+
+
+def last_logits(world, path, changes, variant: str) -> list[bytes]:
+    options = EngineOptions(variant=variant, static=False)
+    model = changed_model(world, path, changes)
+    engine = Engine(model, world, batch=len(TURNS[0]), options=options)
+    for turn in TURNS:
+        engine.extend(turn)
+    return [row.numpy().tobytes() for row in engine.logits.values()]
