@@ -16,6 +16,7 @@ from cptool.cli.options.types import TokenCount
 from cptool.emulation.layer import OTHER, Scenario, shards
 from cptool.emulation.projection import _blocks, emulate
 from cptool.emulation.ring import Compute, EmulatedRing, Start, Timeline, Wait, replay
+from cptool.errors import UserError
 from cptool.model.fp8 import RowwiseFp8
 from cptool.model.shapes import SHAPES
 from cptool.planning.cost.counts import attention_flops, kv_bytes, linear_flops
@@ -149,6 +150,27 @@ def test_what_pass_kv_sends():
     # All blocks but the one that the predecessor has already are passed on.
     kept = held.keys[(result.rank - 1) % 4].tokens
     assert result.sent_bytes == kv_bytes(TINY, 301 - kept, 4) // TINY.num_hidden_layers
+
+
+@pytest.mark.parametrize("variant", ["pass-kv", "gather-kv", "pass-q", "gather-q"])
+def test_layers_in_windows(variant):
+    """Their pairs and bytes are those of the window; layers that differ are refused."""
+    windowed = dataclasses.replace(TINY, windows=(40,) * 3)
+    full, less = (
+        emulate(scenario(config=config, cp=4, cached=900, variant=variant), PROFILE, repeats=1)
+        for config in (TINY, windowed)
+    )
+    assert less.flops == linear_flops(TINY, 301, 1) + attention_flops(windowed, 301, 900)
+    held = shards(scenario(cp=4, cached=900), 4)
+    seen = sum(held.pairs(q, k, 40) for q in range(4) for k in range(4))
+    assert 3 * 4 * 8 * 16 * seen == attention_flops(windowed, 301, 900)
+    attention = [part.flops for part in less.parts if part.name == "attention"]
+    assert attention == [4 * 8 * 16 * sum(block.pairs for block in less.blocks)]
+    if variant.endswith("kv"):
+        assert less.sent_bytes < full.sent_bytes / 2
+    mixed = dataclasses.replace(TINY, windows=(40, None, 40))
+    with pytest.raises(UserError, match="different windows"):
+        emulate(scenario(config=mixed, variant=variant), PROFILE, repeats=1)
 
 
 def test_ranks_share_the_work_in_balance():
