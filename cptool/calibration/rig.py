@@ -68,9 +68,7 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, world: World) -> Llama
             leaf,
             torch.nn.Parameter(filled.to(world.device), requires_grad=False),
         )
-    model.inverse_frequencies = Llama(
-        dataclasses.replace(config, num_hidden_layers=0, vocab_size=1), device="cpu"
-    ).inverse_frequencies.to(world.device)
+    model.place_frequencies(world.device)
     tensor_parallel.apply(model, world.tp_group)
     return model
 

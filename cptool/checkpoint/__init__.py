@@ -27,9 +27,10 @@ def open_checkpoint(
     context that its files state. Raises UserError, one line, for anything else.
     """
     checkpoint = _open(model, watch)
-    if context_length is None:
-        return checkpoint
-    return replace(checkpoint, config=with_context(checkpoint.config, context_length))
+    if context_length is not None:
+        config = with_context(checkpoint.config, context_length)
+        checkpoint = replace(checkpoint, config=config)
+    return checkpoint
 
 
 def _open(model: str, watch: Watch | None) -> Checkpoint:

@@ -11,26 +11,31 @@ MOST_LAYERS = 10_000
 """That a model may have."""
 
 
-def check_windows(
-    source: Path, fields: dict[str, Any], family: Family, *, layers: int, positions: int
-) -> None:
-    """Raise UserError if a layer attends to less than the `positions` of the whole context.
+def read_windows(
+    source: Path, fields: dict[str, Any], family: Family, layers: int
+) -> tuple[int | None, ...] | None:
+    """Return how many keys a query of each layer sees, None for all; None if no layer has a window.
 
     `fields` are those of the file, and the family's defaults.
     """
     _check_kinds(source, fields.get("layer_types"), family, layers)
     window = fields.get("sliding_window")
     if window in (None, 0) or fields.get("use_sliding_window") is False:
-        return
-    if family.is_windowed is not None and (
-        integer(source, fields, "sliding_window") >= positions
-        or not any(family.is_windowed(fields, layer) for layer in range(min(layers, MOST_LAYERS)))
-    ):
-        return
-    raise UserError(
-        f"{source}: sliding_window is {shown(window)}, and cptool computes attention to the "
-        f"whole context; use a checkpoint without it"
-    )
+        return None
+    if (is_windowed := family.is_windowed) is None:
+        raise UserError(
+            f"{source}: sliding_window is {shown(window)}, a {family.title} attends to the whole "
+            f"context; use a checkpoint without it"
+        )
+    window = integer(source, fields, "sliding_window")
+    for key in ("sliding_window", "sliding_window_pattern"):
+        if key in fields and integer(source, fields, key) < 1:
+            raise UserError(
+                f"{source}: {key} is {shown(fields[key])}, it must be positive; correct the file"
+            )
+    found = (is_windowed(fields, layer) for layer in range(min(layers, MOST_LAYERS)))
+    windows = tuple(window if windowed else None for windowed in found)
+    return windows if any(windows) else None
 
 
 def _check_kinds(source: Path, kinds: Any, family: Family, layers: int) -> None:

@@ -96,7 +96,7 @@ def load_model(
     for name in sources.keys() - parameters.keys():
         parameters[name] = tensors[sources[name]]
     model.load_state_dict(parameters, assign=True)
-    model.inverse_frequencies = model.inverse_frequencies.to(device)
+    model.place_frequencies(device)
     if world is not None:
         tensor_parallel.apply(model, world.tp_group)
     return model.eval()

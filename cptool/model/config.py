@@ -57,6 +57,9 @@ class LlamaConfig:
     embedding_multiplier, residual_multiplier: factors of the embedding, and of what a block adds to
         the residual stream.
     logits_divisor: what logits are divided by.
+    logits_cap: logits l become cap tanh(l / cap); None for no cap.
+    window_rope_theta: base of the rotary embedding of layers with a window, where `rope_scaling`
+        does not apply; None: it is that of all other layers.
     """
 
     vocab_size: int
@@ -82,6 +85,8 @@ class LlamaConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    logits_cap: float | None = None
+    window_rope_theta: float | None = None
 
     @property
     def scale(self) -> float:

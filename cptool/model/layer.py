@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from cptool.model.architectures.family import Family
 from cptool.model.architectures.registry import find_family
@@ -40,7 +39,8 @@ class TanhGeluMLP(MLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(functional.gelu(gate, approximate="tanh").mul_(up))
+        gate = torch.ops.aten.gelu_(gate, approximate="tanh")  # torch.nn has none in place
+        return self.down_proj(gate.mul_(up))
 
 
 class DecoderLayer(nn.Module):

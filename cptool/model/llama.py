@@ -17,7 +17,7 @@ from cptool.model.config import LlamaConfig
 from cptool.model.layer import Passed, decoder_layer
 from cptool.model.linear import Embedding, Linear
 from cptool.model.norms import Float32RMSNorm, norm_of
-from cptool.model.rope import inverse_frequencies, rotary_tables
+from cptool.model.rope import inverse_frequencies, rotary_tables, window_frequencies
 from cptool.ops.linear import linear
 from cptool.ops.stored import StoredWeight
 
@@ -56,6 +56,9 @@ class Llama(nn.Module):
         )
         self.inverse_frequencies: torch.Tensor
         self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
+        self.window_frequencies: torch.Tensor | None
+        self.register_buffer("window_frequencies", window_frequencies(config), persistent=False)
+        self._embeds_by_root = family.embeds_by_root
         self._rotary_factor = 1.0
         if config.rope_scaling is not None:
             self._rotary_factor = config.rope_scaling.attention_factor
@@ -68,6 +71,12 @@ class Llama(nn.Module):
             for name, module in self.named_modules()
             if isinstance(module, Float32RMSNorm)
         ]
+
+    def place_frequencies(self, device: torch.device | str) -> None:
+        """Move the frequencies of the rotary embedding, which are computed on the CPU."""
+        self.inverse_frequencies = self.inverse_frequencies.to(device)
+        if self.window_frequencies is not None:
+            self.window_frequencies = self.window_frequencies.to(device)
 
     def keep_stored(self, name: str, weight: StoredWeight) -> None:
         """Have the matrix `name` of this model be `weight`, in place of a parameter."""
@@ -124,10 +133,15 @@ class Llama(nn.Module):
         `passed` is for prompts, whose layers take long.
         """
         hidden = self.embed_tokens(tokens)
+        if self._embeds_by_root:
+            hidden *= torch.tensor(self.config.hidden_size**0.5, dtype=hidden.dtype).item()
         if (multiplier := self.config.embedding_multiplier) != 1:
             hidden *= multiplier
-        cos, sin = rotary_tables(positions, self.inverse_frequencies, self._rotary_factor)
+        tables = local = rotary_tables(positions, self.inverse_frequencies, self._rotary_factor)
+        if self.window_frequencies is not None:
+            local = rotary_tables(positions, self.window_frequencies)
         for number, layer in enumerate(self.layers):
+            cos, sin = tables if self.config.window(number) is None else local
             with _NOTHING if self.span is None else self.span(number):
                 layer(hidden, cos, sin, attend, passed=passed)
         return hidden
@@ -141,4 +155,6 @@ class Llama(nn.Module):
         scores = linear(self.norm(hidden), head.weight)
         if (divisor := self.config.logits_divisor) != 1:
             scores /= divisor
+        if (cap := self.config.logits_cap) is not None:
+            scores = scores.div_(cap).tanh_().mul_(cap)
         return scores.to(torch.float32)

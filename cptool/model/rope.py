@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al., 2021) in the half-split layout of Hugging Face."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -30,6 +31,17 @@ def inverse_frequencies(config: LlamaConfig) -> torch.Tensor:
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     return _llama3(frequencies, scaling)
+
+
+def window_frequencies(config: LlamaConfig) -> torch.Tensor | None:
+    """Return those of layers with a window, of which the base is another and nothing is stretched;
+    None if they are those of all layers.
+    """
+    if config.window_rope_theta is None:
+        return None
+    return inverse_frequencies(
+        replace(config, rope_theta=config.window_rope_theta, rope_scaling=None)
+    )
 
 
 def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:

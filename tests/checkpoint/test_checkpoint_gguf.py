@@ -248,8 +248,8 @@ def test_what_is_not_a_plain_llama_is_refused(path, metadata, message):
 
 
 def test_other_models_and_formats_are_refused(path):
-    write(path, architecture="gemma2")
-    assert "architecture is 'gemma2'" in refusal(path)
+    write(path, architecture="gemma9")
+    assert "architecture is 'gemma9'" in refusal(path)
     write(path, {"blk.0.attn_q_norm": np.ones(HEAD_DIM, np.float32)})
     assert "attn_q_norm.weight" in refusal(path)
     write(path, without=["token_embd"])

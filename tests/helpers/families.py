@@ -30,6 +30,13 @@ SMALL = dict(
     eos_token_id=None,
 )
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=128)
+GEMMA = dict(
+    num_hidden_layers=7,
+    num_attention_heads=4,
+    head_dim=24,
+    sliding_window=512,
+    tie_word_embeddings=True,
+)
 GRANITE = dict(
     embedding_multiplier=6.0,
     residual_multiplier=0.22,
@@ -67,12 +74,63 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.75))),
     "phi3-short": ("phi3", phi3(512)),
     "phi3-long": ("phi3", phi3(32)),
+    "olmo2": ("olmo2", {}),
+    "olmo2-mha": ("olmo2", dict(num_key_value_heads=6, attention_bias=True)),
+    "olmo3": ("olmo3", dict(num_hidden_layers=4, sliding_window=512)),
+    "olmo3-yarn": (
+        "olmo3",
+        dict(
+            num_hidden_layers=4,
+            sliding_window=512,
+            rope_parameters=dict(
+                full_attention=YARN,
+                sliding_attention=dict(rope_type="default", rope_theta=1e4),
+            ),
+        ),
+    ),
+    "gemma": ("gemma", dict(head_dim=24, tie_word_embeddings=True)),
+    "gemma2": (
+        "gemma2",
+        dict(**GEMMA, attn_logit_softcapping=None, query_pre_attn_scalar=24),
+    ),
+    "gemma2-caps": ("gemma2", dict(**GEMMA | dict(sliding_window=9), query_pre_attn_scalar=24)),
+    "gemma3-window": ("gemma3_text", dict(**GEMMA | dict(sliding_window=7))),
+    "olmo3-window": ("olmo3", dict(num_hidden_layers=4, sliding_window=13)),
+    "mistral-window": ("mistral", dict(sliding_window=16)),
+    "qwen2-window": (
+        "qwen2",
+        dict(use_sliding_window=True, sliding_window=11, max_window_layers=1),
+    ),
+    "phi3-window": ("phi3", dict(sliding_window=20)),
+    "gemma2-scale": (
+        "gemma2",
+        dict(**GEMMA, attn_logit_softcapping=None, query_pre_attn_scalar=100),
+    ),
+    "gemma3": ("gemma3_text", dict(**GEMMA, query_pre_attn_scalar=24)),
+    "gemma3-linear": (
+        "gemma3_text",
+        dict(
+            **GEMMA,
+            query_pre_attn_scalar=24,
+            final_logit_softcapping=20.0,
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+                sliding_attention=dict(rope_type="default", rope_theta=5e3),
+            ),
+        ),
+    ),
     "llama-dynamic": (
         "llama",
         dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)),
     ),
 }
 """By name: the `model_type`, and what is not as in `SMALL`."""
+
+NO_GGUF = {
+    *("olmo3", "olmo3-yarn", "olmo3-window", "gemma2-scale", "gemma3-window"),
+    *("mistral-window", "qwen2-window"),
+}
+"""Cases that GGUF files of their family do not have."""
 
 INTERLEAVED = {"llama", "granite", "smollm3"}
 
@@ -115,7 +173,7 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     import gguf
 
     config = model.config
-    kind = "llama" if config.model_type == "mistral" else config.model_type
+    kind = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     names = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     mapped = gguf.get_tensor_name_map(names[kind], config.num_hidden_layers)
     writer = gguf.GGUFWriter(str(path), kind)
@@ -126,8 +184,12 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     _write_rope(writer, config)
+    if kind in ("gemma2", "gemma3"):
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping or 0.0)
+    if kind == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping or 0.0)
     if kind == "granite":
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -140,6 +202,8 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = tensor.float().numpy()
+        if kind.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + 1
         if kind in INTERLEAVED and ".q_proj." in name:
             values = interleaved(values, config.num_attention_heads)
         if kind in INTERLEAVED and ".k_proj." in name:
@@ -156,7 +220,11 @@ def _write_rope(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     import gguf
 
     rope = config.rope_parameters
+    if config.model_type == "gemma3_text":
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
     kind = rope["rope_type"]
+    writer.add_rope_freq_base(rope["rope_theta"])
     if kind in ("yarn", "linear"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(rope["factor"])

@@ -111,12 +111,20 @@ def rms(x: torch.Tensor) -> float:
 class ToyAttention:
     """Attention of one sequence over all that it was shown, in the plainest way.
 
-    config: that of a model whose scores have a scale of their own.
+    config: that of a model whose scores have a scale, a cap or windows of their own.
     """
 
     def __init__(self, config: LlamaConfig | None = None) -> None:
         self.layers: dict[int, list[torch.Tensor]] = {}
-        self.scale = None if config is None else config.scale
+        self.config, self.scale = config, None if config is None else config.scale
+
+    def _capped(self, q, keys, values, visible):
+        """Attention whose scores are capped, rounded as `transformers` rounds it."""
+        group, cap = q.shape[1] // keys.shape[1], self.config.score_cap
+        k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (keys, values))
+        scores = cap * torch.tanh(q.transpose(0, 1) @ k.transpose(1, 2) * self.scale / cap)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)
+        return (weights.to(q.dtype) @ v).transpose(0, 1)
 
     def at(self, positions: torch.Tensor):
         """The `attend` callable of a forward at these positions."""
@@ -130,6 +138,12 @@ class ToyAttention:
             self.layers[layer] = [tensor.clone() for tensor in kept]
             keys, values, k_pos = self.layers[layer]
             visible = k_pos[None, :] <= positions[:, None]
+            if self.config is not None:
+                window = self.config.window(layer)
+                if window is not None:
+                    visible &= k_pos[None, :] > positions[:, None] - window
+                if self.config.score_cap is not None:
+                    return self._capped(q, keys, values, visible)
             return torch.nn.functional.scaled_dot_product_attention(
                 q.transpose(0, 1)[None],
                 keys.transpose(0, 1)[None],

@@ -5,7 +5,7 @@ from typing import Any
 
 from cptool.checkpoint.gguf.metadata import Metadata
 from cptool.checkpoint.gguf.rope import context, stated_scaling
-from cptool.checkpoint.layers import check_windows, unrotated_layers
+from cptool.checkpoint.layers import read_windows, unrotated_layers
 from cptool.checkpoint.notes import Notes
 from cptool.checkpoint.tensors import StoredTensor
 from cptool.errors import UserError
@@ -46,12 +46,10 @@ def read_config(
             f"rows; the two are not of one model"
         )
     scaling = stated_scaling(metadata, notes)
-    numbers: dict[str, Any] = {entry.field: metadata.number(entry.gguf) for entry in family.numbers}
     layers, positions = metadata.integer("block_count"), context(metadata, scaling)
-    if family.is_windowed is not None:
-        fields = dict(family.defaults)
-        fields["sliding_window"] = metadata.integer("attention.sliding_window", 0)
-        check_windows(path, fields, family, layers=layers, positions=positions)
+    switches = _switches(metadata, family, layers)
+    if family.window_theta is not None:  # scaling is a part of the model
+        positions = metadata.integer("context_length")
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -63,15 +61,48 @@ def read_config(
         rms_norm_eps=metadata.number("attention.layer_norm_rms_epsilon"),
         rope_theta=metadata.number("rope.freq_base", 10000.0),
         rotary_dim=None if rotated == head_dim else rotated,
-        unrotated_layers=unrotated_layers(path, {}, family, layers),
         max_position_embeddings=positions,
         tie_word_embeddings=family.weight(HEAD).gguf not in tensors,
         rope_scaling=scaling,
         family=family.name,
-        **numbers,
+        **switches,
     )
     flags: dict[str, Any] = {name: _has(tensors, family, config, name) for name in family.flags}
-    return replace(config, **flags)
+    config = replace(config, **flags)
+    if family.gguf_scale is None:
+        return config
+    return replace(config, score_scale=family.gguf_scale(config))
+
+
+def _switches(metadata: Metadata, family: Family, layers: int) -> dict[str, Any]:
+    """Return the fields of the configuration that a plain Llama leaves at their defaults."""
+    found: dict[str, Any] = {}
+    for entry in family.numbers:
+        if entry.gguf is not None and (entry.gguf_default or metadata.has(entry.gguf)):
+            value = metadata.number(entry.gguf, entry.gguf_default)
+            if value:  # 0 switches off
+                found[entry.field] = value
+    if family.window_theta is not None:
+        theta = metadata.number("rope.freq_base_swa", family.window_theta)
+        found["window_rope_theta"] = theta
+    fields = dict(family.defaults)
+    if family.is_windowed is not None:
+        fields |= _window_fields(metadata)
+    found["windows"] = read_windows(metadata.path, fields, family, layers)
+    found["unrotated_layers"] = unrotated_layers(metadata.path, {}, family, layers)
+    return found
+
+
+def _window_fields(metadata: Metadata) -> dict[str, Any]:
+    """Return the fields of a config.json that say which layers have a window, and which one."""
+    fields: dict[str, Any] = {"sliding_window": metadata.integer("attention.sliding_window", 0)}
+    pattern = metadata.values.get(metadata.key("attention.sliding_window_pattern"))
+    if isinstance(pattern, list):
+        kinds = {True: "sliding_attention", False: "full_attention"}
+        fields["layer_types"] = [kinds.get(windowed) for windowed in pattern]
+    elif pattern is not None:
+        fields["sliding_window_pattern"] = pattern
+    return fields
 
 
 def _has(tensors: dict[str, StoredTensor], family: Family, config: LlamaConfig, flag: str) -> bool:

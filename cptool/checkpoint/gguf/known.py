@@ -80,11 +80,13 @@ _MODEL_NEUTRAL = {
 def known_metadata(family: Family) -> FieldList:
     """Return the fields of files of a family, with whose name the keys of its models begin."""
     architecture = family.gguf
-    used = {entry.gguf for entry in family.numbers}
+    used = {entry.gguf for entry in family.numbers if entry.gguf is not None}
     if family.rope_aliases:
         used.add("rope.scaling.attn_factor")
     if family.is_windowed is not None:
-        used.add("attention.sliding_window")
+        used |= {"attention.sliding_window", "attention.sliding_window_pattern"}
+    if family.window_theta is not None:
+        used.add("rope.freq_base_swa")
     return FieldList(
         used=_USED | {f"{architecture}.{name}" for name in used.union(_MODEL_USED)},
         harmless=_HARMLESS | {f"{architecture}.{name}" for name in _MODEL_HARMLESS},

@@ -9,7 +9,7 @@ from cptool.checkpoint.fields import flag, integer, number, read_json, shown
 from cptool.checkpoint.huggingface.known import HUGGING_FACE
 from cptool.checkpoint.huggingface.rope import context, read_rope
 from cptool.checkpoint.known_fields import check_fields
-from cptool.checkpoint.layers import check_windows, unrotated_layers
+from cptool.checkpoint.layers import read_windows, unrotated_layers
 from cptool.checkpoint.notes import Notes
 from cptool.checkpoint.other_models import kind_of
 from cptool.errors import UserError
@@ -47,6 +47,7 @@ def read_checked_fields(source: Path, notes: Notes) -> dict[str, Any]:
     family = family_of(source, fields)  # first: others have fields that no known family has
     used = [*(entry.huggingface for entry in family.numbers), *family.flags, *family.used_fields]
     used += ["partial_rotary_factor"] * family.partial_rotary
+    used += ["use_sliding_window"] * (family.is_windowed is not None)
     check_fields(source, fields, HUGGING_FACE.of_family(family.neutral_fields, used), notes)
     return fields
 
@@ -71,14 +72,20 @@ def read_config(source: Path, fields: dict[str, Any], notes: Notes) -> LlamaConf
     default = family.defaults.get("max_position_embeddings")
     positions = integer(source, fields, "max_position_embeddings", default)
     layers = integer(source, fields, "num_hidden_layers")
-    check_windows(source, fields, family, layers=layers, positions=positions)
     rope = read_rope(source, fields, family, positions=positions, notes=notes)
+    if (scaling := rope.scaling) is not None and scaling.kind == "longrope":
+        notes.add(
+            f"{source}: rotary scaling has factors for long and for short contexts; the long ones "
+            f"serve all texts unless `context_length` is at most {scaling.original_context}"
+        )
+    if family.window_theta is None:  # else scaling is a part of the model
+        positions = context(fields, positions, rope)
     default_eps = family.defaults.get("rms_norm_eps")
     switches: dict[str, Any] = {name: flag(source, fields, name) for name in family.flags}
-    switches |= {
-        entry.field: number(source, fields, entry.huggingface, entry.default)
-        for entry in family.numbers
-    }
+    for entry in family.numbers:
+        if fields.get(entry.huggingface, entry.default) is not None:
+            value = number(source, fields, entry.huggingface, entry.default)
+            switches[entry.field] = entry.converted(value)
     return LlamaConfig(
         vocab_size=integer(source, fields, "vocab_size"),
         hidden_size=hidden,
@@ -89,9 +96,11 @@ def read_config(source: Path, fields: dict[str, Any], notes: Notes) -> LlamaConf
         head_dim=head_dim,
         rms_norm_eps=number(source, fields, "rms_norm_eps", default_eps),
         rope_theta=rope.theta,
-        max_position_embeddings=context(fields, positions, rope),
+        max_position_embeddings=positions,
         tie_word_embeddings=flag(source, fields, "tie_word_embeddings"),
         rope_scaling=rope.scaling,
+        window_rope_theta=rope.window_theta,
+        windows=read_windows(source, fields, family, layers),
         rotary_dim=None if rope.part == 1 else int(head_dim * rope.part),
         unrotated_layers=unrotated_layers(source, fields, family, layers),
         family=family.name,

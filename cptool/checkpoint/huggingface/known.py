@@ -76,6 +76,7 @@ HUGGING_FACE = FieldList(
         "qk_layernorm": (None, False),
         "use_qk_layernorm": (None, False),
         "is_causal": (None, True),
+        "use_bidirectional_attention": (None, False),
         "causal": (None, True),
         "use_causal_mask": (None, True),
         "is_encoder_decoder": (None, False),

@@ -1,6 +1,6 @@
 """The rotary embedding that a `config.json` states, of transformers 4 or 5."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from cptool.model.config import RopeScaling
 # How long a context the author states beside `max_position_embeddings`.
 _CONTEXT_HINTS = ("max_sequence_length", "model_max_length", "max_seq_len", "max_seq_length")
 
+_KINDS = ("full_attention", "sliding_attention")
+
 # Types that stretch the context that a model had before.
 _STRETCHING = ("linear", "yarn")
 
@@ -23,13 +25,14 @@ _STRETCHING = ("linear", "yarn")
 @dataclass(frozen=True, kw_only=True)
 class Rope:
     """Base and scaling of the frequencies, the context before scaling if it is stated, and how much
-    of a head is rotated.
+    of a head is rotated; and the base of layers with a window, where it is another.
     """
 
     theta: float
     scaling: RopeScaling | None = None
     original_context: int | None = None
     part: float = 1.0
+    window_theta: float | None = None
 
 
 def read_rope(
@@ -42,6 +45,8 @@ def read_rope(
     `positions` is `max_position_embeddings`. Choices between two answers are added to
     `notes`.
     """
+    if family.window_theta is not None:
+        return _of_two_kinds(source, fields, family, positions=positions, notes=notes)
     older, newer = (mapping(source, fields, key) for key in ("rope_scaling", "rope_parameters"))
     answers = [
         _Dictionary(source=source, place=key, fields=rope, top=fields, family=family).rope(
@@ -59,6 +64,40 @@ def read_rope(
         return answers[0]
     nothing = _Dictionary(source=source, place="", fields={}, top=fields, family=family)
     return Rope(theta=nothing.theta(), part=nothing.part())
+
+
+def _of_two_kinds(
+    source: Path, fields: dict[str, Any], family: Family, *, positions: int, notes: Notes
+) -> Rope:
+    """Return the rotary embedding of a family whose layers with a window have one of their own.
+
+    transformers 5 has `rope_parameters` of both kinds, 4 `rope_scaling` of the others alone and
+    `rope_local_base_freq`.
+    """
+    full, local = _KINDS
+    nested = mapping(source, fields, "rope_parameters")
+    if nested and not nested.keys() <= set(_KINDS):
+        raise UserError(
+            f"{source}: rope_parameters is {shown(nested)}, it must have one object for each of "
+            f"{' and '.join(_KINDS)}; correct the file"
+        )
+    outside = {k: v for k, v in fields.items() if k not in ("rope_parameters", "rope_scaling")}
+    stated = mapping(source, nested, full) or mapping(source, fields, "rope_scaling")
+    rope = read_rope(
+        source,
+        {**outside, "rope_parameters": stated},
+        replace(family, window_theta=None),
+        positions=positions,
+        notes=notes,
+    )
+    theta = number(source, fields, "rope_local_base_freq", family.window_theta)
+    own = mapping(source, nested, local)
+    if own.get("rope_type", "default") != "default" or own.get("factor") not in (None, 1):
+        raise UserError(
+            f"{source}: rope_parameters of {local} is {shown(own)}, cptool scales only those of "
+            f"{full}; use another checkpoint"
+        )
+    return replace(rope, window_theta=number(source, own, "rope_theta", theta))
 
 
 def context(fields: dict[str, Any], positions: int, rope: Rope) -> int:

@@ -119,13 +119,20 @@ class Fused:
 class Number:
     """A number that a family's files state, and the field of `LlamaConfig` that it is.
 
-    `default` counts if a config.json lacks it; GGUF files always have it.
+    `default` counts if a config.json lacks it, `gguf_default` if a GGUF file does; with None the
+    field is that of a Llama. `convert` makes the field's value of what a config.json states.
     """
 
     field: str
     huggingface: str
-    gguf: str
-    default: float
+    gguf: str | None
+    default: float | None = None
+    gguf_default: float | None = None
+    convert: Callable[[float], float] | None = None
+
+    def converted(self, value: float) -> float:
+        """Return the field's value for what a config.json states."""
+        return value if self.convert is None else self.convert(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +155,11 @@ class Family:
     is_unrotated: whether a layer has no rotary embedding. Fields are empty for a GGUF file.
     partial_rotary: whether `partial_rotary_factor` may leave a part of each head unrotated.
     default_theta: base of the rotary embedding if no file states it.
+    window_theta: base of the rotary embedding of layers with a window, which is not scaled, if no
+        file states it; None: all layers have the same rotary embedding.
+    gguf_scale: `score_scale` of a GGUF file, which does not state it.
+    embeds_by_root: whether the embedding is multiplied by the square root of its width, rounded to
+        the type of the model.
     rope_aliases: other names of types of rotary scaling.
     fused: matrices that files hold as one.
     activation: of the gate of the feed-forward network.
@@ -172,6 +184,9 @@ class Family:
     is_unrotated: OfLayer | None = None
     partial_rotary: bool = False
     default_theta: float = 10000.0
+    window_theta: float | None = None
+    gguf_scale: Callable[[LlamaConfig], float | None] | None = None
+    embeds_by_root: bool = False
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     fused: tuple[Fused, ...] = ()
     activation: Literal["silu", "gelu_tanh"] = "silu"

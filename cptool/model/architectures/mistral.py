@@ -18,7 +18,6 @@ FAMILY = Family(
         "sliding_window": 4096,
         "eos_token_id": 2,
     },
-    refused="attention to a window (7B v0.1)",
     is_windowed=lambda fields, layer: True,
     weights=WEIGHTS,
 )

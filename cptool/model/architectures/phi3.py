@@ -21,7 +21,6 @@ FAMILY = Family(
     },
     partial_rotary=True,
     rope_aliases={"su": "longrope", "yarn": "longrope"},
-    refused="attention to a window (Phi 3 mini 4K)",
     is_windowed=lambda fields, layer: True,
     fused=(
         Fused(

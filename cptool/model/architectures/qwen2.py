@@ -20,7 +20,6 @@ FAMILY = Family(
         "sliding_window": 4096,
         "max_window_layers": 28,
     },
-    refused="attention to a window",
     is_windowed=windowed_by_kind(lambda fields, layer: layer >= fields["max_window_layers"]),
     # The biases are there whatever the first two say.
     neutral_fields={"attention_bias": (None, True), "qkv_bias": (None, True)},

@@ -26,7 +26,6 @@ FAMILY = Family(
         "max_window_layers": 28,
     },
     flags=("attention_bias",),
-    refused="attention to a window",
     is_windowed=windowed_by_kind(lambda fields, layer: layer >= fields["max_window_layers"]),
     neutral_fields={"use_qk_norm": (None, True), "qk_norm": (None, True)},
     weights=with_query_key_norms(with_optional_biases(WEIGHTS)),

@@ -63,6 +63,34 @@ def with_query_key_norms(
     return tuple(table)
 
 
+def norm(parameter: str, huggingface: str, gguf: str) -> Weight:
+    """Return the weight of a norm of rows of the residual stream in every layer, by its names
+    within the layer.
+    """
+    return Weight(
+        parameter=f"layers.{{}}.{parameter}.weight",
+        shape=(Size.HIDDEN,),
+        huggingface=f"model.layers.{{}}.{huggingface}.weight",
+        gguf=f"blk.{{}}.{gguf}.weight",
+    )
+
+
+def with_norms(weights: Iterable[Weight], norms: Iterable[Weight]) -> tuple[Weight, ...]:
+    """Return the table with these norms in every layer in place of those that it has."""
+    rest = [w for w in weights if not (w.in_layers and w.shape == (Size.HIDDEN,))]
+    last = max(index for index, weight in enumerate(rest) if weight.in_layers)
+    return (*rest[: last + 1], *norms, *rest[last + 1 :])
+
+
+def with_one_added(weights: Iterable[Weight]) -> tuple[Weight, ...]:
+    """Return the table of a family whose norms multiply with 1 + w, of which files in the Hugging
+    Face layout store w, and GGUF files the sum.
+    """
+    return tuple(
+        replace(weight, added=1.0) if "norm" in weight.parameter else weight for weight in weights
+    )
+
+
 def windowed_by_kind(pattern: OfLayer) -> OfLayer:
     """Return whether a layer has a window by `layer_types`, or by `pattern` without that field."""
 

@@ -1,0 +1,68 @@
+"""Gemma 3, of text: Gemma 2 without caps, with norms of queries and keys, and a window in five of
+six layers, whose rotary embedding is another.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cptool.model.architectures.family import Family, Number
+from cptool.model.architectures.gemma import DEFAULTS
+from cptool.model.architectures.gemma2 import GEMMA_WEIGHTS, NEUTRAL, QUERY_SCALE
+from cptool.model.architectures.tables import (
+    windowed_by_kind,
+    with_one_added,
+    with_optional_biases,
+    with_query_key_norms,
+)
+from cptool.model.config import LlamaConfig
+
+
+def _is_windowed(fields: Mapping[str, Any], layer: int) -> bool:
+    return (layer + 1) % fields["sliding_window_pattern"] != 0
+
+
+def _gguf_scale(config: LlamaConfig) -> float | None:
+    """Return the scale of the largest model alone, which is not that of its head size."""
+    if config.num_hidden_layers != 62:
+        return None
+    return (config.hidden_size // config.num_attention_heads) ** -0.5
+
+
+FAMILY = Family(
+    name="gemma3",
+    title="Gemma 3",
+    members="Gemma 3 270M and 1B, and larger ones in GGUF",
+    architectures=("Gemma3ForCausalLM",),
+    model_type="gemma3_text",
+    gguf="gemma3",
+    gguf_interleaved=False,
+    defaults={
+        **DEFAULTS,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+    },
+    neutral_fields=NEUTRAL,
+    used_fields=("sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
+    numbers=(
+        QUERY_SCALE,
+        Number(
+            field="logits_cap",
+            huggingface="final_logit_softcapping",
+            gguf="final_logit_softcapping",
+        ),
+    ),
+    default_theta=1e6,
+    window_theta=1e4,
+    gguf_scale=_gguf_scale,
+    flags=("attention_bias",),
+    refused="files with images beside the text",
+    is_windowed=windowed_by_kind(
+        lambda fields, layer: (layer + 1) % fields["sliding_window_pattern"] != 0
+    ),
+    activation="gelu_tanh",
+    float32_norms=True,
+    embeds_by_root=True,
+    weights=with_optional_biases(with_one_added(with_query_key_norms(GEMMA_WEIGHTS))),
+)
