@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
 from cptool.checkpoint.shapes import find_shape
 from cptool.errors import UserError
+from cptool.model.architectures.registry import find_family
 from cptool.model.shapes import SHAPES
 from cptool.planning.cost.counts import matrix_parameters
 
@@ -30,10 +32,29 @@ def test_parameter_counts(name, parameters):
     assert matrix_parameters(config) + embeddings + norms == parameters
 
 
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("mistral-7b", 7.25),
+        ("qwen2.5-7b", 7.62),
+        ("qwen2.5-72b", 72.7),
+        ("qwen3-8b", 8.19),
+        ("qwen3-32b", 32.8),
+        ("gemma3-27b", 27.0),
+    ],
+)
+def test_tables_have_the_published_number_of_parameters(name, billions):
+    config = SHAPES[name]
+    tensors = find_family(config.family).tensors(config)
+    count = sum(math.prod(weight.extents(config)) for weight, _ in tensors)
+    assert count / 1e9 == pytest.approx(billions, rel=2e-3)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_proportions(name):
     config = SHAPES[name]
-    assert config.num_attention_heads * config.head_dim == config.hidden_size
+    if config.family in ("llama", "mistral", "qwen2"):
+        assert config.num_attention_heads * config.head_dim == config.hidden_size
     assert config.num_attention_heads % config.num_key_value_heads == 0
 
 
