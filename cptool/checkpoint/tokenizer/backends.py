@@ -23,11 +23,15 @@ _LLAMA3_PATTERN = (
 
 GPT2_CUT = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS_CUT = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2_CUT])
-LLAMA3_CUT = pre_tokenizers.Sequence(
-    [
-        pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
+LLAMA3_CUT, QWEN2_CUT = (
+    pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    # Qwen 2 and 3 cut digits one by one, Llama 3 up to three at a time.
+    for pattern in (_LLAMA3_PATTERN, _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"))
 )
 
 

@@ -16,6 +16,7 @@ _CUTS = {
     "gpt-2": backends.GPT2_CUT,
     **dict.fromkeys(("smollm", "starcoder", "refact", "minerva-7b"), backends.DIGITS_CUT),
     **dict.fromkeys(_LLAMA3, backends.LLAMA3_CUT),
+    "qwen2": backends.QWEN2_CUT,
 }
 
 # Tokens that end a turn or a message, by the names that models give them. Many files name only the
