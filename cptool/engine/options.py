@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 
-QUANTISED = ("q8_0", "int8")
-"""Weight-only quantisations: a scale for each block of 32 weights, or for each row of a matrix."""
-
 SAVE_EVERY_S = 60.0
 """Seconds between two commits of what was computed of a prompt."""
 
@@ -16,9 +13,9 @@ class EngineOptions:
     variant: attention variant, or "auto" to choose one for each forward.
     partials: "float32", or "working" to send partial outputs in the model's dtype
         (`cptool.parallel.step.Step` says what that costs in error).
-    weights: "file" to keep weights in the type of the file where products read it, or one of
-        `QUANTISED`, to which float matrices are quantised while loading; None for "file", or what
-        the session was computed with.
+    weights: "file" to keep weights in the type of the file where products read it, or what
+        `cptool.quantisation.quantised_to` takes, to which float matrices are quantised while
+        loading; None for "file", or what the session was computed with.
     kv_dtype: type in which keys and values are stored and travel, or "auto" for the model's dtype.
     static: whether `decode` under the variant "auto" runs over static memory
         (`cptool.engine.static_decode`); None means on CUDA only.

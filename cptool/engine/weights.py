@@ -7,7 +7,6 @@ import torch
 
 from cptool.checkpoint import Checkpoint
 from cptool.distributed.shared_memory import shared_tensors
-from cptool.engine.options import QUANTISED
 from cptool.host import large_pages
 from cptool.model.architectures.family import Size
 from cptool.model.architectures.registry import find_family
@@ -18,6 +17,7 @@ from cptool.ops.encodings import BLOCKS, ENCODINGS, QUANTISED_AS, quantised_byte
 from cptool.ops.quantise import quantised
 from cptool.ops.stored import Blocks, StoredWeight
 from cptool.parallel import tensor_parallel
+from cptool.quantisation import quantised_to
 
 if TYPE_CHECKING:
     from cptool.distributed.world import World
@@ -66,8 +66,8 @@ def load_model(
     model = Llama(checkpoint.config, device="meta", tp=tp)
     sources = _sources(checkpoint.config, share(checkpoint.config, tp_rank, tp))
     sharing = world if world is not None and world.size > 1 else None
-    if weights in QUANTISED:
-        _quantise(model, checkpoint, sources, sharing, whole_rows=weights == "int8")
+    if (quantised_as := quantised_to(weights)) is not None:
+        _quantise(model, checkpoint, sources, sharing, to=quantised_as)
     if device.type == "cpu" and dtype == torch.float32:
         _keep_stored(model, checkpoint, sources)
     parameters: dict[str, torch.Tensor] = {}
@@ -128,14 +128,19 @@ def _quantise(
     sources: dict[str, Source],
     sharing: "World | None",
     *,
-    whole_rows: bool,
+    to: tuple[str, tuple[str, ...]],
 ) -> None:
     """Have the matrices whose rows are whole blocks be quantised, and take them out of `sources`.
     Collective over the ranks that share them.
+
+    to: the quantisation, and the kinds of matrices that it is for.
     """
     taken, shapes = {}, {}
+    whole_rows = to[0] == "int8"
     for name, source in list(sources.items()):
         rows, *depth = model.get_parameter(name).shape
+        if name.split(".")[-2] not in to[1]:
+            continue
         if depth and (size := quantised_bytes(*depth)) is not None:
             taken[name], shapes[source] = sources.pop(name), (rows, size)
 

@@ -14,7 +14,8 @@ from cptool.engine.prefill.chunks import check_chunk
 from cptool.engine.sampling import Sampling
 from cptool.engine.sampling_request import SamplingRequest
 from cptool.errors import OptionError
-from cptool.session.manifest import DTYPES, WEIGHTS
+from cptool.quantisation import AUTO, WEIGHTS, is_known
+from cptool.session.manifest import DTYPES
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -30,8 +31,8 @@ class EngineSettings(TypedDict, total=False):
 
     kv_dtype: type in which keys and values are stored and sent: "auto" for that of the products,
         or with float32 products on a CPU also "bfloat16" or "float16".
-    weights: "file" to keep weights as the file stores them, or "q8_0" or "int8" to quantise float
-        matrices while loading.
+    weights: "file" to keep weights as the file stores them, "q8_0" or "int8" to quantise float
+        matrices while loading, or "auto" to do so where it makes their products faster.
     chunk: tokens of a prompt, over all prompts of a call together, that go through the model at a
         time, or "auto" for the largest number that fits in memory and adds little to that of
         weights and KV.
@@ -59,8 +60,9 @@ def engine_options(variant: str, settings: EngineSettings) -> EngineOptions:
         raise OptionError("variant", variant, f"it must be one of {', '.join(known)}")
     kv_dtype = settings.get("kv_dtype", "auto")
     check_dtype("kv_dtype", kv_dtype)
-    if (weights := settings.get("weights", "file")) not in WEIGHTS:
-        raise OptionError("weights", weights, f"it must be one of {', '.join(WEIGHTS)}")
+    weights = settings.get("weights", "file")
+    if weights not in (*WEIGHTS, AUTO) and not is_known(weights):
+        raise OptionError("weights", weights, f"it must be one of {', '.join((*WEIGHTS, AUTO))}")
     chunk: Any = settings.get("chunk", "auto")
     check_chunk(chunk if chunk != "auto" else None)
     return EngineOptions(

@@ -17,8 +17,6 @@ from cptool.errors import UserError
 FORMAT = 2
 REMEDY = "restore it or prefill anew"
 """For a session, or a file of one, that is damaged."""
-WEIGHTS = ("file", "q8_0", "int8")
-"""What KV can have been computed with: the weights of the model's files, or quantised ones."""
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element of KV, by its dtype."""
 

@@ -7,11 +7,11 @@ from operator import le
 from typing import Any
 
 from cptool.files import parse_json
+from cptool.quantisation import WEIGHTS, is_known
 from cptool.session.manifest import (
     DTYPES,
     FORMAT,
     SEGMENT_NAME,
-    WEIGHTS,
     Manifest,
     ModelIdentity,
     Segment,
@@ -121,8 +121,9 @@ def validate(manifest: Manifest) -> None:
             f"{name} is {_quoted(value)}, it must be one of {', '.join(DTYPES)}",
         )
     _require(
-        type(manifest.weights) is str and manifest.weights in WEIGHTS,
-        f"weights is {_quoted(manifest.weights)}, it must be one of {', '.join(WEIGHTS)}",
+        is_known(manifest.weights),
+        f"weights is {_quoted(manifest.weights)}, it must be one of {', '.join(WEIGHTS)}, or one "
+        f"of these with kinds of matrices",
     )
     _within(manifest.cp, 1, _MOST_RANKS, "cp")
     _within(manifest.tp, 1, _MOST_RANKS, "tp")

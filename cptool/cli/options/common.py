@@ -12,7 +12,7 @@ from cptool.cli.options.types import Bytes, Chunk
 from cptool.cli.options.variables import VariableOption
 from cptool.distributed.options import DEFAULT_TIMEOUT_S
 from cptool.errors import OptionError
-from cptool.session.manifest import WEIGHTS
+from cptool.quantisation import AUTO, WEIGHTS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -63,10 +63,11 @@ weights_option = click.option(
     "--weights",
     cls=VariableOption,
     envvar="CPTOOL_WEIGHTS",
-    type=click.Choice(WEIGHTS),
+    type=click.Choice((*WEIGHTS, AUTO)),
     help="Keep weights as the file stores them, or quantise float matrices while loading to int8 "
     "with a scale for each 32 weights (q8_0) or each row (int8): fewer bytes for a CPU to read, "
-    "and other results.  [default: file, or what the session was computed with]",
+    "and other results. auto: q8_0 for the matrices whose products it makes faster here, by "
+    "measuring.  [default: file, or what the session was computed with]",
 )
 
 

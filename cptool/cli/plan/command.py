@@ -262,7 +262,7 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
     config, checkpoint = open_shape(model, notes), find_checkpoint(model)
     profile = _profile(on.hardware, checkpoint)
     types = EngineOptions(kv_dtype=run.kv_dtype, weights=run.weights)
-    dtype, kv_dtype = planned_types(run.dtype, types, profile.device, checkpoint)
+    dtype, kv_dtype, weights = planned_types(run.dtype, types, profile.device, checkpoint)
     for note in (*notes, *_unmeasured(dtype, profile)):
         draw.say(note, always=True)
     shares.check(config, on.tp or 1)
@@ -282,12 +282,12 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
         dtype=dtype,
         feed_forward=feed_forward(run.fp8, dtype, profile),
         weight_size=(
-            mean_weight_size(checkpoint, dtype, profile.device, run.weights)
+            mean_weight_size(checkpoint, dtype, profile.device, weights)
             if checkpoint is not None
             else None
         ),
         kv_dtype=kv_dtype,
-        weights=run.weights or "file",
+        weights=weights,
         published=run.as_published,
         graphs=not run.eager,
         rule=on.rule,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 from cptool.cli.options.common import DTYPES
-from cptool.engine.options import QUANTISED, EngineOptions
+from cptool.engine.options import EngineOptions
 from cptool.engine.setup.types import check_kv_dtype, resolve_types
 from cptool.errors import OptionError, UserError
-from cptool.session.manifest import WEIGHTS
+from cptool.quantisation import AUTO, WEIGHTS
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ type_options = (
     ),
     click.option(
         "--weights",
-        type=click.Choice(WEIGHTS),
+        type=click.Choice((*WEIGHTS, AUTO)),
         help="Plan for a checkpoint's float weights as they are, or quantised while loading.  "
         "[default: file]",
     ),
@@ -41,22 +41,23 @@ type_options = (
 
 def planned_types(
     dtype: str, options: EngineOptions, device: str, checkpoint: Checkpoint | None
-) -> tuple[str, str]:
-    """Return the types of the products and of KV; for "auto" those that `cptool prefill` takes.
+) -> tuple[str, str, str]:
+    """Return the types of the products and of KV, and the weights; for "auto" those that `cptool
+    prefill` takes.
 
     Without a checkpoint, for a shape, it is bfloat16. Raises OptionError for types that do not go
     together.
     """
     if checkpoint is not None:
         dtype, options = resolve_types(dtype, options, checkpoint, device)
-        return dtype, options.kv_dtype
-    if options.weights in QUANTISED:
+        return dtype, options.kv_dtype, options.weights or "file"
+    if options.weights not in (None, "file"):
         rule = "a shape has no weights to quantise"
         raise OptionError("weights", options.weights, rule, "name a checkpoint, or leave it out")
     dtype = "bfloat16" if dtype == "auto" else dtype
     kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
     check_kv_dtype(kv_dtype, dtype, device)
-    return dtype, kv_dtype
+    return dtype, kv_dtype, "file"
 
 
 def feed_forward(fp8: bool | None, dtype: str, profile: HardwareProfile) -> str | None:

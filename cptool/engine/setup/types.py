@@ -7,17 +7,20 @@ import tempfile
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cptool.engine.options import QUANTISED, EngineOptions
+from cptool.engine.options import EngineOptions
 from cptool.errors import OptionError
 from cptool.host import scratch
+from cptool.model.architectures.registry import find_family
 from cptool.ops.encodings import ENCODINGS, quantised_bytes
 from cptool.ops.processor import has_bfloat16_products
+from cptool.quantisation import AUTO, quantised_to
 from cptool.units import size, some
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from cptool.checkpoint import Checkpoint
+    from cptool.checkpoint.tensors import JoinedTensor, StoredTensor
     from cptool.session.manifest import Manifest
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -86,6 +89,8 @@ def resolve_types(
     """
     check_kv_memory(options.kv_memory, device)
     weights = options.weights or "file"
+    if weights == AUTO:
+        weights = _faster_weights(resolve_dtype(dtype, checkpoint, device), checkpoint, device)
     if weights != "file" and dtype == "auto" and device == "cpu":
         dtype = "float32"
     found = resolve_dtype(dtype, checkpoint, device)
@@ -93,6 +98,19 @@ def resolve_types(
     kv_dtype = found if options.kv_dtype == "auto" else options.kv_dtype
     check_kv_dtype(kv_dtype, found, device)
     return found, replace(options, kv_dtype=kv_dtype, weights=weights)
+
+
+def _faster_weights(dtype: str, checkpoint: "Checkpoint", device: str) -> str:
+    """Return the weights that `--weights auto` stands for."""
+    if device != "cpu" or any(t.encoding not in _FLOATS for t in _matrices(checkpoint)):
+        return "file"
+    from cptool.engine.setup.quantising import chosen
+
+    return chosen(checkpoint, dtype)
+
+
+def _matrices(checkpoint: "Checkpoint") -> "list[StoredTensor | JoinedTensor]":
+    return [tensor for tensor in checkpoint.stored.values() if len(tensor.shape) == 2]
 
 
 def check_weights(weights: str, dtype: str, device: str, checkpoint: "Checkpoint") -> None:
@@ -103,8 +121,7 @@ def check_weights(weights: str, dtype: str, device: str, checkpoint: "Checkpoint
         remedy = "leave it out, or add `device` cpu and `dtype` float32"
         rule = f"quantised weights are multiplied in float32 on a CPU, not in {dtype} on {device}"
         raise OptionError("weights", weights, rule, remedy)
-    matrices = [tensor for tensor in checkpoint.stored.values() if len(tensor.shape) == 2]
-    others = {t.encoding for t in matrices} - {*_FLOATS}
+    others = {t.encoding for t in _matrices(checkpoint)} - {*_FLOATS}
     if others:
         found = ", ".join(sorted(others))
         rule = f"the weights of {checkpoint.name} are quantised already ({found})"
@@ -127,7 +144,7 @@ def continued_types(
             f"the KV of {directory} is {kept}",
             "leave `kv_dtype` out, or name a new directory",
         )
-    if options.weights not in (None, manifest.weights):
+    if options.weights not in (None, AUTO, manifest.weights):
         raise OptionError(
             "weights",
             options.weights,
@@ -205,18 +222,24 @@ def mean_weight_size(
     """
     if device != "cpu" or dtype != "float32":
         return None
-    matrices = [tensor for tensor in checkpoint.stored.values() if len(tensor.shape) == 2]
-    count = {tensor: math.prod(tensor.shape) for tensor in matrices}
-    if weights in QUANTISED:
-        stored = sum(
-            count[tensor] * 4
-            if (row := quantised_bytes(tensor.shape[1])) is None
-            else tensor.shape[0] * row
-            for tensor in matrices
-        )
-        return stored / sum(count.values())
-    kept = [tensor for tensor in matrices if tensor.encoding in ENCODINGS]
-    if not kept:
-        return None
-    widened = sum(4 * count[tensor] for tensor in matrices if tensor.encoding not in ENCODINGS)
-    return (sum(tensor.nbytes for tensor in kept) + widened) / sum(count.values())
+    to = quantised_to(weights)
+    held, plain, count = 0, True, 0
+    for name, tensor in checkpoint.stored.items():
+        if len(tensor.shape) != 2:
+            continue
+        elements = math.prod(tensor.shape)
+        row = quantised_bytes(tensor.shape[1])
+        if to is not None and row is not None and _kind(checkpoint, name) in to[1]:
+            size, plain = tensor.shape[0] * row, False
+        elif tensor.encoding in ENCODINGS:
+            size, plain = tensor.nbytes, False
+        else:
+            size = 4 * elements
+        held, count = held + size, count + elements
+    return None if plain else held / count
+
+
+def _kind(checkpoint: "Checkpoint", name: str) -> str:
+    """Return which of `cptool.quantisation.KINDS` a tensor is a part of."""
+    found = find_family(checkpoint.config.family).find(name, "huggingface")
+    return "" if found is None else found[0].parameter.split(".")[-2]
