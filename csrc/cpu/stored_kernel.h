@@ -72,6 +72,9 @@ inline void stored_columns(const StoredLinearArgs& args, int64_t column, int64_t
   while (args.rows - row >= 4) run(Rows<4>{});
 #endif
 #if defined(__FMA__)
+#if !defined(__AVX512F__)
+  while (args.rows - row == 3 || args.rows - row > 4) run(Rows<3>{});
+#endif
   while (args.rows - row >= 2) run(Rows<2>{});
 #endif
   while (args.rows - row >= 1) run(Rows<1>{});
@@ -88,7 +91,15 @@ constexpr int kSharingRows = 1;
 
 constexpr StoredKernels kStored = {
     [](Encoding) { return true; },
-    [](Encoding) { return kSharingRows; },
+    [](Encoding encoding) {
+#if defined(__FMA__)
+      // These widen in an instruction or two, so doing it again for further rows is faster than a
+      // panel in memory: on a Zen 3, 4.4 times with 3 rows, 2.6 with 4, 1.4 with 16.
+      if (encoding == Encoding::kBFloat16 || encoding == Encoding::kFloat16) return 16;
+#endif
+      (void)encoding;
+      return kSharingRows;
+    },
     [](const StoredLinearArgs&) -> int64_t { return 0; },  // x is read as it is
     [](const StoredLinearArgs&, void*) {},
     [](const StoredLinearArgs& args, const void*, int64_t begin, int64_t end) {
