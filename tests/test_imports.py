@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "cptool"
 
 ORDER = [
     {"__init__", "errors", "units", "files"},
-    {"variants"},
+    {"variants", "quantisation"},
     {"host"},
     # Numbers of a model without torch, for `planning`.
     {"model.config", "model.row_limits", "model.architectures", "model.shapes", "model.shares"},
