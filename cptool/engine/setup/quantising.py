@@ -33,7 +33,7 @@ _SAMPLE_ROWS = 64
 _REPEATS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Matrices:
     """Matrices of one kind: how many a model has, their shape, and how its file stores them."""
 
@@ -87,7 +87,13 @@ def matrices(checkpoint: Checkpoint) -> list[Matrices]:
             continue  # a row of it is read for each token, and nothing is multiplied
         rows = stored.shape[0] + (found[kind].rows if kind in found else 0)
         count = config.num_hidden_layers if weight.in_layers else 1
-        found[kind] = Matrices(kind, count, rows, stored.shape[1], stored.encoding)
+        found[kind] = Matrices(
+            kind=kind,
+            count=count,
+            rows=rows,
+            depth=stored.shape[1],
+            encoding=stored.encoding,
+        )
     return list(found.values())
 
 
