@@ -169,13 +169,67 @@ class Layout:
         return sum(_total(self.ranges(rank, seq)) for seq in range(self.batch))
 
 
+@dataclass(frozen=True)
+class Dealt:
+    """How the few new tokens of decode steps are dealt, one by one; see `dealt`.
+
+    starts: position of the first new token of each sequence.
+    owners: of each sequence, the rank of each new token.
+    """
+
+    ranks: int
+    starts: tuple[int, ...]
+    owners: tuple[tuple[int, ...], ...]
+
+    def placements(self) -> tuple[Placement, ...]:
+        """Return the positions of the new tokens on each rank, in rank order."""
+        pairs = list(zip(self.starts, self.owners, strict=True))
+        found = []
+        for rank in range(self.ranks):
+            rows = [[p for p, owner in enumerate(o, s) if owner == rank] for s, o in pairs]
+            ends = list(accumulate(map(len, rows), initial=0))
+            found.append(
+                Placement(
+                    torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int32),
+                    torch.tensor(ends, dtype=torch.int32),
+                )
+            )
+        return tuple(found)
+
+    def indices(self, rank: int) -> torch.Tensor:
+        """Return int64 [T]: where this rank's tokens lie in the concatenation of all new tokens."""
+        owners = chain.from_iterable(self.owners)
+        members = [i for i, owner in enumerate(owners) if owner == rank]
+        return torch.tensor(members, dtype=torch.int64)
+
+
+def dealt(lengths: Sequence[int], starts: Sequence[int], held: Held) -> Dealt:
+    """Deal the new tokens of decode steps: `lengths[b]` of sequence b, from position `starts[b]`.
+
+    held[r][b]: tokens of sequence b that rank r holds.
+
+    Each token goes to the `next_owner` of its sequence, searched from rank b modulo their number.
+    So the owner depends on the sequence alone, not on how many tokens a step has of it or on which
+    others take part: a token lies where it lies if all are computed one at a time. Sequences that
+    begin to be dealt at equal counts begin on different ranks.
+    """
+    ranks, owners = len(held), []
+    for b, length in enumerate(lengths):
+        counts, row = [counts[b] for counts in held], []
+        for _ in range(length):
+            row.append(next_owner(counts, b % ranks))
+            counts[row[-1]] += 1
+        owners.append(tuple(row))
+    return Dealt(ranks, tuple(starts), tuple(owners))
+
+
 def next_owner(counts: Sequence[int], first: int) -> int:
     """Return the rank that takes a sequence's next token (paper, algorithm 4).
 
     counts: tokens of the sequence that each rank holds. Of the ranks that hold the fewest, it is
     the first at or after rank `first`, cyclically, so that ranks stay within one token of each
-    other. `balanced` deals by this rule; a decode step without a layout of its own
-    (`cptool.engine.holdings`) does too.
+    other. `balanced` deals prompts by this rule, `dealt` and `cptool.engine.holdings` the tokens of
+    decode steps.
     """
     fewest, ranks = min(counts), len(counts)
     return next(r % ranks for r in range(first, first + ranks) if counts[r % ranks] == fewest)

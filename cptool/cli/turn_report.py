@@ -162,6 +162,7 @@ def decode_rows(report: "Report") -> Rows:
         return []
     count, batch = sum(map(len, report.token_ids)), len(report.token_ids)
     step_s = report.ttit_ms / 1e3
+    read_s = step_s * (max(map(len, report.token_ids)) - 1) / max(1, report.drafts.steps)
     if batch == 1:
         each = f"{duration(step_s)} each{_beside(report.predicted.ttit_s)}"
     else:
@@ -173,10 +174,23 @@ def decode_rows(report: "Report") -> Rows:
         (
             "decode",
             f"{some(count, 'token')}, {each}, {token_rate(report.tokens_per_s)}, "
-            f"{byte_rate(report.decode_bytes / step_s)} of weights and KV per rank",
+            f"{byte_rate(report.decode_bytes / read_s)} of weights and KV per rank",
         ),
         ("", f"{report.decode_variant} ({report.decode_reason})"),
+        *_draft_rows(report),
     ]
+
+
+def _draft_rows(report: "Report") -> Rows:
+    """Return a row on drafts, if they were requested."""
+    drafts = report.drafts
+    if drafts.asked == "off" or (drafts.asked == "auto" and drafts.off):
+        return []
+    if drafts.off:
+        return [("drafts", f"none: {drafts.off}")]
+    each = drafts.tokens_per_step(report.token_ids) or 0.0
+    shown = f"{drafts.accepted:,} of {some(drafts.proposed, 'token')} came true, {each:.2f} "
+    return [("drafts", f"{shown}tokens per step of {some(drafts.steps, 'step')}")]
 
 
 def source_rows(report: "Report") -> Rows:

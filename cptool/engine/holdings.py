@@ -45,16 +45,15 @@ class Holdings:
     def deal(self, positions: dict[int, int]) -> dict[int, int]:
         """Deal one token of each sequence b, at positions[b], and return the rank that keeps it.
 
-        Tokens go to the ranks that `cptool.sharding.balanced` would give them to. `settle` must
+        Tokens go to the ranks that `cptool.sharding.dealt` would give them to. `settle` must
         follow the last deal before anything but `counts` and `room` is used.
         """
-        owners, cursor = {}, 0
+        owners = {}
         for b, position in positions.items():
-            owner = next_owner([counts[b] for counts in self.counts], cursor)
+            owner = next_owner([counts[b] for counts in self.counts], b % self.ranks)
             self.counts[owner][b] += 1
             self._dealt[owner][b].append(position)
             owners[b] = owner
-            cursor = (owner + 1) % self.ranks
         return owners
 
     def settle(self) -> tuple[Placement, ...]:

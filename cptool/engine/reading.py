@@ -31,7 +31,7 @@ from cptool.sharding import Layout
 from cptool.variants import find
 
 if TYPE_CHECKING:
-    from cptool.engine.engine import Engine
+    from cptool.engine.forwards import Forwards
     from cptool.engine.prefill.course import Course
     from cptool.model.config import LlamaConfig
     from cptool.planning.cost.forward import Forward
@@ -87,7 +87,7 @@ class Reading:
     """
 
     def __init__(
-        self, engine: Engine, course: Course, forward: Forward, *, choice: Choice, layout: Layout
+        self, engine: Forwards, course: Course, forward: Forward, *, choice: Choice, layout: Layout
     ) -> None:
         self.world, self.report, self.course = engine.world, engine.report, course
         self.layers, self.tokens = forward.config.num_hidden_layers, forward.new

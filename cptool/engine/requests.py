@@ -7,11 +7,11 @@ one end, so that no other process can connect. It carries typed data, never pick
 
 import socket
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cptool.distributed.encoding import decode, encode
-from cptool.engine.answers.records import AnswerOptions, Logprobs, TokenLogprob
+from cptool.engine.answers.records import AnswerOptions, Drafted, Logprobs, TokenLogprob
 from cptool.engine.sampling import Sampling
 from cptool.session.dialogue import Dialogue
 
@@ -88,6 +88,7 @@ class Answer:
     reused: tuple[int, ...]
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
+    drafts: Drafted = field(default_factory=Drafted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,5 +153,15 @@ def _messages() -> tuple[type, ...]:
     from cptool.session.manifest import Manifest, ModelIdentity, Segment, Sequence
 
     requests = (Open, Close, Continue, Save, AnswerOptions, Sampling, Dialogue)
-    replies = (Answer, TokenLogprob, Done, Refused, Manifest, ModelIdentity, Segment, Sequence)
+    replies = (
+        Answer,
+        Drafted,
+        TokenLogprob,
+        Done,
+        Refused,
+        Manifest,
+        ModelIdentity,
+        Segment,
+        Sequence,
+    )
     return requests + replies

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cptool.engine.answers.records import AnswerOptions, Emit, Logprobs
+from cptool.engine.answers.records import AnswerOptions, Drafted, Emit, Logprobs
 from cptool.engine.figures import (
     lengths,
     prefill_flops,
@@ -48,7 +48,7 @@ class Turn(Setup):
     prompts[b]: the new tokens of sequence b; they follow what the session holds.
     keep[b]: go back to this many tokens of sequence b first.
     max_new_tokens: append up to this many tokens to each sequence.
-    sampling, stop_ids, stop_texts, stop_tokens, after, logprobs: those of `AnswerOptions`.
+    sampling, stop_ids, stop_texts, stop_tokens, after, logprobs, draft: those of `AnswerOptions`.
     prompt_logprobs: report as many of each token of the prompts as `logprobs` does of an answer's.
     samples: answers to each prompt, one after another, which share its KV; 1 with a session.
     profile: file to write a trace of all ranks to.
@@ -67,6 +67,7 @@ class Turn(Setup):
     after: tuple[int, ...] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    draft: str = "off"
     samples: int = 1
     profile: str | None = None
     save_every: float = SAVE_EVERY_S
@@ -83,6 +84,7 @@ class Turn(Setup):
             stop_tokens=self.stop_tokens,
             after=self.after,
             logprobs=self.logprobs,
+            draft=self.draft,
         )
 
 
@@ -104,6 +106,7 @@ class Report:
     file that each forward reads. `predicted` is what the cost model expects; so does `memory`,
     beside what the memory came to. The prompts were read in `chunks` forwards of at most `chunk`
     new tokens, `variants[v]` of them under v; `variant` and `reason` are those of the last.
+    `drafts` says what became of drafts.
     """
 
     tokens: int
@@ -138,6 +141,7 @@ class Report:
     chunk: int
     chunks: int
     variants: dict[str, int]
+    drafts: Drafted
     phases: tuple[Phases, ...] = ()
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None

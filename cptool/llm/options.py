@@ -103,6 +103,9 @@ class GenerateOptions(TypedDict, total=False):
     stop: a text or several that end an answer, which is shown up to it.
     logprobs: report the log-probability of each token, and this many of the likeliest in its place.
     prompt_logprobs: report the same of each token that the call reads.
+    draft: "lookup" to compute several tokens in a step where the last ones occurred before, prompt
+        or answer: what came next there is checked, and kept if it comes next here. The answers are
+        the same. "off", or "auto": lookup where the batch and the ranks allow it.
     seed: of the draws, which depend on it, the sequence's index and the token's position alone.
 
     Where the default is None, it is the value of the model's author, if there is one. Without any,
@@ -121,6 +124,7 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     logprobs: int | None
     prompt_logprobs: int | None
+    draft: str
     seed: int
 
 
@@ -165,6 +169,7 @@ class Answering:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             logprobs=given.pop("logprobs", None),
             prompt_logprobs=given.pop("prompt_logprobs", None),
+            draft=given.pop("draft", "off"),
         ).fields(checkpoint)
         request = SamplingRequest(**given, logit_bias=tuple(bias.items()))
         return Answering(count, request.resolve(checkpoint), wanted)

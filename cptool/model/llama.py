@@ -19,6 +19,7 @@ from cptool.model.linear import Embedding, Linear
 from cptool.model.norms import Float32RMSNorm, norm_of
 from cptool.model.rope import inverse_frequencies, rotary_tables, window_frequencies
 from cptool.ops.linear import linear
+from cptool.ops.rows import independent_rows
 from cptool.ops.stored import StoredWeight
 
 _NOTHING = nullcontext()
@@ -98,6 +99,11 @@ class Llama(nn.Module):
         if not any(isinstance(weight, StoredWeight) for weight in matrices):
             return None
         return self.step_bytes / sum(weight.shape.numel() for weight in matrices)
+
+    @property
+    def independent_rows(self) -> int:
+        """Up to how many rows of a forward none changes the bits of another, attention aside."""
+        return independent_rows(self.norm.weight.dtype, self._step_matrices())
 
     def _step_matrices(self) -> list[torch.Tensor | StoredWeight]:
         head = self.embed_tokens if self.lm_head is None else self.lm_head

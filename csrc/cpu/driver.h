@@ -104,9 +104,10 @@ inline void write_out(const float* acc, const SoftmaxState& state, int64_t head_
 }
 
 // Writes one row of the result, or merges it into the existing one. Where neither has seen a key
-// the row becomes 0, because the existing memory may hold anything.
-inline void write_row(const AttentionArgs& args, int64_t row, const float* acc,
-                      SoftmaxState state) {
+// the row becomes 0, because the existing memory may hold anything. Not inlined, so that every row
+// gets the same instructions: what is contracted to one rounding might differ.
+__attribute__((noinline)) inline void write_row(const AttentionArgs& args, int64_t row,
+                                                const float* acc, SoftmaxState state) {
   const int64_t head_dim = args.head_dim;
   const int64_t at = row * head_dim;
   if (args.accumulate) {
@@ -191,8 +192,17 @@ inline void run_item(const AttentionArgs& args, Schedule& schedule, const WorkIt
   }
   kernel.finish(block);
   if (item.split < 0) {
-    for (int r = 0; r < block.rows; ++r)
-      write_row(args, block.out_row[r], kernel.acc(r), kernel.state(r));
+    for (int r = 0; r < block.rows; ++r) {
+      const SoftmaxState state = kernel.state(r);
+      if (!args.accumulate) {
+        write_row(args, block.out_row[r], kernel.acc(r), state);
+        continue;
+      }
+      // In the form in which the partials of a group are merged, so that a row that goes with rows
+      // that see further keys has the same bits.
+      write_out(kernel.acc(r), state, args.head_dim, row);
+      write_row(args, block.out_row[r], row, SoftmaxState::of_lse(state.lse()));
+    }
     return;
   }
   for (int r = 0; r < block.rows; ++r) {

@@ -93,6 +93,77 @@ void group_products(const uint8_t* w, int64_t gap, const float* x, int64_t group
   for (int r = 0; r < kRows; ++r) sums_of(acc[r], sums[r]);
 }
 
+// Rows of x for which the integers of a chunk are widened once, to memory of level 1.
+constexpr int kMostGroupRows = 16;
+
+// A chunk of four rows of w, widened: its integers, their scales and shifts.
+template <class Type>
+struct WidenedChunk {
+  alignas(32) float integers[kChunkGroups][kColumns][kGroupWeights];
+  alignas(32) float scales[kColumns][Type::kScales];
+  Vector shifts[kColumns];
+  int groups;
+
+  WidenedChunk(const uint8_t* w, int64_t gap, int count) : groups(count) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) {
+      Type::scales(w + c * gap, count, scales[c], &shifts[c]);
+      for (int step = 0; step < count / Type::kStep; ++step) {
+#pragma GCC unroll 8
+        for (int i = 0; i < Type::kStep; ++i) {
+          const auto bits = Type::bits(w + c * gap, step, i);
+          float* const to = integers[step * Type::kStep + i][c];
+#pragma GCC unroll 4
+          for (int v = 0; v < kGroupVectors; ++v) {
+            store(Type::integers(bits, i, v), to + v * kLanes);
+          }
+        }
+      }
+    }
+  }
+};
+
+// Adds a chunk to acc[r][c] for kRows rows of packed x, as add_group adds each of its groups.
+template <class Type, int kRows>
+inline void add_chunk(const WidenedChunk<Type>& chunk, const float* x, Vector (*acc)[kColumns]) {
+  if constexpr (Type::kShifted) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Vector sums = load(x + r * kLanes);
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns; ++c) {
+        acc[r][c] = multiply_add(chunk.shifts[c], sums, acc[r][c]);
+      }
+    }
+    x += kRows * kLanes;
+  }
+  for (int group = 0; group < chunk.groups; ++group, x += kRows * kGroupWeights) {
+#pragma GCC unroll 2
+    for (int first = 0; first < kColumns; first += 2) {
+      Vector part[2][kRows];
+#pragma GCC unroll 4
+      for (int v = 0; v < kGroupVectors; ++v) {
+        const Vector low = load(chunk.integers[group][first] + v * kLanes);
+        const Vector high = load(chunk.integers[group][first + 1] + v * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const Vector values = load(x + r * kGroupWeights + v * kLanes);
+          part[0][r] = v == 0 ? low * values : multiply_add(low, values, part[0][r]);
+          part[1][r] = v == 0 ? high * values : multiply_add(high, values, part[1][r]);
+        }
+      }
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; ++c) {
+        const Vector scale = Type::scale(chunk.scales[first + c], group);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          acc[r][first + c] = multiply_add(scale, part[c][r], acc[r][first + c]);
+        }
+      }
+    }
+  }
+}
+
 template <class Type>
 struct GroupColumns {
   static constexpr int64_t kChunkFloats = kChunkWeights + (Type::kShifted ? kLanes : 0);
@@ -155,9 +226,51 @@ struct GroupColumns {
     }
   }
 
+  static void put(const StoredLinearArgs& args, int64_t row, const float* sums, int64_t column,
+                  int64_t apart) {
+    float* out = args.out + row * args.out_stride;
+    for (int c = 0; c < kColumns; ++c) out[place_of(args.w, column + c * apart)] = sums[c];
+  }
+
+  // Computes the columns that four rows of the file make, `apart` rows from each other, of more
+  // rows of x than are multiplied at a time.
+  static void columns_of_many(const StoredLinearArgs& args, const float* packed, int64_t column,
+                              int64_t apart) {
+    const uint8_t* w = static_cast<const uint8_t*>(args.w.at) + column * args.w.stride;
+    const int64_t gap = apart * args.w.stride, depth = args.w.depth;
+    Vector acc[kMostGroupRows][kColumns] = {};
+    for (int64_t begin = 0; begin < depth; begin += kChunkWeights) {
+      const int64_t left = depth - begin < kChunkWeights ? depth - begin : kChunkWeights;
+      const WidenedChunk<Type> chunk(w, gap, static_cast<int>(left) / kGroupWeights);
+      in_groups(args.rows, [&](int64_t first, int64_t rows) {
+        const float* x =
+            packed + first * row_floats(depth) + begin / kChunkWeights * rows * kChunkFloats;
+        switch (rows) {
+          case 1:
+            return add_chunk<Type, 1>(chunk, x, acc + first);
+          case 2:
+            return add_chunk<Type, 2>(chunk, x, acc + first);
+          case 3:
+            return add_chunk<Type, 3>(chunk, x, acc + first);
+          default:
+            return add_chunk<Type, 4>(chunk, x, acc + first);
+        }
+      });
+      w += Type::kBlocks * Type::kBytes;
+    }
+    for (int64_t r = 0; r < args.rows; ++r) {
+      float sums[kColumns];
+      sums_of(acc[r], sums);
+      put(args, r, sums, column, apart);
+    }
+  }
+
   // Computes the columns that four rows of the file make, `apart` rows from each other.
   static void columns(const StoredLinearArgs& args, const float* packed, int64_t column,
                       int64_t apart) {
+    if (args.rows > kGroupRows && args.rows <= kMostGroupRows) {
+      return columns_of_many(args, packed, column, apart);
+    }
     const uint8_t* w = static_cast<const uint8_t*>(args.w.at) + column * args.w.stride;
     const int64_t gap = apart * args.w.stride, groups = args.w.depth / kGroupWeights;
     in_groups(args.rows, [&](int64_t first, int64_t rows) {
@@ -176,10 +289,7 @@ struct GroupColumns {
         default:
           group_products<Type, 4>(w, gap, x, groups, sums);
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        float* out = args.out + (first + r) * args.out_stride;
-        for (int c = 0; c < kColumns; ++c) out[place_of(args.w, column + c * apart)] = sums[r][c];
-      }
+      for (int64_t r = 0; r < rows; ++r) put(args, first + r, sums[r], column, apart);
     });
   }
 };
@@ -217,7 +327,8 @@ constexpr StoredKernels kStoredGroups = {
     [](Encoding) { return true; },
     [](Encoding encoding) {
       return with_groups(
-          encoding, [](auto) { return 16; }, [=] { return kStored.most_rows(encoding); });
+          encoding, [](auto) { return kMostGroupRows; },
+          [=] { return kStored.most_rows(encoding); });
     },
     [](const StoredLinearArgs& args) -> int64_t {
       return with_groups(

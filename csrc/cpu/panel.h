@@ -15,6 +15,13 @@ namespace cptool::cpu {
 namespace {
 
 constexpr float kLn2 = 0.693147180559945309f;
+// Returns `x`, rounded to float32 here: a compiler that contracts it with the addition that follows
+// in one place and not in another would give the same row two results.
+inline float rounded_here(float x) {
+  __asm__("" : "+x"(x));
+  return x;
+}
+
 // The maximum of a row that has seen no score. Finite, so that a difference of two maxima is never
 // NaN.
 constexpr float kNoScore = -1e30f;
@@ -47,7 +54,7 @@ struct RowStates {
   SoftmaxState state(int row) const {
     SoftmaxState state;
     if (sum[row] != 0.0f) {
-      state.max = max[row] * kLn2;
+      state.max = rounded_here(max[row] * kLn2);
       state.sum = sum[row];
     }
     return state;

@@ -17,12 +17,32 @@ constexpr int64_t kKeyRange = 1024;
 // Every kernel's tiles are as long or a part of it.
 constexpr int64_t kLongestTile = 128;
 
+// A call with at most this many query tokens per sequence always divides its keys, at places that
+// depend on the number of the key alone: a query's result must not depend on the queries and
+// sequences that go with it. Ranges are kKeyRange keys, and twice as long each time that the number
+// of keys before them doubles beyond kWantedItems of them.
+constexpr int64_t kFewTokens = 64;
+
 // Multiply-adds that justify waking a thread, roughly 20 microseconds' worth. A block of few rows
 // is bound by reading its keys and counts as kBusyRows.
 constexpr int64_t kThreadWork = 1 << 19;
 constexpr int64_t kBusyRows = 8;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Where the range that has `key` ends.
+int64_t fixed_end(int64_t key) {
+  int64_t range = kKeyRange;
+  while (2 * kWantedItems * range <= key) range *= 2;
+  return (key / range + 1) * range;
+}
+
+bool few_tokens(const AttentionArgs& args) {
+  for (int64_t b = 0; b < args.batch; ++b) {
+    if (args.cu_q[b + 1] - args.cu_q[b] > kFewTokens) return false;
+  }
+  return true;
+}
 
 thread_local Watch thread_watch;
 
@@ -102,7 +122,8 @@ int64_t Schedule::State::cut_rows(const AttentionArgs& args, int block_rows, int
   return working;
 }
 
-// Cuts the keys of every item into about `ranges_wanted` ranges, an item each.
+// Cuts the keys of every item into about `ranges_wanted` ranges, an item each; or into those of
+// fixed_end if it is 0.
 void Schedule::State::cut_keys(const AttentionArgs& args, int64_t ranges_wanted) {
   std::vector<WorkItem> whole;
   whole.swap(items);
@@ -110,15 +131,19 @@ void Schedule::State::cut_keys(const AttentionArgs& args, int64_t ranges_wanted)
   int32_t cut_items = 0;
   for (WorkItem item : whole) {
     const int64_t begin = item.key_begin, end = item.key_end;
-    const int64_t range = divide_up(divide_up(end - begin, ranges_wanted), kKeyRange) * kKeyRange;
-    if (end - begin <= range) {
+    const int64_t even =
+        ranges_wanted == 0
+            ? 0
+            : divide_up(divide_up(end - begin, ranges_wanted), kKeyRange) * kKeyRange;
+    const auto range_end = [=](int64_t key) { return even == 0 ? fixed_end(key) : key + even; };
+    if (end <= range_end(begin)) {
       items.push_back(item);
       continue;
     }
     Group& group = groups[cut_items];
     item.split = cut_items++;
-    for (item.key_begin = begin; item.key_begin < end; item.key_begin += range) {
-      item.key_end = std::min(item.key_begin + range, end);
+    for (item.key_begin = begin; item.key_begin < end; item.key_begin = item.key_end) {
+      item.key_end = std::min(range_end(item.key_begin), end);
       group.items.push_back(item);
     }
     group.pending = static_cast<int32_t>(group.items.size());
@@ -155,7 +180,9 @@ void Schedule::State::sort() {
 
 Schedule::Schedule(const AttentionArgs& args, int block_rows, int block_heads) : state_(new State) {
   const int64_t working = state_->cut_rows(args, block_rows, block_heads);
-  if (working > 0 && working < kWantedItems) {
+  if (few_tokens(args)) {
+    state_->cut_keys(args, 0);
+  } else if (working > 0 && working < kWantedItems) {
     state_->cut_keys(args, divide_up(kWantedItems, working));
   }
   for (const WorkItem& item : state_->items) {

@@ -4,7 +4,8 @@
 // A block holds the rows of all KV heads, so that K and V are read once, in the order in which a
 // cache of [token][K or V][head][dim] stores them: one head alone is a few lines of every other
 // kilobyte, which main memory delivers at a third of the rate. Each row of K and V is read for up
-// to four query rows at once, and nothing is packed. Unnamed namespace: see isa.h.
+// to four query rows at once, and nothing is packed. A row's result does not depend on the rows
+// that go with it. Unnamed namespace: see isa.h.
 #pragma once
 
 #include <cstring>
@@ -14,15 +15,18 @@
 namespace cptool::cpu {
 namespace {
 
-// Returns how many rows the longest sequence has per KV head.
-inline int64_t rows_per_head(const AttentionArgs& args) {
+// Returns how many query tokens the longest sequence has.
+inline int64_t most_tokens(const AttentionArgs& args) {
   int64_t tokens = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t n = args.cu_q[b + 1] - args.cu_q[b];
     tokens = n > tokens ? n : tokens;
   }
-  return tokens * (args.q_heads / args.kv_heads);
+  return tokens;
 }
+
+// Returns how many rows a query token has per KV head.
+inline int64_t group_size(const AttentionArgs& args) { return args.q_heads / args.kv_heads; }
 
 // Up to this many rows per KV head, reading keys and values in place is faster than packing them
 // for products of many rows. Measured over 2K to 32K keys in all types: 1.1 to 2.5 times as fast at
@@ -32,7 +36,14 @@ constexpr int kStreamRows = 32;
 
 inline int stream_rows(ScalarType, ScalarType) { return kStreamRows; }
 
-inline bool few_rows(const AttentionArgs& args, int most) { return rows_per_head(args) <= most; }
+// So many query tokens count as few rows whatever the number of rows, for a step of decode that
+// checks drafts: each query must get the result that it gets alone.
+constexpr int kStreamTokens = 8;
+
+inline bool few_rows(const AttentionArgs& args, int most) {
+  const int64_t tokens = most_tokens(args);
+  return tokens * group_size(args) <= most || (most == kStreamRows && tokens <= kStreamTokens);
+}
 
 // `tile_keys`: 8, 16 or 32.
 template <class Math, int tile_keys>
@@ -53,9 +64,12 @@ class StreamKernel {
   static constexpr int kKeys = tile_keys;
 
   static int heads(const AttentionArgs& args) {
-    const int64_t most = kRows / padded_rows(static_cast<int>(rows_per_head(args)));
-    return static_cast<int>(most < args.kv_heads ? most : args.kv_heads);
+    return heads_of(most_tokens(args) * group_size(args), args);
   }
+
+  // The same for one query token. What a row's bits depend on is chosen by this, not by how many
+  // tokens go together.
+  static int heads_of_token(const AttentionArgs& args) { return heads_of(group_size(args), args); }
 
   static size_t scratch_bytes(const AttentionArgs& args) {
     return sizeof(Fixed) + kRows * (args.head_dim + query_words(args)) * sizeof(float);
@@ -65,6 +79,7 @@ class StreamKernel {
       : args_(args),
         words_(args.head_dim / kStep),
         query_words_(query_words(args)),
+        fours_(kUnconverted && group_size(args) > 2),
         fixed_(*static_cast<Fixed*>(scratch)),
         q_(reinterpret_cast<float*>(static_cast<char*>(scratch) + sizeof(Fixed))),
         acc_(q_ + kRows * query_words_),
@@ -73,13 +88,12 @@ class StreamKernel {
   void begin(const RowBlock<kRows>& block) {
     rows_ = block.rows / block.heads;
     slots_ = padded_rows(rows_);
-    const bool in_parts = kUnconverted && rows_at_once() == 4;
     for (int slot = 0; slot < block.heads * slots_; ++slot) {
       const int row = slot % slots_;
       const void* from = row < rows_ ? block.q[slot / slots_ * rows_ + row] : nullptr;
       fixed_.max[slot] = kNoScore;
       store(Vector{}, fixed_.sum[slot]);
-      if (in_parts) {
+      if (fours_) {
         store_in_parts(from, q_ + slot / 4 * 4 * query_words_ + slot % 4 * 4);
       } else {
         const int together = rows_at_once();
@@ -140,7 +154,7 @@ class StreamKernel {
     const int slot = slot_of(row);
     const float total = sum(load(fixed_.sum[slot]));
     if (total != 0.0f) {
-      state.max = fixed_.max[slot] * kLn2;
+      state.max = rounded_here(fixed_.max[slot] * kLn2);
       state.sum = total;
     }
     return state;
@@ -156,6 +170,11 @@ class StreamKernel {
 
   // Rows of a head are padded with zeros to 1, 2 or a multiple of 4.
   static int padded_rows(int rows) { return rows < 1 ? 1 : rows <= 2 ? rows : round_up(rows, 4); }
+
+  static int heads_of(int64_t rows, const AttentionArgs& args) {
+    const int64_t most = rows < kRows ? kRows / padded_rows(static_cast<int>(rows)) : 1;
+    return static_cast<int>(most < args.kv_heads ? most : args.kv_heads);
+  }
 
   static int64_t query_words(const AttentionArgs& args) {
     return (args.head_dim / kStep + kLanes - 1) / kLanes * kLanes;
@@ -197,10 +216,9 @@ class StreamKernel {
         return score_rows<Math, kKeys, 2>(keys, q, words_, ahead_, scores);
     }
     if constexpr (kUnconverted) {
-      score_four<Math, kKeys>(keys, q, args_.head_dim, ahead_, scores);
-    } else {
-      score_rows<Math, kKeys, 4>(keys, q, words_, ahead_, scores);
+      if (fours_) return score_four<Math, kKeys>(keys, q, args_.head_dim, ahead_, scores);
     }
+    score_rows<Math, kKeys, 4>(keys, q, words_, ahead_, scores);
   }
 
   // Replaces a row's products by scores under a soft cap.
@@ -331,6 +349,7 @@ class StreamKernel {
   const AttentionArgs& args_;
   const int64_t words_;        // of a row of Q or K
   const int64_t query_words_;  // the same, in whole vectors
+  const bool fours_;           // scores are those of score_four; so are all rows of a token
   Fixed& fixed_;
   float* q_;    // [slots][query_words_]
   float* acc_;  // [slots][head_dim]
@@ -346,7 +365,7 @@ class StreamKernel {
 template <class Math>
 inline void run_stream(const AttentionArgs& args, int threads) {
   constexpr int64_t kTileBytes = 16 << 10;
-  const int64_t heads = StreamKernel<Math, 16>::heads(args);
+  const int64_t heads = StreamKernel<Math, 16>::heads_of_token(args);
   const int64_t keys =
       kTileBytes / (2 * heads * args.head_dim * static_cast<int64_t>(sizeof(typename Math::Input)));
   if (keys >= 32) return run<StreamKernel<Math, 32>>(args, threads);

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cptool.engine.holdings import Holdings, highest_count
-from cptool.sharding import Placement, balanced, next_owner
+from cptool.sharding import Placement, balanced, dealt, next_owner
 
 
 def placement(rows: list[list[int]]) -> Placement:
@@ -33,14 +33,43 @@ def test_steps_deal_as_layouts_do(ranks, lengths, steps):
     by_layout.append(first)
     for step in steps:
         new = [int(b in step) for b in range(3)]
-        layout = balanced(new, ranks, starts=said, held=by_layout.counts)
+        layout = dealt(new, said, by_layout.counts)
         by_layout.append(layout.placements())
         owners = by_step.deal({b: said[b] for b in sorted(step)})
-        assert owners == {b: layout.owner(b, said[b]) for b in step}
+        assert owners == {b: layout.owners[b][0] for b in step}
         said = [length + added for length, added in zip(said, new, strict=True)]
     by_step.settle()
     assert by_step.counts == by_layout.counts
     for ours, theirs in zip(by_step.placements(), by_layout.placements(), strict=True):
+        assert torch.equal(ours.positions, theirs.positions)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 5),
+    st.lists(st.integers(0, 9), min_size=3, max_size=3),
+    st.lists(st.tuples(*[st.integers(0, 4)] * 3), max_size=5),
+)
+def test_a_token_lies_where_it_lies_if_it_is_dealt_alone(ranks, lengths, steps):
+    """Whatever goes with it: other tokens of its sequence, or other sequences."""
+    together = Holdings(ranks, 3)
+    together.append(balanced(lengths, ranks).placements())
+    said = list(lengths)
+    for step in steps:
+        layout = dealt(step, said, together.counts)
+        for rank in range(ranks):
+            flat = [p for s, n in zip(said, step, strict=True) for p in range(s, s + n)]
+            ours = layout.placements()[rank].positions.tolist()
+            assert [flat[i] for i in layout.indices(rank)] == ours
+        together.append(layout.placements())
+        said = [length + added for length, added in zip(said, step, strict=True)]
+    alone = Holdings(ranks, 3)
+    alone.append(balanced(lengths, ranks).placements())
+    for b in (2, 0, 1):
+        for position in range(lengths[b], said[b]):
+            alone.deal({b: position})
+    alone.settle()
+    for ours, theirs in zip(alone.placements(), together.placements(), strict=True):
         assert torch.equal(ours.positions, theirs.positions)
 
 

@@ -67,6 +67,8 @@ def fields(
         "ttft_s": report.ttft_s,
         "ttit_ms": report.ttit_ms,
         "tokens_per_s": report.tokens_per_s,
+        **report.drafts.fields(),
+        "tokens_per_step": report.drafts.tokens_per_step(report.token_ids),
         **report.predicted.fields(decoding=True),
         "sequence": [b for b, _ in places(turn)],
         "sample": [s for _, s in places(turn)],

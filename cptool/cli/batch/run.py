@@ -21,6 +21,7 @@ from cptool.cli.batch.progress import Progress
 from cptool.cli.options.models import say_reading
 from cptool.cli.progress import drawn_bar
 from cptool.cli.turn_report import types_of
+from cptool.engine.answers.records import Drafted
 from cptool.units import duration, some, token_rate
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class _Run:
         self.written = self.batches = 0
         self.load_s = 0.0
         self.ends: Counter[str] = Counter()
+        self.drafts = Drafted(asked=job.wanted.draft)
         self.under_way: Sequence[Line] = ()
         self.progress: Progress | None = None
 
@@ -187,6 +189,7 @@ class _Run:
         progress.end()
         # In order: what follows an answer that was interrupted is left for the next run.
         whole = (*answer.stopped, "interrupted").index("interrupted")
+        self.drafts.add(answer.drafts)
         if whole:
             self.answers.append([self._fields(batch[b], answer, b) for b in range(whole)])
             self.ends.update(answer.stopped[:whole])
@@ -241,6 +244,7 @@ class _Run:
             "kv_dtype": self.job.kv_dtype,
             "weights": self.job.weights,
             "sampling": asdict(self.job.sampling),
+            **self.drafts.fields(),
             "load_s": self.load_s,
             "read_s": progress.read_s if progress else 0.0,
             "answer_s": progress.answer_s if progress else 0.0,
@@ -278,6 +282,12 @@ class _Run:
                     f"{token_rate(progress.answer_tokens / progress.answer_s)}",
                 )
             )
+        drafts = self.drafts
+        if drafts.asked != "off" and drafts.proposed:
+            came = f"{drafts.accepted:,} of {some(drafts.proposed, 'token')} came true"
+            rows.append(("drafts", f"{came}, in {some(drafts.steps, 'step')}"))
+        elif drafts.asked == "lookup" and drafts.off:
+            rows.append(("drafts", f"none: {drafts.off}"))
         return [
             *rows,
             ("answers", f"ended {ends}"),

@@ -124,7 +124,12 @@ def chat(
         draw.say(f"sampling: {sampler.describe(sampling)}")
     with Resident(setup, placed) as resident:
         answering = Answering(
-            tokenizer=tokenizer, sampling=sampling, count=count, dtype=setup.kv_dtype, **stops
+            tokenizer=tokenizer,
+            sampling=sampling,
+            count=count,
+            dtype=setup.kv_dtype,
+            draft=wanted.draft,
+            **stops,
         )
         terminal = Terminal(resident, checkpoint, conversation, answering)
         if directory is not None and manifest is not None:

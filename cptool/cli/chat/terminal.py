@@ -54,6 +54,7 @@ class Answering:
     dtype: str
     stop_texts: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
+    draft: str = "off"
 
 
 class Terminal:
@@ -169,6 +170,7 @@ class Terminal:
                     stop_ids=self.stop_ids,
                     stop_texts=answering.stop_texts,
                     stop_tokens=answering.stop_tokens,
+                    draft=answering.draft,
                 ),
             )
             answer = self.resident.answer(request, bar.before(emit), bar.watch)
@@ -182,10 +184,13 @@ class Terminal:
         # Of an answer that was cut, a character that lacks bytes is no part of the message either.
         _write(text.flush(ended=whole) + "\n")
         self.conversation.answered(question, context, said, ended=whole)
+        drafts = answer.drafts
+        drafted = f" ({drafts.accepted:,} drafted)" if drafts.accepted else ""
         rate = f", then {token_rate((len(ids) - 1) / (ended - first))}" if len(ids) > 1 else ""
         cut = {"length": ", cut at the limit of tokens", "interrupted": ", stopped"}.get(how, "")
         draw.say(
-            f"[{some(len(ids), 'token')}{cut}; {answer.reused[0]:,} of {len(context):,} reused; "
+            f"[{some(len(ids), 'token')}{drafted}{cut}; "
+            f"{answer.reused[0]:,} of {len(context):,} reused; "
             f"first after {duration(first - began)}{rate}; "
             f"{len(self.conversation.tokens):,} of {limit:,} in context]"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from cptool.cli.options.records import as_object
+from cptool.engine.answers.records import DRAFTS
 from cptool.engine.answers.request import MOST_LOGPROBS, AnswerRequest
 
 __all__ = ["AnswerRequest", "answering_options", "stop_options"]
@@ -17,13 +18,23 @@ _stop = click.option(
     "kept in a session.",
 )
 
-stop_options = as_object("wanted", AnswerRequest, [_stop])
+_draft = click.option(
+    "--draft",
+    type=click.Choice(DRAFTS),
+    default="off",
+    help="Compute several tokens in a step where the last ones occurred before in the text, prompt "
+    "or answer: what came next there is checked, and kept if it comes next here. The answers are "
+    "the same.  [default: off]",
+)
+
+stop_options = as_object("wanted", AnswerRequest, [_stop, _draft])
 
 answering_options = as_object(
     "wanted",
     AnswerRequest,
     [
         _stop,
+        _draft,
         click.option(
             "--logprobs",
             type=int,

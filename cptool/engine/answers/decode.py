@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from cptool.checkpoint.tokenizer.stops import StopStream
 from cptool.engine.answers.logprobs import packed, packed_size, scored, unpacked
 from cptool.engine.answers.records import AnswerOptions, Answers, Emit, TokenLogprob
 from cptool.engine.answers.sampler import Sampler
+from cptool.engine.drafts.drafter import Drafter
 
 if TYPE_CHECKING:
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
@@ -37,7 +38,8 @@ def decode(
     """Append an answer to each sequence of `engine` and return them. Collective.
 
     A sequence whose answer has ended takes no part until it is given new tokens, nor does an empty
-    one. The KV of a sequence's last token stays pending.
+    one. The KV of a sequence's last token stays pending, and that of drafts that did not come true
+    is dropped.
 
     tokenizer: needed for stop texts; every rank sees by itself that one is complete.
     emit: called for each token as it is known.
@@ -51,32 +53,64 @@ def decode(
     active = {b for b, (said, limit, ended) in enumerate(going) if said and limit and not ended}
     if active and engine.computed != [len(said) for said in engine.tokens]:
         engine.extend([[] for _ in engine.tokens], variant=variant)
+    fixed = engine.fixed(variant, len(active))
     sampler = Sampler(options.sampling, engine.tokens, options.draws, engine.samples)
     stops = _stop_streams(engine, active, options, tokenizer)
-    while active:
+    taking = _Taking(answers=answers, options=options, limits=limits, stops=stops, emit=emit)
+    drafter = Drafter(engine, options.draft, active)
+    answers.drafts = drafter.drafted
+    fresh, waiting = active, {}  # what comes next is known; its logits are to be computed
+    while fresh:
         engine.report("decode, token", max(map(len, answers.token_ids)), max(limits))
         stopping = interrupted is not None and interrupted()
-        agreed = _agreed(engine, sampler, sorted(active), stopping=stopping, top=options.logprobs)
-        picks, over = agreed.tokens, agreed.stopping
+        agreed = _agreed(engine, sampler, sorted(fresh), stopping=stopping, top=options.logprobs)
+        picks, over, known = agreed.tokens, agreed.stopping, set()
         if interrupted is not None and engine.world.tp > 1:
             over = bool(engine.world.group.sum_of([int(over)])[0])
-        for b in sorted(active):
-            answers.append(b, picks[b], agreed.scores.get(b))
-            if emit is not None:
-                emit(b, picks[b], agreed.scores.get(b))
-            if b in stops:
-                stops[b].push(picks[b])
-            found = b in stops and stops[b].found
-            how = options.ended(answers.token_ids[b], limits[b], found=found)
-            if how or over:
-                active.remove(b)
-                answers.stopped[b] = how or "interrupted"
-        left = max((limits[b] - len(answers.token_ids[b]) for b in active), default=0)
-        engine.advance({b: picks[b] for b in sorted(active)}, left, variant=variant)
+        for b in sorted(fresh):
+            if how := taking.take(b, picks[b], agreed.scores.get(b)):
+                answers.stopped[b] = how
+            elif over:
+                answers.stopped[b] = "interrupted"
+            elif drafter.came(b, picks[b]):
+                known.add(b)
+            else:
+                waiting[b] = picks[b]
+        if over:
+            for b in waiting:
+                answers.stopped[b] = "interrupted"
+            break
+        fresh = known
+        if not fresh and waiting:
+            left = {b: limits[b] - len(answers.token_ids[b]) for b in sorted(waiting)}
+            with drafter.step(left) as drafts:
+                engine.advance(waiting, max(left.values()), variant=fixed, drafts=drafts)
+            fresh, waiting = set(waiting), {}
     engine.settle()
     last = {b: answer[-1] for b, answer in enumerate(answers.token_ids) if answer}
     engine.conclude(last, ended=[b for b in last if answers.stopped[b] == "eos"])
     return answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Taking:
+    """Takes the tokens of answers as they are known."""
+
+    answers: Answers
+    options: AnswerOptions
+    limits: Sequence[int]
+    stops: Mapping[int, StopStream]
+    emit: Emit | None
+
+    def take(self, b: int, token: int, score: TokenLogprob | None) -> str | None:
+        """Append a token to the answer of sequence b; return how the answer ended with it."""
+        self.answers.append(b, token, score)
+        if self.emit is not None:
+            self.emit(b, token, score)
+        if b in self.stops:
+            self.stops[b].push(token)
+        found = b in self.stops and self.stops[b].found
+        return self.options.ended(self.answers.token_ids[b], self.limits[b], found=found)
 
 
 def _stop_streams(

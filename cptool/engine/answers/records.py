@@ -8,6 +8,11 @@ from typing import Any
 
 from cptool.engine.sampling import Sampling
 
+DRAFTS = ("off", "lookup", "auto")
+"""Where tokens are drafted from: nowhere, or what the sequence has said so far. "auto" does that
+too, and does not report where the batch or the ranks do not allow it.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions:
@@ -23,6 +28,7 @@ class AnswerOptions:
         matters for a character that they share; by default none.
     logprobs: report the log-probability of each token, and this many of the likeliest tokens in its
         place; None for no report. See `TokenLogprob`.
+    draft: one of `DRAFTS`. The answers are the same whichever it is.
     """
 
     limit: int | tuple[int, ...]
@@ -33,6 +39,7 @@ class AnswerOptions:
     stop_tokens: tuple[int, ...] = ()
     after: tuple[int, ...] | None = None
     logprobs: int | None = None
+    draft: str = "off"
 
     def limits(self, batch: int) -> tuple[int, ...]:
         """Return the most tokens of the answer of each of `batch` sequences."""
@@ -81,6 +88,44 @@ Logprobs = tuple[tuple[TokenLogprob, ...], ...]
 
 
 @dataclass(kw_only=True)
+class Drafted:
+    """What became of drafts.
+
+    asked: one of `DRAFTS`. off: why nothing was drafted; None if it could be.
+    steps: forwards after those of the prompts. proposed: tokens that were computed in them before
+        they were known. accepted: those that came true, and so took no step of their own.
+    """
+
+    asked: str = "off"
+    off: str | None = None
+    steps: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of JSON."""
+        return {
+            "draft": self.asked,
+            "draft_off": self.off,
+            "steps": self.steps,
+            "drafted_tokens": self.proposed,
+            "accepted_tokens": self.accepted,
+        }
+
+    def add(self, other: Drafted) -> None:
+        """Count what became of the drafts of another batch as well."""
+        self.off = self.off or other.off
+        self.steps += other.steps
+        self.proposed += other.proposed
+        self.accepted += other.accepted
+
+    def tokens_per_step(self, tokens: Sequence[Sequence[int]]) -> float | None:
+        """Return the tokens of answers after their first ones, per step; None without steps."""
+        further = sum(max(0, len(answer) - 1) for answer in tokens)
+        return further / self.steps if self.steps else None
+
+
+@dataclass(kw_only=True)
 class Answers:
     """What was appended to each sequence.
 
@@ -89,11 +134,13 @@ class Answers:
         had ended before; "stop" with a stop text or stop token, "length" at the limit,
         "interrupted" on request.
     logprobs: those of the tokens, if they were requested.
+    drafts: what became of drafts.
     """
 
     token_ids: list[list[int]]
     stopped: list[str]
     logprobs: list[list[TokenLogprob]] | None = None
+    drafts: Drafted = field(default_factory=Drafted)
 
     @staticmethod
     def none(batch: int, options: AnswerOptions) -> Answers:
@@ -114,4 +161,5 @@ class Answers:
         """Return the fields by name, with tuples for lists."""
         scores = None if self.logprobs is None else tuple(map(tuple, self.logprobs))
         tokens = tuple(map(tuple, self.token_ids))
-        return {"token_ids": tokens, "stopped": tuple(self.stopped), "logprobs": scores}
+        ends = tuple(self.stopped)
+        return {"token_ids": tokens, "stopped": ends, "logprobs": scores, "drafts": self.drafts}

@@ -17,7 +17,7 @@ from cptool.planning.chunks import plan_chunk
 from cptool.planning.cost.counts import visible_pairs
 
 if TYPE_CHECKING:
-    from cptool.engine.engine import Engine
+    from cptool.engine.forwards import Forwards
     from cptool.model.config import LlamaConfig
     from cptool.planning.cost.forward import Prediction
 
@@ -69,7 +69,7 @@ class Course:
         self._share = 0.0
 
     @staticmethod
-    def of(engine: Engine, left: Sequence[int], most: int) -> Course:
+    def of(engine: Forwards, left: Sequence[int], most: int) -> Course:
         """Return the course of a prompt that `engine` is about to read."""
         whole = engine.forward(left)
         new = min(whole.new, most)
