@@ -1,6 +1,9 @@
 """What ranks import to run a model, which the process that they are forked from does for all."""
 
+import pkgutil
 import sys
+
+from cptool.model import architectures
 
 _ALWAYS = (
     "cptool.engine.samples",  # with it the engine
@@ -28,4 +31,7 @@ def rank_modules() -> list[str]:
     """Return the names of what ranks import besides torch; of the readers of checkpoints, those
     that this process has used itself.
     """
-    return [*_ALWAYS, *(name for name in _READERS if name in sys.modules)]
+    families = (
+        f"{architectures.__name__}.{m.name}" for m in pkgutil.iter_modules(architectures.__path__)
+    )
+    return [*_ALWAYS, *families, *(name for name in _READERS if name in sys.modules)]
