@@ -1,6 +1,6 @@
 """An engine: exact inference of a batch of sequences, split over ranks by context.
 
-`cptool.engine.forwards` reads prompts; here are the steps of decode, of one token for every
+`cptool.engine.prefill.forwards` reads prompts; here are the steps of decode, of one token for every
 sequence that is still generating, or of a few where tokens are drafted.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 from cptool.distributed.world import World
 from cptool.engine.drafts.checked import Checked
-from cptool.engine.forwards import Forwards
+from cptool.engine.prefill.forwards import Forwards
 from cptool.engine.static_decode import Observer, StaticDecode, StepContext
 from cptool.model.llama import Llama
 from cptool.planning.cost.exchange import ALL_Q

@@ -31,8 +31,8 @@ from cptool.sharding import Layout
 from cptool.variants import find
 
 if TYPE_CHECKING:
-    from cptool.engine.forwards import Forwards
     from cptool.engine.prefill.course import Course
+    from cptool.engine.prefill.forwards import Forwards
     from cptool.model.config import LlamaConfig
     from cptool.planning.cost.forward import Forward
     from cptool.planning.strategy import Choice

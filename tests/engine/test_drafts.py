@@ -212,7 +212,7 @@ def test_stop_texts(smollm2_path):
     plain = run_ranks(1, say, smollm2_path, [[said]], draft="off", **options)[0]
     assert plain[0][0][1] == ["stop"]
     drafted = run_ranks(1, say, smollm2_path, [[said]], **options)[0]
-    assert drafted[:2] == plain[:2] and drafted[2][0][1]
+    assert drafted[:2] == plain[:2]  # how much is drafted depends on the times of steps
 
 
 def why(world, path, *, batch=1, samples=1, static=None, tp=1):

@@ -104,7 +104,8 @@ def chat(
     _check_options(source, manifest, system=system, model=model)
     moved = model or (sessions.model_path(manifest) if manifest else source)
     checkpoint = open_model(moved, context_length)
-    sampling, stops = sampler.resolve(checkpoint), wanted.stops(checkpoint)
+    sampling = sampler.resolve(checkpoint)
+    wishes = {**wanted.stops(checkpoint), "draft": wanted.draft}
     tokenizer = _find_tokenizer(checkpoint)
     conversation = _begin(tokenizer, system)
     if directory is not None and manifest is not None:
@@ -123,14 +124,8 @@ def chat(
     if sampling.temperature:
         draw.say(f"sampling: {sampler.describe(sampling)}")
     with Resident(setup, placed) as resident:
-        answering = Answering(
-            tokenizer=tokenizer,
-            sampling=sampling,
-            count=count,
-            dtype=setup.kv_dtype,
-            draft=wanted.draft,
-            **stops,
-        )
+        options = {"sampling": sampling, "count": count, "dtype": setup.kv_dtype, **wishes}
+        answering = Answering(tokenizer=tokenizer, **options)
         terminal = Terminal(resident, checkpoint, conversation, answering)
         if directory is not None and manifest is not None:
             terminal.continue_session(directory, manifest.revision)

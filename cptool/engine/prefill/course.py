@@ -17,7 +17,7 @@ from cptool.planning.chunks import plan_chunk
 from cptool.planning.cost.counts import visible_pairs
 
 if TYPE_CHECKING:
-    from cptool.engine.forwards import Forwards
+    from cptool.engine.prefill.forwards import Forwards
     from cptool.model.config import LlamaConfig
     from cptool.planning.cost.forward import Prediction
 

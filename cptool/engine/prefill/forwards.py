@@ -15,11 +15,11 @@ import torch
 
 from cptool.cache import KVCache
 from cptool.distributed.world import World
-from cptool.engine.kv_memory import memory_of_kv
 from cptool.engine.options import EngineOptions
 from cptool.engine.prefill.course import Course
 from cptool.engine.reading import Reading, Report, silent
 from cptool.engine.setup import memory
+from cptool.engine.setup.kv_memory import memory_of_kv
 from cptool.engine.state import BatchState
 from cptool.engine.static_decode import Observer, StaticDecode
 from cptool.errors import Interrupted, OptionError
