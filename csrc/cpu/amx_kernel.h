@@ -68,8 +68,9 @@ class AmxKernel : AmxProducts<Math> {
     Math::template pack_values<kKeys>(v, args_.v_token_stride, keys, args_.head_dim, v_);
     const int share = kKeys / ((block.rows + kPanel - 1) / kPanel);
     const int groups = static_cast<int>(dims_ / kStrip);
-    Panel weighed;   // the previous panel, whose weights are not yet multiplied with the values
-    int buffer = 0;  // which holds the scores of the current strip
+    Panel weighed;    // the previous panel, whose weights are not yet multiplied with the values
+    int buffer = 0;   // which holds the scores of the current strip
+    int scored = -1;  // the row whose first strip's scores it holds
     for (int row = 0; row < block.rows; row += kPanel) {
       prefetch_keys(args_, block, key + kKeys + row / kPanel * share, share);
       const Visible visible(fixed_.rows, row, row + kPanel - 1, key, keys);
@@ -77,9 +78,10 @@ class AmxKernel : AmxProducts<Math> {
       const Panel panel{row, (visible.end + kStrip - 1) / kStrip, 1 - weighed.weights};
       // The first strip that some row does not see in full, after those ahead of a window.
       const int dense = visible.dense_end < 0 ? 0 : static_cast<int>(visible.dense_end / kStrip);
-      if (weighed.strips == 0) {  // the first
+      if (scored != row) {  // the first, or after panels that see nothing of the tile
         TileSteps alone;
         alone.scores_of = row;
+        alone.into = buffer;
         multiply(alone);
       }
       for (int strip = 0; strip < panel.strips; ++strip, buffer = 1 - buffer) {
@@ -88,7 +90,7 @@ class AmxKernel : AmxProducts<Math> {
         if (strip + 1 < panel.strips) {
           beside.scores_of = row;
           beside.strip = strip + 1;
-        } else if (row + kPanel < block.rows) {  // the next panel's keys end no earlier
+        } else if (row + kPanel < block.rows) {  // most often the next that sees keys
           beside.scores_of = row + kPanel;
         }
         beside.weighed = weighed;
@@ -102,6 +104,7 @@ class AmxKernel : AmxProducts<Math> {
         }
       }
       weighed = panel;
+      scored = row + kPanel;
     }
     TileSteps last;
     last.weighed = weighed;

@@ -200,6 +200,17 @@ def test_windows_and_caps(attention, types, window, cap):
     check(case, attention(case), allowed(case))
 
 
+@pytest.mark.parametrize("window", [8, 512])
+@EVERY_TYPE
+def test_panels_between_others_that_see_nothing(attention, types, window):
+    """Keys on both sides of a gap that is wider than the window."""
+    few, many = (128, [*range(16), *range(112, 128)]), (1000, [*range(125), *range(875, 1000)])
+    count, keys = few if window == 8 else many
+    case = make_case([(range(count), keys)], heads=(1, 1), **types)
+    case = replace(case, window=window)
+    check(case, attention(case), allowed(case))
+
+
 @pytest.mark.parametrize("cap", [None, 2.0], ids=["uncapped", "capped"])
 @pytest.mark.parametrize("window", [1, 37, 200, None])
 @pytest.mark.parametrize("heads", [(4, 2), (16, 1)], ids=str)
