@@ -1,10 +1,16 @@
 """What files say of single layers: windows, kinds, and the rotary embedding of each."""
 
+from pathlib import Path
+
 import pytest
 from conftest import edit_json, refusal
 from families import random_model
 
 from cptool.checkpoint import open_checkpoint
+from cptool.checkpoint.gguf.config import window_fields
+from cptool.checkpoint.gguf.metadata import Metadata
+from cptool.checkpoint.layers import read_windows
+from cptool.model.architectures.registry import find_family
 
 
 @pytest.mark.parametrize(
@@ -46,6 +52,31 @@ def test_what_makes_no_sense_is_refused(case, changes, message, tmp_path):
     random_model(case, tmp_path)
     edit_json(tmp_path / "config.json", **changes)
     assert message in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("qwen2", dict(use_mrope=False)),
+        ("phi3", dict(full_attn_mod=1, interpolate_factor=1)),
+        ("gemma2", dict(sliding_window_size=4096)),
+    ],
+)
+def test_fields_that_published_files_have_change_nothing(case, changes, tmp_path):
+    random_model(case, tmp_path)
+    plain = open_checkpoint(str(tmp_path)).config
+    edit_json(tmp_path / "config.json", **changes)
+    assert open_checkpoint(str(tmp_path)).config == plain
+    edit_json(tmp_path / "config.json", **dict.fromkeys(changes, 2))
+    assert next(iter(changes)) in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "window"), [("gemma2", 4096), ("gemma3", None), ("phi3", None)])
+def test_the_first_files_of_gemma_2_do_not_state_their_window(name, window):
+    family = find_family(name)
+    fields = window_fields(Metadata(Path("m.gguf"), {}, str(family.gguf)), family)
+    found = read_windows(Path("m.gguf"), {**family.defaults, **fields}, family, 2)
+    assert found == (None if window is None else (window, None))
 
 
 def test_rotary_embeddings_of_two_kinds_in_both_forms(tmp_path):

@@ -87,15 +87,16 @@ def _switches(metadata: Metadata, family: Family, layers: int) -> dict[str, Any]
         found["window_rope_theta"] = theta
     fields = dict(family.defaults)
     if family.is_windowed is not None:
-        fields |= _window_fields(metadata)
+        fields |= window_fields(metadata, family)
     found["windows"] = read_windows(metadata.path, fields, family, layers)
     found["unrotated_layers"] = unrotated_layers(metadata.path, {}, family, layers)
     return found
 
 
-def _window_fields(metadata: Metadata) -> dict[str, Any]:
+def window_fields(metadata: Metadata, family: Family) -> dict[str, Any]:
     """Return the fields of a config.json that say which layers have a window, and which one."""
-    fields: dict[str, Any] = {"sliding_window": metadata.integer("attention.sliding_window", 0)}
+    window = metadata.integer("attention.sliding_window", family.gguf_window)
+    fields: dict[str, Any] = {"sliding_window": window}
     pattern = metadata.values.get(metadata.key("attention.sliding_window_pattern"))
     if isinstance(pattern, list):
         kinds = {True: "sliding_attention", False: "full_attention"}

@@ -69,6 +69,7 @@ HUGGING_FACE = FieldList(
         "lm_head_bias": (None, False),
         "hidden_act": (None, "swish", "silu"),
         "use_sliding_window": (None, False),
+        "use_mrope": (None, False),
         "attention_window_size": OFF,
         "attention_chunk_size": OFF,
         "use_qk_norm": (None, False),

@@ -158,6 +158,7 @@ class Family:
     window_theta: base of the rotary embedding of layers with a window, which is not scaled, if no
         file states it; None: all layers have the same rotary embedding.
     gguf_scale: `score_scale` of a GGUF file, which does not state it.
+    gguf_window: the window of a GGUF file that states none; 0 for no window.
     embeds_by_root: whether the embedding is multiplied by the square root of its width, rounded to
         the type of the model.
     rope_aliases: other names of types of rotary scaling.
@@ -186,6 +187,7 @@ class Family:
     default_theta: float = 10000.0
     window_theta: float | None = None
     gguf_scale: Callable[[LlamaConfig], float | None] | None = None
+    gguf_window: int = 0
     embeds_by_root: bool = False
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     fused: tuple[Fused, ...] = ()

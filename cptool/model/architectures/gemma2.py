@@ -58,7 +58,8 @@ FAMILY = Family(
         "final_logit_softcapping": 30.0,
         "attn_logit_softcapping": 50.0,
     },
-    neutral_fields=NEUTRAL,
+    # The 9B states its window a second time.
+    neutral_fields={**NEUTRAL, "sliding_window_size": (None, 4096)},
     numbers=(
         QUERY_SCALE,
         Number(
@@ -75,6 +76,7 @@ FAMILY = Family(
         ),
     ),
     gguf_scale=_gguf_scale,
+    gguf_window=4096,
     flags=("attention_bias",),
     is_windowed=windowed_by_kind(lambda fields, layer: layer % 2 == 0),
     activation="gelu_tanh",

@@ -20,6 +20,8 @@ FAMILY = Family(
         "eos_token_id": 32000,
     },
     partial_rotary=True,
+    # Phi 4 mini has these; transformers reads neither.
+    neutral_fields={"full_attn_mod": (None, 1), "interpolate_factor": (None, 1)},
     rope_aliases={"su": "longrope", "yarn": "longrope"},
     is_windowed=lambda fields, layer: True,
     fused=(
