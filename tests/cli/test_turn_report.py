@@ -4,6 +4,7 @@ import pytest
 
 from cptool.cli import draw, turn_report
 from cptool.cli.figures import tables
+from cptool.engine.answers.records import Drafted
 from cptool.engine.setup.memory import Used
 from cptool.engine.turn import Report
 from cptool.planning.prediction import Prediction
@@ -29,6 +30,7 @@ REPORT = dict(
     first_token=(1,),
     token_ids=((1,) * 10,),
     stopped=("length",),
+    drafts=Drafted(steps=9),
     exposed_s=0.424,
     wire_bytes=111_000_000_000,
     flops=10**20,
@@ -77,6 +79,16 @@ def test_a_step_of_a_batch_gives_a_token_to_each_sequence():
     assert "43.8 ms per token, 22.8 tokens/s" in shown["decode"]
     report = Report(**{**REPORT, "token_ids": ((1,) * 10, (1,))})  # the second ended at once
     assert report.tokens_per_s == pytest.approx(1e3 / 87.654)
+
+
+def test_what_became_of_drafts():
+    assert "drafts" not in dict(rows())
+    drafts = Drafted(asked="lookup", steps=4, proposed=8, accepted=5)
+    shown = dict(rows(drafts=drafts))
+    assert shown["drafts"] == "5 of 8 tokens came true, 2.25 tokens per step of 4 steps"
+    assert "3.29 GB/s of weights and KV" in shown["decode"]  # weights are read once a step
+    off = Drafted(asked="lookup", off="16 sequences leave no row", steps=9)
+    assert dict(rows(drafts=off))["drafts"] == "none: 16 sequences leave no row"
 
 
 def test_kv_in_a_file_is_named():
