@@ -110,11 +110,17 @@ def check_attention(
         raise ValueError(f"scale is {scale}; it must be finite")
 
 
+_LEAST_CAP, _MOST_CAP = 1e-30, 1e30
+
+
 def check_scores(window: int | None, cap: float | None) -> None:
     if window is not None and (type(window) is bool or window < 1):
         raise ValueError(f"window is {window}; it must be at least 1 position, or None for all")
-    if cap is not None and not 0 < cap < math.inf:
-        raise ValueError(f"cap is {cap}; it must be positive and finite, or None for no cap")
+    if cap is not None and not _LEAST_CAP <= cap <= _MOST_CAP:
+        raise ValueError(
+            f"cap is {cap}; it must be positive and finite in float32, from {_LEAST_CAP:g} to "
+            f"{_MOST_CAP:g}, or None for no cap"
+        )
 
 
 def _check_kv_dtype(q: Tensor, k: Tensor) -> None:

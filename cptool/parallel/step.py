@@ -93,8 +93,8 @@ class Step:
         return [placement.tokens for placement in self.keys]
 
     @cached_property
-    def _travelling(self) -> dict[int, Travelling]:
-        return {}
+    def _travelling(self) -> dict[int | None, Travelling]:
+        return {None: Travelling(self.keys)}
 
     def travelling(self, window: int | None) -> Travelling:
         """Return what has to travel for attention with a window: of each rank, the keys that some
@@ -102,9 +102,7 @@ class Step:
 
         Without a window that is all keys: queries at the end of a sequence see all of them.
         """
-        if window is None:
-            return Travelling(self.keys)
-        if window not in self._travelling:
+        if window is not None and window not in self._travelling:
             seen = [self._seen_elsewhere(rank, window) for rank in range(len(self.keys))]
             keys = tuple(map(_only, self.keys, seen))
             self._travelling[window] = Travelling(keys, seen[self.rank])

@@ -168,6 +168,17 @@ def greedy(model: PreTrainedModel, prompt: list[int], steps: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def add_shape(writer: GGUFWriter, config: Any) -> None:
+    """Add what every model's metadata has of its shape."""
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
 def write_gguf(model: PreTrainedModel, path: Path) -> None:
     """The same model as a GGUF file in float32."""
     import gguf
@@ -177,13 +188,7 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     names = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     mapped = gguf.get_tensor_name_map(names[kind], config.num_hidden_layers)
     writer = gguf.GGUFWriter(str(path), kind)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_shape(writer, config)
     _write_rope(writer, config)
     if kind in ("gemma2", "gemma3"):
         writer.add_sliding_window(config.sliding_window)

@@ -11,6 +11,7 @@ import gguf
 import pytest
 import torch
 from conftest import edit_json, refusal
+from families import add_shape
 from llama_reference import ToyAttention, logits, random_llama, rms
 from safetensors.torch import save_file
 
@@ -99,13 +100,7 @@ def reference(tmp_path):
 def write_gguf(path, stored, config):
     """The stored tensors as a GGUF of the toy."""
     writer = gguf.GGUFWriter(str(path), "toy")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_shape(writer, config)
     for weight, layer in TOY.tensors(config):
         tensor = stored[weight.huggingface.format(layer)]
         writer.add_tensor(weight.gguf.format(layer), tensor.numpy())

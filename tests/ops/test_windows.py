@@ -181,6 +181,8 @@ def test_skipped_tiles_take_no_time(isa):
         ({"cap": 0.0}, "cap is 0.0; it must be positive and finite"),
         ({"cap": float("inf")}, "cap is inf"),
         ({"cap": float("nan")}, "cap is nan"),
+        ({"cap": 1e-50}, "from 1e-30 to 1e"),
+        ({"cap": 2.5e38}, "from 1e-30 to 1e"),
     ],
 )
 def test_bad_arguments(options, message):

@@ -100,7 +100,7 @@ def matrices(checkpoint: Checkpoint) -> list[Matrices]:
 def _measured(found: list[Matrices], dtype: str) -> str:
     kinds, mixed, own = [], 0.0, 0.0
     for each in found:
-        plain, quantised = _turn(each, each.encoding, "float32"), _turn(each, QUANTISED_AS)
+        plain, quantised = _turn(each, each.encoding), _turn(each, QUANTISED_AS)
         if quantised < (1 - _LEAST_GAIN) * plain:
             kinds.append(each.kind)
         mixed += min(plain, quantised)
@@ -120,7 +120,9 @@ def _turn(each: Matrices, encoding: str, dtype: str = "float32") -> float:
     weights, size = BLOCKS[encoding] if encoding != "F32" else (1, 4)
     bytes_of = rows * each.depth // weights * size
     # Small values, none of them subnormal in any type.
-    data = torch.full((max(2, _COLD_BYTES // bytes_of), rows, bytes_of // rows), 0x11).byte()
+    data = torch.full(
+        (max(2, _COLD_BYTES // bytes_of), rows, bytes_of // rows), 0x11, dtype=torch.uint8
+    )
     following = itertools.cycle([_product(matrix, encoding, dtype) for matrix in data])
     x = torch.full((_SAMPLE_ROWS, each.depth), 0.5, dtype=getattr(torch, dtype))
     calls = max(1, (8 << 20) // bytes_of)

@@ -2,6 +2,8 @@
 layer.
 """
 
+from collections.abc import Callable
+
 from cptool.model.architectures.family import Family, Number
 from cptool.model.architectures.gemma import DEFAULTS
 from cptool.model.architectures.llama import WEIGHTS
@@ -36,11 +38,17 @@ QUERY_SCALE = Number(
 )
 
 
-def _gguf_scale(config: LlamaConfig) -> float | None:
-    """Return the scale of the largest model alone, which is not that of its head size."""
-    if config.num_hidden_layers != 46:
-        return None
-    return (config.hidden_size // config.num_attention_heads) ** -0.5
+def scale_of_largest(layers: int) -> Callable[[LlamaConfig], float | None]:
+    """Return the `gguf_scale` of a family whose largest model, of `layers` layers, scales scores
+    otherwise than by its head size.
+    """
+
+    def scale(config: LlamaConfig) -> float | None:
+        if config.num_hidden_layers != layers:
+            return None
+        return (config.hidden_size // config.num_attention_heads) ** -0.5
+
+    return scale
 
 
 FAMILY = Family(
@@ -75,7 +83,7 @@ FAMILY = Family(
             gguf_default=30.0,
         ),
     ),
-    gguf_scale=_gguf_scale,
+    gguf_scale=scale_of_largest(46),
     gguf_window=4096,
     flags=("attention_bias",),
     is_windowed=windowed_by_kind(lambda fields, layer: layer % 2 == 0),

@@ -7,25 +7,22 @@ from typing import Any
 
 from cptool.model.architectures.family import Family, Number
 from cptool.model.architectures.gemma import DEFAULTS
-from cptool.model.architectures.gemma2 import GEMMA_WEIGHTS, NEUTRAL, QUERY_SCALE
+from cptool.model.architectures.gemma2 import (
+    GEMMA_WEIGHTS,
+    NEUTRAL,
+    QUERY_SCALE,
+    scale_of_largest,
+)
 from cptool.model.architectures.tables import (
     windowed_by_kind,
     with_one_added,
     with_optional_biases,
     with_query_key_norms,
 )
-from cptool.model.config import LlamaConfig
 
 
 def _is_windowed(fields: Mapping[str, Any], layer: int) -> bool:
     return (layer + 1) % fields["sliding_window_pattern"] != 0
-
-
-def _gguf_scale(config: LlamaConfig) -> float | None:
-    """Return the scale of the largest model alone, which is not that of its head size."""
-    if config.num_hidden_layers != 62:
-        return None
-    return (config.hidden_size // config.num_attention_heads) ** -0.5
 
 
 FAMILY = Family(
@@ -55,12 +52,10 @@ FAMILY = Family(
     ),
     default_theta=1e6,
     window_theta=1e4,
-    gguf_scale=_gguf_scale,
+    gguf_scale=scale_of_largest(62),
     flags=("attention_bias",),
     refused="files with images beside the text",
-    is_windowed=windowed_by_kind(
-        lambda fields, layer: (layer + 1) % fields["sliding_window_pattern"] != 0
-    ),
+    is_windowed=windowed_by_kind(_is_windowed),
     activation="gelu_tanh",
     float32_norms=True,
     embeds_by_root=True,

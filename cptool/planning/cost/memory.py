@@ -139,10 +139,13 @@ def _messages(variant: str, forward: Forward) -> tuple[float, float]:
     block = forward.keys * forward.kv_width * forward.kv_element
     queries = forward.queries * forward.query_width * forward.element
     partial = forward.partial(forward.queries)
+    # Keys are copied that travel from a batch; with windows those that others see, and in gather-kv
+    # those that this rank's own queries see, too.
+    copies = 2 if forward.config.windows is not None else int(forward.batch > 1)
     sizes = MessageBytes(
         ranks=forward.ranks,
         block=block,
-        packed=block if forward.batch > 1 else 0.0,
+        packed=copies * block,
         everything=(forward.cached + forward.new) * forward.kv_width * forward.kv_element,
         queries=queries,
         partial=partial,
