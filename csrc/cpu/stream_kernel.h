@@ -126,7 +126,7 @@ class StreamKernel {
       ahead_.prefetch(kBytesOfWeights);
       if (scores_.capped) cap(slot);
       if (masked && before > 0) {
-        weigh<true>(slot, before < kKeys ? static_cast<int>(before) : kKeys, visible);
+        weigh_in_window(slot, before < kKeys ? static_cast<int>(before) : kKeys, visible);
       } else {
         weigh<false>(slot, 0, visible);
       }
@@ -229,10 +229,16 @@ class StreamKernel {
     }
   }
 
+  // Apart, so that `weigh` without a window is inlined: one query over 1K to 32K keys took 4 to 5%
+  // longer on a Zen 3 when neither was.
+  __attribute__((noinline)) void weigh_in_window(int slot, int before, int visible) {
+    weigh<true>(slot, before, visible);
+  }
+
   // Turns a row's scores into weights, 0 from `visible` on and, if there is a window, before
   // `before`.
   template <bool windowed>
-  void weigh(int slot, int before, int visible) {
+  __attribute__((always_inline)) inline void weigh(int slot, int before, int visible) {
     constexpr int kN = kSlots / kLanes;
     const Vector scale = broadcast(scores_.factor);
     Ints seen[kN];
