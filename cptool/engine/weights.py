@@ -13,7 +13,13 @@ from cptool.model.architectures.registry import find_family
 from cptool.model.config import LlamaConfig
 from cptool.model.llama import Llama
 from cptool.model.shares import Bounds, divided, share
-from cptool.ops.encodings import BLOCKS, ENCODINGS, QUANTISED_AS, quantised_bytes
+from cptool.ops.encodings import (
+    BLOCKS,
+    ENCODINGS,
+    QUANTISED_AS,
+    kept_encodings,
+    quantised_bytes,
+)
 from cptool.ops.quantise import quantised
 from cptool.ops.stored import Blocks, StoredWeight
 from cptool.parallel import tensor_parallel
@@ -49,8 +55,8 @@ def load_model(
     """Return a model ready to run, with the weights of `checkpoint` in `dtype` on `device`.
 
     With a `world` it is this rank's share of the tensor-parallel group, sums included. Matrices
-    that are stored in fewer bits than float32 and computed with in float32 on a CPU stay in the
-    file as they are (`cptool.ops.stored`; the page cache is their memory). What a run has in the
+    that a CPU can multiply as they are stored (`cptool.ops.encodings.kept_encodings`) stay in the
+    file (`cptool.ops.stored`; the page cache is their memory). What a run has in the
     file must stay there: replacing the file changes nothing, writing to it changes weights, and
     truncating it ends the ranks that read beyond its end (SIGBUS). Otherwise, on a CPU, a
     single rank that has room for twice the weights copies them, for they are read faster from large
@@ -67,9 +73,9 @@ def load_model(
     sources = _sources(checkpoint.config, share(checkpoint.config, tp_rank, tp))
     sharing = world if world is not None and world.size > 1 else None
     if (quantised_as := quantised_to(weights)) is not None:
-        _quantise(model, checkpoint, sources, sharing, to=quantised_as)
-    if device.type == "cpu" and dtype == torch.float32:
-        _keep_stored(model, checkpoint, sources)
+        _quantise(model, checkpoint, sources, sharing, to=(*quantised_as, dtype))
+    if device.type == "cpu":
+        _keep_stored(model, checkpoint, sources, dtype)
     parameters: dict[str, torch.Tensor] = {}
     for name in model.float32_parameters() if dtype != torch.float32 else ():
         values = [block.read(checkpoint).float() for block in sources.pop(name)]
@@ -112,12 +118,14 @@ def _sources(config: LlamaConfig, held: dict[Size, Bounds]) -> dict[str, Source]
     return sources
 
 
-def _keep_stored(model: Llama, checkpoint: Checkpoint, sources: dict[str, Source]) -> None:
-    """Have the matrices that products can read as they are stored stay so, and take them out of
-    `sources`.
+def _keep_stored(
+    model: Llama, checkpoint: Checkpoint, sources: dict[str, Source], dtype: torch.dtype
+) -> None:
+    """Have the matrices that products in `dtype` can read as they are stored stay so, and take them
+    out of `sources`.
     """
     for name, source in list(sources.items()):
-        if (weight := _stored(checkpoint, source)) is not None:
+        if (weight := _stored(checkpoint, source, dtype)) is not None:
             model.keep_stored(name, weight)
             del sources[name]
 
@@ -128,12 +136,12 @@ def _quantise(
     sources: dict[str, Source],
     sharing: "World | None",
     *,
-    to: tuple[str, tuple[str, ...]],
+    to: tuple[str, tuple[str, ...], torch.dtype],
 ) -> None:
     """Have the matrices whose rows are whole blocks be quantised, and take them out of `sources`.
     Collective over the ranks that share them.
 
-    to: the quantisation, and the kinds of matrices that it is for.
+    to: the quantisation, the kinds of matrices that it is for, and the dtype to compute in.
     """
     taken, shapes = {}, {}
     whole_rows = to[0] == "int8"
@@ -159,7 +167,8 @@ def _quantise(
         with shared_tensors(sharing, shapes, torch.uint8, (Block,)) as (tensors, mine):
             fill({source: tensors[source] for source in mine})
     for name, source in taken.items():
-        model.keep_stored(name, StoredWeight([Blocks(tensors[source], QUANTISED_AS)]))
+        blocks = Blocks(tensors[source], QUANTISED_AS)
+        model.keep_stored(name, StoredWeight([blocks], to[2]))
 
 
 def original(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -168,9 +177,12 @@ def original(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return torch.cat([block.read(checkpoint).float() for block in source])
 
 
-def _stored(checkpoint: Checkpoint, source: Source) -> StoredWeight | None:
-    """Return the matrix as its file stores it, None if products cannot read it so."""
+def _stored(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> StoredWeight | None:
+    """Return the matrix as its file stores it, None if products in `dtype` cannot read it so."""
     parts = []
+    kept = kept_encodings(dtype == torch.float32)
+    if not any(checkpoint.stored[block.name].encoding in kept for block in source):
+        return None
     for block in source:
         stored = checkpoint.stored[block.name]
         if stored.encoding not in ENCODINGS:
@@ -180,7 +192,7 @@ def _stored(checkpoint: Checkpoint, source: Source) -> StoredWeight | None:
             return None
         heads = stored.interleaved_heads
         parts.append(Blocks(data, stored.encoding, stored.shape[0] // heads if heads else 0))
-    return StoredWeight(parts)
+    return StoredWeight(parts, dtype)
 
 
 def _mapped(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> torch.Tensor | None:

@@ -30,3 +30,10 @@ def quantised_bytes(depth: int) -> int | None:
     """Return the bytes of a quantised row of `depth` weights, None if they are not whole blocks."""
     weights, size = BLOCKS[QUANTISED_AS]
     return None if depth % weights else depth // weights * size
+
+
+def kept_encodings(float32: bool) -> frozenset[str]:
+    """Return the types of which products on a CPU, in float32 or else in 16 bits, read matrices as
+    they are stored. With activations of 16 bits, weights of 16 bits have kernels of their own.
+    """
+    return frozenset(ENCODINGS if float32 else ENCODINGS.keys() - {"BF16", "F16"})

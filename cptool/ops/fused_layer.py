@@ -43,10 +43,10 @@ def _place(
     if not isinstance(weight, StoredWeight):
         check_matrix(name, weight, shape, dtype)
         return weight.data_ptr(), weight.stride(0), 0
-    if tuple(weight.shape) != shape or dtype != torch.float32:
+    if tuple(weight.shape) != shape or weight.dtype != dtype:
         raise ValueError(
-            f"{name} is stored and has shape {list(weight.shape)}; it must be {list(shape)}, "
-            f"for float32 and not {dtype}"
+            f"{name} is stored, for {weight.dtype}, and has shape {list(weight.shape)}; it must be "
+            f"{list(shape)}, for {dtype}"
         )
     return weight.places.data_ptr(), 0, len(weight.parts)
 

@@ -1,11 +1,12 @@
 """Weights that stay in the type in which a file stores them, on a CPU.
 
 A quantised weight counts as the float32 value that its type defines, the one of the `gguf` package
-bit for bit; bfloat16 and float16 are widened. Activations are float32 and stay as they are. Few
-rows are multiplied with weights that are widened in registers, or, with AVX2, with the integers of
-a block, whose sums are then scaled; both are the product with the widened weights to the rounding
-of float32 sums. For many rows a panel of the weights is widened, once for all of them, and
-multiplied as any float32 matrix is; with AVX2 and AMX by kernels that pack it as they widen.
+bit for bit; bfloat16 and float16 are widened. Activations stay as they are: those in bfloat16 and
+float16 are widened too, and results are rounded to their type once. Few rows are multiplied with
+weights that are widened in registers, or, with AVX2, with the integers of a block, whose sums are
+then scaled; both are the product with the widened weights to the rounding of float32 sums. For many
+rows a panel of the weights is widened, once for all of them, and multiplied as any float32 matrix
+is; with AVX2 and AMX by kernels that pack it as they widen.
 """
 
 from __future__ import annotations
@@ -69,11 +70,12 @@ class Blocks:
 class StoredWeight:
     """A matrix [rows, depth] whose `parts` lie one below the other, each in its own type.
 
+    dtype: of the rows that are multiplied with it and gathered from it.
     places: int64 [parts, 6], what the extension is told of each (`Blocks.place`).
     """
 
-    def __init__(self, parts: Sequence[Blocks]) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, parts: Sequence[Blocks], dtype: torch.dtype = torch.float32) -> None:
+        self.parts, self.dtype = tuple(parts), dtype
         depths = {part.shape[1] for part in self.parts}
         if len(depths) != 1:
             raise ValueError(f"parts of depths {sorted(depths)}; they must have the same")
@@ -92,29 +94,31 @@ class StoredWeight:
         return min(few_rows(part) for part in self.parts)
 
     def linear(self, x: Tensor) -> Tensor:
-        """x W^T, float32 [rows, W's rows], of x float32 [rows, depth], summed in float32.
+        """x W^T, [rows, W's rows], of x [rows, depth], both of `dtype`; summed in float32, rounded
+        once.
 
         A row's result for up to FEW_ROWS rows does not depend on the other rows, their number or
         the number of threads.
         """
         rows, depth = x.shape
-        if x.dtype != torch.float32 or depth != self.shape[1]:
+        if x.dtype != self.dtype or depth != self.shape[1]:
             raise ValueError(
-                f"x is {x.dtype} {list(x.shape)}; it must be float32 [rows, {self.shape[1]}]"
+                f"x is {x.dtype} {list(x.shape)}; it must be {self.dtype} [rows, {self.shape[1]}]"
             )
         out = torch.empty((rows, self.shape[0]), dtype=torch.float32)
         if depth == 0:
-            return out.zero_()
+            return out.zero_().to(self.dtype)
+        x = x.float()
         if x.stride(1) != 1:
             x = x.contiguous()
         column = 0
         for part in self.parts:
             _multiply(x, part, out[:, column : column + part.shape[0]])
             column += part.shape[0]
-        return out
+        return out.to(self.dtype)
 
     def gather(self, indices: Tensor) -> Tensor:
-        """Return the rows at `indices` int64 [...], float32 [..., depth].
+        """Return the rows at `indices` int64 [...], of `dtype` [..., depth].
 
         Raises IndexError for one that the matrix does not have.
         """
@@ -127,7 +131,7 @@ class StoredWeight:
         out = torch.empty((flat.numel(), self.shape[1]), dtype=torch.float32)
         threads = torch.get_num_threads()
         _C.widen_cpu(*part.place, flat.data_ptr(), 0, flat.numel(), out.data_ptr(), threads)
-        return out.view(*indices.shape, self.shape[1])
+        return out.view(*indices.shape, self.shape[1]).to(self.dtype)
 
     def widened(self) -> Tensor:
         """Return the whole matrix in float32."""

@@ -1,7 +1,10 @@
 #include "cpu/decoder_layer.h"
 
+#include <vector>
+
 #include "cpu/ops.h"
 #include "cpu/pieces.h"
+#include "cpu/scalar.h"
 
 namespace cptool::cpu {
 namespace {
@@ -12,6 +15,14 @@ struct Operand {
   int64_t x_stride, depth;
 };
 
+// out[i] = x[i] W^T in float32, contiguous, for a matrix of stored parts.
+void multiply_stored(const float* x, int64_t x_stride, const Weight& w, int64_t columns, float* out,
+                     int64_t rows, int threads) {
+  for (int64_t i = 0; i < w.parts; out += w.stored[i].rows, ++i) {
+    stored_linear({w.stored[i], x, out, x_stride, columns, rows}, threads);
+  }
+}
+
 void multiply(const Operand& x, const Weight& w, int64_t columns, void* out, const Hidden& hidden,
               int threads) {
   if (w.parts == 0) {
@@ -19,12 +30,26 @@ void multiply(const Operand& x, const Weight& w, int64_t columns, void* out, con
            threads);
     return;
   }
-  float* to = static_cast<float*>(out);
-  for (int64_t i = 0; i < w.parts; to += w.stored[i].rows, ++i) {
-    stored_linear(
-        {w.stored[i], static_cast<const float*>(x.x), to, x.x_stride, columns, hidden.rows},
-        threads);
-  }
+  const int64_t rows = hidden.rows;
+  with_type(hidden.dtype, [&](auto of) {
+    using T = decltype(of);
+    const T* const from = static_cast<const T*>(x.x);
+    T* const to = static_cast<T*>(out);
+    if constexpr (std::is_same_v<T, float>) {
+      multiply_stored(from, x.x_stride, w, columns, to, rows, threads);
+    } else {
+      // Stored weights are multiplied in float32, and a result is rounded once.
+      static thread_local std::vector<float> wide;
+      wide.resize(static_cast<size_t>(rows * (x.depth + columns)));
+      float* const result = wide.data() + rows * x.depth;
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* const row = from + i * x.x_stride;
+        for (int64_t k = 0; k < x.depth; ++k) wide[i * x.depth + k] = to_float(row[k]);
+      }
+      multiply_stored(wide.data(), x.depth, w, columns, result, rows, threads);
+      for (int64_t i = 0; i < rows * columns; ++i) from_float(result[i], to[i]);
+    }
+  });
 }
 
 void norm(const Hidden& hidden, const void* added, const void* weight, float eps, void* out,

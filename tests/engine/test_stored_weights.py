@@ -130,6 +130,29 @@ def test_tokens_are_those_of_the_widened_model(cp, tp, tmp_path):
     assert found == decode(engine, AnswerOptions(limit=8)).token_ids[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantised_matrices_stay_in_the_file_under_16_bits(dtype, tmp_path):
+    """Also the part of a matrix that has 16 bits beside quantised ones; logits are those of float32
+    to the rounding of activations.
+    """
+    checkpoint = mixed(tmp_path / "m.gguf", {**MIXED, "blk.0.attn_k": "BF16", "output": "F16"})
+    model = load_model(checkpoint, dtype, "cpu")
+    kept = kept_in(model)
+    assert {
+        name for name, tensor in matrices(model).items() if tensor.dim() == 2
+    } - kept.keys() == {"lm_head.weight"}
+    assert {part.encoding for part in kept["layers.0.self_attn.qkv_proj.weight"].parts} == {
+        *("Q4_K", "BF16", "Q6_K")
+    }
+    world, logits = without_the_others(0, 1), {}
+    for of in (torch.float32, dtype):
+        engine = Engine(load_model(checkpoint, of, "cpu", world), world)
+        engine.extend([list(range(30))])
+        logits[of] = engine.logits[0].float()
+    exact, found = logits[torch.float32], logits[dtype]
+    assert (found - exact).norm() <= 8 * torch.finfo(dtype).eps * exact.norm()
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_short_floats_stay_in_the_file_under_float32(stored, tmp_path):
     random_llama(dict(hidden_size=64, intermediate_size=128), tmp_path, stored)

@@ -36,7 +36,7 @@ def layer(dtype):
     return made.requires_grad_(False)
 
 
-def stored_layer():
+def stored_layer(dtype=torch.float32):
     """A layer of width 64, the weights of whose products are Q8_0 and Q4_1."""
     config = replace(CONFIG, hidden_size=64, intermediate_size=96, head_dim=16)
     config = replace(config, num_attention_heads=4, num_key_value_heads=4)
@@ -51,10 +51,10 @@ def stored_layer():
     }
     for module, parts in weights.items():
         del module.weight
-        vars(module)["weight"] = StoredWeight(parts)
+        vars(module)["weight"] = StoredWeight(parts, dtype)
     for norm in (made.input_layernorm, made.post_attention_layernorm):
         torch.nn.init.normal_(norm.weight)
-    return made
+    return made.to(dtype)
 
 
 def blocks(rows, size):
@@ -103,10 +103,12 @@ def test_the_same_bits(dtype, rows, isa, monkeypatch):
 
 @pytest.mark.parametrize("isa", cpu_isas())
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_same_bits_with_stored_weights(rows, isa, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_with_stored_weights(dtype, rows, isa, monkeypatch):
     """The heads of q and k in interleaved order, parts of several types."""
-    made = stored_layer()
-    hidden, positions = torch.randn(rows, 64), torch.arange(7, 7 + rows, dtype=torch.int32)
+    made = stored_layer(dtype)
+    hidden = torch.randn(rows, 64).to(dtype)
+    positions = torch.arange(7, 7 + rows, dtype=torch.int32)
     with force_cpu_isa(isa):
         assert fused_layer.takes(hidden[:1], *made._weights())
         check_bits(made, hidden, positions, monkeypatch)
@@ -115,7 +117,7 @@ def test_the_same_bits_with_stored_weights(rows, isa, monkeypatch):
 def test_stored_weights_that_do_not_fit_are_refused():
     made = stored_layer()
     vars(made.self_attn.o_proj)["weight"] = made.mlp.gate_up_proj.weight
-    with pytest.raises(ValueError, match=r"o is stored and has shape \[192, 64\]; it must be"):
+    with pytest.raises(ValueError, match=r"o is stored, for .*, and has shape \[192, 64\];"):
         run(made, torch.randn(1, 64), torch.tensor([3], dtype=torch.int32))
 
 

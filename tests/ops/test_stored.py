@@ -168,6 +168,22 @@ def test_a_rows_result_does_not_depend_on_the_others(encoding):
         assert torch.equal(weight.linear(x[:count]), alone[:count]), count
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_rows_of_16_bits_are_widened_and_results_rounded_once(encoding, dtype):
+    part, values = matrix(encoding, 37, depth_of(encoding, 2))
+    weight, exact = StoredWeight([part], dtype), StoredWeight([part])
+    for rows in (0, 1, 3, 17, 40):
+        x = torch.randn(values.shape[1], rows).to(dtype).T
+        found = weight.linear(x)
+        assert found.dtype == dtype
+        assert torch.equal(found, exact.linear(x.float()).to(dtype))
+    indices = torch.tensor([[3, 0], [36, 3]])
+    assert torch.equal(weight.gather(indices), values[indices].to(dtype))
+    with pytest.raises(ValueError, match=f"it must be {dtype}"):
+        weight.linear(torch.randn(1, values.shape[1]))
+
+
 def test_many_rows_are_as_near_to_float64_as_a_float32_product(monkeypatch):
     """Panels that divide nothing, and parts of different types below each other."""
     monkeypatch.setattr(stored, "_PANEL_BYTES", 4 * 512 * 32)
@@ -233,9 +249,9 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="whole heads of 6 rows"):
         Blocks(part.data, "Q4_0", 6)
     weight = StoredWeight([part])
-    with pytest.raises(ValueError, match=r"must be float32 \[rows, 64\]"):
+    with pytest.raises(ValueError, match=r"must be torch.float32 \[rows, 64\]"):
         weight.linear(torch.zeros(1, 32))
-    with pytest.raises(ValueError, match="must be float32"):
+    with pytest.raises(ValueError, match=r"must be torch\.float32"):
         weight.linear(torch.zeros(1, 64, dtype=torch.bfloat16))
     for index in (4, -1):
         with pytest.raises(IndexError, match="from 0 to 3"):

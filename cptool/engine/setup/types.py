@@ -11,7 +11,7 @@ from cptool.engine.options import EngineOptions
 from cptool.errors import OptionError
 from cptool.host import scratch
 from cptool.model.architectures.registry import find_family
-from cptool.ops.encodings import ENCODINGS, quantised_bytes
+from cptool.ops.encodings import kept_encodings, quantised_bytes
 from cptool.ops.processor import has_bfloat16_products
 from cptool.quantisation import AUTO, quantised_to
 from cptool.units import size, some
@@ -94,7 +94,7 @@ def resolve_types(
     if weights != "file" and dtype == "auto" and device == "cpu":
         dtype = "float32"
     found = resolve_dtype(dtype, checkpoint, device)
-    check_weights(weights, found, device, checkpoint)
+    check_weights(weights, device, checkpoint)
     kv_dtype = found if options.kv_dtype == "auto" else options.kv_dtype
     check_kv_dtype(kv_dtype, found, device)
     return found, replace(options, kv_dtype=kv_dtype, weights=weights)
@@ -113,14 +113,13 @@ def _matrices(checkpoint: "Checkpoint") -> "list[StoredTensor | JoinedTensor]":
     return [tensor for tensor in checkpoint.stored.values() if len(tensor.shape) == 2]
 
 
-def check_weights(weights: str, dtype: str, device: str, checkpoint: "Checkpoint") -> None:
+def check_weights(weights: str, device: str, checkpoint: "Checkpoint") -> None:
     """Raise OptionError unless the float matrices of `checkpoint` can be quantised to `weights`."""
     if weights == "file":
         return
-    if device != "cpu" or dtype != "float32":
-        remedy = "leave it out, or add `device` cpu and `dtype` float32"
-        rule = f"quantised weights are multiplied in float32 on a CPU, not in {dtype} on {device}"
-        raise OptionError("weights", weights, rule, remedy)
+    if device != "cpu":
+        rule = f"quantised weights are multiplied on a CPU, not on {device}"
+        raise OptionError("weights", weights, rule, "leave it out, or add `device` cpu")
     others = {t.encoding for t in _matrices(checkpoint)} - {*_FLOATS}
     if others:
         found = ", ".join(sorted(others))
@@ -163,12 +162,12 @@ def continued_types(
             f"the KV of {directory} is {kept}, over which {device} computes in {usable}",
             remedy,
         )
-    if manifest.weights != "file" and (device != "cpu" or found != "float32"):
+    if manifest.weights != "file" and device != "cpu":
         raise OptionError(
-            "dtype",
-            found,
-            f"{directory} has weights {manifest.weights}, which are multiplied in float32 on a CPU",
-            "leave `dtype` out and add `device` cpu",
+            "device",
+            device,
+            f"{directory} has weights {manifest.weights}, which are multiplied on a CPU",
+            "add `device` cpu",
         )
     return found, replace(options, kv_dtype=kept, weights=manifest.weights)
 
@@ -177,7 +176,7 @@ def widened(checkpoint: "Checkpoint", dtype: str, device: str) -> str | None:
     """Return which quantised matrices do not stay as the file stores them, in words; None if there
     are none.
     """
-    kept = ENCODINGS if device == "cpu" and dtype == "float32" else ()
+    kept = kept_encodings(dtype == "float32") if device == "cpu" else frozenset()
     found = [
         tensor
         for tensor in checkpoint.stored.values()
@@ -218,11 +217,11 @@ def mean_weight_size(
     """Return the bytes per element of the matrices of a model that computes in `dtype` on `device`;
     None where every weight has that dtype. weights: those of `EngineOptions`.
 
-    On a CPU, products in float32 read matrices as they are stored (`cptool.ops.stored`).
+    On a CPU, products read matrices as they are stored (`cptool.ops.stored`).
     """
-    if device != "cpu" or dtype != "float32":
+    if device != "cpu":
         return None
-    to = quantised_to(weights)
+    to, kept = quantised_to(weights), kept_encodings(dtype == "float32")
     held, plain, count = 0, True, 0
     for name, tensor in checkpoint.stored.items():
         if len(tensor.shape) != 2:
@@ -231,10 +230,10 @@ def mean_weight_size(
         row = quantised_bytes(tensor.shape[1])
         if to is not None and row is not None and _kind(checkpoint, name) in to[1]:
             size, plain = tensor.shape[0] * row, False
-        elif tensor.encoding in ENCODINGS:
+        elif tensor.encoding in kept:
             size, plain = tensor.nbytes, False
         else:
-            size = 4 * elements
+            size = (4 if dtype == "float32" else 2) * elements
         held, count = held + size, count + elements
     return None if plain else held / count
 

@@ -44,8 +44,10 @@ class Rates:
         As measured; else a roofline whose two terms add: few rows wait for the matrix, and many
         rows still wait for the first part of it. Rates are measured with weights of the dtype: of
         weights that are stored in fewer bytes, the bytes that need not be read are taken off, and
-        widening them is added.
+        widening them is added; products with them are in float32.
         """
+        if self.forward.weight_size is not None:
+            dtype = "float32"
         measured, bandwidth = self.row_rates(dtype, ranks), self.profile.memory_bandwidth
         read = self.forward.weight_bytes(parameters, dtype) / bandwidth
         stored = self._stored
