@@ -14,6 +14,7 @@ from cptool.model.context import with_context
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILE = re.compile(rf"{HUB_ID.pattern}/.+\.gguf")
 
 
 def open_checkpoint(
@@ -21,10 +22,11 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a model and check everything that its headers state; imports no torch.
 
-    `model` is a directory in the Hugging Face layout or in Meta's, a .gguf file, or a name of
-    the catalogue or a hub id `org/name`, downloaded on first use; `watch` is called while it is,
-    or, if it is None, the hub's library draws its bars. `context_length` takes the place of the
-    context that its files state. Raises UserError, one line, for anything else.
+    `model` is a directory in the Hugging Face layout or in Meta's, a .gguf file, any part of a
+    split one or the directory of its parts, or a name of the catalogue, a hub id `org/name` or a
+    file there, `org/name/FILE.gguf`, downloaded on first use; `watch` is called while it is, or, if
+    it is None, the hub's library draws its bars. `context_length` takes the place of the context
+    that its files state. Raises UserError, one line, for anything else.
     """
     checkpoint = _open(model, watch)
     if context_length is not None:
@@ -46,6 +48,8 @@ def _open(model: str, watch: Watch | None) -> Checkpoint:
             return _open_file(catalogue.find(model, watch or unwatched), model)
         if HUB_ID.fullmatch(model) and path.suffix not in (".gguf", ".safetensors"):
             return _open_directory(hub.snapshot(model, watch), model)
+        if HUB_FILE.fullmatch(model) and not Path(path.parts[0]).exists():  # else a mistaken path
+            return _open_file(hub.gguf_file(model, watch))
     except OSError as error:
         raise UserError(f"{model}: cannot be read ({first_line(error)})") from None
     raise UserError(
@@ -58,6 +62,11 @@ def _open_directory(path: Path, name: str | None = None) -> Checkpoint:
     from cptool.checkpoint.huggingface.reader import open_huggingface
     from cptool.checkpoint.meta.reader import is_meta, open_meta
 
+    if not (path / "config.json").exists() and any(path.glob("*-of-*.gguf")):
+        from cptool.checkpoint.gguf.parts import find_parts
+
+        if (part := find_parts(path)) is not None:
+            return _open_file(part, name)
     return open_meta(path, name) if is_meta(path) else open_huggingface(path, name)
 
 

@@ -30,24 +30,43 @@ def snapshot(hub_id: str, watch: Watch | None) -> Path:
     that an interrupted download has left in part does not count. Raises UserError, one line, for
     whatever goes wrong.
     """
+    from cptool.checkpoint.meta.reader import is_meta
+
+    path = _fetch(hub_id, _FILES, watch)
+    # Only now: many repositories have the weights in both layouts.
+    return _fetch(hub_id, _META_WEIGHTS, watch) if is_meta(path) else path
+
+
+def gguf_file(reference: str, watch: Watch | None) -> Path:
+    """Return the path of a GGUF file of a hub repository, org/name/FILE.gguf, which is fetched with
+    all other parts of its model if it is split. `watch` and errors are as for `snapshot`.
+    """
+    from cptool.checkpoint.gguf.parts import siblings
+
+    organisation, repository, name = reference.split("/", 2)
+    hub_id = f"{organisation}/{repository}"
+    path = _fetch(hub_id, [siblings(name)], watch) / name
+    if not path.is_file():
+        raise UserError(
+            f"{reference}: the hub's repository {hub_id} has no such file; give the name that it "
+            f"has there"
+        )
+    return path
+
+
+def _fetch(hub_id: str, patterns: list[str], watch: Watch | None) -> Path:
+    """Return the snapshot of a repository with the files that match `patterns`."""
     if not any(os.environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")):
         home("HF_HOME")  # without one the library would make a folder `~` here
     from huggingface_hub import snapshot_download
 
-    from cptool.checkpoint.meta.reader import is_meta
-
-    def fetch(patterns: list[str]) -> Path:
+    try:
         if watch is None:
             return Path(snapshot_download(hub_id, allow_patterns=patterns))
         return _watched(hub_id, patterns, watch)
-
-    try:
-        path = fetch(_FILES)
-        # Only now: many repositories have the weights in both layouts.
-        return fetch(_META_WEIGHTS) if is_meta(path) else path
     except Exception as error:  # Its errors have no common root that holds over its versions.
         raise UserError(
-            f"{hub_id}: no such directory, and it could not be downloaded from the hub "
+            f"{hub_id}: no such directory or file, and it could not be downloaded from the hub "
             f"({first_line(error)}); check the name and the network, or give a local path"
         ) from None
 

@@ -208,9 +208,11 @@ def identity(checkpoint: "Checkpoint", fingerprint: str | None = None) -> ModelI
     """Return what a session records of its model; `fingerprint` is that of the checkpoint if the
     caller knows it.
     """
-    config = checkpoint.config
+    config, path = checkpoint.config, checkpoint.path
+    # A file keeps its name, by which the parts of a split model find each other.
+    path = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
     return ModelIdentity(
-        path=str(checkpoint.path.resolve()),
+        path=str(path),
         fingerprint=fingerprint or checkpoint.fingerprint,
         layers=config.num_hidden_layers,
         kv_heads=config.num_key_value_heads,

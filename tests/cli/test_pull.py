@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from fake_hub import hub
+from gguf_checkpoint import write
 from llama_reference import random_llama
 from terminal import CTRL_C, terminal
 from test_cli import cptool
@@ -75,3 +76,17 @@ def test_an_interrupted_download_leaves_no_model(tiny, tmp_path):
         served.pause_s = 0.0
         assert run("pull", "org/tiny", **served.environment(tmp_path)).returncode == 0
     assert served.fetched.count("model.safetensors") == 2
+
+
+def test_all_parts_of_a_split_gguf_are_fetched(tmp_path):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    write(repository / "tiny.gguf", every=5)
+    with hub(repository) as served:
+        online = served.environment(tmp_path / "cache")
+        pulled = run("pull", "org/tiny/tiny-00002-of-00003.gguf", **online)
+        assert pulled.stdout.strip().endswith("tiny-00002-of-00003.gguf")
+        assert sorted(served.fetched) == [f"tiny-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+        assert "has no such file" in run("-q", "pull", "org/tiny/none.gguf", **online).stderr
+    command = ("plan", "org/tiny/tiny-00001-of-00003.gguf", "--context", "64", "--json")
+    assert run(*command, **online, HF_HUB_OFFLINE="1").returncode == 0

@@ -179,15 +179,17 @@ def add_shape(writer: GGUFWriter, config: Any) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def write_gguf(model: PreTrainedModel, path: Path) -> None:
-    """The same model as a GGUF file in float32."""
+def write_gguf(model: PreTrainedModel, path: Path, every: int = 0) -> None:
+    """The same model as a GGUF file in float32, or as several of `every` tensors each, after one of
+    metadata alone.
+    """
     import gguf
 
     config = model.config
     kind = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     names = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     mapped = gguf.get_tensor_name_map(names[kind], config.num_hidden_layers)
-    writer = gguf.GGUFWriter(str(path), kind)
+    writer = gguf.GGUFWriter(str(path), kind, split_max_tensors=every, small_first_shard=every > 0)
     add_shape(writer, config)
     _write_rope(writer, config)
     if kind in ("gemma2", "gemma3"):

@@ -22,13 +22,14 @@ SHAPES = {
 }
 
 
-def write(path, tensors=None, types=None, architecture="llama", without=(), **metadata):
+def write(path, tensors=None, types=None, architecture="llama", without=(), every=0, **metadata):
     """A one-layer Llama; `types` names how a tensor is encoded, `metadata` adds or replaces keys.
+    With `every`, it is written to several files of so many tensors.
 
     Given arrays of uint8 are written as they are.
     """
     rng = np.random.default_rng(0)
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, architecture, split_max_tensors=every)
     fields = {
         "llama.block_count": 1,
         "llama.context_length": 128,

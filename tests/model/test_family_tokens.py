@@ -74,6 +74,15 @@ def test_the_same_from_gguf(made, case):
     assert run_ranks(1, answer, str(folder / "model.gguf"), EngineOptions()) == [expected]
 
 
+@pytest.mark.parametrize("case", ["qwen3", "phi3-long"])
+def test_the_same_from_split_gguf(case, tmp_path):
+    model = random_model(case, tmp_path / "model")
+    write_gguf(model, tmp_path / "parts.gguf", every=7)
+    assert len(list(tmp_path.glob("parts-0000?-of-0000?.gguf"))) > 3
+    expected = greedy(model, PROMPT, STEPS)
+    assert run_ranks(2, answer, str(tmp_path), EngineOptions()) == [expected] * 2
+
+
 def answers(world, paths):
     return world.gather([answer(world, path, EngineOptions()) for path in paths])
 

@@ -1,4 +1,4 @@
-"""Checkpoints in GGUF, the one-file format of llama.cpp.
+"""Checkpoints in GGUF, the format of llama.cpp: one file, or several (`parts.py`).
 
 Matrices may be quantised; they are dequantised to float32 by the `gguf` package. Rotated rows may
 be in interleaved rotary order (Meta's), which reading undoes. Llama 3.1 scaling is not in the
@@ -13,9 +13,10 @@ from cptool.checkpoint.base import Checkpoint
 from cptool.checkpoint.config_checks import check_config
 from cptool.checkpoint.fields import shown, token_ids
 from cptool.checkpoint.gguf.config import read_config
-from cptool.checkpoint.gguf.header import Header, read_header
+from cptool.checkpoint.gguf.header import Header
 from cptool.checkpoint.gguf.known import known_metadata
 from cptool.checkpoint.gguf.metadata import Metadata
+from cptool.checkpoint.gguf.parts import read_model, title
 from cptool.checkpoint.gguf.rope import ROPE_DIVISORS, long_rope, scaling_of_divisors, take_factors
 from cptool.checkpoint.known_fields import check_fields
 from cptool.checkpoint.notes import Notes
@@ -50,11 +51,11 @@ _OTHER_KINDS = {
 
 
 def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
-    """Open and validate the file `path`.
+    """Open and validate the model of which `path` is the file, or one of the files.
 
     Raises UserError if it is damaged or not a model that cptool computes.
     """
-    header = read_header(path)
+    path, header = read_model(path)
     metadata = header.metadata
     family = _check_kind(path, metadata)
     notes = Notes()
@@ -71,7 +72,7 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
     names = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
     return Checkpoint(
         path=path,
-        name=name or path.stem,
+        name=name or title(path),
         config=config,
         stored=stored,
         eos_ids=tuple(dict.fromkeys(ids["eos"] + ids["eot"] + ids["eom"])),
@@ -86,14 +87,6 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
 
 def _check_kind(path: Path, metadata: dict[str, Any]) -> Family:
     """Return the family of the model; refuse sound files that are not a whole model."""
-    parts = metadata.get("split.count", 1)
-    if parts not in (0, 1):
-        at = metadata.get("split.no")
-        place = f"part {at + 1} of {parts}" if type(at) is int else f"one of {shown(parts)} parts"
-        raise UserError(
-            f"{path}: {place}, and a model must be one file; join its parts with llama.cpp's "
-            f"gguf-split --merge"
-        )
     kind = metadata.get("general.type", "model")
     if kind == "adapter" or "adapter.type" in metadata:
         raise UserError(

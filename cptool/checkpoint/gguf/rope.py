@@ -96,7 +96,7 @@ def take_factors(path: Path, found: dict[str, StoredTensor]) -> Factors | None:
                 f"{path}: {name} must be there and hold one float32 factor per frequency; convert "
                 f"the model anew"
             )
-        values.append(tuple(map(shortest, _read(path, tensor))))
+        values.append(tuple(map(shortest, _read(tensor))))
     short, long = values
     return short, long
 
@@ -119,9 +119,9 @@ def long_rope(metadata: Metadata, config: LlamaConfig, factors: Factors) -> Rope
     )
 
 
-def _read(path: Path, tensor: StoredTensor) -> tuple[float, ...]:
+def _read(tensor: StoredTensor) -> tuple[float, ...]:
     """Return the values of a float32 tensor of one dimension."""
-    with path.open("rb") as file:
+    with tensor.file.open("rb") as file:
         file.seek(tensor.offset)
         return struct.unpack(f"<{tensor.shape[0]}f", file.read(tensor.nbytes))
 
@@ -140,7 +140,7 @@ def scaling_of_divisors(
             f"{path}: {ROPE_DIVISORS} has shape {list(tensor.shape)} in {tensor.encoding}; it "
             f"must hold {half} float32 divisors and come without other rope scaling"
         )
-    divisors = _read(path, tensor)
+    divisors = _read(tensor)
     if all(divisor == 1 for divisor in divisors):
         return None
     if not all(math.isfinite(divisor) and divisor > 0 for divisor in divisors):

