@@ -38,6 +38,7 @@ ON_RANKS = {
     "demo": ("demo",),
     "bench prefill": ("bench", "prefill", *SWEEP),
     "bench decode": ("bench", "decode", *SWEEP),
+    "bench perplexity": ("bench", "perplexity", "{model}", "{ids}", "--ids"),
     "bench link": ("bench", "link"),
     "bench calibrate": ("bench", "calibrate"),
 }
@@ -51,6 +52,7 @@ IN_THIS_PROCESS = {
     "bench merge": ("bench", "merge"),
     "bench prefill": ("bench", "prefill", *SWEEP, "--cp", 1),
     "bench decode": ("bench", "decode", *SWEEP, "--cp", 1),
+    "bench perplexity": ("bench", "perplexity", "{model}", "{ids}", "--ids"),
     "bench emulate": ("bench", "emulate", "--shape", "{shape}", "--context", 64),
     "bench calibrate": ("bench", "calibrate", "--cp", 1),
 }
@@ -67,6 +69,8 @@ def places(tiny_model, smollm2_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     shape = folder / "config.json"
     shape.write_text(json.dumps(SHAPE))
+    ids = folder / "ids.json"
+    ids.write_text("[1, 2, 3]")
     made = ("prefill", tiny_model, "--synthetic", 5, "--session", folder / "s", "--device", "cpu")
     done = cptool(*made)
     assert done.exit_code == 0, done.output
@@ -74,6 +78,7 @@ def places(tiny_model, smollm2_path, tmp_path_factory):
         "model": tiny_model,
         "shape": shape,
         "session": folder / "s",
+        "ids": ids,
         "new": folder / "new",
         "chat": smollm2_path,
     }

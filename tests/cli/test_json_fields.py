@@ -50,6 +50,7 @@ RUNS = {
     "cptool bench link": [f"--size 1K {ONCE}"],
     "cptool bench prefill": [f"{{tiny}} --context 32 --layers 1 --dtype float32 {ONCE}"],
     "cptool bench decode": [f"{{tiny}} --cached 32 --layers 1 --steps 2 {ONCE}"],
+    "cptool bench perplexity": ["{tiny} {here}/ids.json --ids --window 8 --threads 1 --device cpu"],
     "cptool bench emulate": [f"--shape {{tiny}} --context 128 --cp 2 --tp 2 {ONCE}"],
     "cptool session show": ["{here}/plain", "{here}/chats"],
     "cptool session list": ["{here}"],
@@ -82,6 +83,7 @@ def results(tiny_model, smollm2_path, tmp_path_factory):
     (here / "broken").mkdir()
     (here / "broken" / "manifest.json").write_text("{")
     (here / "prompts.jsonl").write_text('{"token_ids": [1, 2], "id": "a"}\n{"token_ids": [3]}\n')
+    (here / "ids.json").write_text(json.dumps(list(range(20))))
     places = {"tiny": tiny_model, "smollm2": smollm2_path, "here": here}
     return {
         heading: [

@@ -8,6 +8,7 @@ from cptool.cli.bench.decode import decode
 from cptool.cli.bench.emulate import emulate
 from cptool.cli.bench.link import link
 from cptool.cli.bench.merge import merge
+from cptool.cli.bench.perplexity import perplexity
 from cptool.cli.bench.prefill import prefill
 from cptool.cli.options.examples import examples
 
@@ -20,8 +21,8 @@ from cptool.cli.options.examples import examples
     )
 )
 def bench() -> None:
-    """Measure the machine: kernels, links, models of random weights."""
+    """Measure the machine (kernels, links, models of random weights) and a model's perplexity."""
 
 
-for command in (attention, merge, link, prefill, decode, emulate, calibrate):
+for command in (attention, merge, link, prefill, decode, perplexity, emulate, calibrate):
     bench.add_command(command)

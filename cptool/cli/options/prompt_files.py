@@ -16,6 +16,8 @@ STANDARD_INPUT = "-"
 # batch of several sequences.
 _ID_BYTES, _IDS_FILE_BYTES = 64, 64 << 20
 
+_CORPUS_BYTES = 1 << 28
+
 
 def join_parts(parts: Sequence[str]) -> str:
     """Return the texts of one prompt, such as a document and a question, with a blank line between
@@ -28,6 +30,14 @@ def read_text(path: str | Path, context: int) -> str:
     """Return the text as it stands: no line end is changed; a byte order mark is none of it."""
     data = _read_regular(Path(path), "a text file, or - for standard input", _most_bytes(context))
     return _as_text(data, str(path), context)
+
+
+def read_corpus(path: str | Path) -> str:
+    """Return the text of a file that may be longer than any context, as `read_text` does."""
+    data = _read_regular(Path(path), "a text file", _CORPUS_BYTES)
+    if len(data) > _CORPUS_BYTES:
+        raise UserError(f"{path} has more than {_CORPUS_BYTES:,} bytes; give a part of it")
+    return _decoded(data, str(path))
 
 
 def read_stdin(context: int) -> str:
@@ -53,6 +63,10 @@ def _most_bytes(context: int) -> int:
 
 def _as_text(data: bytes, name: str, context: int) -> str:
     _check_size(data, name, _most_bytes(context), context)
+    return _decoded(data, name)
+
+
+def _decoded(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -75,15 +75,24 @@ class PromptScores:
     """The tokens `new` that `engine` is about to compute, in one forward or several, and what this
     rank knows of them.
 
+    scored_from: the first of `new[b]` that has a score; the first token of a sequence never has.
     scores: of some tokens each, float64 [tokens, 2 + 1 + 2 top]: sequence, position, `_scores`.
     """
 
-    def __init__(self, engine: Engine, new: Sequence[Sequence[int]], top: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        new: Sequence[Sequence[int]],
+        top: int,
+        scored_from: Sequence[int] | None = None,
+    ) -> None:
         self.engine, self.new, self.top = engine, new, top
         self.starts = list(map(len, engine.tokens))
+        skipped = scored_from or [0] * len(new)
+        self.firsts = [max(1, n + m) for n, m in zip(self.starts, skipped, strict=True)]
         self.scores: list[torch.Tensor] = []
         for b, row in engine.logits.items():  # what the first one follows was computed earlier
-            if new[b] and engine.computed[b] == self.starts[b]:
+            if new[b] and engine.computed[b] == self.starts[b] == self.firsts[b]:
                 self._score(b, row[None], [self.starts[b]])
 
     def score(self, hidden: torch.Tensor, placement: Placement, going: Callable[[], bool]) -> None:
@@ -93,8 +102,8 @@ class PromptScores:
         rows = hidden.split(placement.cu_seqlens.diff().tolist())
         for b, (part, positions) in enumerate(zip(rows, placement.sequences(), strict=True)):
             following = positions.to(torch.int64) + 1
-            start, end = self.starts[b], self.starts[b] + len(self.new[b])
-            kept = (following >= start) & (following < end)
+            end = self.starts[b] + len(self.new[b])
+            kept = (following >= self.firsts[b]) & (following < end)
             part, places = part[kept], following[kept].tolist()
             for first in range(0, len(places), at_once):
                 if not going():
@@ -122,7 +131,9 @@ class PromptScores:
                 rows |= {(int(b), int(p)): row for b, p, *row in part.tolist()}
         return tuple(
             tuple(
-                _record(token, rows[b, p], top) if p else TokenLogprob(token, None, ())
+                _record(token, rows[b, p], top)
+                if p >= self.firsts[b]
+                else TokenLogprob(token, None, ())
                 for p, token in enumerate(tokens, start)
             )
             for b, (start, tokens) in enumerate(zip(self.starts, self.new, strict=True))

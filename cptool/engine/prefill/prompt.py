@@ -51,6 +51,7 @@ def read(
     answer: int = 0,
     between: Callable[[], None] | None = None,
     chunk: int | None = None,
+    scored_from: Sequence[int] | None = None,
 ) -> Read:
     """Compute the pending tokens of each sequence and then `new[b]`, chunk by chunk, and leave
     what follows in `engine.logits`. Collective.
@@ -63,12 +64,13 @@ def read(
     answer: keep room for that many further tokens of each sequence.
     between: called on every rank after each chunk but the last.
     chunk: what `chunk_for` has returned for this prompt, if the caller needed it.
+    scored_from: with `top`, the first of `new[b]` whose log-probability is wanted.
 
     Raises Interrupted on all ranks if the launching process requests a stop. The chunks that were
     computed stay; the rest of the prompt is pending, or is not there if the first was under way.
     """
     prompt = list(map(list, new))
-    scores = None if top is None else PromptScores(engine, prompt, top)
+    scores = None if top is None else PromptScores(engine, prompt, top, scored_from)
     held = zip(engine.tokens, prompt, engine.computed, strict=True)
     left = [len(said) + len(more) - done for said, more, done in held]
     most = chunk or chunk_for(engine, left, engine.computed, answer=answer)
