@@ -1,8 +1,8 @@
 """Compile csrc/ into cptool/_C with CMake and Ninja; everything else is in pyproject.toml.
 
 Environment: CPTOOL_CUDA=auto|on|off (auto: if nvcc is found), CPTOOL_CUDA_ARCHS (default "80;90a"),
-CPTOOL_WERROR=1 (warnings are errors), CPTOOL_SANITIZE (as in -fsanitize=; used by
-tests/sanitizers.py). CMAKE_ARGS is passed on.
+CPTOOL_WERROR=1 (warnings are errors), CPTOOL_WATCHDOG=1 (a GPU kernel that would hang ends in an
+error), CPTOOL_SANITIZE (as in -fsanitize=; used by tests/sanitizers.py). CMAKE_ARGS is passed on.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class CMakeBuild(build_ext):
             "CPTOOL_CUDA": os.environ.get("CPTOOL_CUDA", "auto"),
             "CPTOOL_CUDA_ARCHS": os.environ.get("CPTOOL_CUDA_ARCHS", "80;90a"),
             "CPTOOL_SANITIZE": os.environ.get("CPTOOL_SANITIZE", ""),
+            "CPTOOL_WATCHDOG": "ON" if os.environ.get("CPTOOL_WATCHDOG") == "1" else "OFF",
             "CPTOOL_WERROR": "ON" if os.environ.get("CPTOOL_WERROR") == "1" else "OFF",
         }
         # An isolated build has its own Ninja, in a directory that is deleted afterwards: its path

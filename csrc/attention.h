@@ -43,6 +43,9 @@ struct AttentionArgs {
   bool accumulate;       // merge into the partial that out and lse already hold
   int64_t window = 0;    // how many positions a query sees, its own the last; 0: all up to it
   float cap = 0.0f;      // of the scores; 0: none
+  // On CUDA, where transfers between GPUs run at the same time: how many multiprocessors to leave
+  // to them. A kernel that fills the device would otherwise keep them from starting.
+  int32_t sm_margin = 0;
 };
 
 inline bool is_plain(const AttentionArgs& args) { return args.window == 0 && args.cap == 0.0f; }

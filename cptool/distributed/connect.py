@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cptool.distributed.devices import cores, resolve_device, transport
+from cptool.distributed.devices import cores, limit_nccl, resolve_device, transport
 from cptool.distributed.environment import Seat
 from cptool.distributed.group import Group
 from cptool.distributed.options import RankOptions
@@ -46,8 +45,7 @@ def connect(
     # that long.
     patience = datetime.timedelta(seconds=max(timeout, START_S))
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" and not staged else "gloo"
-    # Transfers must start beside an attention kernel that fills the device, not after it.
-    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    limit_nccl()
     meet(store, seat, timeout + START_S, place)
     dist.init_process_group(
         backend, store=store, rank=seat.rank, world_size=seat.size, timeout=patience

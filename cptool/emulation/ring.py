@@ -120,6 +120,7 @@ class EmulatedRing(Ring):
         sent, received = (sum(t.nbytes for _, t in side) for side in (sends, receives))
         self.sent_bytes += sent
         self._transfers += 1
+        self._batches, self._device = self._batches + 1, receives[0][1].device
         messages = sum(bool(tensor.numel()) for _, tensor in sends)
         self.timeline.note(Start(self._transfers, max(sent, received), messages))
         self.timeline.mark("attention")
@@ -128,6 +129,7 @@ class EmulatedRing(Ring):
     def wait(self, pending: Sequence[Transfer]) -> None:
         """Record that the rank waits for `pending`."""
         self.timeline.mark("attention")  # ends what ran before, which belongs before the wait
+        self._batches -= 1
         numbers = (transfer.number for transfer in pending if isinstance(transfer, _Noted))
         self.timeline.note(Wait(tuple(numbers)))
 

@@ -50,6 +50,7 @@ def attention_partial(
     *,
     window: int | None = None,
     cap: float | None = None,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention of packed sequences over the keys at hand, as a partial result.
 
@@ -74,6 +75,8 @@ def attention_partial(
             and must then hold finite numbers.
         cap: soft cap of the scaled scores s, which become ``cap * tanh(s / cap)``; lse is that of
             the capped ones. None for no cap.
+        sm_margin: on CUDA, multiprocessors to leave to transfers that are under way at the same
+            time, which could not start beside a kernel that fills the device.
 
     Returns:
         out ``[Tq, Hq, D]`` and lse float32 ``[Tq, Hq]``; the tensors of `into` if given.
@@ -99,12 +102,12 @@ def attention_partial(
     plain = type(q) is Tensor and not q.is_meta and not torch.compiler.is_compiling()
     if into is None:
         new = _attention_partial if plain else _attention_partial_op
-        return new(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype, window, cap)
+        return new(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out_dtype, window, cap, sm_margin)
     if out_dtype is not None and out_dtype != torch.float32:
         raise ValueError(f"out_dtype is {out_dtype}; with `into` it must be float32")
     out, lse = into
     merge = _attention_partial_into if plain else _attention_partial_into_op
-    merge(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, window, cap)
+    merge(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, window, cap, sm_margin)
     return out, lse
 
 
@@ -145,6 +148,7 @@ def _run_attention(
     cu_q: Tensor,
     cu_k: Tensor,
     scores: tuple[float, int | None, float | None],
+    sm_margin: int,
     out: Tensor,
     lse: Tensor,
     *,
@@ -180,6 +184,7 @@ def _run_attention(
         accumulate,
         window or 0,
         cap or 0.0,
+        sm_margin,
     )
     if q.is_cuda:
         with torch.cuda.device(q.device):
@@ -205,13 +210,14 @@ def _attention_partial(
     out_dtype: torch.dtype | None = None,
     window: int | None = None,
     cap: float | None = None,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
     check_scores(window, cap)
     out = torch.empty(q.shape, dtype=check_new_dtype(out_dtype, q), device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     scores = (scale, window, cap)
-    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scores, out, lse, accumulate=False)
+    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scores, sm_margin, out, lse, accumulate=False)
     return out, lse
 
 
@@ -227,6 +233,7 @@ def _attention_partial_fake(
     out_dtype: torch.dtype | None = None,
     window: int | None = None,
     cap: float | None = None,
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
     check_scores(window, cap)
@@ -247,13 +254,14 @@ def _attention_partial_into(
     lse: Tensor,
     window: int | None = None,
     cap: float | None = None,
+    sm_margin: int = 0,
 ) -> None:
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
     check_scores(window, cap)
     check_into(q, out, lse)
     check_apart(out, lse, q=q, k=k, v=v, q_pos=q_pos, k_pos=k_pos, cu_q=cu_q, cu_k=cu_k)
     scores = (scale, window, cap)
-    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scores, out, lse, accumulate=True)
+    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scores, sm_margin, out, lse, accumulate=True)
 
 
 def _attention_partial_into_fake(
@@ -269,6 +277,7 @@ def _attention_partial_into_fake(
     lse: Tensor,
     window: int | None = None,
     cap: float | None = None,
+    sm_margin: int = 0,
 ) -> None:
     check_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scale)
     check_scores(window, cap)
@@ -309,7 +318,7 @@ def _merge_partials_fake(
 
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor k_pos, Tensor cu_q, Tensor cu_k"
-_SCORES = "int? window=None, float? cap=None"
+_SCORES = "int? window=None, float? cap=None, int sm_margin=0"
 _library = torch.library.Library("cptool", "DEF")
 for _name, _schema, _function, _fake in (
     (

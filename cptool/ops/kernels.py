@@ -118,6 +118,7 @@ def cuda_kernel(dtype: torch.dtype, head_dim: int = 128, tokens: int = 4096) -> 
         False,
         0,
         0.0,
+        0,
     )
 
 

@@ -91,13 +91,17 @@ def pass_kv(
             continue  # only passed on
         if source == step.rank:
             if step.key_sizes[source]:
-                high = over_local(q, mine, kv, scores=scores)
+                high = over_local(q, mine, kv, scores=scores, margin=ring.margin)
         elif not sent.sizes[source]:
             continue
         elif source > step.rank:
-            high = _over_block(q, mine, block, sent.keys[source], scores=scores, into=high)
+            high = _over_block(
+                q, mine, block, sent.keys[source], scores=scores, into=high, margin=ring.margin
+            )
         else:
-            low = _over_block(q, mine, block, sent.keys[source], scores=scores, into=low)
+            low = _over_block(
+                q, mine, block, sent.keys[source], scores=scores, into=low, margin=ring.margin
+            )
     partials = [partial for partial in (low, high) if partial is not None]
     if not partials:
         return torch.empty_like(q)
@@ -145,7 +149,7 @@ def pass_q(q: torch.Tensor, kv: LayerKV, step: Step, *, ring: Ring, scores: Scor
     messages: list[torch.Tensor] = [q.new_empty(0)] * size
     pending = []
     for source, block in ring.blocks(q.contiguous(), step.query_sizes):
-        message = _answer(block, kv, step, source, scores=scores)
+        message = _answer(block, kv, step, source, scores=scores, margin=ring.margin)
         if source == rank:
             messages[rank] = message
             continue
@@ -168,7 +172,7 @@ def pass_q_all2all(
     """
     outgoing: list[torch.Tensor] = [q.new_empty(0)] * ring.size
     for source, block in ring.blocks(q.contiguous(), step.query_sizes):
-        outgoing[source] = _answer(block, kv, step, source, scores=scores)
+        outgoing[source] = _answer(block, kv, step, source, scores=scores, margin=ring.margin)
     return merge_messages(_exchange(outgoing, step, ring), q)
 
 
@@ -198,8 +202,12 @@ def over_local(
     *,
     scores: Scores,
     out_dtype: torch.dtype | None = None,
+    margin: int = 0,
 ) -> Partial:
-    """Compute attention of q over this rank's own keys, those of a shared prefix first."""
+    """Compute attention of q over this rank's own keys, those of a shared prefix first.
+
+    margin: multiprocessors to leave to transfers under way.
+    """
     k, v, k_pos, cu_k = kv.local
     prefix = None if kv.prefix is None else _over_prefix(q, queries, kv.prefix, scores=scores)
     out, lse = attention_partial(
@@ -215,6 +223,7 @@ def over_local(
         out_dtype=out_dtype if prefix is None else None,
         window=scores.window,
         cap=scores.cap,
+        sm_margin=margin,
     )
     return out if out_dtype is None else out.to(out_dtype), lse
 
@@ -251,6 +260,7 @@ def _over_block(
     scores: Scores,
     into: Partial | None = None,
     out_dtype: torch.dtype | None = None,
+    margin: int = 0,
 ) -> Partial:
     """Compute attention of q over a received block [Tk, 2, Hkv, D]: K at index 0, V at index 1."""
     return attention_partial(
@@ -266,17 +276,19 @@ def _over_block(
         out_dtype=out_dtype,
         window=scores.window,
         cap=scores.cap,
+        sm_margin=margin,
     )
 
 
 def _answer(
-    block: torch.Tensor, kv: LayerKV, step: Step, source: int, *, scores: Scores
+    block: torch.Tensor, kv: LayerKV, step: Step, source: int, *, scores: Scores, margin: int
 ) -> torch.Tensor:
     """Return the message to rank `source` over its queries `block`, empty if it has none."""
     if not step.has_queries[source]:
         return block.new_empty(0)
     queries, dtype = step.queries[source], step.partial_dtype
-    return pack(*over_local(block, queries, kv, scores=scores, out_dtype=dtype))
+    partial = over_local(block, queries, kv, scores=scores, out_dtype=dtype, margin=margin)
+    return pack(*partial)
 
 
 def pack(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,9 @@ to a buffer that nothing reads any more; kernels that follow on the current stre
 until `wait` makes the stream wait for the end of the transfer. The tensors of a transfer are
 referenced until then, and memory that is freed later is reused by the current stream, whose work
 comes after: the caching allocator needs no `record_stream`. The group's streams have high priority
-(`cptool.distributed.connect`), otherwise an attention kernel that fills the device would keep
-transfers from starting before it ends.
+and few thread blocks (`cptool.distributed.devices`), and attention leaves room for these
+(`Ring.margin`), otherwise a kernel that fills the device would keep transfers from starting before
+it ends.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from cptool.distributed.devices import nccl_blocks
 from cptool.distributed.group import Group
 from cptool.host import large_pages
 from cptool.profiling.exposed_time import Exposure
@@ -60,6 +62,12 @@ class Ring:
         self.trace: Recorder | Silent = SILENT
         self._exposure, self._device = Exposure(), torch.device("cpu")
         self._memory: dict[int | str, torch.Tensor] = {}
+        self._batches = 0  # under way
+
+    @property
+    def margin(self) -> int:
+        """Multiprocessors of the device that the transfers under way take."""
+        return nccl_blocks() if self._batches > 0 and self._device.type == "cuda" else 0
 
     @property
     def exposed_s(self) -> float:
@@ -183,6 +191,7 @@ class Ring:
             for transfer in pending:
                 transfer.wait()
         self._exposure.end(began)
+        self._batches -= 1
 
     def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Transfer]:
         """Post one batch; sender and receiver both leave out empty tensors.
@@ -200,6 +209,7 @@ class Ring:
         for _, tensor in sends:
             self.sent_bytes, self._device = self.sent_bytes + tensor.nbytes, tensor.device
         works: list[dist.Work] = dist.batch_isend_irecv(operations) if operations else []
+        self._batches += 1
         trace = self.trace
         if isinstance(trace, Recorder) and operations and operations[0].tensor.is_cpu:
             return [

@@ -54,6 +54,22 @@ __device__ inline int64_t visible_keys_by_warp(const int32_t* k_pos, int64_t key
   return low;
 }
 
+// How many of `keys` positions from `first` on are at or before `position` if they are consecutive
+// numbers, as those of a whole prompt are.
+__device__ inline int32_t visible_if_consecutive(int32_t first, int32_t keys, int32_t position) {
+  const int64_t count = static_cast<int64_t>(position) - first + 1;
+  return count < 0 ? 0 : count > keys ? keys : static_cast<int32_t>(count);
+}
+
+// Returns whether `count` of `keys` > 0 ascending positions are at or before `position`. Its two
+// loads do not wait for each other.
+__device__ inline bool is_visible_count(const int32_t* k_pos, int32_t keys, int32_t position,
+                                        int32_t count) {
+  const int32_t seen = k_pos[count > 0 ? count - 1 : 0];
+  const int32_t hidden = k_pos[count < keys ? count : keys - 1];
+  return (count == 0 || seen <= position) & (count == keys || hidden > position);
+}
+
 // Writes limits[row], how many keys of the sequence a row sees; 0 for rows that do not exist. All
 // threads of the block, at least two warps, must call it, and pass a barrier before reading limits.
 template <int kRows>

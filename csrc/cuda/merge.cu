@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
@@ -243,6 +244,32 @@ void merge(const MergeArgs& args, bool running, cudaStream_t stream) {
     }
     merge.running = true;
   }
+}
+
+int64_t pieces_bytes(const AttentionArgs& args, int pieces) {
+  return 4 * pieces * args.q_tokens * args.q_heads * (args.head_dim + 1);
+}
+
+void merge_pieces(const AttentionArgs& args, const float* partials, int pieces,
+                  cudaStream_t stream) {
+  const int64_t rows = args.q_tokens * args.q_heads;
+  std::vector<const void*> outs;
+  std::vector<const float*> lses;
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    outs.push_back(partials + piece * rows * args.head_dim);
+    lses.push_back(partials + pieces * rows * args.head_dim + piece * rows);
+  }
+  MergeArgs all;
+  all.outs = outs.data();
+  all.lses = lses.data();
+  all.partials = pieces;
+  all.rows = rows;
+  all.head_dim = args.head_dim;
+  all.dtype = ScalarType::kFloat32;
+  all.out_dtype = args.out_dtype;
+  all.out = args.out;
+  all.lse = args.lse;
+  merge(all, args.accumulate, stream);
 }
 
 void merge_partials(const MergeArgs& args, uintptr_t stream) {

@@ -11,4 +11,11 @@ namespace cptool::cuda {
 // lse is -inf.
 void merge(const MergeArgs& args, bool running, cudaStream_t stream);
 
+// Returns the bytes that the partials of `pieces` pieces take.
+int64_t pieces_bytes(const AttentionArgs& args, int pieces);
+// Merges them in order into the result of the call. `partials`: [pieces, q_tokens, q_heads,
+// head_dim], then the lse of each, [pieces, q_tokens, q_heads].
+void merge_pieces(const AttentionArgs& args, const float* partials, int pieces,
+                  cudaStream_t stream);
+
 }  // namespace cptool::cuda

@@ -68,12 +68,11 @@ CPTOOL_HOST_DEVICE inline QueryBlock query_block(const AttentionArgs& args, int6
 }
 
 // Returns how many of `keys` ascending positions are at or before `position`.
-template <class Position>
-CPTOOL_HOST_DEVICE inline int64_t visible_keys(const int32_t* k_pos, int64_t keys,
-                                               Position position) {
-  int64_t low = 0;
+template <class Index = int64_t, class Position>
+CPTOOL_HOST_DEVICE inline Index visible_keys(const int32_t* k_pos, Index keys, Position position) {
+  Index low = 0;
   while (low < keys) {
-    const int64_t middle = low + (keys - low) / 2;
+    const Index middle = low + (keys - low) / 2;
     if (k_pos[middle] <= position) {
       low = middle + 1;
     } else {

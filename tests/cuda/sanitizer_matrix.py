@@ -1,10 +1,11 @@
 """Every CUDA kernel over a small matrix of shapes, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck --kernel-name kernel_substring=cptool \\
-        python tests/cuda/sanitizer_matrix.py [KERNEL...]
+        python tests/cuda/sanitizer_matrix.py [--device cpu] [KERNEL...]
 
 Tools: memcheck, racecheck, synccheck, initcheck. The results are compared with float64 as in the
-tests, and a difference, too, ends in exit code 1. Without arguments all kernels of the device run.
+tests, and a difference, too, ends in exit code 1. Without kernels all of the device run. With
+`--device cpu` it is the CPU's kernels, which shows that the program itself is sound.
 """
 
 import sys
@@ -17,7 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from reference import check, make_case, tolerance
 
 from cptool.ops.attention import attention_partial, merge_partials
-from cptool.ops.kernels import cuda_kernel, cuda_kernels, force_cuda_kernel
+from cptool.ops.kernels import (
+    cpu_isas,
+    cuda_kernel,
+    cuda_kernels,
+    force_cpu_isa,
+    force_cuda_kernel,
+)
 
 # Tiles with a rest, shards, empty sequences, queries that see nothing, and decoding in pieces.
 SEQUENCES = {
@@ -32,13 +39,45 @@ SEQUENCES = {
 }
 
 
-def run(kernel: str, name: str, dtype: torch.dtype, head_dim: int, heads: tuple[int, int]) -> None:
+# The tools make the largest kernel so slow that all shapes would not end.
+FEW = [
+    ("prompt", torch.bfloat16, 128, (2, 1)),
+    ("prefill", torch.float16, 64, (6, 2)),
+]
+SEQUENCES["prompt"] = [(range(300), range(300)), (range(130, 200), range(200))]
+
+
+def cases(kernel: str) -> list[tuple[str, torch.dtype, int, tuple[int, int]]]:
+    """Return sequences, dtype, head dimension and heads of what runs on a kernel."""
+    if kernel == "sm90":
+        return FEW
+    return [
+        (name, dtype, head_dim, heads)
+        for name in ("prefill", "decode")
+        for head_dim, heads in zip(
+            (64, 80, 96, 128), [(2, 2), (9, 3), (5, 1), (16, 2)], strict=True
+        )
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ]
+
+
+def run(
+    kernel: str,
+    name: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    heads: tuple[int, int],
+    *,
+    device: str,
+) -> None:
     case = make_case(SEQUENCES[name], heads=heads, head_dim=head_dim, dtype=dtype, slack=3)
-    slab = torch.stack([case.k, case.v], 1).cuda()
-    others = [x.cuda() for x in (case.q_pos, case.k_pos, case.cu_q, case.cu_k)]
-    arguments = (case.q.cuda(), slab[:, 0], slab[:, 1], *others, case.scale)
-    taken = cuda_kernel(dtype, head_dim)
-    allowed = tolerance(case, torch.float32 if taken == "simt" else dtype, merged=True)
+    slab = torch.stack([case.k, case.v], 1).to(device)
+    others = [x.to(device) for x in (case.q_pos, case.k_pos, case.cu_q, case.cu_k)]
+    arguments = (case.q.to(device), slab[:, 0], slab[:, 1], *others, case.scale)
+    taken = kernel if device == "cpu" else cuda_kernel(dtype, head_dim)
+    allowed = tolerance(
+        case, torch.float32 if taken in ("simt", "portable") else dtype, merged=True
+    )
     out, lse = attention_partial(*arguments)
     check(case, (out.cpu(), lse.cpu()), allowed)
     running = out.clone(), torch.full_like(lse, -torch.inf)
@@ -49,15 +88,16 @@ def run(kernel: str, name: str, dtype: torch.dtype, head_dim: int, heads: tuple[
     print(f"{kernel} {name} {dtype} D {head_dim} heads {heads}: ok", flush=True)
 
 
-def main(kernels: list[str]) -> None:
-    for kernel in kernels or cuda_kernels():
-        with force_cuda_kernel(kernel):
-            for name in SEQUENCES:
-                for head_dim, heads in zip(
-                    (64, 80, 96, 128), [(2, 2), (9, 3), (5, 1), (16, 2)], strict=True
-                ):
-                    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                        run(kernel, name, dtype, head_dim, heads)
+def main(arguments: list[str]) -> None:
+    device, force, names = "cuda", force_cuda_kernel, cuda_kernels
+    if arguments[:1] == ["--device"]:
+        device, arguments = arguments[1], arguments[2:]
+        if device == "cpu":
+            force, names = force_cpu_isa, cpu_isas
+    for kernel in arguments or names():
+        with force(kernel):
+            for case in cases(kernel):
+                run(kernel, *case, device=device)
 
 
 if __name__ == "__main__":

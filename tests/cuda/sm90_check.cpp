@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/sm90/descriptors.h"
+#include "cuda/sm90/pieces.h"
 #include "cuda/sm90/schedule.h"
 
 using namespace cptool::cuda;
@@ -61,7 +62,8 @@ bool jobs_are_dealt_once(const JobList& list, int32_t thread_blocks) {
           entry.kv_head >= list.kv_heads) {
         return false;
       }
-      ++times[entry.block * list.kv_heads + entry.kv_head];
+      if (entry.piece < 0 || entry.piece >= list.pieces) return false;
+      ++times[(entry.block * list.kv_heads + entry.kv_head) * list.pieces + entry.piece];
     }
   }
   return std::all_of(times.begin(), times.end(), [](int count) { return count == 1; });
@@ -92,6 +94,27 @@ double imbalance(int32_t prompts, int32_t tokens, int32_t block_tokens, int32_t 
     all += worker.end;
   }
   return most / (all / thread_blocks);
+}
+
+// Counts pieces of jobs of equal length for the 132 multiprocessors of an H100, against dealing
+// them out one by one.
+bool pieces_save_rounds() {
+  const auto jobs_of = [](int64_t jobs, int64_t keys, int64_t tokens) {
+    return JobSizes{jobs, keys, tokens, jobs * 128 * 128};
+  };
+  // Whole rounds, many rounds, few keys, and causal attention over all keys stay whole.
+  for (const JobSizes& whole :
+       {jobs_of(132, 131072, 1024), jobs_of(264, 131072, 2048), jobs_of(1000, 131072, 4096),
+        jobs_of(140, 1024, 16), jobs_of(1024, 8192, 8192), jobs_of(0, 1000, 0)}) {
+    if (pieces_of(whole, 132) != 1) return false;
+  }
+  for (int64_t jobs : {67, 80, 100, 133, 140, 180}) {
+    const int pieces = pieces_of(jobs_of(jobs, 126976, 1024), 132);
+    const double rounds = static_cast<double>(ceil_divide(jobs * pieces, 132)) / pieces;
+    // At most a fifth above the even share, from up to twice as much.
+    if (pieces == 1 || rounds > 1.2 * static_cast<double>(jobs) / 132) return false;
+  }
+  return true;
 }
 
 bool tiles_are_classed(int32_t keys, int32_t dense_keys) {
@@ -179,7 +202,8 @@ int main() {
   for (int trial = 0; trial < 2000; ++trial) {
     const int32_t kv_heads = 1 + random() % 9;
     const JobList list = {static_cast<int32_t>(1 + random() % 40), kv_heads,
-                          static_cast<int32_t>(1 + random() % kv_heads)};
+                          static_cast<int32_t>(1 + random() % kv_heads),
+                          static_cast<int32_t>(1 + random() % 5)};
     if (!jobs_are_dealt_once(list, 1 + random() % 140)) return complain("jobs missed or repeated");
     if (!longest_come_first(list)) return complain("a longer job after a shorter one");
     const int32_t keys = random() % 1000, dense_keys = random() % (keys + 1);
@@ -193,6 +217,7 @@ int main() {
   if (!turns_go_round<1>() || !turns_go_round<2>() || !turns_go_round<4>()) {
     return complain("a buffer out of turn");
   }
+  if (!pieces_save_rounds()) return complain("a strange number of pieces");
   if (!descriptors_find_what_tma_stored()) return complain("a descriptor leads elsewhere");
   // On the 132 multiprocessors of an H100: what is lost at the end.
   struct {

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# As CMake names it. With -arch=sm_90a some compilers also compile for a plain sm_90, without wgmma.
+ARCH = ["-gencode", "arch=compute_90a,code=sm_90a"]
 
 
 def test_schedule_and_descriptors(tmp_path):
@@ -33,7 +35,7 @@ def assembled(tmp_path_factory):
         pytest.skip("no nvcc")
     source = ROOT / "csrc" / "cuda" / "sm90" / "attention.cu"
     cubin = tmp_path_factory.mktemp("sm90") / "attention.cubin"
-    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90a", "-Xptxas=-v", "-I", ROOT / "csrc"]
+    command = [nvcc, "-std=c++17", "-O3", *ARCH, "-Xptxas=-v", "-I", ROOT / "csrc"]
     done = subprocess.run([*command, "-cubin", source, "-o", cubin], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return cubin, done.stdout + done.stderr
@@ -67,3 +69,21 @@ def test_softmax_comes_before_the_wait_for_the_values(assembled):
     ).stdout
     loops = re.findall(r"DEPBAR\.LE gsb0, 0x1 ;(.*?)DEPBAR\.LE gsb0, 0x0 ;", code, re.DOTALL)
     assert [loop.count("MUFU.EX2") >= 64 for loop in loops] == [True] * 6
+
+
+WAITS = """
+#include "cuda/sm90/ptx.h"
+__global__ void wait() { cptool::cuda::ptx::mbarrier_wait(0, 0); }
+"""
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_build_with_the_watchdog_traps_where_a_barrier_is_lost(tmp_path, watched):
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    (tmp_path / "wait.cu").write_text(WAITS)
+    macro = ["-DCPTOOL_WATCHDOG"] if watched else []
+    command = [nvcc, "-std=c++17", "-arch=compute_90a", *macro, "-I", ROOT / "csrc", "-ptx"]
+    subprocess.run([*command, "wait.cu"], check=True, cwd=tmp_path)
+    assert ("trap;" in (tmp_path / "wait.ptx").read_text()) == watched

@@ -1,13 +1,14 @@
 """The kernel for compute capability 9.0 against float64 on the CPU: its pipelines, its layouts and
 its schedule, as tests/cuda_emulation carries out TMA and wgmma."""
 
+import ctypes
 import re
 from dataclasses import replace
 
 import cuda_emulator
 import pytest
 import torch
-from cuda_emulator import EMULATION, ROOT, Emulator, build
+from cuda_emulator import EMULATION, ROOT, Emulator, _arguments, build
 from reference import check, make_case, tolerance
 
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="no C++ compiler")
@@ -21,10 +22,18 @@ class Sm90(Emulator):
     def device(self, multiprocessors=4, l2_bytes=1 << 20):
         self._library.emulated_device(multiprocessors, l2_bytes)
 
+    def pieces(self, *arguments, sm_margin=0) -> int:
+        """In how many pieces the keys of such a call of `attention` are computed."""
+        q = arguments[0]
+        call = _arguments(*arguments, torch.empty(q.shape), torch.empty(q.shape[:2]), False)
+        call.sm_margin = sm_margin
+        return self._library.emulated_pieces(ctypes.byref(call))
+
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    sources = [ROOT / "csrc" / "cuda" / "sm90" / "attention.cu", EMULATION / "sm90_driver.cpp"]
+    cuda = ROOT / "csrc" / "cuda"
+    sources = [cuda / "sm90" / "attention.cu", cuda / "merge.cu", EMULATION / "sm90_driver.cpp"]
     return Sm90(build(tmp_path_factory.mktemp("sm90"), sources, "sm90"))
 
 
@@ -129,6 +138,68 @@ def test_more_jobs_than_are_placed(cuda):
     check(case, cuda.attention(*case.arguments), tolerance(case, torch.bfloat16))
 
 
+PIECES = [
+    ([*range(2000, 2031)], range(2031)),
+    ([*range(5), *range(1000, 1010)], [*range(0, 900, 2), *range(980, 1010)]),
+    ([], range(5)),
+    (range(3), []),
+]
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, heads",
+    [(torch.bfloat16, 128, (2, 1)), (torch.float16, 64, (6, 2)), (torch.bfloat16, 96, (3, 1))],
+    ids=str,
+)
+def test_pieces_of_keys(cuda, dtype, head_dim, heads):
+    """Fewer jobs than multiprocessors: their keys are divided, some pieces are empty or hidden from
+    the first rows, and a running result is merged in.
+    """
+    cuda.device(multiprocessors=40)
+    case = make_case(PIECES, heads=heads, head_dim=head_dim, dtype=dtype, slack=1200)
+    assert cuda.pieces(*case.arguments) > 2
+    result = cuda.attention(*case.arguments)
+    check(case, result, tolerance(case, dtype, merged=True))
+    again = cuda.attention(*case.arguments, seed=7)
+    assert all(torch.equal(a, b) for a, b in zip(result, again, strict=True))
+    keep = torch.arange(len(case.k_pos)) % 3 == 0
+    first, second = (case.only_keys(kept) for kept in (keep, ~keep))
+    running = cuda.attention(*first.arguments)
+    cuda.attention(*second.arguments, into=running)
+    check(case, running, tolerance(case, dtype, merged=True))
+    own = cuda.attention(*case.arguments, out_dtype=dtype)
+    check(case, own, tolerance(case, dtype, dtype, merged=True))
+
+
+def test_multiprocessors_that_are_left_to_transfers(cuda):
+    """Fewer blocks, none with a job of its own: the bits are those of any other order."""
+    case = batch(torch.bfloat16, 128, (3, 1))
+    expected = cuda.attention(*case.arguments)
+    cuda.counters()
+    for margin, blocks in ((1, 3), (3, 1), (9, 1)):
+        again = cuda.attention(*case.arguments, sm_margin=margin)
+        assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+        assert cuda.counters().blocks == blocks
+
+
+def test_rows_that_no_token_fills_do_not_rescale(cuda):
+    """Three heads fill 126 of 128 rows. All scores are 0, so nothing but the empty rows, which see
+    a first key in their second tile, may need a change of scale, once.
+    """
+    sequences = [(range(560, 602), range(602))]
+    case = make_case(sequences, heads=(3, 1), head_dim=128, dtype=torch.bfloat16)
+    case = replace(case, q=torch.zeros_like(case.q))
+    cuda.counters()
+    check(case, cuda.attention(*case.arguments), tolerance(case, torch.bfloat16))
+    assert cuda.counters().votes_won <= 32
+
+
+def test_one_token_of_many_small_heads(cuda):
+    """The stride of one token means nothing, but a tensor map has rules for it."""
+    case = make_case([([5], range(9))], heads=(20, 20), head_dim=8, dtype=torch.bfloat16)
+    check(case, cuda.attention(*case.arguments), tolerance(case, torch.bfloat16))
+
+
 @pytest.mark.parametrize("spread", [30.0, 1000.0])
 def test_large_scores(cuda, spread):
     """Weights that underflow, maxima that jump from tile to tile."""
@@ -171,6 +242,9 @@ def test_offsets_without_sense_stay_within_the_tensors(cuda):
 def test_what_the_kernel_leaves_to_others(cuda):
     case = batch(torch.bfloat16, 64, (2, 1))
     slab = torch.zeros(len(case.k_pos), 2, 1, 72, dtype=torch.bfloat16)
+    by_head = make_case([(range(2), range(2))], heads=(20, 20), head_dim=8, dtype=torch.bfloat16)
+    # More heads than a token's stride has bytes.
+    by_head = replace(by_head, q=by_head.q.transpose(0, 1).contiguous().transpose(0, 1))
     refused = [
         replace(case, q=case.q.float(), k=case.k.float(), v=case.v.float()),
         replace(case, scale=-1.0),
@@ -179,6 +253,7 @@ def test_what_the_kernel_leaves_to_others(cuda):
         replace(case, k=case.k.expand(-1, 2, -1).as_strided((len(case.k), 2, 64), (64, 0, 1))),
         make_case([(range(2), range(2))], heads=(129, 1), dtype=torch.bfloat16),
         make_case([(range(2), range(2))], head_dim=136, dtype=torch.bfloat16),
+        by_head,
     ]
     for other in refused:
         with pytest.raises(RuntimeError, match="does not take this call"):

@@ -141,7 +141,11 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   emulation::warp_collective(mask, emulation::Ballot::run, &mine, "__ballot_sync");
   return mine.got;
 }
-inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline bool __any_sync(unsigned mask, bool vote) {
+  const bool any = __ballot_sync(mask, vote) != 0;
+  emulation::counters.votes_won += any;
+  return any;
+}
 inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, !vote) == 0; }
 
 // One CPU thread runs everything, so every operation is atomic and visible to all threads.

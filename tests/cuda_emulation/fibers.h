@@ -99,6 +99,7 @@ struct Options {
 struct Counters {
   uint64_t blocks, switches, collectives;
   uint64_t bank_conflicts;  // of ldmatrix and the like: accesses beyond the one that is needed
+  uint64_t votes_won;       // threads to which __any_sync returned true
 };
 
 extern Options options;

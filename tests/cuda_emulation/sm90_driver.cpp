@@ -3,9 +3,11 @@
 #include <cstring>
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "attention.h"
 #include "cuda/dispatch.h"
+#include "cuda/merge.h"
 #include "cuda_runtime.h"
 
 namespace cptool::cuda {
@@ -32,13 +34,26 @@ bool emulated_handles(const cptool::AttentionArgs* args) {
   return cptool::cuda::sm90_handles(*args);
 }
 
+// What the launches since the last call did.
+void emulated_counters(emulation::Counters* counters) {
+  *counters = emulation::counters;
+  emulation::counters = {};
+}
+
+// Returns how many pieces of keys the call would be computed in.
+int emulated_pieces(const cptool::AttentionArgs* args) {
+  const int64_t bytes = cptool::cuda::sm90_workspace(*args, cptool::cuda::current_device()) - 16;
+  return bytes == 0 ? 1 : static_cast<int>(bytes / cptool::cuda::pieces_bytes(*args, 1));
+}
+
 const char* emulated_attention(const cptool::AttentionArgs* args, uint64_t seed) {
   static std::string message;
-  alignas(16) int32_t workspace[4] = {-7, -7, -7, -7};
+  const int64_t bytes = cptool::cuda::sm90_workspace(*args, cptool::cuda::current_device());
+  std::vector<float4> workspace(bytes / 16 + 1, float4{NAN, NAN, NAN, NAN});
   emulation::options.seed = seed;
   if (!cptool::cuda::sm90_handles(*args)) return "the kernel does not take this call";
   try {
-    if (args->q_tokens > 0) cptool::cuda::attention_partial_sm90(*args, workspace, nullptr);
+    if (args->q_tokens > 0) cptool::cuda::attention_partial_sm90(*args, workspace.data(), nullptr);
     return nullptr;
   } catch (const std::exception& error) {
     message = error.what();

@@ -48,8 +48,8 @@ void multiply(const TensorMap& a, const TensorMap& b, float* product, Mistake mi
     } else {
       ptx::mbarrier_arrive_expect(kBarrier, 8192 + 16 * 128);
     }
-    ptx::load_box(kA, a, 0, 0, 0, kBarrier);
-    ptx::load_box(kB, b, 0, 0, 0, kBarrier);
+    ptx::load_box(kA, a, 0, 0, 0, kBarrier, ptx::evict_last());
+    ptx::load_box(kB, b, 0, 0, 0, kBarrier, ptx::evict_last());
   }
   if (thread >= 128) return;
   if (mistake != kNoWaitForTheLoad) ptx::mbarrier_wait(kBarrier, 0);
@@ -69,7 +69,8 @@ void multiply(const TensorMap& a, const TensorMap& b, float* product, Mistake mi
   float (&out)[32] = *reinterpret_cast<float (*)[32]>(d);
   if (mistake != kNoRegisterFence) ptx::wgmma_fence();
   ptx::wgmma_registers<__nv_bfloat16>(out, fragments, from);
-  if (mistake == kLoadWhileInFlight && thread == 0) ptx::load_box(kB, b, 0, 0, 0, kBarrier);
+  if (mistake == kLoadWhileInFlight && thread == 0)
+    ptx::load_box(kB, b, 0, 0, 0, kBarrier, ptx::evict_last());
   if (mistake != kNoCommit) ptx::wgmma_commit();
   if (mistake == kNoWaitForTheProduct) {
     ptx::wgmma_wait<1>();

@@ -46,6 +46,7 @@ class _AttentionArgs(ctypes.Structure):
         ("accumulate", ctypes.c_bool),
         ("window", ctypes.c_int64),
         ("cap", ctypes.c_float),
+        ("sm_margin", ctypes.c_int32),
     ]
 
 
@@ -93,7 +94,8 @@ class Counters(ctypes.Structure):
     """What launches did: emulation::Counters in fibers.h."""
 
     _fields_ = [
-        (name, ctypes.c_uint64) for name in ("blocks", "switches", "collectives", "bank_conflicts")
+        (name, ctypes.c_uint64)
+        for name in ("blocks", "switches", "collectives", "bank_conflicts", "votes_won")
     ]
 
 
@@ -129,6 +131,7 @@ class Emulator:
         workspace: bool = True,
         window: int | None = None,
         cap: float | None = None,
+        sm_margin: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """`kernel`: the fastest that may take the call, None for any. `readable`: the rows of
         memory, each a contiguous tensor, that asynchronous copies may touch; none: all.
@@ -140,6 +143,7 @@ class Emulator:
         )
         arguments = _arguments(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, into is not None)
         arguments.window, arguments.cap = window or 0, cap or 0.0
+        arguments.sm_margin = sm_margin
         assert self._library.emulated_force(kernel and kernel.encode()), kernel
         ends = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in readable]
         ranges = (ctypes.c_void_p * (2 * len(ends)))(*[end for pair in ends for end in pair])

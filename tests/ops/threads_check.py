@@ -66,6 +66,7 @@ def attention(queries: int, keys: int, heads: int, kv_heads: int, dtype: int, th
             accumulate,
             0,
             0.0,
+            0,
             threads,
         )
     merged, total = np.empty_like(out), np.empty_like(lse)

@@ -1,7 +1,6 @@
 // The kernel for compute capability 8.0 as dispatch.h declares it.
 #include <cfloat>
 #include <stdexcept>
-#include <vector>
 
 #include "cuda/dispatch.h"
 #include "cuda/merge.h"
@@ -16,8 +15,6 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 bool rows_aligned(const void* pointer, int64_t token_stride, int64_t head_stride) {
   return is_aligned(pointer) && token_stride % 8 == 0 && head_stride % 8 == 0;
 }
-
-int64_t result_rows(const AttentionArgs& args) { return args.q_tokens * args.q_heads; }
 
 }  // namespace
 
@@ -37,7 +34,7 @@ bool few_queries(const AttentionArgs& args, const Device& device) {
 
 int64_t sm80_workspace(const AttentionArgs& args, const Device& device) {
   const int pieces = sm80::plan(args, device).pieces;
-  return pieces == 1 ? 0 : 4 * pieces * result_rows(args) * (args.head_dim + 1);
+  return pieces == 1 ? 0 : pieces_bytes(args, pieces);
 }
 
 void attention_partial_sm80(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
@@ -49,26 +46,7 @@ void attention_partial_sm80(const AttentionArgs& args, void* workspace, cudaStre
   float* partials = plan.pieces == 1 ? nullptr : static_cast<float*>(workspace);
   const auto attention = plan.few_rows ? sm80::attention_few_rows : sm80::attention_many_rows;
   attention(args, plan.pieces, partials, stream);
-  if (partials == nullptr) return;
-
-  std::vector<const void*> outs;
-  std::vector<const float*> lses;
-  for (int64_t piece = 0; piece < plan.pieces; ++piece) {
-    outs.push_back(partials + piece * result_rows(args) * args.head_dim);
-    lses.push_back(partials + plan.pieces * result_rows(args) * args.head_dim +
-                   piece * result_rows(args));
-  }
-  MergeArgs pieces;
-  pieces.outs = outs.data();
-  pieces.lses = lses.data();
-  pieces.partials = plan.pieces;
-  pieces.rows = result_rows(args);
-  pieces.head_dim = args.head_dim;
-  pieces.dtype = ScalarType::kFloat32;
-  pieces.out_dtype = args.out_dtype;
-  pieces.out = args.out;
-  pieces.lse = args.lse;
-  merge(pieces, args.accumulate, stream);
+  if (partials != nullptr) merge_pieces(args, partials, plan.pieces, stream);
 }
 
 }  // namespace cptool::cuda

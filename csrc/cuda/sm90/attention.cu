@@ -26,8 +26,10 @@
 #include "cuda/device.h"
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
+#include "cuda/merge.h"
 #include "cuda/query_blocks.h"
 #include "cuda/sm90/consumer.h"
+#include "cuda/sm90/pieces.h"
 #include "cuda/sm90/producer.h"
 #include "cuda/sm90/ptx.h"
 #include "cuda/sm90/shared.h"
@@ -43,6 +45,7 @@ __global__ void __launch_bounds__(Sizes<kHeadDim>::kThreads, 1)
   using Plan = Sizes<kHeadDim>;
   Shared<kHeadDim>& shared = *reinterpret_cast<Shared<kHeadDim>*>(dynamic_shared());
   if (threadIdx.x == 0) init_barriers(shared);
+  clear_unfilled_rows(launch, shared);
   __syncthreads();
   // This shows the compiler that the value is uniform in the warp, so that it keeps descriptors in
   // uniform registers, where wgmma reads them.
@@ -75,9 +78,28 @@ TensorMap map_of(const AttentionArgs& args, const void* tensor, int64_t tokens,
   const int64_t row_bytes = args.head_dim * 2;
   // Without tokens nothing is loaded, but an empty map is not valid.
   if (tokens == 0) return map_of(args, args.q, 1, 0, 1, 0, box_heads, box_tokens);
-  return tensor_map(args.dtype, tensor, tokens, tokens == 1 ? row_bytes : 2 * token_stride, heads,
-                    heads == 1 ? row_bytes : 2 * head_stride, args.head_dim, kPanelColumns,
+  const int64_t head_bytes = heads == 1 ? row_bytes : 2 * head_stride;
+  return tensor_map(args.dtype, tensor, tokens, tokens == 1 ? heads * head_bytes : 2 * token_stride,
+                    heads, head_bytes, args.head_dim, kPanelColumns,
                     static_cast<uint32_t>(box_heads), static_cast<uint32_t>(box_tokens));
+}
+
+// Those that the call may fill.
+int32_t free_multiprocessors(const AttentionArgs& args, const Device& device) {
+  const int32_t left = device.multiprocessors - args.sm_margin;
+  return left > 0 ? left : 1;
+}
+
+// In how many pieces the keys of each job are computed. Assumes sequences of equal length.
+template <int kHeadDim>
+int key_pieces(const AttentionArgs& args, int32_t multiprocessors) {
+  const int64_t group = args.q_heads / args.kv_heads;
+  const int64_t tokens = ceil_divide(args.q_tokens, args.batch);
+  const int64_t block_tokens = Sizes<kHeadDim>::kRows / group;
+  return pieces_of(
+      {ceil_divide(tokens, block_tokens) * args.batch * args.kv_heads, args.k_tokens / args.batch,
+       tokens, args.q_tokens * args.q_heads * args.head_dim},
+      multiprocessors);
 }
 
 template <class T, int kHeadDim>
@@ -89,15 +111,25 @@ void launch_kernel(const AttentionArgs& args, void* workspace, cudaStream_t stre
   launch.group = static_cast<int32_t>(args.q_heads / args.kv_heads);
   launch.block_tokens = Plan::kRows / launch.group;
   launch.scale_log2 = static_cast<float>(static_cast<double>(args.scale) * 1.4426950408889634);
-  const int32_t multiprocessors = current_device().multiprocessors;
+  const int32_t multiprocessors = free_multiprocessors(args, current_device());
   // K and V of an average sequence: only the device knows the length of each.
   const int64_t head_bytes = args.k_tokens / args.batch * args.head_dim * 2 * 2;
   const int32_t kv_heads = static_cast<int32_t>(args.kv_heads);
+  const int pieces = key_pieces<kHeadDim>(args, multiprocessors);
   launch.jobs = {static_cast<int32_t>(query_block_count(args, launch.block_tokens * launch.group)),
-                 kv_heads, heads_together(l2_bytes(), head_bytes, kv_heads, multiprocessors)};
+                 kv_heads, heads_together(l2_bytes(), head_bytes, kv_heads, multiprocessors),
+                 pieces};
+  launch.target = {args.out, args.lse, args.out_dtype, args.accumulate};
+  float* const partials = pieces == 1 ? nullptr : static_cast<float*>(workspace) + 4;
+  if (partials != nullptr) {
+    const int64_t rows = args.q_tokens * args.q_heads;
+    launch.target = {partials, partials + pieces * rows * args.head_dim, ScalarType::kFloat32,
+                     false};
+  }
   const int32_t jobs = launch.jobs.count();
   const int32_t blocks = jobs < multiprocessors ? jobs : multiprocessors;
-  if (jobs > kPlacedJobs * blocks) {
+  launch.placed = args.sm_margin > 0 ? 0 : kPlacedJobs;
+  if (jobs > launch.placed * blocks) {
     launch.taken = static_cast<int32_t*>(workspace);
     check(cudaMemsetAsync(workspace, 0, sizeof(int32_t), stream), "attention_partial");
   }
@@ -110,6 +142,7 @@ void launch_kernel(const AttentionArgs& args, void* workspace, cudaStream_t stre
   cuda::launch("attention_partial", attention_kernel<T, kHeadDim>,
                dim3(static_cast<unsigned>(blocks)), dim3(Plan::kThreads), sizeof(Shared<kHeadDim>),
                stream, launch);
+  if (partials != nullptr) merge_pieces(args, partials, pieces, stream);
 }
 
 template <class T>
@@ -147,13 +180,21 @@ bool sm90_handles(const AttentionArgs& args) {
   }
   return aligned(args.q) && aligned(args.out) &&
          (args.k_tokens == 0 || (aligned(args.k) && aligned(args.v))) &&
+         // In a tensor map, the stride of tokens is at least as many bytes as there are heads.
+         (args.q_tokens <= 1 || 2 * args.q_token_stride >= args.q_heads) &&
          aligned(args.q_tokens, args.q_token_stride) && aligned(args.q_heads, args.q_head_stride) &&
          aligned(args.k_tokens, args.k_token_stride) &&
          aligned(args.kv_heads, args.k_head_stride) &&
          aligned(args.k_tokens, args.v_token_stride) && aligned(args.kv_heads, args.v_head_stride);
 }
 
-int64_t sm90_workspace(const AttentionArgs&, const Device&) { return 16; }
+int64_t sm90_workspace(const AttentionArgs& args, const Device& device) {
+  const int32_t multiprocessors = sm90::free_multiprocessors(args, device);
+  const int pieces = args.head_dim <= 64   ? sm90::key_pieces<64>(args, multiprocessors)
+                     : args.head_dim <= 96 ? sm90::key_pieces<96>(args, multiprocessors)
+                                           : sm90::key_pieces<128>(args, multiprocessors);
+  return 16 + (pieces == 1 ? 0 : pieces_bytes(args, pieces));
+}
 
 void attention_partial_sm90(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
   if (args.dtype == ScalarType::kBFloat16) {

@@ -99,8 +99,8 @@ struct Consumer {
     release(shared.v_empty[turn.previous().stage()]);
   }
 
-  // Computes all tiles of a job. `limits`: of the job's rows, in shared memory.
-  __device__ __forceinline__ void attend(const Job& job, const int32_t* limits, float scale_log2,
+  // Computes all tiles of a job.
+  __device__ __forceinline__ void attend(const Job& job, Turn<kJobs> job_turn, float scale_log2,
                                          RowPair& rows, Out& out) {
     Scores scores;    // of a tile, then its weights
     Weights weights;  // of the previous tile
@@ -108,6 +108,8 @@ struct Consumer {
     const int32_t dense_keys = job.dense_keys;
     const auto mask_tile = [&](int32_t tile) {
       if (!tile_is_masked(tile, dense_keys)) return;
+      ptx::mbarrier_wait(address(shared.limits_full[job_turn.stage()]), job_turn.parity());
+      const int32_t* const limits = shared.limits[job_turn.stage()];
       const int32_t seen[2] = {limits[first_row] - tile * kKeys,
                                limits[first_row + 8] - tile * kKeys};
       mask(scores, seen, lane);
@@ -159,14 +161,15 @@ struct Consumer {
       RowPair rows;
       Out out = {};
       if (job.keys > 0) {
-        attend(job, shared.limits[job_turn.stage()], launch.scale_log2, rows, out);
+        attend(job, job_turn, launch.scale_log2, rows, out);
       }
       int64_t at[2];
       bool held[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int32_t row = first_row + 8 * i;
-        const int64_t token = job.q_token + row / launch.group;
+        // From the first row of the piece's partial on.
+        const int64_t token = job.piece * launch.args.q_tokens + job.q_token + row / launch.group;
         at[i] = token * launch.args.q_heads + job.kv_head * launch.group + row % launch.group;
         held[i] = row < job.rows;
       }
@@ -174,7 +177,8 @@ struct Consumer {
       release(shared.job_empty[job_turn.stage()]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        finish_row<T>(launch.args, rows.state(i), out, i, at[i], held[i], lane);
+        finish_row<T>(launch.target, static_cast<int>(launch.args.head_dim), rows.state(i), out, i,
+                      at[i], held[i], lane);
       }
     }
     if (warpgroup == 0) take_token();  // from the last warpgroup, so that no arrival is left over

@@ -11,6 +11,7 @@
 #include "cuda/sm90/ptx.h"
 #include "cuda/sm90/schedule.h"
 #include "cuda/sm90/shared.h"
+#include "cuda/splits.h"
 
 namespace cptool::cuda::sm90 {
 namespace {
@@ -19,62 +20,100 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Takes the next unassigned job and returns its index in the list. Called by a whole warp.
 __device__ inline int32_t take_job(const Launch& launch, int lane) {
-  const int32_t placed = kPlacedJobs * static_cast<int32_t>(gridDim.x);
+  const int32_t placed = launch.placed * static_cast<int32_t>(gridDim.x);
   if (placed >= launch.jobs.count()) return placed;  // all jobs are placed: there is no counter
   int32_t taken = 0;
   if (lane == 0) taken = atomicAdd(launch.taken, 1);
   return placed + __shfl_sync(kAllLanes, taken, 0);
 }
 
-// Finds the thread block's jobs and computes which keys the rows of each see, from the positions
-// and offsets in device memory.
+// Returns how many of `keys` ascending positions are at or before `position`; `first`: k_pos[0].
+// Called by a whole warp.
+__device__ inline int32_t find_visible(const int32_t* k_pos, int32_t keys, int32_t first,
+                                       int32_t position) {
+  if (keys == 0) return 0;
+  const int32_t guess = visible_if_consecutive(first, keys, position);
+  if (is_visible_count(k_pos, keys, position, guess)) return guess;
+  return static_cast<int32_t>(visible_keys_by_warp(k_pos, keys, position));
+}
+
+// Computes which keys of its piece each row of a job sees. Called by a whole warp.
+template <int kHeadDim>
+__device__ void find_row_limits(const Launch& launch, const Job& job, int32_t* limits, int lane) {
+  const AttentionArgs& args = launch.args;
+  const int32_t* k_pos = args.k_pos + job.first_key;
+  const int32_t first = job.keys > 0 ? k_pos[0] : 0;
+#pragma unroll 1  // to save registers
+  for (int32_t row = lane; row < Sizes<kHeadDim>::kRows; row += kWarp) {
+    int32_t limit = 0;
+    if (row < job.rows && job.keys > 0) {
+      const int32_t position = args.q_pos[job.q_token + row / launch.group];
+      limit = visible_if_consecutive(first, job.keys, position);
+      if (!is_visible_count(k_pos, job.keys, position, limit)) {
+        limit = job.dense_keys +
+                visible_keys<int32_t>(k_pos + job.dense_keys, job.keys - job.dense_keys, position);
+      }
+    }
+    limits[row] = limit;
+  }
+}
+
+// Makes a job of an entry of the list. Its rows are 0 or less if the entry is of no sequence.
+__device__ inline Job make_job(const Launch& launch, const JobList::Entry& entry) {
+  const AttentionArgs& args = launch.args;
+  const QueryBlock block =
+      query_block<int32_t>(args, launch.block_tokens * launch.group, entry.block);
+  Job job = {static_cast<int32_t>(block.rows), entry.kv_head, entry.piece, 0, 0, 0, 0};
+  if (job.rows <= 0) return job;
+  job.q_token = static_cast<int32_t>(block.first_token + block.first_row / launch.group);
+  job.first_key = static_cast<int32_t>(offset_at(args.cu_k, block.sequence, args.k_tokens));
+  const int32_t end = static_cast<int32_t>(offset_at(args.cu_k, block.sequence + 1, args.k_tokens));
+  // Rows ascend in position, so the last row sees the most keys and the first one the fewest.
+  const int32_t last = args.q_pos[job.q_token + (job.rows - 1) / launch.group];
+  const int32_t* k_pos = args.k_pos + job.first_key;
+  const int32_t held = end > job.first_key ? end - job.first_key : 0;
+  const int32_t first = held > 0 ? k_pos[0] : 0;
+  job.keys = find_visible(k_pos, held, first, last);
+  job.dense_keys = find_visible(k_pos, job.keys, first, args.q_pos[job.q_token]);
+  if (launch.jobs.pieces > 1) {
+    const KeyRange range = key_range(job.keys, kKeys, launch.jobs.pieces, entry.piece);
+    const int32_t begin = static_cast<int32_t>(range.begin);
+    job.first_key += begin;
+    job.keys = static_cast<int32_t>(range.end) - begin;
+    job.dense_keys = job.dense_keys < begin              ? 0
+                     : job.dense_keys - begin < job.keys ? job.dense_keys - begin
+                                                         : job.keys;
+  }
+  return job;
+}
+
+// Finds the thread block's jobs and which keys the rows of each see, from the positions and offsets
+// in device memory. Other warps may begin a job before the limits of its rows are known.
 template <int kHeadDim>
 __device__ void schedule(const Launch& launch, Shared<kHeadDim>& shared, int lane) {
-  const AttentionArgs& args = launch.args;
+  const auto address = [](const uint64_t& barrier) { return ptx::shared_address(&barrier); };
   Turn<kJobs> turn;
   for (int32_t n = 0;; ++n) {
     // A job is taken only when the one before the last is done, because another thread block may be
     // free sooner.
-    ptx::mbarrier_wait(ptx::shared_address(&shared.job_empty[turn.stage()]), turn.parity() ^ 1);
-    const int32_t place = n < kPlacedJobs ? job_place(static_cast<int32_t>(blockIdx.x),
-                                                      static_cast<int32_t>(gridDim.x), n)
-                                          : take_job(launch, lane);
+    ptx::mbarrier_wait(address(shared.job_empty[turn.stage()]), turn.parity() ^ 1);
+    const int32_t place = n < launch.placed ? job_place(static_cast<int32_t>(blockIdx.x),
+                                                        static_cast<int32_t>(gridDim.x), n)
+                                            : take_job(launch, lane);
     const bool none = place >= launch.jobs.count();
-    Job job = {-1, 0, 0, 0, 0, 0};
+    Job job = {-1, 0, 0, 0, 0, 0, 0};
     if (!none) {
-      const JobList::Entry entry = launch.jobs.at(place);
-      const QueryBlock block =
-          query_block<int32_t>(args, launch.block_tokens * launch.group, entry.block);
-      if (block.rows <= 0) continue;
-      job.rows = static_cast<int32_t>(block.rows);
-      job.kv_head = entry.kv_head;
-      job.q_token = static_cast<int32_t>(block.first_token + block.first_row / launch.group);
-      job.first_key = static_cast<int32_t>(offset_at(args.cu_k, block.sequence, args.k_tokens));
-      const int32_t end =
-          static_cast<int32_t>(offset_at(args.cu_k, block.sequence + 1, args.k_tokens));
-      // Rows ascend in position, so the last row sees the most keys and the first one the fewest.
-      const int32_t last = job.q_token + (job.rows - 1) / launch.group;
-      const int32_t* k_pos = args.k_pos + job.first_key;
-      job.keys =
-          static_cast<int32_t>(visible_keys_by_warp(k_pos, end - job.first_key, args.q_pos[last]));
-      job.dense_keys =
-          static_cast<int32_t>(visible_keys_by_warp(k_pos, job.keys, args.q_pos[job.q_token]));
+      job = make_job(launch, launch.jobs.at(place));
+      if (job.rows <= 0) continue;
     }
-    const int32_t* between = args.k_pos + job.first_key + job.dense_keys;
-#pragma unroll 1  // to save registers
-    for (int32_t row = lane; row < Sizes<kHeadDim>::kRows; row += kWarp) {
-      int32_t limit = 0;
-      if (row < job.rows) {
-        const int32_t position = args.q_pos[job.q_token + row / launch.group];
-        limit = job.dense_keys +
-                static_cast<int32_t>(visible_keys(between, job.keys - job.dense_keys, position));
-      }
-      shared.limits[turn.stage()][row] = limit;
+    if (lane == 0) {
+      shared.jobs[turn.stage()] = job;
+      ptx::mbarrier_arrive(address(shared.job_full[turn.stage()]));
     }
-    if (lane == 0) shared.jobs[turn.stage()] = job;
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.job_full[turn.stage()]));
     if (none) return;
+    find_row_limits<kHeadDim>(launch, job, shared.limits[turn.stage()], lane);
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(address(shared.limits_full[turn.stage()]));
     turn.next();
   }
 }
@@ -88,6 +127,8 @@ __device__ void load(const Launch& launch, Shared<kHeadDim>& shared) {
   ptx::prefetch(launch.q);
   ptx::prefetch(launch.k);
   ptx::prefetch(launch.v);
+  // A block's queries are read once, its keys and values by every block of their head.
+  const uint64_t once = ptx::evict_first(), often = ptx::evict_last();
   Turn<kJobs> job_turn;
   Turn<1> q_turn;
   Turn<Plan::kStages> k_turn, v_turn;
@@ -104,7 +145,7 @@ __device__ void load(const Launch& launch, Shared<kHeadDim>& shared) {
         ptx::mbarrier_arrive_expect(full, Plan::kPanels * Plan::kPanelBytes);
         for (int p = 0; p < Plan::kPanels; ++p) {
           ptx::load_box(address(shared.k[k_turn.stage()][p]), launch.k, p * kPanelColumns,
-                        job.kv_head, token, full);
+                        job.kv_head, token, full, often);
         }
         k_turn.next();
       }
@@ -115,7 +156,7 @@ __device__ void load(const Launch& launch, Shared<kHeadDim>& shared) {
                                     Plan::kPanels * launch.block_tokens * launch.group * kRowBytes);
         for (int p = 0; p < Plan::kPanels; ++p) {
           ptx::load_box(address(shared.q[p]), launch.q, p * kPanelColumns,
-                        job.kv_head * launch.group, job.q_token, full);
+                        job.kv_head * launch.group, job.q_token, full, once);
         }
         q_turn.next();
       } else {
@@ -127,7 +168,7 @@ __device__ void load(const Launch& launch, Shared<kHeadDim>& shared) {
         ptx::mbarrier_arrive_expect(full, Plan::kPanels * Plan::kPanelBytes);
         for (int p = 0; p < Plan::kPanels; ++p) {
           ptx::load_box(address(shared.v[v_turn.stage()][p]), launch.v, p * kPanelColumns,
-                        job.kv_head, token, full);
+                        job.kv_head, token, full, often);
         }
         v_turn.next();
       }

@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <type_traits>
 
 #include "cuda/ptx.h"
@@ -49,9 +50,13 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
 
 // mbarrier.try_wait.parity (9.7.13.15.16), acquire: waits until the phase of this parity is over.
 // The instruction may return early, hence the loop. The phase before the first counts as over, with
-// parity 1.
+// parity 1. With CPTOOL_WATCHDOG, a wait of about two seconds, which no kernel here has unless
+// an arrival was lost, is an error of the launch instead of a device that hangs.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t over;
+#if defined(CPTOOL_WATCHDOG)
+  const long long began = clock64();
+#endif
   do {
     asm volatile(
         "{\n"
@@ -62,6 +67,13 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
         : "=r"(over)
         : "r"(barrier), "r"(parity)
         : "memory");
+#if defined(CPTOOL_WATCHDOG)
+    if (!over && clock64() - began > (1ll << 32)) {
+      printf("cptool: block %d thread %d waits for the mbarrier at shared address %u, parity %u\n",
+             static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x), barrier, parity);
+      __trap();
+    }
+#endif
   } while (!over);
 }
 
@@ -89,15 +101,27 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+// createpolicy (9.7.9.18): how L2 treats what a load brings: as the first or the last to go.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t evict_last() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // cp.async.bulk.tensor (9.7.9.25.5.2), three dimensions: the box of `map` at column `x`, head `y`
 // and token `z`, elements outside the tensor as zeros, to shared memory at a multiple of 128. Its
 // bytes count towards the barrier's phase.
 __device__ __forceinline__ void load_box(uint32_t to, const TensorMap& map, int32_t x, int32_t y,
-                                         int32_t z, uint32_t barrier) {
+                                         int32_t z, uint32_t barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy)
       : "memory");
 }
 

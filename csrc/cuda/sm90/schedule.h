@@ -1,6 +1,7 @@
 // The jobs of the sm_90a kernel, their order, and the order of their keys. Host and device.
 //
-// A job is a block of packed query rows (query_blocks.h) of one KV head. There are as many thread
+// A job is a block of packed query rows (query_blocks.h) of one KV head and, where jobs would leave
+// multiprocessors idle, one of several pieces of its keys (pieces.h). There are as many thread
 // blocks as multiprocessors, and all take their jobs from one list. Blocks later in a sequence see
 // more keys and therefore come first in the list.
 #pragma once
@@ -16,22 +17,25 @@ namespace {
 constexpr int kKeys = 128;  // per tile
 
 // The list: KV heads in groups that L2 serves together, for each group all query blocks from the
-// last to the first, for each of them the heads of the group.
+// last to the first, for each of them the pieces of its keys, for each of these the heads of the
+// group.
 struct JobList {
   int32_t blocks, kv_heads, heads_together;
+  int32_t pieces = 1;
 
-  CPTOOL_HOST_DEVICE constexpr int32_t count() const { return blocks * kv_heads; }
+  CPTOOL_HOST_DEVICE constexpr int32_t count() const { return blocks * kv_heads * pieces; }
 
   struct Entry {
-    int32_t block, kv_head;
+    int32_t block, kv_head, piece;
   };
   CPTOOL_HOST_DEVICE constexpr Entry at(int32_t place) const {
-    const int32_t group_jobs = blocks * heads_together;
+    const int32_t group_jobs = blocks * heads_together * pieces;
     const int32_t first_head = place / group_jobs * heads_together;
     const int32_t heads =
         kv_heads - first_head < heads_together ? kv_heads - first_head : heads_together;
     const int32_t within = place % group_jobs;
-    return {blocks - 1 - within / heads, first_head + within % heads};
+    return {blocks - 1 - within / (heads * pieces), first_head + within % heads,
+            within / heads % pieces};
   }
 };
 
@@ -53,6 +57,9 @@ constexpr int32_t heads_together(int64_t l2_bytes, int64_t head_bytes, int32_t k
 // that counts tiles, the last thread block finishes 0 to 6% after the mean, for single long prompts
 // and for batches. Alternating for all jobs, which would need no counter, leaves 10 to 60% on
 // batches.
+//
+// While transfers take some multiprocessors, blocks start late by an unknown time, and no job is
+// placed: one that is would wait for its block.
 constexpr int32_t kPlacedJobs = 2;
 CPTOOL_HOST_DEVICE constexpr int32_t job_place(int32_t thread_block, int32_t thread_blocks,
                                                int32_t n) {

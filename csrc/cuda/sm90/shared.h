@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "cuda/block_rows.h"
 #include "cuda/sm90/descriptors.h"
 #include "cuda/sm90/ptx.h"
 #include "cuda/sm90/schedule.h"
@@ -44,10 +45,10 @@ struct Sizes {
 // A job, as the scheduler passes it to the other warps.
 struct Job {
   int32_t rows;  // packed rows; negative: there are no more jobs
-  int32_t kv_head;
+  int32_t kv_head, piece;
   int32_t q_token;     // the first one, in q
-  int32_t first_key;   // of the sequence, in k
-  int32_t keys;        // of the sequence that the last row, and therefore any row, sees
+  int32_t first_key;   // of the piece, in k
+  int32_t keys;        // of the piece that the last row, and therefore any row, sees
   int32_t dense_keys;  // that the first row, and therefore every row, sees
 };
 
@@ -55,7 +56,9 @@ struct Job {
 struct Launch {
   TensorMap q, k, v;
   AttentionArgs args;
+  Target target;  // the result; of several pieces the partials, as merge_pieces() has them
   JobList jobs;
+  int32_t placed;  // jobs that each thread block begins with
   int32_t* taken;  // counter of jobs beyond the placed ones, 0 at first; null if there are none
   int32_t group;   // query heads of a KV head
   int32_t block_tokens;  // query tokens of a job; times `group`, the packed rows
@@ -71,9 +74,9 @@ struct Shared {
   alignas(kSwizzleBytes) uint8_t k[Plan::kStages][Plan::kPanels][Plan::kPanelBytes];
   alignas(kSwizzleBytes) uint8_t v[Plan::kStages][Plan::kPanels][Plan::kPanelBytes];
   Job jobs[kJobs];
-  int32_t limits[kJobs][Plan::kRows];  // keys of the sequence that each row of the job sees
+  int32_t limits[kJobs][Plan::kRows];  // keys of the piece that each row of the job sees
   // mbarriers. "full": a load has arrived; "empty": its last reader is done.
-  uint64_t job_full[kJobs], job_empty[kJobs];
+  uint64_t job_full[kJobs], limits_full[kJobs], job_empty[kJobs];
   uint64_t q_full, q_empty;
   uint64_t k_full[Plan::kStages], k_empty[Plan::kStages];
   uint64_t v_full[Plan::kStages], v_empty[Plan::kStages];
@@ -88,6 +91,7 @@ __device__ void init_barriers(Shared<kHeadDim>& shared) {
   };
   for (int i = 0; i < kJobs; ++i) {
     init(shared.job_full[i], 1);
+    init(shared.limits_full[i], 1);
     init(shared.job_empty[i], kConsumerWarps + 2);  // with the loader and the cleaner
   }
   init(shared.q_full, 1);
@@ -100,6 +104,24 @@ __device__ void init_barriers(Shared<kHeadDim>& shared) {
     init(shared.v_arrived[i], 1);
   }
   ptx::fence_mbarrier_init();
+}
+
+// Clears the rows of Q that no load fills, because block_tokens tokens do not fill a block: their
+// scores are then 0 and their maxima settle like those of other rows. Called by all threads, which
+// must pass a barrier afterwards.
+template <int kHeadDim>
+__device__ void clear_unfilled_rows(const Launch& launch, Shared<kHeadDim>& shared) {
+  using Plan = Sizes<kHeadDim>;
+  constexpr int kChunks = kRowBytes / 16;  // the swizzle moves them only within a row
+  const int filled = launch.block_tokens * launch.group * kChunks;
+  for (int p = 0; p < Plan::kPanels; ++p) {
+    uint4* const panel = reinterpret_cast<uint4*>(shared.q[p]);
+    for (int i = filled + static_cast<int>(threadIdx.x); i < Plan::kRows * kChunks;
+         i += Plan::kThreads) {
+      panel[i] = make_uint4(0, 0, 0, 0);
+    }
+  }
+  ptx::fence_proxy_async();
 }
 
 // Waits for the next job. The caller arrives at job_empty when its warp no longer needs it.

@@ -128,10 +128,9 @@ __device__ __forceinline__ uint4 eight_columns(uint32_t a, uint32_t b, uint32_t 
 // Writes one of a thread's two rows, at row `at` of the result, or merges it into the existing row.
 // Called by a whole warp; each thread writes its part.
 template <class T, int kCount>
-__device__ __forceinline__ void finish_row(const AttentionArgs& args, const SoftmaxState& state,
-                                           float (&out)[kCount], int row, int64_t at, bool held,
-                                           int lane) {
-  const Target target = {args.out, args.lse, args.out_dtype, args.accumulate};
+__device__ __forceinline__ void finish_row(const Target& target, int head_dim,
+                                           const SoftmaxState& state, float (&out)[kCount], int row,
+                                           int64_t at, bool held, int lane) {
   const RowResult result(target, at, held, state);
   __syncwarp();  // every thread of the row has read its lse before one of them writes it
   if (lane % 4 == 0) result.store_lse(target);
@@ -142,11 +141,11 @@ __device__ __forceinline__ void finish_row(const AttentionArgs& args, const Soft
     first = result.add == 0.0f ? 0.0f : first * result.add;
     second = result.add == 0.0f ? 0.0f : second * result.add;
   }
-  const int64_t index = at * args.head_dim;
-  if (args.out_dtype == ScalarType::kFloat32) {
+  const int64_t index = at * head_dim;
+  if (target.dtype == ScalarType::kFloat32) {
     const int first = lane % 2 * 8 + lane % 4 / 2 * 4;  // column of this thread's first four
-    const int columns = result.written ? static_cast<int>(args.head_dim) - first : 0;
-    float* const there = static_cast<float*>(args.out) + index + first;
+    const int columns = result.written ? head_dim - first : 0;
+    float* const there = static_cast<float*>(target.out) + index + first;
 #pragma unroll
     for (int j = 0; j < kCount / 4; j += 2) {
       float4 four = four_columns(&out[4 * j + 2 * row], &out[4 * j + 4 + 2 * row], lane);
@@ -163,8 +162,8 @@ __device__ __forceinline__ void finish_row(const AttentionArgs& args, const Soft
     }
   } else {
     const int first = lane % 4 * 8;
-    const int columns = result.written ? static_cast<int>(args.head_dim) - first : 0;
-    T* const there = static_cast<T*>(args.out) + index + first;
+    const int columns = result.written ? head_dim - first : 0;
+    T* const there = static_cast<T*>(target.out) + index + first;
 #pragma unroll
     for (int j = 0; j < kCount / 4; j += 4) {
       uint32_t packed[4];

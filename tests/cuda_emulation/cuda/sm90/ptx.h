@@ -68,9 +68,13 @@ void registers_grow() {
 
 inline void prefetch(const TensorMap&) {}
 
+inline uint64_t evict_first() { return 0x12f0000000000000; }
+inline uint64_t evict_last() { return 0x14f0000000000000; }
+
 inline void load_box(uint32_t to, const TensorMap& map, int32_t x, int32_t y, int32_t z,
-                     uint32_t barrier) {
+                     uint32_t barrier, uint64_t policy) {
   using namespace emulation;
+  if (policy != evict_first() && policy != evict_last()) fail("TMA: no policy for L2");
   Block* const block = current->block;
   const uint32_t rows = map.box[1] * map.box[2];
   uint8_t* const there = shared_pointer(to, rows * 128, 128);

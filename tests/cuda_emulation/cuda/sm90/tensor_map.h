@@ -35,6 +35,7 @@ inline TensorMap tensor_map(ScalarType dtype, const void* tensor, int64_t tokens
       require(strides[i] > 0 && strides[i] % 16 == 0 && strides[i] < int64_t{1} << 40,
               "globalStrides");
     }
+    if (i < 2) require(strides[i + 1] >= sizes[i], "globalStrides");  // the header's own rule
     require(box[i] > 0 && box[i] <= 256, "boxDim");
     map.sizes[i] = static_cast<uint64_t>(sizes[i]);
     map.strides[i] = static_cast<uint64_t>(strides[i]);
