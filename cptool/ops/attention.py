@@ -75,8 +75,7 @@ def attention_partial(
             and must then hold finite numbers.
         cap: soft cap of the scaled scores s, which become ``cap * tanh(s / cap)``; lse is that of
             the capped ones. None for no cap.
-        sm_margin: on CUDA, multiprocessors to leave to transfers that are under way at the same
-            time, which could not start beside a kernel that fills the device.
+        sm_margin: on CUDA, multiprocessors to leave to transfers under way.
 
     Returns:
         out ``[Tq, Hq, D]`` and lse float32 ``[Tq, Hq]``; the tensors of `into` if given.
@@ -87,11 +86,9 @@ def attention_partial(
         UserError: q, k, v or `into` requires a gradient while gradients are recorded.
 
     On CUDA a call with a window or a cap is computed by the kernel for every call ("simt"), because
-    those that use tensor cores take neither.
-
-    On CUDA the work is queued on the current stream of q's device, and nothing waits for it. On the
-    CPU it is spread over ``torch.get_num_threads()`` threads; the result does not depend on their
-    number.
+    those that use tensor cores take neither. The work is queued on the current stream of q's
+    device, and nothing waits for it. On the CPU it is spread over ``torch.get_num_threads()``
+    threads; the result does not depend on their number.
     """
     if torch.is_grad_enabled():
         given = {"q": q, "k": k, "v": v}
