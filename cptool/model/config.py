@@ -96,3 +96,10 @@ class LlamaConfig:
     def window(self, layer: int) -> int | None:
         """Return how many keys a query of the layer sees, its own among them; None for all."""
         return None if self.windows is None else self.windows[layer]
+
+    def hiding_window(self, layer: int) -> int | None:
+        """Return the window of the layer if it hides any key within the model's context, else None,
+        for then the layer sees all keys.
+        """
+        window = self.window(layer)
+        return None if window is None or window >= self.max_position_embeddings else window

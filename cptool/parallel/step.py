@@ -23,7 +23,7 @@ class Scores:
     @staticmethod
     def of(config: LlamaConfig, layer: int) -> Scores:
         """Return those of a layer of a model."""
-        return Scores(config.scale, config.window(layer), config.score_cap)
+        return Scores(config.scale, config.hiding_window(layer), config.score_cap)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """GGUF checkpoints: written by the gguf package, read by cptool and by transformers."""
 
+import math
 import os
 import struct
 
@@ -193,6 +194,11 @@ def test_other_rotary_scaling(path):
     write(path, **{**scaling, "llama.rope.scaling.type": "yarn"})
     yarn = open_checkpoint(str(path)).config.rope_scaling
     assert (yarn.kind, yarn.factor, yarn.original_context) == ("yarn", 4.0, 128)
+    whole = {"llama.rope.scaling.attn_factor": 0.1 * math.log(4.0) + 1}  # as OLMo 3's files have it
+    write(path, **{**scaling, "llama.rope.scaling.type": "yarn"}, **whole)
+    assert open_checkpoint(str(path)).config.rope_scaling == yarn
+    write(path, **{**scaling, "llama.rope.scaling.type": "linear"}, **whole)
+    assert "attn_factor is 1.1386294, and cptool computes with 1.0" in refusal(path)
     write(path, **{**scaling, "llama.rope.scaling.type": "ntk"})
     assert "rope scaling 'ntk'" in refusal(path)
 

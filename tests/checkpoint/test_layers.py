@@ -11,6 +11,7 @@ from cptool.checkpoint.gguf.config import window_fields
 from cptool.checkpoint.gguf.metadata import Metadata
 from cptool.checkpoint.layers import read_windows
 from cptool.model.architectures.registry import find_family
+from cptool.parallel.step import Scores
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,16 @@ def test_which_layers_have_a_window(case, changes, windows, tmp_path):
     found = open_checkpoint(str(tmp_path)).config
     marks = ["-" if found.window(n) is None else "x" for n in range(len(windows))]
     assert "".join(marks) == windows
+
+
+@pytest.mark.parametrize(("context", "hiding"), [(600, None), (601, 600)])
+def test_a_window_of_the_whole_context_hides_nothing(context, hiding, tmp_path):
+    random_model("mistral", tmp_path)
+    edit_json(tmp_path / "config.json", sliding_window=600, max_position_embeddings=context)
+    found = open_checkpoint(str(tmp_path)).config
+    assert found.window(0) == 600 and Scores.of(found, 0).window == hiding
+    longer = open_checkpoint(str(tmp_path), context_length=2000).config
+    assert Scores.of(longer, 0).window == 600
 
 
 @pytest.mark.parametrize(

@@ -397,7 +397,7 @@ def test_bos_follows_the_metadata():
     ("changes", "message"),
     [
         ({"tokenizer.ggml.model": "rwkv"}, "tokenizer 'rwkv' is not supported"),
-        ({"tokenizer.ggml.pre": "tekken"}, "pre is 'tekken'"),
+        ({"tokenizer.ggml.pre": "bloom"}, "pre is 'bloom'"),
         ({"tokenizer.ggml.token_type": [1]}, "1 token types"),
         ({"tokenizer.ggml.merges": ["no such"]}, "damaged"),
         ({"tokenizer.ggml.merges": ["single"]}, "damaged"),

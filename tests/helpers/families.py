@@ -127,11 +127,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """By name: the `model_type`, and what is not as in `SMALL`."""
 
 NO_GGUF = {
-    *("olmo3", "olmo3-yarn", "olmo3-window", "gemma2-scale", "gemma3-window"),
-    *("mistral-window", "qwen2-window"),
+    *("gemma2-scale", "gemma3-window", "mistral-window", "qwen2-window"),
 }
 """Cases that GGUF files of their family do not have."""
 
+GGUF_NAMES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2"}
 INTERLEAVED = {"llama", "granite", "smollm3"}
 
 
@@ -186,12 +186,16 @@ def write_gguf(model: PreTrainedModel, path: Path, every: int = 0) -> None:
     import gguf
 
     config = model.config
-    kind = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    kind = GGUF_NAMES.get(config.model_type, config.model_type)
     names = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     mapped = gguf.get_tensor_name_map(names[kind], config.num_hidden_layers)
     writer = gguf.GGUFWriter(str(path), kind, split_max_tensors=every, small_first_shard=every > 0)
     add_shape(writer, config)
     _write_rope(writer, config)
+    if config.model_type == "olmo3":
+        kinds = [kind == "sliding_attention" for kind in config.layer_types]
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern(kinds)
     if kind in ("gemma2", "gemma3"):
         writer.add_sliding_window(config.sliding_window)
         writer.add_final_logit_softcapping(config.final_logit_softcapping or 0.0)
@@ -230,11 +234,16 @@ def _write_rope(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     if config.model_type == "gemma3_text":
         writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
         rope = rope["full_attention"]
+    if config.model_type == "olmo3":
+        assert rope["sliding_attention"]["rope_theta"] == rope["full_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     kind = rope["rope_type"]
     writer.add_rope_freq_base(rope["rope_theta"])
     if kind in ("yarn", "linear"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(rope["factor"])
+        if config.model_type == "olmo3":
+            writer.add_rope_scaling_attn_factors(0.1 * math.log(rope["factor"]) + 1)
     if (original := rope.get("original_max_position_embeddings")) is not None:
         writer.add_rope_scaling_orig_ctx_len(original)
     if config.model_type == "phi3":

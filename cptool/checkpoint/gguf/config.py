@@ -45,7 +45,7 @@ def read_config(
             f"{path}: {metadata.key('vocab_size')} is {stated}, and {name} has {vocabulary} "
             f"rows; the two are not of one model"
         )
-    scaling = stated_scaling(metadata, notes)
+    scaling = stated_scaling(metadata, family, notes)
     layers, positions = metadata.integer("block_count"), context(metadata, scaling)
     switches = _switches(metadata, family, layers)
     if family.window_theta is not None:  # scaling is a part of the model
@@ -83,8 +83,10 @@ def _switches(metadata: Metadata, family: Family, layers: int) -> dict[str, Any]
             if value:  # 0 switches off
                 found[entry.field] = value
     if family.window_theta is not None:
-        theta = metadata.number("rope.freq_base_swa", family.window_theta)
-        found["window_rope_theta"] = theta
+        theta = family.window_theta
+        if theta == family.default_theta:
+            theta = metadata.number("rope.freq_base", theta)  # one for all layers
+        found["window_rope_theta"] = metadata.number("rope.freq_base_swa", theta)
     fields = dict(family.defaults)
     if family.is_windowed is not None:
         fields |= window_fields(metadata, family)

@@ -46,7 +46,8 @@ _MODEL_USED = """
     attention.head_count_kv attention.key_length attention.value_length
     attention.layer_norm_rms_epsilon vocab_size rope.dimension_count rope.freq_base
     rope.scaling.type rope.scaling.factor rope.scale_linear rope.scaling.original_context_length
-    rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
+    rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow rope.scaling.attn_factor
+    rope.scaling.yarn_attn_factor
     """.split()
 _MODEL_HARMLESS = """
     tensor_data_layout leading_dense_block_count rope.scaling.finetuned
@@ -69,8 +70,6 @@ _MODEL_NEUTRAL = {
     "embedding_scale": (None, 0, 1.0),
     "pooling_type": OFF,
     "swin_norm": (None, False),
-    "rope.scaling.attn_factor": (None, 1.0),
-    "rope.scaling.yarn_attn_factor": (None, 1.0),
     "rope.scaling.yarn_ext_factor": (None, -1.0, 0.0),
     "rope.scaling.alpha": (None, 0.0),
     "nextn_predict_layers": OFF,
@@ -81,8 +80,6 @@ def known_metadata(family: Family) -> FieldList:
     """Return the fields of files of a family, with whose name the keys of its models begin."""
     architecture = family.gguf
     used = {entry.gguf for entry in family.numbers if entry.gguf is not None}
-    if family.rope_aliases:
-        used.add("rope.scaling.attn_factor")
     if family.is_windowed is not None:
         used |= {"attention.sliding_window", "attention.sliding_window_pattern"}
     if family.window_theta is not None:

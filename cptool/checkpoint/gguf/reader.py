@@ -98,8 +98,8 @@ def _check_kind(path: Path, metadata: dict[str, Any]) -> Family:
         what = what or f"a file of type {shown(kind)}"
         raise UserError(f"{path}: {what}, not a model; give the GGUF of the model itself")
     architecture = metadata.get("general.architecture")
-    known = {family.gguf: family for family in families() if family.gguf is not None}
-    if not isinstance(architecture, str) or architecture not in known:
+    family = _family_of(metadata)
+    if family is None:
         why = kind_of(architecture) or "which is not supported"
         missing = architecture is None
         named = "not named in it" if missing else f"{shown(architecture)}, {why}"
@@ -112,7 +112,17 @@ def _check_kind(path: Path, metadata: dict[str, Any]) -> Family:
             f"{path}: {pooling} is {shown(metadata[pooling])}, as embedding models have; use a "
             f"model that generates text"
         )
-    return known[architecture]
+    return family
+
+
+def _family_of(metadata: dict[str, Any]) -> Family | None:
+    """Return the family that the metadata names, None if it names none that cptool knows."""
+    architecture = metadata.get("general.architecture")
+    named = [family for family in families() if family.gguf == architecture and family.gguf]
+    for family in named:
+        if family.gguf_mark is not None and metadata.get(f"{architecture}.{family.gguf_mark}"):
+            return family
+    return next((family for family in named if family.gguf_mark is None), None)
 
 
 def _read_model(

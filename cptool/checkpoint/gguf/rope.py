@@ -10,6 +10,7 @@ from cptool.checkpoint.huggingface.rope_scaling import yarn_attention_factor
 from cptool.checkpoint.notes import Notes
 from cptool.checkpoint.tensors import StoredTensor
 from cptool.errors import UserError
+from cptool.model.architectures.family import Family
 from cptool.model.config import LlamaConfig, RopeScaling
 
 ROPE_DIVISORS = "rope_freqs.weight"
@@ -18,7 +19,7 @@ ROPE_DIVISORS = "rope_freqs.weight"
 _FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 
 
-def stated_scaling(metadata: Metadata, notes: Notes) -> RopeScaling | None:
+def stated_scaling(metadata: Metadata, family: Family, notes: Notes) -> RopeScaling | None:
     """Return the scaling that the metadata states, read as llama.cpp does.
 
     A factor without a type is linear, the older key counts if the newer one is missing, a factor
@@ -37,20 +38,38 @@ def stated_scaling(metadata: Metadata, notes: Notes) -> RopeScaling | None:
     factor = older if newer is None else newer
     key = metadata.key("rope.scaling.type")
     kind = metadata.values.get(key, "linear")
+    if factor in (0, 1):
+        factor = None
+    computed = 1.0 if kind != "yarn" or factor is None else yarn_attention_factor(factor)
+    _check_attention_factors(metadata, family, computed)
     if kind == "none":
-        if factor not in (None, 0, 1):
+        if factor is not None:
             notes.add(f"{path}: {key} is none, so the factor {factor} beside it does not count")
         return None
     if kind == "longrope":
         return None  # its factors are tensors
     if kind == "yarn":
-        return _yarn(metadata, factor)
+        return None if factor is None else _yarn(metadata, factor)
     if kind != "linear":
         raise UserError(
             f"{path}: rope scaling {shown(kind)} is not supported; use a model without scaling, or "
             f"with linear, yarn, llama3 or longrope scaling"
         )
-    return RopeScaling(kind="linear", factor=factor) if factor not in (None, 0, 1) else None
+    return None if factor is None else RopeScaling(kind="linear", factor=factor)
+
+
+def _check_attention_factors(metadata: Metadata, family: Family, computed: float) -> None:
+    """Refuse a factor of cosines and sines other than 1 and what is `computed`: files of yarn state
+    the whole factor or what is beside the formula's. A family with longrope has its own.
+    """
+    own = [] if family.rope_aliases else ["rope.scaling.attn_factor"]
+    for name in [*own, "rope.scaling.yarn_attn_factor"]:
+        stated = metadata.number(name, 1.0)
+        if stated != 1 and not math.isclose(stated, computed, rel_tol=1e-5):
+            raise UserError(
+                f"{metadata.path}: {metadata.key(name)} is {stated}, and cptool computes with "
+                f"{computed} in its place; use a Hugging Face checkpoint of the model"
+            )
 
 
 def context(metadata: Metadata, scaling: RopeScaling | None) -> int:
@@ -65,10 +84,8 @@ def context(metadata: Metadata, scaling: RopeScaling | None) -> int:
     return max(positions, int(original * scaling.factor))
 
 
-def _yarn(metadata: Metadata, factor: float | None) -> RopeScaling | None:
+def _yarn(metadata: Metadata, factor: float) -> RopeScaling:
     """Return yarn as llama.cpp computes it, its attention factor that of the formula."""
-    if factor in (None, 0, 1):
-        return None
     original = "rope.scaling.original_context_length"
     return RopeScaling(
         kind="yarn",

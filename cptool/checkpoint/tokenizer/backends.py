@@ -21,9 +21,20 @@ _LLAMA3_PATTERN = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+
+def _by_case(ending: str, digits: str) -> str:
+    """Return the pattern of vocabularies that also cut between "camel" and "Case"."""
+    first = r"[^\r\n\p{L}\p{N}]?"
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    return (
+        rf"{first}{upper}*{lower}+{ending}|{first}{upper}+{lower}*{ending}|{digits}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
 GPT2_CUT = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS_CUT = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2_CUT])
-LLAMA3_CUT, QWEN2_CUT = (
+LLAMA3_CUT, QWEN2_CUT, TEKKEN_CUT, GPT4O_CUT = (
     pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
@@ -31,7 +42,12 @@ LLAMA3_CUT, QWEN2_CUT = (
         ]
     )
     # Qwen 2 and 3 cut digits one by one, Llama 3 up to three at a time.
-    for pattern in (_LLAMA3_PATTERN, _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"))
+    for pattern in (
+        _LLAMA3_PATTERN,
+        _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"),
+        _by_case("", r"\p{N}"),
+        _by_case(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"\p{N}{1,3}"),
+    )
 )
 
 

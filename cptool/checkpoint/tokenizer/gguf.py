@@ -10,14 +10,22 @@ from cptool.checkpoint.tokenizer.templates import default_template
 from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
 from cptool.errors import UserError
 
-# How byte-level vocabularies cut text before merging, by `tokenizer.ggml.pre`.
+# How byte-level vocabularies cut text before merging, by `tokenizer.ggml.pre`. Granite has
+# "refact", SmolLM 3 "smaug-bpe", Phi 4 and OLMo 2 and 3 "dbrx", Phi 4 mini "gpt-4o", and Mistral's
+# models since Nemo "tekken".
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3")
-_CUTS = {
+CUTS = {
     "gpt-2": backends.GPT2_CUT,
     **dict.fromkeys(("smollm", "starcoder", "refact", "minerva-7b"), backends.DIGITS_CUT),
-    **dict.fromkeys(_LLAMA3, backends.LLAMA3_CUT),
-    "qwen2": backends.QWEN2_CUT,
+    **dict.fromkeys((*_LLAMA3, "smaug-bpe", "dbrx"), backends.LLAMA3_CUT),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), backends.QWEN2_CUT),
+    "tekken": backends.TEKKEN_CUT,
+    "gpt-4o": backends.GPT4O_CUT,
 }
+
+# Vocabularies that hold words that their merges do not reach, and whose texts begin with BOS if the
+# file does not say otherwise.
+_WHOLE_WORDS = (*_LLAMA3, "tekken")
 
 # Tokens that end a turn or a message, by the names that models give them. Many files name only the
 # end of the text in their metadata.
@@ -51,10 +59,10 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
             f"{path}: tokenizer {kind!r} is not supported (gpt2 and llama are); give token ids"
         )
     pre = str(metadata.get("tokenizer.ggml.pre"))
-    if kind == "gpt2" and pre not in _CUTS:
+    if kind == "gpt2" and pre not in CUTS:
         raise UserError(
             f"{path}: tokenizer.ggml.pre is {shown(metadata.get('tokenizer.ggml.pre'))}, cptool "
-            f"knows {', '.join(_CUTS)}; use the Hugging Face checkpoint"
+            f"knows {', '.join(CUTS)}; use the Hugging Face checkpoint"
         )
     try:
         tokens = metadata["tokenizer.ggml.tokens"]
@@ -63,10 +71,9 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
             raise ValueError(f"{len(tokens)} tokens and {len(types)} token types")
         if kind == "gpt2":
             merges = metadata.get("tokenizer.ggml.merges", [])
-            # Llama 3's vocabulary holds words that its merges do not reach.
-            bos_by_default = ignore_merges = pre in _LLAMA3
+            bos_by_default = ignore_merges = pre in _WHOLE_WORDS
             backend = backends.byte_level_bpe(
-                tokens, [_pair(merge) for merge in merges], _CUTS[pre], ignore_merges
+                tokens, [_pair(merge) for merge in merges], CUTS[pre], ignore_merges
             )
         else:
             bos_by_default = True

@@ -150,6 +150,7 @@ class Family:
 
     `used_fields` are further ones that this record reads itself.
 
+    gguf_mark: the field of GGUF metadata that only this one has of the families of that name there.
     is_windowed: whether a layer attends to `sliding_window` tokens only; None: a family without
         windows.
     is_unrotated: whether a layer has no rotary embedding. Fields are empty for a GGUF file.
@@ -181,6 +182,7 @@ class Family:
     numbers: tuple[Number, ...] = ()
     flags: tuple[str, ...] = ()
     used_fields: tuple[str, ...] = ()
+    gguf_mark: str | None = None
     is_windowed: OfLayer | None = None
     is_unrotated: OfLayer | None = None
     partial_rotary: bool = False

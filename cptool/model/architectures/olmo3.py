@@ -10,7 +10,8 @@ FAMILY = Family(
     members="OLMo 3",
     architectures=("Olmo3ForCausalLM",),
     model_type="olmo3",
-    gguf=None,
+    gguf="olmo2",
+    gguf_mark="attention.sliding_window",
     gguf_interleaved=False,
     defaults={
         "max_position_embeddings": 2048,
@@ -21,7 +22,6 @@ FAMILY = Family(
     default_theta=500000.0,
     window_theta=500000.0,
     flags=("attention_bias",),
-    refused="GGUF files",
     is_windowed=windowed_by_kind(lambda fields, layer: (layer + 1) % 4 != 0),
     float32_norms=True,
     weights=OLMO_WEIGHTS,

@@ -141,7 +141,9 @@ def _messages(variant: str, forward: Forward) -> tuple[float, float]:
     partial = forward.partial(forward.queries)
     # Keys are copied that travel from a batch; with windows those that others see, and in gather-kv
     # those that this rank's own queries see, too.
-    copies = 2 if forward.config.windows is not None else int(forward.batch > 1)
+    config = forward.config
+    windowed = any(config.hiding_window(n) is not None for n in range(config.num_hidden_layers))
+    copies = 2 if windowed else int(forward.batch > 1)
     sizes = MessageBytes(
         ranks=forward.ranks,
         block=block,
