@@ -34,6 +34,7 @@ ORDER = [
     {"exactness", "emulation", "calibration"},
     {"bench"},
     {"llm"},
+    {"evaluation"},
     {"cli"},
     {"__main__"},
 ]

@@ -135,9 +135,16 @@ class _Server:
             self.check_memory(engine, list(map(len, new)), room=room, samples=request.samples)
         except UserError as error:
             return Refused(reason=explain(error), mistake=True)
+        first = request.scored_from or [0] * len(new)
         try:
             answer = room if request.samples == 1 else 0
-            scores = read(engine, new, request.prompt_logprobs, answer=answer).scores
+            scores = read(
+                engine,
+                new,
+                request.prompt_logprobs,
+                answer=answer,
+                scored_from=[max(0, at - n) for at, n in zip(first, shared, strict=True)],
+            ).scores
         except Interrupted:
             count = len(new) * request.samples
             return Answer(token_ids=((),) * count, stopped=("interrupted",) * count, reused=reused)

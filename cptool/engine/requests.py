@@ -49,12 +49,15 @@ class Continue:
         the slot holds `tokens` alone afterwards.
     prompt_logprobs: report as many of each token that is new to `slot` as `options.logprobs` does
         of an answer's.
+    scored_from: with it, the index in `tokens[b]` of the first one that is reported; by default all
+        are. The others have no log-probability in the answer.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     options: AnswerOptions
     samples: int = 1
     prompt_logprobs: int | None = None
+    scored_from: tuple[int, ...] | None = None
     slot: str = ""
     fresh: bool = False
 

@@ -145,6 +145,7 @@ def test_a_text_longer_than_the_context(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("ids", "arguments", "line"),
     [
+        ([], (), "has 0 tokens"),
         ([1], (), "has 1 token, and at least 2 are needed"),
         ([1, 2], ("--whole-windows", "--window", 8), "at least 8 are needed"),
         ([[1], [2]], (), "holds 2 sequences"),

@@ -50,12 +50,21 @@ class ChatFormat:
         self.template, self.why_no_template = template, why_no_template
         self._special, self._added, self._marked = special, added, marked
 
-    def rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """Return the template's text, its own control tokens as placeholders of the guard."""
+    def text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """Return the template's text as it stands, control tokens spelled out."""
+        return render(self._found, messages, add_generation_prompt, self._special)
+
+    @property
+    def _found(self) -> str:
+        """The template. Raises UserError if there is none."""
         if self.template is None:
             why = self.why_no_template or "the model has no chat template"
             raise UserError(f"{why}; give a prompt or an instruct model")
-        guard = self.guard
+        return self.template
+
+    def rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """Return the template's text, its own control tokens as placeholders of the guard."""
+        template, guard = self._found, self.guard
         if self._too_much is not None:
             raise self._too_much
         # An answer may hold what the model writes inside of answers, such as the ends of a thought.
@@ -63,7 +72,7 @@ class ChatFormat:
             guard.mark(message, self._structural if message.get("role") == "assistant" else None)
             for message in messages
         ]
-        text = render(self.template, guarded, add_generation_prompt, self._special)
+        text = render(template, guarded, add_generation_prompt, self._special)
         return guard.unmark(text)
 
     def leaves_out(self, role: str) -> bool:

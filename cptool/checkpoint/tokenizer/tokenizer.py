@@ -83,6 +83,13 @@ class Tokenizer:
         """The Jinja text of the chat template, None if the model has none."""
         return self._chat.template
 
+    @property
+    def eos_id(self) -> int | None:
+        """The id of the token that ends a sequence by the tokenizer's own files, None if they name
+        none.
+        """
+        return self.control_token(self._special.get("eos_token", ""))
+
     def encode(self, text: str, bos: bool = True, parse: bool = False) -> list[int]:
         """Return the token ids of a plain text.
 
@@ -156,6 +163,13 @@ class Tokenizer:
                 "the model's chat template writes nothing for these messages; give a plain prompt"
             )
         return self._checked(ids)
+
+    def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as the template writes it, control tokens spelled out.
+
+        What a message spells is not told apart from them. Raises as `chat` does.
+        """
+        return self._chat.text(messages, add_generation_prompt)
 
     def spelled(self, text: str) -> list[str]:
         """Return the control tokens whose texts occur in a plain text.

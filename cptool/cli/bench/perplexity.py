@@ -54,8 +54,10 @@ class TextRequest:
             rows = read_token_ids(self.file, checkpoint.config.max_position_embeddings)
             if len(rows) > 1:
                 raise UserError(f"{self.file} holds {len(rows)} sequences; give one text")
-            check_ids(rows[0][1], checkpoint.config.vocab_size)
-            return rows[0][1]
+            (_, ids), *_ = rows
+            if ids:
+                check_ids(ids, checkpoint.config.vocab_size)
+            return ids
         tokenizer = checkpoint.tokenizer()
         if tokenizer is None:
             raise UserError(

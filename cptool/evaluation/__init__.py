@@ -1,0 +1,1 @@
+"""Evaluation by lm-evaluation-harness, which is optional: `pip install 'cptool[eval]'`."""
