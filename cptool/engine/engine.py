@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cptool.distributed.world import World
+from cptool.engine.drafts.begun import Begun
 from cptool.engine.drafts.checked import Checked
 from cptool.engine.prefill.forwards import Forwards
 from cptool.engine.static_decode import Observer, StaticDecode, StepContext
@@ -37,6 +38,38 @@ class Engine(Forwards):
         super().__init__(model, world, **options)
         self._stepping = False
         self.checked = Checked()
+        self._begun: Begun | None = None
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        tokens: Mapping[int, int],
+        layers: int,
+        *,
+        variant: str | Choice,
+        most: Mapping[int, int],
+    ) -> dict[int, torch.Tensor]:
+        """Compute one more token of the sequences in `tokens` in the first `layers` layers alone,
+        after those that were begun since the last `advance`, which goes on from there and must be
+        given all of them. Return the residual stream of those on this rank, [hidden] each.
+
+        most: how many tokens of each sequence are begun at most; make room for them.
+        """
+        batch = range(len(self.tokens))
+        if self._begun is None:
+            self._drop_drafts()
+            self._begun = Begun(layers)
+            # Room is made now: growing the cache moves what counts as held alone.
+            lengths = [most.get(b, 0) for b in batch]
+            whole = dealt(lengths, self.computed, self.holdings.counts).placements()
+            self.cache.extend(whole[self.world.cp_rank].to(self.world.device))
+            self.cache.truncate(self.computed)
+        todo = [[tokens[b]] if b in tokens else [] for b in batch]
+        starts = [n + self._begun.counts.get(b, 0) for b, n in enumerate(self.computed)]
+        self.choice = self._chosen(variant, list(map(len, todo)))
+        layout = dealt(list(map(len, todo)), starts, self.holdings.counts)
+        hidden, mine, _ = self._forward(todo, layout, layers=range(layers))
+        return dict(zip(self._begun.add(tokens, hidden, mine), hidden, strict=True))
 
     @torch.inference_mode()
     def advance(
@@ -78,8 +111,12 @@ class Engine(Forwards):
         batch = range(len(self.tokens))
         todo = [[picks[b], *drafts.get(b, ())] if b in picks else [] for b in batch]
         self.choice = self._chosen(variant, list(map(len, todo)))
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            self._go_back()
         layout = dealt(list(map(len, todo)), self.computed, self.holdings.counts)
-        hidden, mine, _ = self._forward(todo, layout)
+        rest = range(0 if begun is None else begun.layers, len(self.model.layers))
+        hidden, mine, _ = self._forward(todo, layout, layers=rest, begun=begun)
         with self.trace.span("logits", "linear"):
             rows = iter(self.model.logits(hidden) if len(hidden) else ())
         self.checked.begin(drafts)
@@ -108,9 +145,13 @@ class Engine(Forwards):
     def _drop_drafts(self) -> None:
         """Forget the tokens that were drafted and not accepted, on this rank and of all others."""
         if self.checked.left:
-            self.cache.truncate(self.computed)
-            self.holdings.truncate(self.computed)
+            self._go_back()
         self.checked.begin({})
+
+    def _go_back(self) -> None:
+        """Hold the tokens that are computed and count, and no others."""
+        self.cache.truncate(self.computed)
+        self.holdings.truncate(self.computed)
 
     def fixed(self, variant: str | None, rows: int) -> str | Choice:
         """Return a variant for all steps of an answer of `rows` sequences: what is chosen for one

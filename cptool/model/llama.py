@@ -138,18 +138,36 @@ class Llama(nn.Module):
         called once for every layer all the same. Returns [T, hidden] in the type of the weights.
         `passed` is for prompts, whose layers take long.
         """
+        return self.through(self.embedded(tokens), positions, attend, passed=passed)
+
+    def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the residual stream before the first layer, [T, hidden], of `tokens` int64 [T]."""
         hidden = self.embed_tokens(tokens)
         if self._embeds_by_root:
             hidden *= torch.tensor(self.config.hidden_size**0.5, dtype=hidden.dtype).item()
         if (multiplier := self.config.embedding_multiplier) != 1:
             hidden *= multiplier
+        return hidden
+
+    def through(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        *,
+        layers: range | None = None,
+        passed: Passed | None = None,
+    ) -> torch.Tensor:
+        """Take the residual stream `hidden` [T, hidden] through some layers, by default all of
+        them, in place, and return it. The other parameters are those of `forward`.
+        """
         tables = local = rotary_tables(positions, self.inverse_frequencies, self._rotary_factor)
         if self.window_frequencies is not None:
             local = rotary_tables(positions, self.window_frequencies)
-        for number, layer in enumerate(self.layers):
+        for number in range(len(self.layers)) if layers is None else layers:
             cos, sin = tables if self.config.window(number) is None else local
             with _NOTHING if self.span is None else self.span(number):
-                layer(hidden, cos, sin, attend, passed=passed)
+                self.layers[number](hidden, cos, sin, attend, passed=passed)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

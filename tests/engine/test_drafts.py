@@ -1,6 +1,7 @@
 """Drafts change how many steps an answer takes, and nothing else."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from ranks import run_ranks
 from cptool.checkpoint import open_checkpoint
 from cptool.engine.answers import decode as decoding
 from cptool.engine.answers.records import AnswerOptions
-from cptool.engine.drafts import drafter
+from cptool.engine.drafts import chooser, drafter, pace
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
 from cptool.engine.samples import sampled
@@ -35,8 +36,8 @@ def recording(engine, oracle):
     """
 
     class Recording(drafter.Drafter):
-        def _drafts(self, left):
-            drafts = super()._drafts(left)
+        def _drafts(self, picks, left):
+            drafts = super()._drafts(picks, left)
             for b in left if self.on else ():
                 known = oracle[b][len(engine.tokens[b]) + 1 :] if oracle else drafts.get(b, [])
                 count = min(self._queries, self._rows - len(left) + 1, left[b]) - 1
@@ -51,10 +52,39 @@ def recording(engine, oracle):
     return Recording
 
 
-def say(world, path, turns, *, draft="lookup", oracle=None, samples=1, dtype="float32", **options):
-    """Answers to each turn with log-probabilities, where KV lies, its bytes, and what was drafted.
+def choosing(oracle):
+    """`Chooser.choose` that knows what each sequence will be, and is wrong at times."""
+
+    def choose(self, logits):
+        found = {}
+        for b in logits:
+            n = len(self.texts[b])
+            known = oracle[b][n] if n < len(oracle[b]) else 0
+            found[b] = (known if n % 4 else 1), len(chooser.PRIORS) - 1
+        return found
+
+    return choose
+
+
+def say(world, path, turns, *, draft="lookup", oracle=None, **options):
+    """The answers of `answers_of`, drafted wherever that is possible.
 
     oracle: what each sequence will be, to draft from.
+    """
+    if draft == "lookup":
+        recorded = partial(recording, oracle=oracle)
+        return answers_of(world, path, turns, draft=draft, drafting=recorded, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace.Budget, "pays", lambda self, chance: self._room > 0)
+        if oracle:
+            patch.setattr(chooser.Chooser, "choose", choosing(oracle))
+        return answers_of(world, path, turns, draft=draft, **options)
+
+
+def answers_of(world, path, turns, *, draft, drafting=None, samples=1, dtype="float32", **options):
+    """Answers to each turn with log-probabilities, where KV lies, its bytes, and what was drafted.
+
+    drafting: returns the drafter to use, from an engine.
     """
     settings = {"variant": options.pop("variant", "auto"), "weights": options.pop("weights", None)}
     checkpoint, dtype = open_checkpoint(str(path)), getattr(torch, dtype)
@@ -71,7 +101,8 @@ def say(world, path, turns, *, draft="lookup", oracle=None, samples=1, dtype="fl
     for turn in turns:
         engine.extend(turn)
         answering = sampled(engine, samples, room=options["limit"])
-        decoding.Drafter = recording(answering, oracle)
+        if drafting is not None:
+            decoding.Drafter = drafting(answering)
         try:
             asked = AnswerOptions(draft=draft, logprobs=2, **options)
             answer = decoding.decode(answering, asked, tokenizer=checkpoint.tokenizer())
@@ -90,13 +121,13 @@ def say(world, path, turns, *, draft="lookup", oracle=None, samples=1, dtype="fl
     return answers, state, drafted
 
 
-def check(n, path, turns, **options):
-    """Drafts that are looked up, and some that are known, give the same on every rank."""
-    plain = run_ranks(n, say, path, turns, draft="off", **options)
+def check(n, path, turns, *, draft="lookup", **options):
+    """Drafts that are found, and some that are known, give the same on every rank."""
+    plain = run_ranks(n, answers_of, path, turns, draft="off", **options)
     oracle = plain[0][1][3]
     proposed = accepted = 0
     for known in (None, oracle):
-        drafted = run_ranks(n, say, path, turns, oracle=known, **options)
+        drafted = run_ranks(n, say, path, turns, draft=draft, oracle=known, **options)
         for rank, (answers, state, counts) in enumerate(drafted):
             assert answers == plain[rank][0]
             assert state == plain[rank][1]
@@ -107,39 +138,48 @@ def check(n, path, turns, **options):
     return plain
 
 
+DRAFTS = "lookup", "layers:1"
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_one_sequence(mqa_path, n, dtype):
-    check(n, mqa_path, [ONE, [[5, 6]]], limit=40, dtype=dtype)
+def test_one_sequence(mqa_path, n, dtype, draft):
+    check(n, mqa_path, [ONE, [[5, 6]]], limit=40, dtype=dtype, draft=draft)
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_batch(mqa_path, n):
+def test_a_batch(mqa_path, n, draft):
     """Two turns, with empty members and sequences that end early, each with drafts of its own."""
     turns = [BATCH, [prompt(2, 1), prompt(3, 1), [], prompt(20, 1), []]]
     options = {"sampling": Sampling(temperature=2.0, seed=5), "stop_ids": tuple(range(30))}
-    plain = check(n, mqa_path, turns, limit=24, **options)
+    plain = check(n, mqa_path, turns, limit=24, draft=draft, **options)
     assert len({len(answer) for answer in plain[0][0][0][0]}) > 3
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("variant", ["pass-kv", "gather-kv", "pass-q", "gather-q"])
-def test_every_variant(mqa_path, variant):
-    check(2, mqa_path, [BATCH], limit=20, variant=variant)
+def test_every_variant(mqa_path, variant, draft):
+    check(2, mqa_path, [BATCH], limit=20, variant=variant, draft=draft)
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("n", [1, 2])
-def test_draws_penalties_and_bias(mqa_path, n):
-    check(n, mqa_path, [BATCH], limit=20, sampling=PENALISED)
+def test_draws_penalties_and_bias(mqa_path, n, draft):
+    check(n, mqa_path, [BATCH], limit=20, sampling=PENALISED, draft=draft)
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("n", [1, 2])
-def test_samples(mqa_path, n):
-    turns = [[ONE[0], prompt(5) * 3]]
-    check(n, mqa_path, turns, limit=16, samples=3, sampling=Sampling(temperature=0.7, seed=1))
+def test_samples(mqa_path, n, draft):
+    turns, sampling = [[ONE[0], prompt(5) * 3]], Sampling(temperature=0.7, seed=1)
+    check(n, mqa_path, turns, limit=16, samples=3, sampling=sampling, draft=draft)
 
 
-def test_quantised_weights(mqa_path):
-    check(2, mqa_path, [ONE], limit=30, weights="q8_0")
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_quantised_weights(mqa_path, draft):
+    check(2, mqa_path, [ONE], limit=30, weights="q8_0", draft=draft)
 
 
 def test_portable_kernels(mqa_path):
@@ -149,19 +189,19 @@ def test_portable_kernels(mqa_path):
 
 def portable(world, path):
     with force_cpu_isa(cpu_isas()[0]):
-        plain = say(world, path, [ONE], draft="off", limit=30)
+        plain = answers_of(world, path, [ONE], draft="off", limit=30)
         drafted = say(world, path, [ONE], oracle=plain[1][3], limit=30)
     assert drafted[:2] == plain[:2] and drafted[2][0][1]
 
 
 def test_limits_within_a_draft(mqa_path):
     """Every limit, and each token of the answer as the one that ends it."""
-    plain = run_ranks(1, say, mqa_path, [ONE], draft="off", limit=12)[0]
+    plain = run_ranks(1, answers_of, mqa_path, [ONE], draft="off", limit=12)[0]
     oracle, answer = plain[1][3], plain[0][0][0][0]
     for limit, stop in itertools.product((1, 2, 3, 6, 7, 12), ((), (answer[1],), (answer[5],))):
         for kind in ("stop_ids", "stop_tokens"):
             options = {"limit": limit, kind: stop}
-            expected = run_ranks(1, say, mqa_path, [ONE, [[3]]], draft="off", **options)[0]
+            expected = run_ranks(1, answers_of, mqa_path, [ONE, [[3]]], draft="off", **options)[0]
             found = run_ranks(1, say, mqa_path, [ONE, [[3]]], oracle=oracle, **options)[0]
             assert found[:2] == expected[:2]
 
@@ -209,7 +249,7 @@ def test_stop_texts(smollm2_path):
     checkpoint = open_checkpoint(str(smollm2_path))
     said = checkpoint.tokenizer().encode("one two three four. one two three four. one")
     options = {"limit": 20, "stop_texts": (" four",)}
-    plain = run_ranks(1, say, smollm2_path, [[said]], draft="off", **options)[0]
+    plain = run_ranks(1, answers_of, smollm2_path, [[said]], draft="off", **options)[0]
     assert plain[0][0][1] == ["stop"]
     drafted = run_ranks(1, say, smollm2_path, [[said]], oracle=plain[1][3], **options)[0]
     assert drafted[:2] == plain[:2] and drafted[2][0][1]
@@ -227,7 +267,7 @@ def why(world, path, *, batch=1, samples=1, static=None, tp=1):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"batch": 16}, "16 sequences leave no row of the"),
+        ({"batch": 64}, "64 sequences leave no row of the"),
         ({"samples": 9}, "9 samples leave no query of the 8"),
         ({"static": True}, "outside static memory"),
         ({"tp": 4}, "4 tensor-parallel ranks"),

@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cptool.engine.drafts.lookup import LONGEST, Lookup, Match
-from cptool.engine.drafts.pace import Acceptance, StepTime, worthwhile
+from cptool.engine.drafts.lookup import LONGEST, Lookup, LookupDrafts, Match, kind_of
+from cptool.engine.drafts.pace import Budget, StepTime, worthwhile
 
 
 def plainly(text: list[int], most: int) -> Match | None:
@@ -83,25 +83,32 @@ def test_one_disturbed_step_changes_little():
     assert times.slope < 0.2 and times.one < 0.04
 
 
+def counted(chances, most, slope, *, rows=1, room=15):
+    return worthwhile(chances, most, Budget(rows, cost(slope), room=room))
+
+
 def test_drafts_are_as_long_as_they_pay():
-    cheap, dear = cost(0.02), cost(0.9)
-    assert worthwhile({0: 0.95}, {0: 9}, 1, cheap, room=15) == {0: 9}
-    assert worthwhile({0: 0.5}, {0: 9}, 1, dear, room=15) == {0: 0}
-    assert 1 <= worthwhile({0: 0.8}, {0: 9}, 1, cost(0.3), room=15)[0] <= 3
-    assert worthwhile({0: 0.95}, {0: 9}, 1, cheap, room=4) == {0: 4}
-    assert worthwhile({}, {}, 3, cheap, room=4) == {}
+    assert counted({0: 0.95}, {0: 9}, 0.02) == {0: 9}
+    assert counted({0: 0.5}, {0: 9}, 0.9) == {0: 0}
+    assert 1 <= counted({0: 0.8}, {0: 9}, 0.3)[0] <= 3
+    assert counted({0: 0.95}, {0: 9}, 0.02, room=4) == {0: 4}
+    assert counted({}, {}, 0.02, rows=3, room=4) == {}
 
 
 def test_what_is_likelier_is_drafted_first():
-    counts = worthwhile({0: 0.95, 4: 0.3, 7: 0.9}, {0: 9, 4: 9, 7: 2}, 3, cost(0.05), room=6)
+    counts = counted({0: 0.95, 4: 0.3, 7: 0.9}, {0: 9, 4: 9, 7: 2}, 0.05, rows=3, room=6)
     assert counts == {0: 4, 4: 0, 7: 2}
 
 
 def test_chances_follow_what_came_true():
-    seen = Acceptance()
-    short, long = seen.kind(2), seen.kind(LONGEST)
+    seen = LookupDrafts([], []).acceptance
+    short, long = kind_of(2), kind_of(LONGEST)
     assert seen.chance(short) < seen.chance(long)
+    first = seen.chance(short)
     for _ in range(40):
         seen.record(short, true=True)
         seen.record(long, true=False)
     assert seen.chance(short) > 0.9 and seen.chance(long) < 0.15
+    for _ in range(400):
+        seen.relax()
+    assert abs(seen.chance(short) - first) < 0.01

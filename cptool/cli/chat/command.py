@@ -105,7 +105,7 @@ def chat(
     moved = model or (sessions.model_path(manifest) if manifest else source)
     checkpoint = open_model(moved, context_length)
     sampling = sampler.resolve(checkpoint)
-    wishes = {**wanted.stops(checkpoint), "draft": wanted.draft}
+    wishes = wanted.in_chat(checkpoint)
     tokenizer = _find_tokenizer(checkpoint)
     conversation = _begin(tokenizer, system)
     if directory is not None and manifest is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from cptool.cli.options.records import as_object
-from cptool.engine.answers.records import DRAFTS
 from cptool.engine.answers.request import MOST_LOGPROBS, AnswerRequest
 
 __all__ = ["AnswerRequest", "answering_options", "stop_options"]
@@ -20,11 +19,12 @@ _stop = click.option(
 
 _draft = click.option(
     "--draft",
-    type=click.Choice(DRAFTS),
+    metavar="[off|lookup|layers:E|auto]",
     default="off",
-    help="Compute several tokens in a step where the last ones occurred before in the text, prompt "
-    "or answer: what came next there is checked, and kept if it comes next here. The answers are "
-    "the same.  [default: off]",
+    help="Compute several tokens in a step, of which those that come next are kept. The answers "
+    "are the same. lookup: what came next where the last tokens occurred before, in the prompt or "
+    "the answer. layers:E: what the first E layers of the model expect. auto: lookup, where "
+    "the batch and the ranks allow it.  [default: off]",
 )
 
 stop_options = as_object("wanted", AnswerRequest, [_stop, _draft])

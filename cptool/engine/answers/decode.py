@@ -57,7 +57,7 @@ def decode(
     sampler = Sampler(options.sampling, engine.tokens, options.draws, engine.samples)
     stops = _stop_streams(engine, active, options, tokenizer)
     taking = _Taking(answers=answers, options=options, limits=limits, stops=stops, emit=emit)
-    drafter = Drafter(engine, options.draft, active)
+    drafter = Drafter(engine, options, active, variant=fixed)
     answers.drafts = drafter.drafted
     fresh, waiting = active, {}  # what comes next is known; its logits are to be computed
     while fresh:
@@ -83,7 +83,7 @@ def decode(
         fresh = known
         if not fresh and waiting:
             left = {b: limits[b] - len(answers.token_ids[b]) for b in sorted(waiting)}
-            with drafter.step(left) as drafts:
+            with drafter.step(waiting, left) as drafts:
                 engine.advance(waiting, max(left.values()), variant=fixed, drafts=drafts)
             fresh, waiting = set(waiting), {}
     engine.settle()

@@ -8,11 +8,6 @@ from typing import Any
 
 from cptool.engine.sampling import Sampling
 
-DRAFTS = ("off", "lookup", "auto")
-"""Where tokens are drafted from: nowhere, or what the sequence has said so far. "auto" does that
-too, and does not report where the batch or the ranks do not allow it.
-"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions:
@@ -28,7 +23,8 @@ class AnswerOptions:
         matters for a character that they share; by default none.
     logprobs: report the log-probability of each token, and this many of the likeliest tokens in its
         place; None for no report. See `TokenLogprob`.
-    draft: one of `DRAFTS`. The answers are the same whichever it is.
+    draft: where tokens are drafted from (`cptool.engine.drafts.names`). The answers are the same
+        whichever it is.
     """
 
     limit: int | tuple[int, ...]
@@ -91,7 +87,8 @@ Logprobs = tuple[tuple[TokenLogprob, ...], ...]
 class Drafted:
     """What became of drafts.
 
-    asked: one of `DRAFTS`. off: why nothing was drafted; None if it could be.
+    asked: where from (`cptool.engine.drafts.names`). off: why nothing was drafted; None if it could
+        be.
     steps: forwards after those of the prompts. proposed: tokens that were computed in them before
         they were known. accepted: those that came true, and so took no step of their own.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cptool.engine.answers.records import DRAFTS
+from cptool.engine.drafts.names import check_draft
 from cptool.errors import OptionError, UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class AnswerRequest:
     stop: texts that end an answer. One that is the spelling of a control token means that token.
     logprobs, prompt_logprobs: report the log-probability of each token of the answers and of the
         prompts, and this many of the likeliest tokens in its place; None for no report.
-    draft: one of `DRAFTS`.
+    draft: where tokens are drafted from (`cptool.engine.drafts.names`).
     """
 
     stop: tuple[str, ...] = ()
@@ -42,10 +42,13 @@ class AnswerRequest:
             if value is not None and (type(value) is not int or not 0 <= value <= most):
                 rule = f"it must be a whole number from 0 to {most}"
                 raise OptionError(name, value, rule, "0 reports the tokens alone")
-        if self.draft not in DRAFTS:
-            raise OptionError("draft", self.draft, f"it must be one of {', '.join(DRAFTS)}")
         scores = {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}
-        return {**self.stops(checkpoint), **scores, "draft": self.draft}
+        return {**self.in_chat(checkpoint), **scores}
+
+    def in_chat(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return those that a conversation takes. Raises as `fields`."""
+        check_draft(self.draft, checkpoint.config.num_hidden_layers)
+        return {**self.stops(checkpoint), "draft": self.draft}
 
     def stops(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return the fields of `AnswerOptions` that say where answers end. Raises as `fields`."""

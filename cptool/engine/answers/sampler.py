@@ -49,6 +49,10 @@ class Sampler:
                 picks[b] = self.sampling.draw(row, sequence=index, sample=sample, position=position)
         return picks
 
+    def forget(self, b: int) -> None:
+        """Count the tokens of sequence b anew: some that it had were taken back."""
+        self._counts.pop(b, None)
+
     def _penalised(self, b: int, logits: torch.Tensor) -> torch.Tensor:
         if not self.sampling.counts_tokens:
             return self.sampling.penalised(logits)

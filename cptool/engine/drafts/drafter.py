@@ -15,12 +15,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cptool.engine.answers.records import Drafted
-from cptool.engine.drafts.lookup import Lookup
-from cptool.engine.drafts.pace import Acceptance, StepTime, worthwhile
+from cptool.engine.drafts.layers import LayerDrafts
+from cptool.engine.drafts.lookup import LookupDrafts
+from cptool.engine.drafts.names import layers_of
+from cptool.engine.drafts.pace import Budget, StepTime
+from cptool.engine.drafts.source import Source
 from cptool.ops.rows import independent_queries
 
 if TYPE_CHECKING:
+    from cptool.engine.answers.records import AnswerOptions
     from cptool.engine.engine import Engine
+    from cptool.planning.strategy import Choice
 
 _MOST_TP = 2
 """Ranks whose sums do not depend on a value's place in a message: two terms have one order."""
@@ -55,52 +60,62 @@ def why_not(engine: Engine, active: Collection[int]) -> str | None:
 
 
 class Drafter:
-    """Drafts for the sequences in `active`, looked up in what each has said.
+    """Drafts for the sequences in `active`, from where `options` requests them.
 
+    variant: the one of the steps. small: the model that drafts, if one does.
     drafted: what became of them.
     """
 
-    def __init__(self, engine: Engine, asked: str, active: Collection[int]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        options: AnswerOptions,
+        active: Collection[int],
+        *,
+        variant: str | Choice,
+    ) -> None:
+        asked = options.draft
         off = None if asked == "off" else why_not(engine, active)
         self.drafted = Drafted(asked=asked, off=off)
         self.on = asked != "off" and off is None
         self._engine = engine
         self._rows, queries = most_rows(engine) if self.on else (1, 1)
         self._queries = queries // engine.samples
-        self._lookups = {b: Lookup(engine.tokens[b]) for b in active} if self.on else {}
-        self._times, self._acceptance = StepTime(), Acceptance()
-        self._open: dict[int, tuple[int, Iterator[int]]] = {}
+        self._times = StepTime()
+        self._source: Source | None = None
+        if self.on:
+            layers = layers_of(asked)
+            if layers is not None:
+                self._source = LayerDrafts(engine, options, layers, variant)
+            else:
+                self._source = LookupDrafts(engine.tokens, active)
 
     def came(self, b: int, token: int) -> bool:
         """Take note of a token of an answer. Return whether it was drafted: then it is appended,
         and what follows it is known.
         """
-        if not self.on:
+        if self._source is None:
             return False
-        self._lookups[b].push(token)
-        kind, following = self._open.get(b, (0, iter(())))
-        expected = next(following, None)
-        if expected is not None:
-            self._acceptance.record(kind, true=token == expected)
-            if token != expected:
-                del self._open[b]
+        self._source.came(b, token)
         accepted = self._engine.accept(b, token)
         self.drafted.accepted += accepted
         return accepted
 
     @contextmanager
-    def step(self, left: Mapping[int, int]) -> Iterator[dict[int, list[int]]]:
-        """Give the body the drafts to compute with the next token of each sequence, and measure the
-        step that it takes. Collective: what rank 0 measures counts.
+    def step(
+        self, picks: Mapping[int, int], left: Mapping[int, int]
+    ) -> Iterator[dict[int, list[int]]]:
+        """Give the body the drafts to compute with `picks`, the next token of each sequence, and
+        measure the time that both take. Collective: what rank 0 measures counts.
 
         left[b]: tokens that the answer of sequence b may still have.
         """
-        drafts = self._drafts(left)
         began = time.perf_counter()
+        drafts = self._drafts(picks, left)
         yield drafts
         spent = time.perf_counter() - began
         self.drafted.steps += 1
-        if not self.on:
+        if self._source is None:
             return
         count, world = sum(map(len, drafts.values())), self._engine.world
         self.drafted.proposed += count
@@ -108,20 +123,10 @@ class Drafter:
             spent = 1e-9 * world.group.sum_of([round(1e9 * spent) if world.rank == 0 else 0])[0]
         self._times.record(len(left) + count, spent)
 
-    def _drafts(self, left: Mapping[int, int]) -> dict[int, list[int]]:
+    def _drafts(self, picks: Mapping[int, int], left: Mapping[int, int]) -> dict[int, list[int]]:
         """Return the tokens to compute beyond the next of each sequence, the same on every rank."""
-        if not self.on:
+        if self._source is None:
             return {}
-        most = min(self._queries, self._rows - len(left) + 1)
-        found = {b: self._lookups[b].find(min(most, n - 1)) for b, n in left.items()}
-        matches = {b: match for b, match in found.items() if match is not None}
-        kinds = {b: self._acceptance.kind(match.length) for b, match in matches.items()}
-        counts = worthwhile(
-            {b: self._acceptance.chance(kind) for b, kind in kinds.items()},
-            {b: min(len(match.tokens), most - 1) for b, match in matches.items()},
-            len(left),
-            self._times,
-            room=self._rows - len(left),
-        )
-        self._open = {b: (kinds[b], iter(match.tokens)) for b, match in matches.items()}
-        return {b: list(matches[b].tokens[:n]) for b, n in counts.items() if n}
+        room = self._rows - len(left)
+        most = {b: max(0, min(self._queries - 1, room, n - 1)) for b, n in left.items()}
+        return self._source.find(picks, most, Budget(len(left), self._times, room=room))

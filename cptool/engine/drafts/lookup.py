@@ -6,10 +6,13 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from cptool.engine.drafts.pace import Budget, worthwhile
+from cptool.engine.drafts.source import Source
 
 _FEW = 512
 """Tokens up to which a table in Python is made faster than a sorted one."""
@@ -94,6 +97,46 @@ class Lookup:
         stop = bisect_left(self._keys, key + 1)
         for at in range(stop - 1, max(first, stop - _CANDIDATES) - 1, -1):
             yield self._ends[at]
+
+
+_LENGTHS = 3, 4, 6, 10, LONGEST + 1
+_PRIORS = 0.2, 0.35, 0.6, 0.8, 0.9
+"""Part of the drafts that come true at first, by the length of their match: below 3, 4, ..."""
+
+
+def kind_of(length: int) -> int:
+    """Return the kind of the drafts of a match of `length` tokens."""
+    return next(n for n, most in enumerate(_LENGTHS) if length < most)
+
+
+class LookupDrafts(Source):
+    """Drafts that are looked up in what each of the sequences in `active` has said.
+
+    tokens[b]: those of sequence b before its answer.
+    """
+
+    def __init__(self, tokens: Sequence[Sequence[int]], active: Collection[int]) -> None:
+        super().__init__(_PRIORS)
+        self._lookups = {b: Lookup(tokens[b]) for b in active}
+
+    def came(self, b: int, token: int) -> None:
+        super().came(b, token)
+        self._lookups[b].push(token)
+
+    def find(
+        self, picks: Mapping[int, int], most: Mapping[int, int], budget: Budget
+    ) -> dict[int, list[int]]:
+        # One more than may be drafted is compared with what comes.
+        found = {b: self._lookups[b].find(most[b] + 1) for b in picks if most[b]}
+        matches = {b: match for b, match in found.items() if match is not None}
+        kinds = {b: kind_of(match.length) for b, match in matches.items()}
+        counts = worthwhile(
+            {b: self.acceptance.chance(kind) for b, kind in kinds.items()},
+            {b: most[b] for b in matches},
+            budget,
+        )
+        self.expect({b: [(t, kinds[b]) for t in m.tokens] for b, m in matches.items()})
+        return {b: list(matches[b].tokens[:n]) for b, n in counts.items() if n}
 
 
 def _key(text: Sequence[int], end: int) -> int:

@@ -5,9 +5,7 @@ true, both as measured so far.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
-
-from cptool.engine.drafts.lookup import LONGEST
+from collections.abc import Mapping, Sequence
 
 _LEAST_GAIN = 1.02
 """Tokens per second that a draft must promise, relative to those of the step without it."""
@@ -45,25 +43,23 @@ class StepTime:
         return 1 + self.slope * (rows - 1)
 
 
-_LENGTHS = 3, 4, 6, 10, LONGEST + 1
-_PRIORS = 0.2, 0.35, 0.6, 0.8, 0.9
-"""Part of the drafts that come true at first, by the length of their match: below 3, 4, ..."""
-
 _WEIGHT, _KEEP = 3.0, 0.97
 """How many drafts a prior counts as; how much of the past counts with each new one."""
 
+_FORGET = 0.98
+"""How much of what was found counts after each step for which nothing is drafted."""
+
 
 class Acceptance:
-    """How often a draft comes true, by how many tokens before it were found together."""
+    """How often a draft comes true, by its kind, such as how sure its source is of it.
 
-    def __init__(self) -> None:
-        self._true = [_WEIGHT * prior for prior in _PRIORS]
-        self._all = [_WEIGHT] * len(_PRIORS)
+    priors: part of the drafts of each kind that come true at first.
+    """
 
-    @staticmethod
-    def kind(length: int) -> int:
-        """Return the class of a match of `length` tokens."""
-        return next(n for n, most in enumerate(_LENGTHS) if length < most)
+    def __init__(self, priors: Sequence[float]) -> None:
+        self._priors = [_WEIGHT * prior for prior in priors]
+        self._true = list(self._priors)
+        self._all = [_WEIGHT] * len(self._priors)
 
     def record(self, kind: int, *, true: bool) -> None:
         """Count a draft that came true, or did not."""
@@ -71,32 +67,67 @@ class Acceptance:
         self._all[kind] = _KEEP * self._all[kind] + 1
 
     def chance(self, kind: int) -> float:
-        """Return how probable it is that a draft of this class comes true after those before it."""
+        """Return how probable it is that a draft of this kind comes true after those before it."""
         return self._true[kind] / self._all[kind]
+
+    @property
+    def mean(self) -> float:
+        """How probable it is that a draft comes true whose kind is not known yet."""
+        return sum(self._true) / sum(self._all)
+
+    def relax(self) -> None:
+        """Return a little towards the priors, as a text may have changed since the last draft."""
+        for kind, prior in enumerate(self._priors):
+            self._true[kind] = prior + _FORGET * (self._true[kind] - prior)
+            self._all[kind] = _WEIGHT + _FORGET * (self._all[kind] - _WEIGHT)
+
+
+class Budget:
+    """The drafts of a step of `rows` sequences, which are taken as long as each makes tokens per
+    second grow.
+
+    room: drafts at most.
+    """
+
+    def __init__(self, rows: int, times: StepTime, *, room: int) -> None:
+        self._tokens, self._rows, self._first, self._room = float(rows), rows, True, room
+        self._times = times
+
+    def pays(self, chance: float) -> bool:
+        """Return whether one more draft pays that comes true with this probability."""
+        if self._room < 1:
+            return False
+        grown = (self._tokens + chance) / self._tokens
+        slower = self._times.relative(self._rows + 1) / self._times.relative(self._rows)
+        return grown >= slower * (_LEAST_GAIN if self._first else 1.0)
+
+    def take(self, chance: float) -> bool:
+        """Take such a draft if it pays, and return whether it does."""
+        if not self.pays(chance):
+            return False
+        self._tokens += chance
+        self._rows, self._room, self._first = self._rows + 1, self._room - 1, False
+        return True
 
 
 def worthwhile(
-    chances: Mapping[int, float], most: Mapping[int, int], rows: int, times: StepTime, *, room: int
+    chances: Mapping[int, float], most: Mapping[int, int], budget: Budget
 ) -> dict[int, int]:
     """Return how many tokens to draft for each sequence, so that tokens per second are the most.
 
     chances[b]: that a draft of sequence b comes true after those before it. most[b]: its drafts at
-    most. rows: of the step without drafts; room: those that drafts may add.
+    most.
 
     A draft is worth the chance that all up to it come true, a token each; drafts are taken in the
     order of their worth as long as tokens grow faster than time.
     """
     counts = dict.fromkeys(chances, 0)
-    tokens, added = float(rows), 0
     worth = [(-chance, b) for b, chance in chances.items() if most[b] > 0]
     heapq.heapify(worth)
-    while worth and added < room:
+    while worth:
         gain, b = -worth[0][0], worth[0][1]
-        grown = (tokens + gain) / tokens
-        slower = times.relative(rows + added + 1) / times.relative(rows + added)
-        if grown < slower * (_LEAST_GAIN if added == 0 else 1.0):
+        if not budget.take(gain):
             break
-        tokens, added = tokens + gain, added + 1
         counts[b] += 1
         if counts[b] < most[b]:
             heapq.heapreplace(worth, (-gain * chances[b], b))

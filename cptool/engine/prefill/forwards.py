@@ -15,6 +15,7 @@ import torch
 
 from cptool.cache import KVCache
 from cptool.distributed.world import World
+from cptool.engine.drafts.begun import Begun
 from cptool.engine.options import EngineOptions
 from cptool.engine.prefill.course import Course
 from cptool.engine.reading import Reading, Report, silent
@@ -172,23 +173,32 @@ class Forwards(BatchState):
         *,
         reserve: int = 0,
         course: Course | None = None,
+        layers: range | None = None,
+        begun: Begun | None = None,
     ) -> tuple[torch.Tensor, Placement, Reading | None]:
         """Compute the new tokens `todo[b]` of each sequence, dealt by `layout`, under the choice
         that was made. Return the residual stream of this rank's, and where they are.
+
+        layers: go through these layers alone. begun: what this rank's tokens have computed of the
+        layers before.
         """
         assert self.choice is not None
         keys_travel = find(self.choice.variant).keys_travel
         step = self._placed(layout.placements(), reserve, keys_travel=keys_travel)
         mine = step.queries[step.rank]
-        flat = torch.tensor([token for tokens in todo for token in tokens], dtype=torch.int64)
-        local = flat[layout.indices(step.rank)].to(self.world.device)
         reading = None
         if isinstance(layout, Layout):
             reading = self._reading(list(map(len, todo)), layout, course)
         with self.trace.span("model", "small ops"):
             attention = self._attention(step, self.choice.variant, reading)
             passed = None if reading is None else reading.passed
-            hidden = self.model(local, mine.positions, attention, passed=passed)
+            if begun is None:
+                flat = torch.tensor([t for tokens in todo for t in tokens], dtype=torch.int64)
+                local = flat[layout.indices(step.rank)].to(self.world.device)
+                hidden = self.model.embedded(local)
+            else:
+                hidden = begun.stacked(mine)
+            self.model.through(hidden, mine.positions, attention, layers=layers, passed=passed)
         return hidden, mine, reading
 
     def make_room(self, more: Sequence[int]) -> None:

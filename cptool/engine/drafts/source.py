@@ -1,0 +1,76 @@
+"""Where drafts come from, and how often they come true."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+from cptool.engine.drafts.pace import Acceptance, Budget
+
+Draft = tuple[int, int]
+"""A token, and the kind that `Acceptance` counts it as."""
+
+
+class Source(ABC):
+    """Drafts tokens for a batch of sequences, the same on every rank.
+
+    priors: those of `Acceptance`.
+    """
+
+    def __init__(self, priors: Sequence[float]) -> None:
+        self.acceptance = Acceptance(priors)
+        self._open: dict[int, Iterator[Draft]] = {}
+
+    def prepare(self) -> None:
+        """Do what takes time before the first step. Collective."""
+        return
+
+    @abstractmethod
+    def find(
+        self, picks: Mapping[int, int], most: Mapping[int, int], budget: Budget
+    ) -> dict[int, list[int]]:
+        """Return up to `most[b]` tokens that may follow picks[b], the next token of each sequence,
+        as far as they pay. Collective.
+        """
+
+    def expect(self, drafts: Mapping[int, Iterable[Draft]]) -> None:
+        """Compare the tokens to come with these drafts, each sequence up to the first that is not
+        drafted.
+        """
+        self._open = {b: iter(row) for b, row in drafts.items()}
+
+    def came(self, b: int, token: int) -> None:
+        """Take note of the next token of sequence b."""
+        expected = next(self._open.get(b, iter(())), None)
+        if expected is not None:
+            self.acceptance.record(expected[1], true=token == expected[0])
+            if token != expected[0]:
+                del self._open[b]
+
+
+def one_after_another(
+    compute: Callable[[Mapping[int, int], Collection[int]], Mapping[int, Draft]],
+    picks: Mapping[int, int],
+    most: Mapping[int, int],
+    *,
+    acceptance: Acceptance,
+    budget: Budget,
+) -> dict[int, list[Draft]]:
+    """Return drafts of a source that computes each from the one before.
+
+    compute(tokens, wanted): take the next token of each sequence in `tokens`, and return a draft to
+        follow it for each that is `wanted`; called for the last drafts too.
+    """
+    drafts: dict[int, list[Draft]] = {b: [] for b in picks}
+    chances = dict.fromkeys(picks, 1.0)
+    tokens = dict(picks)
+    while tokens:
+        found = compute(tokens, [b for b in tokens if len(drafts[b]) < most[b]])
+        tokens = {}
+        likely = {b: chances[b] * acceptance.chance(kind) for b, (_, kind) in found.items()}
+        for b in sorted(likely, key=lambda b: (-likely[b], b)):
+            if budget.take(likely[b]):
+                chances[b] = likely[b]
+                drafts[b].append(found[b])
+                tokens[b] = found[b][0]
+    return drafts
