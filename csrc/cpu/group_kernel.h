@@ -226,12 +226,6 @@ struct GroupColumns {
     }
   }
 
-  static void put(const StoredLinearArgs& args, int64_t row, const float* sums, int64_t column,
-                  int64_t apart) {
-    float* out = args.out + row * args.out_stride;
-    for (int c = 0; c < kColumns; ++c) out[place_of(args.w, column + c * apart)] = sums[c];
-  }
-
   // Computes the columns that four rows of the file make, `apart` rows from each other, of more
   // rows of x than are multiplied at a time.
   static void columns_of_many(const StoredLinearArgs& args, const float* packed, int64_t column,
@@ -261,7 +255,7 @@ struct GroupColumns {
     for (int64_t r = 0; r < args.rows; ++r) {
       float sums[kColumns];
       sums_of(acc[r], sums);
-      put(args, r, sums, column, apart);
+      put_columns(args, r, sums, column, apart);
     }
   }
 
@@ -289,7 +283,7 @@ struct GroupColumns {
         default:
           group_products<Type, 4>(w, gap, x, groups, sums);
       }
-      for (int64_t r = 0; r < rows; ++r) put(args, first + r, sums[r], column, apart);
+      for (int64_t r = 0; r < rows; ++r) put_columns(args, first + r, sums[r], column, apart);
     });
   }
 };

@@ -100,7 +100,7 @@ class Lookup:
 
 
 _LENGTHS = 3, 4, 6, 10, LONGEST + 1
-_PRIORS = 0.2, 0.35, 0.6, 0.8, 0.9
+_PRIORS = 0.4, 0.6, 0.8, 0.9, 0.97
 """Part of the drafts that come true at first, by the length of their match: below 3, 4, ..."""
 
 
