@@ -254,14 +254,21 @@ void layer_output(uintptr_t hidden, int64_t stride, int64_t rows, int64_t width,
       threads);
 }
 
-std::vector<std::string> cpu_isas(bool supported_only) {
+template <class Wanted>
+std::vector<std::string> cpu_isas(const Wanted& wanted) {
   int count;
   const cptool::cpu::Isa* const* isas = cptool::cpu::isas(&count);
   std::vector<std::string> names;
   for (int i = 0; i < count; ++i) {
-    if (!supported_only || isas[i]->supported()) names.push_back(isas[i]->name);
+    if (wanted(*isas[i])) names.push_back(isas[i]->name);
   }
   return names;
+}
+
+bool any_isa(const cptool::cpu::Isa&) { return true; }
+bool usable_isa(const cptool::cpu::Isa& isa) { return isa.supported(); }
+bool slow_isa(const cptool::cpu::Isa& isa) {
+  return isa.supported() && !cptool::cpu::is_preferred(isa);
 }
 
 void define_cpu_ops(py::module_& m) {
@@ -280,8 +287,9 @@ void define_cpu_ops(py::module_& m) {
 }
 
 void define_cpu_dispatch(py::module_& m) {
-  m.attr("isas_compiled") = cpu_isas(false);
-  m.def("cpu_isas", [] { return cpu_isas(true); });
+  m.attr("isas_compiled") = cpu_isas(any_isa);
+  m.def("cpu_isas", [] { return cpu_isas(usable_isa); });
+  m.def("cpu_slow_isas", [] { return cpu_isas(slow_isa); });
   m.def("cpu_isa", [](int q_dtype, int dtype, int64_t head_dim) {
     return cptool::cpu::attention_isa(static_cast<ScalarType>(q_dtype),
                                       static_cast<ScalarType>(dtype), head_dim)

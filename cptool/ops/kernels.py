@@ -21,10 +21,17 @@ EXTENSION = _C = extension.load()
 
 
 def cpu_isas() -> list[str]:
-    """Return the instruction sets whose CPU kernels this build has and this machine runs, slowest
-    first.
+    """Return the instruction sets whose CPU kernels this build has and this machine runs, each
+    after those that it extends.
     """
     return _C.cpu_isas()
+
+
+def cpu_slow_isas() -> list[str]:
+    """Return those of :func:`cpu_isas` whose kernels are slower on this processor than those of the
+    sets that they extend. They run only if CPTOOL_ISA or :func:`force_cpu_isa` names them.
+    """
+    return _C.cpu_slow_isas()
 
 
 def cpu_isa(dtype: torch.dtype, head_dim: int = 128, kv_dtype: torch.dtype | None = None) -> str:

@@ -21,18 +21,21 @@ _CAPS = {
 
 def instruction_set() -> str:
     """Return the best instruction set of `cptool.ops.kernels.cpu_isas` that both cptool's kernels
-    and those of torch use.
+    and those of torch use, but for those that are slow on this processor.
 
     Variables of the environment cap it: CPTOOL_ISA, ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA.
     """
-    isas: list[str] = extension.load().cpu_isas()
-    caps = [os.environ.get("CPTOOL_ISA")]
-    caps += [known.get(os.environ.get(name, "").lower()) for name, known in _CAPS.items()]
-    return isas[min(isas.index(cap) if cap in isas else len(isas) - 1 for cap in caps)]
+    built, named = extension.load(), os.environ.get("CPTOOL_ISA")
+    slow = set(built.cpu_slow_isas()) - {named}
+    isas: list[str] = built.cpu_isas()
+    caps = [named, *(known.get(os.environ.get(name, "").lower()) for name, known in _CAPS.items())]
+    best = min(isas.index(cap) if cap in isas else len(isas) - 1 for cap in caps)
+    return next(isa for isa in reversed(isas[: best + 1]) if isa not in slow)
 
 
 def has_bfloat16_products() -> bool:
     """Return whether products of bfloat16 run at least as fast as those of float32 on this
-    processor, with the instruction set in use.
+    processor, with the instruction set in use. Processors of Intel without AMX have AVX-512's dot
+    products of bfloat16, and take twice as long for them.
     """
     return instruction_set() in ("avx512bf16", "amx")

@@ -31,6 +31,10 @@ extern constexpr Isa isa_avx512bf16 = {
     has_avx512bf16,
     {handles, attention_partial, stream_rows},
     nullptr,
-    {is_bfloat16, Products::packed_row_bytes, Products::pack, Products::columns}};
+    {is_bfloat16, Products::packed_row_bytes, Products::pack, Products::columns},
+    {},
+    {},
+    {},
+    has_fast_bfloat16_dots};
 
 }  // namespace cptool::cpu

@@ -10,17 +10,21 @@ namespace {
 
 constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
 
-std::atomic<int> last_allowed{kIsaCount - 1};
+std::atomic<int> last_allowed{kIsaCount};  // kIsaCount: none is asked for by name
 
 template <class Offers>
 const Isa& fastest(const Offers& offers) {
-  for (int i = last_allowed.load(std::memory_order_relaxed); i > 0; --i) {
-    if (kIsas[i]->supported() && offers(*kIsas[i])) return *kIsas[i];
+  const int last = last_allowed.load(std::memory_order_relaxed);
+  for (int i = last < kIsaCount ? last : kIsaCount - 1; i > 0; --i) {
+    const Isa& isa = *kIsas[i];
+    if (isa.supported() && (i == last || is_preferred(isa)) && offers(isa)) return isa;
   }
   return *kIsas[0];
 }
 
 }  // namespace
+
+bool is_preferred(const Isa& isa) { return isa.preferred == nullptr || isa.preferred(); }
 
 const Isa* const* isas(int* count) {
   *count = kIsaCount;
@@ -29,7 +33,7 @@ const Isa* const* isas(int* count) {
 
 bool force_isa(const char* name) {
   if (name == nullptr) {
-    last_allowed = kIsaCount - 1;
+    last_allowed = kIsaCount;
     return true;
   }
   for (int i = 0; i < kIsaCount; ++i) {

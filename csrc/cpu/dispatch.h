@@ -1,5 +1,5 @@
-// Selects the instruction set for each kind of work: the fastest that this machine supports, that
-// the cap allows and that offers it (isa.h).
+// Selects the instruction set for each kind of work: the highest that this machine supports, that
+// is preferred here or asked for by name, that the cap allows and that offers it (isa.h).
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,11 @@ namespace cptool::cpu {
 // and handles everything.
 const Isa* const* isas(int* count);
 
-// Caps every choice at this instruction set; null lifts the cap. Returns false if it is not
-// compiled in or not supported here.
+// Whether it is chosen where it is not asked for by name.
+bool is_preferred(const Isa& isa);
+
+// Caps every choice at this instruction set, which is then asked for by name; null lifts the cap.
+// Returns false if it is not compiled in or not supported here.
 bool force_isa(const char* name);
 
 const Isa& attention_isa(ScalarType q_dtype, ScalarType dtype, int64_t head_dim);

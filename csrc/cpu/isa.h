@@ -86,6 +86,9 @@ struct Isa {
   TokenwiseKernels tokenwise = {};
   StoredKernels stored = {};
   ProductKernel product = {};
+  // Whether its kernels are faster on this processor than those of lower sets; null: they are. If
+  // not, they run only where it is asked for by name.
+  bool (*preferred)() = nullptr;
 };
 
 }  // namespace cptool::cpu

@@ -12,7 +12,14 @@ from cptool.checkpoint import open_checkpoint
 from cptool.engine.setup import types
 from cptool.engine.setup.types import resolve_dtype
 from cptool.ops import processor
-from cptool.ops.kernels import build_info, cpu_isas, cpu_linear_isa, force_cpu_isa
+from cptool.ops.kernels import (
+    build_info,
+    cpu_isa,
+    cpu_isas,
+    cpu_linear_isa,
+    cpu_slow_isas,
+    force_cpu_isa,
+)
 from cptool.planning.profiles import INSTRUCTION_SETS, default_profile
 
 CAPS = ("CPTOOL_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
@@ -25,15 +32,23 @@ def uncapped(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def isas_of_machine(monkeypatch, names):
-    extension = SimpleNamespace(cpu_isas=lambda: list(names))
+def isas_of_machine(monkeypatch, names, slow=()):
+    extension = SimpleNamespace(cpu_isas=lambda: list(names), cpu_slow_isas=lambda: list(slow))
     monkeypatch.setattr(processor.extension, "load", lambda: extension)
 
 
 def test_agrees_with_the_kernel_in_use():
-    with force_cpu_isa(cpu_isas()[-1]):
-        kernel = cpu_linear_isa(torch.bfloat16)
-    assert processor.has_bfloat16_products() == (kernel == "avx512bf16")
+    fast = "amx" in cpu_isas() or cpu_linear_isa(torch.bfloat16) == "avx512bf16"
+    assert processor.has_bfloat16_products() == fast
+
+
+def test_kernels_that_are_slow_here_run_where_they_are_named():
+    """Dot products of bfloat16 on processors of Intel."""
+    assert set(cpu_slow_isas()) <= {"avx512bf16"}
+    for isa in cpu_slow_isas():
+        with force_cpu_isa(isa):
+            assert cpu_linear_isa(torch.bfloat16) == cpu_isa(torch.bfloat16) == isa
+        assert isa not in (cpu_linear_isa(torch.bfloat16), cpu_isa(torch.bfloat16))
 
 
 def test_checkpoint_on_every_device(tiny_model):
@@ -48,6 +63,18 @@ def test_checkpoint_on_every_device(tiny_model):
 def test_bfloat16_products_are_those_of_avx512_bf16(monkeypatch, isas, fast):
     isas_of_machine(monkeypatch, isas)
     assert processor.has_bfloat16_products() == bool(fast)
+
+
+@pytest.mark.parametrize(
+    ("isas", "named", "best"),
+    [(4, None, "avx512"), (4, "avx512bf16", "avx512bf16"), (5, None, "amx"), (4, "avx2", "avx2")],
+)
+def test_slow_dot_products_are_passed_over_unless_they_are_named(monkeypatch, isas, named, best):
+    isas_of_machine(monkeypatch, ISAS[:isas], slow=["avx512bf16"])
+    if named is not None:
+        monkeypatch.setenv("CPTOOL_ISA", named)
+    assert processor.instruction_set() == best
+    assert processor.has_bfloat16_products() == (best in ("avx512bf16", "amx"))
 
 
 @pytest.mark.parametrize("best", range(len(ISAS)), ids=ISAS)
