@@ -111,7 +111,9 @@ def verify(
     counts = list(range(2, most + 1))
     with following(verifier.PHASE, verifier.run_count(len(counts))) as watch:
         verdicts = list(verifier.verify(trial, counts, each, watch))
-    errors = None if trial.weights == "file" else weight_errors(checkpoint, trial.weights)
+    errors = None
+    if trial.weights != "file":
+        errors = weight_errors(checkpoint, trial.weights, dtype, device)
     if as_json:
         print_object(_fields(trial, verdicts, errors))
     else:

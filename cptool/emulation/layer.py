@@ -18,10 +18,10 @@ from torch.nn import functional
 from cptool.cache import KVCache
 from cptool.emulation.ring import Compute, EmulatedRing, Timeline, Trace
 from cptool.model.config import LlamaConfig
-from cptool.model.fp8 import RowwiseFp8
 from cptool.model.layer import Layer, decoder_layer
 from cptool.model.product import Product
 from cptool.model.rope import inverse_frequencies, rotary_tables
+from cptool.ops.fp8 import Fp8Weight, packed
 from cptool.parallel.attention import attend
 from cptool.parallel.step import Scores, Step
 from cptool.sharding import Placement, balanced, concat
@@ -115,7 +115,10 @@ def build(scenario: Scenario) -> Layer:
     layer.load_state_dict(weights, assign=True)
     if scenario.fp8:
         for name in ("gate_up_proj", "down_proj"):
-            setattr(layer.mlp, name, RowwiseFp8(layer.mlp.get_parameter(f"{name}.weight")))
+            product = layer.mlp.get_submodule(name)
+            weight = Fp8Weight(packed(product.get_parameter("weight")), scenario.dtype)
+            del product.weight
+            vars(product)["weight"] = weight  # a plain attribute: it is no tensor
     return layer.eval()
 
 

@@ -18,8 +18,9 @@ from cptool.ops.encodings import (
     ENCODINGS,
     QUANTISED_AS,
     kept_encodings,
-    quantised_bytes,
+    row_bytes,
 )
+from cptool.ops.fp8 import Fp8Weight, packed
 from cptool.ops.quantise import quantised
 from cptool.ops.stored import Blocks, StoredWeight
 from cptool.parallel import tensor_parallel
@@ -73,7 +74,8 @@ def load_model(
     sources = _sources(checkpoint.config, share(checkpoint.config, tp_rank, tp))
     sharing = world if world is not None and world.size > 1 else None
     if (quantised_as := quantised_to(weights)) is not None:
-        _quantise(model, checkpoint, sources, sharing, to=(*quantised_as, dtype))
+        shared = sharing if device.type == "cpu" else None
+        _quantise(model, checkpoint, sources, shared, to=(*quantised_as, dtype, device))
     if device.type == "cpu":
         _keep_stored(model, checkpoint, sources, dtype)
     parameters: dict[str, torch.Tensor] = {}
@@ -136,27 +138,27 @@ def _quantise(
     sources: dict[str, Source],
     sharing: "World | None",
     *,
-    to: tuple[str, tuple[str, ...], torch.dtype],
+    to: tuple[str, tuple[str, ...], torch.dtype, torch.device],
 ) -> None:
     """Have the matrices whose rows are whole blocks be quantised, and take them out of `sources`.
     Collective over the ranks that share them.
 
-    to: the quantisation, the kinds of matrices that it is for, and the dtype to compute in.
+    to: the quantisation, the kinds of matrices that it is for, the dtype to compute in, and where.
     """
+    quantisation, kinds, dtype, device = to
     taken, shapes = {}, {}
-    whole_rows = to[0] == "int8"
     for name, source in list(sources.items()):
         rows, *depth = model.get_parameter(name).shape
-        if name.split(".")[-2] not in to[1]:
+        if name.split(".")[-2] not in kinds:
             continue
-        if depth and (size := quantised_bytes(*depth)) is not None:
+        if depth and (size := row_bytes(quantisation, *depth)) is not None:
             taken[name], shapes[source] = sources.pop(name), (rows, size)
 
     def fill(tensors: dict[Source, torch.Tensor]) -> None:
         for source, tensor in tensors.items():
             row = 0
             for block in source:
-                values = quantised(block.read(checkpoint), whole_rows=whole_rows)
+                values = _quantised(block.read(checkpoint), quantisation)
                 tensor[row : row + len(values)] = values
                 row += len(values)
 
@@ -167,8 +169,17 @@ def _quantise(
         with shared_tensors(sharing, shapes, torch.uint8, (Block,)) as (tensors, mine):
             fill({source: tensors[source] for source in mine})
     for name, source in taken.items():
-        blocks = Blocks(tensors[source], QUANTISED_AS)
-        model.keep_stored(name, StoredWeight([blocks], to[2]))
+        data = tensors[source].to(device)
+        if quantisation == "fp8":
+            model.keep_stored(name, Fp8Weight(data, dtype))
+        else:
+            model.keep_stored(name, StoredWeight([Blocks(data, QUANTISED_AS)], dtype))
+
+
+def _quantised(matrix: torch.Tensor, quantisation: str) -> torch.Tensor:
+    if quantisation == "fp8":
+        return packed(matrix)
+    return quantised(matrix, whole_rows=quantisation == "int8")
 
 
 def original(checkpoint: Checkpoint, name: str) -> torch.Tensor:

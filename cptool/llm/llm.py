@@ -69,7 +69,7 @@ class LLM:
     variant: attention variant, or "auto" to choose one for each forward.
     kv_dtype: type in which keys and values are stored and sent, "auto" for `dtype`; products in
         float32 on a CPU also take "bfloat16" and "float16", to which they are rounded once.
-    weights: "file", "q8_0" or "int8" to quantise float matrices while loading, or "auto".
+    weights: "file", or "q8_0", "int8", "fp8-ffn" to quantise while loading, or "auto".
     chunk: tokens of the prompts of a call that go through the model at a time, or "auto".
     memory, kv_memory: bytes per rank in all that "auto" may use, None for what there is; and bytes
         of KV per rank that stay in memory, None for all: the rest lies in a file.

@@ -32,7 +32,9 @@ class EngineSettings(TypedDict, total=False):
     kv_dtype: type in which keys and values are stored and sent: "auto" for that of the products,
         or with float32 products on a CPU also "bfloat16" or "float16".
     weights: "file" to keep weights as the file stores them, "q8_0" or "int8" to quantise float
-        matrices while loading, or "auto" to do so where it makes their products faster.
+        matrices while loading, or "auto" to do so where it makes their products faster; "fp8-ffn"
+        for feed-forward layers in FP8, their activations too, which other devices than CUDA ones
+        from compute capability 8.9 on compute slowly.
     chunk: tokens of a prompt, over all prompts of a call together, that go through the model at a
         time, or "auto" for the largest number that fits in memory and adds little to that of
         weights and KV.

@@ -18,6 +18,7 @@ from cptool.model.layer import Passed, decoder_layer
 from cptool.model.linear import Embedding, Linear
 from cptool.model.norms import Float32RMSNorm, norm_of
 from cptool.model.rope import inverse_frequencies, rotary_tables, window_frequencies
+from cptool.ops.fp8 import Fp8Weight
 from cptool.ops.linear import linear
 from cptool.ops.rows import independent_rows
 from cptool.ops.stored import StoredWeight
@@ -99,6 +100,13 @@ class Llama(nn.Module):
         if not any(isinstance(weight, StoredWeight) for weight in matrices):
             return None
         return self.step_bytes / sum(weight.shape.numel() for weight in matrices)
+
+    @property
+    def feed_forward(self) -> str | None:
+        """Type of the products of feed-forward layers where it is not that of the others."""
+        modules = self.layers[0].modules()
+        fp8 = any(isinstance(m, Linear) and isinstance(m.weight, Fp8Weight) for m in modules)
+        return "float8" if fp8 else None
 
     @property
     def independent_rows(self) -> int:

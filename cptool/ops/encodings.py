@@ -32,6 +32,17 @@ def quantised_bytes(depth: int) -> int | None:
     return None if depth % weights else depth // weights * size
 
 
+FP8_SCALE_BYTES = 4
+"""Of a row in FP8 (`cptool.ops.fp8`), which has a byte for each weight."""
+
+
+def row_bytes(quantisation: str, depth: int) -> int | None:
+    """Return the bytes of a row of `depth` weights quantised to what `cptool.quantisation` names;
+    None if it cannot be.
+    """
+    return depth + FP8_SCALE_BYTES if quantisation == "fp8" else quantised_bytes(depth)
+
+
 def kept_encodings(float32: bool) -> frozenset[str]:
     """Return the types of which products on a CPU, in float32 or else in 16 bits, read matrices as
     they are stored. With activations of 16 bits, weights of 16 bits have kernels of their own.

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import torch
 
-from cptool.ops import linear, stored
+from cptool.ops import linear
 from cptool.ops.kernels import cpu_stream_rows
 from cptool.ops.stored import StoredWeight
 
@@ -32,7 +32,7 @@ def independent_rows(dtype: torch.dtype, weights: Iterable[torch.Tensor | Stored
     most = MOST_ROWS
     for weight in weights:
         if isinstance(weight, StoredWeight):
-            most = min(most, stored.FEW_ROWS)
+            most = min(most, weight.independent_rows)
         else:
             most = min(most, linear.FEW_ROWS[dtype] if weight.is_cpu else 1)
     return most

@@ -94,6 +94,11 @@ class StoredWeight:
         """Up to how many rows all parts are widened in registers."""
         return min(few_rows(part) for part in self.parts)
 
+    @property
+    def independent_rows(self) -> int:
+        """Up to how many rows of a product none changes the bits of another."""
+        return FEW_ROWS
+
     def linear(self, x: Tensor) -> Tensor:
         """x W^T, [rows, W's rows], of x [rows, depth], both of `dtype`; summed in float32, rounded
         once.

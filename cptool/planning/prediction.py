@@ -32,6 +32,7 @@ class Work:
     samples: int = 1
     partial_bytes: int = 4
     weight_size: float | None = None
+    feed_forward: str | None = None
     kv_dtype: str | None = None
     kv_memory: int | None = None
     local: int | None = None
@@ -50,6 +51,7 @@ class Work:
             tp=self.tp,
             partial_bytes=self.partial_bytes,
             weight_size=self.weight_size,
+            feed_forward=self.feed_forward,
             kv_dtype=self.kv_dtype,
             kv_memory=self.kv_memory,
             local=self.local,
@@ -115,7 +117,7 @@ class Prediction:
 def predict_turn(work: Work, variant: str, profile: HardwareProfile) -> Prediction:
     """Return the prediction of a turn under `variant`, which may be "auto".
 
-    The cost model covers sequences of the same length, in a dtype that the profile has rates for.
+    The cost model covers sequences of the same length, in types that the profile has rates for.
     """
     first, step = _predicted(work, variant, profile)
     measured = profile.measurement
@@ -126,6 +128,8 @@ def _predicted(
     work: Work, variant: str, profile: HardwareProfile
 ) -> tuple[float | None, float | None]:
     if not work.is_rated(profile) or len(set(work.new)) != 1 or len(set(work.cached)) != 1:
+        return None, None
+    if work.feed_forward not in (None, *profile.linear_flops):
         return None, None
     batch, new, cached = len(work.new), sum(work.new), sum(work.cached)
     forward = work.forward

@@ -55,7 +55,7 @@ class EmulationOptions:
         import torch
 
         from cptool.emulation.layer import Scenario
-        from cptool.model.fp8 import check_fp8
+        from cptool.ops.fp8 import check_fp8
 
         scenario = Scenario(
             config=config,

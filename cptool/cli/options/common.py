@@ -67,7 +67,9 @@ weights_option = click.option(
     help="Keep weights as the file stores them, or quantise float matrices while loading to int8 "
     "with a scale for each 32 weights (q8_0) or each row (int8): fewer bytes for a CPU to read, "
     "and other results. auto: q8_0 for the matrices whose products it makes faster here, by "
-    "measuring.  [default: file, or what the session was computed with]",
+    "measuring. fp8-ffn: feed-forward layers in FP8, their activations too, with a scale for each "
+    "row; slow but on CUDA devices of compute capability 8.9 or later.  [default: file, or what "
+    "the session was computed with]",
 )
 
 

@@ -22,7 +22,7 @@ from cptool.cli.options.ranks import VARIANT_WORDS, VARIANTS
 from cptool.cli.options.records import as_object
 from cptool.cli.options.types import Chunk, Duration, TokenCount
 from cptool.cli.plan.search import Search
-from cptool.cli.plan.types import feed_forward, planned_types, type_options
+from cptool.cli.plan.types import feed_forward, planned_types, type_options, without_fp8
 from cptool.distributed.devices import resolve_device
 from cptool.engine.options import EngineOptions
 from cptool.engine.setup.types import mean_weight_size
@@ -263,7 +263,7 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
     profile = _profile(on.hardware, checkpoint)
     types = EngineOptions(kv_dtype=run.kv_dtype, weights=run.weights)
     dtype, kv_dtype, weights = planned_types(run.dtype, types, profile.device, checkpoint)
-    for note in (*notes, *_unmeasured(dtype, profile)):
+    for note in (*notes, *_unmeasured(dtype, profile), *without_fp8(weights, dtype, profile)):
         draw.say(note, always=True)
     shares.check(config, on.tp or 1)
     if on.rule == "fitted" and profile.rule is None:
@@ -280,7 +280,7 @@ def _search(model: str, run: WorkOptions, on: LayoutOptions) -> Search:
         batch=run.batch,
         answer=run.answer,
         dtype=dtype,
-        feed_forward=feed_forward(run.fp8, dtype, profile),
+        feed_forward=feed_forward(run.fp8, dtype, profile, weights),
         weight_size=(
             mean_weight_size(checkpoint, dtype, profile.device, weights)
             if checkpoint is not None

@@ -10,7 +10,7 @@ from cptool.cli.options.common import DTYPES
 from cptool.engine.options import EngineOptions
 from cptool.engine.setup.types import check_kv_dtype, resolve_types
 from cptool.errors import OptionError, UserError
-from cptool.quantisation import AUTO, WEIGHTS
+from cptool.quantisation import AUTO, FP8_FEED_FORWARD, WEIGHTS
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -60,18 +60,32 @@ def planned_types(
     return dtype, kv_dtype, "file"
 
 
-def feed_forward(fp8: bool | None, dtype: str, profile: HardwareProfile) -> str | None:
+def feed_forward(
+    fp8: bool | None, dtype: str, profile: HardwareProfile, weights: str
+) -> str | None:
     """Return the dtype of the feed-forward layers, None for that of the others.
 
-    fp8: what is requested, None for what the profile says. Raises UserError for a dtype that the
-    profile has no rate for.
+    fp8: what is requested, None for what `weights` or the profile says. Raises UserError for a
+    dtype that the profile has no rate for.
     """
     if dtype not in profile.linear_flops or dtype not in profile.attention_flops:
         known = sorted(set(profile.linear_flops) & set(profile.attention_flops))
         raise OptionError(
             "dtype", dtype, f"{profile.name} has no rate for it", f"use {' or '.join(known)}"
         )
+    if weights == FP8_FEED_FORWARD and fp8 is None:
+        return "float8"
     chosen = profile.feed_forward if fp8 is None else "float8" if fp8 else None
     if chosen and chosen not in profile.linear_flops:
         raise UserError(f"`fp8`: {profile.name} has no FP8 rate; leave it out")
     return chosen
+
+
+def without_fp8(weights: str, dtype: str, profile: HardwareProfile) -> list[str]:
+    """Return the note that products of `weights` in FP8 take longer than planned, if they do."""
+    if weights != FP8_FEED_FORWARD or "float8" in profile.linear_flops:
+        return []
+    return [
+        f"{profile.name} has no FP8 products: memory is planned for --weights {weights}, times are "
+        f"those of {dtype}, and widening the weights for each product takes longer"
+    ]

@@ -70,7 +70,7 @@ class Forwards(BatchState):
         self.ring = ring or ring_of(world.cp_group)
         self.report = progress or silent
         self.choice: Choice | None = None
-        self._weight_size = model.weight_size
+        self._weight_size, self._feed_forward = model.weight_size, model.feed_forward
         kv = options.kv_dtype
         if options.kv_memory is not None and (self.static or world.device.type != "cpu"):
             rule = "KV lies in a file on a CPU alone, where no step needs it at a fixed place"
@@ -240,6 +240,7 @@ class Forwards(BatchState):
             tp=self.world.tp,
             partial_bytes=self.partial_dtype.itemsize,
             weight_size=self._weight_size,
+            feed_forward=self._feed_forward,
             kv_memory=self.options.kv_memory,
             local=self.world.local_size,
         )

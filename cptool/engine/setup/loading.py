@@ -10,6 +10,7 @@ from cptool.errors import RunError
 from cptool.host import memory
 from cptool.planning.cost.forward import ELEMENT_BYTES
 from cptool.planning.prediction import Work
+from cptool.quantisation import FP8_FEED_FORWARD
 
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
@@ -49,6 +50,12 @@ class Setup:
     def types(self, checkpoint: "Checkpoint", device: str) -> dict[str, Any]:
         """Return what is computed and stored in which type, as fields of a report."""
         found = widened(checkpoint, self.dtype, device)
+        if self.weights == FP8_FEED_FORWARD:
+            import torch
+
+            from cptool.ops.fp8 import how_multiplied
+
+            found = how_multiplied(torch.device(device), getattr(torch, self.dtype))
         shown = {"kv_dtype": self.kv_dtype, "weights": self.weights, "widened": found}
         return {"dtype": self.dtype, **shown}
 
@@ -77,6 +84,7 @@ class Setup:
             tp=tp,
             partial_bytes=ELEMENT_BYTES[self.dtype] if options.partials == "working" else 4,
             weight_size=mean_weight_size(checkpoint, self.dtype, device, self.weights),
+            feed_forward="float8" if self.weights == FP8_FEED_FORWARD else None,
             kv_dtype=self.kv_dtype,
             kv_memory=options.kv_memory,
             local=local,

@@ -11,9 +11,9 @@ from cptool.engine.options import EngineOptions
 from cptool.errors import OptionError
 from cptool.host import scratch
 from cptool.model.architectures.registry import find_family
-from cptool.ops.encodings import kept_encodings, quantised_bytes
+from cptool.ops.encodings import kept_encodings, row_bytes
 from cptool.ops.processor import has_bfloat16_products
-from cptool.quantisation import AUTO, quantised_to
+from cptool.quantisation import AUTO, FP8_FEED_FORWARD, quantised_to
 from cptool.units import size, some
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def check_weights(weights: str, device: str, checkpoint: "Checkpoint") -> None:
     """Raise OptionError unless the float matrices of `checkpoint` can be quantised to `weights`."""
     if weights == "file":
         return
-    if device != "cpu":
+    if device != "cpu" and weights != FP8_FEED_FORWARD:
         rule = f"quantised weights are multiplied on a CPU, not on {device}"
         raise OptionError("weights", weights, rule, "leave it out, or add `device` cpu")
     others = {t.encoding for t in _matrices(checkpoint)} - {*_FLOATS}
@@ -162,7 +162,7 @@ def continued_types(
             f"the KV of {directory} is {kept}, over which {device} computes in {usable}",
             remedy,
         )
-    if manifest.weights != "file" and device != "cpu":
+    if manifest.weights not in ("file", FP8_FEED_FORWARD) and device != "cpu":
         raise OptionError(
             "device",
             device,
@@ -219,15 +219,17 @@ def mean_weight_size(
 
     On a CPU, products read matrices as they are stored (`cptool.ops.stored`).
     """
-    if device != "cpu":
-        return None
     to, kept = quantised_to(weights), kept_encodings(dtype == "float32")
+    if device != "cpu":
+        if to is None:
+            return None
+        kept = frozenset()  # everything else is widened
     held, plain, count = 0, True, 0
     for name, tensor in checkpoint.stored.items():
         if len(tensor.shape) != 2:
             continue
         elements = math.prod(tensor.shape)
-        row = quantised_bytes(tensor.shape[1])
+        row = None if to is None else row_bytes(to[0], tensor.shape[1])
         if to is not None and row is not None and _kind(checkpoint, name) in to[1]:
             size, plain = tensor.shape[0] * row, False
         elif tensor.encoding in kept:

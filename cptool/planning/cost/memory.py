@@ -24,6 +24,10 @@ PANEL_ELEMENTS, PANEL_COPIES = 1 << 20, 10
 """Of stored weights that are widened at once where many rows are multiplied with them
 (`cptool.ops.stored`), and how many times as much oneDNN was measured to take beside them."""
 
+FP8_PIECE = 1 << 22
+"""Elements of weights in FP8 that are widened at a time where they are not multiplied as they are
+(`cptool.ops.fp8`)."""
+
 
 def memory_per_rank(
     variant: str, forward: Forward, profile: HardwareProfile, room: int | None = None
@@ -113,6 +117,9 @@ def _workspace(forward: Forward, profile: HardwareProfile, passing: float) -> fl
     whole = rows * (hidden * e + 4 * config.head_dim + 12)  # 12: of numbers and positions
     if _in_panels(forward, profile):
         whole += 4 * PANEL_COPIES * min(PANEL_ELEMENTS, hidden * feed_forward)
+    if profile.device == "cpu" and forward.feed_forward == "float8":
+        # The rows in FP8 and in float32.
+        whole += 4 * FP8_PIECE + 5 * sliced * max(hidden, feed_forward)
     return whole + max(0.0, most - passing)
 
 
