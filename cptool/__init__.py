@@ -1,8 +1,9 @@
 """Exact long-context inference of Llama-family models, split over ranks by context.
 
 `LLM` loads a model and generates, `Session` keeps sequences on disk; `attention_partial` and
-`merge_partials` are the attention kernels alone, `ring_attention` is attention over the ranks of a
-process group, for models of one's own. Importing this package imports no torch; each name
+`merge_partials` are the attention kernels alone, and `silu_attention_partial` that of HSTU;
+`ring_attention` and `hstu_attention` are attention over the ranks of a process group, for models of
+one's own. Importing this package imports no torch; each name
 is loaded at its first use.
 """
 
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cptool.engine.answers.records import TokenLogprob
-    from cptool.functional import ring_attention, shard, shard_positions, unshard
+    from cptool.functional import hstu_attention, ring_attention, shard, shard_positions, unshard
     from cptool.llm.answers import Generation, Piece, Stream
     from cptool.llm.llm import LLM
     from cptool.llm.options import GenerateOptions
     from cptool.llm.session import Session
     from cptool.ops.attention import attention_partial, merge_partials
+    from cptool.ops.silu_attention import silu_attention_partial
 
 __version__ = "0.1.0"
 
@@ -28,10 +30,12 @@ __all__ = [
     "Stream",
     "TokenLogprob",
     "attention_partial",
+    "hstu_attention",
     "merge_partials",
     "ring_attention",
     "shard",
     "shard_positions",
+    "silu_attention_partial",
     "unshard",
 ]
 
@@ -44,10 +48,12 @@ _HOMES = {
     "Stream": "cptool.llm.answers",
     "TokenLogprob": "cptool.engine.answers.records",
     "attention_partial": "cptool.ops.attention",
+    "hstu_attention": "cptool.functional",
     "merge_partials": "cptool.ops.attention",
     "ring_attention": "cptool.functional",
     "shard": "cptool.functional",
     "shard_positions": "cptool.functional",
+    "silu_attention_partial": "cptool.ops.silu_attention",
     "unshard": "cptool.functional",
 }
 

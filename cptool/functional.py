@@ -1,4 +1,5 @@
-"""Context-parallel attention for models of one's own: `cptool.ring_attention`, and its layout.
+"""Context-parallel attention for models of one's own: `cptool.ring_attention`,
+`cptool.hstu_attention`, and their layout.
 
 No cache, no world of cptool's and no model: tensors and a process group of `torch.distributed`. The
 ranks of the group share the tokens of a batch of sequences in the balanced layout of
@@ -29,25 +30,20 @@ ranks of the group share the tokens of a batch of sequences in the balanced layo
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
 import torch
 import torch.distributed as dist
 
 from cptool.cache import LayerKV
-from cptool.errors import OptionError, UserError
+from cptool.errors import OptionError
 from cptool.ops.attention import attention_partial
-from cptool.ops.checks import refuse_gradients
+from cptool.ops.checks import check_max_len, refuse_gradients
+from cptool.ops.silu_attention import silu_attention_partial
 from cptool.parallel.attention import attend
+from cptool.parallel.deals import Deal, Lengths, deal_of
 from cptool.parallel.groups import check_alike, group_of, quickest, ring_for
-from cptool.parallel.step import Scores, Step
-from cptool.sharding import Placement, balanced
+from cptool.parallel.ring import Ring
+from cptool.parallel.step import Scores
 from cptool.variants import names, unknown
-
-Lengths = int | Sequence[int] | torch.Tensor
-"""Tokens of each sequence of the whole batch, the same on all ranks; an int is one sequence."""
 
 
 def ring_attention(
@@ -92,8 +88,8 @@ def ring_attention(
     refuse_gradients("ring_attention", q=q, k=k, v=v)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    process_group, deal = group_of(group), _deal_of(lengths, group)
-    _check_tokens(deal, q=q, k=k, v=v)
+    process_group, deal = group_of(group), deal_of(lengths, group)
+    deal.check_tokens(q=q, k=k, v=v)
     if variant not in ("auto", *names(baselines=True)):
         raise unknown(variant)
     step = deal.step(q.device, causal=causal)
@@ -116,6 +112,100 @@ def ring_attention(
     return attend(variant, q, kv, step, ring=ring, scores=Scores(scale))
 
 
+def hstu_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Lengths,
+    group: dist.ProcessGroup | None = None,
+    *,
+    max_len: int,
+    targets: Lengths | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    variant: str = "auto",
+) -> torch.Tensor:
+    """Compute the SiLU attention of HSTU over sequences that the ranks of `group` share.
+
+        out_i = sum_j silu(scale * q_i k_j) v_j / max_len
+
+    over the tokens j that token i sees: those before it and itself. Collective, as
+    `ring_attention`, whose q, k, v, lengths, group, scale and variant these are.
+
+    Args:
+        max_len: what the weights are divided by: the length of the longest sequence that the model
+            is made for, not of this batch.
+        targets: how many of the last tokens of each sequence are targets, the same on all ranks: a
+            target stands at the end of the history before them, and sees what a token there would
+            see of it, and itself, but no other target. By default there are none.
+        window: how many positions a token sees, its own the last (the published ``max_attn_len``
+            plus 1); None for all.
+
+    Returns:
+        ``[T_local, Hq, D]`` in q's dtype, in which targets round twice.
+
+    Raises:
+        UserError, ValueError: as for `ring_attention` and `silu_attention_partial`.
+    """
+    refuse_gradients("hstu_attention", q=q, k=k, v=v)
+    check_max_len(max_len)
+    scores = Scores(q.shape[-1] ** -0.5 if scale is None else scale, window, max_len=max_len)
+    process_group, deal = group_of(group), deal_of(lengths, group, targets)
+    deal.check_tokens(q=q, k=k, v=v)
+    if variant not in ("auto", *names(baselines=True)):
+        raise unknown(variant)
+    ring = Ring()
+    if process_group is not None and deal.size > 1:
+        ring = ring_for(process_group, q.device)
+        variant = check_alike(
+            ring,
+            lengths=deal.lengths,
+            heads=(q.shape[1], *k.shape[1:]),
+            dtype=q.dtype,
+            hstu=(deal.targets, scores),
+            variant=variant,
+            choose=lambda: quickest(q, k, deal.lengths, deal.size),
+        )
+    elif variant == "auto":
+        variant = names()[0]
+    step, rows = deal.step(q.device), deal.history_rows(q.device)
+    slab = torch.stack([k, v], dim=1)
+    slab = slab if rows is None else slab[rows]
+    keys = step.keys[deal.rank]
+    kv = LayerKV(slab=slab, k_pos=keys.positions, cu_k=keys.cu_seqlens)
+    out = attend(variant, q, kv, step, ring=ring, scores=scores)
+    return _with_themselves(out, q, (k, v), deal=deal, scores=scores) if any(deal.targets) else out
+
+
+def _with_themselves(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    kv: tuple[torch.Tensor, torch.Tensor],
+    *,
+    deal: Deal,
+    scores: Scores,
+) -> torch.Tensor:
+    """Add to the targets of `out` what they see of themselves: each a sequence of one token."""
+    targets = deal.target_rows(q.device)
+    ends = torch.arange(len(targets) + 1, dtype=torch.int32, device=q.device)
+    total = out[targets].to(torch.float32)
+    positions = torch.zeros_like(ends[1:])
+    silu_attention_partial(
+        q[targets],
+        kv[0][targets],
+        kv[1][targets],
+        q_pos=positions,
+        k_pos=positions,
+        cu_q=ends,
+        cu_k=ends,
+        scale=scores.scale,
+        max_len=scores.max_len or 1,
+        into=total,
+    )
+    out[targets] = total.to(out.dtype)
+    return out
+
+
 def shard(
     x: torch.Tensor, lengths: Lengths, group: dist.ProcessGroup | None = None
 ) -> torch.Tensor:
@@ -127,7 +217,7 @@ def shard(
 
     lengths, group: as in `ring_attention`. Raises UserError if `x` has another number of tokens.
     """
-    deal = _deal_of(lengths, group)
+    deal = deal_of(lengths, group)
     if x.dim() < 1 or x.shape[0] != sum(deal.lengths):
         raise OptionError(
             "x",
@@ -146,7 +236,7 @@ def unshard(
     this rank's number of tokens, or requires a gradient while gradients are recorded.
     """
     refuse_gradients("unshard", x=x)
-    process_group, deal = group_of(group), _deal_of(lengths, group)
+    process_group, deal = group_of(group), deal_of(lengths, group)
     if x.dim() < 1 or x.shape[0] != deal.tokens:
         raise OptionError(
             "x",
@@ -173,90 +263,5 @@ def shard_positions(
     What rotary embeddings need. lengths, group: as in `ring_attention`. device: of the result, by
     default the CPU.
     """
-    deal = _deal_of(lengths, group)
+    deal = deal_of(lengths, group)
     return deal.placements[deal.rank].positions.to(device or "cpu", torch.int64)
-
-
-def _check_tokens(deal: _Deal, **tensors: torch.Tensor) -> None:
-    """Raise UserError unless each tensor holds this rank's tokens."""
-    for name, tensor in tensors.items():
-        if tensor.dim() != 3 or tensor.shape[0] != deal.tokens:
-            raise OptionError(
-                name,
-                f"of shape {list(tensor.shape)}",
-                f"rank {deal.rank} of {deal.size} has {deal.tokens} of the {sum(deal.lengths)} "
-                f"tokens, so it must be [{deal.tokens}, heads, head_dim]",
-                "cptool.shard deals the tokens",
-            )
-
-
-@dataclass(frozen=True)
-class _Deal:
-    """Which rank has which tokens of a batch; all that follows from the lengths alone."""
-
-    lengths: tuple[int, ...]
-    rank: int
-    size: int
-
-    @functools.cached_property
-    def placements(self) -> tuple[Placement, ...]:
-        return balanced(self.lengths, self.size).placements()
-
-    @functools.cached_property
-    def sizes(self) -> list[int]:
-        return [placement.tokens for placement in self.placements]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of this rank."""
-        return self.sizes[self.rank]
-
-    @functools.cached_property
-    def indices(self) -> torch.Tensor:
-        """int64 [T_local]: where this rank's tokens lie in the whole batch."""
-        return balanced(self.lengths, self.size).indices(self.rank)
-
-    @functools.cached_property
-    def order(self) -> torch.Tensor:
-        """int64 [T]: where the batch's tokens lie in the ranks' tokens in rank order."""
-        layout = balanced(self.lengths, self.size)
-        return torch.cat([layout.indices(rank) for rank in range(self.size)]).argsort()
-
-    @functools.cached_property
-    def _steps(self) -> dict[tuple[torch.device, bool], Step]:
-        return {}
-
-    def step(self, device: torch.device, *, causal: bool) -> Step:
-        """Return the step of a forward; without `causal`, every query stands at its sequence's end,
-        where it sees all keys.
-        """
-        if (device, causal) not in self._steps:
-            keys = tuple(placement.to(device) for placement in self.placements)
-            queries = keys
-            if not causal:
-                last = torch.tensor(self.lengths, dtype=torch.int32, device=device) - 1
-                queries = tuple(
-                    replace(p, positions=last.repeat_interleave(p.cu_seqlens.diff())) for p in keys
-                )
-            self._steps[device, causal] = Step(self.rank, queries, keys)
-        return self._steps[device, causal]
-
-
-# All layers of a forward share one; a few more for batches that take turns.
-_deal = functools.lru_cache(maxsize=8)(_Deal)
-
-
-def _deal_of(lengths: Lengths, group: dist.ProcessGroup | None) -> _Deal:
-    process_group = group_of(group)
-    rank, size = (process_group.rank(), process_group.size()) if process_group else (0, 1)
-    return _deal(_counts(lengths), rank, size)
-
-
-def _counts(lengths: Lengths) -> tuple[int, ...]:
-    """Return `lengths` as a tuple. Raise UserError unless they are counts of tokens."""
-    if isinstance(lengths, torch.Tensor):
-        lengths = lengths.tolist()
-    counts = (lengths,) if isinstance(lengths, int) else tuple(lengths)
-    if not all(isinstance(count, int) and count >= 0 for count in counts):
-        raise UserError(f"`lengths` {list(counts)}: they must be numbers of tokens, 0 or more")
-    return counts

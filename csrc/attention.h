@@ -12,11 +12,18 @@
 // tile with visible ones, and are then multiplied by a weight of 0.
 //
 // A soft cap replaces each scaled score s by cap tanh(s / cap), before the softmax.
+//
+// SiLU attention is a second kind of partial: out = silu(scale * q k^T) v / max_len, with silu(s) =
+// s / (1 + e^-s), over the keys that a query sees. It has no lse: partials over disjoint sets of
+// keys add up. (HSTU: Zhai et al., 2024.)
 #pragma once
 
 #include <cstdint>
 
 namespace cptool {
+
+// How scores become weights.
+enum class Kind { kSoftmax, kSilu };
 
 enum class ScalarType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -39,16 +46,24 @@ struct AttentionArgs {
   ScalarType dtype;      // of k and v
   ScalarType out_dtype;  // float32, or q_dtype; float32 when accumulating
   void* out;             // [q_tokens, q_heads, head_dim], contiguous
-  float* lse;            // [q_tokens, q_heads], contiguous
+  float* lse;            // [q_tokens, q_heads], contiguous; null for SiLU attention
   bool accumulate;       // merge into the partial that out and lse already hold
   int64_t window = 0;    // how many positions a query sees, its own the last; 0: all up to it
   float cap = 0.0f;      // of the scores; 0: none
   // On CUDA, where transfers between GPUs run at the same time: how many multiprocessors to leave
   // to them. A kernel that fills the device would otherwise keep them from starting.
   int32_t sm_margin = 0;
+  float max_len = 0.0f;  // divides the weights of SiLU attention; 0: softmax attention
 };
 
-inline bool is_plain(const AttentionArgs& args) { return args.window == 0 && args.cap == 0.0f; }
+inline Kind kind(const AttentionArgs& args) {
+  return args.max_len == 0.0f ? Kind::kSoftmax : Kind::kSilu;
+}
+
+// Softmax attention without window and cap.
+inline bool is_plain(const AttentionArgs& args) {
+  return args.window == 0 && args.cap == 0.0f && args.max_len == 0.0f;
+}
 
 struct MergeArgs {
   const void* const* outs;   // `partials` pointers to [rows, head_dim], contiguous

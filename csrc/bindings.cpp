@@ -40,7 +40,8 @@ AttentionArgs attention_args(uintptr_t q, int64_t q_token_stride, int64_t q_head
                              int64_t batch, int64_t q_tokens, int64_t k_tokens, int64_t q_heads,
                              int64_t kv_heads, int64_t head_dim, double scale, int q_dtype,
                              int dtype, int out_dtype, uintptr_t out, uintptr_t lse,
-                             bool accumulate, int64_t window, double cap, int sm_margin) {
+                             bool accumulate, int64_t window, double cap, int sm_margin,
+                             double max_len) {
   AttentionArgs args;
   args.q = pointer<const void>(q);
   args.k = pointer<const void>(k);
@@ -71,6 +72,7 @@ AttentionArgs attention_args(uintptr_t q, int64_t q_token_stride, int64_t q_head
   args.window = window;
   args.cap = static_cast<float>(cap);
   args.sm_margin = sm_margin;
+  args.max_len = static_cast<float>(max_len);
   return args;
 }
 

@@ -51,8 +51,14 @@ LONG_SIGNATURES: set[str] = {
     "ops.attention._attention_partial_fake",
     "ops.attention._attention_partial_into",
     "ops.attention._attention_partial_into_fake",
-    "ops.attention._run_attention",
+    "functional.hstu_attention",
     "ops.attention.attention_partial",
+    "ops.attention_kernel.run_attention",
+    "ops.silu_attention._silu_attention",
+    "ops.silu_attention._silu_attention_fake",
+    "ops.silu_attention._silu_attention_into",
+    "ops.silu_attention._silu_attention_into_fake",
+    "ops.silu_attention.silu_attention_partial",
 }
 POSITIONAL: set[str] = {
     "ops.attention: check_attention",

@@ -20,7 +20,8 @@ from cptool.cache import NEVER, KVCache, LayerKV
 from cptool.engine.graphs import Recorded
 from cptool.engine.holdings import Holdings
 from cptool.model.llama import Llama
-from cptool.parallel.attention import merge_messages, over_local, pack
+from cptool.parallel.attention import over_local
+from cptool.parallel.partials import merge_messages, pack
 from cptool.parallel.ring import Ring
 from cptool.parallel.step import Scores
 from cptool.sharding import Placement

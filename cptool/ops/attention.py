@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cptool.ops.attention_kernel import run_attention
 from cptool.ops.checks import (
     SCALAR_TYPES,
     check_apart,
@@ -136,65 +137,6 @@ def merge_partials(
     return _merge_partials_op(outs, lses, out_dtype)
 
 
-def _run_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_pos: Tensor,
-    k_pos: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    scores: tuple[float, int | None, float | None],
-    sm_margin: int,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    accumulate: bool,
-) -> None:
-    check_kernels("q", q.device, _C.cuda_archs)
-    q_tokens, q_heads, head_dim = q.shape
-    k_tokens, kv_heads, _ = k.shape
-    scale, window, cap = scores
-    arguments = (
-        q.data_ptr(),
-        *q.stride()[:2],
-        k.data_ptr(),
-        *k.stride()[:2],
-        v.data_ptr(),
-        *v.stride()[:2],
-        q_pos.data_ptr(),
-        k_pos.data_ptr(),
-        cu_q.data_ptr(),
-        cu_k.data_ptr(),
-        cu_q.shape[0] - 1,
-        q_tokens,
-        k_tokens,
-        q_heads,
-        kv_heads,
-        head_dim,
-        scale,
-        SCALAR_TYPES[q.dtype],
-        SCALAR_TYPES[k.dtype],
-        SCALAR_TYPES[out.dtype],
-        out.data_ptr(),
-        lse.data_ptr(),
-        accumulate,
-        window or 0,
-        cap or 0.0,
-        sm_margin,
-    )
-    if q.is_cuda:
-        with torch.cuda.device(q.device):
-            # From torch's allocator: a graph that is being captured keeps it for its replays.
-            size = _C.attention_workspace_cuda(*arguments)
-            workspace = torch.empty(size, dtype=torch.uint8, device=q.device) if size else None
-            address = 0 if workspace is None else workspace.data_ptr()
-            stream = torch.cuda.current_stream().cuda_stream
-            _C.attention_partial_cuda(*arguments, address, stream)
-    else:
-        _C.attention_partial_cpu(*arguments, torch.get_num_threads())
-
-
 def _attention_partial(
     q: Tensor,
     k: Tensor,
@@ -214,7 +156,8 @@ def _attention_partial(
     out = torch.empty(q.shape, dtype=check_new_dtype(out_dtype, q), device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     scores = (scale, window, cap)
-    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scores, sm_margin, out, lse, accumulate=False)
+    tensors = (q, k, v, q_pos, k_pos, cu_q, cu_k)
+    run_attention(*tensors, scores, out, lse, accumulate=False, sm_margin=sm_margin)
     return out, lse
 
 
@@ -258,7 +201,8 @@ def _attention_partial_into(
     check_into(q, out, lse)
     check_apart(out, lse, q=q, k=k, v=v, q_pos=q_pos, k_pos=k_pos, cu_q=cu_q, cu_k=cu_k)
     scores = (scale, window, cap)
-    _run_attention(q, k, v, q_pos, k_pos, cu_q, cu_k, scores, sm_margin, out, lse, accumulate=True)
+    tensors = (q, k, v, q_pos, k_pos, cu_q, cu_k)
+    run_attention(*tensors, scores, out, lse, accumulate=True, sm_margin=sm_margin)
 
 
 def _attention_partial_into_fake(

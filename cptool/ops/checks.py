@@ -123,6 +123,13 @@ def check_scores(window: int | None, cap: float | None) -> None:
         )
 
 
+def check_max_len(max_len: int) -> None:
+    if type(max_len) is bool or not 1 <= max_len < 1 << 31:
+        raise ValueError(
+            f"max_len is {max_len}; it must be a number of tokens from 1 to {2**31 - 1}"
+        )
+
+
 def _check_kv_dtype(q: Tensor, k: Tensor) -> None:
     """Kernels on the CPU widen 16-bit keys and values under a float32 q; no other two types mix."""
     if q.dtype != torch.float32 or q.is_cuda:
@@ -156,11 +163,28 @@ def check_new_dtype(out_dtype: torch.dtype | None, q: Tensor) -> torch.dtype:
 def check_into(q: Tensor, out: Tensor, lse: Tensor) -> None:
     _check_shape("into's out", out, q.shape, "the shape of q")
     _check_shape("into's lse", lse, q.shape[:2], "tokens and heads of q")
-    for name, tensor in (("into's out", out), ("into's lse", lse)):
-        _check_dtype(name, tensor, torch.float32)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
-        _check_device(tensor, q.device, name, "q")
+    _check_running("into's out", out, q)
+    _check_running("into's lse", lse, q)
+
+
+def _check_running(name: str, tensor: Tensor, q: Tensor) -> None:
+    _check_dtype(name, tensor, torch.float32)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+    _check_device(tensor, q.device, name, "q")
+
+
+def check_sum(q: Tensor, out: Tensor, /, **inputs: Tensor) -> None:
+    """`check_into` and `check_apart` of SiLU attention, whose running result has no lse. Without
+    inputs memory is not looked at.
+    """
+    _check_shape("into", out, q.shape, "the shape of q")
+    _check_running("into", out, q)
+    begin, end = (out.data_ptr(), out.data_ptr() + out.nbytes) if inputs else (0, 0)
+    for name, tensor in inputs.items():
+        first = tensor.data_ptr()
+        if first < end and begin < first + _extent(tensor):
+            raise ValueError(f"into overlaps {name} in memory; it must be its own tensor")
 
 
 def check_apart(out: Tensor, lse: Tensor, **inputs: Tensor) -> None:

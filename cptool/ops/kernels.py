@@ -123,9 +123,7 @@ def cuda_kernel(dtype: torch.dtype, head_dim: int = 128, tokens: int = 4096) -> 
         0,
         0,
         False,
-        0,
-        0.0,
-        0,
+        *(0, 0.0, 0, 0.0),  # neither window nor cap, no margin, softmax
     )
 
 

@@ -1,7 +1,7 @@
 """The variants of context-parallel attention: what travels between the ranks, and when.
 
-Every rank holds some new queries and some of the keys and values. A partial result over any part of
-the keys is (out, lse), and partials merge exactly (paper, appendix B), so each variant is a choice
+Every rank holds some new queries and some of the keys and values. Partial results over any parts of
+the keys merge exactly (paper, appendix B; `cptool.parallel.partials`), so each variant is a choice
 of messages. Only q, K and V, or partials travel: `Step` gives every rank all positions.
 
 - pass-kv: KV blocks go round a ring, hidden under attention over the previous one (algorithm 2).
@@ -26,13 +26,11 @@ from typing import Protocol
 import torch
 
 from cptool.cache import NEVER, LayerKV
-from cptool.ops.attention import attention_partial, merge_partials
+from cptool.parallel.partials import Partial, attention, merge, merge_messages, pack
 from cptool.parallel.ring import Ring
 from cptool.parallel.step import Scores, Step
 from cptool.sharding import Placement
 from cptool.variants import unknown
-
-Partial = tuple[torch.Tensor, torch.Tensor]
 
 
 class AttentionFunction(Protocol):
@@ -103,10 +101,9 @@ def pass_kv(
                 q, mine, block, sent.keys[source], scores=scores, into=low, margin=ring.margin
             )
     partials = [partial for partial in (low, high) if partial is not None]
-    if not partials:
-        return torch.empty_like(q)
-    outs, lses = zip(*partials, strict=True)
-    return merge_partials(outs, lses, q.dtype)[0]
+    if not partials:  # no queries, or no key that they could see
+        return torch.zeros_like(q)
+    return merge(partials, q.dtype)
 
 
 @computes("gather-kv")
@@ -189,7 +186,9 @@ def gather_q(
     gathered = gathered.index_select(0, order)
     out, lse = over_local(gathered, queries, kv, scores=scores, out_dtype=step.partial_dtype)
     outgoing = [
-        pack(out.index_select(0, rows), lse.index_select(0, rows)) if len(rows) else q.new_empty(0)
+        pack(out.index_select(0, rows), None if lse is None else lse.index_select(0, rows))
+        if len(rows)
+        else q.new_empty(0)
         for rows in step.rows
     ]
     return merge_messages(_exchange(outgoing, step, ring), q)
@@ -210,20 +209,15 @@ def over_local(
     """
     k, v, k_pos, cu_k = kv.local
     prefix = None if kv.prefix is None else _over_prefix(q, queries, kv.prefix, scores=scores)
-    out, lse = attention_partial(
+    out, lse = attention(
         q,
-        k,
-        v,
-        q_pos=queries.positions,
-        k_pos=k_pos,
-        cu_q=queries.cu_seqlens,
-        cu_k=cu_k,
-        scale=scores.scale,
+        queries,
+        (k, v),
+        Placement(k_pos, cu_k),
+        scores=scores,
         into=prefix,
         out_dtype=out_dtype if prefix is None else None,
-        window=scores.window,
-        cap=scores.cap,
-        sm_margin=margin,
+        margin=margin,
     )
     return out if out_dtype is None else out.to(out_dtype), lse
 
@@ -248,7 +242,7 @@ def _over_prefix(
     together = Placement(queries.positions[order], ends)
     out, lse = over_local(q[order], together, prefix, scores=scores)
     back = order.argsort()
-    return out[back], lse[back]
+    return out[back], None if lse is None else lse[back]
 
 
 def _over_block(
@@ -263,20 +257,9 @@ def _over_block(
     margin: int = 0,
 ) -> Partial:
     """Compute attention of q over a received block [Tk, 2, Hkv, D]: K at index 0, V at index 1."""
-    return attention_partial(
-        q,
-        block[:, 0],
-        block[:, 1],
-        q_pos=queries.positions,
-        k_pos=keys.positions,
-        cu_q=queries.cu_seqlens,
-        cu_k=keys.cu_seqlens,
-        scale=scores.scale,
-        into=into,
-        out_dtype=out_dtype,
-        window=scores.window,
-        cap=scores.cap,
-        sm_margin=margin,
+    kv = (block[:, 0], block[:, 1])
+    return attention(
+        q, queries, kv, keys, scores=scores, into=into, out_dtype=out_dtype, margin=margin
     )
 
 
@@ -291,20 +274,6 @@ def _answer(
     return pack(*partial)
 
 
-def pack(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """Return a partial as one message in out's dtype: out [T, H, D], then lse [T, H] as bits."""
-    return torch.cat([out.flatten(), lse.view(out.dtype).flatten()])
-
-
 def _exchange(outgoing: list[torch.Tensor], step: Step, ring: Ring) -> list[torch.Tensor]:
     """Send outgoing[r] to rank r; return every rank's partial of this rank's queries."""
     return ring.exchange(outgoing, [outgoing[step.rank].numel()] * ring.size)
-
-
-def merge_messages(messages: list[torch.Tensor], q: torch.Tensor) -> torch.Tensor:
-    """Merge packed partials of q's tokens in the order given. Return [T, H, D] in q's dtype."""
-    if not q.shape[0]:
-        return torch.empty_like(q)
-    outs = [message[: q.numel()].view(q.shape) for message in messages]
-    lses = [message[q.numel() :].view(torch.float32).view(q.shape[:2]) for message in messages]
-    return merge_partials(outs, lses, q.dtype)[0]

@@ -20,7 +20,7 @@ from cptool.planning.profiles import load_profile
 from cptool.variants import names
 
 _rings: dict[tuple[dist.ProcessGroup, torch.device], Ring] = {}
-_agreed: dict[tuple[Ring, tuple], str] = {}
+_agreed: dict[Ring, dict[tuple, str]] = {}
 _MOST_AGREED = 256
 
 
@@ -48,9 +48,7 @@ def ring_for(process_group: dist.ProcessGroup, device: torch.device) -> Ring:
     if ring is not None:
         return ring
     for stale in [key for key in _rings if not _exists(key[0])]:
-        gone = _rings.pop(stale)
-        for agreed in [key for key in _agreed if key[0] is gone]:
-            del _agreed[agreed]
+        _agreed.pop(_rings.pop(stale), None)
     carrier = _backend(process_group, device.type)
     staged = device.type != "cpu" and carrier != "nccl"
     carrier = _backend(process_group, "cpu") if staged else carrier
@@ -73,24 +71,28 @@ def check_alike(
     heads: Sequence[int],
     dtype: torch.dtype,
     causal: bool = True,
+    hstu: Sequence[object] = (),
     variant: str = "",
     choose: Callable[[], str] = str,
 ) -> str:
     """Check that all ranks call with the same arguments, and return the variant. Collective.
 
-    Ranks talk at the first call with these arguments only. choose: called for the variant "auto";
+    Ranks talk at the first call with these arguments only. hstu: those of
+    `cptool.hstu_attention` alone. choose: called for the variant "auto";
     the choice of rank 0 is taken, because ranks may know different profiles of the hardware.
     """
     known = ["", *names(baselines=True)]
-    key = (ring, (tuple(lengths), tuple(heads), dtype, causal, variant))
-    if key in _agreed:
-        return _agreed[key]
+    key = (tuple(lengths), tuple(heads), dtype, causal, tuple(hstu), variant)
+    agreed = _agreed.setdefault(ring, {})
+    if key in agreed:
+        return agreed[key]
     chosen = choose() if variant == "auto" else variant
     own = {
         "lengths": _digest(tuple(lengths)),
         "heads and widths": _digest(tuple(heads)),
         "dtypes": _digest(str(dtype)),
         "`causal`": int(causal),
+        "`targets`, `window`, `scale` or `max_len`": _digest(tuple(hstu)),
         "`variant`": _digest(variant),
     }
     group = ring.group
@@ -106,10 +108,11 @@ def check_alike(
                     f"ranks 0 and {rank} of the group were given different {name}; every rank "
                     "takes those of the whole batch"
                 )
-    while len(_agreed) >= _MOST_AGREED:  # in the same order on all ranks
-        del _agreed[next(iter(_agreed))]
-    _agreed[key] = known[table[0][-1]]
-    return _agreed[key]
+    # The ranks of a ring forget in the same order; what they agree on with others plays no part.
+    while len(agreed) >= _MOST_AGREED:
+        del agreed[next(iter(agreed))]
+    agreed[key] = known[table[0][-1]]
+    return agreed[key]
 
 
 def quickest(q: torch.Tensor, k: torch.Tensor, lengths: Sequence[int], ranks: int) -> str:

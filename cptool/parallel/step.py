@@ -14,11 +14,17 @@ from cptool.sharding import Placement, union
 
 @dataclass(frozen=True)
 class Scores:
-    """How a layer's attention scores are made: see `cptool.ops.attention.attention_partial`."""
+    """How a layer's attention scores are made, and what weights they become.
+
+    scale, window, cap: as in `cptool.ops.attention.attention_partial`.
+    max_len: None for softmax attention; else attention is that of `cptool.ops.silu_attention`,
+        which takes no cap.
+    """
 
     scale: float
     window: int | None = None
     cap: float | None = None
+    max_len: int | None = None
 
     @staticmethod
     def of(config: LlamaConfig, layer: int) -> Scores:
@@ -104,7 +110,7 @@ class Step:
         """
         if window is not None and window not in self._travelling:
             seen = [self._seen_elsewhere(rank, window) for rank in range(len(self.keys))]
-            keys = tuple(map(_only, self.keys, seen))
+            keys = tuple(map(only, self.keys, seen))
             self._travelling[window] = Travelling(keys, seen[self.rank])
         return self._travelling[window]
 
@@ -152,7 +158,7 @@ class Step:
             keys, rows = list(self.travelling(window).keys), None
             if window is not None:
                 rows = self._seen_here(window)
-                keys[self.rank] = _only(self.keys[self.rank], rows)
+                keys[self.rank] = only(self.keys[self.rank], rows)
             sizes = [placement.tokens for placement in keys]
             self._gathered[window] = Gathered(*union(keys), sizes, rows)
         return self._gathered[window]
@@ -180,7 +186,7 @@ def _in_order(tokens: Placement) -> torch.Tensor:
     return (sequence.repeat_interleave(tokens.cu_seqlens.diff()) << 32) + tokens.positions
 
 
-def _only(tokens: Placement, rows: torch.Tensor) -> Placement:
+def only(tokens: Placement, rows: torch.Tensor) -> Placement:
     """Return the tokens at ascending indices `rows`."""
     ends = torch.searchsorted(rows, tokens.cu_seqlens.to(torch.int64))
     return Placement(tokens.positions[rows], ends.to(torch.int32))

@@ -39,6 +39,7 @@ class AmxKernel : AmxProducts<Math> {
   using typename Products::TileSteps;
 
  public:
+  static constexpr Kind kKind = Kind::kSoftmax;
   using Products::kKeys, Products::kRows;
   using Products::scratch_bytes;
 

@@ -62,7 +62,10 @@ void attention_partial(const AttentionArgs& args, int threads) {
   }
   check_positions("q_pos", args.q_pos, args.cu_q, args.batch);
   check_positions("k_pos", args.k_pos, args.cu_k, args.batch);
-  attention_isa(args.q_dtype, args.dtype, args.head_dim).attention.attention_partial(args, threads);
+  const Kind of = kind(args);
+  const AttentionKernel& kernel =
+      attention_isa(args.q_dtype, args.dtype, args.head_dim, of).attention;
+  (of == Kind::kSilu ? kernel.silu_partial : kernel.attention_partial)(args, threads);
 }
 
 void merge_partials(const MergeArgs& args, int threads) {

@@ -7,6 +7,7 @@
 #include "cpu/merge_kernel.h"
 #include "cpu/panel_kernel.h"
 #include "cpu/product_kernel.h"
+#include "cpu/silu.h"
 #include "cpu/stream_kernel.h"
 #include "cpu/tokenwise_kernel.h"
 
@@ -31,7 +32,7 @@ void attention_partial(const AttentionArgs& args, int threads) {
 }  // namespace
 
 extern constexpr Isa isa_avx2 = {
-    "avx2",           supported, {handles, attention_partial, stream_rows},
+    "avx2",           supported, {handles, attention_partial, stream_rows, silu_avx2},
     run_merge_kernel, kFewRows,  kTokenwise,
     kStoredGroups,    kProduct};
 

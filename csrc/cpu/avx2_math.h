@@ -12,6 +12,8 @@ inline Vector largest(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 
 inline Vector multiply_subtract(Vector a, Vector b, Vector c) { return _mm256_fmsub_ps(a, b, c); }
 
+inline Vector reciprocal(Vector x) { return _mm256_div_ps(broadcast(1.0f), x); }
+
 inline unsigned above(Vector a, Vector b) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
 }

@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "cpu/merge_kernel.h"
 #include "cpu/panel_kernel.h"
+#include "cpu/silu.h"
 #include "cpu/stored_kernel.h"
 #include "cpu/stream_kernel.h"
 #include "cpu/tokenwise_kernel.h"
@@ -47,7 +48,8 @@ constexpr StoredKernels some_stored() {
 }  // namespace
 
 extern constexpr Isa isa_avx512 = {
-    "avx512",   has_avx512,   {handles, attention_partial, stream_rows}, run_merge_kernel, kFewRows,
-    kTokenwise, some_stored()};
+    "avx512",         has_avx512, {handles, attention_partial, stream_rows, silu_avx512},
+    run_merge_kernel, kFewRows,   kTokenwise,
+    some_stored()};
 
 }  // namespace cptool::cpu

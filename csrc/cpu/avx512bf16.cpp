@@ -4,6 +4,7 @@
 #include "cpu/few_rows_kernel.h"
 #include "cpu/isa.h"
 #include "cpu/panel_kernel.h"
+#include "cpu/silu.h"
 #include "cpu/stream_kernel.h"
 
 namespace cptool::cpu {
@@ -29,7 +30,7 @@ using Products = FewRows<Pairs, BFloat16>;
 extern constexpr Isa isa_avx512bf16 = {
     "avx512bf16",
     has_avx512bf16,
-    {handles, attention_partial, stream_rows},
+    {handles, attention_partial, stream_rows, silu_avx512bf16},
     nullptr,
     {is_bfloat16, Products::packed_row_bytes, Products::pack, Products::columns},
     {},

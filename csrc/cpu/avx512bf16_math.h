@@ -4,7 +4,7 @@
 // weights add up to one and an error common to all cancels. Unnamed namespace: see isa.h.
 #pragma once
 
-#include "cpu/avx512_math.h"
+#include "cpu/vector_math.h"
 
 namespace cptool::cpu {
 namespace {
@@ -100,6 +100,25 @@ struct BFloat16Math {
             _mm512_srli_epi32(even, 16), odd, _mm512_set1_epi32(-0x10000), 0xf8));
         total[n] = multiply_add(pair, ones, total[n]);
         _mm512_store_ps(scores + (j / 2 * kN + n) * kLanes, pair);
+      }
+    }
+  }
+
+  template <int kN>
+  static void weigh_silu(float* scores, int keys, __m512 scale) {
+    for (int j = 0; j < keys; j += 2) {
+#pragma GCC unroll 3
+      for (int n = 0; n < kN; ++n) {
+        const float* at = scores + (j * kN + n) * kLanes;
+        auto weight = [&](const float* score) {
+          return silu(_mm512_mul_ps(_mm512_load_ps(score), scale), exp2);
+        };
+        // Element i of the result is the pair of the rows' i-th weights: odd above even.
+        const __m256i even = (__m256i)_mm512_cvtneps_pbh(weight(at));
+        const __m256i odd = (__m256i)_mm512_cvtneps_pbh(weight(at + kN * kLanes));
+        const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                                             _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+        _mm512_store_ps(scores + (j / 2 * kN + n) * kLanes, _mm512_castsi512_ps(pair));
       }
     }
   }

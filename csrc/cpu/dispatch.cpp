@@ -45,9 +45,10 @@ bool force_isa(const char* name) {
   return false;
 }
 
-const Isa& attention_isa(ScalarType q_dtype, ScalarType dtype, int64_t head_dim) {
+const Isa& attention_isa(ScalarType q_dtype, ScalarType dtype, int64_t head_dim, Kind kind) {
   return fastest([=](const Isa& isa) {
-    return isa.attention.handles != nullptr && isa.attention.handles(q_dtype, dtype, head_dim);
+    return isa.attention.handles != nullptr && isa.attention.handles(q_dtype, dtype, head_dim) &&
+           (kind == Kind::kSoftmax || isa.attention.silu_partial != nullptr);
   });
 }
 

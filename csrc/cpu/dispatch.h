@@ -19,7 +19,8 @@ bool is_preferred(const Isa& isa);
 // Returns false if it is not compiled in or not supported here.
 bool force_isa(const char* name);
 
-const Isa& attention_isa(ScalarType q_dtype, ScalarType dtype, int64_t head_dim);
+const Isa& attention_isa(ScalarType q_dtype, ScalarType dtype, int64_t head_dim,
+                         Kind kind = Kind::kSoftmax);
 const Isa& merge_isa();
 const Isa& few_rows_isa(ScalarType dtype);
 const Isa& tokenwise_isa();

@@ -5,6 +5,8 @@
 //
 // A kernel is a class, one object per thread:
 //
+//   static constexpr Kind kKind;
+//     Of the partials that it computes.
 //   static constexpr int kRows, kKeys;
 //     Rows of a full block and keys of a full tile; kKeys divides 128.
 //   static int heads(const AttentionArgs&);
@@ -20,9 +22,9 @@
 //   void finish(const RowBlock<kRows>&);
 //     Arranges the accumulators as rows.
 //   const float* acc(int row);
-//     [head_dim], not yet divided by the sum.
+//     [head_dim], not yet divided by the sum or, for SiLU attention, max_len.
 //   SoftmaxState state(int row);
-//     In natural units.
+//     In natural units. Softmax attention alone has it.
 //
 // Tiles begin at multiples of kKeys, so that a row's result does not depend on where the windows of
 // other rows begin. Some row sees the last key of a tile or a later one, so keys beyond all rows
@@ -31,6 +33,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/scalar.h"
 #include "cpu/schedule.h"
@@ -136,6 +139,25 @@ __attribute__((noinline)) inline void write_row(const AttentionArgs& args, int64
   }
 }
 
+// The same for a row of SiLU attention, whose partials add up.
+__attribute__((noinline)) inline void write_sum(const AttentionArgs& args, int64_t row,
+                                                const float* acc) {
+  const int64_t head_dim = args.head_dim;
+  const auto write = [&](auto* out) __attribute__((always_inline)) {
+#pragma omp simd
+    for (int64_t d = 0; d < head_dim; ++d) from_float(acc[d] / args.max_len, out[d]);
+  };
+  if (args.accumulate) {
+    float* out = static_cast<float*>(args.out) + row * head_dim;
+#pragma omp simd
+    for (int64_t d = 0; d < head_dim; ++d) out[d] += acc[d] / args.max_len;
+    return;
+  }
+  with_type(args.out_dtype, [&](auto element) {
+    write(static_cast<decltype(element)*>(args.out) + row * head_dim);
+  });
+}
+
 // Merges the partials of a group of items that cut the keys of the same rows, in the order of their
 // keys.
 template <int kRows>
@@ -157,6 +179,23 @@ inline void merge_group(const AttentionArgs& args, const Schedule& schedule, int
   }
 }
 
+// The same for SiLU attention.
+template <int kRows>
+inline void add_group(const AttentionArgs& args, const Schedule& schedule, int32_t split,
+                      const RowBlock<kRows>& block, float* acc) {
+  int32_t count;
+  const WorkItem* items = schedule.group(split, &count);
+  for (int r = 0; r < block.rows; ++r) {
+    for (int64_t d = 0; d < args.head_dim; ++d) acc[d] = 0.0f;
+    for (int32_t i = 0; i < count; ++i) {
+      const float* out = items[i].partial_out + r * args.head_dim;
+#pragma omp simd
+      for (int64_t d = 0; d < args.head_dim; ++d) acc[d] += out[d];
+    }
+    write_sum(args, block.out_row[r], acc);
+  }
+}
+
 // Returns the first key at or after `key`, both at tile borders, of a tile in which some row sees a
 // key, or one from which on no row does. `row`: a row before which none sees `key`; raised
 // likewise.
@@ -166,6 +205,23 @@ inline int64_t next_seen(const RowBlock<kRows>& block, int tile_keys, int64_t ke
   while (row < rows && block.limit[row] <= key) ++row;
   if (row == rows || block.first[row] < key + tile_keys) return key;
   return block.first[row] / tile_keys * tile_keys;
+}
+
+// The epilogue of an item of SiLU attention.
+template <class Kernel>
+inline void write_sums(const AttentionArgs& args, Schedule& schedule, const WorkItem& item,
+                       Kernel& kernel, const RowBlock<Kernel::kRows>& block, float* row) {
+  for (int r = 0; r < block.rows; ++r) {
+    if (item.split < 0) {
+      write_sum(args, block.out_row[r], kernel.acc(r));
+    } else {
+      std::memcpy(item.partial_out + r * args.head_dim, kernel.acc(r),
+                  static_cast<size_t>(args.head_dim) * sizeof(float));
+    }
+  }
+  if (item.split >= 0 && schedule.complete(item)) {
+    add_group(args, schedule, item.split, block, row);
+  }
 }
 
 template <class Kernel>
@@ -191,6 +247,9 @@ inline void run_item(const AttentionArgs& args, Schedule& schedule, const WorkIt
     }
   }
   kernel.finish(block);
+  if constexpr (Kernel::kKind == Kind::kSilu) {
+    return write_sums(args, schedule, item, kernel, block, row);
+  }
   if (item.split < 0) {
     for (int r = 0; r < block.rows; ++r) {
       const SoftmaxState state = kernel.state(r);

@@ -30,6 +30,8 @@
 //                                       const Vector (&base)[kN], Vector (&total)[kN]);
 //     Turns scores [keys][kLanes * kN rows] into weights 2^(score * scale - base), as words [keys /
 //     kStep][kLanes * kN rows] in the same memory, and adds them to `total`.
+//   template <int kN> static void weigh_silu(float* scores, int keys, Vector scale);
+//     Turns them into weights silu(score * scale) likewise.
 //
 // Unnamed namespace: see isa.h.
 #pragma once
@@ -121,6 +123,13 @@ struct Float32Math {
         total[n] = total[n] + weight;
         store(weight, at);
       }
+    }
+  }
+
+  template <int kN>
+  static void weigh_silu(float* scores, int keys, Vector scale) {
+    for (int i = 0; i < keys * kN; ++i, scores += kLanes) {
+      store(silu(cpu::load(scores) * scale, exp2), scores);
     }
   }
 };

@@ -24,6 +24,8 @@ struct AttentionKernel {
   // Up to how many query rows per KV head it reads keys and values in place instead of packing them
   // first. Null: it has one way to read them.
   int (*stream_rows)(ScalarType q_dtype, ScalarType dtype) = nullptr;
+  // SiLU attention of what it handles. Null: a lower set's runs.
+  void (*silu_partial)(const AttentionArgs& args, int threads) = nullptr;
 };
 
 // Products of few rows x with the rows of a matrix w. A result depends on its own row of x and of w

@@ -16,6 +16,9 @@
 // twice that). Conversions, additions and powers go to the other two ports. On AVX2 a processor
 // that adds on the same ports as it multiplies (Intel's) needs 15 for the softmax: 6%, and 12%.
 //
+// SiLU attention is the same without maxima and sums; what a row does not see gets a score of 0, of
+// which the weight is 0 too.
+//
 // Unnamed namespace: see isa.h.
 #pragma once
 
@@ -35,13 +38,15 @@ constexpr int kPanels = kLanes == 16 ? 8 : 16;  // of a block: 384 rows
 // ahead of its window.
 enum class Mask { kNone, kEnd, kBoth };
 
-template <class Math>
+template <class Math, Kind kind = Kind::kSoftmax>
 class PanelKernel {
   using T = typename Math::Input;
+  static constexpr bool kSoftmax = kind == Kind::kSoftmax;
   static constexpr int kStep = Math::kStep;
   static constexpr int kStrip = 32;  // keys whose scores become weights together
 
  public:
+  static constexpr Kind kKind = kind;
   static constexpr int kRows = kPanels * kPanel;
   static constexpr int kKeys = 128;
 
@@ -131,6 +136,7 @@ class PanelKernel {
   // Register tiles of scores during which a key of the next tile is prefetched: all panels together
   // prefetch the whole tile.
   static constexpr int kTilesPerKey = kPanels / kTile;
+  static constexpr float kHidden = kSoftmax ? -INFINITY : 0.0f;  // the score of an unseen key
 
   struct Fixed {
     RowStates<kRows> rows;
@@ -186,9 +192,14 @@ class PanelKernel {
           multiply_keys<kN, Mask::kBoth>(row, key, j, scores, top);
         }
       }
-      if (scores_.capped) cap<kN>(row, key, first, end, top);
-      begun = raise<kN>(row, top, begun, first);
-      weigh<kN>(row, first, end);
+      if constexpr (kSoftmax) {
+        if (scores_.capped) cap<kN>(row, key, first, end, top);
+        begun = raise<kN>(row, top, begun, first);
+        weigh<kN>(row, first, end);
+      } else {
+        const float scale = args_.scale < 0 ? -args_.scale : args_.scale;
+        Math::template weigh_silu<kN>(weights<kN>(first), end - first, broadcast(scale));
+      }
     }
     accumulate<kN>(row, begun, keys);
   }
@@ -199,8 +210,8 @@ class PanelKernel {
     return fixed_.weights + key / kStep * kN * kLanes;
   }
 
-  // scores[j][row] = sum over words of k[j][word] * q[word][row] for kTile keys; -inf where a row
-  // does not see the key. Raises `top` to the greatest score.
+  // scores[j][row] = sum over words of k[j][word] * q[word][row] for kTile keys; kHidden where a
+  // row does not see the key. Raises `top` to the greatest score.
   template <int kN, Mask mask>
   void multiply_keys(int row, int64_t key, int first, float* scores, Vector (&top)[kN]) const {
     const float* k = k_ + first * words_;
@@ -227,7 +238,7 @@ class PanelKernel {
 #pragma GCC unroll 3
     for (int n = 0; n < kN; ++n) {
       if (mask != Mask::kNone) {
-        const Vector hidden = broadcast(-INFINITY);
+        const Vector hidden = broadcast(kHidden);
         const Ints left = from_key(fixed_.rows.limit + row + n * kLanes, key + first);
         const Ints before = from_key(fixed_.rows.first + row + n * kLanes, key + first);
 #pragma GCC unroll 8
@@ -238,7 +249,7 @@ class PanelKernel {
       }
 #pragma GCC unroll 8
       for (int j = 0; j < kTile; ++j) {
-        top[n] = largest(top[n], acc[j][n]);
+        if (kSoftmax) top[n] = largest(top[n], acc[j][n]);
         store(acc[j][n], scores + (j * kN + n) * kLanes);
       }
     }

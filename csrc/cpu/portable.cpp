@@ -3,6 +3,7 @@
 #include "cpu/isa.h"
 #include "cpu/merge_kernel.h"
 #include "cpu/portable_kernel.h"
+#include "cpu/silu.h"
 #include "cpu/stored_kernel.h"
 #include "cpu/tokenwise_kernel.h"
 
@@ -14,8 +15,13 @@ bool handles(ScalarType, ScalarType, int64_t) { return true; }
 
 }  // namespace
 
-extern constexpr Isa isa_portable = {"portable",       supported, {handles, run_portable_kernel},
-                                     run_merge_kernel, kFewRows,  kTokenwise,
-                                     kStored};
+extern constexpr Isa isa_portable = {
+    "portable",
+    supported,
+    {handles, run_portable_kernel<Kind::kSoftmax>, nullptr, silu_portable},
+    run_merge_kernel,
+    kFewRows,
+    kTokenwise,
+    kStored};
 
 }  // namespace cptool::cpu

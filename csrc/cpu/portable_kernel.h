@@ -120,9 +120,16 @@ inline float hyperbolic_tangent(float x) {
   return size < 0.625f ? p * square * x + x : x < 0.0f ? -large : large;
 }
 
-template <class T>
+// x / (1 + e^-x), as x times 1 / (1 + p) or p / (1 + p) with p = e^-|x|, which does not overflow.
+inline float silu(float x) {
+  const float power = exp2_nonpositive((x < 0.0f ? x : -x) * 1.44269504088896341f);
+  return (x < 0.0f ? x * power : x) / (1.0f + power);
+}
+
+template <class T, Kind kind = Kind::kSoftmax>
 class PortableKernel {
  public:
+  static constexpr Kind kKind = kind;
   static constexpr int kRows = 64;
   static constexpr int kKeys = 64;
 
@@ -144,7 +151,9 @@ class PortableKernel {
         p_(v_ + kKeys * head_dim_) {}
 
   void begin(const RowBlock<kRows>& block) {
-    const float scale = scores_.capped ? scores_.cap_scale : scores_.factor;
+    const float scale = kind == Kind::kSilu ? args_.scale
+                        : scores_.capped    ? scores_.cap_scale
+                                            : scores_.factor;
     for (int r = 0; r < block.rows; ++r) {
       float* to = q_ + r * head_dim_;
       if (args_.q_dtype == ScalarType::kFloat32) {
@@ -237,11 +246,12 @@ class PortableKernel {
       const int64_t end = masked ? block.limit[r + i] - key : keys;
       const int visible = end < keys ? static_cast<int>(end) : keys;
       const int64_t begin = masked ? block.first[r + i] - key : 0;
-      softmax(r + i,
-              begin <= 0        ? 0
-              : begin < visible ? static_cast<int>(begin)
-                                : visible,
-              visible, keys);
+      const int first = begin <= 0 ? 0 : begin < visible ? static_cast<int>(begin) : visible;
+      if constexpr (kind == Kind::kSilu) {
+        weigh_silu(r + i, first, visible, keys);
+      } else {
+        softmax(r + i, first, visible, keys);
+      }
     }
     multiply_rows<kR>(p, kKeys, v, v_stride, acc, head_dim_, keys, head_dim_, true);
   }
@@ -253,6 +263,16 @@ class PortableKernel {
 #pragma omp simd
       for (int j = 0; j < keys; ++j) p[j] = hyperbolic_tangent(p[j]) * scores_.factor;
     }
+  }
+
+  // Turns the row's scores into the weights of SiLU attention. The row sees keys [begin, visible)
+  // of the tile.
+  void weigh_silu(int r, int begin, int visible, int keys) {
+    float* p = p_ + r * kKeys;
+    for (int j = 0; j < begin; ++j) p[j] = 0.0f;
+#pragma omp simd
+    for (int j = begin; j < visible; ++j) p[j] = silu(p[j]);
+    for (int j = visible; j < keys; ++j) p[j] = 0.0f;
   }
 
   // Turns the row's scores (base 2) into weights relative to its new maximum, and rescales its sum
@@ -284,7 +304,8 @@ class PortableKernel {
   const AttentionArgs& args_;
   const int64_t head_dim_;
   const Scores scores_;
-  float* q_;    // [kRows][head_dim], times scale * log2(e) or, for a cap, scale / cap
+  // [kRows][head_dim], times scale * log2(e); for a cap scale / cap, for SiLU attention scale.
+  float* q_;
   float* acc_;  // [kRows][head_dim]
   float* k_;
   float* v_;          // [kKeys][head_dim]
@@ -293,9 +314,10 @@ class PortableKernel {
   float sum_[kRows];
 };
 
+template <Kind kind>
 inline void run_portable_kernel(const AttentionArgs& args, int threads) {
   with_type(args.dtype,
-            [&](auto element) { run<PortableKernel<decltype(element)>>(args, threads); });
+            [&](auto element) { run<PortableKernel<decltype(element), kind>>(args, threads); });
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ inline bool few_rows(const AttentionArgs& args, int most) {
 }
 
 // `tile_keys`: 8, 16 or 32.
-template <class Math, int tile_keys>
+template <class Math, int tile_keys, Kind kind = Kind::kSoftmax>
 class StreamKernel {
   using T = typename Math::Input;
   using Weight = typename Math::Weight;
@@ -60,6 +60,7 @@ class StreamKernel {
   static constexpr int kSlots = tile_keys < kLanes ? kLanes : tile_keys;
 
  public:
+  static constexpr Kind kKind = kind;
   static constexpr int kRows = 64;
   static constexpr int kKeys = tile_keys;
 
@@ -124,6 +125,15 @@ class StreamKernel {
       const int visible = masked && left < keys ? static_cast<int>(left < 0 ? 0 : left) : keys;
       const int slot = slot_of(row);
       ahead_.prefetch(kBytesOfWeights);
+      if constexpr (kind == Kind::kSilu) {
+        const bool windowed = masked && before > 0;
+        weigh_silu(slot,
+                   !windowed        ? 0
+                   : before < kKeys ? static_cast<int>(before)
+                                    : kKeys,
+                   visible);
+        continue;
+      }
       if (scores_.capped) cap(slot);
       if (masked && before > 0) {
         weigh_in_window(slot, before < kKeys ? static_cast<int>(before) : kKeys, visible);
@@ -270,6 +280,17 @@ class StreamKernel {
     store(sum, fixed_.sum[slot]);
   }
 
+  // Turns a row's scores into the weights of SiLU attention, 0 before `before` and from `visible`
+  // on.
+  void weigh_silu(int slot, int before, int visible) {
+    for (int i = 0; i < kSlots; i += kLanes) {
+      const Vector weights =
+          silu(load_scores(fixed_.scores[slot] + i) * broadcast(args_.scale), Math::exp2);
+      const Ints seen = (kLaneNumbers < visible - i) & (kLaneNumbers >= before - i);
+      Math::store_weights(seen ? weights : Vector{}, fixed_.weights[slot] + i);
+    }
+  }
+
   // The load must not be wider than the stores of the scores, or it waits for them to reach the
   // cache.
   static Vector load_scores(const float* scores) {
@@ -368,15 +389,15 @@ class StreamKernel {
 // Uses tiles of 16 KB where that is 8 to 32 keys. Larger ones were measured to be a fifth slower,
 // perhaps because the level-1 cache then evicts the lines of V that arrive together with those of
 // K.
-template <class Math>
+template <class Math, Kind kind = Kind::kSoftmax>
 inline void run_stream(const AttentionArgs& args, int threads) {
   constexpr int64_t kTileBytes = 16 << 10;
   const int64_t heads = StreamKernel<Math, 16>::heads_of_token(args);
   const int64_t keys =
       kTileBytes / (2 * heads * args.head_dim * static_cast<int64_t>(sizeof(typename Math::Input)));
-  if (keys >= 32) return run<StreamKernel<Math, 32>>(args, threads);
-  if (keys >= 16) return run<StreamKernel<Math, 16>>(args, threads);
-  run<StreamKernel<Math, 8>>(args, threads);
+  if (keys >= 32) return run<StreamKernel<Math, 32, kind>>(args, threads);
+  if (keys >= 16) return run<StreamKernel<Math, 16, kind>>(args, threads);
+  run<StreamKernel<Math, 8, kind>>(args, threads);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 //     The sums of the four lanes of every 128 bits of a, b, c and d, in the same 128 bits.
 //   void transpose_parts(Vector (&r)[kParts])
 //     Transposes a matrix of parts of 128 bits.
+//   Vector reciprocal(Vector x)                             1 / x, of x from 1 to 2
 //   Vector exp2_full(Vector x)
 //     2^x for x well below 128, to about one unit in the last place. Flushes to 0 far below; 2^-inf
 //     is 0, NaN stays. Within FlushSubnormals.
@@ -52,6 +53,16 @@ inline Vector hyperbolic_tangent(Vector x) {
   const Vector one = broadcast(1.0f);
   const Vector large = (one - power) / (one + power);
   return size < broadcast(0.625f) ? small : as_floats(as_bits(large) | sign);
+}
+
+// x / (1 + e^-x), as x times 1 / (1 + p) or p / (1 + p) with p = e^-|x|, which does not overflow.
+// `exp2`: of numbers up to 0.
+template <class Exp2>
+inline Vector silu(Vector x, const Exp2& exp2) {
+  const Vector size = as_floats(as_bits(x) & 0x7fffffffu);
+  const Vector power = exp2(size * broadcast(-kLog2E));
+  const Vector one = broadcast(1.0f);
+  return (x < Vector{} ? x * power : x) * reciprocal(one + power);
 }
 
 constexpr int round_up(int value, int multiple) {

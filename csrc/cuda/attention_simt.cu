@@ -1,12 +1,13 @@
-// The reference kernel: attention partials in float32 arithmetic on the CUDA cores, for every dtype
-// and head_dim.
+// The reference kernel: attention partials of both kinds in float32 arithmetic on the CUDA cores,
+// for every dtype and head_dim.
 //
 // FlashAttention's schedule (Dao et al., 2022; 2023). A block of 256 threads holds kRows packed
 // query rows (query_blocks.h) and walks the keys that its rows see, a tile at a time:
 // S = scale Q K^T in registers, online softmax, P through shared memory, acc = acc keep + P V in
 // registers. Thread (x, y) of 16 x 16 owns kThreadRows consecutive rows from y kThreadRows, and of
 // those rows the scores x, x + 16 and the columns 2 x + 32 c, 2 x + 32 c + 1. The 16 threads of a
-// row are half a warp. There is one kernel for each padded head_dim.
+// row are half a warp. There is one kernel for each padded head_dim and kind; SiLU attention keeps
+// no state of a row.
 #include <cmath>
 
 #include "cuda/device.h"
@@ -33,8 +34,10 @@ __device__ float row_sum(float value) {
   return value;
 }
 
+__device__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
 // One thread's share of the block's rows.
-template <int kHeadDim>
+template <int kHeadDim, Kind kKind>
 struct ThreadRows {
   using Shared = Tiles<kHeadDim>;
   static constexpr int kThreadRows = Shared::kThreadRows;
@@ -78,10 +81,15 @@ struct ThreadRows {
         const int64_t at = key + x + kThreadsX * j;
         const bool hidden = masked && (at >= shared.limits[row] || at < shared.firsts[row]);
         const float scaled = score[i][j] * args.scale;
+        if constexpr (kKind == Kind::kSilu) {
+          shared.p[row][x + kThreadsX * j] = hidden ? 0.0f : silu(scaled);
+          continue;
+        }
         const float capped = args.cap > 0.0f ? args.cap * tanhf(scaled / args.cap) : scaled;
         score[i][j] = hidden ? -INFINITY : capped;
         largest = fmaxf(largest, score[i][j]);
       }
+      if constexpr (kKind == Kind::kSilu) continue;
       // The tile's state is relative to the maximum of all keys so far, so that merge() need not
       // rescale its weights.
       SoftmaxState tile;
@@ -125,6 +133,32 @@ struct ThreadRows {
             acc[i][c].y += weight[i][j] * value.y;
           }
         }
+      }
+    }
+  }
+
+  // Writes the rows of SiLU attention, or adds them to the existing ones. `result_row` as in
+  // finish.
+  template <class ResultRow>
+  __device__ void finish_sums(const AttentionArgs& args, int x, int y, int rows,
+                              ResultRow result_row) {
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      const int row = y * kThreadRows + i;
+      if (row >= rows) continue;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const int column = 2 * (x + kThreadsX * c);
+        if (column >= args.head_dim) continue;
+        const int64_t index = result_row(row) * args.head_dim + column;
+        float2 out = make_float2(acc[i][c].x / args.max_len, acc[i][c].y / args.max_len);
+        if (args.accumulate) {
+          const float* there = static_cast<const float*>(args.out) + index;
+          out.x += there[0];
+          out.y += there[1];
+        }
+        store_float(args.out, args.out_dtype, index, out.x);
+        store_float(args.out, args.out_dtype, index + 1, out.y);
       }
     }
   }
@@ -175,7 +209,7 @@ struct ThreadRows {
 };
 
 // At least two blocks per multiprocessor, hence at most 128 registers per thread.
-template <int kHeadDim>
+template <int kHeadDim, Kind kKind>
 __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionArgs args) {
   using Shared = Tiles<kHeadDim>;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
@@ -211,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionA
   const int64_t dense_begin = shared.firsts[rows - 1], dense_end = shared.limits[0];
   const int64_t key_end = shared.limits[rows - 1];
 
-  ThreadRows<kHeadDim> mine;
+  ThreadRows<kHeadDim, kKind> mine;
   int seen = 0;  // no row before this one sees the keys that are left
   for (int64_t key = 0; key < key_end; key += Shared::kKeys) {
     if (key < dense_begin) {  // tiles that no row sees are skipped
@@ -238,18 +272,29 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionA
     mine.values(shared, x, y);
     __syncthreads();
   }
-  mine.finish(args, x, y, rows, [&](int row) { return token(row) * args.q_heads + head(row); });
+  const auto result_row = [&](int row) { return token(row) * args.q_heads + head(row); };
+  if constexpr (kKind == Kind::kSilu) {
+    mine.finish_sums(args, x, y, rows, result_row);
+  } else {
+    mine.finish(args, x, y, rows, result_row);
+  }
 }
 
-template <int kHeadDim>
-void launch_for(const AttentionArgs& args, cudaStream_t stream) {
+template <int kHeadDim, Kind kKind>
+void launch_kind(const AttentionArgs& args, cudaStream_t stream) {
   using Shared = Tiles<kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024);
   const int64_t blocks = query_block_count(args, Shared::kRows);
   check_grid(blocks, args.kv_heads);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(args.kv_heads));
-  launch("attention_partial", attention_kernel<kHeadDim>, grid, kThreads, sizeof(Shared), stream,
-         args);
+  launch("attention_partial", attention_kernel<kHeadDim, kKind>, grid, kThreads, sizeof(Shared),
+         stream, args);
+}
+
+template <int kHeadDim>
+void launch_for(const AttentionArgs& args, cudaStream_t stream) {
+  if (kind(args) == Kind::kSilu) return launch_kind<kHeadDim, Kind::kSilu>(args, stream);
+  launch_kind<kHeadDim, Kind::kSoftmax>(args, stream);
 }
 
 }  // namespace

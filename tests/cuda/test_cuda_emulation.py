@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import cuda_emulator
 import pytest
+import test_silu_attention as silu
 import torch
 from reference import check, make_case, tolerance
 from test_ops import exact_merge, merge_bound
@@ -72,6 +73,23 @@ def test_simt_matches_float64(cuda, dtype, head_dim):
         slack=3,
     )
     check(case, cuda.attention(*case.arguments, kernel="simt"), tolerance(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("head_dim", [24, 64, 128, 256])
+def test_silu_attention(cuda, dtype, window, head_dim):
+    case = replace(many_rows(dtype, head_dim, (3, 1)), window=window)
+    options = {"window": window, "max_len": silu.MAX_LEN}
+    assert cuda.kernel(*case.arguments, **options) == "simt"
+    for out_dtype in {torch.float32, dtype}:
+        out, lse = cuda.attention(*case.arguments, out_dtype=out_dtype, **options)
+        silu.check(case, out, arithmetic=torch.float32)
+        assert lse.isnan().all()
+    running = torch.zeros(case.q.shape)
+    for part in (case.only_keys(case.k_pos % 3 == 0), case.only_keys(case.k_pos % 3 != 0)):
+        cuda.attention(*part.arguments, into=(running, lse), **options)
+    silu.check(case, running, partials=2, arithmetic=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

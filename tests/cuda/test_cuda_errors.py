@@ -32,7 +32,7 @@ def attention(q_tokens=4, kv_heads=2, head_dim=64, batch=1):
         0,
         0,
         False,
-        *(0, 0.0, 0),  # neither window, cap nor margin
+        *(0, 0.0, 0, 0.0),  # neither window, cap nor margin; softmax
         0,
         0,
     )

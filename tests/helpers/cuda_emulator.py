@@ -47,6 +47,7 @@ class _AttentionArgs(ctypes.Structure):
         ("window", ctypes.c_int64),
         ("cap", ctypes.c_float),
         ("sm_margin", ctypes.c_int32),
+        ("max_len", ctypes.c_float),
     ]
 
 
@@ -132,17 +133,19 @@ class Emulator:
         window: int | None = None,
         cap: float | None = None,
         sm_margin: int = 0,
+        max_len: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """`kernel`: the fastest that may take the call, None for any. `readable`: the rows of
         memory, each a contiguous tensor, that asynchronous copies may touch; none: all.
-        `workspace`: whether the call gets the one it needs. Raises RuntimeError for what is wrong.
+        `workspace`: whether the call gets the one it needs. `max_len`: of SiLU attention, which
+        leaves lse alone. Raises RuntimeError for what is wrong.
         """
         out, lse = into or (
             torch.full(q.shape, torch.nan, dtype=out_dtype),
             torch.full(q.shape[:2], torch.nan),
         )
         arguments = _arguments(q, k, v, q_pos, k_pos, cu_q, cu_k, scale, out, lse, into is not None)
-        arguments.window, arguments.cap = window or 0, cap or 0.0
+        arguments.window, arguments.cap, arguments.max_len = window or 0, cap or 0.0, max_len
         arguments.sm_margin = sm_margin
         assert self._library.emulated_force(kernel and kernel.encode()), kernel
         ends = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in readable]
@@ -151,13 +154,15 @@ class Emulator:
         self._run("emulated_attention", arguments, seed, ctypes.c_bool(workspace))
         return out, lse
 
-    def kernel(self, *arguments, window: int | None = None, cap: float | None = None) -> str:
+    def kernel(
+        self, *arguments, window: int | None = None, cap: float | None = None, max_len: int = 0
+    ) -> str:
         """The kernel that takes such a call of :meth:`attention`."""
         q = arguments[0]
         out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
         assert self._library.emulated_force(None)
         call = _arguments(*arguments, out, lse, False)
-        call.window, call.cap = window or 0, cap or 0.0
+        call.window, call.cap, call.max_len = window or 0, cap or 0.0, max_len
         return self._library.emulated_kernel(ctypes.byref(call)).decode()
 
     def merge(

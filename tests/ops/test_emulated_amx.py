@@ -45,6 +45,7 @@ class Arguments(ctypes.Structure):
         + [(name, ctypes.c_int32) for name in ("q_dtype", "dtype", "out_dtype")]
         + [("out", ctypes.c_void_p), ("lse", ctypes.c_void_p), ("accumulate", ctypes.c_bool)]
         + [("window", ctypes.c_int64), ("cap", ctypes.c_float)]
+        + [("sm_margin", ctypes.c_int32), ("max_len", ctypes.c_float)]
     )
 
 

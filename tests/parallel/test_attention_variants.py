@@ -25,7 +25,7 @@ QUERIES_TRAVEL = [variant for variant in ALL if not find(variant).keys_travel]
 @dataclass(frozen=True)
 class Case:
     """New and cached tokens of each sequence; heads. `scatter`: cached tokens lie on any rank;
-    `one_takes`: one rank takes all new tokens."""
+    `one_takes`: one rank takes all new tokens. `max_len`: of SiLU attention."""
 
     new: tuple[int, ...]
     cached: tuple[int, ...]
@@ -37,10 +37,11 @@ class Case:
     kv_dtype: torch.dtype | None = None
     window: int | None = None
     cap: float | None = None
+    max_len: int | None = None
 
     @property
     def scores(self):
-        return Scores(self.head_dim**-0.5, self.window, self.cap)
+        return Scores(self.head_dim**-0.5, self.window, self.cap, self.max_len)
 
     def tensors(self):
         """q of all new tokens, K and V of all tokens, sequence after sequence."""
@@ -105,6 +106,14 @@ CASES = [
     Case((23, 5), (9, 60), scatter=True, one_takes=True, window=9),
     Case((3, 65), (6001, 1), (4, 1), 64, torch.float16, scatter=True, window=4096),
     Case((129,), (4999,), (8, 1), 128, scatter=True, window=500, kv_dtype=torch.bfloat16),
+    Case((257,), (0,), max_len=300),
+    Case((64, 0, 1, 7, 13), (0, 0, 0, 0, 0), window=5, max_len=64),
+    Case((31, 0, 2), (1, 17, 90), (9, 3), scatter=True, window=12, max_len=128),
+    Case((1, 1, 1, 1, 1), (40, 0, 7, 128, 1), (9, 3), scatter=True, max_len=200),
+    Case((40, 0, 9), (77, 5, 200), (5, 1), 80, torch.bfloat16, scatter=True, max_len=256),
+    Case((17, 1, 30), (50, 333, 0), (9, 3), 64, torch.float16, scatter=True, max_len=400),
+    Case((23, 5), (9, 60), scatter=True, one_takes=True, window=9, max_len=80),
+    Case((129,), (4999,), (8, 1), 128, scatter=True, max_len=8192, kv_dtype=torch.bfloat16),
 ]
 WINDOWED = [case for case in CASES if case.window is not None]
 
@@ -152,8 +161,11 @@ def reference(case):
         scores = scores * case.head_dim**-0.5
         if case.cap is not None:
             scores = (scores / case.cap).tanh() * case.cap
-        scores = scores.masked_fill(~visible, float("-inf"))
-        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_all))
+        if case.max_len is None:
+            weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        else:
+            weights = (scores * scores.sigmoid() / case.max_len).masked_fill(~visible, 0)
+        outs.append(torch.einsum("hqk,khd->qhd", weights, v_all))
         new_from, all_from = new_from + new, all_from + cached + new
     return torch.cat(outs)
 
