@@ -68,6 +68,52 @@ def test_queries(isa, types, heads, head_dim):
                     assert same(lse[n], alone[first + n][1][0]), (keys, count, n)
 
 
+@pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(map(str, types)))
+@pytest.mark.parametrize("heads", [(3, 3), (9, 3), (8, 1)], ids=str)
+@pytest.mark.parametrize(("window", "cap"), [(1, None), (30, 2.0), (1100, None), (None, 2.0)])
+def test_queries_with_windows_and_caps(isa, types, heads, window, cap):
+    """Windows begin in other tiles, and in other ranges of keys, than those of the rows that go
+    along; and reach beyond the first key.
+    """
+    dtype, kv_dtype = types
+    most = independent_queries(dtype, kv_dtype, head_dim=64, group=heads[0] // heads[1])
+    for keys in (most, 157, 1026, 2085):
+        queries = min(most, 17, keys)
+        case = make_case(
+            [(range(keys - queries, keys), range(keys))],
+            heads=heads,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            spread=3.0,
+        )
+        case = replace(case, window=window, cap=cap)
+        alone = [one(case, query) for query in range(queries)]
+        for count in {2, 5, queries}:
+            for first in (0, queries - count):
+                if first < 0:
+                    continue
+                out, lse = attend(part(case, slice(first, first + count)))
+                for n in range(count):
+                    assert same(out[n], alone[first + n][0][0]), (keys, count, n)
+                    assert same(lse[n], alone[first + n][1][0]), (keys, count, n)
+
+
+@pytest.mark.parametrize(("window", "cap"), [(7, 3.0), (900, None), (1400, 3.0)])
+@pytest.mark.parametrize("heads", [(3, 3), (9, 3)], ids=str)
+def test_queries_of_windows_in_a_batch_and_into_a_result(isa, heads, window, cap):
+    """As without windows: sequences of different lengths, and keys on two ranks, the second of
+    which has keys that only some of the windows reach.
+    """
+    most = independent_queries(
+        torch.float32, torch.float32, head_dim=64, group=heads[0] // heads[1]
+    )
+    lengths = [(3, 1500), (1, 7), (0, 40), (6, 1026), (2, 5000)]
+    lengths = [(min(queries, most), keys) for queries, keys in lengths]
+    sequences = [(range(keys - queries, keys), range(keys)) for queries, keys in lengths]
+    case = replace(make_case(sequences, heads=heads, slack=3), window=window, cap=cap)
+    check_parts(case, lengths, [case.k_pos % 1000 < 950, case.k_pos % 1000 >= 950])
+
+
 @pytest.mark.parametrize("types", TYPES[:3], ids=lambda types: str(types[0]))
 @pytest.mark.parametrize("heads", [(3, 3), (9, 3)], ids=str)
 def test_queries_in_a_batch_and_into_a_result(isa, types, heads):
@@ -81,8 +127,14 @@ def test_queries_in_a_batch_and_into_a_result(isa, types, heads):
     sequences = [(range(keys - queries, keys), range(keys)) for queries, keys in lengths]
     made = {"heads": heads, "dtype": dtype, "kv_dtype": kv_dtype, "slack": 3}
     case = make_case(sequences, **made)
-    even = case.k_pos % 2 == 0
-    halves = case.only_keys(even), case.only_keys(~even)
+    check_parts(case, lengths, [case.k_pos % 2 == 0, case.k_pos % 2 == 1])
+
+
+def check_parts(case, lengths, keys):
+    """Each query alone is what it is in the batch: over all keys, and over two parts of them, one
+    into the result of the other. lengths: queries and keys of each sequence.
+    """
+    halves = [case.only_keys(of) for of in keys]
     whole, merged = attend(case), attend(halves[0])
     attend(halves[1], into=merged)
     row = 0
@@ -109,7 +161,7 @@ def test_places_where_keys_are_cut_do_not_depend_on_their_number(isa):
 
 
 def attend(case, into=None):
-    return attention.attention_partial(*case.arguments, into=into)
+    return attention.attention_partial(*case.arguments, into=into, **case.options)
 
 
 def part(case, queries):
