@@ -86,6 +86,20 @@ def split_fused(
     return tensors
 
 
+def flattened(config: LlamaConfig, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the same tensors, those that files have as [heads, elements of a head] in one
+    dimension.
+    """
+    tensors = dict(found)
+    for weight, layer in find_family(config.family).tensors(config):
+        if weight.by_head:
+            name = weight.huggingface.format(layer)
+            tensor, shape = tensors.get(name), (weight.heads(config), config.head_dim)
+            if tensor is not None and tensor.shape == shape:
+                tensors[name] = replace(tensor, shape=weight.extents(config))
+    return tensors
+
+
 def _why_missing(name: str, found: Iterable[str], count: int) -> str:
     """Return what may be wrong with files that lack a tensor, with the remedy.
 

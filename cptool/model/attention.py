@@ -9,7 +9,7 @@ from cptool.model.architectures.family import LAYER, Size
 from cptool.model.architectures.registry import find_family
 from cptool.model.config import LlamaConfig
 from cptool.model.linear import Shapes, projection
-from cptool.model.norms import RMSNorm, WidthRMSNorm, norm_of, normalise_
+from cptool.model.norms import HeadLayerNorm, RMSNorm, WidthRMSNorm, norm_of, normalise_
 from cptool.model.rows import row_slices
 from cptool.ops.elementwise import rotate_
 
@@ -38,10 +38,12 @@ class Attention(nn.Module):
         self.num_heads = self.o_proj.in_features // head_dim
         self.num_kv_heads = (self.qkv_proj.out_features // head_dim - self.num_heads) // 2
 
-        def norm(name: str) -> RMSNorm | None:
+        def norm(name: str) -> RMSNorm | HeadLayerNorm | None:
             if f"self_attn.{name}.weight" not in shapes:
                 return None
             family, (size,) = find_family(config.family), shapes[f"self_attn.{name}.weight"]
+            if f"self_attn.{name}.bias" in shapes:
+                return HeadLayerNorm(size, head_dim, device)
             if family.weight(f"{LAYER}self_attn.{name}.weight").shape == (Size.HEAD,):
                 return norm_of(family)(size, config.rms_norm_eps, device)
             ranks = config.num_attention_heads // self.num_heads

@@ -20,6 +20,8 @@ class RopeScaling:
     `original_context`, and longer contexts are refused.
 
     attention_factor: what cosines and sines are multiplied by, of yarn and longrope.
+    query_beta: rotated queries at position p are multiplied by 1 + query_beta ln(1 + floor(p /
+        original_context)), of yarn; None: they are not.
     """
 
     kind: RopeKind
@@ -31,6 +33,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    query_beta: float | None = None
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
 
@@ -58,6 +61,10 @@ class LlamaConfig:
         the residual stream.
     logits_divisor: what logits are divided by.
     logits_cap: logits l become cap tanh(l / cap); None for no cap.
+    swin_norm: whether the norms of a layer, in a family where that is not settled, come after the
+        blocks and not before them.
+    image_ids: ranges [first, last + 1) of the tokens that stand for parts of images, which no
+        answer has.
     window_rope_theta: base of the rotary embedding of layers with a window, where `rope_scaling`
         does not apply; None: it is that of all other layers.
     """
@@ -80,6 +87,8 @@ class LlamaConfig:
     windows: tuple[int | None, ...] | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
+    swin_norm: bool = False
+    image_ids: tuple[tuple[int, int], ...] = ()
     rotary_dim: int | None = None
     unrotated_layers: tuple[int, ...] = ()
     embedding_multiplier: float = 1.0

@@ -1,6 +1,7 @@
 """One layer of a decoder: attention and a feed-forward network around the residual stream."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -164,20 +165,45 @@ class NormedLayer(nn.Module):
         if not hidden.shape[0]:
             self.self_attn.without_tokens(hidden, attend)
             return
-        attended = self.self_attn(_before(self.input_layernorm, hidden), cos, sin, attend)
+        norms = self._norms()
+        attended = self.self_attn(_before(norms.attention, hidden), cos, sin, attend)
         done = 0
         for rows, added in row_slices(hidden, attended):
-            rows += self._after(self.attention_output_norm, added)
-            found = self.mlp(_before(self.post_attention_layernorm, rows))
-            rows += self._after(self.mlp_output_norm, found)
+            rows += self._after(norms.after_attention, added)
+            found = self.mlp(_before(norms.mlp, rows))
+            rows += self._after(norms.after_mlp, found)
             done += rows.shape[0]
             if passed is not None and not passed(done, hidden.shape[0]):
                 return
+
+    def _norms(self) -> "_Norms":
+        return _Norms(
+            self.input_layernorm,
+            self.attention_output_norm,
+            self.post_attention_layernorm,
+            self.mlp_output_norm,
+        )
 
     def _after(self, norm: RMSNorm | None, found: torch.Tensor) -> torch.Tensor:
         if norm is not None:
             found = norm(found)
         return found if self.multiplier == 1 else found * self.multiplier
+
+
+class SwinLayer(NormedLayer):
+    """A layer with its two norms after the blocks, under the names of those before them."""
+
+    def _norms(self) -> "_Norms":
+        return _Norms(None, self.input_layernorm, None, self.post_attention_layernorm)
+
+
+class _Norms(NamedTuple):
+    """The norms before and after each block."""
+
+    attention: RMSNorm | None
+    after_attention: RMSNorm | None
+    mlp: RMSNorm | None
+    after_mlp: RMSNorm | None
 
 
 def _before(norm: RMSNorm | None, hidden: torch.Tensor) -> torch.Tensor:
@@ -196,6 +222,8 @@ def decoder_layer(
     config: LlamaConfig, layer: int, tp: int = 1, device: torch.device | str = "meta"
 ) -> Layer:
     """Return layer number `layer` of a model, or a rank's share of it, uninitialised."""
+    if config.swin_norm:
+        return SwinLayer(config, layer, tp, device)
     norms = {name.removesuffix(".weight") for name in layer_shapes(config, tp)} & _NORMS
     plain = config.residual_multiplier == 1 and norms == _NORMS_BEFORE
     return (DecoderLayer if plain else NormedLayer)(config, layer, tp, device)

@@ -172,11 +172,25 @@ class Llama(nn.Module):
         tables = local = rotary_tables(positions, self.inverse_frequencies, self._rotary_factor)
         if self.window_frequencies is not None:
             local = rotary_tables(positions, self.window_frequencies)
+        attend = self._growing(attend, positions, hidden.dtype)
         for number in range(len(self.layers)) if layers is None else layers:
             cos, sin = tables if self.config.window(number) is None else local
             with _NOTHING if self.span is None else self.span(number):
                 self.layers[number](hidden, cos, sin, attend, passed=passed)
         return hidden
+
+    def _growing(self, attend: Attend, positions: torch.Tensor, dtype: torch.dtype) -> Attend:
+        """Return `attend` with queries multiplied as `RopeScaling.query_beta` has it."""
+        scaling = self.config.rope_scaling
+        if scaling is None or scaling.query_beta is None:
+            return attend
+        turns = (positions.to(torch.float32) / scaling.original_context).floor()
+        factors = (1 + scaling.query_beta * torch.log(1 + turns)).to(dtype)[:, None, None]
+
+        def grown(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attend(layer, q.mul_(factors), k, v)
+
+        return grown
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the scores of the next token after each row [R, hidden] of a forward's result.
@@ -189,4 +203,7 @@ class Llama(nn.Module):
             scores /= divisor
         if (cap := self.config.logits_cap) is not None:
             scores = scores.div_(cap).tanh_().mul_(cap)
-        return scores.to(torch.float32)
+        scores = scores.to(torch.float32)
+        for first, stop in self.config.image_ids:
+            scores[:, first:stop] = torch.finfo(torch.float32).min
+        return scores

@@ -68,14 +68,37 @@ class WidthRMSNorm(Float32RMSNorm):
         return normed.mul_(self.weight).to(x.dtype)
 
 
+class HeadLayerNorm(nn.Module):
+    """A LayerNorm of each head on its own, with a weight and a bias for each of its elements.
+
+    Chameleon's; the order of operations is that of `transformers`, whose `eps` is fixed.
+    """
+
+    def __init__(self, size: int, head_dim: int, device: torch.device | str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, device=device))
+        self.bias = nn.Parameter(torch.empty(size, device=device))
+        self.head_dim = head_dim
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        """Return the norm of `heads` [T, H, D]."""
+        normed = functional.layer_norm(heads, (self.head_dim,), eps=1e-5)
+        normed *= self.weight.view(-1, self.head_dim)
+        normed += self.bias.view(-1, self.head_dim)
+        return normed
+
+
 def norm_of(family: Family) -> type[RMSNorm]:
     """Return the norm that a family has."""
     return Float32RMSNorm if family.float32_norms else RMSNorm
 
 
-def normalise_(norm: RMSNorm, heads: torch.Tensor) -> None:
-    """Replace `heads` [T, H, D] by their norm: of each head if its weight is [D], else of all of
-    them together.
+def normalise_(norm: RMSNorm | HeadLayerNorm, heads: torch.Tensor) -> None:
+    """Replace `heads` [T, H, D] by their norm: of each head if it is a LayerNorm or its weight is
+    [D], else of all of them together.
     """
+    if isinstance(norm, HeadLayerNorm):
+        heads.copy_(norm(heads))
+        return
     rows = heads.reshape(-1, norm.weight.shape[0])
     heads.copy_(norm(rows).view(heads.shape))

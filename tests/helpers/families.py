@@ -30,6 +30,15 @@ SMALL = dict(
     eos_token_id=None,
 )
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=128)
+GROWING = dict(
+    rope_type="yarn",
+    rope_theta=1e4,
+    factor=16.0,
+    original_max_position_embeddings=8,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.5,
+)
 GEMMA = dict(
     num_hidden_layers=7,
     num_attention_heads=4,
@@ -43,6 +52,8 @@ GRANITE = dict(
     attention_multiplier=0.3,
     logits_scaling=8.0,
 )
+VQ = dict(base_channels=32, latent_channels=32, embed_dim=8, num_embeddings=16)
+IMAGES = {f"IMGIMG{chr(ord('A') + i)}Z": i for i in (*range(4, 20), 41, 42)} | {"<image>": 96}
 
 
 def phi3(original: int) -> dict[str, Any]:
@@ -119,6 +130,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             ),
         ),
     ),
+    "chameleon": ("chameleon", dict(num_key_value_heads=6, vocabulary_map=IMAGES, vq_config=VQ)),
+    "chameleon-swin": ("chameleon", dict(swin_norm=True, vocabulary_map=IMAGES, vq_config=VQ)),
+    "ministral3": ("ministral3", dict(head_dim=24, rope_parameters=GROWING)),
+    "ministral3-window": (
+        "ministral3",
+        dict(head_dim=16, sliding_window=19, rope_parameters=GROWING | dict(mscale=0.707)),
+    ),
     "llama-dynamic": (
         "llama",
         dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)),
@@ -127,12 +145,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """By name: the `model_type`, and what is not as in `SMALL`."""
 
 NO_GGUF = {
+    *("chameleon", "chameleon-swin", "ministral3-window"),
     *("gemma2-scale", "gemma3-window", "mistral-window", "qwen2-window"),
 }
 """Cases that GGUF files of their family do not have."""
 
-GGUF_NAMES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2"}
-INTERLEAVED = {"llama", "granite", "smollm3"}
+GGUF_NAMES = {
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "olmo3": "olmo2",
+    "ministral3": "mistral3",
+}
+INTERLEAVED = {"llama", "mistral3", "granite", "smollm3"}
 
 
 def random_model(case: str, directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -141,18 +165,19 @@ def random_model(case: str, directory: Path, dtype: torch.dtype = torch.float32)
     Norm weights and biases vary too, and matrices are wide enough for every layer to move the
     logits.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind, changes = CASES[case]
     torch.manual_seed(0)
     fields = {**SMALL, **changes, "initializer_range": 0.1, "pad_token_id": None}
     config = AutoConfig.for_model(kind, **fields)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    auto = AutoModelForImageTextToText if kind == "chameleon" else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager")
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, -0.5, 0.5)
             parameter.data += 0 if kind.startswith("gemma") else 1
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
     model = model.to(dtype).eval()
     model.save_pretrained(directory)
@@ -252,6 +277,9 @@ def _write_rope(writer: GGUFWriter, config: PreTrainedConfig) -> None:
             int(part * config.hidden_size // config.num_attention_heads)
         )
         writer.add_sliding_window(config.sliding_window or 0)
+    if config.model_type == "ministral3":
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
     if kind == "longrope":
         grown = config.max_position_embeddings / original
         factor = math.sqrt(1 + math.log(grown) / math.log(original)) if grown > 1 else 1.0

@@ -47,11 +47,10 @@ _MODEL_USED = """
     attention.layer_norm_rms_epsilon vocab_size rope.dimension_count rope.freq_base
     rope.scaling.type rope.scaling.factor rope.scale_linear rope.scaling.original_context_length
     rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow rope.scaling.attn_factor
-    rope.scaling.yarn_attn_factor
+    rope.scaling.yarn_attn_factor rope.scaling.yarn_log_multiplier
     """.split()
 _MODEL_HARMLESS = """
     tensor_data_layout leading_dense_block_count rope.scaling.finetuned
-    rope.scaling.yarn_log_multiplier
     """.split()
 _MODEL_NEUTRAL = {
     "expert_count": OFF,
@@ -82,6 +81,8 @@ def known_metadata(family: Family) -> FieldList:
     used = {entry.gguf for entry in family.numbers if entry.gguf is not None}
     if family.is_windowed is not None:
         used |= {"attention.sliding_window", "attention.sliding_window_pattern"}
+    if family.grows_queries:
+        used.add("attention.temperature_scale")
     if family.window_theta is not None:
         used.add("rope.freq_base_swa")
     return FieldList(

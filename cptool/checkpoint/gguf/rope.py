@@ -40,7 +40,7 @@ def stated_scaling(metadata: Metadata, family: Family, notes: Notes) -> RopeScal
     kind = metadata.values.get(key, "linear")
     if factor in (0, 1):
         factor = None
-    computed = 1.0 if kind != "yarn" or factor is None else yarn_attention_factor(factor)
+    computed = 1.0 if kind != "yarn" or factor is None else _attention_factor(metadata, factor)
     _check_attention_factors(metadata, family, computed)
     if kind == "none":
         if factor is not None:
@@ -49,7 +49,7 @@ def stated_scaling(metadata: Metadata, family: Family, notes: Notes) -> RopeScal
     if kind == "longrope":
         return None  # its factors are tensors
     if kind == "yarn":
-        return None if factor is None else _yarn(metadata, factor)
+        return None if factor is None else _yarn(metadata, family, factor)
     if kind != "linear":
         raise UserError(
             f"{path}: rope scaling {shown(kind)} is not supported; use a model without scaling, or "
@@ -84,16 +84,25 @@ def context(metadata: Metadata, scaling: RopeScaling | None) -> int:
     return max(positions, int(original * scaling.factor))
 
 
-def _yarn(metadata: Metadata, factor: float) -> RopeScaling:
+def _attention_factor(metadata: Metadata, factor: float) -> float:
+    """Return that of yarn by its formula, with the multiplier of the whole if one is stated."""
+    multiplier = metadata.number("rope.scaling.yarn_log_multiplier", 0.0)
+    whole = yarn_attention_factor(factor, multiplier) if multiplier else 1.0
+    return yarn_attention_factor(factor) / whole
+
+
+def _yarn(metadata: Metadata, family: Family, factor: float) -> RopeScaling:
     """Return yarn as llama.cpp computes it, its attention factor that of the formula."""
+    beta = metadata.number("attention.temperature_scale", 0.0) if family.grows_queries else 0.0
     original = "rope.scaling.original_context_length"
     return RopeScaling(
         kind="yarn",
         factor=factor,
         original_context=metadata.integer(original, metadata.integer("context_length")),
-        attention_factor=yarn_attention_factor(factor),
+        attention_factor=_attention_factor(metadata, factor),
         beta_fast=metadata.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=metadata.number("rope.scaling.yarn_beta_slow", 1.0),
+        query_beta=beta or None,
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cptool.checkpoint.config_checks import check_config
-from cptool.checkpoint.fields import flag, integer, number, read_json, shown
+from cptool.checkpoint.fields import flag, integer, mapping, number, read_json, shown, token_ids
 from cptool.checkpoint.huggingface.known import HUGGING_FACE
 from cptool.checkpoint.huggingface.rope import context, read_rope
 from cptool.checkpoint.known_fields import check_fields
@@ -103,9 +103,27 @@ def read_config(source: Path, fields: dict[str, Any], notes: Notes) -> LlamaConf
         windows=read_windows(source, fields, family, layers),
         rotary_dim=None if rope.part == 1 else int(head_dim * rope.part),
         unrotated_layers=unrotated_layers(source, fields, family, layers),
+        image_ids=_image_ids(source, fields, family),
         family=family.name,
         **switches,
     )
+
+
+def _image_ids(source: Path, fields: dict[str, Any], family: Family) -> tuple[tuple[int, int], ...]:
+    """Return the ranges of the tokens that `vocabulary_map` names as parts of images."""
+    if (prefix := family.image_tokens) is None:
+        return ()
+    names = mapping(source, fields, "vocabulary_map")
+    ids = [i for name, i in names.items() if name.startswith(prefix)]
+    found = sorted(token_ids(source, "vocabulary_map", ids, integer(source, fields, "vocab_size")))
+    if not found:
+        raise UserError(
+            f"{source}: vocabulary_map names no image tokens ({prefix}...), which answers must "
+            f"leave out; fetch the file again"
+        )
+    breaks = [n for n in range(1, len(found)) if found[n] != found[n - 1] + 1]
+    starts, stops = [0, *breaks], [*breaks, len(found)]
+    return tuple((found[a], found[b - 1] + 1) for a, b in zip(starts, stops, strict=True))
 
 
 def family_of(source: Path, fields: dict[str, Any]) -> Family:

@@ -19,7 +19,7 @@ from cptool.checkpoint.known_fields import FieldList, check_fields
 from cptool.checkpoint.lookalikes import dangling
 from cptool.checkpoint.notes import Notes
 from cptool.checkpoint.sampling import SamplingDefaults, read_sampling
-from cptool.checkpoint.selection import select_tensors, split_fused, with_added
+from cptool.checkpoint.selection import flattened, select_tensors, split_fused, with_added
 from cptool.checkpoint.tensor_names import check_names
 from cptool.checkpoint.tensors import TORCH_DTYPES, StoredTensor, differ
 from cptool.errors import UserError
@@ -52,7 +52,7 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
         )
     config = read_config(config_file, fields, notes)
     config = check_config(config_file, replace(config, tie_word_embeddings=head not in found))
-    found = split_fused(path, config, found)
+    found = flattened(config, split_fused(path, config, found))
     stored = select_tensors(path, config, found, TORCH_DTYPES)
     if tied and head in found and differ(found[head], found[embedding]):
         notes.add(
@@ -72,15 +72,18 @@ def open_huggingface(path: Path, name: str | None = None) -> Checkpoint:
         bos_id=tokens.begin_id(),
         sampling=_sampling(path / "generation_config.json", generation, notes),
         notes=notes.lines(),
-        load_tokenizer=lambda: _load_tokenizer(path),
+        load_tokenizer=lambda: _load_tokenizer(path, family),
     )
 
 
 def _with_prefix(family: Family, found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Return the tensors under their names in a model that generates text.
 
-    Those of a bare model lack a prefix, which transformers adds when it reads them.
+    Those of a bare model lack a prefix, which transformers adds when it reads them. Tensors that
+    are not the language model's are left out.
     """
+    if (others := family.other_tensors) is not None:
+        found = {name: tensor for name, tensor in found.items() if not name.startswith(others)}
     if any(name.startswith("model.") for name in found):
         return found
     prefixed = {name: f"model.{name}" for name in found}
@@ -146,7 +149,7 @@ def _sampling(source: Path, generation: dict[str, Any], notes: Notes) -> Samplin
     return defaults if defaults.temperature is not None else replace(defaults, temperature=1.0)
 
 
-def _load_tokenizer(path: Path) -> "Tokenizer | None":
+def _load_tokenizer(path: Path, family: Family) -> "Tokenizer | None":
     from cptool.checkpoint.tokenizer.huggingface import from_files
 
     files = (path / "tokenizer.json", path / "tokenizer.model")
@@ -155,5 +158,5 @@ def _load_tokenizer(path: Path) -> "Tokenizer | None":
         settings = read_json(config_file) if config_file.is_file() else {}
         template_file = path / "chat_template.jinja"
         template = template_file.read_text("utf-8") if template_file.is_file() else None
-        return from_files(file, settings, template)
+        return from_files(file, settings, template, by_default=family.chat_template)
     return None

@@ -133,6 +133,8 @@ class _Dictionary:
         theta, kind = self.theta(), self._kind()
         scaling = SCALINGS.get(kind)
         used = [*(scaling.fields if scaling else ()), "partial_rotary_factor"]
+        if self.family.grows_queries and kind == "yarn":
+            used += ["llama_4_scaling_beta", "max_position_embeddings"]
         check_fields(source, fields, ROPE.of_family({}, used))
         if scaling is None:
             if fields.get("factor") is not None and number(source, fields, "factor") != 1:

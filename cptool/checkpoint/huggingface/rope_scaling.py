@@ -93,6 +93,7 @@ def _yarn(stated: Stated) -> RopeScaling:
         attention_factor=attention_factor,
         beta_fast=stated.number("beta_fast", 0.0) or 32.0,
         beta_slow=stated.number("beta_slow", 0.0) or 1.0,
+        query_beta=stated.number("llama_4_scaling_beta", 0.0) or None,
         truncate="truncate" not in fields or flag(stated.source, fields, "truncate"),
     )
 

@@ -41,6 +41,11 @@ def open_meta(path: Path, name: str | None = None) -> Checkpoint:
     if not source.is_file():
         raise UserError(f"{source}: {absent(source)} beside the weights; fetch it too")
     params = read_json(source)
+    if "qk_normalization" in params or isinstance(params.get("model"), dict):
+        raise UserError(
+            f"{path}: a Chameleon in Meta's layout, which cptool does not read; use its Hugging "
+            f"Face checkpoint"
+        )
     notes = Notes()
     check_fields(source, params, PARAMS_FIELDS, notes)
     if (path / "adapter_config.json").is_file():

@@ -58,12 +58,18 @@ _INFILLING = {
 _MAX_BYTES = 1 << 29
 
 
-def from_files(path: Path, settings: dict[str, Any], chat_template: str | None = None) -> Tokenizer:
+def from_files(
+    path: Path,
+    settings: dict[str, Any],
+    chat_template: str | None = None,
+    *,
+    by_default: str | None = None,
+) -> Tokenizer:
     """Return the tokenizer of a Hugging Face directory, out of all its files.
 
     `path` is its tokenizer.json or its tokenizer.model, `settings` its tokenizer_config.json;
-    `chat_template` goes before any template in the files. Raises UserError as
-    `read_tokenizer_files` does.
+    `chat_template` goes before any template in the files, `by_default` is the one if these have
+    none. Raises UserError as `read_tokenizer_files` does.
     """
     files = read_tokenizer_files(path, settings, chat_template)
     backend, roles = files.backend, files.roles
@@ -75,7 +81,7 @@ def from_files(path: Path, settings: dict[str, Any], chat_template: str | None =
         backend,
         bos_id,
         roles,
-        files.chat_template,
+        by_default if files.chat_template is None else files.chat_template,
         why_no_template=files.why_no_template,
         space_first=files.space_first,
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cptool.cli import draw
+from cptool.cli.options.images import read_images, with_images
 from cptool.cli.options.ordered import ordered
 from cptool.cli.options.prompt_files import (
     STANDARD_INPUT,
@@ -47,6 +48,15 @@ _GIVEN: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     (
+        "--image-tokens",
+        {
+            "type": click.Path(),
+            "metavar": "FILE",
+            "help": "A JSON file of the token ids of an image, or a list of such lists, before the "
+            "text of the next --prompt or --prompt-file, for models whose vocabulary has images.",
+        },
+    ),
+    (
         "--token-ids",
         {
             "type": click.Path(),
@@ -81,7 +91,7 @@ _SYSTEM = click.option(
 
 
 _TEXTS = ("--prompt", "--prompt-file", "--file")
-_FILES = ("--prompt-file", "--file", "--token-ids")
+_FILES = ("--prompt-file", "--file", "--token-ids", "--image-tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,22 +140,28 @@ class Prompts:
         self._check_options()
         prompts: list[Prompt] = []
         parts: list[str] = []  # of the next text prompt
+        images: list[int] = []
         for name, option, value in self._named_values():
+            if option == "--image-tokens":
+                images += read_images(value, checkpoint)
+                continue
             if option in _TEXTS:
                 parts.append(self._text(name, option, value, checkpoint))
                 if option != "--file":
-                    prompts.append(self._encoded(name, join_parts(parts), checkpoint, begin))
-                    parts = []
+                    prompts.append(self._encoded(name, parts, images, checkpoint, begin=begin))
+                    parts, images = [], []
                 continue
-            if parts:
+            if parts or images:
                 raise UserError(
-                    f"{option} after --file: token ids do not join a text; give the --prompt of "
-                    "the file first"
+                    f"{option} after {'--file' if parts else '--image-tokens'}: token ids do not "
+                    "join a text; give the --prompt of the file first"
                 )
             rows = _tokens(option, value, checkpoint.config, before=len(prompts))
             prompts += [Prompt(name=name, tokens=tokens) for name, tokens in rows]
         if parts:
-            prompts.append(self._encoded(name, join_parts(parts), checkpoint, begin))
+            prompts.append(self._encoded(name, parts, images, checkpoint, begin=begin))
+        elif images:
+            raise UserError("--image-tokens: no text follows the image; give a --prompt after it")
         tokenizer = checkpoint.tokenizer()
         if self.system is not None and tokenizer is not None and tokenizer.leaves_out("system"):
             draw.say("--system: the model's chat template leaves the text out", always=True)
@@ -198,6 +214,10 @@ class Prompts:
             raise UserError(
                 "--chat: it needs a text prompt; give --prompt or --prompt-file, or leave it out"
             )
+        if self.chat and any(option == "--image-tokens" for option, _ in self.given):
+            raise UserError(
+                "--image-tokens: the messages of a chat are text; leave out one of it and --chat"
+            )
         if self.system is not None and not self.chat:
             raise UserError("--system: it is a message of the chat template; add --chat")
         dashes = [o for o, value in self.given if o in _TEXTS and value == STANDARD_INPUT]
@@ -206,9 +226,19 @@ class Prompts:
                 f"{dashes[1]} -: standard input is read once, by {dashes[0]} -; name a file"
             )
 
-    def _encoded(self, name: str, text: str, checkpoint: "Checkpoint", begin: bool) -> Prompt:
-        """Return the prompt of one text; say so if it spells control tokens (letters)."""
-        tokenizer = checkpoint.tokenizer()
+    def _encoded(
+        self,
+        name: str,
+        parts: list[str],
+        images: list[int],
+        checkpoint: "Checkpoint",
+        *,
+        begin: bool,
+    ) -> Prompt:
+        """Return the prompt of one text, of these parts and with tokens of images before it; say so
+        if it spells control tokens (letters).
+        """
+        text, tokenizer = join_parts(parts), checkpoint.tokenizer()
         if tokenizer is None:
             raise UserError(
                 f"{checkpoint.path} has no tokenizer, so a text prompt cannot be read; give "
@@ -223,6 +253,7 @@ class Prompts:
                     draw.say(f"{name}: the model's chat template leaves the text out", always=True)
                 return Prompt(name=name, tokens=tokens, text=text, messages=messages)
             tokens = tokenizer.encode(text, bos=begin, parse=self.parse)
+            tokens = with_images(images, tokens, tokenizer.bos_id)
         if not self.parse:
             _say_what_is_spelled(name, text, tokenizer)
         return Prompt(name=name, tokens=tokens, text=text)

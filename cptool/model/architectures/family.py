@@ -76,6 +76,7 @@ class Weight:
     stacked along dimension 0 in the order of the table. `shape` tells how tensor parallelism
     divides it, too: along `QUERIES`, `KEYS` or `FFN` (`cptool.model.shares`). `rotated` marks rows
     to which the rotary embedding applies. `meta` is None if Meta's layout does not have the tensor.
+    `by_head` marks a tensor of one dimension that files have as [heads, elements of a head].
     `needed` says whether a model of a configuration has it. `added` is what the model adds to every
     element that a file in the Hugging Face layout stores, the 1 of (1 + w).
     """
@@ -86,6 +87,7 @@ class Weight:
     gguf: str
     meta: str | None = None
     rotated: bool = False
+    by_head: bool = False
     needed: Callable[[LlamaConfig], bool] = _always
     added: float = 0.0
 
@@ -156,6 +158,7 @@ class Family:
     is_unrotated: whether a layer has no rotary embedding. Fields are empty for a GGUF file.
     partial_rotary: whether `partial_rotary_factor` may leave a part of each head unrotated.
     default_theta: base of the rotary embedding if no file states it.
+    grows_queries: whether yarn may come with a `query_beta` (`cptool.model.config.RopeScaling`).
     window_theta: base of the rotary embedding of layers with a window, which is not scaled, if no
         file states it; None: all layers have the same rotary embedding.
     gguf_scale: `score_scale` of a GGUF file, which does not state it.
@@ -164,6 +167,12 @@ class Family:
         the type of the model.
     rope_aliases: other names of types of rotary scaling.
     fused: matrices that files hold as one.
+    image_tokens: how the names of tokens that stand for parts of images begin in `vocabulary_map`;
+        they are never chosen in an answer.
+    image_ends: the tokens before and after those of an image.
+    chat_template: that of models whose files have none.
+    other_tensors: how the names of tensors begin in the Hugging Face layout that are not the
+        language model's.
     activation: of the gate of the feed-forward network.
     float32_norms: whether norms multiply with their weight before they round.
     members: releases of the family, for users.
@@ -186,6 +195,7 @@ class Family:
     is_windowed: OfLayer | None = None
     is_unrotated: OfLayer | None = None
     partial_rotary: bool = False
+    grows_queries: bool = False
     default_theta: float = 10000.0
     window_theta: float | None = None
     gguf_scale: Callable[[LlamaConfig], float | None] | None = None
@@ -193,6 +203,10 @@ class Family:
     embeds_by_root: bool = False
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     fused: tuple[Fused, ...] = ()
+    image_tokens: str | None = None
+    image_ends: tuple[str, str] | None = None
+    chat_template: str | None = None
+    other_tensors: str | None = None
     activation: Literal["silu", "gelu_tanh"] = "silu"
     float32_norms: bool = False
     members: str = ""
