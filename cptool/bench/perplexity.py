@@ -145,7 +145,7 @@ def measure(world: World, setup: Setup, job: Job) -> dict[str, Any]:
         some = job.windows[done : done + job.batch]
         if engine is None or len(engine.tokens) != len(some):
             engine = _engine(world, setup, model, batch=len(some))
-        for variant, count in _score(engine, job.tokens, some, sums).items():
+        for variant, count in score(engine, job.tokens, some, sums).items():
             variants[variant] = variants.get(variant, 0) + count
     if world.rank:
         return {}
@@ -171,7 +171,7 @@ def _engine(world: World, setup: Setup, model: Any, *, batch: int) -> Engine:
     return Engine(model, world, batch=batch, options=setup.options, profile=world_profile(world))
 
 
-def _score(
+def score(
     engine: Engine, tokens: Sequence[int], some: Sequence[Window], sums: Sums
 ) -> dict[str, int]:
     """Read some windows as a batch and add up the scores of rank 0; return how many forwards had

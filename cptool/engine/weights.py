@@ -52,6 +52,8 @@ def load_model(
     device: torch.device | str,
     world: "World | None" = None,
     weights: str | None = None,
+    *,
+    keep_stored: bool = True,
 ) -> Llama:
     """Return a model ready to run, with the weights of `checkpoint` in `dtype` on `device`.
 
@@ -66,7 +68,7 @@ def load_model(
     ranks of `world`.
 
     weights: those of `cptool.engine.options.EngineOptions`; quantised matrices are held once on a
-    machine, too.
+    machine, too. keep_stored: whether the other matrices stay as the file stores them.
     """
     device = torch.device(device)
     tp_rank, tp = (world.tp_rank, world.tp) if world else (0, 1)
@@ -76,7 +78,7 @@ def load_model(
     if (quantised_as := quantised_to(weights)) is not None:
         shared = sharing if device.type == "cpu" else None
         _quantise(model, checkpoint, sources, shared, to=(*quantised_as, dtype, device))
-    if device.type == "cpu":
+    if device.type == "cpu" and keep_stored:
         _keep_stored(model, checkpoint, sources, dtype)
     parameters: dict[str, torch.Tensor] = {}
     for name in model.float32_parameters() if dtype != torch.float32 else ():

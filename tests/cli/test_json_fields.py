@@ -50,6 +50,7 @@ RUNS = {
     "cptool bench link": [f"--size 1K {ONCE}"],
     "cptool bench prefill": [f"{{tiny}} --context 32 --layers 1 --dtype float32 {ONCE}"],
     "cptool bench decode": [f"{{tiny}} --cached 32 --layers 1 --steps 2 {ONCE}"],
+    "cptool bench levers": [f"{{tiny}} --prompt 40 -n 4 --scored 20 --cp 1 {ONCE}"],
     "cptool bench perplexity": ["{tiny} {here}/ids.json --ids --window 8 --threads 1 --device cpu"],
     "cptool bench emulate": [f"--shape {{tiny}} --context 128 --cp 2 --tp 2 {ONCE}"],
     "cptool session show": ["{here}/plain", "{here}/chats"],

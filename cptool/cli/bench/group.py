@@ -6,6 +6,7 @@ from cptool.cli.bench.attention import attention
 from cptool.cli.bench.calibrate import calibrate
 from cptool.cli.bench.decode import decode
 from cptool.cli.bench.emulate import emulate
+from cptool.cli.bench.levers import levers
 from cptool.cli.bench.link import link
 from cptool.cli.bench.merge import merge
 from cptool.cli.bench.perplexity import perplexity
@@ -21,8 +22,10 @@ from cptool.cli.options.examples import examples
     )
 )
 def bench() -> None:
-    """Measure the machine (kernels, links, models of random weights) and a model's perplexity."""
+    """Measure the machine (kernels, links, models of random weights), and a model: its levers, its
+    perplexity.
+    """
 
 
-for command in (attention, merge, link, prefill, decode, perplexity, emulate, calibrate):
+for command in (attention, merge, link, prefill, decode, levers, perplexity, emulate, calibrate):
     bench.add_command(command)

@@ -91,3 +91,32 @@ def draw(
     axes.grid(alpha=0.3, which="both" if "y" in logarithmic else "major")
     figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=150)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A bar of a plot, and what stands beside its end. pale: whether its colour is weak."""
+
+    label: str
+    value: float
+    note: str = ""
+    pale: bool = False
+
+
+def draw_bars(path: Path, bars: Sequence[Bar], *, title: str, x: str) -> None:
+    """Write horizontal bars to `path`, the first one on top."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.42 * len(bars)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for n, bar in enumerate(bars):
+        axes.barh(n, bar.value, color="tab:blue", alpha=0.4 if bar.pale else 0.9)
+        axes.text(bar.value, n, f" {bar.note}", va="center", fontsize="small")
+    axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
+    axes.invert_yaxis()
+    axes.set_xlim(right=1.3 * max((bar.value for bar in bars), default=1.0))
+    axes.set(title=title, xlabel=x)
+    axes.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=150)

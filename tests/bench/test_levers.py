@@ -1,0 +1,182 @@
+"""`cptool bench levers`: every row computes the same, but for its weights."""
+
+import json
+import math
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cptool.bench.levers import (
+    WIDE,
+    Lever,
+    Trial,
+    compile_feed_forward,
+    idle_share,
+    levers,
+    measure,
+)
+from cptool.bench.naive import NaiveEngine, naive_attention
+from cptool.checkpoint import open_checkpoint
+from cptool.cli.main import main
+from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
+from cptool.engine.answers.decode import decode
+from cptool.engine.answers.records import AnswerOptions
+from cptool.engine.engine import Engine
+from cptool.engine.weights import load_model
+from cptool.exactness.reference import attention
+from cptool.parallel.step import Scores
+from cptool.profiling.trace import Kernel
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_naive_attention_is_that_of_float64(window, cap):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, h, 16, generator=generator) for n, h in ((5, 4), (9, 2), (9, 2)))
+    q_pos, k_pos = torch.arange(4, 9, dtype=torch.int32), torch.arange(9, dtype=torch.int32)
+    scores = Scores(0.25, window, cap)
+    found = naive_attention(q, k, v, q_pos=q_pos, k_pos=k_pos, scores=scores)
+    truth, _ = attention(
+        *(x.double() for x in (q, k, v)),
+        q_pos=q_pos,
+        k_pos=k_pos,
+        scale=0.25,
+        window=window,
+        cap=cap,
+    )
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-6)
+
+
+def answered(world, path, kind, compiled):
+    model = load_model(open_checkpoint(str(path)), torch.float32, "cpu")
+    if compiled:
+        compile_feed_forward(model, backend="eager")
+    engine = kind(model, world)
+    engine.extend([[n % 290 for n in range(100)]])
+    logits = engine.logits[0].clone()
+    return logits, decode(engine, AnswerOptions(limit=6)).token_ids
+
+
+@pytest.mark.parametrize(("kind", "compiled"), [(NaiveEngine, False), (Engine, True)])
+def test_a_lever_changes_no_token(mqa_path, kind, compiled):
+    one = RankOptions(device="cpu", threads=1)
+    logits, tokens = run(answered, mqa_path, Engine, False, ranks=one)
+    others, same = run(answered, mqa_path, kind, compiled, ranks=one)
+    assert same == tokens
+    torch.testing.assert_close(others, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_each_device():
+    cpu = levers("cpu", stored=True, ranks=2)
+    assert [lever.name for lever in cpu] == [
+        "naive attention",
+        "fused attention",
+        "static memory",
+        "weights file",
+        "weights q8_0",
+        "weights int8",
+        "weights fp8-ffn",
+        "lookup drafts",
+        "cp 2",
+        "file, drafts",
+    ]
+    assert len(levers("cpu", stored=False, ranks=1)) == 7
+    cuda = levers("cuda", stored=False, ranks=4)
+    assert [lever.name for lever in cuda if lever.static] == [
+        "CUDA graph",
+        "torch.compile",
+        "fp8-ffn",
+        "cp 4",
+    ]
+    assert sum(lever.compiled for lever in cuda) == 1
+    assert not any(lever.draft != "off" for lever in cuda)
+
+
+def test_the_share_of_time_without_kernels():
+    times = ((0.0, 1.0), (0.5, 2.0), (3.0, 5.0))
+    kernels = [Kernel(name="k", stream=0, begin=a, end=b, launched=None) for a, b in times]
+    assert idle_share(kernels, 1.0, 5.0) == pytest.approx(0.25)
+    assert idle_share(kernels, -1.0, 7.0) == pytest.approx(0.5)
+    assert idle_share([], 0.0, 1.0) == 1.0
+
+
+def test_ranks_and_weights_are_those_of_the_rows(mqa_path):
+    rows = (
+        Lever(name="a", naive=True),
+        Lever(name="b", weights="q8_0"),
+        Lever(name="c", ranks=2),
+        Lever(name="d", draft="lookup"),
+    )
+    assert {lever.model for lever in rows} == {
+        (WIDE, False, False),
+        ("q8_0", False, False),
+        (WIDE, False, True),
+    }
+    trial = Trial(
+        model=str(mqa_path),
+        dtype="float32",
+        levers=rows,
+        prompt=tuple(range(40)),
+        scored=tuple(range(100, 140)),
+        answer=8,
+        repeats=1,
+    )
+    ranks = RankOptions(cp=2, device="cpu", threads=1)
+    found = run(measure, trial, ranks=ranks)["results"]
+    assert [row["same_answer"] for row in found if row["weights"] == "float32"] == [True] * 3
+    assert [row["ranks"] for row in found] == [1, 1, 2, 1]
+    plain, quantised, together, drafted = found
+    assert together["nll"] == pytest.approx(plain["nll"], rel=1e-5) == drafted["nll"]
+    assert 0 < abs(quantised["nll"] - plain["nll"]) < 0.1
+    assert quantised["memory_bytes"] < plain["memory_bytes"]
+    for row in found:
+        assert row["perplexity"] == math.exp(row["nll"])
+        assert row["faster"] > 0 and 0 <= row["idle"] < 1 and 0 < row["of_ceiling"]
+
+
+def bench(*arguments, code=0):
+    result = CliRunner().invoke(main, ["bench", "levers", *map(str, arguments)])
+    assert result.exit_code == code, (result.output, result.stderr, result.exception)
+    return result
+
+
+SMALL = ("--prompt", 40, "-n", 4, "--scored", 20, "--repeats", 1, "--threads", 1)
+
+
+def test_all_rows_of_a_stored_model(small_smollm2_path, tmp_path):
+    plot = tmp_path / "levers.png"
+    asked = (small_smollm2_path, *SMALL, "--device", "cpu", "--plot", plot)
+    fields = json.loads(bench(*asked, "--json").stdout)
+    rows = fields["results"]
+    assert [row["lever"] for row in rows][:3] == [
+        "naive attention",
+        "fused attention",
+        "static memory",
+    ]
+    assert {"weights q8_0", "weights fp8-ffn", "lookup drafts", "cp 2"} <= {
+        row["lever"] for row in rows
+    }
+    assert all(row["same_answer"] for row in rows if row["weights"] in ("float32", "file"))
+    assert fields["prompt_tokens"] == 40 and plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_some_rows_as_a_table(tiny_model):
+    asked = ("--lever", "fused attention", "--lever", "lookup drafts", "--cp", 1)
+    shown = bench(tiny_model, *SMALL, *asked, "--device", "cpu").stdout.splitlines()
+    assert [line.split("  ")[0] for line in shown[1:3]] == ["fused attention", "lookup drafts"]
+    assert "of answer, threads per rank: 1" in shown[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--lever", "magic"), "--lever 'magic': on cpu there are naive attention, fused"),
+        (("--prompt", 600), "--prompt 600: the model's context is 512, of which the answer takes"),
+        (("--prompt", 24, "--scored", "1K"), "--scored 1000: the model's context is 512"),
+    ],
+)
+def test_mistakes(tiny_model, arguments, line):
+    stderr = bench(tiny_model, "--device", "cpu", *arguments, code=2).stderr
+    assert line in stderr and len(stderr.splitlines()) == 1
