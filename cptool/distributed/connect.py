@@ -7,7 +7,13 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cptool.distributed.devices import cores, limit_nccl, resolve_device, transport
+from cptool.distributed.devices import (
+    cores,
+    limit_nccl,
+    resolve_device,
+    settle_kernels,
+    transport,
+)
 from cptool.distributed.environment import Seat
 from cptool.distributed.group import Group
 from cptool.distributed.options import RankOptions
@@ -39,6 +45,7 @@ def connect(
     if device == "cuda":
         where = torch.device("cuda", seat.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(where)  # before any group exists, or all ranks open device 0
+        settle_kernels(where.index, tell=seat.local_rank == 0)
     if staged and device == "cuda" and seat.rank == 0:
         print("cptool: messages between ranks go through host memory", file=sys.stderr, flush=True)
     # A shorter timeout could end a sound run on a busy machine, where a rank may get no core for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 from cptool.errors import OptionError, UserError
 
@@ -52,6 +53,18 @@ def transport(device: str, local_size: int, requested: str = "auto") -> str:
             "takes one rank per GPU; unset it, or use fewer ranks"
         )
     return "staged" if shared or requested == "staged" else "direct"
+
+
+def settle_kernels(index: int, *, tell: bool) -> None:
+    """Limit this process to the kernels that are right on GPU `index` (`cptool.ops.trials`).
+
+    tell: whether to print a line if some are not.
+    """
+    from cptool.ops.trials import settle
+
+    complaint = settle(index)
+    if complaint and tell:
+        print(f"cptool: {complaint}", file=sys.stderr, flush=True)
 
 
 NCCL_BLOCKS = 8

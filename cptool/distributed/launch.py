@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from cptool.distributed.connect import call_entry, connect
-from cptool.distributed.devices import cores, resolve_device
+from cptool.distributed.devices import cores, resolve_device, settle_kernels
 from cptool.distributed.environment import Seat, launched
 from cptool.distributed.failure import RankFailed, describe, is_communication
 from cptool.distributed.options import RankOptions
@@ -97,6 +97,8 @@ def _alone(ranks: RankOptions, board: Board) -> World:
         import torch
 
     torch.set_num_threads(ranks.threads or cores())
+    if device == "cuda":
+        settle_kernels(0, tell=True)
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     return World(device=where, board=board)
 

@@ -5,7 +5,6 @@ the packages that the command line needs. The test suite covers many more shapes
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -13,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from cptool.cache import NEVER
-from cptool.errors import RunError
 from cptool.exactness.reference import attention
+from cptool.ops import trials
 from cptool.ops.attention import attention_partial, merge_partials
 from cptool.ops.elementwise import add_rms_norm_, rotate_, swiglu_
 from cptool.ops.kernels import (
@@ -25,9 +24,6 @@ from cptool.ops.kernels import (
     force_cpu_isa,
     force_cuda_kernel,
 )
-
-FAILED = 4
-"""Exit code for a wrong kernel, unlike Python's own for a traceback."""
 
 
 @dataclass(frozen=True)
@@ -229,14 +225,8 @@ def run_apart(device: str, kernel: str, patience_s: float = 120.0) -> list[Check
 
     Raises RuntimeError, one line, if that process does not end well.
     """
-    command = [sys.executable, "-m", "cptool.exactness.selftest", device, kernel]
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=patience_s)
-    except subprocess.TimeoutExpired:
-        raise RunError(f"no answer within {patience_s:.0f} s") from None
-    if ended.returncode not in (0, FAILED):
-        raise RunError((ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1])
-    return [Check(**fields) for fields in map(json.loads, ended.stdout.splitlines())]
+    process = trials.start(device, kernel)
+    return [Check(**fields) for fields in trials.answer(process, patience_s)]
 
 
 def main(arguments: list[str]) -> int:
@@ -245,7 +235,7 @@ def main(arguments: list[str]) -> int:
     for check in run(*(arguments or ["cpu"])):
         print(json.dumps(asdict(check)), flush=True)
         failed |= not check.passed
-    return FAILED if failed else 0
+    return trials.FAILED if failed else 0
 
 
 if __name__ == "__main__":

@@ -150,6 +150,14 @@ def force_cuda_kernel(name: str) -> Iterator[None]:
         _C.force_cuda_kernel(previous)
 
 
+def limit_cuda_kernels(name: str) -> None:
+    """Use no CUDA attention kernel beyond `name` in this process from now on."""
+    global _forced_cuda_kernel
+    if not _C.force_cuda_kernel(name):
+        raise ValueError(f"CUDA kernel is {name!r}; it is not in this build")
+    _forced_cuda_kernel = name
+
+
 def build_info() -> dict[str, Any]:
     """Return what was built: ``compiler``, CPU ``isas``, ``cuda_archs`` (empty: no CUDA kernels)
     and ``cuda_kernels``.

@@ -93,6 +93,7 @@ struct Options {
   unsigned multiprocessors = 4;
   unsigned l2_bytes = 1 << 20;
   int compute_capability = 80;
+  int mistake = 0;  // the one that a kernel built with planted mistakes makes; 0: none
 };
 
 // Counts over launches until they are reset.

@@ -23,6 +23,9 @@ void emulated_device(unsigned multiprocessors, unsigned l2_bytes) {
   emulation::options.l2_bytes = l2_bytes;
 }
 
+// Has a library of tests/helpers/planted.py make one of its mistakes.
+void emulated_mistake(int mistake) { emulation::options.mistake = mistake; }
+
 bool emulated_force(const char* kernel) {
   return kernel == nullptr || std::strcmp(kernel, "sm90") == 0;
 }

@@ -208,15 +208,36 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def build(directory: Path, sources: Sequence[Path], name: str = "emulated") -> Path:
-    """The shared library of `sources` (.cu or .cpp) and the emulation, compiled in parallel."""
-    include = ["-I", EMULATION, "-I", ROOT / "csrc"]
+def build(
+    directory: Path,
+    sources: Sequence[Path],
+    name: str = "emulated",
+    *,
+    csrc: Path = ROOT / "csrc",
+    flags: Sequence[str] = (),
+) -> Path:
+    """The shared library of `sources` (.cu or .cpp) and the emulation, compiled in parallel.
+
+    csrc: where the headers of the kernels are.
+    """
+    include = ["-I", EMULATION, "-I", csrc]
     objects, running = [], []
     for source in [*sources, EMULATION / "fibers.cpp"]:
         objects.append(directory / f"{source.parent.name}-{source.stem}.o")
         running.append(
             subprocess.Popen(
-                [compiler(), *FLAGS, *include, "-x", "c++", "-c", source, "-o", objects[-1]],
+                [
+                    compiler(),
+                    *FLAGS,
+                    *flags,
+                    *include,
+                    "-x",
+                    "c++",
+                    "-c",
+                    source,
+                    "-o",
+                    objects[-1],
+                ],
                 stderr=subprocess.PIPE,
                 text=True,
             )

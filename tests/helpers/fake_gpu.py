@@ -10,7 +10,7 @@ from cptool.distributed import devices, launch
 from cptool.distributed.options import RankOptions
 from cptool.errors import RunError
 from cptool.exactness import verify
-from cptool.ops import kernels
+from cptool.ops import kernels, trials
 
 STARTED = "the ranks were started"
 
@@ -40,6 +40,7 @@ def pretend(monkeypatch, count: int = 2) -> None:
     monkeypatch.setattr(kernels, "build_info", lambda: built)
     monkeypatch.setattr(kernels, "cuda_kernels", lambda: ["simt", "sm80", "sm90"])
     monkeypatch.setattr(devices, "_gpus", lambda: count)
+    monkeypatch.setattr(trials, "settle", lambda index: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: f"Fake GPU {index}")

@@ -105,11 +105,16 @@ def _tested(*, on_gpu: bool) -> tuple[list[Result], str | None]:
     """Test all kernels; return the results, and the fastest one to use on the GPU, if any.
 
     That one is right, and so are all slower ones, which do what it does not support. Each runs in a
-    process of its own, because one that breaks the device would break it for the others.
+    process of its own, because one that breaks the device would break it for the others. Later runs
+    go by the results.
     """
+    import torch
+
     from cptool.exactness import selftest
+    from cptool.ops import trials
     from cptool.ops.kernels import cuda_kernels
 
+    faults: dict[str, str | None] = {}
     results = list(_named(selftest.run("cpu"), "cpu"))
     best, sound = None, True
     for kernel in cuda_kernels() if on_gpu else ():
@@ -118,9 +123,12 @@ def _tested(*, on_gpu: bool) -> tuple[list[Result], str | None]:
         except RuntimeError as error:
             of_kernel = [Result(group=kernel, device="cuda", fault=str(error))]
         results += of_kernel
+        faults[kernel] = next((r.row()[1] for r in of_kernel if not r.passed), None)
         sound = sound and all(result.passed for result in of_kernel)
         if sound:
             best = kernel
+    if faults and torch.cuda.device_count():
+        trials.remember(0, faults)
     return results, best
 
 
@@ -154,7 +162,7 @@ def _remedy(best: str | None) -> str:
         return "; no kernel is right on the GPU: use --device cpu"
     if best != cuda_kernels()[-1]:
         return (
-            f"; the fastest right one on the GPU is {best}: set CPTOOL_CUDA_KERNEL={best} to "
-            "limit cptool to it"
+            f"; the fastest right one on the GPU is {best}, and cptool is limited to it from now "
+            f"on, as by CPTOOL_CUDA_KERNEL={best}"
         )
     return ""

@@ -71,6 +71,7 @@ def _machine(load: float) -> dict[str, Any]:
     return {
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda_kernels": cuda_kernels(),
+        "cuda_kernels_failed": _failed_kernels(),
         "cpu": cpu_model(),
         "processors": os.cpu_count(),
         "cores": cores(),
@@ -79,6 +80,17 @@ def _machine(load: float) -> dict[str, Any]:
         "load": load,
         "quiet": load <= QUIET,
     }
+
+
+def _failed_kernels() -> dict[str, str]:
+    """Return the kernels that failed at the first use of the GPU, and why."""
+    import torch
+
+    from cptool.ops.trials import kept
+
+    trial = kept(0) if torch.cuda.device_count() else None
+    faults = trial.faults.items() if trial else ()
+    return {kernel: fault for kernel, fault in faults if fault is not None}
 
 
 def _calibrations() -> list[dict[str, Any]]:
@@ -142,6 +154,10 @@ def rows(facts: dict[str, Any]) -> Rows:
         ("machine", f"{facts['cpu']}"),
         ("", _processors(facts)),
         ("GPUs", ", ".join(facts["gpus"]) or "none"),
+        *(
+            ("not used", f"{kernel} failed at the first use of the GPU: {fault}")
+            for kernel, fault in facts["cuda_kernels_failed"].items()
+        ),
         ("load", _load(facts)),
         *_calibration_rows(facts["calibrations"]),
         *_cache_rows(facts),

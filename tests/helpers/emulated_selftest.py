@@ -1,0 +1,56 @@
+"""The self-test of one kernel as `cptool.ops.trials` starts it, on the emulated kernels.
+
+    python emulated_selftest.py LIBRARY MISTAKE cuda KERNEL
+
+sm90 is that of LIBRARY (planted.py) and makes the MISTAKE, a number; a deadlock, which the
+emulation sees, hangs as it would on a GPU. The others are right.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> int:
+    library, mistake, _, kernel = sys.argv[1:]
+    if kernel != "sm90":
+        print(json.dumps({"name": kernel, "error": 0.0, "allowed": 1.0}))
+        return 0
+    import torch
+    from cuda_emulator import Emulator
+
+    from cptool.exactness import selftest
+
+    class Sm90(Emulator):
+        entries = ("emulated_attention",)
+
+    emulator = Sm90(Path(library))
+    emulator._library.emulated_mistake(int(mistake))
+
+    def attention(q, k, v, *, window, cap, **others):
+        names = ("q_pos", "k_pos", "cu_q", "cu_k", "scale")
+        try:
+            return emulator.attention(
+                q, k, v, *(others[name] for name in names), out_dtype=others["out_dtype"]
+            )
+        except RuntimeError as error:
+            if "deadlock" in str(error):
+                time.sleep(1000)
+            raise
+
+    to = torch.Tensor.to
+    torch.Tensor.to = lambda self, *args, **kwargs: (
+        self if args == ("cuda",) else to(self, *args, **kwargs)
+    )
+    selftest.attention_partial = attention
+    selftest.force_cuda_kernel = contextlib.nullcontext
+    selftest._taken = lambda device, dtype, head_dim, case: (
+        "simt" if dtype == torch.float32 or case.window else "sm90"
+    )
+    return selftest.main(["cuda", kernel])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
