@@ -6,21 +6,21 @@
 //
 // The cost of one tile, in cycles of one multiprocessor of an H100, which in a cycle computes 4096
 // FLOP of 16-bit products and 16 exponentials, issues 4 instructions and moves 128 bytes of shared
-// memory. Instructions are those of the compiled loop (nvcc 13.0): 450 per warp, 430 at head_dim
-// 64; 160 more in a masked tile, and up to 64 more until the maxima have settled.
+// memory. Instructions are those of the compiled loop (nvcc 13.0): 430 per warp, 410 at head_dim
+// 64; 170 more in a masked tile, and up to 64 more until the maxima have settled.
 //
 //                                   head_dim 128, 128 rows             head_dim 64, 192 rows
 //   products                        4 x 128^3 / 4096         = 2048    4 x 192 128 64 / 4096 = 1536
 //   exponentials                    128^2 / 16               = 1024    192 128 / 16          = 1536
-//   instructions                    8 warps 450 / 4          =  900    12 warps 430 / 4      = 1290
+//   instructions                    8 warps 430 / 4          =  860    12 warps 410 / 4      = 1230
 //   shared memory, read by wgmma    2 (16 + 32 + 32 KiB)     = 1280    3 (8 + 16 + 16 KiB)   =  960
 //   and written by TMA              64 KiB                   =  512    32 KiB                =  256
 //
 // The tensor cores are therefore the limit at head_dim 128, and together with the exponentials
-// at 64. A job of n tiles takes about n + 1 of these times, and causal attention needs half a tile
-// less: 0.96 of the steady rate at 8K tokens, 0.98 at 16K. If the steady rate were 0.70 of 989
-// TFLOP/s, which the authors of the schedule nearly reach, this would be 650 and 675 TFLOP/s. Not
-// measured.
+// at 64; during Q K^T shared memory moves all that it can. A job of n tiles takes about n + 1.3 of
+// these times: 0.93 of the steady rate for causal attention over 8K tokens, 0.965 at 16K. The
+// authors of the schedule reach 0.8 of the rate of a large matrix product with it, which power
+// limits as well: with that, docs/gpu.md predicts what is to be measured. Not measured.
 #include <cmath>
 
 #include "cuda/device.h"
