@@ -75,11 +75,12 @@ class Lever:
         return self.weights, self.compiled, self.ranks > 1
 
 
-def levers(device: str, *, stored: bool, ranks: int) -> list[Lever]:
+def levers(device: str, *, layers: int, stored: bool, ranks: int) -> list[Lever]:
     """Return the rows for a device: naive attention, and what is switched on instead.
 
-    stored: whether the file has weights in fewer bits than the dtype of the products, in which they
-    can be read. ranks: of the row on several ones, if there are several.
+    layers: of the model, of which a third drafts. stored: whether the file has weights in fewer
+    bits than the dtype of the products, in which they can be read. ranks: of the row on several
+    ones, if there are several.
     """
     found = [Lever(name="naive attention", naive=True), Lever(name="fused attention")]
     together = []
@@ -94,6 +95,9 @@ def levers(device: str, *, stored: bool, ranks: int) -> list[Lever]:
         kinds = [*(["file"] if stored else []), *QUANTISED, FP8_FEED_FORWARD]
         found += [Lever(name=f"weights {kind}", weights=kind) for kind in kinds]
         found.append(Lever(name="lookup drafts", draft="lookup"))
+        if layers > 1:
+            draft = f"layers:{max(1, layers // 3)}"
+            found.append(Lever(name=f"{draft} drafts", draft=draft))
         if stored:
             together = [Lever(name="file, drafts", weights="file", draft="lookup")]
     if ranks > 1:

@@ -69,7 +69,7 @@ def test_a_lever_changes_no_token(mqa_path, kind, compiled):
 
 
 def test_rows_of_each_device():
-    cpu = levers("cpu", stored=True, ranks=2)
+    cpu = levers("cpu", layers=30, stored=True, ranks=2)
     assert [lever.name for lever in cpu] == [
         "naive attention",
         "fused attention",
@@ -79,11 +79,12 @@ def test_rows_of_each_device():
         "weights int8",
         "weights fp8-ffn",
         "lookup drafts",
+        "layers:10 drafts",
         "cp 2",
         "file, drafts",
     ]
-    assert len(levers("cpu", stored=False, ranks=1)) == 7
-    cuda = levers("cuda", stored=False, ranks=4)
+    assert len(levers("cpu", layers=1, stored=False, ranks=1)) == 7
+    cuda = levers("cuda", layers=30, stored=False, ranks=4)
     assert [lever.name for lever in cuda if lever.static] == [
         "CUDA graph",
         "torch.compile",
@@ -108,6 +109,7 @@ def test_ranks_and_weights_are_those_of_the_rows(mqa_path):
         Lever(name="b", weights="q8_0"),
         Lever(name="c", ranks=2),
         Lever(name="d", draft="lookup"),
+        Lever(name="e", draft="layers:1"),
     )
     assert {lever.model for lever in rows} == {
         (WIDE, False, False),
@@ -125,9 +127,9 @@ def test_ranks_and_weights_are_those_of_the_rows(mqa_path):
     )
     ranks = RankOptions(cp=2, device="cpu", threads=1)
     found = run(measure, trial, ranks=ranks)["results"]
-    assert [row["same_answer"] for row in found if row["weights"] == "float32"] == [True] * 3
-    assert [row["ranks"] for row in found] == [1, 1, 2, 1]
-    plain, quantised, together, drafted = found
+    assert [row["same_answer"] for row in found if row["weights"] == "float32"] == [True] * 4
+    assert [row["ranks"] for row in found] == [1, 1, 2, 1, 1]
+    plain, quantised, together, drafted, _ = found
     assert together["nll"] == pytest.approx(plain["nll"], rel=1e-5) == drafted["nll"]
     assert 0 < abs(quantised["nll"] - plain["nll"]) < 0.1
     assert quantised["memory_bytes"] < plain["memory_bytes"]

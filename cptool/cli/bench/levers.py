@@ -74,7 +74,9 @@ class WorkRequest:
         from cptool.engine.setup.types import mean_weight_size
 
         stored = mean_weight_size(checkpoint, dtype, device) is not None
-        found = {lever.name: lever for lever in levers(device, stored=stored, ranks=self.cp)}
+        layers = checkpoint.config.num_hidden_layers
+        rows = levers(device, layers=layers, stored=stored, ranks=self.cp)
+        found = {lever.name: lever for lever in rows}
         for name in self.names:
             if name not in found:
                 raise OptionError("lever", repr(name), f"on {device} there are {', '.join(found)}")
