@@ -90,12 +90,24 @@ def evaluated(model, tasks, **options):
     )
 
 
+def through_hf(reference, template, tasks):
+    """What the harness's own model gives."""
+    template.pad_token = template.eos_token
+    model = HFLM(reference, tokenizer=template, max_length=CONTEXT, device="cpu")
+    return evaluated(model, tasks)
+
+
+def through_cptool(path, tasks, **options):
+    model = CptoolLM(str(path), threads=1, device="cpu", max_length=CONTEXT, **options)
+    try:
+        return evaluated(model, tasks)
+    finally:
+        model.close()
+
+
 @pytest.fixture(scope="module")
 def by_transformers(tasks, small_smollm2_reference, template):
-    """What the model `hf` gives."""
-    template.pad_token = template.eos_token
-    model = HFLM(small_smollm2_reference, tokenizer=template, max_length=CONTEXT, device="cpu")
-    return evaluated(model, tasks)
+    return through_hf(small_smollm2_reference, template, tasks)
 
 
 def numbers(results, task):
@@ -110,20 +122,7 @@ def answers(results, task):
     return [sample["resps"][0][0] for sample in results["samples"][task]]
 
 
-@pytest.mark.parametrize(("cp", "batch_size"), [(1, 1), (2, "auto")])
-def test_scores_are_those_of_hf(tasks, small_smollm2_path, by_transformers, cp, batch_size):
-    model = CptoolLM(
-        str(small_smollm2_path),
-        cp=cp,
-        threads=1,
-        device="cpu",
-        max_length=CONTEXT,
-        batch_size=batch_size,
-    )
-    try:
-        found = evaluated(model, tasks)
-    finally:
-        model.close()
+def assert_same(found, by_transformers):
     for task in TASKS:
         ours, theirs = numbers(found, task), numbers(by_transformers, task)
         assert theirs and ours == pytest.approx(theirs, rel=1e-5), task
@@ -137,6 +136,18 @@ def test_scores_are_those_of_hf(tasks, small_smollm2_path, by_transformers, cp, 
             ours["filtered_resps"], theirs["filtered_resps"], strict=True
         ):
             assert mine == pytest.approx(other, rel=1e-5) and greedy == likeliest
+
+
+@pytest.mark.parametrize(("cp", "batch_size"), [(1, 1), (2, "auto")])
+def test_scores_are_those_of_hf(tasks, small_smollm2_path, by_transformers, cp, batch_size):
+    found = through_cptool(small_smollm2_path, tasks, cp=cp, batch_size=batch_size)
+    assert_same(found, by_transformers)
+
+
+@pytest.mark.slow
+def test_smollm2_has_the_scores_of_hf(tasks, smollm2_path, smollm2_reference, template):
+    found = through_cptool(smollm2_path, tasks, cp=2, batch_size="auto", dtype="float32")
+    assert_same(found, through_hf(smollm2_reference, template, tasks))
 
 
 def test_the_last_token_of_a_text_may_lie_beyond_the_context(mqa_path, mqa_reference):
