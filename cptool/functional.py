@@ -65,7 +65,7 @@ def ring_attention(
 
     Args:
         q: ``[T_local, Hq, D]``, the queries of this rank's tokens: float32, bfloat16 or float16; D
-            a multiple of 8, at most 256; the innermost dimension contiguous.
+            even, at most 256; the innermost dimension contiguous.
         k, v: ``[T_local, Hkv, D]`` in q's dtype, ``Hq % Hkv == 0``; query head h reads KV head
             ``h // (Hq // Hkv)``.
         lengths: tokens of each sequence of the whole batch, the same on all ranks; an int is one

@@ -7,8 +7,7 @@ from cptool.checkpoint.layers import MOST_LAYERS
 from cptool.errors import UserError
 from cptool.model.config import LlamaConfig, RopeScaling
 
-# What attention takes (`cptool.ops.checks`): a multiple of the step up to the maximum.
-_HEAD_DIM_STEP, _MAX_HEAD_DIM = 8, 256
+_MAX_HEAD_DIM = 256  # of attention, which takes even ones (`cptool.ops.checks`)
 
 # Far beyond any model, and small enough that no product of them overflows 64 bits.
 _MAX_SIZE = 2**24
@@ -34,10 +33,10 @@ def check_config(source: Path, config: LlamaConfig) -> LlamaConfig:
             f"{source}: {config.num_attention_heads} query heads on {config.num_key_value_heads} "
             f"key/value heads; the first must be a multiple of the second"
         )
-    if config.head_dim % _HEAD_DIM_STEP or config.head_dim > _MAX_HEAD_DIM:
+    if config.head_dim % 2 or config.head_dim > _MAX_HEAD_DIM:
         raise UserError(
-            f"{source}: head_dim is {config.head_dim}, attention takes multiples of "
-            f"{_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}; use another model"
+            f"{source}: head_dim is {config.head_dim}, attention takes even ones up to "
+            f"{_MAX_HEAD_DIM}; use another model"
         )
     if (config.rotary_dim or 2) % 2:
         raise UserError(

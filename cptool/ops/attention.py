@@ -56,7 +56,7 @@ def attention_partial(
     """Compute the attention of packed sequences over the keys at hand, as a partial result.
 
     Args:
-        q: ``[Tq, Hq, D]``, float32, bfloat16 or float16; D a multiple of 8, at most 256.
+        q: ``[Tq, Hq, D]``, float32, bfloat16 or float16; D even, at most 256.
         k, v: ``[Tk, Hkv, D]`` in q's dtype or, on the CPU where q is float32, both in bfloat16 or
             both in float16; they are widened and everything is computed in float32.
             ``Hq % Hkv == 0``; query head h reads KV head ``h // (Hq // Hkv)``. Tokens and heads may
@@ -115,8 +115,7 @@ def merge_partials(
     """Merge partials over disjoint sets of keys, in the order given.
 
     Args:
-        outs: S >= 1 tensors ``[T, H, D]``, contiguous, of one dtype; D a multiple of 8, at most
-            256.
+        outs: S >= 1 tensors ``[T, H, D]``, contiguous, of one dtype; D even, at most 256.
         lses: S tensors float32 ``[T, H]``, contiguous. Where one is -inf its out is ignored.
         out_dtype: float32 (the default), bfloat16 or float16.
 

@@ -33,10 +33,9 @@ def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype, meaning: str = "
 
 
 def _check_head_dim(name: str, head_dim: int) -> None:
-    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+    if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(
-            f"{name} has head dimension {head_dim}; "
-            f"it must be a multiple of 8 from 8 to {MAX_HEAD_DIM}"
+            f"{name} has head dimension {head_dim}; it must be even, from 2 to {MAX_HEAD_DIM}"
         )
 
 

@@ -23,6 +23,40 @@ inline void store_halves(Vector values, float* low, float* high) {
   _mm_storeu_ps(high, _mm256_extractf128_ps(values, 1));
 }
 
+inline Vector load_first(const float* from, int count) {
+  return _mm256_maskload_ps(from, (__m256i)(kLaneNumbers < count));
+}
+
+// The first `count` of up to 4 elements of 16 bits, in the low bits of a word.
+inline uint64_t first_of_four(const uint16_t* from, int count) {
+  uint64_t word = 0;
+  if (count == 4) {
+    std::memcpy(&word, from, 8);
+    return word;
+  }
+  if (count & 2) std::memcpy(&word, from, 4);
+  if (count & 1) word |= static_cast<uint64_t>(from[count - 1]) << (count & 2 ? 32 : 0);
+  return word;
+}
+
+// The same of up to 8, in registers: what is stored in two parts and loaded as one waits for the
+// cache.
+inline __m128i first_halves(const void* from, int count) {
+  const uint16_t* at = static_cast<const uint16_t*>(from);
+  return count < 4 ? _mm_set_epi64x(0, static_cast<int64_t>(first_of_four(at, count)))
+                   : _mm_set_epi64x(static_cast<int64_t>(first_of_four(at + 4, count - 4)),
+                                    static_cast<int64_t>(first_of_four(at, 4)));
+}
+
+inline Vector load_first(const BFloat16* from, int count) {
+  const __m256i words = _mm256_cvtepu16_epi32(first_halves(from, count));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+}
+
+inline Vector load_first(const Float16* from, int count) {
+  return _mm256_cvtph_ps(first_halves(from, count));
+}
+
 inline Vector load_eight(const float* from) { return _mm256_loadu_ps(from); }
 
 inline Vector broadcast_part(const float* from) {

@@ -26,6 +26,21 @@ inline void store_halves(Vector values, float* low, float* high) {
   _mm256_storeu_ps(high, _mm512_extractf32x8_ps(values, 1));
 }
 
+inline __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+inline Vector load_first(const float* from, int count) {
+  return _mm512_maskz_loadu_ps(first_lanes(count), from);
+}
+
+inline Vector load_first(const BFloat16* from, int count) {
+  const __m256i halves = _mm256_maskz_loadu_epi16(first_lanes(count), from);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+inline Vector load_first(const Float16* from, int count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), from));
+}
+
 inline Vector load_eight(const float* from) {
   return _mm512_castps256_ps512(_mm256_loadu_ps(from));
 }

@@ -13,8 +13,8 @@ namespace {
 bool is_bfloat16(ScalarType dtype) { return dtype == ScalarType::kBFloat16; }
 
 // It takes no float32 q over bfloat16 k and v: that would round q.
-bool handles(ScalarType q_dtype, ScalarType dtype, int64_t head_dim) {
-  return is_bfloat16(q_dtype) && is_bfloat16(dtype) && head_dim % kLanes == 0;
+bool handles(ScalarType q_dtype, ScalarType dtype, int64_t) {
+  return is_bfloat16(q_dtype) && is_bfloat16(dtype);
 }
 
 void attention_partial(const AttentionArgs& args, int threads) {

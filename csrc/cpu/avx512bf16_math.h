@@ -32,9 +32,10 @@ struct BFloat16Math {
     return load_half(static_cast<const BFloat16*>(row), word, half);
   }
 
-  static __m512 load_values(const BFloat16* v, int64_t stride, int keys) {
-    auto widened = [](const BFloat16* from) {
-      return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  static __m512 load_values(const BFloat16* v, int64_t stride, int keys, int64_t dims) {
+    const __mmask16 exist = dims >= kLanes ? 0xffff : first_lanes(static_cast<int>(dims));
+    auto widened = [=](const BFloat16* from) {
+      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exist, from));
     };
     __m512i pairs = _mm512_setzero_si512();
     if (keys > 0) pairs = widened(v);
@@ -47,7 +48,7 @@ struct BFloat16Math {
   template <int kN>
   static void load_step(const BFloat16* v, int64_t next, __m512 (&values)[kN]) {
     if constexpr (kN == 1) {
-      values[0] = load_values(v, next, 2);
+      values[0] = load_values(v, next, 2, kLanes);
     } else {
 #pragma GCC unroll 4
       for (int n = 0; n < kN; n += 2) {

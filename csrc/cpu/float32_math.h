@@ -16,8 +16,9 @@
 //   static Vector load_query(const void* row, ScalarType type, int64_t word, int64_t words);
 //   static Vector load_query_half(const void* row, ScalarType type, int64_t word, int half);
 //     The same for a query, whose elements are of the Input or, in float32 arithmetic, float32.
-//   static Vector load_values(const Input* v, int64_t stride, int keys);
-//     Loads kLanes dimensions of the values of kStep keys, of which `keys` exist, as words.
+//   static Vector load_values(const Input* v, int64_t stride, int keys, int64_t dims);
+//     Loads kLanes dimensions of the values of kStep keys, as words, 0 for those that do not exist:
+//     there are `dims` dimensions, at least 1, and `keys` keys.
 //   template <int kN> static void load_step(const Input* v, int64_t next, Vector (&values)[kN]);
 //     Loads kLanes * kN dimensions of kStep keys, the next one's at v + next, as words.
 //     in_order(acc) brings 2 kLanes sums of such products into the order of the dimensions. kN is 1
@@ -43,6 +44,12 @@
 namespace cptool::cpu {
 namespace {
 
+// Loads the elements that exist, of which there are `count`; other lanes are 0.
+template <class T>
+inline Vector load_exist(const T* from, int64_t count) {
+  return count >= kLanes ? load(from) : load_first(from, static_cast<int>(count));
+}
+
 template <class T>
 struct Float32Math {
   using Input = T;
@@ -51,7 +58,9 @@ struct Float32Math {
   static constexpr uint32_t kSigns = 0x80000000u;
   static constexpr bool kEvenOdd = std::is_same_v<T, BFloat16>;  // the order of pairs of vectors
 
-  static Vector load(const T* row, int64_t word, int64_t) { return cpu::load(row + word); }
+  static Vector load(const T* row, int64_t word, int64_t words) {
+    return load_exist(row + word, words - word);
+  }
 
   static Vector load_half(const T* row, int64_t word, int half) {
     if constexpr (kEvenOdd) return half == 0 ? load_even(row + word) : load_odd(row + word);
@@ -59,7 +68,9 @@ struct Float32Math {
   }
 
   static Vector load_query(const void* row, ScalarType type, int64_t word, int64_t words) {
-    if (type == ScalarType::kFloat32) return cpu::load(static_cast<const float*>(row) + word);
+    if (type == ScalarType::kFloat32) {
+      return load_exist(static_cast<const float*>(row) + word, words - word);
+    }
     return load(static_cast<const T*>(row), word, words);
   }
 
@@ -72,8 +83,8 @@ struct Float32Math {
     return words;
   }
 
-  static Vector load_values(const T* v, int64_t, int keys) {
-    return keys > 0 ? cpu::load(v) : Vector{};
+  static Vector load_values(const T* v, int64_t, int keys, int64_t dims) {
+    return keys > 0 ? load_exist(v, dims) : Vector{};
   }
 
   template <int kN>

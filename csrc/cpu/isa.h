@@ -17,7 +17,7 @@
 namespace cptool::cpu {
 
 struct AttentionKernel {
-  // q_dtype: of q; dtype: of k and v. head_dim: a multiple of 8, at most 256.
+  // q_dtype: of q; dtype: of k and v. head_dim: even, at most 256.
   bool (*handles)(ScalarType q_dtype, ScalarType dtype, int64_t head_dim) = nullptr;
   // Results do not depend on `threads`.
   void (*attention_partial)(const AttentionArgs& args, int threads) = nullptr;

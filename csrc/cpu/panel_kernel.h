@@ -53,18 +53,19 @@ class PanelKernel {
   static int heads(const AttentionArgs&) { return 1; }
 
   static size_t scratch_bytes(const AttentionArgs& args) {
-    const size_t words = args.head_dim / kStep;
-    return sizeof(Fixed) + (kRows * args.head_dim + kRows * words + kKeys * words +
-                            kValuePanel * (args.head_dim / kTile)) *
-                               sizeof(float);
+    const size_t words = args.head_dim / kStep, dims = padded(args.head_dim);
+    return sizeof(Fixed) +
+           (kRows * dims + kRows * words + kKeys * words + kValuePanel * (dims / kTile)) *
+               sizeof(float);
   }
 
   PanelKernel(const AttentionArgs& args, void* scratch)
       : args_(args),
         words_(args.head_dim / kStep),
+        dims_(padded(args.head_dim)),
         fixed_(*static_cast<Fixed*>(scratch)),
         acc_(reinterpret_cast<float*>(static_cast<char*>(scratch) + sizeof(Fixed))),
-        q_(acc_ + kRows * args.head_dim),
+        q_(acc_ + kRows * dims_),
         k_(q_ + kRows * words_),
         v_(k_ + kKeys * words_),
         scores_(args.scale < 0 ? -args.scale : args.scale, args.cap) {}
@@ -80,7 +81,7 @@ class PanelKernel {
                            args_.scale < 0, vectors * kLanes, q_ + row * words_ + n * kLanes);
       }
     }
-    std::memset(acc_, 0, rows * args_.head_dim * sizeof(float));
+    std::memset(acc_, 0, rows * dims_ * sizeof(float));
   }
 
   template <bool masked>
@@ -106,27 +107,26 @@ class PanelKernel {
 
   // Transposes every accumulator [dim][row] of 16 rows into 16 rows, in place.
   void finish(const RowBlock<kRows>& block) {
-    const int64_t head_dim = args_.head_dim;
     float* rows = fixed_.weights;  // the weights are no longer needed
     static_assert(sizeof(fixed_.weights) >= kPanel * 256 * sizeof(float));
     for (int row = 0; row < block.rows; row += kPanel) {
       const int vectors = panel_vectors(block, row);
-      float* acc = acc_ + row * head_dim;
+      float* acc = acc_ + row * dims_;
       for (int n = 0; n < vectors; ++n) {
-        for (int64_t d = 0; d < head_dim; d += kLanes) {
+        for (int64_t d = 0; d < dims_; d += kLanes) {
           Vector r[kLanes];
           const float* from = acc + (d * vectors + n) * kLanes;
           for (int i = 0; i < kLanes; ++i) r[i] = load(from + i * vectors * kLanes);
           transpose(r);
-          float* to = rows + n * kLanes * head_dim + d;
-          for (int i = 0; i < kLanes; ++i) store(r[i], to + i * head_dim);
+          float* to = rows + n * kLanes * dims_ + d;
+          for (int i = 0; i < kLanes; ++i) store(r[i], to + i * dims_);
         }
       }
-      std::memcpy(acc, rows, vectors * kLanes * head_dim * sizeof(float));
+      std::memcpy(acc, rows, vectors * kLanes * dims_ * sizeof(float));
     }
   }
 
-  const float* acc(int row) const { return acc_ + row * args_.head_dim; }
+  const float* acc(int row) const { return acc_ + row * dims_; }
   SoftmaxState state(int row) const { return fixed_.rows.state(row); }
 
  private:
@@ -162,6 +162,9 @@ class PanelKernel {
 
     const T *k, *v;
   };
+
+  // Dimensions in whole vectors. Those that do not exist are 0.
+  static int padded(int64_t head_dim) { return round_up(static_cast<int>(head_dim), kLanes); }
 
   static int panel_vectors(const RowBlock<kRows>& block, int row) {
     const int left = block.rows - row;
@@ -305,7 +308,7 @@ class PanelKernel {
       float* sum = fixed_.rows.sum + row + n * kLanes;
       store(load(sum) * keep, sum);
       store(higher, fixed_.rows.max + row + n * kLanes);
-      float* acc = acc_ + row * args_.head_dim + n * kLanes;
+      float* acc = acc_ + row * dims_ + n * kLanes;
       for (int64_t d = 0; d < args_.head_dim; ++d, acc += kN * kLanes) store(load(acc) * keep, acc);
     }
     return end;
@@ -328,7 +331,7 @@ class PanelKernel {
   void accumulate(int row, int first, int end) {
     for (int64_t d = 0; d < args_.head_dim; d += kTile) {
       multiply_values<kN>(v_ + d / kTile * kValuePanel + first / kStep * kTile, weights<kN>(first),
-                          (end - first) / kStep, acc_ + row * args_.head_dim + d * kN * kLanes);
+                          (end - first) / kStep, acc_ + row * dims_ + d * kN * kLanes);
     }
   }
 
@@ -361,8 +364,9 @@ class PanelKernel {
   FlushSubnormals flush_;
   const AttentionArgs& args_;
   const int64_t words_;  // of a row of Q or K
+  const int64_t dims_;   // of a row of V, padded
   Fixed& fixed_;
-  float* acc_;  // panels [head_dim][rows of the panel], one after the other
+  float* acc_;  // panels [dims_][rows of the panel], one after the other
   float* q_;    // panels [word][rows of the panel]
   float* k_;
   float* v_;

@@ -41,14 +41,15 @@ inline void pack_keys(const typename Math::Input* k, int64_t stride, int keys, i
 }
 
 // Packs rows of V as panels [dim / kTile] of [key / kStep][dim % kTile], `panel` floats apart, with
-// zeros up to a whole register tile of keys.
+// zeros up to a whole register tile of keys and a whole vector of dimensions.
 template <class Math>
 inline void pack_values(const typename Math::Input* v, int64_t stride, int keys, int64_t head_dim,
                         int panel, float* to) {
   for (int j = 0; j < round_up(keys, kTile); j += Math::kStep) {
     for (int64_t d = 0; d < head_dim; d += kLanes) {
       float* at = to + d / kTile * panel + j / Math::kStep * kTile;
-      store_halves(Math::load_values(v + j * stride + d, stride, keys - j), at, at + panel);
+      store_halves(Math::load_values(v + j * stride + d, stride, keys - j, head_dim - d), at,
+                   at + panel);
     }
   }
 }

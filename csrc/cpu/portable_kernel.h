@@ -137,18 +137,20 @@ class PortableKernel {
 
   static size_t scratch_bytes(const AttentionArgs& args) {
     return sizeof(float) *
-           (static_cast<size_t>(args.head_dim) * (2 * kRows + 2 * kKeys) + kRows * kKeys);
+           (static_cast<size_t>(args.head_dim) * (kRows + kKeys) +
+            static_cast<size_t>(padded(args.head_dim)) * (kRows + kKeys) + kRows * kKeys);
   }
 
   PortableKernel(const AttentionArgs& args, void* scratch)
       : args_(args),
         head_dim_(args.head_dim),
+        dims_(padded(args.head_dim)),
         scores_(args.scale, args.cap),
         q_(static_cast<float*>(scratch)),
         acc_(q_ + kRows * head_dim_),
-        k_(acc_ + kRows * head_dim_),
+        k_(acc_ + kRows * dims_),
         v_(k_ + kKeys * head_dim_),
-        p_(v_ + kKeys * head_dim_) {}
+        p_(v_ + kKeys * dims_) {}
 
   void begin(const RowBlock<kRows>& block) {
     const float scale = kind == Kind::kSilu ? args_.scale
@@ -164,7 +166,7 @@ class PortableKernel {
       max_[r] = -INFINITY;
       sum_[r] = 0.0f;
     }
-    std::memset(acc_, 0, sizeof(float) * static_cast<size_t>(block.rows * head_dim_));
+    std::memset(acc_, 0, sizeof(float) * static_cast<size_t>(block.rows * dims_));
   }
 
   template <bool masked>
@@ -191,7 +193,7 @@ class PortableKernel {
   }
 
   void finish(const RowBlock<kRows>&) {}
-  const float* acc(int row) const { return acc_ + row * head_dim_; }
+  const float* acc(int row) const { return acc_ + row * dims_; }
   SoftmaxState state(int row) const {
     SoftmaxState state;
     state.max = max_[row] * kLn2;
@@ -200,6 +202,9 @@ class PortableKernel {
   }
 
  private:
+  // Dimensions in whole vectors. Those that do not exist are 0.
+  static int64_t padded(int64_t head_dim) { return (head_dim + kWidth - 1) / kWidth * kWidth; }
+
   template <class Q>
   void load_query(const Q* q, float scale, float* to) const {
 #pragma omp simd
@@ -219,18 +224,20 @@ class PortableKernel {
 
   const float* load_values(const T* v, int keys, int64_t* stride) {
     if constexpr (std::is_same_v<T, float>) {
-      *stride = args_.v_token_stride;
-      return v;
-    } else {
-      for (int j = 0; j < keys; ++j) {
-        const T* from = v + j * args_.v_token_stride;
-        float* to = v_ + j * head_dim_;
-#pragma omp simd
-        for (int64_t d = 0; d < head_dim_; ++d) to[d] = to_float(from[d]);
+      if (dims_ == head_dim_) {
+        *stride = args_.v_token_stride;
+        return v;
       }
-      *stride = head_dim_;
-      return v_;
     }
+    for (int j = 0; j < keys; ++j) {
+      const T* from = v + j * args_.v_token_stride;
+      float* to = v_ + j * dims_;
+#pragma omp simd
+      for (int64_t d = 0; d < head_dim_; ++d) to[d] = to_float(from[d]);
+      for (int64_t d = head_dim_; d < dims_; ++d) to[d] = 0.0f;
+    }
+    *stride = dims_;
+    return v_;
   }
 
   template <bool masked, int kR>
@@ -238,7 +245,7 @@ class PortableKernel {
             int64_t v_stride) {
     const int columns = (keys + kWidth - 1) / kWidth * kWidth;
     float* p = p_ + r * kKeys;
-    float* acc = acc_ + r * head_dim_;
+    float* acc = acc_ + r * dims_;
     multiply_rows<kR>(q_ + r * head_dim_, head_dim_, k_, kKeys, p, kKeys, head_dim_, columns,
                       false);
     if (scores_.capped) cap<kR>(p, keys);
@@ -253,7 +260,7 @@ class PortableKernel {
         softmax(r + i, first, visible, keys);
       }
     }
-    multiply_rows<kR>(p, kKeys, v, v_stride, acc, head_dim_, keys, head_dim_, true);
+    multiply_rows<kR>(p, kKeys, v, v_stride, acc, dims_, keys, dims_, true);
   }
 
   // Caps the scores of kR rows, and takes them to base 2.
@@ -295,20 +302,20 @@ class PortableKernel {
     sum_[r] = sum_[r] * keep + sum;
     max_[r] = larger;
     if (keep != 1.0f) {
-      float* acc = acc_ + r * head_dim_;
+      float* acc = acc_ + r * dims_;
 #pragma omp simd
       for (int64_t d = 0; d < head_dim_; ++d) acc[d] *= keep;
     }
   }
 
   const AttentionArgs& args_;
-  const int64_t head_dim_;
+  const int64_t head_dim_, dims_;
   const Scores scores_;
   // [kRows][head_dim], times scale * log2(e); for a cap scale / cap, for SiLU attention scale.
   float* q_;
-  float* acc_;  // [kRows][head_dim]
+  float* acc_;  // [kRows][dims_]
   float* k_;
-  float* v_;          // [kKeys][head_dim]
+  float* v_;          // [kKeys][dims_]
   float* p_;          // [kRows][kKeys]
   float max_[kRows];  // base 2
   float sum_[kRows];

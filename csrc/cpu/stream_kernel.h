@@ -73,14 +73,15 @@ class StreamKernel {
   static int heads_of_token(const AttentionArgs& args) { return heads_of(group_size(args), args); }
 
   static size_t scratch_bytes(const AttentionArgs& args) {
-    return sizeof(Fixed) + kRows * (args.head_dim + query_words(args)) * sizeof(float);
+    return sizeof(Fixed) + kRows * (padded(args.head_dim) + query_words(args)) * sizeof(float);
   }
 
   StreamKernel(const AttentionArgs& args, void* scratch)
       : args_(args),
         words_(args.head_dim / kStep),
         query_words_(query_words(args)),
-        fours_(kUnconverted && group_size(args) > 2),
+        dims_(padded(args.head_dim)),
+        fours_(kUnconverted && group_size(args) > 2 && args.head_dim % (2 * kPart) == 0),
         fixed_(*static_cast<Fixed*>(scratch)),
         q_(reinterpret_cast<float*>(static_cast<char*>(scratch) + sizeof(Fixed))),
         acc_(q_ + kRows * query_words_),
@@ -102,7 +103,7 @@ class StreamKernel {
                        q_ + slot / together * together * query_words_ + slot % together * kLanes);
       }
     }
-    std::memset(acc_, 0, block.heads * slots_ * args_.head_dim * sizeof(float));
+    std::memset(acc_, 0, block.heads * slots_ * dims_ * sizeof(float));
   }
 
   template <bool masked>
@@ -151,13 +152,13 @@ class StreamKernel {
 
   void finish(const RowBlock<kRows>& block) {
     for (int row = 0; row < block.rows; ++row) {
-      float* acc = acc_ + slot_of(row) * args_.head_dim;
+      float* acc = acc_ + slot_of(row) * dims_;
       for (int64_t d = 0; d + 2 * kLanes <= args_.head_dim; d += 2 * kLanes)
         Math::in_order(acc + d);
     }
   }
 
-  const float* acc(int row) const { return acc_ + slot_of(row) * args_.head_dim; }
+  const float* acc(int row) const { return acc_ + slot_of(row) * dims_; }
 
   SoftmaxState state(int row) const {
     SoftmaxState state;
@@ -186,9 +187,9 @@ class StreamKernel {
     return static_cast<int>(most < args.kv_heads ? most : args.kv_heads);
   }
 
-  static int64_t query_words(const AttentionArgs& args) {
-    return (args.head_dim / kStep + kLanes - 1) / kLanes * kLanes;
-  }
+  // In whole vectors.
+  static int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+  static int64_t query_words(const AttentionArgs& args) { return padded(args.head_dim / kStep); }
 
   int rows_at_once() const { return slots_ < 4 ? slots_ : 4; }
   int slot_of(int row) const { return row / rows_ * slots_ + row % rows_; }
@@ -305,8 +306,8 @@ class StreamKernel {
     const Vector keep = exp2_full(broadcast(fixed_.max[slot] - max));
     fixed_.max[slot] = max;
     store(load(fixed_.sum[slot]) * keep, fixed_.sum[slot]);
-    float* acc = acc_ + slot * args_.head_dim;
-    for (int64_t d = 0; d < args_.head_dim; d += kLanes) store(load(acc + d) * keep, acc + d);
+    float* acc = acc_ + slot * dims_;
+    for (int64_t d = 0; d < dims_; d += kLanes) store(load(acc + d) * keep, acc + d);
   }
 
   // Adds the weighted values of the tile to rows_at_once() rows from `slot` on.
@@ -329,24 +330,33 @@ class StreamKernel {
     for (; d + kWide * kLanes <= args_.head_dim; d += kWide * kLanes)
       add_values<kR, kWide>(v, keys, slot, d);
     for (; d + 2 * kLanes <= args_.head_dim; d += 2 * kLanes) add_values<kR, 2>(v, keys, slot, d);
-    if (d < args_.head_dim) add_values<kR, 1>(v, keys, slot, d);
+    if (d + kLanes <= args_.head_dim) {
+      add_values<kR, 1>(v, keys, slot, d);
+      d += kLanes;
+    }
+    if (d < args_.head_dim) add_values<kR, 1, true>(v, keys, slot, d);
   }
 
-  // The same for kN vectors of dimensions, in the order in which Math::load_step loads them.
-  // Prefetches as many bytes as it reads.
-  template <int kR, int kN>
+  // The same for kN vectors of dimensions, in the order in which Math::load_step loads them; or for
+  // the last dimensions, less than a vector. Prefetches as many bytes as it reads.
+  template <int kR, int kN, bool kLast = false>
   void add_values(const T* v, int keys, int slot, int64_t d) {
-    float* acc = acc_ + slot * args_.head_dim + d;
+    float* acc = acc_ + slot * dims_ + d;
     Vector sums[kR][kN];
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 8
-      for (int n = 0; n < kN; ++n) sums[r][n] = load(acc + r * args_.head_dim + n * kLanes);
+      for (int n = 0; n < kN; ++n) sums[r][n] = load(acc + r * dims_ + n * kLanes);
     auto add = [&](int j) __attribute__((always_inline)) {
       Vector values[kN];
       // The last of an odd number of keys stands in for the missing one, whose weights are 0.
-      Math::load_step(v + j * args_.v_token_stride + d, j + 1 < keys ? args_.v_token_stride : 0,
-                      values);
+      const T* from = v + j * args_.v_token_stride + d;
+      const int64_t next = j + 1 < keys ? args_.v_token_stride : 0;
+      if constexpr (kLast) {
+        values[0] = Math::load_values(from, next, kStep, args_.head_dim - d);
+      } else {
+        Math::load_step(from, next, values);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < kR; ++r) {
         float word;
@@ -369,17 +379,18 @@ class StreamKernel {
 #pragma GCC unroll 4
     for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 8
-      for (int n = 0; n < kN; ++n) store(sums[r][n], acc + r * args_.head_dim + n * kLanes);
+      for (int n = 0; n < kN; ++n) store(sums[r][n], acc + r * dims_ + n * kLanes);
   }
 
   FlushSubnormals flush_;
   const AttentionArgs& args_;
   const int64_t words_;        // of a row of Q or K
   const int64_t query_words_;  // the same, in whole vectors
+  const int64_t dims_;         // of a row of V, in whole vectors
   const bool fours_;           // scores are those of score_four; so are all rows of a token
   Fixed& fixed_;
   float* q_;    // [slots][query_words_]
-  float* acc_;  // [slots][head_dim]
+  float* acc_;  // [slots][dims_]
   const Scores scores_;
   int rows_ = 0;   // of each head
   int slots_ = 0;  // the same, padded

@@ -8,6 +8,9 @@
 //   unsigned above(Vector a, Vector b)                      lanes where a > b, as bits
 //   void store_halves(Vector, float* low, float* high)
 //   Vector load_eight(const float*)                         further lanes hold anything
+//   Vector load_first(const T*, int count)
+//     The first `count` elements, fewer than kLanes; other lanes are 0, and their memory is not
+//     touched.
 //   Vector broadcast_part(const float*)                     four floats, in every 128 bits
 //   Vector sum_parts(Vector a, Vector b, Vector c, Vector d)
 //     The sums of the four lanes of every 128 bits of a, b, c and d, in the same 128 bits.

@@ -44,9 +44,9 @@ const Kernel* select_kernel(const AttentionArgs& args, const Device& device) {
 }
 
 void check_arguments(const AttentionArgs& args) {
-  if (args.head_dim % 8 != 0 || args.head_dim <= 0 || args.head_dim > 256) {
+  if (args.head_dim % 2 != 0 || args.head_dim <= 0 || args.head_dim > 256) {
     throw std::invalid_argument("head_dim is " + std::to_string(args.head_dim) +
-                                "; CUDA takes multiples of 8 up to 256");
+                                "; CUDA takes even ones from 2 to 256");
   }
   if (args.q_tokens > 0 && args.batch < 1) {
     throw std::invalid_argument("q has tokens, but cu_q has no sequence that they could belong to");

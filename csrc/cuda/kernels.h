@@ -24,7 +24,7 @@ namespace cptool::cuda {
 // Calls that may run concurrently need one workspace each. A CUDA graph replays with the workspace
 // with which it was captured.
 int64_t attention_workspace(const AttentionArgs& args);
-// head_dim: a multiple of 8 up to 256. `workspace`: null if none is needed.
+// head_dim: even, up to 256. `workspace`: null if none is needed.
 void attention_partial(const AttentionArgs& args, uintptr_t workspace, uintptr_t stream);
 void merge_partials(const MergeArgs& args, uintptr_t stream);
 

@@ -3,7 +3,8 @@
 // does not depend on the launch.
 //
 // Memory bandwidth is the limit: a thread holds eight columns of one row, loads 16 bytes at a time,
-// and issues the loads of kLoads partials before it uses the first. A partial that saw no key is
+// and issues the loads of kLoads partials before it uses the first. Rows that are no multiple of
+// eight are held in twos. A partial that saw no key is
 // not read. If there are many partials of few rows, as after decoding in pieces, groups of a
 // block's threads each merge some of the partials and then add up their sums through shared memory,
 // in order.
@@ -22,8 +23,8 @@ namespace cptool::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kColumns = 8;  // per thread
-constexpr int kLoads = 4;    // per thread, in flight together
+constexpr int kWide = 8, kNarrow = 2;  // columns per thread
+constexpr int kLoads = 4;              // per thread, in flight together
 constexpr int kMaxPartials = 128;
 // With fewer threads, one for each chunk of a row, the latency of the loads is not hidden.
 constexpr int64_t kFewThreads = 1 << 16;
@@ -44,25 +45,27 @@ struct MergeLaunch {
 };
 static_assert(sizeof(MergeLaunch) <= 4096);
 
+template <int kColumns>
 struct Columns {
   float value[kColumns];
 };
 
-// Loads eight elements from `index`, a multiple of 8, on. kAligned: at a multiple of 16 bytes.
-template <class T, bool kAligned>
-__device__ Columns load_columns(const void* from, int64_t index) {
+// Loads kColumns elements from `index`, a multiple of them, on. kAligned: eight, at a multiple of
+// 16 bytes.
+template <class T, int kColumns, bool kAligned>
+__device__ Columns<kColumns> load_columns(const void* from, int64_t index) {
   struct alignas(kAligned ? 16 : alignof(T)) Elements {
     T element[kColumns];
   };
   const Elements read = *reinterpret_cast<const Elements*>(static_cast<const T*>(from) + index);
-  Columns columns;
+  Columns<kColumns> columns;
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) columns.value[c] = to_float(read.element[c]);
   return columns;
 }
 
-template <class T, bool kAligned>
-__device__ void store_columns(void* to, int64_t index, const Columns& columns) {
+template <class T, int kColumns, bool kAligned>
+__device__ void store_columns(void* to, int64_t index, const Columns<kColumns>& columns) {
   struct alignas(kAligned ? 16 : alignof(T)) Elements {
     T element[kColumns];
   };
@@ -72,31 +75,32 @@ __device__ void store_columns(void* to, int64_t index, const Columns& columns) {
   *reinterpret_cast<Elements*>(static_cast<T*>(to) + index) = written;
 }
 
-template <bool kAligned>
-__device__ Columns load_columns(const void* from, ScalarType dtype, int64_t index) {
+template <int kColumns, bool kAligned>
+__device__ Columns<kColumns> load_columns(const void* from, ScalarType dtype, int64_t index) {
   switch (dtype) {
     case ScalarType::kBFloat16:
-      return load_columns<__nv_bfloat16, kAligned>(from, index);
+      return load_columns<__nv_bfloat16, kColumns, kAligned>(from, index);
     case ScalarType::kFloat16:
-      return load_columns<__half, kAligned>(from, index);
+      return load_columns<__half, kColumns, kAligned>(from, index);
     default:
-      return load_columns<float, kAligned>(from, index);
+      return load_columns<float, kColumns, kAligned>(from, index);
   }
 }
 
-template <bool kAligned>
-__device__ void store_columns(void* to, ScalarType dtype, int64_t index, const Columns& columns) {
+template <int kColumns, bool kAligned>
+__device__ void store_columns(void* to, ScalarType dtype, int64_t index,
+                              const Columns<kColumns>& columns) {
   switch (dtype) {
     case ScalarType::kBFloat16:
-      return store_columns<__nv_bfloat16, kAligned>(to, index, columns);
+      return store_columns<__nv_bfloat16, kColumns, kAligned>(to, index, columns);
     case ScalarType::kFloat16:
-      return store_columns<__half, kAligned>(to, index, columns);
+      return store_columns<__half, kColumns, kAligned>(to, index, columns);
     default:
-      return store_columns<float, kAligned>(to, index, columns);
+      return store_columns<float, kColumns, kAligned>(to, index, columns);
   }
 }
 
-template <class T, bool kAligned>
+template <class T, int kColumns, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     merge_kernel(const __grid_constant__ MergeLaunch launch) {
   constexpr int kTogether = kAligned ? kLoads : 1;
@@ -134,23 +138,23 @@ __global__ void __launch_bounds__(kThreads)
 
   const float base = total.max == -INFINITY ? 0.0f : total.max;
   const int64_t index = (row * launch.row_threads + chunk) * kColumns;
-  Columns acc = {};
+  Columns<kColumns> acc = {};
   if (held) {
     if (before != -INFINITY) {
       total.sum = expf(before - base);
-      acc = load_columns<kAligned>(launch.out, launch.out_dtype, index);
+      acc = load_columns<kColumns, kAligned>(launch.out, launch.out_dtype, index);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) acc.value[c] *= total.sum;
     }
     for (int first = group; first < launch.partials; first += kTogether * launch.groups) {
-      Columns columns[kTogether] = {};
+      Columns<kColumns> columns[kTogether] = {};
       float weight[kTogether];
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
         const int i = first + j * launch.groups;
         weight[j] = i < launch.partials ? expf(launch.lses[i][row] - base) : 0.0f;
         if (weight[j] != 0.0f) {  // otherwise its out may hold anything and is ignored
-          columns[j] = load_columns<T, kAligned>(launch.outs[i], index);
+          columns[j] = load_columns<T, kColumns, kAligned>(launch.outs[i], index);
         }
       }
 #pragma unroll
@@ -181,22 +185,22 @@ __global__ void __launch_bounds__(kThreads)
   const float divisor = total.empty() ? 1.0f : total.sum;
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) acc.value[c] /= divisor;
-  store_columns<kAligned>(launch.out, launch.out_dtype, index, acc);
+  store_columns<kColumns, kAligned>(launch.out, launch.out_dtype, index, acc);
   if (chunk == 0) launch.lse[row] = total.lse();
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <class T>
-void launch_merge(const MergeLaunch& merge, bool aligned, unsigned blocks, cudaStream_t stream) {
+void launch_merge(const MergeLaunch& merge, int columns, bool aligned, unsigned blocks,
+                  cudaStream_t stream) {
   const size_t shared = merge.groups == 1 ? 0
                                           : sizeof(float) * merge.groups * merge.block_rows *
-                                                (2 + merge.row_threads * kColumns);
-  if (aligned) {
-    launch("merge_partials", merge_kernel<T, true>, blocks, kThreads, shared, stream, merge);
-  } else {
-    launch("merge_partials", merge_kernel<T, false>, blocks, kThreads, shared, stream, merge);
-  }
+                                                (2 + merge.row_threads * columns);
+  const auto kernel = columns == kNarrow ? merge_kernel<T, kNarrow, false>
+                      : aligned          ? merge_kernel<T, kWide, true>
+                                         : merge_kernel<T, kWide, false>;
+  launch("merge_partials", kernel, blocks, kThreads, shared, stream, merge);
 }
 
 }  // namespace
@@ -206,7 +210,8 @@ void merge(const MergeArgs& args, bool running, cudaStream_t stream) {
   MergeLaunch merge = {};
   merge.running = running;
   merge.rows = args.rows;
-  merge.row_threads = static_cast<int>(args.head_dim / kColumns);
+  const int columns = args.head_dim % kWide == 0 ? kWide : kNarrow;
+  merge.row_threads = static_cast<int>(args.head_dim / columns);
   merge.groups = 1;
   if (args.partials >= 2 * kLoads && args.rows * merge.row_threads < kFewThreads) {
     const int64_t most = std::min<int64_t>(args.partials, kMaxPartials) / kLoads;
@@ -233,13 +238,13 @@ void merge(const MergeArgs& args, bool running, cudaStream_t stream) {
     const unsigned grid = static_cast<unsigned>(blocks);
     switch (args.dtype) {
       case ScalarType::kFloat32:
-        launch_merge<float>(merge, aligned, grid, stream);
+        launch_merge<float>(merge, columns, aligned, grid, stream);
         break;
       case ScalarType::kBFloat16:
-        launch_merge<__nv_bfloat16>(merge, aligned, grid, stream);
+        launch_merge<__nv_bfloat16>(merge, columns, aligned, grid, stream);
         break;
       case ScalarType::kFloat16:
-        launch_merge<__half>(merge, aligned, grid, stream);
+        launch_merge<__half>(merge, columns, aligned, grid, stream);
         break;
     }
     merge.running = true;

@@ -234,7 +234,7 @@ def test_decode_calibrates_first_if_asked(shape):
 
 MISTAKES = {
     "heads": (["attention", "--heads", "8/3"], "'8/3' must be QUERY/KV heads"),
-    "head dim": (["attention", "-d", "20"], "--head-dim 20: it must be a multiple of 8"),
+    "head dim": (["attention", "-d", "21"], "--head-dim 21: it must be even"),
     "threads": (["attention", "--threads", "100000"], "--threads 100000: it must be 1 to 1024"),
     "threads of merge": (["merge", "--threads", "100000"], "it must be 1 to 1024"),
     "threads of emulate": (

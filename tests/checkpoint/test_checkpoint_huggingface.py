@@ -278,7 +278,7 @@ def test_opening_imports_no_torch(saved):
         ({"num_attention_heads": -6}, "does not divide into -6 heads"),
         ({"tie_word_embeddings": "true"}, "tie_word_embeddings is 'true'"),
         ({"head_dim": 512}, "head_dim is 512"),
-        ({"head_dim": 12}, "multiples of 8 up to 256"),
+        ({"head_dim": 13}, "even ones up to 256"),
         ({"hidden_size": 50, "head_dim": ...}, "does not divide into 6 heads"),
         ({"num_attention_heads": 0, "head_dim": ...}, "does not divide into 0 heads"),
         ({"num_key_value_heads": 4}, "multiple"),

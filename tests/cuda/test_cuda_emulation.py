@@ -63,7 +63,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [24, 64])
+@pytest.mark.parametrize("head_dim", [2, 24, 64, 100])
 def test_simt_matches_float64(cuda, dtype, head_dim):
     case = make_case(
         [(range(70), range(70)), ([9], range(5)), ([], [3]), ([2, 4], [3])],
@@ -77,7 +77,7 @@ def test_simt_matches_float64(cuda, dtype, head_dim):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
 @pytest.mark.parametrize("window", [None, 37])
-@pytest.mark.parametrize("head_dim", [24, 64, 128, 256])
+@pytest.mark.parametrize("head_dim", [2, 24, 64, 100, 128, 256])
 def test_silu_attention(cuda, dtype, window, head_dim):
     case = replace(many_rows(dtype, head_dim, (3, 1)), window=window)
     options = {"window": window, "max_len": silu.MAX_LEN}
@@ -259,11 +259,13 @@ def test_calls_that_a_kernel_does_not_take_go_to_the_next(cuda):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("partials", [1, 3, 13, 130])
-@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
-def test_merge_matches_float64(cuda, partials, dtype, out_dtype, shift):
+@pytest.mark.parametrize(
+    ("shift", "dim"), [(0, 72), (1, 72), (0, 50)], ids=["aligned", "unaligned", "in twos"]
+)
+def test_merge_matches_float64(cuda, partials, dtype, out_dtype, shift, dim):
     generator = torch.Generator().manual_seed(partials)
     outs = [
-        torch.randn(7 * 3 * 72 + shift, generator=generator).to(dtype)[shift:].view(7, 3, 72)
+        torch.randn(7 * 3 * dim + shift, generator=generator).to(dtype)[shift:].view(7, 3, dim)
         for _ in range(partials)
     ]
     lses = [torch.randn(7, 3, generator=generator) * 5 for _ in range(partials)]

@@ -57,8 +57,8 @@ def test_no_work_needs_no_device():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: attention(head_dim=12), "head_dim is 12; CUDA takes multiples of 8 up to 256"),
-        (lambda: attention(head_dim=264), "head_dim is 264; CUDA takes multiples of 8 up to 256"),
+        (lambda: attention(head_dim=13), "head_dim is 13; CUDA takes even ones from 2 to 256"),
+        (lambda: attention(head_dim=264), "head_dim is 264; CUDA takes even ones from 2 to 256"),
         (lambda: attention(batch=0), "q has tokens, but cu_q has no sequence"),
         (lambda: attention(kv_heads=65536), "a grid of 1 x 65536 thread blocks; the limit is"),
         (lambda: attention(q_tokens=2**37), "a grid of 2147483649 x 2 thread blocks; the limit is"),

@@ -73,6 +73,9 @@ def phi3(original: int) -> dict[str, Any]:
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
+    "llama-head-100": ("llama", dict(head_dim=100)),
+    "llama-head-4": ("llama", dict(head_dim=4)),
+    "llama-head-2": ("llama", dict(head_dim=2)),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True, use_sliding_window=False)),
     "qwen3": ("qwen3", dict(head_dim=24)),

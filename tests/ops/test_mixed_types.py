@@ -32,7 +32,7 @@ FEW = (((200,), range(77)), (range(40, 43), range(45)), ((), range(9)), ((5,), (
 
 @pytest.mark.parametrize("sequences", [MANY, FEW], ids=["many rows", "few rows"])
 @pytest.mark.parametrize("heads", [(3, 3), (16, 2)], ids=str)
-@pytest.mark.parametrize("head_dim", [8, 64, 72])
+@pytest.mark.parametrize("head_dim", [2, 8, 64, 72, 100])
 @pytest.mark.parametrize("kv_dtype", STORED, ids=str)
 def test_matches_float64_of_the_stored_keys(isa, kv_dtype, head_dim, heads, sequences):
     case, allowed = case_and_tolerance(kv_dtype, head_dim, heads, sequences)

@@ -74,13 +74,40 @@ def test_matches_float64(isa, dtype, head_dim, heads):
     )
 
 
-@pytest.mark.parametrize("head_dim", [8, 24, 72, 192, 256])
+@pytest.mark.parametrize("head_dim", [2, 4, 8, 20, 24, 72, 100, 192, 250, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_other_head_dimensions(isa, dtype, head_dim):
     case = make_case(
         [(range(60, 79), range(79)), ([100], range(90))], head_dim=head_dim, dtype=dtype
     )
     check(case, attention_partial(*case.arguments), tolerance(case, arithmetic(dtype, head_dim)))
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 20, 36, 64, 98, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_memory_beside_a_row_does_not_count(isa, dtype, head_dim):
+    """Kernels pad rows that are no whole vectors in their own memory."""
+
+    def beside_nan(x):
+        wide = torch.full((*x.shape[:2], head_dim + 10), torch.nan, dtype=dtype)
+        wide[..., :head_dim] = x
+        return wide[..., :head_dim]
+
+    for heads in ((4, 2), (8, 1)):
+        case = make_case(
+            [(range(60, 79), range(79)), ([100], range(90))],
+            heads=heads,
+            head_dim=head_dim,
+            dtype=dtype,
+        )
+        for part in (case, replace(case, q=case.q[-1:], q_pos=case.q_pos[-1:], cu_q=ONE)):
+            alone = replace(part, q=beside_nan(part.q), k=beside_nan(part.k), v=beside_nan(part.v))
+            expected = attention_partial(*part.arguments)
+            for a, b in zip(attention_partial(*alone.arguments), expected, strict=True):
+                assert torch.equal(a, b)
+
+
+ONE = torch.tensor([0, 0, 1], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -106,7 +133,7 @@ def test_few_queries_over_many_keys(isa, dtype, queries):
 
 
 @pytest.mark.parametrize("heads", [(5, 5), (8, 8), (12, 3), (4, 1), (16, 2)], ids=str)
-@pytest.mark.parametrize("head_dim", [8, 16, 48, 64, 72, 128, 256])
+@pytest.mark.parametrize("head_dim", [2, 8, 16, 36, 48, 64, 72, 100, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_rows_of_any_heads(isa, dtype, head_dim, heads):
     """Tiles of every size of the kernel that streams keys, cut by the end and by the mask."""
@@ -350,7 +377,7 @@ def merge_bound(outs, dtype=torch.float32):
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 72, 80, 128])
+@pytest.mark.parametrize("head_dim", [2, 64, 72, 80, 100, 128])
 @pytest.mark.parametrize("partials", [1, 2, 5])
 def test_merge_matches_float64(isa, partials, head_dim, dtype, out_dtype):
     generator = torch.Generator().manual_seed(partials)
@@ -425,10 +452,10 @@ def test_merge_is_associative(isa):
             r"q is torch.float64; it must be float32, bfloat16 or float16",
         ),
         (
-            dict(q=torch.zeros(4, 4, 60)),
-            r"q has head dimension 60; it must be a multiple of 8 from 8 to 256",
+            dict(q=torch.zeros(4, 4, 61)),
+            r"q has head dimension 61; it must be even, from 2 to 256",
         ),
-        (dict(q=torch.zeros(4, 4, 264)), r"q has head dimension 264; it must be a multiple of 8"),
+        (dict(q=torch.zeros(4, 4, 264)), r"q has head dimension 264; it must be even"),
         (dict(q=torch.zeros(4, 4, 72)), r"k has head dimension 64; it must be 72 like q's"),
         (
             dict(q=torch.zeros(4, 3, 64)),

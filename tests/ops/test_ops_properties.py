@@ -17,7 +17,7 @@ def split_cases(draw):
     case = make_case(
         draw(st.lists(st.tuples(positions, positions), max_size=4)),
         heads=(kv_heads * draw(st.integers(1, 5)), kv_heads),
-        head_dim=draw(st.sampled_from([8, 64, 80])),
+        head_dim=draw(st.sampled_from([6, 8, 64, 80, 100])),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         slack=draw(st.integers(0, 2)),
         spread=draw(st.sampled_from([0.0, 1.0, 10.0])),

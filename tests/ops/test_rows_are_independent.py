@@ -41,7 +41,7 @@ def same(some, other):
 
 @pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(map(str, types)))
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("head_dim", [4, 64, 80, 100, 128])
 def test_queries(isa, types, heads, head_dim):
     """Drafts: the last positions of a sequence, of which one sees no key of the last range, and one
     the first key of a tile.

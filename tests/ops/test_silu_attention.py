@@ -97,7 +97,7 @@ def test_matches_float64(isa, dtype, window, heads):
         check(case, out)
 
 
-@pytest.mark.parametrize("head_dim", [8, 24, 72, 128, 256])
+@pytest.mark.parametrize("head_dim", [2, 8, 24, 72, 100, 128, 256])
 def test_head_dimensions_and_mixed_types(isa, head_dim):
     for kv_dtype in DTYPES:
         case = ragged(head_dim=head_dim, kv_dtype=kv_dtype)

@@ -61,7 +61,7 @@ def test_windows_match_float64(isa, dtype, window, heads):
     check(case, run(case), allowed(case))
 
 
-@pytest.mark.parametrize("head_dim", [8, 24, 72, 128, 256])
+@pytest.mark.parametrize("head_dim", [4, 8, 24, 72, 100, 128, 256])
 @pytest.mark.parametrize("cap", [None, 0.5, 30.0], ids=str)
 def test_head_dimensions_and_mixed_types(isa, head_dim, cap):
     for kv_dtype in DTYPES:

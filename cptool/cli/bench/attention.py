@@ -72,8 +72,8 @@ def attention(
     """
     measuring.check()
     for dim in kernel.head_dim:
-        if dim % 8:
-            raise OptionError("head_dim", dim, "it must be a multiple of 8, up to 256")
+        if dim % 2:
+            raise OptionError("head_dim", dim, "it must be even, up to 256")
     check_threads(measuring.threads)
 
     import torch

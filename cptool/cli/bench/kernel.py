@@ -33,7 +33,7 @@ kernel_options = as_object(
             multiple=True,
             default=(128,),
             show_default=True,
-            help="Width of a head, a multiple of 8.",
+            help="Width of a head, an even number.",
         ),
         click.option(
             "--dtype",
