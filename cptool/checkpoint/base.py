@@ -128,11 +128,14 @@ class Checkpoint:
         """Return the token ids that end an answer to `sequences`.
 
         They are those that the files name and, if one of the sequences holds turns of the chat
-        template, those that end a turn.
+        template, those that end a turn; if one has a gap to fill, those that end what fills it.
         """
         if (tokenizer := self.tokenizer()) is None:
             return self.eos_ids
         turns = any(map(tokenizer.in_turns, sequences))
         more = tokenizer.turn_ends if turns or not self.eos_ids else ()
+        if (infilling := tokenizer.infilling) is not None:
+            if any(infilling.middle in ids for ids in sequences):
+                more = (*more, *infilling.ends)
         known = (i for i in more if i < self.config.vocab_size)
         return tuple(dict.fromkeys((*self.eos_ids, *known)))

@@ -20,7 +20,7 @@ from cptool.cli.options.examples import examples
 from cptool.cli.options.lengths import tokens_option, tokens_to_append
 from cptool.cli.options.models import context_option, open_model
 from cptool.cli.options.next_turn import begun
-from cptool.cli.options.prompts import Prompts, chat_prompt_options
+from cptool.cli.options.prompts import Prompts, completion_prompt_options
 from cptool.cli.options.ranks import RankRequest, attention_options, ranks_by_default
 from cptool.cli.options.samples import check_samples, samples_option
 from cptool.cli.options.sampling import SamplingRequest, sampling_options
@@ -41,7 +41,7 @@ DEFAULT_TOKENS = 256
     ),
 )
 @click.argument("model", shell_complete=completion.models)
-@chat_prompt_options
+@completion_prompt_options
 @tokens_option(DEFAULT_TOKENS)
 @samples_option
 @sampling_options

@@ -27,6 +27,14 @@ CUTS = {
 # file does not say otherwise.
 _WHOLE_WORDS = (*_LLAMA3, "tekken")
 
+# Roles of tokens for infilling, by the newer and the older names of their ids.
+_INFILLING = {
+    "prefix_token": ("fim_pre", "prefix"),
+    "suffix_token": ("fim_suf", "suffix"),
+    "middle_token": ("fim_mid", "middle"),
+    "eot_token": ("eot",),
+}
+
 # Tokens that end a turn or a message, by the names that models give them. Many files name only the
 # end of the text in their metadata.
 _ENDS = (
@@ -90,6 +98,7 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
             if token_id is not None and token_id not in range(len(tokens)):
                 raise ValueError(f"{name}_token_id is {token_id}, there are {len(tokens)} tokens")
         special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
+        special |= _infilling_roles(metadata, tokens)
         add_bos = metadata.get("tokenizer.ggml.add_bos_token", bos_by_default)
         add_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
         backends.put_around(
@@ -101,6 +110,17 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
         ) from None
     template = default_template(metadata.get("tokenizer.chat_template"))
     return Tokenizer(backend, ids["bos"], special, template, ends=_ENDS)
+
+
+def _infilling_roles(metadata: dict[str, Any], tokens: list[str]) -> dict[str, str]:
+    """Return the texts of the tokens for infilling that the metadata names, by their roles."""
+    found = {}
+    for role, keys in _INFILLING.items():
+        stated = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in keys)
+        token_id = next((i for i in stated if i is not None), None)
+        if token_id is not None and token_id in range(len(tokens)):
+            found[role] = tokens[token_id]
+    return found
 
 
 def _pair(merge: str) -> tuple[str, str]:

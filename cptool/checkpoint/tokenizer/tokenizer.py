@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from cptool.checkpoint.tokenizer import library
 from cptool.checkpoint.tokenizer.chat_format import ChatFormat
+from cptool.checkpoint.tokenizer.infilling import Infilling, find_infilling
 from cptool.checkpoint.tokenizer.input_checks import check_ids, check_text
 from cptool.checkpoint.tokenizer.stream import TextStream
 from cptool.checkpoint.tokenizer.templates import Message
@@ -20,6 +21,9 @@ from cptool.errors import UserError
 # A text of fewer characters per token of the context is tokenised at once.
 _CHARACTERS = 8
 _PIECE = 1 << 18
+
+# Is encoded before a text that goes on; merges with nothing, and is what Code Llama's code takes.
+_MARKER = "☺"
 
 
 class Tokenizer:
@@ -104,6 +108,51 @@ class Tokenizer:
             bos = bos and not (self._first and text.startswith(self._first))
             text = self._chat.guard.unmark(text)
         return self._checked(self._ids(text, limit, around=bos))
+
+    @cached_property
+    def infilling(self) -> Infilling | None:
+        """The tokens that stand around a gap which an answer fills, None if the model has none."""
+        return find_infilling(self._special, self._known_id)
+
+    def infill(self, prefix: str, suffix: str, bos: bool = True) -> list[int]:
+        """Return the token ids of a prompt whose answer goes between two texts: `prefix`, `suffix`
+        and the token that begins the answer. Raises UserError if the model was not made for that,
+        and as `encode` does.
+        """
+        if (tokens := self.infilling) is None:
+            raise UserError(
+                "the model has no tokens for infilling; leave out the text behind the gap, or use "
+                "a model such as Code Llama 7B or Qwen 2.5 Coder"
+            )
+        for text in (prefix, suffix):
+            self._check_text(text, library.Limit(len(text)))
+        ids = [
+            *(self._around if bos else ()),
+            tokens.before,
+            *self._plain(prefix),
+            tokens.behind,
+            *self._plain(suffix, goes_on=True),
+            tokens.middle,
+        ]
+        return self._checked(ids)
+
+    def _plain(self, text: str, goes_on: bool = False) -> list[int]:
+        """Return the ids of a part of a text; one that goes on has no space before it that is not
+        its own.
+        """
+        if not text:
+            return []
+        limit = library.Limit(len(text))
+        if not (goes_on and self._adds_space):
+            return self._ids(text, limit)
+        marker = self._ids(_MARKER, limit)
+        return self._ids(_MARKER + text, limit)[len(marker) :]
+
+    def _known_id(self, text: str) -> int | None:
+        """Return the id of the token of a text, None if the model's vocabulary has none."""
+        found = self._backend.token_to_id(text) if text else None
+        known = found is not None and (self.vocab_size is None or found < self.vocab_size)
+        return found if known else None
 
     def decode(self, ids: Iterable[int], *, control: bool = False) -> str:
         """Return the text of token ids, without ids outside the vocabulary, and without control
@@ -268,6 +317,18 @@ class Tokenizer:
             backend.add_tokens([AddedToken(placeholders[text], **flags)])
         ids = {text: backend.token_to_id(placeholder) for text, placeholder in placeholders.items()}
         return {i: self._added[text][0] for text, i in ids.items() if i is not None}
+
+    @cached_property
+    def _around(self) -> list[int]:
+        """The ids that go before a text that begins a sequence."""
+        ids: list[int] = self._backend.encode("", add_special_tokens=True).ids
+        return [i for i in ids if i == self.bos_id]
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether a text gets a space before it that is not its own."""
+        first = self._ids("a", library.Limit(1))[:1]
+        return bool(first) and str(self._backend.id_to_token(first[0])).startswith("▁")
 
     @cached_property
     def _first(self) -> str | None:

@@ -49,6 +49,8 @@ class BatchRequest:
             return
         others = {
             **{option: True for option, _ in asked.given[:1]},
+            "--suffix": asked.suffix,
+            "--suffix-file": asked.suffix_file,
             "--echo": output.echo,
             "--jsonl": output.json_lines,
             "--progress json": verbosity.writes_progress_lines(),

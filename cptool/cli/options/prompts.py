@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cptool.cli import draw
+from cptool.cli.options.gap import GAP_OPTIONS, check_gap, read_behind
 from cptool.cli.options.images import read_images, with_images
 from cptool.cli.options.ordered import ordered
 from cptool.cli.options.prompt_files import (
@@ -115,12 +116,15 @@ class Prompts:
     given: options and their values, in the command line's order.
     chat: whether each text goes into the model's chat template, as a user's message after `system`.
     parse: whether control tokens in a text are read as such.
+    suffix, suffix_file: the text behind a gap that each answer fills, or its file.
     """
 
     given: tuple[tuple[str, Any], ...] = ()
     chat: bool = False
     system: str | None = None
     parse: bool = False
+    suffix: str | None = None
+    suffix_file: str | None = None
 
     def __bool__(self) -> bool:
         return bool(self.given)
@@ -220,6 +224,9 @@ class Prompts:
             )
         if self.system is not None and not self.chat:
             raise UserError("--system: it is a message of the chat template; add --chat")
+        others = {"--chat": self.chat, "--parse-control-tokens": self.parse}
+        others |= {option: option not in _TEXTS for option, _ in self.given}
+        check_gap(self.suffix, self.suffix_file, others)
         dashes = [o for o, value in self.given if o in _TEXTS and value == STANDARD_INPUT]
         if len(dashes) > 1:
             raise UserError(
@@ -252,7 +259,11 @@ class Prompts:
                 if tokenizer.leaves_out("user"):
                     draw.say(f"{name}: the model's chat template leaves the text out", always=True)
                 return Prompt(name=name, tokens=tokens, text=text, messages=messages)
-            tokens = tokenizer.encode(text, bos=begin, parse=self.parse)
+            behind = read_behind(self.suffix, self.suffix_file, checkpoint.config)
+            if behind is not None:
+                tokens = tokenizer.infill(text, behind, bos=begin)
+            else:
+                tokens = tokenizer.encode(text, bos=begin, parse=self.parse)
             tokens = with_images(images, tokens, tokenizer.bos_id)
         if not self.parse:
             _say_what_is_spelled(name, text, tokenizer)
@@ -262,6 +273,10 @@ class Prompts:
 prompt_options = as_object("asked", Prompts, (ordered("given", _GIVEN), _PARSE))
 chat_prompt_options = as_object(
     "asked", Prompts, (ordered("given", _GIVEN), _PARSE, _CHAT, _SYSTEM)
+)
+
+completion_prompt_options = as_object(
+    "asked", Prompts, (ordered("given", _GIVEN), _PARSE, _CHAT, _SYSTEM, *GAP_OPTIONS)
 )
 
 
