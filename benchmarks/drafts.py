@@ -1,5 +1,5 @@
-"""Tokens a second with drafts that are looked up against none, where an answer quotes its document
-and where nothing repeats.
+"""Tokens a second with drafts against none, where an answer quotes its document and where nothing
+repeats.
 
     python benchmarks/drafts.py --json results.json
 
@@ -75,7 +75,7 @@ def measure(world, options: argparse.Namespace) -> list[dict]:
     for kind, tokens, temperature in prompts(checkpoint.tokenizer()):
         engine = Engine(model, world, options=EngineOptions(weights=weights))
         engine.extend([tokens], reserve=options.tokens)
-        here, rates, answers = engine.mark(), {"off": [], "lookup": []}, {}
+        here, rates, answers = engine.mark(), {"off": [], options.draft: []}, {}
         for _ in range(options.repeats):
             for draft in rates:
                 engine.rewind(here)
@@ -90,8 +90,8 @@ def measure(world, options: argparse.Namespace) -> list[dict]:
                 answers[draft] = decode(engine, asked)
                 spent = time.process_time() - began
                 rates[draft].append((len(answers[draft].token_ids[0]) - 1) / spent)
-        assert answers["lookup"].token_ids == answers["off"].token_ids
-        drafts = answers["lookup"].drafts
+        assert answers[options.draft].token_ids == answers["off"].token_ids
+        drafts = answers[options.draft].drafts
         best = {draft: max(values) for draft, values in rates.items()}
         rows.append(
             {
@@ -99,7 +99,7 @@ def measure(world, options: argparse.Namespace) -> list[dict]:
                 "prompt_tokens": len(tokens),
                 "answer_tokens": len(answers["off"].token_ids[0]),
                 "tokens_per_s": best,
-                "faster": best["lookup"] / best["off"],
+                "faster": best[options.draft] / best["off"],
                 **drafts.fields(),
                 "tokens_per_step": drafts.tokens_per_step(answers["off"].token_ids),
             }
@@ -117,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--draft", default="lookup", help="where drafts come from, but no model")
     parser.add_argument("--weights", help="quantise weights to this")
     parser.add_argument("--tokens", type=int, default=96, help="of an answer at most")
     parser.add_argument("--repeats", type=int, default=3)

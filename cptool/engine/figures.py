@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cptool.engine.setup.drafting import bytes_of
 from cptool.engine.setup.memory import used
 from cptool.planning.cost.counts import attention_flops, kv_bytes_read, linear_flops
 from cptool.planning.prediction import Prediction, Work, predict_turn
@@ -34,7 +35,8 @@ def what_was_expected(
     """
     work = with_answers(turn, turn.on(engine.world, checkpoint, new=new, cached=cached))
     predicted = predict_turn(work, turn.options.variant, engine.profile)
-    return {"predicted": predicted, "memory": used(engine, work, chunk)}
+    drafts = bytes_of(turn, turn.draft, work, engine.profile)
+    return {"predicted": predicted, "memory": used(engine, work, chunk, drafts=drafts)}
 
 
 def with_answers(turn: Turn, work: Work) -> Work:

@@ -27,6 +27,7 @@ from cptool.errors import Interrupted, RunError, UserError, explain
 if TYPE_CHECKING:
     from cptool.checkpoint import Checkpoint
     from cptool.distributed.world import World
+    from cptool.engine.drafts.small import SmallModel
     from cptool.engine.engine import Engine
     from cptool.model.llama import Llama
     from cptool.session.store import Manifest
@@ -67,6 +68,7 @@ class _Server:
         self.model: Llama
         self.checkpoint, self.model = load_for(world, setup)
         self.slots: dict[str, _Slot] = {}
+        self.small: tuple[str, SmallModel | None] = "off", None
         if setup.session is not None:
             self.slots[""] = self.loaded(setup.session, setup.resume)
 
@@ -133,6 +135,7 @@ class _Server:
         room = max(request.options.limits(len(new)))
         try:
             self.check_memory(engine, list(map(len, new)), room=room, samples=request.samples)
+            self.load_small(request, room=room)
         except UserError as error:
             return Refused(reason=explain(error), mistake=True)
         first = request.scored_from or [0] * len(new)
@@ -154,8 +157,22 @@ class _Server:
             tokenizer=self.checkpoint.tokenizer() if request.options.stop_texts else None,
             emit=lambda *token: self.reply(list(token)),
             interrupted=lambda: self.world.board.cancelled,
+            small=self.small[1],
         )
         return Answer(**answers.fields(), reused=reused, prompt_logprobs=scores)
+
+    def load_small(self, request: Continue, *, room: int) -> None:
+        """Load the model that drafts, which stays until another source drafts. Collective."""
+        from cptool.engine.setup.drafting import load_within
+
+        draft = request.options.draft
+        if draft != self.small[0]:
+            self.small = "off", None  # free its memory first
+            lengths = list(map(len, request.tokens))
+            found = load_within(
+                self.world, self.setup, draft, lengths, answer=room, samples=request.samples
+            )
+            self.small = draft, found
 
     def check_memory(self, engine: "Engine", new: list[int], *, room: int, samples: int) -> None:
         """Raise UserError on all ranks if one would take more memory than it may for prompts with

@@ -22,6 +22,7 @@ from cptool.engine.figures import (
 )
 from cptool.engine.options import SAVE_EVERY_S
 from cptool.engine.sampling import Sampling
+from cptool.engine.setup import drafting
 from cptool.engine.setup.loading import Setup, check_memory, load_for, make_engine
 from cptool.engine.setup.memory import Used
 from cptool.errors import Interrupted
@@ -178,6 +179,7 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
 
     began = time.perf_counter()
     checkpoint, model = load_for(world, turn, before=partial(_check_memory, world, turn))
+    small = drafting.load(world, turn, turn.draft)
     engine = make_engine(world, turn, model, batch=len(turn.prompts))
     session = TurnSession(engine, turn, checkpoint)
     tokenizer = checkpoint.tokenizer() if turn.stop_texts else None
@@ -198,6 +200,7 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
         tokenizer=tokenizer,
         emit=emit if world.rank == 0 else None,
         interrupted=(lambda: world.board.cancelled) if world.board.shared else None,
+        small=small,
     )
     if world.board.cancelled:
         world.board.notice()
@@ -251,6 +254,7 @@ def _check_memory(world: "World", turn: Turn, checkpoint: "Checkpoint") -> None:
     """Raise UserError on all ranks if one would take more memory for the turn than it may.
     Collective.
     """
+    from cptool.engine.world_profile import world_profile
     from cptool.session import store
 
     manifest = None
@@ -258,7 +262,8 @@ def _check_memory(world: "World", turn: Turn, checkpoint: "Checkpoint") -> None:
         manifest = store.load(Path(turn.session), turn.resume)
     new, cached = lengths(turn, manifest)
     work = with_answers(turn, turn.on(world, checkpoint, new=new, cached=cached))
-    check_memory(world, turn, work)
+    drafts = drafting.bytes_of(turn, turn.draft, work, world_profile(world))
+    check_memory(world, turn, work, drafts=drafts)
 
 
 def _chosen(prefill: "Choice | None", decode: "Choice | None") -> dict[str, Any]:

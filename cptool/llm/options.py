@@ -107,8 +107,9 @@ class GenerateOptions(TypedDict, total=False):
     prompt_logprobs: report the same of each token that the call reads.
     draft: "lookup" to compute several tokens in a step where the last ones occurred before, prompt
         or answer: what came next there is checked, and kept if it comes next here. "layers:E" has
-        the first E layers of the model draft. The answers are the same. "off", or "auto": lookup
-        where the batch and the ranks allow it.
+        the first E layers of the model draft, and the name of a small model with the same
+        vocabulary that model. The answers are the same. "off", or "auto": lookup where the batch
+        and the ranks allow it.
     seed: of the draws, which depend on it, the sequence's index and the token's position alone.
 
     Where the default is None, it is the value of the model's author, if there is one. Without any,

@@ -8,9 +8,13 @@ import torch
 from ranks import run_ranks
 
 from cptool.checkpoint import open_checkpoint
+from cptool.distributed.launch import run
+from cptool.distributed.options import RankOptions
 from cptool.engine.answers import decode as decoding
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.drafts import chooser, drafter, pace
+from cptool.engine.drafts.names import model_of
+from cptool.engine.drafts.small import SmallModel
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
 from cptool.engine.samples import sampled
@@ -97,6 +101,7 @@ def answers_of(world, path, turns, *, draft, drafting=None, samples=1, dtype="fl
     )
     engine = Engine(model, world, batch=len(turns[0]), options=EngineOptions(**settings))
     answers, drafted = [], []
+    small = None if model_of(draft) is None else SmallModel(world, draft, dtype)
     original = decoding.Drafter
     for turn in turns:
         engine.extend(turn)
@@ -105,7 +110,8 @@ def answers_of(world, path, turns, *, draft, drafting=None, samples=1, dtype="fl
             decoding.Drafter = drafting(answering)
         try:
             asked = AnswerOptions(draft=draft, logprobs=2, **options)
-            answer = decoding.decode(answering, asked, tokenizer=checkpoint.tokenizer())
+            tokenizer = checkpoint.tokenizer()
+            answer = decoding.decode(answering, asked, tokenizer=tokenizer, small=small)
         finally:
             decoding.Drafter = original
         answers.append((answer.token_ids, answer.stopped, answer.logprobs))
@@ -138,17 +144,17 @@ def check(n, path, turns, *, draft="lookup", **options):
     return plain
 
 
-DRAFTS = "lookup", "layers:1"
+@pytest.fixture(params=["lookup", "layers:1", "model"])
+def draft(request):
+    return str(request.getfixturevalue("tiny_model")) if request.param == "model" else request.param
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_one_sequence(mqa_path, n, dtype, draft):
     check(n, mqa_path, [ONE, [[5, 6]]], limit=40, dtype=dtype, draft=draft)
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_a_batch(mqa_path, n, draft):
     """Two turns, with empty members and sequences that end early, each with drafts of its own."""
@@ -158,28 +164,42 @@ def test_a_batch(mqa_path, n, draft):
     assert len({len(answer) for answer in plain[0][0][0][0]}) > 3
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("variant", ["pass-kv", "gather-kv", "pass-q", "gather-q"])
 def test_every_variant(mqa_path, variant, draft):
     check(2, mqa_path, [BATCH], limit=20, variant=variant, draft=draft)
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("n", [1, 2])
 def test_draws_penalties_and_bias(mqa_path, n, draft):
     check(n, mqa_path, [BATCH], limit=20, sampling=PENALISED, draft=draft)
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("n", [1, 2])
 def test_samples(mqa_path, n, draft):
     turns, sampling = [[ONE[0], prompt(5) * 3]], Sampling(temperature=0.7, seed=1)
     check(n, mqa_path, turns, limit=16, samples=3, sampling=sampling, draft=draft)
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
 def test_quantised_weights(mqa_path, draft):
     check(2, mqa_path, [ONE], limit=30, weights="q8_0", draft=draft)
+
+
+def over_tensor_parallel_ranks(world, path, draft):
+    """Whether drafts give the same on this rank, and how many came true of how many."""
+    plain = answers_of(world, path, [BATCH], draft="off", limit=20)
+    drafted = [
+        say(world, path, [BATCH], draft=draft, oracle=oracle, limit=20)
+        for oracle in (None, plain[1][3])
+    ]
+    return [each[:2] == plain[:2] for each in drafted], drafted[1][2][0][:2]
+
+
+@pytest.mark.parametrize("source", ["lookup", "layers:1", "model"])
+def test_tensor_parallel_ranks(tiny_model, mqa_path, source):
+    draft = str(mqa_path) if source == "model" else source
+    ranks = RankOptions(tp=2, cp=2, device="cpu", threads=1)
+    same, (proposed, accepted) = run(over_tensor_parallel_ranks, tiny_model, draft, ranks=ranks)
+    assert same == [True, True] and 0 < accepted < proposed
 
 
 def test_portable_kernels(mqa_path):

@@ -286,7 +286,7 @@ class _Run:
         if drafts.asked != "off" and drafts.proposed:
             came = f"{drafts.accepted:,} of {some(drafts.proposed, 'token')} came true"
             rows.append(("drafts", f"{came}, in {some(drafts.steps, 'step')}"))
-        elif drafts.asked == "lookup" and drafts.off:
+        elif drafts.asked not in ("off", "auto") and drafts.off:
             rows.append(("drafts", f"none: {drafts.off}"))
         return [
             *rows,

@@ -19,12 +19,13 @@ _stop = click.option(
 
 _draft = click.option(
     "--draft",
-    metavar="[off|lookup|layers:E|auto]",
+    metavar="[off|lookup|layers:E|MODEL|auto]",
     default="off",
     help="Compute several tokens in a step, of which those that come next are kept. The answers "
     "are the same. lookup: what came next where the last tokens occurred before, in the prompt or "
-    "the answer. layers:E: what the first E layers of the model expect. auto: lookup, where "
-    "the batch and the ranks allow it.  [default: off]",
+    "the answer. layers:E: what the first E layers of the model expect. MODEL: what a small "
+    "model with the same vocabulary expects. auto: lookup, where the batch and the ranks allow "
+    "it.  [default: off]",
 )
 
 stop_options = as_object("wanted", AnswerRequest, [_stop, _draft])

@@ -16,6 +16,7 @@ from cptool.engine.drafts.drafter import Drafter
 
 if TYPE_CHECKING:
     from cptool.checkpoint.tokenizer.tokenizer import Tokenizer
+    from cptool.engine.drafts.small import SmallModel
     from cptool.engine.engine import Engine
     from cptool.engine.sampling import Sampling
 
@@ -34,6 +35,7 @@ def decode(
     emit: Emit | None = None,
     interrupted: Callable[[], bool] | None = None,
     variant: str | None = None,
+    small: SmallModel | None = None,
 ) -> Answers:
     """Append an answer to each sequence of `engine` and return them. Collective.
 
@@ -46,6 +48,7 @@ def decode(
     interrupted: called at each token; once it returns True on any rank, that token is the last
         one of every sequence, on all ranks.
     variant: used for these steps instead of the engine's.
+    small: the model that drafts, if `options` request one.
     """
     answers = Answers.none(len(engine.tokens), options)
     limits = options.limits(len(engine.tokens))
@@ -57,7 +60,7 @@ def decode(
     sampler = Sampler(options.sampling, engine.tokens, options.draws, engine.samples)
     stops = _stop_streams(engine, active, options, tokenizer)
     taking = _Taking(answers=answers, options=options, limits=limits, stops=stops, emit=emit)
-    drafter = Drafter(engine, options, active, variant=fixed)
+    drafter = Drafter(engine, options, active, variant=fixed, small=small)
     answers.drafts = drafter.drafted
     fresh, waiting = active, {}  # what comes next is known; its logits are to be computed
     while fresh:

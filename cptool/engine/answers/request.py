@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cptool.engine.drafts.names import check_draft
+from cptool.engine.drafts.names import checked
 from cptool.errors import OptionError, UserError
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ class AnswerRequest:
 
     def in_chat(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return those that a conversation takes. Raises as `fields`."""
-        check_draft(self.draft, checkpoint.config.num_hidden_layers)
-        return {**self.stops(checkpoint), "draft": self.draft}
+        return {**self.stops(checkpoint), "draft": checked(self.draft, checkpoint)}
 
     def stops(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return the fields of `AnswerOptions` that say where answers end. Raises as `fields`."""

@@ -26,22 +26,23 @@ class Chooser:
     """Chooses from the logits of a source what the answer's rule would choose from them, with the
     draw of that place: where the source is close to the model, so are their choices.
 
-    texts[b]: the tokens of sequence b, and drafts that follow.
+    texts[b]: the tokens of sequence b, of which known[b] had come when drafting began, and drafts
+        that follow.
     """
 
     def __init__(self, engine: Engine, options: AnswerOptions) -> None:
         self._tokens = engine.tokens
         self.texts = [list(said) for said in engine.tokens]
-        self._known = list(map(len, self.texts))
+        self.known = list(map(len, self.texts))
         self._sampling = options.sampling
         self._sampler = Sampler(options.sampling, self.texts, options.draws, engine.samples)
 
     def begin(self, sequences: Collection[int]) -> None:
         """Take back the drafts of these sequences, and append what they have now."""
         for b in sequences:
-            known = self._known[b]
+            known = self.known[b]
             self.texts[b][known:] = self._tokens[b][known:]
-            self._known[b] = len(self._tokens[b])
+            self.known[b] = len(self._tokens[b])
             self._sampler.forget(b)
 
     def append(self, tokens: Mapping[int, int]) -> None:

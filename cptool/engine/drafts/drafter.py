@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from cptool.engine.answers.records import Drafted
 from cptool.engine.drafts.layers import LayerDrafts
 from cptool.engine.drafts.lookup import LookupDrafts
-from cptool.engine.drafts.names import layers_of
+from cptool.engine.drafts.names import layers_of, model_of
 from cptool.engine.drafts.pace import Budget, StepTime
+from cptool.engine.drafts.small import ModelDrafts, SmallModel
 from cptool.engine.drafts.source import Source
 from cptool.ops.rows import independent_queries
 
@@ -73,6 +74,7 @@ class Drafter:
         active: Collection[int],
         *,
         variant: str | Choice,
+        small: SmallModel | None = None,
     ) -> None:
         asked = options.draft
         off = None if asked == "off" else why_not(engine, active)
@@ -84,11 +86,13 @@ class Drafter:
         self._times = StepTime()
         self._source: Source | None = None
         if self.on:
-            layers = layers_of(asked)
-            if layers is not None:
+            if (layers := layers_of(asked)) is not None:
                 self._source = LayerDrafts(engine, options, layers, variant)
-            else:
+            elif model_of(asked) is None:
                 self._source = LookupDrafts(engine.tokens, active)
+            else:
+                assert small is not None  # the caller has loaded it
+                self._source = ModelDrafts(engine, options, active, small)
 
     def came(self, b: int, token: int) -> bool:
         """Take note of a token of an answer. Return whether it was drafted: then it is appended,
@@ -110,6 +114,9 @@ class Drafter:
 
         left[b]: tokens that the answer of sequence b may still have.
         """
+        if self._source is not None:
+            self._source.prepare()
+        tried = 0 if self._source is None else self._source.tried
         began = time.perf_counter()
         drafts = self._drafts(picks, left)
         yield drafts
@@ -117,11 +124,11 @@ class Drafter:
         self.drafted.steps += 1
         if self._source is None:
             return
-        count, world = sum(map(len, drafts.values())), self._engine.world
-        self.drafted.proposed += count
+        self.drafted.proposed += sum(map(len, drafts.values()))
+        world = self._engine.world
         if world.size > 1:
             spent = 1e-9 * world.group.sum_of([round(1e9 * spent) if world.rank == 0 else 0])[0]
-        self._times.record(len(left) + count, spent)
+        self._times.record(len(left) + self._source.tried - tried, spent)
 
     def _drafts(self, picks: Mapping[int, int], left: Mapping[int, int]) -> dict[int, list[int]]:
         """Return the tokens to compute beyond the next of each sequence, the same on every rank."""

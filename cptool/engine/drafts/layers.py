@@ -14,7 +14,7 @@ import torch
 
 from cptool.engine.drafts.chooser import PRIORS, Chooser
 from cptool.engine.drafts.pace import Budget
-from cptool.engine.drafts.source import Draft, Source, one_after_another
+from cptool.engine.drafts.source import Draft, Successive
 
 if TYPE_CHECKING:
     from cptool.engine.answers.records import AnswerOptions
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cptool.planning.strategy import Choice
 
 
-class LayerDrafts(Source):
+class LayerDrafts(Successive):
     """Drafts by the first `layers` layers of the model of `engine`, which are computed under the
     variant of its steps.
     """
@@ -43,9 +43,7 @@ class LayerDrafts(Source):
             return {}
         self._most = {b: 1 + count for b, count in most.items()}
         self._chooser.begin(picks)
-        drafts = one_after_another(
-            self._compute, picks, most, acceptance=self.acceptance, budget=budget
-        )
+        drafts = self._computed(picks, most, budget)
         self.expect(drafts)
         return {b: [token for token, _ in row] for b, row in drafts.items()}
 

@@ -135,6 +135,7 @@ class LookupDrafts(Source):
             {b: most[b] for b in matches},
             budget,
         )
+        self.tried += sum(counts.values())
         self.expect({b: [(t, kinds[b]) for t in m.tokens] for b, m in matches.items()})
         return {b: list(matches[b].tokens[:n]) for b, n in counts.items() if n}
 

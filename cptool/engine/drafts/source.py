@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from cptool.engine.drafts.pace import Acceptance, Budget
 
@@ -15,14 +15,17 @@ class Source(ABC):
     """Drafts tokens for a batch of sequences, the same on every rank.
 
     priors: those of `Acceptance`.
+    tried: how many drafts were computed on this rank, those included that were then not worth
+        checking.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:
         self.acceptance = Acceptance(priors)
+        self.tried = 0
         self._open: dict[int, Iterator[Draft]] = {}
 
     def prepare(self) -> None:
-        """Do what takes time before the first step. Collective."""
+        """Do what takes time before the first step, once. Collective."""
         return
 
     @abstractmethod
@@ -48,29 +51,32 @@ class Source(ABC):
                 del self._open[b]
 
 
-def one_after_another(
-    compute: Callable[[Mapping[int, int], Collection[int]], Mapping[int, Draft]],
-    picks: Mapping[int, int],
-    most: Mapping[int, int],
-    *,
-    acceptance: Acceptance,
-    budget: Budget,
-) -> dict[int, list[Draft]]:
-    """Return drafts of a source that computes each from the one before.
+class Successive(Source):
+    """A source that computes each draft from the one before."""
 
-    compute(tokens, wanted): take the next token of each sequence in `tokens`, and return a draft to
-        follow it for each that is `wanted`; called for the last drafts too.
-    """
-    drafts: dict[int, list[Draft]] = {b: [] for b in picks}
-    chances = dict.fromkeys(picks, 1.0)
-    tokens = dict(picks)
-    while tokens:
-        found = compute(tokens, [b for b in tokens if len(drafts[b]) < most[b]])
-        tokens = {}
-        likely = {b: chances[b] * acceptance.chance(kind) for b, (_, kind) in found.items()}
-        for b in sorted(likely, key=lambda b: (-likely[b], b)):
-            if budget.take(likely[b]):
-                chances[b] = likely[b]
-                drafts[b].append(found[b])
-                tokens[b] = found[b][0]
-    return drafts
+    @abstractmethod
+    def _compute(self, tokens: Mapping[int, int], wanted: Collection[int]) -> Mapping[int, Draft]:
+        """Take the next token of each sequence in `tokens`, and return a draft to follow it for
+        each that is `wanted`; called for the last drafts too.
+        """
+
+    def _computed(
+        self, picks: Mapping[int, int], most: Mapping[int, int], budget: Budget
+    ) -> dict[int, list[Draft]]:
+        """Return up to `most[b]` drafts of each sequence, as far as they pay."""
+        drafts: dict[int, list[Draft]] = {b: [] for b in picks}
+        chances = dict.fromkeys(picks, 1.0)
+        tokens = dict(picks)
+        while tokens:
+            found = self._compute(tokens, [b for b in tokens if len(drafts[b]) < most[b]])
+            self.tried += len(found)
+            tokens = {}
+            likely = {
+                b: chances[b] * self.acceptance.chance(kind) for b, (_, kind) in found.items()
+            }
+            for b in sorted(likely, key=lambda b: (-likely[b], b)):
+                if budget.take(likely[b]):
+                    chances[b] = likely[b]
+                    drafts[b].append(found[b])
+                    tokens[b] = found[b][0]
+        return drafts

@@ -135,14 +135,16 @@ def load_for(
     return checkpoint, model
 
 
-def check_memory(world: "World", setup: Setup, work: Work) -> None:
+def check_memory(world: "World", setup: Setup, work: Work, *, drafts: float = 0.0) -> None:
     """Raise UserError on all ranks if one would take more memory for `work` than it may.
     Collective.
+
+    drafts: bytes of a model that drafts.
     """
     from cptool.engine.setup.memory import check
     from cptool.engine.world_profile import world_profile
 
-    check(world, work, world_profile(world), options=setup.options)
+    check(world, work, world_profile(world), options=setup.options, drafts=drafts)
 
 
 def make_engine(world: "World", setup: Setup, model: "Llama", *, batch: int) -> "Engine":

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 OPTIONS = ("chunk", "kv_dtype", "kv_memory")
 """What the commands that read prompts offer for less memory, beside more ranks."""
 
+DRAFTS = "drafts"
+"""The part of the memory of a run that a model takes which drafts."""
+
 
 def limit(world: World, most: int | None = None) -> float:
     """Return the bytes that each rank may take in all, the least of all ranks. Collective.
@@ -94,9 +97,13 @@ class Used:
         }
 
 
-def used(engine: Engine, work: Work, chunk: int) -> Used:
-    """Return what a turn took whose prompts were read in chunks of `chunk` tokens. Collective."""
+def used(engine: Engine, work: Work, chunk: int, *, drafts: float = 0.0) -> Used:
+    """Return what a turn took whose prompts were read in chunks of `chunk` tokens. Collective.
+
+    drafts: bytes of a model that drafts.
+    """
     parts = memory_of(work, engine.variant, engine.profile, chunk=chunk or None, limit=math.inf)
+    parts |= {DRAFTS: drafts} if drafts else {}
     most = max(engine.peak_bytes, usage_now(engine.world))
     return Used(parts=parts, peak=max(engine.world.gather(most)))
 
@@ -109,15 +116,17 @@ def check(
     options: EngineOptions,
     offers: Collection[str] = OPTIONS,
     beside: float = 0.0,
+    drafts: float = 0.0,
 ) -> None:
     """Raise UserError, one line, on all ranks if a rank would take more than it may. Collective.
 
     offers: the options that the caller's user has. beside: bytes that a rank holds and keeps which
-        are no part of the work.
+        are no part of the work. drafts: those of a model that drafts.
     """
     _check_kv_memory(work, profile)
     most = limit(world, options.memory) - beside
-    parts = memory_of(work, options.variant, profile, chunk=options.chunk, limit=most)
+    parts = memory_of(work, options.variant, profile, chunk=options.chunk, limit=most - drafts)
+    parts |= {DRAFTS: drafts} if drafts else {}
     needed = sum(parts.values())
     if needed <= most:
         return
@@ -162,5 +171,7 @@ def _remedies(
     found.append(f"{ranks} on other machines" if on_cpu else ranks)
     if heavy and on_cpu:
         found.append("a smaller model")
+    if parts.get(DRAFTS):
+        found.append("another `draft`")
     listed = ", ".join(found[:-1])
     return f"use {listed} or {found[-1]}" if listed else f"use {found[-1]}"
