@@ -182,7 +182,6 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
     small = drafting.load(world, turn, turn.draft)
     engine = make_engine(world, turn, model, batch=len(turn.prompts))
     session = TurnSession(engine, turn, checkpoint)
-    tokenizer = checkpoint.tokenizer() if turn.stop_texts else None
     profile = _Profile(engine, Path(turn.profile)) if turn.profile else None
 
     _allow_cancelling(world, keeps=turn.session is not None)
@@ -197,7 +196,7 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
     answers = decode(
         answering,
         turn.answers,
-        tokenizer=tokenizer,
+        tokenizer=checkpoint.tokenizer() if turn.stop_texts else None,
         emit=emit if world.rank == 0 else None,
         interrupted=(lambda: world.board.cancelled) if world.board.shared else None,
         small=small,
@@ -210,9 +209,8 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
         profile.stop()
     if any(new) or any(answers.token_ids) or turn.chat is not None:
         session.save(answers.token_ids)
-    sections = [Section("prefill", loaded, answered, 1)] if any(new) else []
-    if steps > 0:
-        sections.append(Section("decode, a token", answered, ended, steps))
+    sections = [Section("prefill", loaded, answered, 1)] * any(new)
+    sections += [Section("decode, a token", answered, ended, steps)] * (steps > 0)
     return Report(
         tokens=sum(new),
         **session.fields(),
