@@ -45,7 +45,7 @@ TYPES = {
 }
 """Dtype to compute in, and what weights are quantised to; "q4_1" are those of the file."""
 
-MOST_DRAFTS = 5
+MOST_DRAFTS = 3
 
 
 class Eager(Budget):
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
     parser.add_argument("--cp", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--tokens", type=int, default=12, help="of an answer at most")
+    parser.add_argument("--tokens", type=int, default=8, help="of an answer at most")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
