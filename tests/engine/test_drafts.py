@@ -90,7 +90,8 @@ def answers_of(world, path, turns, *, draft, drafting=None, samples=1, dtype="fl
 
     drafting: returns the drafter to use, from an engine.
     """
-    settings = {"variant": options.pop("variant", "auto"), "weights": options.pop("weights", None)}
+    defaults = {"variant": "auto", "weights": None, "kv_memory": None}
+    settings = {name: options.pop(name, value) for name, value in defaults.items()}
     checkpoint, dtype = open_checkpoint(str(path)), getattr(torch, dtype)
     model = load_model(
         checkpoint,
@@ -182,6 +183,10 @@ def test_samples(mqa_path, n, draft):
 
 def test_quantised_weights(mqa_path, draft):
     check(2, mqa_path, [ONE], limit=30, weights="q8_0", draft=draft)
+
+
+def test_kv_in_a_file(mqa_path, draft):
+    check(2, mqa_path, [ONE], limit=40, kv_memory=60_000, draft=draft)
 
 
 def over_tensor_parallel_ranks(world, path, draft):
