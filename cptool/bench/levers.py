@@ -32,7 +32,7 @@ from cptool.engine.setup.types import mean_weight_size
 from cptool.engine.weights import load_model
 from cptool.engine.world_profile import world_profile
 from cptool.errors import UserError
-from cptool.host import memory
+from cptool.host import large_pages, memory
 from cptool.planning.cost.counts import kv_bytes_read, matrix_parameters
 from cptool.profiling.device_trace import DeviceProfiler
 from cptool.profiling.intervals import overlap_s
@@ -172,14 +172,14 @@ def measure(world: World, trial: Trial) -> dict[str, Any]:
 
 
 def _ceiling(world: World, checkpoint: Checkpoint, trial: Trial) -> float:
-    """Return the bytes/s at which rank 0 reads a matrix of the size of the output matrix while the
-    others wait; 0 on those.
+    """Return the bytes/s at which rank 0 reads a matrix of the size of the output matrix, in large
+    pages as weights are, while the others wait; 0 on those.
     """
     if world.rank:
         return 0.0
-    elements = checkpoint.config.vocab_size * checkpoint.config.hidden_size
-    dtype = getattr(torch, trial.dtype)
-    return memory_rate(torch.ones(elements, dtype=dtype, device=world.device))
+    shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
+    matrix = large_pages.empty(shape, getattr(torch, trial.dtype), world.device)
+    return memory_rate(matrix.fill_(1))
 
 
 def _prepared(world: World, checkpoint: Checkpoint, trial: Trial) -> list[_Run]:
