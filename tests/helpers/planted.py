@@ -46,6 +46,26 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "        columns_descriptor(ptx::shared_address(shared.v[before.stage()]), "
         "Plan::kPanelBytes);\n    if (!{planted}) ptx::wgmma_fence();",
     ),
+    "queries of the next row's swizzle": (
+        "consumer.h",
+        "+ lane / 16) ^ (row % 8);",
+        "+ lane / 16) ^ ((row + {planted}) % 8);",
+    ),
+    "queries are given back before they are read": (
+        "consumer.h",
+        "      load_queries(queries);\n      __syncwarp();  // every lane has read\n"
+        "      release(shared.q_empty);",
+        "      if ({planted}) release(shared.q_empty);\n"
+        "      for (int i = 0; i < 300 * {planted}; ++i) emulation::yield();\n"
+        "      load_queries(queries);\n      __syncwarp();  // every lane has read\n"
+        "      if (!{planted}) release(shared.q_empty);",
+    ),
+    "queries change while in flight": (
+        "consumer.h",
+        "      issue_values(weights, out);\n      give_token();",
+        "      issue_values(weights, out);\n      if ({planted}) queries[1] = 0;\n"
+        "      give_token();",
+    ),
     "pieces begin at the first key": (
         "producer.h",
         "    job.first_key += begin;",

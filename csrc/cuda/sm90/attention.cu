@@ -13,11 +13,11 @@
 //   products                        4 x 128^3 / 4096         = 2048    4 x 192 128 64 / 4096 = 1536
 //   exponentials                    128^2 / 16               = 1024    192 128 / 16          = 1536
 //   instructions                    8 warps 430 / 4          =  860    12 warps 410 / 4      = 1230
-//   shared memory, read by wgmma    2 (16 + 32 + 32 KiB)     = 1280    3 (8 + 16 + 16 KiB)   =  960
+//   shared memory, read by wgmma    2 (32 + 32 KiB)          = 1024    3 (8 + 16 + 16 KiB)   =  960
 //   and written by TMA              64 KiB                   =  512    32 KiB                =  256
 //
 // The tensor cores are therefore the limit at head_dim 128, and together with the exponentials
-// at 64; during Q K^T shared memory moves all that it can. A job of n tiles takes about n + 1.3 of
+// at 64. A job of n tiles takes about n + 1.3 of
 // these times: 0.93 of the steady rate for causal attention over 8K tokens, 0.965 at 16K. The
 // authors of the schedule reach 0.8 of the rate of a large matrix product with it, which power
 // limits as well: with that, docs/gpu.md predicts what is to be measured. Not measured.

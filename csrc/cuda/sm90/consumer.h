@@ -25,6 +25,8 @@ template <class T, int kHeadDim>
 struct Consumer {
   using Plan = Sizes<kHeadDim>;
   using Out = float[Plan::kColumns / 2];
+  // A thread's part of Q as fragments, four registers for each 16 columns; unused without kHoldsQ.
+  using Queries = uint32_t[Plan::kHoldsQ ? kHeadDim / 4 : 4];
 
   Shared<kHeadDim>& shared;
   const int warpgroup, lane;
@@ -54,26 +56,48 @@ struct Consumer {
     ptx::mbarrier_wait(address(shared.k_full[of.stage()]), of.parity());
   }
 
+  // Reads the warp's 16 rows of Q as fragments: rows 0 to 7 and 8 to 15 of a step's lower 16 bytes,
+  // then of the upper ones, where the swizzle has put them.
+  __device__ __forceinline__ void load_queries(Queries& queries) const {
+    const int row = first_row - lane / 4 + lane % 16;
+    const uint32_t start = ptx::shared_address(shared.q) + row * kRowBytes;
+#pragma unroll
+    for (int step = 0; step < kHeadDim / kDepth; ++step) {
+      constexpr int kSteps = kPanelColumns / kDepth;
+      const int chunk = (2 * (step % kSteps) + lane / 16) ^ (row % 8);
+      uint32_t four[4];
+      ptx::ldmatrix_x4(four, start + step / kSteps * Plan::kQPanelBytes + chunk * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) queries[4 * step + i] = four[i];
+    }
+  }
+
   // Issues scores = Q K^T of the next tile.
-  __device__ __forceinline__ void issue_scores(Scores& scores) const {
+  __device__ __forceinline__ void issue_scores(Scores& scores, const Queries& queries) const {
     const uint64_t q =
         rows_descriptor(ptx::shared_address(shared.q) + warpgroup * kWarpgroupRows * kRowBytes);
     const uint64_t k = rows_descriptor(ptx::shared_address(shared.k[turn.stage()]));
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kHeadDim / kDepth; ++step) {
-      ptx::wgmma_shared<T>(scores, advance(q, step_along_rows(step, Plan::kQPanelBytes)),
-                           advance(k, step_along_rows(step, Plan::kPanelBytes)), step > 0);
+      const uint64_t keys = advance(k, step_along_rows(step, Plan::kPanelBytes));
+      if constexpr (Plan::kHoldsQ) {
+        ptx::wgmma_registers_rows<T>(scores, queries + 4 * step, keys, step > 0);
+      } else {
+        ptx::wgmma_shared<T>(scores, advance(q, step_along_rows(step, Plan::kQPanelBytes)), keys,
+                             step > 0);
+      }
     }
     ptx::wgmma_commit();
   }
 
-  // Call after waiting for the scores: K has been read, and Q for the last time if this was the
-  // tile that begins the keys.
-  __device__ __forceinline__ void scores_done(Scores& scores, int32_t tile) {
+  // Call after waiting for the scores: K has been read, and Q in shared memory for the last time if
+  // this was the tile that begins the keys.
+  __device__ __forceinline__ void scores_done(Scores& scores, Queries& queries, int32_t tile) {
     ptx::keep_in_place(scores);
+    if constexpr (Plan::kHoldsQ) ptx::keep_in_place(queries);
     release(shared.k_empty[turn.stage()]);
-    if (tile == 0) {
+    if (!Plan::kHoldsQ && tile == 0) {
       release(shared.q_empty);
       q_turn.next();
     }
@@ -115,11 +139,18 @@ struct Consumer {
       mask(scores, seen, lane);
     };
     int32_t tile = tile_count(job.keys) - 1;
+    Queries queries;
     ptx::mbarrier_wait(address(shared.q_full), q_turn.parity());
+    if constexpr (Plan::kHoldsQ) {  // the next job's Q may come while this one is computed
+      load_queries(queries);
+      __syncwarp();  // every lane has read
+      release(shared.q_empty);
+      q_turn.next();
+    }
     wait_for_keys(turn);
-    issue_scores(scores);
+    issue_scores(scores, queries);
     ptx::wgmma_wait<0>();
-    scores_done(scores, tile);
+    scores_done(scores, queries, tile);
     mask_tile(tile);
     rows.absorb(scores, scale_log2, keep);
     pack_weights<T>(scores, weights);
@@ -128,11 +159,11 @@ struct Consumer {
 
     for (--tile; tile >= 0; --tile) {
       take_token();
-      issue_scores(scores);
+      issue_scores(scores, queries);
       issue_values(weights, out);
       give_token();
       ptx::wgmma_wait<1>();
-      scores_done(scores, tile);
+      scores_done(scores, queries, tile);
       mask_tile(tile);
       rows.absorb(scores, scale_log2, keep);
       // The assembler may move the wait for the values before the softmax, and does so unless there

@@ -202,6 +202,30 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[64], uint64_t a, uint64_
   }
 }
 
+// The same with a in registers, b K-major.
+#define CPTOOL_WGMMA_REGISTERS_ROWS(TYPE)                                                    \
+  asm volatile(                                                                              \
+      "{\n"                                                                                  \
+      ".reg .pred accumulate;\n"                                                             \
+      "setp.ne.b32 accumulate, %69, 0;\n"                                                    \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" CPTOOL_OPERANDS_0_31 \
+      ", " CPTOOL_OPERANDS_32_63                                                             \
+      "}, {%64, %65, %66, %67}, %68, accumulate, 1, 1, 0;\n"                                 \
+      "}"                                                                                    \
+      : CPTOOL_D32(0), CPTOOL_D32(32)                                                        \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int32_t>(accumulate)))
+
+template <class T>
+__device__ __forceinline__ void wgmma_registers_rows(float (&d)[64], const uint32_t* a, uint64_t b,
+                                                     bool accumulate) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    CPTOOL_WGMMA_REGISTERS_ROWS("bf16");
+  } else {
+    static_assert(std::is_same_v<T, __half>);
+    CPTOOL_WGMMA_REGISTERS_ROWS("f16");
+  }
+}
+
 // The same with a in registers, b N-major (transposed), and always d += a b; N is 128 or 64.
 #define CPTOOL_WGMMA_REGISTERS_128(TYPE)                                    \
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE \
@@ -240,6 +264,7 @@ __device__ __forceinline__ void wgmma_registers(float (&d)[32], const uint32_t* 
 #undef CPTOOL_OPERANDS_0_31
 #undef CPTOOL_OPERANDS_32_63
 #undef CPTOOL_WGMMA_SHARED
+#undef CPTOOL_WGMMA_REGISTERS_ROWS
 #undef CPTOOL_WGMMA_REGISTERS_128
 #undef CPTOOL_WGMMA_REGISTERS_64
 

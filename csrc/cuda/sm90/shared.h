@@ -31,13 +31,16 @@ struct Sizes {
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   // A launch gives each thread 65536 / kThreads registers, rounded down to a multiple of 8; the
   // warpgroups then redistribute them. For head_dim 128 a consumer thread holds 64 scores, 32
-  // weights and 64 elements of out, and uses 184 registers in all; for head_dim 64 it is 64, 32, 32
-  // and 152.
+  // weights, 64 elements of out and 32 registers of Q, and uses 220 registers in all; for head_dim
+  // 64 it is 64, 32, 32, none of Q, for which 160 registers have no room, and 152.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (1 + kConsumers) * kLaunchRegisters);
+  // Whether consumers keep Q in registers, so that products of scores read K alone from shared
+  // memory, which is otherwise at its limit meanwhile.
+  static constexpr bool kHoldsQ = kConsumers == 2;
   static constexpr int kQPanelBytes = kRows * kRowBytes;
   static constexpr int kPanelBytes = kKeys * kRowBytes;  // of K and V
 };

@@ -142,6 +142,19 @@ void wgmma_shared(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
   emulation::warpgroup_collective(emulation::IssuedProduct::run, &mine, "wgmma.mma_async");
 }
 
+template <class T>
+void wgmma_registers_rows(float (&d)[64], const uint32_t* a, uint64_t b, bool accumulate) {
+  emulation::IssuedProduct mine = {};
+  mine.product.columns = 128;
+  mine.product.decode = decode<T>;
+  mine.product.b = b;
+  mine.product.a_in_registers = true;
+  mine.product.accumulate = accumulate;
+  mine.product.d[0] = d;
+  mine.product.fragments[0] = a;
+  emulation::warpgroup_collective(emulation::IssuedProduct::run, &mine, "wgmma.mma_async");
+}
+
 template <class T, int kCount>
 void wgmma_registers(float (&d)[kCount], const uint32_t* a, uint64_t b) {
   emulation::IssuedProduct mine = {};
