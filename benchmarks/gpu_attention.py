@@ -39,6 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from cptool.cache import KVCache
+from cptool.distributed.devices import NCCL_BLOCKS
 from cptool.ops.attention import attention_partial, merge_partials
 from cptool.ops.kernels import force_cuda_kernel
 from cptool.parallel.attention import attend
@@ -359,19 +360,28 @@ def merge(given: argparse.Namespace) -> list[dict[str, object]]:
 
 
 class CopyRing(Ring):
-    """A ring whose transfers are copies on the device: on a stream of their own (`beside`), in the
-    stream of compute, or left out (`copies` False).
+    """A ring whose transfers are copies on the device.
+
+    how: "beside", on a stream of their own of high priority; "kernel", the same by a kernel, which
+        needs multiprocessors as NCCL does; "in turn", in the stream of compute; "", left out.
+    free: multiprocessors that attention leaves free while one is under way.
 
     A block that "arrives" is a copy of the one sent, as long as what is expected.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, beside: bool, copies: bool):
+    def __init__(self, rank: int, size: int, device: torch.device, how: str, free: int = 0):
         super().__init__()
-        self.rank, self.size, self.copies = rank, size, copies
-        self.side = torch.cuda.Stream(device) if beside and cuda(device) else None
+        self.rank, self.size, self.how, self.free = rank, size, how, free
+        aside = how in ("beside", "kernel") and cuda(device)
+        self.side = torch.cuda.Stream(device, priority=-1) if aside else None
+
+    @property
+    def margin(self) -> int:
+        return self.free if self._batches else 0
 
     def _start(self, sends, receives) -> list:
-        if not self.copies:
+        self._batches += 1
+        if not self.how:
             return []
         pairs = [
             (incoming, outgoing[: len(incoming)])
@@ -384,12 +394,17 @@ class CopyRing(Ring):
         self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
             for incoming, outgoing in pairs:
-                incoming[: len(outgoing)].copy_(outgoing)
+                arrived = incoming[: len(outgoing)]
+                if self.how == "kernel":
+                    torch.add(outgoing, 0, out=arrived)
+                else:
+                    arrived.copy_(outgoing)
         return [self.side.record_event()]
 
     def wait(self, pending) -> None:
         for event in pending:
             torch.cuda.current_stream().wait_event(event)
+        self._batches -= 1
 
 
 def ring(given: argparse.Namespace) -> list[dict[str, object]]:
@@ -421,16 +436,18 @@ def ring_of_size(
     cache.store(0, *(torch.randn(2, tokens, kv_heads, 128, device=device, dtype=dtype)))
     kv, scores = cache.layer(0), Scores(128**-0.5)
 
-    def forward(beside: bool, copies: bool) -> Callable[[], object]:
-        transfers = CopyRing(0, ranks, device, beside, copies)
+    def forward(how: str, free: int = 0) -> Callable[[], object]:
+        transfers = CopyRing(0, ranks, device, how, free)
         for name in range(2):  # what is received before the first copy must be finite
             transfers.buffer(name, tokens, kv.packed()).zero_()
         return lambda: attend("pass-kv", q, kv, step, ring=transfers, scores=scores)
 
     calls = {
-        "pass-kv": forward(beside=True, copies=True),
-        "in turn": forward(beside=False, copies=True),
-        "kernels alone": forward(beside=False, copies=False),
+        "pass-kv": forward("beside"),
+        "by a kernel": forward("kernel"),
+        "by a kernel, room left": forward("kernel", NCCL_BLOCKS),
+        "in turn": forward("in turn"),
+        "kernels alone": forward(""),
         "gemm": run,
     }
     window = 0.02 if cuda(device) else 0.0

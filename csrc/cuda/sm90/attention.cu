@@ -22,6 +22,7 @@
 // authors of the schedule reach 0.8 of the rate of a large matrix product with it, which power
 // limits as well: with that, docs/gpu.md predicts what is to be measured. Not measured.
 #include <cmath>
+#include <stdexcept>
 
 #include "cuda/device.h"
 #include "cuda/dispatch.h"
@@ -197,6 +198,10 @@ int64_t sm90_workspace(const AttentionArgs& args, const Device& device) {
 }
 
 void attention_partial_sm90(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
+  if (workspace == nullptr) {
+    // For example if another thread has just forced another kernel.
+    throw std::invalid_argument("attention_partial on CUDA needs a workspace for this call");
+  }
   if (args.dtype == ScalarType::kBFloat16) {
     sm90::launch_for<__nv_bfloat16>(args, workspace, stream);
   } else {
