@@ -9,7 +9,7 @@ same inputs. The greedy tokens are held against those of one rank.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -287,8 +287,8 @@ def _errors(
     q_pos, q, out, k_pos, kv = map(torch.cat, zip(*gathered, strict=True))
     (q_pos, q_order), (k_pos, k_order) = q_pos.sort(), k_pos.sort()
     q, out, (k, v) = q[q_order], out[q_order], kv[k_order].unbind(1)
-    config = engine.model.config
-    scores: dict[str, Any] = asdict(Scores.of(config, layer))
+    of_layer = Scores.of(engine.model.config, layer)
+    scores: Any = {"scale": of_layer.scale, "window": of_layer.window, "cap": of_layer.cap}
     exact = (q.double(), k.double(), v.double())
     truth, _ = attention(*exact, q_pos=q_pos, k_pos=k_pos, **scores)
     device = world.device

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
+from families import random_model
 from llama_reference import save_llama
 
 from cptool.cli.main import main
@@ -50,6 +51,13 @@ def test_tokens_that_differ():
 
 def run(*arguments):
     return CliRunner().invoke(main, ["verify", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("case", ["gemma2-caps", "chameleon-swin", "ministral3-window"])
+def test_other_families_pass(case, tmp_path):
+    random_model(case, tmp_path)
+    given = ("--synthetic", 60, "--max-cp", 2, "--device", "cpu", "--threads", 1)
+    assert run(tmp_path, *given).exit_code == 0
 
 
 def test_the_default_prompt_fits_the_context(tmp_path):
