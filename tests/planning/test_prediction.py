@@ -97,3 +97,13 @@ def test_few_rows_of_stored_weights_take_their_own_kernel_each_row_a_part_more()
     assert rates.in_panels(4096) == pytest.approx(3 * feed_forward / 1e9)
     panels = dataclasses.replace(profile, stored=dataclasses.replace(stored, panels=True))
     assert Rates(forward, panels).in_panels(1024) > 0
+
+
+def test_products_in_fp8_are_those_of_the_profile():
+    """Not those of weights that a CPU reads in blocks: matrices in FP8 have fewer bytes, too."""
+    plain = work(dtype="bfloat16", feed_forward="float8")
+    counted = dataclasses.replace(plain, weight_size=1.2)
+    cluster = default_profile("cuda")
+    assert "float8" in cluster.linear_flops
+    found = [predict_turn(each, "pass-kv", cluster).ttft_s for each in (plain, counted)]
+    assert found[0] == found[1]

@@ -125,7 +125,7 @@ def _workspace(forward: Forward, profile: HardwareProfile, passing: float) -> fl
 
 def _in_panels(forward: Forward, profile: HardwareProfile) -> bool:
     """Return whether many rows are multiplied with one panel of stored weights at a time."""
-    if profile.device != "cpu" or forward.weight_size is None:
+    if profile.device != "cpu" or forward.weight_size is None or forward.feed_forward == "float8":
         return False
     return profile.stored is None or profile.stored.panels
 

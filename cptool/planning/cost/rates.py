@@ -46,17 +46,19 @@ class Rates:
         weights that are stored in fewer bytes, the bytes that need not be read are taken off, and
         widening them is added; products with them are in float32.
         """
-        if self.forward.weight_size is not None:
-            dtype = "float32"
+        size: float = ELEMENT_BYTES[dtype]
+        if self._widens:
+            assert self.forward.weight_size is not None
+            dtype, size = "float32", self.forward.weight_size
         measured, bandwidth = self.row_rates(dtype, ranks), self.profile.memory_bandwidth
-        read = self.forward.weight_bytes(parameters, dtype) / bandwidth
+        read = parameters * size / bandwidth
         stored = self._stored
         if stored and rows <= stored.rows:
             return max(stored.few(parameters, rows), read)
         widening = parameters / stored.widened if stored else 0.0
         if measured:
             seconds = measured.product(parameters, rows)
-            if self.forward.weight_size is None:
+            if not self._widens:
                 return seconds
             saved = parameters * ELEMENT_BYTES[dtype] / bandwidth - read
             return max(seconds - saved, read) + widening
@@ -96,9 +98,18 @@ class Rates:
         return measured.layer(rows) if measured else self.profile.layer_overhead_s
 
     @property
+    def _widens(self) -> bool:
+        """Whether products read weights in blocks, as a file stores them, and widen them: on a CPU
+        alone, and not those of FP8, which has products of its own.
+        """
+        forward = self.forward
+        plain = forward.weight_size is None or forward.feed_forward == "float8"
+        return self.profile.device == "cpu" and not plain
+
+    @property
     def _stored(self) -> StoredRates | None:
         """The rates of weights as they are stored, None where there are none."""
-        return None if self.forward.weight_size is None else self.profile.stored
+        return self.profile.stored if self._widens else None
 
     def attention(
         self, pairs: float, keys: float, queries: float, calls: int = 1, received: bool = False
