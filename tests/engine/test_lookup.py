@@ -87,6 +87,16 @@ def counted(chances, most, slope, *, rows=1, room=15):
     return worthwhile(chances, most, Budget(rows, cost(slope), room=room))
 
 
+def test_disturbed_steps_do_not_end_drafts():
+    times = cost(0.1)
+    for _ in range(20):
+        times.record(2, 1.0)
+    assert times.slope > 0.6
+    for _ in range(100):
+        times.record(1, times.one)
+    assert times.slope < 0.3
+
+
 def test_drafts_are_as_long_as_they_pay():
     assert counted({0: 0.95}, {0: 9}, 0.02) == {0: 9}
     assert counted({0: 0.5}, {0: 9}, 0.9) == {0: 0}

@@ -10,6 +10,14 @@ from collections.abc import Mapping, Sequence
 _LEAST_GAIN = 1.02
 """Tokens per second that a draft must promise, relative to those of the step without it."""
 
+_SLOPE = 0.25
+"""What a further row takes, relative to a step of one, before it is measured: a guess that is
+tried.
+"""
+
+_PATIENCE = 8
+"""Steps of one row after which that guess slowly takes the place of what was measured."""
+
 
 class StepTime:
     """Seconds of a step by its rows: a + b (rows - 1), of which both follow the measured steps.
@@ -20,7 +28,8 @@ class StepTime:
 
     def __init__(self) -> None:
         self.one = 0.0
-        self.slope = 0.25  # of each further row, relative to a step of one; a guess that is tried
+        self.slope = _SLOPE  # of each further row, relative to a step of one
+        self._alone = 0
 
     def record(self, rows: int, seconds: float) -> None:
         """Take a measured step into account. One that was disturbed counts as twice as long as
@@ -31,12 +40,17 @@ class StepTime:
             return
         expected = self.one * (1 + self.slope * (rows - 1))
         seconds = min(max(seconds, expected / 2), 2 * expected)
+        self._alone = self._alone + 1 if rows == 1 else 0
         if rows == 1:
             self.one += 0.2 * (seconds - self.one)
+            if self._alone > _PATIENCE:
+                # Nothing else corrects it where a disturbance has made it too large for drafts.
+                self.slope -= 0.05 * max(0.0, self.slope - _SLOPE)
             return
         self.one += 0.05 * self.one * (seconds / expected - 1)
         measured = (seconds / self.one - 1) / (rows - 1)
-        self.slope = max(0.0, self.slope + 0.2 * (measured - self.slope))
+        certain = 0.05 * min(rows - 1, 4)  # a step of more rows says more of each
+        self.slope = max(0.0, self.slope + certain * (measured - self.slope))
 
     def relative(self, rows: int) -> float:
         """Return how many times as long a step of `rows` takes as one of a single row."""
