@@ -306,6 +306,7 @@ class Tokenizer:
         control token itself. The texts of the tokens are letters then.
         """
         backend, placeholders = self._backend, self._chat.guard.placeholders
+        marked, added = [], []
         for text in sorted(placeholders):
             token = self._added[text][1]
             flags = {
@@ -313,8 +314,11 @@ class Tokenizer:
                 for name in ("lstrip", "rstrip", "single_word", "normalized")
             }
             if not token.special:
-                backend.add_special_tokens([AddedToken(text, special=True, **flags)])
-            backend.add_tokens([AddedToken(placeholders[text], **flags)])
+                marked.append(AddedToken(text, special=True, **flags))
+            added.append(AddedToken(placeholders[text], **flags))
+        # All at once: each call goes through all added tokens, of which a Gemma has thousands.
+        backend.add_special_tokens(marked)
+        backend.add_tokens(added)
         ids = {text: backend.token_to_id(placeholder) for text, placeholder in placeholders.items()}
         return {i: self._added[text][0] for text, i in ids.items() if i is not None}
 
