@@ -346,7 +346,12 @@ def draw(found: dict[str, Any], to: Path) -> None:
     plot.draw(
         to,
         [
-            plot.Line(label="measured", x=tokens, y=[row["rate"] for row in rows]),
+            plot.Line(
+                label="by a rank's processor time",
+                x=tokens,
+                y=[row["rate"] * row["seconds"] / row["computing"] for row in rows],
+            ),
+            plot.Line(label="by the clock", x=tokens, y=[row["rate"] for row in rows]),
             plot.Line(
                 label="predicted",
                 x=tokens,
