@@ -85,20 +85,30 @@ def smaller_worlds(world: World, counts: list[int]) -> dict[int, World | None]:
         if count == world.cp:
             worlds[count] = world
             continue
-        members = None
-        for tp_rank in range(world.tp if count > 1 else 0):
-            ranks = [cp_rank * world.tp + tp_rank for cp_rank in range(count)]
-            made = dist.new_group(ranks)
-            if world.rank in ranks:
-                members = made
+        tp_ranks = range(world.tp if count > 1 else 0)
+        cp_group = _group_of(world, [range(t, count * world.tp, world.tp) for t in tp_ranks])
+        group = cp_group if world.tp == 1 else world.tp_group
+        if count > 1 and world.tp > 1:
+            group = _group_of(world, [range(count * world.tp)])
         worlds[count] = None
         if world.cp_rank < count:
-            whole = world.group
-            cp_group = Group(members, whole.device, staged=whole.staged, direct=whole.direct)
             worlds[count] = dataclasses.replace(
-                world, size=count * world.tp, cp=count, cp_group=cp_group
+                world, size=count * world.tp, cp=count, group=group, cp_group=cp_group
             )
     return worlds
+
+
+def _group_of(world: World, groups: list[range]) -> Group:
+    """Make each group of ranks, and return this rank's; the group of one if it is in none of them.
+    Collective over the launched world.
+    """
+    members = None
+    for ranks in groups:
+        made = dist.new_group(list(ranks))
+        if world.rank in ranks:
+            members = made
+    whole = world.group
+    return Group(members, whole.device, staged=whole.staged, direct=whole.direct)
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from cptool.bench.levers import (
 )
 from cptool.bench.naive import NaiveEngine, naive_attention
 from cptool.checkpoint import open_checkpoint
+from cptool.calibration.rig import smaller_worlds
 from cptool.cli.main import main
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
 from cptool.engine.answers.decode import decode
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
+from cptool.engine.prefill import auto
 from cptool.engine.weights import load_model
 from cptool.exactness.reference import attention
 from cptool.parallel.step import Scores
@@ -103,6 +106,18 @@ def test_the_share_of_time_without_kernels():
     assert idle_share([], 0.0, 1.0) == 1.0
 
 
+def trial_of(path, rows):
+    return Trial(
+        model=str(path),
+        dtype="float32",
+        levers=rows,
+        prompt=tuple(range(40)),
+        scored=tuple(range(100, 140)),
+        answer=8,
+        repeats=1,
+    )
+
+
 def test_ranks_and_weights_are_those_of_the_rows(mqa_path):
     rows = (
         Lever(name="a", naive=True),
@@ -116,17 +131,8 @@ def test_ranks_and_weights_are_those_of_the_rows(mqa_path):
         ("q8_0", False, False),
         (WIDE, False, True),
     }
-    trial = Trial(
-        model=str(mqa_path),
-        dtype="float32",
-        levers=rows,
-        prompt=tuple(range(40)),
-        scored=tuple(range(100, 140)),
-        answer=8,
-        repeats=1,
-    )
     ranks = RankOptions(cp=2, device="cpu", threads=1)
-    found = run(measure, trial, ranks=ranks)["results"]
+    found = run(measure, trial_of(mqa_path, rows), ranks=ranks)["results"]
     assert [row["same_answer"] for row in found if row["weights"] == "float32"] == [True] * 4
     assert [row["ranks"] for row in found] == [1, 1, 2, 1, 1]
     plain, quantised, together, drafted, _ = found
@@ -136,6 +142,36 @@ def test_ranks_and_weights_are_those_of_the_rows(mqa_path):
     for row in found:
         assert row["perplexity"] == math.exp(row["nll"])
         assert row["faster"] > 0 and 0 <= row["idle"] < 1 and 0 < row["of_ceiling"]
+
+
+def sizes_of_worlds(world):
+    found = []
+    for part in smaller_worlds(world, list(range(1, world.cp + 1))).values():
+        if part is not None:
+            assert part.group.sum_of([1]) == [part.size]
+            groups = (part.group, part.cp_group, part.tp_group)
+            found.append([part.size, *(group.size for group in groups)])
+    return world.gather(found)
+
+
+@pytest.mark.parametrize(("cp", "tp"), [(3, 1), (2, 2), (3, 2)])
+def test_a_smaller_world_has_groups_of_its_own(cp, tp):
+    ranks = RankOptions(cp=cp, tp=tp, device="cpu", threads=1, timeout=20)
+    each = [[n * tp, n * tp, n, tp] for n in range(1, cp + 1)]
+    found = run(sizes_of_worlds, ranks=ranks)
+    assert found == [each[rank // tp :] for rank in range(cp * tp)]
+
+
+def in_small_chunks(world, trial):
+    with patch.multiple(auto, SMALL=16, MODEST=16, auto_chunk=lambda *_, **__: 16):
+        return measure(world, trial)
+
+
+def test_one_rank_reads_in_chunks_while_the_other_waits(mqa_path):
+    rows = (Lever(name="a"), Lever(name="b", ranks=2))
+    ranks = RankOptions(cp=2, device="cpu", threads=1, timeout=20)
+    found = run(in_small_chunks, trial_of(mqa_path, rows), ranks=ranks)["results"]
+    assert found[0]["nll"] == pytest.approx(found[1]["nll"], rel=1e-5)
 
 
 def bench(*arguments, code=0):
