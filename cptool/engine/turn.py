@@ -217,7 +217,7 @@ def run(world: "World", turn: Turn, emit: Emit | None = None) -> Report:
         cp=world.cp,
         tp=world.tp,
         device=str(world.device),
-        **turn.types(checkpoint, world.device.type),
+        **turn.types(checkpoint, world.device.type, tp=world.tp),
         **_chosen(choice, answering.choice if steps > 0 else None),
         load_s=loaded - began,
         ttft_s=answered - loaded,

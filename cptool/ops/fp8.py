@@ -9,6 +9,8 @@ which is slow, since weights are widened for every product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,8 +66,10 @@ class Fp8Weight(StoredWeight):
         depth = data.shape[1] - FP8_SCALE_BYTES
         self.parts, self.dtype, self.shape = (), dtype, torch.Size((data.shape[0], depth))
         self.values = data[:, :depth].view(_E4M3)
-        self.scale = data[:, depth:].contiguous().view(torch.float32)
-        self._own = _multiplies(data.device, dtype) and not any(n % _MULTIPLE for n in self.shape)
+        # A copy in any case: that of a single row counts as contiguous wherever it begins.
+        scale = data[:, depth:].clone(memory_format=torch.contiguous_format)
+        self.scale = scale.view(torch.float32)
+        self._own = _multiplies(data.device, dtype) and _fits(self.shape)
         if self._own:
             self.values = self.values.contiguous()
 
@@ -133,12 +137,25 @@ def _multiplies(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
 
 
-def how_multiplied(device: torch.device, dtype: torch.dtype) -> str:
-    """Return how feed-forward layers in FP8 are computed, in words."""
-    if _multiplies(device, dtype):
-        return "feed-forward in FP8, multiplied as it is"
+def _fits(shape: Sequence[int]) -> bool:
+    """Return whether a device that has products of FP8 multiplies a matrix of this shape."""
+    return not any(n % _MULTIPLE for n in shape)
+
+
+def how_multiplied(
+    device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int]] = ()
+) -> str:
+    """Return how feed-forward layers in FP8 are computed, in words. shapes: of their matrices."""
+    part = "feed-forward in FP8,"
     why = f"{device.type} has no FP8 products of {str(dtype).removeprefix('torch.')} here"
-    return f"feed-forward in FP8, widened for each product, which is slow: {why}"
+    if _multiplies(device, dtype):
+        others = [f"{rows} x {depth}" for rows, depth in shapes if not _fits((rows, depth))]
+        if not others:
+            return f"{part} multiplied as it is"
+        named = " and ".join(others)
+        part += f" of which {named} is" if len(others) < len(shapes) else ""
+        why = f"rows and depth must be multiples of {_MULTIPLE}, not {named}"
+    return f"{part} widened for each product, which is slow: {why}"
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:

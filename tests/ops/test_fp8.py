@@ -97,6 +97,34 @@ def test_wrong_rows_are_refused():
             weight.linear(x)
 
 
+@pytest.mark.parametrize("shape", [(1, 30), (1, 31), (2, 30), (1, 32)])
+def test_a_scale_lies_at_any_place(shape):
+    matrix = random(*shape)
+    values, scale = scaled(matrix)
+    weight = Fp8Weight(packed(matrix), torch.float32)
+    assert torch.equal(weight.scale, scale) and torch.equal(
+        weight.widened(), values.float() * scale
+    )
+
+
+def test_words_are_those_of_the_matrices(monkeypatch):
+    cuda, dtype = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(fp8, "_multiplies", lambda *_: True)
+    ways = {
+        (16, 32): "feed-forward in FP8, multiplied as it is",
+        (48, 30): "feed-forward in FP8, widened for each product, which is slow: "
+        "rows and depth must be multiples of 16, not 96 x 30 and 30 x 48",
+        (24, 32): "feed-forward in FP8, of which 32 x 24 is widened for each product, which is "
+        "slow: rows and depth must be multiples of 16, not 32 x 24",
+    }
+    for (inner, hidden), words in ways.items():
+        shapes = [(2 * inner, hidden), (hidden, inner)]
+        assert fp8.how_multiplied(cuda, dtype, shapes) == words
+        for shape in shapes:
+            own = Fp8Weight(packed(random(*shape)), dtype)._own
+            assert own != (f"{shape[0]} x {shape[1]}" in words)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("rows", [1, 17, 300])

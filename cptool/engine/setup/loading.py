@@ -47,7 +47,7 @@ class Setup:
         """What weights are quantised to, or "file"."""
         return self.options.weights or "file"
 
-    def types(self, checkpoint: "Checkpoint", device: str) -> dict[str, Any]:
+    def types(self, checkpoint: "Checkpoint", device: str, *, tp: int = 1) -> dict[str, Any]:
         """Return what is computed and stored in which type, as fields of a report."""
         found = widened(checkpoint, self.dtype, device)
         if self.weights == FP8_FEED_FORWARD:
@@ -55,7 +55,10 @@ class Setup:
 
             from cptool.ops.fp8 import how_multiplied
 
-            found = how_multiplied(torch.device(device), getattr(torch, self.dtype))
+            hidden = checkpoint.config.hidden_size
+            inner = checkpoint.config.intermediate_size // tp
+            shapes = [(2 * inner, hidden), (hidden, inner)]
+            found = how_multiplied(torch.device(device), getattr(torch, self.dtype), shapes)
         shown = {"kv_dtype": self.kv_dtype, "weights": self.weights, "widened": found}
         return {"dtype": self.dtype, **shown}
 
