@@ -127,7 +127,7 @@ text_options = as_object(
 @click.command(
     short_help="How well a model predicts a text, by position.",
     epilog=examples(
-        "cptool bench perplexity MODEL wiki.test.raw --whole-windows",
+        "cptool bench perplexity MODEL joined.txt --whole-windows",
         "cptool bench perplexity MODEL book.txt --window 4K --stride 512 --cp 2",
     ),
 )
@@ -150,8 +150,10 @@ def perplexity(
 
     The text is encoded once and cut into windows. Each token is scored once, given those before it
     in its window; the first token of a window that does not overlap the one before is not scored.
-    The defaults, with --whole-windows, are those of published figures of quantised models (GPTQ);
-    a smaller --stride gives each token more context, as in Hugging Face's guide.
+    The defaults, with --whole-windows, cut a text as published figures of quantised models do
+    (GPTQ). Their text of WikiText-2 is the lines of the data set joined by blank lines; the file
+    wiki.test.raw itself is another text, so its figure is another one. A smaller --stride gives
+    each token more context, as in Hugging Face's guide.
     """
     from cptool.engine.setup.loading import Setup
 
