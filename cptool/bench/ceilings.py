@@ -29,8 +29,11 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
 _operands: dict[tuple[torch.dtype, str], list[torch.Tensor]] = {}
 
 
-def memory_rate(tensor: torch.Tensor) -> float:
-    """Return the bytes/s of summing a contiguous tensor or of copying it, the higher one."""
+def memory_rate(tensor: torch.Tensor, *, wall: bool = False) -> float:
+    """Return the bytes/s of summing a contiguous tensor or of copying it, the higher one.
+
+    wall: of wall time, as in `stopwatch`.
+    """
     device = tensor.device.type
     words = tensor.flatten().view(torch.uint8)
     words = words[: words.numel() // 8 * 8].view(torch.float32 if device == "cuda" else torch.int64)
@@ -38,6 +41,6 @@ def memory_rate(tensor: torch.Tensor) -> float:
     target.copy_(words)
     calls = max(1, min(200, (64 << 20) // max(1, words.nbytes)))
     # A copy reads and writes every byte.
-    copied = stopwatch(lambda: [target.copy_(words) for _ in range(calls)], device)
-    summed = stopwatch(lambda: [words.sum() for _ in range(calls)], device)
+    copied = stopwatch(lambda: [target.copy_(words) for _ in range(calls)], device, wall=wall)
+    summed = stopwatch(lambda: [words.sum() for _ in range(calls)], device, wall=wall)
     return calls * words.nbytes * max(2 / copied, 1 / summed)

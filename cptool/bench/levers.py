@@ -3,27 +3,31 @@
 The waterfall is that of "Characterizing and Efficiently Accelerating Multimodal Generation Model
 Inference" (Lee et al., arXiv:2410.00215): a prompt of one length and an answer of one length, the
 time to the first token apart from that of further ones, and beside the speed whether the answer is
-the same. Rounds are interleaved as in `cptool.bench.prefill`.
+the same. Rounds are interleaved as in `cptool.bench.prefill`. A row has one engine for all of them,
+which keeps what it makes in the first, such as a CUDA graph; that round does not count.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cptool.bench.ceilings import memory_rate
-from cptool.bench.naive import NaiveEngine
+from cptool.bench.lever_rows import WIDE, Lever, Trial
+from cptool.bench.naive import NaiveEngine, naive_bytes
 from cptool.bench.perplexity import Sums, Window, score
 from cptool.bench.timing import summary
 from cptool.calibration.rig import smaller_worlds
 from cptool.checkpoint import open_checkpoint
 from cptool.engine.answers.decode import decode, next_tokens
 from cptool.engine.answers.records import AnswerOptions, Answers
+from cptool.engine.drafts.names import layers_of
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
 from cptool.engine.sampling import Sampling
@@ -32,11 +36,12 @@ from cptool.engine.setup.types import mean_weight_size
 from cptool.engine.weights import load_model
 from cptool.engine.world_profile import world_profile
 from cptool.errors import UserError
-from cptool.host import large_pages, memory
+from cptool.host import large_pages
 from cptool.planning.cost.counts import kv_bytes_read, matrix_parameters
+from cptool.planning.prediction import Work, memory_of
 from cptool.profiling.device_trace import DeviceProfiler
 from cptool.profiling.intervals import overlap_s
-from cptool.quantisation import FP8_FEED_FORWARD, QUANTISED
+from cptool.quantisation import FP8_FEED_FORWARD
 from cptool.units import size
 
 if TYPE_CHECKING:
@@ -46,79 +51,8 @@ if TYPE_CHECKING:
     from cptool.profiling.trace import Kernel
 
 PHASE = "levers, run"
-WIDE = "dtype"
-"""Weights in the dtype of the products, whatever the file has."""
-
 _TRACED = 16
 """Tokens of an answer whose kernels are recorded."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lever:
-    """A row: what is switched on.
-
-    weights: WIDE, "file", or what they are quantised to. compiled: the feed-forward layers by
-    `torch.compile`. The others are options of the engine and of the answer.
-    """
-
-    name: str
-    weights: str = WIDE
-    naive: bool = False
-    static: bool = False
-    compiled: bool = False
-    draft: str = "off"
-    ranks: int = 1
-
-    @property
-    def model(self) -> tuple[str, bool, bool]:
-        """What tells its model from those of other rows."""
-        return self.weights, self.compiled, self.ranks > 1
-
-
-def levers(device: str, *, layers: int, stored: bool, ranks: int) -> list[Lever]:
-    """Return the rows for a device: naive attention, and what is switched on instead.
-
-    layers: of the model, of which a third drafts. stored: whether the file has weights in fewer
-    bits than the dtype of the products, in which they can be read. ranks: of the row on several
-    ones, if there are several.
-    """
-    found = [Lever(name="naive attention", naive=True), Lever(name="fused attention")]
-    together = []
-    if device == "cuda":
-        found += [
-            Lever(name="CUDA graph", static=True),
-            Lever(name="torch.compile", static=True, compiled=True),
-            Lever(name=FP8_FEED_FORWARD, weights=FP8_FEED_FORWARD, static=True),
-        ]
-    else:
-        found.append(Lever(name="static memory", static=True))
-        kinds = [*(["file"] if stored else []), *QUANTISED, FP8_FEED_FORWARD]
-        found += [Lever(name=f"weights {kind}", weights=kind) for kind in kinds]
-        found.append(Lever(name="lookup drafts", draft="lookup"))
-        if layers > 1:
-            draft = f"layers:{max(1, layers // 3)}"
-            found.append(Lever(name=f"{draft} drafts", draft=draft))
-        if stored:
-            together = [Lever(name="file, drafts", weights="file", draft="lookup")]
-    if ranks > 1:
-        found.append(Lever(name=f"cp {ranks}", static=device == "cuda", ranks=ranks))
-    return [*found, *together]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """What every row does: read `prompt`, append `answer` tokens, and score `scored`.
-
-    repeats: rounds that count.
-    """
-
-    model: str
-    dtype: str
-    levers: tuple[Lever, ...]
-    prompt: tuple[int, ...]
-    scored: tuple[int, ...]
-    answer: int
-    repeats: int
 
 
 @dataclass(kw_only=True)
@@ -131,12 +65,12 @@ class _Run:
     first_s: list[float] = field(default_factory=list)
     further_s: list[float] = field(default_factory=list)
     idle: list[float] = field(default_factory=list)
-    memory: list[float] = field(default_factory=list)
     answers: Answers | None = None
     nll: float = math.nan
 
+    @cached_property
     def engine(self) -> Engine:
-        """Return an engine without any token."""
+        """The engine of all rounds."""
         assert self.model is not None and self.world is not None
         kind = NaiveEngine if self.lever.naive else Engine
         options = EngineOptions(static=self.lever.static)
@@ -144,42 +78,53 @@ class _Run:
 
 
 def measure(world: World, trial: Trial) -> dict[str, Any]:
-    """Return the ceiling and one result per row. Collective.
+    """Return the ceilings and one result per row. Collective.
 
     Raises UserError, before anything is loaded, if there is no room for the weights of all rows.
     """
     world.report("load the weights")
     checkpoint = open_checkpoint(trial.model)
-    _check_room(world, checkpoint, trial)
+    parts = [_memory(world, checkpoint, trial, lever) for lever in trial.levers]
+    _check_room(world, checkpoint, trial, parts)
     runs = _prepared(world, checkpoint, trial)
-    ceiling: list[float] = []
+    ceilings: dict[int, list[float]] = {lever.ranks: [] for lever in trial.levers}
     total = (trial.repeats + 1) * len(runs)
     for repeat in range(trial.repeats + 1):
-        world.barrier()
-        ceiling.append(max(world.gather(_ceiling(world, checkpoint, trial))))
+        for ranks, rates in ceilings.items():
+            rates.append(_ceiling(world, checkpoint, trial, ranks))
         for number, run in enumerate(runs):
             world.report(PHASE, repeat * len(runs) + number, total)
             _round(world, run, trial, keep=repeat > 0)
     for run in runs:
         if run.world is not None:
-            run.nll = _nll(run.engine(), trial.scored)
             if world.device.type == "cuda":
                 run.idle = [_device_idle(run, trial)]
+            run.nll = _nll(run.engine, trial.scored)
         world.barrier()
-    rates = summary(ceiling[1:])
-    results = [_result(run, runs[0], trial, rates["median"]) for run in runs]
-    return {"ceilings": {"memory_of_a_rank": rates}, "results": results if world.rank == 0 else []}
+    found = {ranks: summary(rates[1:]) for ranks, rates in ceilings.items()}
+    results = []
+    for run, memory in zip(runs, parts, strict=True) if world.rank == 0 else ():
+        ceiling = found[run.lever.ranks]["median"]
+        result = _result(run, runs[0], trial, ceiling=ceiling)
+        results.append(result | {"memory_bytes": sum(memory.values())})
+    names = {ranks: "memory_of_a_rank" + f"_of_{ranks}" * (ranks > 1) for ranks in found}
+    named = {names[ranks]: rates for ranks, rates in found.items()}
+    return {"ceilings": named, "results": results}
 
 
-def _ceiling(world: World, checkpoint: Checkpoint, trial: Trial) -> float:
-    """Return the bytes/s at which rank 0 reads a matrix of the size of the output matrix, in large
-    pages as weights are, while the others wait; 0 on those.
+def _ceiling(world: World, checkpoint: Checkpoint, trial: Trial, ranks: int) -> float:
+    """Return the bytes/s at which each of the first `ranks` ranks reads a matrix of the size of the
+    output matrix at the same time, in large pages as weights are: of the slowest, in wall time as
+    answers are measured. Collective.
     """
-    if world.rank:
-        return 0.0
-    shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
-    matrix = large_pages.empty(shape, getattr(torch, trial.dtype), world.device)
-    return memory_rate(matrix.fill_(1))
+    rate = 0.0
+    if takes_part := world.rank < ranks:
+        shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
+        matrix = large_pages.empty(shape, getattr(torch, trial.dtype), world.device).fill_(1)
+    world.barrier()
+    if takes_part:
+        rate = memory_rate(matrix, wall=True)
+    return min(world.gather(rate)[:ranks])
 
 
 def _prepared(world: World, checkpoint: Checkpoint, trial: Trial) -> list[_Run]:
@@ -216,9 +161,40 @@ def compile_feed_forward(model: Llama | None, backend: str = "inductor") -> None
         layer.get_submodule("mlp").compile(backend=backend, dynamic=True)
 
 
-def _check_room(world: World, checkpoint: Checkpoint, trial: Trial) -> None:
-    """Raise UserError on all ranks if the weights of all rows do not fit in memory. Collective."""
-    config, needed = checkpoint.config, 0.0
+def _memory(world: World, checkpoint: Checkpoint, trial: Trial, lever: Lever) -> dict[str, float]:
+    """Return the bytes that a rank takes for a row alone, as predicted, by use. Collective."""
+    wide = lever.weights == WIDE
+    device = world.device.type
+    work = Work(
+        config=checkpoint.config,
+        dtype=trial.dtype,
+        new=[len(trial.prompt)],
+        cached=[0],
+        answer=trial.answer,
+        ranks=lever.ranks,
+        weight_size=(
+            None if wide else mean_weight_size(checkpoint, trial.dtype, device, lever.weights)
+        ),
+        feed_forward="float8" if lever.weights == FP8_FEED_FORWARD else None,
+        local=lever.ranks,
+    )
+    profile, chunk = world_profile(world), len(trial.prompt)
+    found = memory_of(work, EngineOptions().variant, profile, chunk=chunk, limit=math.inf)
+    if lever.naive:
+        element = getattr(torch, trial.dtype).itemsize
+        found["workspace"] += naive_bytes(checkpoint.config, chunk, element)
+    return found
+
+
+def _check_room(
+    world: World, checkpoint: Checkpoint, trial: Trial, rows: Sequence[dict[str, float]]
+) -> None:
+    """Raise UserError on all ranks if the weights and KV of all rows, which stay, do not fit in
+    memory with what one of them takes beside. Collective.
+
+    rows: the memory of each.
+    """
+    config, beside, needed = checkpoint.config, 0.0, 0.0
     tables = (2 - config.tie_word_embeddings) * config.hidden_size * config.vocab_size
     element = getattr(torch, trial.dtype).itemsize
     for weights in {lever.model: lever.weights for lever in trial.levers}.values():
@@ -226,57 +202,51 @@ def _check_room(world: World, checkpoint: Checkpoint, trial: Trial) -> None:
         if weights != WIDE:
             found = mean_weight_size(checkpoint, trial.dtype, world.device.type, weights)
         needed += (matrix_parameters(config) + tables) * (found or element)
+    for parts in rows:
+        needed += parts["kv"]
+        beside = max(beside, sum(parts.values()) - parts["kv"] - parts["weights"])
     most = limit(world)
-    if needed > most:
+    if needed + beside > most:
         raise UserError(
-            f"the weights of {len(trial.levers)} rows take {size(needed)}, and a rank may take "
-            f"{size(most)}; name fewer with `lever`"
+            f"the weights and KV of {len(trial.levers)} rows take {size(needed)}, beside "
+            f"{size(beside)} of work, and a rank may take {size(most)}; name fewer with `lever`"
         )
 
 
 def _round(world: World, run: _Run, trial: Trial, *, keep: bool) -> None:
     """Run a row once. Collective."""
     world.barrier()
-    found = (0.0, 0.0, 0.0, 0.0)
+    found = (0.0, 0.0, 0.0)
     if run.world is not None:
         found, run.answers = _once(run, trial)
     ranks = [values for values in world.gather(found) if values[0]]
     if keep:
-        first, further, idle, held = zip(*ranks, strict=True)
+        first, further, idle = zip(*ranks, strict=True)
         run.first_s.append(max(first))
         run.further_s.append(max(further))
         run.idle.append(sum(idle) / len(idle))
-        run.memory.append(max(held))
 
 
-def _once(run: _Run, trial: Trial) -> tuple[tuple[float, float, float, float], Answers]:
+def _once(run: _Run, trial: Trial) -> tuple[tuple[float, float, float], Answers]:
     """Return the seconds to the first token and of each further one, the share of them in which
-    this rank's threads stood idle, the bytes that were allocated at most, and the answer.
+    this rank's threads stood idle, and the answer.
     """
-    engine = run.engine()
-    allocated = _allocated(engine.world)
-    began = time.perf_counter()
-    engine.extend([list(trial.prompt)], reserve=trial.answer)
-    next_tokens(engine, Sampling())
+    engine, began = run.engine, time.perf_counter()
+    _read(engine, trial)
     read, busy = time.perf_counter(), time.process_time()
-    options = AnswerOptions(limit=trial.answer, draft=run.lever.draft)
-    answers = decode(engine, options)
+    answers = decode(engine, AnswerOptions(limit=trial.answer, draft=run.lever.draft))
     ended = time.perf_counter()
     threads = torch.get_num_threads()
     idle = max(0.0, 1 - (time.process_time() - busy) / (ended - read) / threads)
     further = (ended - read) / max(1, trial.answer - 1)
-    return (read - began, further, idle, allocated()), answers
+    return (read - began, further, idle), answers
 
 
-def _allocated(world: World) -> Callable[[], float]:
-    """Return what to call for the most bytes that this rank has allocated since."""
-    if world.device.type == "cuda":
-        held = torch.cuda.memory_allocated(world.device)
-        torch.cuda.reset_peak_memory_stats(world.device)
-        return lambda: torch.cuda.max_memory_allocated(world.device) - held
-    memory.forget_peak()
-    resident = memory.resident()
-    return lambda: max(0.0, memory.usage().peak - resident)
+def _read(engine: Engine, trial: Trial) -> None:
+    """Have the engine hold the prompt alone, and know the token that follows."""
+    engine.truncate([0])
+    engine.extend([list(trial.prompt)], reserve=trial.answer)
+    next_tokens(engine, Sampling())
 
 
 def _nll(engine: Engine, tokens: Sequence[int]) -> float:
@@ -288,15 +258,16 @@ def _nll(engine: Engine, tokens: Sequence[int]) -> float:
 
 def _device_idle(run: _Run, trial: Trial) -> float:
     """Return the share of an answer's time in which no kernel ran on this rank's device."""
-    engine = run.engine()
-    engine.extend([list(trial.prompt)], reserve=_TRACED)
-    next_tokens(engine, Sampling())
+    options = AnswerOptions(limit=min(_TRACED, trial.answer), draft=run.lever.draft)
+    _read(run.engine, trial)
+    decode(run.engine, options)  # makes what later answers use again
+    _read(run.engine, trial)
     profiler = DeviceProfiler()
     profiler.start()
     began = time.perf_counter()
-    decode(engine, AnswerOptions(limit=_TRACED, draft=run.lever.draft))
-    kernels = profiler.stop()
-    return idle_share(kernels, began, time.perf_counter())
+    decode(run.engine, options)
+    ended = time.perf_counter()  # collecting what was recorded takes long
+    return idle_share(profiler.stop(), began, ended)
 
 
 def idle_share(kernels: Sequence[Kernel], began: float, ended: float) -> float:
@@ -305,10 +276,11 @@ def idle_share(kernels: Sequence[Kernel], began: float, ended: float) -> float:
     return 1 - overlap_s([(began, ended)], busy) / (ended - began)
 
 
-def _result(run: _Run, first: _Run, trial: Trial, ceiling: float) -> dict[str, Any]:
-    """Return the fields of a row; nothing on ranks without a part in it."""
-    if run.model is None or run.answers is None or first.answers is None:
-        return {}
+def _result(run: _Run, first: _Run, trial: Trial, *, ceiling: float) -> dict[str, Any]:
+    """Return the fields of a row, on rank 0. Drafts of the first layers read these once more for
+    each, which the drafter does not count, so that row has no rate.
+    """
+    assert run.model is not None and run.answers is not None and first.answers is not None
     lever, drafts = run.lever, run.answers.drafts
     further = summary(run.further_s)
     steps = drafts.steps if lever.draft != "off" else trial.answer - 1
@@ -320,7 +292,9 @@ def _result(run: _Run, first: _Run, trial: Trial, ceiling: float) -> dict[str, A
         element_bytes=getattr(torch, trial.dtype).itemsize,
     )
     seconds = further["median"] * max(1, trial.answer - 1)
-    rate = (run.model.step_bytes + kv) * steps / seconds
+    rate = None
+    if layers_of(lever.draft) is None:
+        rate = (run.model.step_bytes + kv) * steps / seconds
     tokens, others = run.answers.token_ids[0], first.answers.token_ids[0]
     pairs = zip(tokens, others, strict=True)
     same = next((n for n, (ours, its) in enumerate(pairs) if ours != its), len(tokens))
@@ -333,9 +307,8 @@ def _result(run: _Run, first: _Run, trial: Trial, ceiling: float) -> dict[str, A
         "tokens_per_s": 1 / further["median"],
         "faster": summary(first.further_s)["median"] / further["median"],
         "bytes": rate,
-        "of_ceiling": rate / ceiling,
+        "of_ceiling": None if rate is None else rate / ceiling,
         "idle": summary(run.idle)["median"],
-        "memory_bytes": run.model.step_bytes + max(run.memory),
         **{name: drafts.fields()[name] for name in ("drafted_tokens", "accepted_tokens")},
         "steps": steps,
         "nll": run.nll,

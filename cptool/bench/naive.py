@@ -11,6 +11,7 @@ import torch
 
 from cptool.engine.engine import Engine
 from cptool.engine.reading import Reading
+from cptool.model.config import LlamaConfig
 from cptool.parallel.step import Scores, Step
 
 
@@ -35,6 +36,17 @@ class NaiveEngine(Engine):
             )
 
         return attention
+
+
+def naive_bytes(config: LlamaConfig, tokens: int, element: int) -> int:
+    """Return what `naive_attention` allocates for a prompt of so many tokens: the scores, their
+    softmax in float32, which of them are hidden, and K and V once for each query head.
+
+    element: bytes of a number of the model's dtype.
+    """
+    heads = config.num_attention_heads
+    scores = tokens * tokens * (heads * (element + 4) + 1)
+    return scores + 2 * heads * config.head_dim * tokens * element
 
 
 def naive_attention(

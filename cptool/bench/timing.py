@@ -23,11 +23,11 @@ def clock_name() -> str:
     return "wall time" if torch.get_num_threads() > 1 else "CPU time of the thread"
 
 
-def stopwatch(run: Callable[[], object], device: str = "cpu") -> float:
+def stopwatch(run: Callable[[], object], device: str = "cpu", *, wall: bool = False) -> float:
     """Return the seconds that a call takes, on CUDA until the device is done.
 
-    With one thread it is that thread's CPU time: on an idle machine that equals wall time, and on a
-    busy one it leaves out the time that other processes take.
+    With one thread it is that thread's CPU time, unless `wall` time is requested: on an idle
+    machine they are equal, and on a busy one CPU time leaves out what other processes take.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -35,7 +35,8 @@ def stopwatch(run: Callable[[], object], device: str = "cpu") -> float:
         run()
         torch.cuda.synchronize()
         return time.perf_counter() - begin
-    clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
+    wall = wall or torch.get_num_threads() > 1
+    clock = time.perf_counter if wall else time.thread_time
     begin = clock()
     run()
     return clock() - begin

@@ -2,30 +2,29 @@
 
 import json
 import math
+import time
+from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from cptool.bench.levers import (
-    WIDE,
-    Lever,
-    Trial,
-    compile_feed_forward,
-    idle_share,
-    levers,
-    measure,
-)
+from cptool.bench import levers as bench_levers
+from cptool.bench.lever_rows import WIDE, Lever, Trial, levers
+from cptool.bench.levers import compile_feed_forward, idle_share, measure
 from cptool.bench.naive import NaiveEngine, naive_attention
-from cptool.checkpoint import open_checkpoint
 from cptool.calibration.rig import smaller_worlds
+from cptool.checkpoint import open_checkpoint
 from cptool.cli.main import main
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
+from cptool.engine import static_decode
 from cptool.engine.answers.decode import decode
 from cptool.engine.answers.records import AnswerOptions
 from cptool.engine.engine import Engine
+from cptool.engine.graphs import Recorded
 from cptool.engine.prefill import auto
 from cptool.engine.weights import load_model
 from cptool.exactness.reference import attention
@@ -132,7 +131,8 @@ def test_ranks_and_weights_are_those_of_the_rows(mqa_path):
         (WIDE, False, True),
     }
     ranks = RankOptions(cp=2, device="cpu", threads=1)
-    found = run(measure, trial_of(mqa_path, rows), ranks=ranks)["results"]
+    fields = run(measure, trial_of(mqa_path, rows), ranks=ranks)
+    found, ceilings = fields["results"], fields["ceilings"]
     assert [row["same_answer"] for row in found if row["weights"] == "float32"] == [True] * 4
     assert [row["ranks"] for row in found] == [1, 1, 2, 1, 1]
     plain, quantised, together, drafted, _ = found
@@ -141,7 +141,10 @@ def test_ranks_and_weights_are_those_of_the_rows(mqa_path):
     assert quantised["memory_bytes"] < plain["memory_bytes"]
     for row in found:
         assert row["perplexity"] == math.exp(row["nll"])
-        assert row["faster"] > 0 and 0 <= row["idle"] < 1 and 0 < row["of_ceiling"]
+        assert row["faster"] > 0 and 0 <= row["idle"] < 1
+        drafted = row["lever"] == "e"
+        assert (row["of_ceiling"] is None) == drafted and (drafted or row["bytes"] > 0)
+    assert set(ceilings) == {"memory_of_a_rank", "memory_of_a_rank_of_2"}
 
 
 def sizes_of_worlds(world):
@@ -160,6 +163,67 @@ def test_a_smaller_world_has_groups_of_its_own(cp, tp):
     each = [[n * tp, n * tp, n, tp] for n in range(1, cp + 1)]
     found = run(sizes_of_worlds, ranks=ranks)
     assert found == [each[rank // tp :] for rank in range(cp * tp)]
+
+
+@contextmanager
+def counted_graphs():
+    """Yield a list to which each recording of a step is added."""
+    made = []
+
+    class Counted(Recorded):
+        def __init__(self, *arguments):
+            made.append(self)
+            super().__init__(*arguments)
+
+    with patch.object(static_decode, "Recorded", Counted):
+        yield made
+
+
+def graphs_of_rounds(world, trial):
+    rounds, once = [], bench_levers._once
+    with counted_graphs() as made:
+
+        def counted(*arguments):
+            before = len(made)
+            found = once(*arguments)
+            rounds.append(len(made) - before)
+            return found
+
+        with patch.object(bench_levers, "_once", counted):
+            measure(world, trial)
+    return world.gather(rounds)
+
+
+def test_steps_are_recorded_in_the_round_that_does_not_count(mqa_path):
+    rows = (Lever(name="a", static=True), Lever(name="b", static=True, ranks=2))
+    trial = replace(trial_of(mqa_path, rows), repeats=2)
+    ranks = RankOptions(cp=2, device="cpu", threads=1)
+    assert run(graphs_of_rounds, trial, ranks=ranks) == [[1, 1, 0, 0, 0, 0], [1, 0, 0]]
+
+
+def idle_beside_a_slow_profiler(world, trial):
+    with counted_graphs() as made:
+
+        class Slow:
+            def start(self):
+                self.made, self.began = len(made), time.perf_counter()
+
+            def stop(self):
+                ended = time.perf_counter()
+                time.sleep(0.5)
+                assert self.made == len(made) == 1  # recorded before, and not again
+                return [Kernel(name="k", stream=0, begin=self.began, end=ended, launched=None)]
+
+        with patch.object(bench_levers, "DeviceProfiler", Slow):
+            model = load_model(open_checkpoint(trial.model), torch.float32, "cpu")
+            row = bench_levers._Run(lever=trial.levers[0], model=model, world=world)
+            return bench_levers._device_idle(row, trial)
+
+
+def test_collecting_what_ran_is_no_idle_time(mqa_path):
+    trial = trial_of(mqa_path, (Lever(name="a", static=True),))
+    one = RankOptions(device="cpu", threads=1)
+    assert run(idle_beside_a_slow_profiler, trial, ranks=one) == pytest.approx(0, abs=1e-6)
 
 
 def in_small_chunks(world, trial):

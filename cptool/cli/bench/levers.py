@@ -25,7 +25,7 @@ from cptool.errors import OptionError, UserError
 from cptool.units import byte_rate, duration, percent, size, three
 
 if TYPE_CHECKING:
-    from cptool.bench.levers import Lever, Trial
+    from cptool.bench.lever_rows import Lever, Trial
     from cptool.checkpoint import Checkpoint
     from cptool.distributed.world import World
 
@@ -48,7 +48,7 @@ class WorkRequest:
 
     def trial(self, checkpoint: Checkpoint, dtype: str, device: str, repeats: int) -> Trial:
         """Return the work of all rows. Raises UserError for what cannot be."""
-        from cptool.bench.levers import Trial
+        from cptool.bench.lever_rows import Trial
 
         context = checkpoint.config.max_position_embeddings
         prompt = min(_LENGTH, context - self.tokens) if self.prompt is None else self.prompt
@@ -70,7 +70,7 @@ class WorkRequest:
 
     def levers(self, checkpoint: Checkpoint, dtype: str, device: str) -> tuple[Lever, ...]:
         """Return the rows that were requested, the first of which the others are compared with."""
-        from cptool.bench.levers import levers
+        from cptool.bench.lever_rows import levers
         from cptool.engine.setup.types import mean_weight_size
 
         stored = mean_weight_size(checkpoint, dtype, device) is not None
@@ -143,7 +143,8 @@ def levers(model: str, work: WorkRequest, dtype: str, measuring: MeasureOptions)
 
     All rows read one prompt and give an answer of one length. Rows differ in what they name alone:
     weights are those of the file in the type of the products unless a row says otherwise, and each
-    rank has as many threads. The ceiling is reading a weight matrix, in the same rounds.
+    rank has as many threads. The ceiling is reading a weight matrix, in the same rounds and on as
+    many ranks at once. The prompt ends by quoting itself, so lookup is at its best.
     """
     from cptool.distributed.devices import resolve_device
 
@@ -241,14 +242,18 @@ _COLUMNS = (
 
 
 def _caption(model: str, trial: Trial, fields: dict[str, Any]) -> str:
-    rate = fields["ceilings"]["memory_of_a_rank"]["median"]
+    rates = [byte_rate(times["median"]) for times in fields["ceilings"].values()]
+    ranks = dict.fromkeys(lever.ranks for lever in trial.levers)
+    ceilings = " and ".join(f"{rate} ({n})" for n, rate in zip(ranks, rates, strict=True))
     return (
         f"{model}, {trial.dtype}, a prompt of {len(trial.prompt):,} tokens and {trial.answer} of "
         f"answer, threads per rank: {fields['threads']}. Further: time of each token after the "
-        f"first. Times as fast: of these, as {fields['results'][0]['lever']}. Read: weights and KV "
-        f"per rank; the ceiling is {byte_rate(rate)}. Idle: part of the threads' time, or of the "
-        "GPU's, in which nothing ran. Memory: weights, and the most beside them. Drafts: tokens "
-        "that came true, of those computed. Same tokens: as the first row's, from the beginning."
+        "first. The prompt ends by quoting itself, so lookup is at its best. Times as fast: of "
+        f"these, as {fields['results'][0]['lever']}. Read: weights and KV per rank, each once a "
+        f"step; the ceiling is {ceilings}, by so many ranks at once. Idle: part of the threads' "
+        "time, or of the GPU's, in which nothing ran. Memory: of a rank with this row alone, as "
+        "predicted. Drafts: tokens that came true, of those computed. Same tokens: as the first "
+        "row's, from the beginning."
     )
 
 
@@ -259,7 +264,7 @@ def _row(r: dict[str, Any]) -> list[str]:
         duration(r["ttft_seconds"]["median"]),
         duration(r["ttit_seconds"]["median"]),
         three(r["faster"]),
-        byte_rate(r["bytes"]),
+        "" if r["bytes"] is None else byte_rate(r["bytes"]),
         percent(r["of_ceiling"]),
         percent(r["idle"]),
         size(r["memory_bytes"]),
