@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
+from cptool.distributed.devices import nccl_options
 from cptool.distributed.group import Group
 from cptool.distributed.world import World
 from cptool.engine.engine import Engine
@@ -102,12 +104,13 @@ def _group_of(world: World, groups: list[range]) -> Group:
     """Make each group of ranks, and return this rank's; the group of one if it is in none of them.
     Collective over the launched world.
     """
-    members = None
+    members, whole = None, world.group
+    nccl = world.device.type == "cuda" and not whole.staged
     for ranks in groups:
-        made = dist.new_group(list(ranks))
+        options = nccl_options(default_pg_timeout) if nccl else None
+        made = dist.new_group(list(ranks), timeout=default_pg_timeout, pg_options=options)
         if world.rank in ranks:
             members = made
-    whole = world.group
     return Group(members, whole.device, staged=whole.staged, direct=whole.direct)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cptool.distributed.devices import (
     cores,
-    limit_nccl,
+    nccl_options,
     resolve_device,
     settle_kernels,
     transport,
@@ -21,13 +21,31 @@ from cptool.distributed.status_board import Board
 from cptool.distributed.world import World
 
 if TYPE_CHECKING:
+    import torch
     import torch.distributed as dist
+
+
+def take_device(seat: Seat, ranks: RankOptions) -> None:
+    """Choose this rank's GPU if it computes on one, before any group exists: otherwise all ranks
+    open device 0.
+
+    To be called before a deadline runs for the ranks to meet, because the first use of a build on a
+    kind of GPU tests the kernels, which takes up to minutes.
+    """
+    if resolve_device(ranks.device, seat.local_size) == "cpu":
+        return
+    import torch
+
+    where = _gpu(seat)
+    torch.cuda.set_device(where)
+    settle_kernels(where.index, tell=seat.local_rank == 0)
 
 
 def connect(
     seat: Seat, ranks: RankOptions, board: Board, store: dist.Store, *, place: str = ""
 ) -> World:
-    """Join the process group whose ranks meet in `store`, and build its CP and TP groups.
+    """Join the process group whose ranks meet in `store`, and build its CP and TP groups. Call
+    `take_device` before.
 
     place: appended to the error that is raised if some ranks do not arrive.
     """
@@ -43,16 +61,14 @@ def connect(
     staged = transport(device, seat.local_size, ranks.transport) == "staged"
     where = torch.device("cpu")
     if device == "cuda":
-        where = torch.device("cuda", seat.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(where)  # before any group exists, or all ranks open device 0
-        settle_kernels(where.index, tell=seat.local_rank == 0)
+        where = _gpu(seat)
     if staged and device == "cuda" and seat.rank == 0:
         print("cptool: messages between ranks go through host memory", file=sys.stderr, flush=True)
     # A shorter timeout could end a sound run on a busy machine, where a rank may get no core for
     # that long.
     patience = datetime.timedelta(seconds=max(timeout, START_S))
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" and not staged else "gloo"
-    limit_nccl()
+    nccl = device == "cuda" and not staged
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     meet(store, seat, timeout + START_S, place)
     dist.init_process_group(
         backend, store=store, rank=seat.rank, world_size=seat.size, timeout=patience
@@ -65,7 +81,11 @@ def connect(
 
     grid = torch.arange(seat.size).view(cp, tp)
     # Not by a DeviceMesh: the groups that it makes have the library's timeout, half an hour.
-    cp_members, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=patience)
+    # Few thread blocks for the rings alone: all-reduces, which nothing hides, take as many as they
+    # can use.
+    cp_members, _ = dist.new_subgroups_by_enumeration(
+        grid.T.tolist(), timeout=patience, pg_options=nccl_options(patience) if nccl else None
+    )
     tp_members, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=patience)
     carry = {"staged": staged, "direct": ranks.transport == "direct"}
     cp_group, tp_group = (
@@ -91,6 +111,12 @@ def connect(
         tp_group=tp_group,
         board=board,
     )
+
+
+def _gpu(seat: Seat) -> torch.device:
+    import torch
+
+    return torch.device("cuda", seat.local_rank % torch.cuda.device_count())
 
 
 def call_entry(entry: Callable[..., Any], args: tuple, world: World) -> Any:

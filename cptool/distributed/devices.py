@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
 from cptool.errors import OptionError, UserError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 def resolve_device(device: str, local_size: int = 1) -> str:
@@ -68,7 +73,7 @@ def settle_kernels(index: int, *, tell: bool) -> None:
 
 
 NCCL_BLOCKS = 8
-"""Most thread blocks of a transfer by NCCL, each of which fills a multiprocessor.
+"""Most thread blocks of a transfer in a ring by NCCL, each of which fills a multiprocessor.
 
 Attention leaves as many multiprocessors free while a transfer is under way, 6% of an H100: its
 kernel otherwise takes every register of the device, and transfers would begin when it ends. Eight
@@ -77,20 +82,32 @@ hidden under attention all the same.
 """
 
 
-def limit_nccl() -> None:
-    """Have NCCL's transfers start beside kernels that fill the rest of the device. To be called
-    before the first group is made; variables that the user has set stay.
+def nccl_options(timeout: datetime.timedelta) -> Any:
+    """Return options for a group of NCCL whose transfers start beside kernels that fill the rest of
+    the device: on streams of high priority, by few thread blocks.
     """
-    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
-    os.environ.setdefault("NCCL_MAX_CTAS", str(NCCL_BLOCKS))
+    import torch.distributed as dist
+
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = NCCL_BLOCKS
+    options._timeout = timeout  # torch warns of another one than its argument's
+    return options
 
 
-def nccl_blocks() -> int:
-    """Return the thread blocks that a transfer by NCCL takes at most, as far as the environment
-    says.
+def nccl_blocks(group: dist.ProcessGroup) -> int:
+    """Return the thread blocks that a transfer of an NCCL group takes at most: by the environment,
+    which NCCL prefers, or by the group's options. 0 if neither says.
     """
+    import torch
+
     most = os.environ.get("NCCL_MAX_CTAS", "")
-    return int(most) if most.isdecimal() else NCCL_BLOCKS
+    if most.isdecimal() and int(most):
+        return int(most)
+    try:
+        options: Any = group._get_backend(torch.device("cuda")).options
+        return max(0, options.config.max_ctas)  # negative where it is not set
+    except (AttributeError, RuntimeError):  # not NCCL, or a torch that does not show them
+        return 0
 
 
 def _gpus() -> int:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from cptool.distributed.connect import call_entry, connect
+from cptool.distributed.connect import call_entry, connect, take_device
 from cptool.distributed.devices import cores, resolve_device, settle_kernels
 from cptool.distributed.environment import Seat, launched
 from cptool.distributed.failure import RankFailed, describe, is_communication
@@ -118,6 +118,7 @@ def _joined(
 
     try:
         store = launchers_store(seat, ranks.timeout)
+        take_device(seat, ranks)
         with start_deadline(ranks.timeout, give_up):
             world = connect(seat, ranks, board, store, place=f" to {launchers_address()}")
         return call_entry(entry, args, world)

@@ -24,7 +24,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from cptool.distributed import server_process
-from cptool.distributed.connect import call_entry, connect
+from cptool.distributed.connect import call_entry, connect, take_device
 from cptool.distributed.devices import resolve_device, transport
 from cptool.distributed.environment import Seat
 from cptool.distributed.failure import RankFailed, describe, is_communication
@@ -156,6 +156,7 @@ def _rank_main(
         os._exit(1)
 
     try:
+        take_device(seat, ranks)
         with start_deadline(ranks.timeout, give_up):
             world = connect(seat, ranks, board, store)
         value = call_entry(entry, args, world)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cptool.distributed.devices import NCCL_BLOCKS
 from cptool.parallel.ring import Ring, Transfer
 from cptool.planning.hardware import Link
 
@@ -108,6 +109,7 @@ class EmulatedRing(Ring):
         super().__init__()
         self.rank, self.size = rank, size
         self.timeline, self._transfers = timeline, 0
+        self._blocks = NCCL_BLOCKS  # as those of the ring that this stands for
 
     def _start(
         self,

@@ -5,6 +5,7 @@ the packages that the command line needs. The test suite covers many more shapes
 """
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from cptool.cache import NEVER
+from cptool.distributed.signals import end_with_parent
 from cptool.exactness.reference import attention
 from cptool.ops import trials
 from cptool.ops.attention import attention_partial, merge_partials
@@ -24,6 +26,12 @@ from cptool.ops.kernels import (
     force_cpu_isa,
     force_cuda_kernel,
 )
+
+LIFETIME_S = 120
+"""Of a self-test in a process of its own, in case that nobody ends it."""
+
+ROOM_BYTES = 64 << 20
+"""Device memory that the checks need, with room to spare."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,8 @@ def kernels(device: str) -> list[str]:
 
 def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
     """Check every kernel that this machine can run, or `only` one: attention in every dtype for
-    prefill and decode shapes and with a window and a soft cap, then the merge and the token-wise
+    prefill and decode shapes and with a window and a soft cap; with CUDA's tensor cores also on one
+    thread block, into a running result and in pieces of keys; then the merge and the token-wise
     steps.
     """
     force, head_dims = force_cpu_isa, [64, 128]
@@ -55,10 +64,12 @@ def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
     for kernel in kernels(device) if only is None else [only]:
         with force(kernel):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                for head_dim in head_dims:
-                    for case in (PREFILL, DECODE, WINDOWED):
-                        if _taken(device, dtype, head_dim, case) == kernel:
-                            yield _attention(device, kernel, dtype, head_dim=head_dim, case=case)
+                cases = [(d, case) for d in head_dims for case in (PREFILL, DECODE, WINDOWED)]
+                if device == "cuda" and dtype != torch.float32:
+                    cases += TENSOR_CORES
+                for head_dim, case in cases:
+                    if _taken(device, dtype, head_dim, case) == kernel:
+                        yield _attention(device, kernel, dtype, head_dim=head_dim, case=case)
     yield _merge(device)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield _tokenwise(device, dtype)
@@ -73,6 +84,9 @@ class Case:
     keys: tuple[torch.Tensor, ...]
     window: int | None = None
     cap: float | None = None
+    sm_margin: int = 0
+    into: bool = False
+    """Whether every second key is computed with first, and the others into that result."""
 
 
 # Two sequences in two chunks, as ring shards are; and single tokens over many keys.
@@ -87,6 +101,14 @@ DECODE = Case(
     keys=(torch.arange(0, 1505), torch.arange(1, 301, 3)),
 )
 WINDOWED = replace(PREFILL, name=", window and soft cap", window=90, cap=2.0)
+# A single thread block takes all jobs, most of them from the counter.
+CROWDED = replace(PREFILL, name=", one thread block", sm_margin=1 << 20)
+RUNNING = replace(CROWDED, name=", one thread block, into a running result", into=True)
+# Few jobs of many keys, with a head dimension that leaves them to the kernel for 9.0.
+PIECES = Case(
+    name=", pieces of keys", queries=(torch.arange(1990, 2010),), keys=(torch.arange(0, 2010),)
+)
+TENSOR_CORES = [(64, CROWDED), (64, RUNNING), (128, CROWDED), (128, RUNNING), (112, PIECES)]
 
 
 def _taken(device: str, dtype: torch.dtype, head_dim: int, case: Case) -> str:
@@ -99,13 +121,12 @@ def _taken(device: str, dtype: torch.dtype, head_dim: int, case: Case) -> str:
 
 
 def _attention(device: str, kernel: str, dtype: torch.dtype, *, head_dim: int, case: Case) -> Check:
-    """Check two sequences, with 9 query heads on 3 KV heads, in a cache with slack."""
+    """Check one call, with 9 query heads on 3 KV heads, in a cache with slack."""
     generator = torch.Generator().manual_seed(head_dim)
     q_pos, k_pos, slack = case.queries, case.keys, 13
     q = torch.randn(sum(map(len, q_pos)), 9, head_dim, generator=generator).to(dtype)
-    kv = torch.randn(sum(map(len, k_pos)) + 2 * slack, 2, 3, head_dim, generator=generator).to(
-        dtype
-    )
+    kv = torch.randn(sum(map(len, k_pos)) + len(k_pos) * slack, 2, 3, head_dim, generator=generator)
+    kv = kv.to(dtype)
     slots = [torch.cat([p, torch.full((slack,), NEVER)]) for p in k_pos]
     starts = torch.tensor([0, *map(len, slots)]).cumsum(0)
     for stop in starts[1:].tolist():
@@ -115,7 +136,7 @@ def _attention(device: str, kernel: str, dtype: torch.dtype, *, head_dim: int, c
 
     def whole(compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         parts = []
-        for b in range(2):
+        for b in range(len(q_pos)):
             held = slice(starts[b], starts[b] + len(k_pos[b]))
             part = attention(
                 q[rows[b] : rows[b + 1]].to(compute),
@@ -134,20 +155,9 @@ def _attention(device: str, kernel: str, dtype: torch.dtype, *, head_dim: int, c
     plain = whole(dtype)[0]
     # Twice the error of a plain implementation in the same type, and one rounding of the result.
     allowed = 2 * (plain - out).abs().max() + torch.finfo(dtype).eps * out.abs().max()
-    keys, values = kv.to(device).unbind(1)
-    got, got_lse = attention_partial(
-        q.to(device),
-        keys,
-        values,
-        q_pos=torch.cat(q_pos).int().to(device),
-        k_pos=torch.cat(slots).int().to(device),
-        cu_q=rows.int().to(device),
-        cu_k=starts.int().to(device),
-        scale=scale,
-        out_dtype=dtype,
-        window=case.window,
-        cap=case.cap,
-    )
+    queries = torch.cat(q_pos).int().to(device), rows.int().to(device)
+    held = torch.cat(slots).int().to(device), starts.int().to(device)
+    got, got_lse = _called(q.to(device), kv.to(device), queries, keys=held, scale=scale, case=case)
     seen, got, got_lse = ~lse.isinf(), got.cpu(), got_lse.cpu()
     pairs = [
         ((got - out).abs().max(), allowed),
@@ -161,6 +171,39 @@ def _attention(device: str, kernel: str, dtype: torch.dtype, *, head_dim: int, c
         error = torch.tensor(torch.inf)  # a query saw what it must not see, or not what it must
     name = f"attention {kernel}, {str(dtype)[6:]}, D {head_dim}{case.name}"
     return Check(name, float(error), float(allowed))
+
+
+def _called(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    queries: tuple[torch.Tensor, torch.Tensor],
+    *,
+    keys: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
+    case: Case,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the kernel says. queries, keys: their positions and offsets."""
+    (q_pos, cu_q), (k_pos, cu_k), running = queries, keys, None
+    for half in (0, 1) if case.into else (None,):
+        # Positions ascend, so every second slot is every second one of each sequence.
+        k, v = (kv if half is None else kv[half::2]).unbind(1)
+        running = attention_partial(
+            q,
+            k,
+            v,
+            q_pos=q_pos,
+            k_pos=k_pos if half is None else k_pos[half::2].contiguous(),
+            cu_q=cu_q,
+            cu_k=cu_k if half is None else (cu_k + 1 - half) // 2,
+            scale=scale,
+            into=running,
+            out_dtype=torch.float32 if case.into else q.dtype,
+            window=case.window,
+            cap=case.cap,
+            sm_margin=case.sm_margin,
+        )
+    assert running is not None
+    return running
 
 
 def _merge(device: str) -> Check:
@@ -219,20 +262,30 @@ def _tokenwise(device: str, dtype: torch.dtype) -> Check:
     return Check(f"token-wise steps, {str(dtype)[6:]}", float(error), float(allowed))
 
 
-def run_apart(device: str, kernel: str, patience_s: float = 120.0) -> list[Check]:
+def run_apart(device: str, kernel: str, patience_s: float = 100.0) -> list[Check]:
     """Call `run` for one kernel in a separate process, because a wrong kernel can leave the device
     in a bad state.
 
-    Raises RuntimeError, one line, if that process does not end well.
+    Raises RuntimeError, one line, if that process does not end well: `trials.NotStarted` if that
+    says nothing of the kernel.
     """
     process = trials.start(device, kernel)
     return [Check(**fields) for fields in trials.answer(process, patience_s)]
 
 
 def main(arguments: list[str]) -> int:
-    """Print each check as a line of JSON and return `FAILED` if one is wrong."""
+    """Print each check as a line of JSON and return `FAILED` if one is wrong.
+
+    With the third argument `trials.APART` this process ends with its parent and in any case soon,
+    and prints `trials.READY` once it has the device.
+    """
+    if arguments[2:] == [trials.APART]:
+        end_with_parent()
+        signal.alarm(LIFETIME_S)
+        torch.ones(ROOM_BYTES, dtype=torch.uint8).to(arguments[0])[-1].item()
+        print(json.dumps(trials.READY), flush=True)
     failed = False
-    for check in run(*(arguments or ["cpu"])):
+    for check in run(*(arguments[:2] or ["cpu"])):
         print(json.dumps(asdict(check)), flush=True)
         failed |= not check.passed
     return trials.FAILED if failed else 0

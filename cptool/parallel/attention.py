@@ -208,7 +208,9 @@ def over_local(
     margin: multiprocessors to leave to transfers under way.
     """
     k, v, k_pos, cu_k = kv.local
-    prefix = None if kv.prefix is None else _over_prefix(q, queries, kv.prefix, scores=scores)
+    prefix = None
+    if kv.prefix is not None:
+        prefix = _over_prefix(q, queries, kv.prefix, scores=scores, margin=margin)
     out, lse = attention(
         q,
         queries,
@@ -223,7 +225,7 @@ def over_local(
 
 
 def _over_prefix(
-    q: torch.Tensor, queries: Placement, prefix: LayerKV, *, scores: Scores
+    q: torch.Tensor, queries: Placement, prefix: LayerKV, *, scores: Scores, margin: int
 ) -> Partial:
     """Compute attention of q over what its sequences share: to the kernel, the queries of all that
     share a sequence are one sequence's, so that they read its keys together.
@@ -235,12 +237,12 @@ def _over_prefix(
     ends = queries.cu_seqlens[::shared_by].contiguous()
     if scores.window is None:
         together = Placement(torch.full_like(queries.positions, NEVER - 1), ends)
-        return over_local(q, together, prefix, scores=scores)
+        return over_local(q, together, prefix, scores=scores, margin=margin)
     number = torch.arange(queries.tokens, dtype=ends.dtype, device=q.device)
     group = torch.searchsorted(ends[1:], number, right=True)
     order = ((group << 32) + queries.positions).argsort()
     together = Placement(queries.positions[order], ends)
-    out, lse = over_local(q[order], together, prefix, scores=scores)
+    out, lse = over_local(q[order], together, prefix, scores=scores, margin=margin)
     back = order.argsort()
     return out[back], None if lse is None else lse[back]
 

@@ -9,10 +9,11 @@ there for what is queued on the current stream so far, so it reads what that has
 to a buffer that nothing reads any more; kernels that follow on the current stream run beside it,
 until `wait` makes the stream wait for the end of the transfer. The tensors of a transfer are
 referenced until then, and memory that is freed later is reused by the current stream, whose work
-comes after: the caching allocator needs no `record_stream`. The group's streams have high priority
-and few thread blocks (`cptool.distributed.devices`), and attention leaves room for these
+comes after: the caching allocator needs no `record_stream`. The streams of our own groups have high
+priority and few thread blocks (`cptool.distributed.devices`), and attention leaves room for these
 (`Ring.margin`), otherwise a kernel that fills the device would keep transfers from starting before
-it ends.
+it ends. It leaves none where the number of thread blocks is not known, as in most groups of a
+user's program.
 """
 
 from __future__ import annotations
@@ -63,11 +64,14 @@ class Ring:
         self._exposure, self._device = Exposure(), torch.device("cpu")
         self._memory: dict[int | str, torch.Tensor] = {}
         self._batches = 0  # under way
+        self._blocks, carrier, device = 0, self.group.process_group, self.group.device
+        if carrier and device and device.type == "cuda" and not self.group.staged:
+            self._blocks = nccl_blocks(carrier)
 
     @property
     def margin(self) -> int:
-        """Multiprocessors of the device that the transfers under way take."""
-        return nccl_blocks() if self._batches > 0 and self._device.type == "cuda" else 0
+        """Multiprocessors of the device that the transfers under way take, as far as is known."""
+        return self._blocks if self._batches > 0 and self._device.type == "cuda" else 0
 
     @property
     def exposed_s(self) -> float:

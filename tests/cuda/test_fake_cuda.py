@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_cuda
 import pytest
@@ -14,6 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from cptool.cli.main import main
+from cptool.distributed.devices import nccl_blocks
 
 HELPERS = Path(fake_cuda.__file__).parent
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU is real here")
@@ -120,9 +122,14 @@ def test_two_gpus(tiny_model, tmp_path, expected):
     assert len(run.said[3]["token_ids"][0]) == 6 and run.said[3]["dtype"] == "bfloat16"
     for command in range(4):
         groups = run.of(command, "group")
-        settings = {"TORCH_NCCL_HIGH_PRIORITY": "1", "NCCL_MAX_CTAS": "8"}
         assert len(groups) == 2 and all(g["backend"] == "cpu:gloo,cuda:nccl" for g in groups)
-        assert all(g[name] == value for g in groups for name, value in settings.items())
+        # Of the groups of each rank, the one of its ring alone has few thread blocks.
+        made = [(g["ranks"], g["blocks"], g["high"]) for g in run.of(command, "subgroup")]
+        alone, both = [[0], [1]], [[0, 1]] * 2
+        cp, tp = (alone, both) if command == 2 else (both, alone)
+        assert sorted(made) == sorted(
+            [(ranks, 8, True) for ranks in cp] + [(ranks, 0, False) for ranks in tp]
+        )
         assert {fields["index"] for fields in run.of(command, "device")} == {0, 1}
         # Decode by the variant of the prompt is no graph's.
         graphs = (2, 10) if command > 1 else (0, 0)
@@ -132,6 +139,26 @@ def test_two_gpus(tiny_model, tmp_path, expected):
         margins = [fields["sm_margin"] for fields in run.of(command, "attention")]
         assert margins.count(8) >= 4 and margins.count(0) >= 4
     assert {fields["sm_margin"] for fields in run.of(2, "attention")} == {0}
+
+
+def test_room_for_as_many_thread_blocks_as_the_user_allows(tiny_model, tmp_path):
+    asked = generate(tiny_model, "--cp", 2, "--variant", "pass-kv")
+    run = Run(tmp_path, 2, asked, NCCL_MAX_CTAS="3")
+    assert run.codes == [0], run.err
+    assert {fields["sm_margin"] for fields in run.of(0, "attention")} == {0, 3}
+
+
+@pytest.mark.parametrize(
+    "most, variable, blocks", [(16, None, 16), (-(2**31), None, 0), (16, "4", 4), (16, "0", 16)]
+)
+def test_how_many_thread_blocks_a_group_takes(monkeypatch, most, variable, blocks):
+    """The environment goes before the group's options; a user's group may have no limit."""
+    monkeypatch.delenv("NCCL_MAX_CTAS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("NCCL_MAX_CTAS", variable)
+    options = SimpleNamespace(config=SimpleNamespace(max_ctas=most))
+    group = SimpleNamespace(_get_backend=lambda device: SimpleNamespace(options=options))
+    assert nccl_blocks(group) == blocks
 
 
 def test_what_does_not_fit_is_refused_beforehand(tiny_model, tmp_path):

@@ -1,6 +1,6 @@
 """The self-test of one kernel as `cptool.ops.trials` starts it, on the emulated kernels.
 
-    python emulated_selftest.py LIBRARY MISTAKE cuda KERNEL
+    python emulated_selftest.py LIBRARY MISTAKE cuda KERNEL apart
 
 sm90 is that of LIBRARY (planted.py) and makes the MISTAKE, a number; a deadlock, which the
 emulation sees, hangs as it would on a GPU. The others are right.
@@ -14,8 +14,9 @@ from pathlib import Path
 
 
 def main() -> int:
-    library, mistake, _, kernel = sys.argv[1:]
+    library, mistake, _, kernel, apart = sys.argv[1:]
     if kernel != "sm90":
+        print(json.dumps({"ready": True}))
         print(json.dumps({"name": kernel, "error": 0.0, "allowed": 1.0}))
         return 0
     import torch
@@ -27,13 +28,18 @@ def main() -> int:
         entries = ("emulated_attention",)
 
     emulator = Sm90(Path(library))
+    emulator._library.emulated_device(16, 1 << 20)
     emulator._library.emulated_mistake(int(mistake))
 
     def attention(q, k, v, *, window, cap, **others):
         names = ("q_pos", "k_pos", "cu_q", "cu_k", "scale")
         try:
             return emulator.attention(
-                q, k, v, *(others[name] for name in names), out_dtype=others["out_dtype"]
+                q,
+                k,
+                v,
+                *(others[name] for name in names),
+                **{name: others[name] for name in ("into", "out_dtype", "sm_margin")},
             )
         except RuntimeError as error:
             if "deadlock" in str(error):
@@ -49,7 +55,7 @@ def main() -> int:
     selftest._taken = lambda device, dtype, head_dim, case: (
         "simt" if dtype == torch.float32 or case.window else "sm90"
     )
-    return selftest.main(["cuda", kernel])
+    return selftest.main(["cuda", kernel, apart])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """GPUs that are not there: what cptool uses of torch's CUDA, played on the CPU.
 
     python fake_cuda.py ARGUMENT... [+ ARGUMENT...]     # as `cptool ARGUMENT...`, one after another
-    python fake_cuda.py --selftest cuda KERNEL
+    python fake_cuda.py --selftest cuda KERNEL apart
 
 Environment: FAKE_GPUS, how many there are; FAKE_FREE, bytes of theirs that are free; FAKE_WRONG, a
 kernel that fails; FAKE_LOG, a file for what was asked of them, a line of JSON each.
@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -259,6 +260,39 @@ def _unwrapped(function):
     return carried
 
 
+class NcclOptions:
+    """torch.distributed.ProcessGroupNCCL.Options."""
+
+    def __init__(self, is_high_priority_stream: bool = False) -> None:
+        self.is_high_priority_stream, self._timeout = is_high_priority_stream, None
+        self.config = SimpleNamespace(max_ctas=-(2**31))
+
+
+def fake_nccl() -> None:
+    """Have gloo's groups take and show the options of NCCL's."""
+    dist.ProcessGroupNCCL = SimpleNamespace(Options=NcclOptions)
+    real_new, real_backend = dist.new_group, dist.ProcessGroup._get_backend
+    given: dict[str, NcclOptions] = {}
+
+    def new_group(ranks=None, timeout=None, *, pg_options=None, **others):
+        group = real_new(ranks, timeout, **others)
+        if isinstance(group, dist.ProcessGroup):
+            options = given[group.group_name] = pg_options or NcclOptions()
+            assert pg_options is None or options._timeout == timeout
+            blocks = max(0, options.config.max_ctas)
+            high = options.is_high_priority_stream
+            log(event="subgroup", ranks=ranks, blocks=blocks, high=high)
+        return group
+
+    def get_backend(self, device):
+        if device.type == "cuda" and self.group_name in given:
+            return SimpleNamespace(options=given[self.group_name])
+        return real_backend(self, device)
+
+    dist.new_group = dist.distributed_c10d.new_group = new_group
+    dist.ProcessGroup._get_backend = get_backend
+
+
 def set_device(device: torch.device) -> None:
     log(event="device", index=device.index)
     _here[0] = device
@@ -297,11 +331,11 @@ def install(gpus: int) -> None:
     real_init = dist.init_process_group
 
     def init_process_group(backend, **options):
-        names = ("TORCH_NCCL_HIGH_PRIORITY", "NCCL_MAX_CTAS")
-        log(event="group", backend=backend, **{name: os.environ.get(name) for name in names})
+        log(event="group", backend=backend)
         return real_init("gloo", **options)
 
     dist.init_process_group = init_process_group
+    fake_nccl()
     for name in (
         "all_reduce",
         "all_gather",
@@ -328,7 +362,7 @@ def install(gpus: int) -> None:
 
     trials.command = lambda device, kernel: [
         *(sys.executable, __file__, "--selftest"),
-        *(device, kernel),
+        *(device, kernel, trials.APART),
     ]
 
 

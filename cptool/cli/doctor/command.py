@@ -106,7 +106,8 @@ def _tested(*, on_gpu: bool) -> tuple[list[Result], str | None]:
 
     That one is right, and so are all slower ones, which do what it does not support. Each runs in a
     process of its own, because one that breaks the device would break it for the others. Later runs
-    go by the results.
+    go by the results. A process that does not come to have the device tests nothing: later runs use
+    its kernel and faster ones, unless a slower one is wrong.
     """
     import torch
 
@@ -115,21 +116,27 @@ def _tested(*, on_gpu: bool) -> tuple[list[Result], str | None]:
     from cptool.ops.kernels import cuda_kernels
 
     faults: dict[str, str | None] = {}
+    started = True
     results = list(_named(selftest.run("cpu"), "cpu"))
     best, sound = None, True
     for kernel in cuda_kernels() if on_gpu else ():
         try:
             of_kernel = list(_named(selftest.run_apart("cuda", kernel), "cuda"))
+        except trials.NotStarted as error:
+            started, fault = False, f"not tested: {error}"
+            of_kernel = [Result(group=kernel, device="cuda", fault=fault)]
         except RuntimeError as error:
             of_kernel = [Result(group=kernel, device="cuda", fault=str(error))]
         results += of_kernel
-        faults[kernel] = next((r.row()[1] for r in of_kernel if not r.passed), None)
+        if started:
+            faults[kernel] = next((r.row()[1] for r in of_kernel if not r.passed), None)
         sound = sound and all(result.passed for result in of_kernel)
         if sound:
             best = kernel
-    if faults and torch.cuda.device_count():
+    wrong = any(faults.values())
+    if faults and (started or wrong) and torch.cuda.device_count():
         trials.remember(0, faults)
-    return results, best
+    return results, best if started or wrong else kernel
 
 
 def _named(checks: Iterator[Check] | list[Check], device: str) -> Iterator[Result]:
