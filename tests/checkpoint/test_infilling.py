@@ -15,11 +15,20 @@ from transformers import CodeLlamaTokenizer
 from cptool.checkpoint import open_checkpoint
 from cptool.checkpoint.tokenizer import backends
 from cptool.checkpoint.tokenizer.gguf import from_gguf
+from cptool.checkpoint.tokenizer.huggingface import from_files
+from cptool.checkpoint.tokenizer.sentencepiece import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+)
 from cptool.cli.main import main
 from cptool.errors import UserError
 
 OWN = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
 FIM = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|endoftext|>", "<|fim_pad|>"]
+ENDS = ["<|endoftext|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|file_separator|>"]
 PREFIX = "def f(x):\n    "
 SUFFIXES = ["\n    return x", "return x", " x", "  x\n", "", "é"]
 
@@ -94,6 +103,8 @@ def test_generate_fills_a_gap(code_llama, processor, tmp_path):
         for prompt in (given, ("--token-ids", tmp_path / "ids.json"))
     )
     assert found == same
+    spelled = generate(*command[:3], "--prompt", "a", "--suffix", "x</s>").stderr
+    assert "--suffix: </s> in it read as letters" in spelled
     checkpoint = open_checkpoint(str(code_llama))
     ids = checkpoint.tokenizer().infill(PREFIX, "x")
     assert checkpoint.answer_ends(ids) == (2, processor.piece_to_id("▁<EOT>"))
@@ -107,6 +118,8 @@ def test_generate_fills_a_gap(code_llama, processor, tmp_path):
         (("--suffix", "x", "--synthetic", "9"), "plain texts; leave out --synthetic"),
         (("--suffix", "x", "--suffix-file", "x", "--prompt", "a"), "are both given"),
         (("--suffix", "x", "--batch-file", "x"), "--suffix does not go with --batch-file"),
+        (("--suffix", "", "--batch-file", "x"), "--suffix does not go with --batch-file"),
+        (("--suffix-file", "", "--batch-file", "x"), "--suffix-file does not go with --batch-file"),
         (("--suffix-file", "/none", "--prompt", "a"), "cannot be read"),
     ],
 )
@@ -138,3 +151,78 @@ def test_byte_level_vocabularies_have_no_space_to_leave_out(named):
     said = tokenizer.infill(PREFIX, "return x", bos=False)
     assert said == [ids[0], *parts[0], ids[1], *parts[1], ids[2]]
     assert set(tokenizer.infilling.ends) >= {ids[3], ids[4]}
+
+
+def ordinary_pieces(processor):
+    """Pieces and scores with Code Llama's tokens, and what its merges make them of."""
+    pieces = [processor.id_to_piece(i) for i in range(len(processor))]
+    scores = list(map(processor.get_score, range(len(pieces))))
+    parts = [*"<PRESUFMIDOT>", *(own[:n] for own in OWN for n in range(2, len(own)))]
+    new = [part for part in dict.fromkeys(parts) if part not in pieces]
+    return [*pieces, *new], [*scores, *([0.0] * len(new))]
+
+
+def from_merges_in_gguf(processor):
+    tokens, scores = ordinary_pieces(processor)
+    types = [UNKNOWN, CONTROL, CONTROL] + [NORMAL] * (len(tokens) - 3)
+    types = [BYTE if t.startswith("<0x") else k for t, k in zip(tokens, types, strict=True)]
+    values = {"model": "llama", "tokens": tokens, "scores": scores, "token_type": types}
+    return from_gguf(Path("x"), {f"tokenizer.ggml.{key}": value for key, value in values.items()})
+
+
+def from_merges_in_tokenizer_json(processor, folder):
+    tokens, scores = ordinary_pieces(processor)
+    ranked = sorted(range(3 + len(OWN) + 256, len(tokens)), key=lambda i: -scores[i])
+    merges = backends.all_merges([*(tokens[i] for i in ranked), *OWN])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    CodeLlamaTokenizer(vocab=vocabulary, merges=merges).save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    return from_files(folder / "tokenizer.json", settings)
+
+
+@pytest.mark.parametrize("file", ["gguf", "json"])
+def test_tokens_that_merges_make_are_neither_read_nor_written(processor, tmp_path, file):
+    if file == "gguf":
+        tokenizer = from_merges_in_gguf(processor)
+    else:
+        tokenizer = from_merges_in_tokenizer_json(processor, tmp_path)
+    before, behind, middle, end = map(processor.piece_to_id, OWN)
+    for text in ("a <PRE> b <EOT>", "<SUF> <MID>x", " <EOT>"):
+        ids = tokenizer.encode(text, bos=False)
+        assert not {before, behind, middle, end} & {*ids}
+        assert tokenizer.text([*ids, end], ended=True).lstrip() == text.lstrip()
+        assert [before, behind, middle] == [
+            i for i in tokenizer.infill(text, text) if i in (before, behind, middle, end)
+        ]
+
+
+@pytest.mark.parametrize("kind", [NORMAL, USER_DEFINED])
+def test_tokens_not_marked_as_special_are_neither_read_nor_written(kind):
+    backend, texts = trained(), [*FIM[:3], *ENDS]
+    backend.add_special_tokens(texts)
+    ids = [backend.token_to_id(text) for text in texts]
+    metadata = byte_level_metadata(backend, "qwen2")
+    for i in ids:
+        metadata["tokenizer.ggml.token_type"][i] = kind
+    tokenizer = from_gguf(Path("x"), metadata)
+    spelled = " x ".join(texts)
+    letters = tokenizer.encode(spelled, bos=False)
+    assert not {*ids} & {*letters}
+    assert tokenizer.spelled(spelled) == texts
+    assert {*ids} & {*tokenizer.infill(spelled, spelled)} == {*ids[:3]}
+    assert {*tokenizer.infilling.ends} >= {*ids[3:]}
+    for end in ids[3:]:
+        assert tokenizer.text([*letters, end], ended=True) == spelled
+        assert tokenizer.text([end], letters, ended=True, control=True) in texts
+
+
+def test_ends_that_metadata_names_end_an_answer():
+    backend, ends = trained(), ["<own pad>", "<own rep>", "<own sep>"]
+    backend.add_tokens([*FIM[:3], *ends])
+    ids = [backend.token_to_id(text) for text in ends]
+    named = {f"fim_{key}": i for key, i in zip(("pad", "rep", "sep"), ids, strict=True)}
+    metadata = byte_level_metadata(backend, "qwen2")
+    metadata |= {f"tokenizer.ggml.{key}_token_id": i for key, i in named.items()}
+    tokenizer = from_gguf(Path("x"), metadata)
+    assert {*tokenizer.infilling.ends} >= {*ids}
+    assert tokenizer.text(ids, ended=True) == ""

@@ -33,6 +33,9 @@ _INFILLING = {
     "suffix_token": ("fim_suf", "suffix"),
     "middle_token": ("fim_mid", "middle"),
     "eot_token": ("eot",),
+    "fim_pad_token": ("fim_pad",),
+    "fim_rep_token": ("fim_rep",),
+    "fim_sep_token": ("fim_sep",),
 }
 
 # Tokens that end a turn or a message, by the names that models give them. Many files name only the

@@ -12,7 +12,12 @@ from tokenizers import Tokenizer as Backend
 
 from cptool.checkpoint.tokenizer import library
 from cptool.checkpoint.tokenizer.chat_format import ChatFormat
-from cptool.checkpoint.tokenizer.infilling import Infilling, find_infilling
+from cptool.checkpoint.tokenizer.infilling import (
+    Infilling,
+    find_infilling,
+    infilling_texts,
+    unmerged,
+)
 from cptool.checkpoint.tokenizer.input_checks import check_ids, check_text
 from cptool.checkpoint.tokenizer.stream import TextStream
 from cptool.checkpoint.tokenizer.templates import Message
@@ -51,24 +56,22 @@ class Tokenizer:
         space_first: bool = False,
     ) -> None:
         self.bos_id, self._special = bos_id, special
-        # A token with a role is a control token even where the file does not mark it as special.
+        # Tokens with a role and those for infilling are control tokens even where the file does not
+        # mark them as special.
+        gap = infilling_texts(backend, special)
+        control = dict.fromkeys((*special.values(), *gap))
         present = {token.content for token in backend.get_added_tokens_decoder().values()}
         backend.add_special_tokens(
-            [
-                text
-                for text in dict.fromkeys(special.values())
-                if text not in present and backend.token_to_id(text) is not None
-            ]
+            [t for t in control if t not in present and backend.token_to_id(t) is not None]
         )
+        backend = unmerged(backend, gap)
         self._added = {
             token.content: (token_id, token)
             for token_id, token in sorted(backend.get_added_tokens_decoder().items())
             if token.content
         }
         marked = frozenset(
-            text
-            for text, (_, token) in self._added.items()
-            if token.special or text in special.values()
+            text for text, (_, token) in self._added.items() if token.special or text in control
         )
         self._left_out = {self._added[text][0] for text in marked}
         self._ends = tuple(text for text in ends if text in self._added)
@@ -116,8 +119,8 @@ class Tokenizer:
 
     def infill(self, prefix: str, suffix: str, bos: bool = True) -> list[int]:
         """Return the token ids of a prompt whose answer goes between two texts: `prefix`, `suffix`
-        and the token that begins the answer. Raises UserError if the model was not made for that,
-        and as `encode` does.
+        and the token that begins the answer. Raises UserError if the vocabulary has no tokens for
+        that, and as `encode` does. Whether the model was trained for it is not known here.
         """
         if (tokens := self.infilling) is None:
             raise UserError(

@@ -49,8 +49,8 @@ class BatchRequest:
             return
         others = {
             **{option: True for option, _ in asked.given[:1]},
-            "--suffix": asked.suffix,
-            "--suffix-file": asked.suffix_file,
+            "--suffix": asked.suffix is not None,
+            "--suffix-file": asked.suffix_file is not None,
             "--echo": output.echo,
             "--jsonl": output.json_lines,
             "--progress json": verbosity.writes_progress_lines(),

@@ -267,6 +267,9 @@ class Prompts:
             tokens = with_images(images, tokens, tokenizer.bos_id)
         if not self.parse:
             _say_what_is_spelled(name, text, tokenizer)
+            if behind is not None:
+                given = "--suffix" if self.suffix_file is None else str(self.suffix_file)
+                _say_what_is_spelled(given, behind, tokenizer)
         return Prompt(name=name, tokens=tokens, text=text)
 
 

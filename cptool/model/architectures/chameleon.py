@@ -45,6 +45,6 @@ FAMILY = Family(
     image_ends=("<racm3:break>", "<eoss>"),
     chat_template=_CHAT,
     other_tensors="model.vqmodel.",
-    refused="Meta's own layout and GGUF files; images but as token ids",
+    refused="Meta's own layout and GGUF files; images other than as token ids",
     weights=with_query_key_norms(with_optional_biases(WEIGHTS), _QUERY_KEY_NORMS),
 )
