@@ -18,8 +18,13 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cptool.checkpoint import open_checkpoint
+from cptool.checkpoint.gguf.metadata import Metadata
 from cptool.checkpoint.gguf.reader import QUANTISED
+from cptool.checkpoint.gguf.rope import stated_scaling
+from cptool.checkpoint.notes import Notes
 from cptool.checkpoint.sampling import SamplingDefaults
+from cptool.errors import UserError
+from cptool.model.architectures.registry import find_family
 from cptool.model.config import RopeScaling
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -194,6 +199,16 @@ def test_other_rotary_scaling(path):
     write(path, **{**scaling, "llama.rope.scaling.type": "yarn"})
     yarn = open_checkpoint(str(path)).config.rope_scaling
     assert (yarn.kind, yarn.factor, yarn.original_context) == ("yarn", 4.0, 128)
+    write(
+        path,
+        **{**scaling, "llama.rope.scaling.type": "yarn"},
+        **{"llama.rope.scaling.yarn_log_multiplier": 0.7},
+    )
+    parameters = dict(rope_type="yarn", factor=4.0, rope_theta=1e4, mscale=1.0, mscale_all_dim=0.7)
+    theirs = transformers.LlamaConfig(rope_parameters=parameters, max_position_embeddings=512)
+    _, expected = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
+    found = open_checkpoint(str(path)).config.rope_scaling.attention_factor
+    assert math.isclose(found, expected, rel_tol=1e-6) and found != yarn.attention_factor
     whole = {"llama.rope.scaling.attn_factor": 0.1 * math.log(4.0) + 1}  # as OLMo 3's files have it
     write(path, **{**scaling, "llama.rope.scaling.type": "yarn"}, **whole)
     assert open_checkpoint(str(path)).config.rope_scaling == yarn
@@ -201,6 +216,28 @@ def test_other_rotary_scaling(path):
     assert "attn_factor is 1.1386294, and cptool computes with 1.0" in refusal(path)
     write(path, **{**scaling, "llama.rope.scaling.type": "ntk"})
     assert "rope scaling 'ntk'" in refusal(path)
+
+
+def test_queries_that_grow_need_yarn(path):
+    family = find_family("ministral3")
+    fields = {"attention.temperature_scale": 0.5, "context_length": 128}
+    for more, grows in (
+        ({"type": "yarn", "factor": 4.0}, True),
+        ({"type": "yarn"}, False),
+        ({"type": "linear", "factor": 4.0}, False),
+        ({"type": "none"}, False),
+        ({}, False),
+    ):
+        values = fields | {f"rope.scaling.{key}": value for key, value in more.items()}
+        named = {f"{family.gguf}.{key}": value for key, value in values.items()}
+        metadata = Metadata(path, named, family.gguf)
+        if grows:
+            assert stated_scaling(metadata, family, Notes()).query_beta == 0.5
+            continue
+        with pytest.raises(UserError, match=r"temperature_scale is 0\.5, and cptool computes that"):
+            stated_scaling(metadata, family, Notes())
+        named[f"{family.gguf}.attention.temperature_scale"] = 0.0
+        assert getattr(stated_scaling(metadata, family, Notes()), "query_beta", None) is None
 
 
 def test_fingerprint_depends_on_the_bytes_and_not_on_the_place(tmp_path):

@@ -42,6 +42,8 @@ def stated_scaling(metadata: Metadata, family: Family, notes: Notes) -> RopeScal
         factor = None
     computed = 1.0 if kind != "yarn" or factor is None else _attention_factor(metadata, factor)
     _check_attention_factors(metadata, family, computed)
+    if kind != "yarn" or factor is None:
+        _check_queries(metadata, family)
     if kind == "none":
         if factor is not None:
             notes.add(f"{path}: {key} is none, so the factor {factor} beside it does not count")
@@ -70,6 +72,16 @@ def _check_attention_factors(metadata: Metadata, family: Family, computed: float
                 f"{metadata.path}: {metadata.key(name)} is {stated}, and cptool computes with "
                 f"{computed} in its place; use a Hugging Face checkpoint of the model"
             )
+
+
+def _check_queries(metadata: Metadata, family: Family) -> None:
+    """Refuse queries that grow with their position without yarn, where cptool computes none."""
+    key = "attention.temperature_scale"
+    if family.grows_queries and (scale := metadata.number(key, 0.0)):
+        raise UserError(
+            f"{metadata.path}: {metadata.key(key)} is {scale}, and cptool computes that with yarn "
+            f"scaling alone; use a Hugging Face checkpoint of the model"
+        )
 
 
 def context(metadata: Metadata, scaling: RopeScaling | None) -> int:
