@@ -36,7 +36,13 @@ import torch.distributed as dist
 from cptool.cache import LayerKV
 from cptool.errors import OptionError
 from cptool.ops.attention import attention_partial
-from cptool.ops.checks import check_max_len, refuse_gradients
+from cptool.ops.checks import (
+    check_max_len,
+    check_scale,
+    check_scores,
+    check_values,
+    refuse_gradients,
+)
 from cptool.ops.silu_attention import silu_attention_partial
 from cptool.parallel.attention import attend
 from cptool.parallel.deals import Deal, Lengths, deal_of
@@ -90,6 +96,7 @@ def ring_attention(
         scale = q.shape[-1] ** -0.5
     process_group, deal = group_of(group), deal_of(lengths, group)
     deal.check_tokens(q=q, k=k, v=v)
+    check_values(k, v)
     if variant not in ("auto", *names(baselines=True)):
         raise unknown(variant)
     step = deal.step(q.device, causal=causal)
@@ -102,7 +109,7 @@ def ring_attention(
         ring,
         lengths=deal.lengths,
         heads=(q.shape[1], *k.shape[1:]),
-        dtype=q.dtype,
+        dtypes=(q.dtype, k.dtype),
         causal=causal,
         variant=variant,
         choose=lambda: quickest(q, k, deal.lengths, deal.size),
@@ -148,10 +155,15 @@ def hstu_attention(
         UserError, ValueError: as for `ring_attention` and `silu_attention_partial`.
     """
     refuse_gradients("hstu_attention", q=q, k=k, v=v)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     check_max_len(max_len)
-    scores = Scores(q.shape[-1] ** -0.5 if scale is None else scale, window, max_len=max_len)
+    check_scores(window, None)
+    check_scale(scale)
+    scores = Scores(scale, window, max_len=max_len)
     process_group, deal = group_of(group), deal_of(lengths, group, targets)
     deal.check_tokens(q=q, k=k, v=v)
+    check_values(k, v)
     if variant not in ("auto", *names(baselines=True)):
         raise unknown(variant)
     ring = Ring()
@@ -161,7 +173,7 @@ def hstu_attention(
             ring,
             lengths=deal.lengths,
             heads=(q.shape[1], *k.shape[1:]),
-            dtype=q.dtype,
+            dtypes=(q.dtype, k.dtype),
             hstu=(deal.targets, scores),
             variant=variant,
             choose=lambda: quickest(q, k, deal.lengths, deal.size),
@@ -169,8 +181,7 @@ def hstu_attention(
     elif variant == "auto":
         variant = names()[0]
     step, rows = deal.step(q.device), deal.history_rows(q.device)
-    slab = torch.stack([k, v], dim=1)
-    slab = slab if rows is None else slab[rows]
+    slab = torch.stack([k, v] if rows is None else [k[rows], v[rows]], dim=1)
     keys = step.keys[deal.rank]
     kv = LayerKV(slab=slab, k_pos=keys.positions, cu_k=keys.cu_seqlens)
     out = attend(variant, q, kv, step, ring=ring, scores=scores)
@@ -247,7 +258,7 @@ def unshard(
     if process_group is None or process_group.size() == 1:
         return x.clone()
     ring = ring_for(process_group, x.device)
-    check_alike(ring, lengths=deal.lengths, heads=tuple(x.shape[1:]), dtype=x.dtype)
+    check_alike(ring, lengths=deal.lengths, heads=tuple(x.shape[1:]), dtypes=(x.dtype,))
     parts = ring.gather(x.contiguous(), deal.sizes)
     return torch.cat(parts).index_select(0, deal.order.to(x.device))
 

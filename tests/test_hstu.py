@@ -159,6 +159,34 @@ def test_ranks_must_agree():
         assert "ranks 0 and 1 of the group were given different `targets`, `window`" in message
 
 
+def refused(world):
+    """What two ranks say to the same mistake, of which one has no tokens."""
+    q, k, v = (cptool.shard(x, 1, world.cp_group.process_group) for x in tensors([1], q_type))
+    said = []
+    for more in ({"window": 0}, {"window": True}, {"scale": float("nan")}, {"max_len": 8.0}):
+        with pytest.raises(ValueError) as told:
+            cptool.hstu_attention(q, k, v, 1, world.cp_group.process_group, **{"max_len": 8} | more)
+        said.append(str(told.value))
+    for function, more in ((cptool.hstu_attention, {"max_len": 8}), (cptool.ring_attention, {})):
+        with pytest.raises(ValueError) as told:
+            function(q, k, v[..., :32], 1, world.cp_group.process_group, **more)
+        said.append(str(told.value).replace("[0, ", "[1, "))
+        with pytest.raises(UserError) as told:
+            wide = k.to(q_type if world.rank else torch.bfloat16)
+            function(q, wide, wide, 1, world.cp_group.process_group, **more)
+        said.append(str(told.value))
+    return [world.rank, len(q), said]
+
+
+def test_ranks_without_tokens_refuse_the_same():
+    (_, one, told), (_, none, same) = run_ranks(2, refused)
+    assert (one, none) == (1, 0) and told == same
+    rules = ["window is 0", "window is True", "scale is nan", "max_len is 8.0"]
+    rules += ["v has shape [1, 2, 32]", "were given different dtypes"] * 2
+    for rule, message in zip(rules, told, strict=True):
+        assert rule in message and "\n" not in message
+
+
 def test_mistakes_are_one_line():
     q, k, v = tensors([8], torch.float32)
     for lengths, options, rule in [

@@ -105,6 +105,10 @@ def check_attention(
                 f"{name} has strides {tensor.stride()}; its innermost dimension must be contiguous"
             )
         _check_device(tensor, device, name, "q")
+    check_scale(scale)
+
+
+def check_scale(scale: float) -> None:
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be finite")
 
@@ -112,8 +116,13 @@ def check_attention(
 _LEAST_CAP, _MOST_CAP = 1e-30, 1e30
 
 
+def check_values(k: Tensor, v: Tensor) -> None:
+    _check_shape("v", v, k.shape, "the shape of k")
+    _check_dtype("v", v, k.dtype, " like k")
+
+
 def check_scores(window: int | None, cap: float | None) -> None:
-    if window is not None and (type(window) is bool or window < 1):
+    if window is not None and (not _is_int(window) or window < 1):
         raise ValueError(f"window is {window}; it must be at least 1 position, or None for all")
     if cap is not None and not _LEAST_CAP <= cap <= _MOST_CAP:
         raise ValueError(
@@ -122,8 +131,12 @@ def check_scores(window: int | None, cap: float | None) -> None:
         )
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt) and type(value) is not bool
+
+
 def check_max_len(max_len: int) -> None:
-    if type(max_len) is bool or not 1 <= max_len < 1 << 31:
+    if not _is_int(max_len) or not 1 <= max_len < 1 << 31:
         raise ValueError(
             f"max_len is {max_len}; it must be a number of tokens from 1 to {2**31 - 1}"
         )

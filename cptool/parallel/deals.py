@@ -100,11 +100,21 @@ class Deal:
         """Return int64 indices of this rank's tokens that are no targets; None for all."""
         if not any(self.targets):
             return None
-        return self._rows(self.placements[self.rank], targets=False).to(device)
+        return self._own_rows(device, targets=False)
 
     def target_rows(self, device: torch.device) -> torch.Tensor:
         """Return int64 indices of this rank's targets."""
-        return self._rows(self.placements[self.rank], targets=True).to(device)
+        return self._own_rows(device, targets=True)
+
+    @functools.cached_property
+    def _rows_on(self) -> dict[tuple[torch.device, bool], torch.Tensor]:
+        return {}
+
+    def _own_rows(self, device: torch.device, *, targets: bool) -> torch.Tensor:
+        if (device, targets) not in self._rows_on:
+            rows = self._rows(self.placements[self.rank], targets=targets)
+            self._rows_on[device, targets] = rows.to(device)
+        return self._rows_on[device, targets]
 
     def _before_targets(self, tokens: Placement) -> Placement:
         """Return the tokens with targets at the end of their history."""

@@ -69,7 +69,7 @@ def check_alike(
     *,
     lengths: Sequence[int],
     heads: Sequence[int],
-    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype],
     causal: bool = True,
     hstu: Sequence[object] = (),
     variant: str = "",
@@ -82,7 +82,7 @@ def check_alike(
     the choice of rank 0 is taken, because ranks may know different profiles of the hardware.
     """
     known = ["", *names(baselines=True)]
-    key = (tuple(lengths), tuple(heads), dtype, causal, tuple(hstu), variant)
+    key = (tuple(lengths), tuple(heads), tuple(dtypes), causal, tuple(hstu), variant)
     agreed = _agreed.setdefault(ring, {})
     if key in agreed:
         return agreed[key]
@@ -90,7 +90,7 @@ def check_alike(
     own = {
         "lengths": _digest(tuple(lengths)),
         "heads and widths": _digest(tuple(heads)),
-        "dtypes": _digest(str(dtype)),
+        "dtypes": _digest(tuple(dtypes)),
         "`causal`": int(causal),
         "`targets`, `window`, `scale` or `max_len`": _digest(tuple(hstu)),
         "`variant`": _digest(variant),
