@@ -15,6 +15,7 @@ from cptool.distributed.world import World
 from cptool.engine.drafts.begun import Begun
 from cptool.engine.drafts.checked import Checked
 from cptool.engine.prefill.forwards import Forwards
+from cptool.engine.state import Mark
 from cptool.engine.static_decode import Observer, StaticDecode, StepContext
 from cptool.model.llama import Llama
 from cptool.planning.cost.exchange import ALL_Q
@@ -153,6 +154,14 @@ class Engine(Forwards):
         self.cache.truncate(self.computed)
         self.holdings.truncate(self.computed)
 
+    def truncate(self, lengths: list[int]) -> None:
+        self._begun = None
+        super().truncate(lengths)
+
+    def rewind(self, mark: Mark) -> None:
+        self._begun = None
+        super().rewind(mark)
+
     def fixed(self, variant: str | None, rows: int) -> str | Choice:
         """Return a variant for all steps of an answer of `rows` sequences: what is chosen for one
         token of each now. A later choice, or one for more rows, might change the bits.
@@ -188,8 +197,11 @@ class Engine(Forwards):
 
     def settle(self) -> None:
         """Record the tokens of static steps in the cache, as `extend` does for its tokens, and drop
-        drafts that were not accepted.
+        drafts that were not accepted, those included that were only begun.
         """
+        if self._begun is not None:
+            self._begun = None
+            self._go_back()
         self._drop_drafts()
         if not self._stepping:
             return

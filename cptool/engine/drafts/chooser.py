@@ -21,6 +21,9 @@ _SURE = 0.2, 0.4, 0.6, 0.8, 0.9, 0.97
 PRIORS = 0.15, 0.3, 0.5, 0.65, 0.8, 0.9, 0.95
 """Part of the drafts of each kind that come true at first."""
 
+_LARGEST = 1e30
+"""A bound of logits that leaves room for penalties."""
+
 
 class Chooser:
     """Chooses from the logits of a source what the answer's rule would choose from them, with the
@@ -52,7 +55,8 @@ class Chooser:
 
     def choose(self, logits: Mapping[int, torch.Tensor]) -> dict[int, Draft]:
         """Return a draft after each text of `logits`, float32 [vocabulary] each."""
-        rows = {b: row.nan_to_num() for b, row in logits.items()}  # no draft is an error
+        # No draft is an error: what is not finite, or would not be after a penalty, is replaced.
+        rows = {b: row.nan_to_num().clamp(-_LARGEST, _LARGEST) for b, row in logits.items()}
         temperature = self._sampling.temperature or 1.0
         found = {}
         for b, token in self._sampler.picks(rows).items():

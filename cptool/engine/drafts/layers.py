@@ -38,8 +38,7 @@ class LayerDrafts(Successive):
     def find(
         self, picks: Mapping[int, int], most: Mapping[int, int], budget: Budget
     ) -> dict[int, list[int]]:
-        if not any(most.values()) or not budget.pays(self.acceptance.mean):
-            self.acceptance.relax()
+        if not any(most.values()) or not self._pays(budget):
             return {}
         self._most = {b: 1 + count for b, count in most.items()}
         self._chooser.begin(picks)

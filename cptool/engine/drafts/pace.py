@@ -84,11 +84,6 @@ class Acceptance:
         """Return how probable it is that a draft of this kind comes true after those before it."""
         return self._true[kind] / self._all[kind]
 
-    @property
-    def mean(self) -> float:
-        """How probable it is that a draft comes true whose kind is not known yet."""
-        return sum(self._true) / sum(self._all)
-
     def relax(self) -> None:
         """Return a little towards the priors, as a text may have changed since the last draft."""
         for kind, prior in enumerate(self._priors):
@@ -121,6 +116,51 @@ class Budget:
             return False
         self._tokens += chance
         self._rows, self._room, self._first = self._rows + 1, self._room - 1, False
+        return True
+
+
+_FIRST, _AGAIN, _AGED = 4.0, 0.5, 0.95
+"""How many drafts a prior counts as at first and when drafting is tried again; how much of the past
+counts with each further step.
+"""
+
+_WAIT, _LONGEST_WAIT = 8, 64
+"""Steps without drafts until they are tried again: at first, and at most."""
+
+
+class Worth:
+    """Whether drafts pay whose kind is known only once they are computed.
+
+    What decides is the part of all computed drafts that came true: the others, checked or not, took
+    time for nothing. Where that part is too small, drafts are tried again from time to time, as a
+    text may change.
+
+    prior: that part at first.
+    """
+
+    def __init__(self, prior: float) -> None:
+        self._prior = prior
+        self._true, self._all = _FIRST * prior, _FIRST
+        self._wait = self._left = _WAIT
+
+    def record(self, computed: int, true: int) -> None:
+        """Count the drafts of a step, of which `true` came true."""
+        self._true = _AGED * self._true + true
+        self._all = _AGED * self._all + computed
+        if true:
+            self._wait = self._left = _WAIT
+
+    def pays(self, budget: Budget) -> bool:
+        """Return whether to compute drafts in the step of this budget."""
+        if budget.pays(self._true / self._all):
+            return True
+        if not budget.pays(self._prior):
+            return False
+        self._left -= 1
+        if self._left > 0:
+            return False
+        self._wait = self._left = min(2 * self._wait, _LONGEST_WAIT)
+        self._true, self._all = _AGAIN * self._prior, _AGAIN
         return True
 
 

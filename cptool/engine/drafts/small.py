@@ -146,8 +146,7 @@ class ModelDrafts(Successive):
             return {}
         room = {b: self._small.context - len(self._engine.tokens[b]) - 1 for b in picks}
         fitting = {b: max(0, min(most[b], room[b])) for b in picks}
-        if not any(fitting.values()) or not budget.pays(self.acceptance.mean):
-            self.acceptance.relax()
+        if not any(fitting.values()) or not self._pays(budget):
             return {}
         for b in picks:  # what came since may not be what was drafted
             self._same[b] = min(self._same.get(b, 0), self._chooser.known[b])

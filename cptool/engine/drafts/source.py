@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from cptool.engine.drafts.pace import Acceptance, Budget
+from cptool.engine.drafts.pace import Acceptance, Budget, Worth
 
 Draft = tuple[int, int]
 """A token, and the kind that `Acceptance` counts it as."""
@@ -17,11 +17,12 @@ class Source(ABC):
     priors: those of `Acceptance`.
     tried: how many drafts were computed on this rank, those included that were then not worth
         checking.
+    true: how many of those that `expect` was given came true.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:
         self.acceptance = Acceptance(priors)
-        self.tried = 0
+        self.tried = self.true = 0
         self._open: dict[int, Iterator[Draft]] = {}
 
     def prepare(self) -> None:
@@ -46,13 +47,31 @@ class Source(ABC):
         """Take note of the next token of sequence b."""
         expected = next(self._open.get(b, iter(())), None)
         if expected is not None:
-            self.acceptance.record(expected[1], true=token == expected[0])
-            if token != expected[0]:
+            true = token == expected[0]
+            self.acceptance.record(expected[1], true=true)
+            self.true += true
+            if not true:
                 del self._open[b]
 
 
 class Successive(Source):
     """A source that computes each draft from the one before."""
+
+    def __init__(self, priors: Sequence[float]) -> None:
+        super().__init__(priors)
+        self._worth = Worth(sum(priors) / len(priors))
+        self._counted = 0, 0
+
+    def _pays(self, budget: Budget) -> bool:
+        """Return whether to compute drafts for a step, after what became of those before."""
+        tried, true = self._counted
+        if self.tried > tried:
+            self._worth.record(self.tried - tried, self.true - true)
+        self._counted = self.tried, self.true
+        pays = self._worth.pays(budget)
+        if not pays:
+            self.acceptance.relax()
+        return pays
 
     @abstractmethod
     def _compute(self, tokens: Mapping[int, int], wanted: Collection[int]) -> Mapping[int, Draft]:
