@@ -8,7 +8,7 @@
 # sanitizer). Each ends within 10 minutes, for machines that are lent for so long: a part gets its
 # share of the time that is left, and is stopped then. Parts can be named instead, and share one
 # call's time; without any, all calls run one after another. `build` compiles nothing if the
-# extension is there.
+# extension is there, with a watchdog or without as CPTOOL_WATCHDOG asks.
 #
 # Results are JSON files in DIR (default gpu-results), with the device, its driver, the commit and
 # the command, beside a log; DIR.tgz holds all of them. Exits with 1 if a part failed, after the
@@ -53,11 +53,12 @@ built() {
 import sys
 from cptool.ops.kernels import build_info
 print('built:', build_info())
-sys.exit('$device' == 'cuda' and not build_info()['cuda_archs'])" 2>/dev/null
+sys.exit('$device' == 'cuda' and not build_info()['cuda_archs']
+         or build_info()['watchdog'] != ('${CPTOOL_WATCHDOG:-}' == '1'))" 2>/dev/null
 }
 
 build() {
-  [[ ${CPTOOL_WATCHDOG:-} == 1 ]] || ! built || return 0
+  ! built || return 0
   local missing=() module
   for module in torch numpy pybind11 setuptools; do has "$module" || missing+=("$module"); done
   for tool in cmake ninja; do command -v "$tool" >/dev/null || missing+=("$tool (on PATH)"); done

@@ -360,6 +360,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("source_hash") = CPTOOL_SOURCE_HASH;
   m.attr("compiler") = CPTOOL_COMPILER;
   m.attr("cuda_archs") = CPTOOL_CUDA_ARCHS_BUILT;  // empty: no CUDA kernels
+  m.attr("watchdog") = CPTOOL_WATCHDOG_BUILT;
   define_cpu_ops(m);
   define_cpu_dispatch(m);
   define_cuda_ops(m);

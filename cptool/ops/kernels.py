@@ -159,14 +159,15 @@ def limit_cuda_kernels(name: str) -> None:
 
 
 def build_info() -> dict[str, Any]:
-    """Return what was built: ``compiler``, CPU ``isas``, ``cuda_archs`` (empty: no CUDA kernels)
-    and ``cuda_kernels``.
+    """Return what was built: ``compiler``, CPU ``isas``, ``cuda_archs`` (empty: no CUDA kernels),
+    ``cuda_kernels``, and ``watchdog``: whether a kernel that would hang ends in an error.
     """
     return {
         "compiler": _C.compiler,
         "isas": _C.isas_compiled,
         "cuda_archs": _C.cuda_archs.split(),
         "cuda_kernels": _C.cuda_kernels_compiled if _C.cuda_archs else [],
+        "watchdog": _C.watchdog,
     }
 
 

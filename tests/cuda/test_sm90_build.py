@@ -72,26 +72,44 @@ def code(assembled):
 
 def test_no_warpgroup_names_a_register_that_it_has_not(code):
     """Consumers have 232, and 160 where there are three of them, the producer 40 or 32
-    (csrc/cuda/sm90/shared.h): what ptxas reports is the launch's number, not theirs. The producer's
-    code is what follows the instruction by which it gives registers away, up to the one by which
-    consumers take them, or to the end.
+    (csrc/cuda/sm90/shared.h): what ptxas reports is the launch's number, not theirs.
     """
     kernels = {
-        section.partition(",")[0]: section
+        section.partition(",")[0]: section.splitlines()
         for section in re.split(r"\.section\s+\.text\.", code)[1:]
         if "attention_kernel" in section.partition(",")[0]
     }
     assert len(kernels) == 6
-    for name, kernel in kernels.items():
+    for name, lines in kernels.items():
         consumers, producer = (160, 32) if "Li64E" in name else (232, 40)
-        assert _highest_register(kernel) < consumers, name
-        after = re.split(r"USETMAXREG\.DEALLOC\S*", kernel)
-        assert len(after) == 2, name
-        assert _highest_register(after[1].partition("USETMAXREG")[0]) < producer, name
+        assert _highest_register(lines) < consumers, name
+        begin = next(i for i, line in enumerate(lines) if "USETMAXREG.DEALLOC" in line)
+        own = _reached(lines, begin)
+        assert 500 < len(own) < len(lines) / 2 and not any("GMMA" in line for line in own), name
+        assert _highest_register(own) < producer, name
 
 
-def _highest_register(code):
-    return max(int(number) for number in re.findall(r"\bR(\d+)\b", code))
+def _highest_register(lines):
+    return max(int(number) for number in re.findall(r"\bR(\d+)\b", "\n".join(lines)))
+
+
+def _reached(lines, begin):
+    """The instructions that can follow the one at `begin`, which the assembler does not keep
+    together.
+    """
+    labels = {line.strip()[:-1]: i for i, line in enumerate(lines) if line.startswith(".L")}
+    ends = re.compile(r"\*/\s+(BRA|EXIT|BSYNC\S*|RET\S*)\b(?! !?U?P\d)")
+    seen, ahead = set(), [begin]
+    while ahead:
+        i = ahead.pop()
+        while i < len(lines) and i not in seen:
+            seen.add(i)
+            targets = re.findall(r"\((\.L\w+)\)", lines[i])
+            ahead += [labels[target] for target in targets if target in labels]
+            if ends.search(lines[i]):
+                break
+            i += 1
+    return [lines[i] for i in seen]
 
 
 def test_softmax_comes_before_the_wait_for_the_values(code):

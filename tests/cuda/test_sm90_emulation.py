@@ -244,7 +244,10 @@ def test_what_the_kernel_leaves_to_others(cuda):
     slab = torch.zeros(len(case.k_pos), 2, 1, 72, dtype=torch.bfloat16)
     by_head = make_case([(range(2), range(2))], heads=(20, 20), head_dim=8, dtype=torch.bfloat16)
     # More heads than a token's stride has bytes.
-    by_head = replace(by_head, q=by_head.q.transpose(0, 1).contiguous().transpose(0, 1))
+    by_head = [
+        replace(by_head, **{name: tensor.transpose(0, 1).contiguous().transpose(0, 1)})
+        for name, tensor in (("q", by_head.q), ("k", by_head.k), ("v", by_head.v))
+    ]
     refused = [
         replace(case, q=case.q.float(), k=case.k.float(), v=case.v.float()),
         replace(case, scale=-1.0),
@@ -253,7 +256,7 @@ def test_what_the_kernel_leaves_to_others(cuda):
         replace(case, k=case.k.expand(-1, 2, -1).as_strided((len(case.k), 2, 64), (64, 0, 1))),
         make_case([(range(2), range(2))], heads=(129, 1), dtype=torch.bfloat16),
         make_case([(range(2), range(2))], head_dim=136, dtype=torch.bfloat16),
-        by_head,
+        *by_head,
     ]
     for other in refused:
         with pytest.raises(RuntimeError, match="does not take this call"):

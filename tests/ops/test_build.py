@@ -21,7 +21,7 @@ def test_the_extension_says_what_it_is():
     info = build_info()
     assert info["compiler"]
     assert set(cpu_isas()) <= set(info["isas"])
-    assert isinstance(info["cuda_archs"], list)
+    assert isinstance(info["cuda_archs"], list) and isinstance(info["watchdog"], bool)
 
 
 def test_the_version_has_one_source():

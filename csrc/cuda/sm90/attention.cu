@@ -183,6 +183,8 @@ bool sm90_handles(const AttentionArgs& args) {
          (args.k_tokens == 0 || (aligned(args.k) && aligned(args.v))) &&
          // In a tensor map, the stride of tokens is at least as many bytes as there are heads.
          (args.q_tokens <= 1 || 2 * args.q_token_stride >= args.q_heads) &&
+         (args.k_tokens <= 1 || 2 * args.k_token_stride >= args.kv_heads) &&
+         (args.k_tokens <= 1 || 2 * args.v_token_stride >= args.kv_heads) &&
          aligned(args.q_tokens, args.q_token_stride) && aligned(args.q_heads, args.q_head_stride) &&
          aligned(args.k_tokens, args.k_token_stride) &&
          aligned(args.kv_heads, args.k_head_stride) &&
