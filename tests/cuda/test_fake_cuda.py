@@ -14,8 +14,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from cptool.cache import LayerKV
 from cptool.cli.main import main
 from cptool.distributed.devices import nccl_blocks
+from cptool.parallel import attention as variants
+from cptool.parallel.step import Scores
+from cptool.sharding import Placement
 
 HELPERS = Path(fake_cuda.__file__).parent
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU is real here")
@@ -159,6 +163,24 @@ def test_how_many_thread_blocks_a_group_takes(monkeypatch, most, variable, block
     options = SimpleNamespace(config=SimpleNamespace(max_ctas=most))
     group = SimpleNamespace(_get_backend=lambda device: SimpleNamespace(options=options))
     assert nccl_blocks(group) == blocks
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_room_is_left_also_while_a_shared_prefix_is_read(monkeypatch, window):
+    margins = []
+
+    def attention(q, *others, margin, **options):
+        margins.append(margin)
+        return q.float(), torch.zeros(q.shape[:2])
+
+    monkeypatch.setattr(variants, "attention", attention)
+    positions, ends = torch.arange(4, dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
+    prefix = LayerKV(slab=torch.zeros(4, 2, 1, 8), k_pos=positions, cu_k=ends)
+    kv = LayerKV(slab=torch.zeros(4, 2, 1, 8), k_pos=positions + 4, cu_k=ends, prefix=prefix)
+    queries = Placement(positions + 4, ends)
+    scores = Scores(1.0, window)
+    variants.over_local(torch.zeros(4, 1, 8), queries, kv, scores=scores, margin=8)
+    assert margins == [8, 8]
 
 
 def test_what_does_not_fit_is_refused_beforehand(tiny_model, tmp_path):
