@@ -134,8 +134,8 @@ class _Server:
         new = [list(said[n:]) for said, n in zip(request.tokens, shared, strict=True)]
         room = max(request.options.limits(len(new)))
         try:
-            self.check_memory(engine, list(map(len, new)), room=room, samples=request.samples)
-            self.load_small(request, room=room)
+            self.check_memory(engine, list(map(len, new)), room=room, request=request)
+            self.load_small(request.options.draft)
         except UserError as error:
             return Refused(reason=explain(error), mistake=True)
         first = request.scored_from or [0] * len(new)
@@ -161,30 +161,30 @@ class _Server:
         )
         return Answer(**answers.fields(), reused=reused, prompt_logprobs=scores)
 
-    def load_small(self, request: Continue, *, room: int) -> None:
+    def load_small(self, draft: str) -> None:
         """Load the model that drafts, which stays until another source drafts. Collective."""
-        from cptool.engine.setup.drafting import load_within
+        from cptool.engine.setup import drafting
 
-        draft = request.options.draft
         if draft != self.small[0]:
             self.small = "off", None  # free its memory first
-            lengths = list(map(len, request.tokens))
-            found = load_within(
-                self.world, self.setup, draft, lengths, answer=room, samples=request.samples
-            )
-            self.small = draft, found
+            self.small = draft, drafting.load(self.world, self.setup, draft)
 
-    def check_memory(self, engine: "Engine", new: list[int], *, room: int, samples: int) -> None:
+    def check_memory(
+        self, engine: "Engine", new: list[int], *, room: int, request: Continue
+    ) -> None:
         """Raise UserError on all ranks if one would take more memory than it may for prompts with
-        `new[b]` more tokens. Collective.
+        `new[b]` more tokens and the model that drafts. Collective.
         """
+        from cptool.engine.drafts.names import model_of
+        from cptool.engine.setup import drafting
         from cptool.engine.setup.memory import check
         from cptool.planning.chunks import UNIT
 
-        if sum(new) < UNIT:
+        draft = request.options.draft
+        if sum(new) < UNIT and model_of(draft) is None:
             return
         work = self.setup.on(self.world, self.checkpoint, new=new, cached=engine.computed)
-        work = replace(work, answer=room, samples=samples)
+        work = replace(work, answer=room, samples=request.samples)
         kept = sum(slot.engine.cache.nbytes for slot in self.slots.values())
         check(
             self.world,
@@ -192,6 +192,7 @@ class _Server:
             engine.profile,
             options=self.setup.options,
             beside=kept - engine.cache.nbytes,
+            drafts=drafting.bytes_of(self.setup, draft, work, engine.profile),
         )
 
     def save(self, request: Save) -> "Manifest | Refused":

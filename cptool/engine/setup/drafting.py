@@ -68,27 +68,3 @@ def load(world: World, setup: Setup, draft: str) -> SmallModel | None:
 
     world.report("load the model that drafts")
     return SmallModel(world, path, getattr(torch, setup.dtype))
-
-
-def load_within(
-    world: World, setup: Setup, draft: str, lengths: Sequence[int], *, answer: int, samples: int
-) -> SmallModel | None:
-    """Do the same where the other model is at work already, if there is memory for texts of these
-    lengths and their answers; UserError on all ranks if not. Collective.
-    """
-    from cptool.engine.options import EngineOptions
-    from cptool.engine.setup.memory import check, usage_now
-    from cptool.engine.world_profile import world_profile
-
-    path = model_of(draft)
-    if path is None or world.device.type != "cpu":
-        return None
-    check(
-        world,
-        _work(setup, path, lengths, answer=answer, samples=samples),
-        world_profile(world),
-        options=EngineOptions(memory=setup.options.memory, chunk=PIECE),
-        offers=(),
-        beside=max(world.gather(usage_now(world))),
-    )
-    return load(world, setup, draft)
