@@ -1,6 +1,6 @@
 """What a model's configuration says of its scores: scale, soft cap, windows of its layers."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,7 +80,8 @@ def plain_answer(world, path, changes, tokens: list[int], limit: int) -> list[in
         positions = torch.arange(len(tokens), dtype=torch.int32)
 
         def attend(layer, q, k, v, positions=positions):
-            scores = asdict(Scores.of(model.config, layer))
+            of_layer = Scores.of(model.config, layer)
+            scores = {"scale": of_layer.scale, "window": of_layer.window, "cap": of_layer.cap}
             return attention(q, k, v, q_pos=positions, k_pos=positions, **scores)[0]
 
         hidden = model(torch.tensor(tokens), positions, attend)

@@ -11,7 +11,7 @@ from llama_reference import save_llama
 
 from cptool.cli.main import main
 from cptool.exactness import verify
-from cptool.parallel import attention
+from cptool.parallel import partials
 from cptool.variants import names
 
 REFERENCE = verify.Measurement(
@@ -98,12 +98,12 @@ def merge_that_forgets_the_lse(outs, lses, out_dtype=None):
 
 def measure_with_a_broken_merge(world, plan, variants):
     """Ranks are processes of their own, so what is to be broken is broken there."""
-    right = attention.merge_partials
-    attention.merge_partials = merge_that_forgets_the_lse
+    right = partials.merge_partials
+    partials.merge_partials = merge_that_forgets_the_lse
     try:
         return measure(world, plan, variants)
     finally:
-        attention.merge_partials = right
+        partials.merge_partials = right
 
 
 measure = verify.measure

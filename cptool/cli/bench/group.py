@@ -15,11 +15,12 @@ from cptool.cli.options.examples import examples
 
 
 @click.group(
+    short_help="Measure the machine, or a model's levers and perplexity.",
     epilog=examples(
         "cptool bench calibrate",
         "cptool bench prefill llama3-8b --context 4K --cp 1 --cp 2",
         "cptool bench emulate --shape llama3-8b --context 32K --cp 4",
-    )
+    ),
 )
 def bench() -> None:
     """Measure the machine (kernels, links, models of random weights), and a model: its levers, its
