@@ -121,11 +121,12 @@ def kill_at(given: list[str], tokens: float) -> int:
     raise click.ClickException("the prompt was read before it could be killed")
 
 
-def answer(session: Path, cp: int) -> dict[str, Any]:
+def answer(session: Path, cp: int, context: int) -> dict[str, Any]:
     """Say the next tokens of a copy of a session, and drop it."""
     copy = session.with_name("copy")
     shutil.copytree(session, copy)
     options = ("--cp", cp, "--threads", 1, "-n", ANSWER, "--temperature", 0, "--logprobs", 1)
+    options = (*options, "--context-length", context)
     said, _ = run(command("decode", copy, *options))
     shutil.rmtree(copy)
     return said
@@ -142,7 +143,7 @@ def long(model: Path, tokens: int, folder: Path) -> dict[str, Any]:
         session = folder / f"resumed-{cp}"
         shutil.copytree(killed, session)
         said, _ = run(reading(model, tokens, "--session", session, *chunk, cp=cp))
-        mine, its = answer(session, cp), answer(whole, cp)
+        mine, its = (answer(each, cp, tokens + 64) for each in (session, whole))
         resumed[str(cp)] = {
             "resumed": said["resumed"],
             "ttft_s": said["ttft_s"],
