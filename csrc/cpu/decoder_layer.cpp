@@ -1,5 +1,6 @@
 #include "cpu/decoder_layer.h"
 
+#include <type_traits>
 #include <vector>
 
 #include "cpu/ops.h"

@@ -50,8 +50,9 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
 // mbarrier.try_wait.parity (9.7.13.15.16), acquire: waits until the phase of this parity is over.
 // The instruction may return early, hence the loop. The phase before the first counts as over, with
 // parity 1. With CPTOOL_WATCHDOG, a wait of about two seconds, which no kernel here has unless
-// an arrival was lost, is an error of the launch instead of a device that hangs. It prints nothing:
-// a call among products makes the assembler serialize them, and a hang may vanish.
+// an arrival was lost, is an error of the launch instead of a device that hangs. It prints nothing,
+// which would be a call among products; even so the assembler spills and serializes products in
+// such a build, so that a hang may vanish (docs/gpu.md).
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t over;
 #if defined(CPTOOL_WATCHDOG)
