@@ -22,7 +22,7 @@ import checkout  # noqa: F401
 
 from cptool.model.shapes import llama_config
 
-CONTEXTS, MISS_RATES = (512, 2048, 6144), (1.0, 0.25, 0.03)
+CONTEXTS, MISS_RATES = (512, 2048, 6144), (1.0, 0.25, 0.03, 0.0025, 0.0001)
 RESULTS = Path(__file__).parent / "results"
 MODEL = llama_config(
     hidden=768,
@@ -61,6 +61,7 @@ def main() -> None:
         sweep = prefill.Sweep(
             config=MODEL,
             dtype=arguments.dtype,
+            kv_dtype=arguments.dtype,
             ranks=(1, ranks) if ranks == 2 else (ranks,),
             contexts=tuple(arguments.context or CONTEXTS),
             miss_rates=MISS_RATES,

@@ -94,6 +94,7 @@ def ring_attention(
     refuse_gradients("ring_attention", q=q, k=k, v=v)
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    check_scale(scale)
     process_group, deal = group_of(group), deal_of(lengths, group)
     deal.check_tokens(q=q, k=k, v=v)
     check_values(k, v)

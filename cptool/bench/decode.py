@@ -101,7 +101,7 @@ def measure(world: World, sweep: Sweep) -> dict[str, object]:
             runs.append(_Runs(forward=forward, choices=choices, engine=engine))
         for repeat in range(sweep.repeats + 1):
             world.barrier()
-            ceiling.append(min(world.gather(memory_rate(weight))))
+            ceiling.append(min(world.gather(memory_rate(weight, wall=True))))
             for run in runs:
                 _round(world, run, sweep, cached, keep=repeat > 0)
         for run in runs:

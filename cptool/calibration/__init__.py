@@ -21,15 +21,19 @@ from cptool.calibration.linear import device_rates, row_rates, stored_rates, tin
 from cptool.calibration.link import link_rates
 from cptool.calibration.overheads import with_overheads
 from cptool.calibration.rig import smaller_worlds
-from cptool.calibration.small_ops import positions, small_op, tokenwise, touch
+from cptool.calibration.small_ops import positions, reordering, small_op, tokenwise
 from cptool.distributed.world import World
 from cptool.engine.world_profile import usable_processors
 from cptool.host.processor import cpu_model
 from cptool.ops.processor import instruction_set
+from cptool.planning.cost.rates import IN_CACHES
 from cptool.planning.hardware import MEASURED, PARTS, HardwareProfile, Measurement
 from cptool.planning.linear_rates import RowRates
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import fit_rule
+
+MUCH = 16 * IN_CACHES
+"""Bytes that are reordered, half of them the new order: KV of all ranks, which no cache keeps."""
 
 OVERHEAD_REPEATS = 10
 """Factor on the repetitions of the small costs, whose times vary more than the rest."""
@@ -66,7 +70,8 @@ def measure(
         name=f"{MEASURED}{world.size} {device} rank{'s' * (world.size > 1)}",
         position_s=positions(clock),
         op_overhead_s=small_op(clock),
-        touch_bandwidth=touch(clock),
+        touch_bandwidth=reordering(clock, IN_CACHES),
+        moving_bandwidth=reordering(clock, MUCH) if device == "cpu" else None,
         ranks_per_host=world.local_size if machines > 1 else None,
         ranks_at_once=at_once,
         stored=stored_rates(clock) if device == "cpu" else None,
@@ -104,7 +109,7 @@ def _measurements(world: World, dtypes: int, worlds: int, *, alone: bool) -> int
     on_cpu = world.device.type == "cpu"
     linear = 1 + alone if on_cpu else 3
     each = dtypes * (tokenwise + linear + attention)
-    return small + on_cpu + tiny + each + link * (world.cp > 1) + worlds
+    return small + 2 * on_cpu + tiny + each + link * (world.cp > 1) + worlds
 
 
 def _with_link(profile: HardwareProfile, clock: Clock, part: World | None) -> HardwareProfile:

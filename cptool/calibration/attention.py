@@ -55,10 +55,11 @@ def attention_rates(clock: Clock, dtype: torch.dtype) -> tuple[float, dict[str, 
         for queries, spent in ((1, few["one"]), (BLOCK, times["block"]))
     )
     reading, share = one, 1.0
-    if few_rows:  # for few rows a CPU reads while it computes
+    if few_rows:  # only the first few rows are computed while keys and values arrive
         alone, several = (max(spent - empty, 0.05 * spent) for spent in few.values())
-        reading = width * 8192 / alone
-        share = pair * few_queries * 8192 / rate / several
+        each = max(several - alone, 0.05 * several) / max(1, few_queries - 1)
+        reading = width * 8192 / max(alone - each, 0.05 * alone)
+        share = pair * 8192 / rate / each
     return rate, {
         "cache_bandwidth": reading,
         "few_query_rows": few_rows,

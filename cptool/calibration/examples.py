@@ -41,6 +41,6 @@ TINY = llama_config(
 
 ROWS = 512
 """Rows, or queries, at which arithmetic is the bound."""
-COLD_BYTES = 128 << 20
+COLD_BYTES = 256 << 20
 """Bytes read between two uses of the same weights or keys, so that no cache keeps them: in a model
 with many layers they come from memory every time."""

@@ -6,11 +6,12 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from itertools import cycle
 
 import torch
 
 from cptool.calibration.clock import Clock, Log
-from cptool.calibration.examples import TINY
+from cptool.calibration.examples import COLD_BYTES, TINY
 from cptool.calibration.rig import hold, random_model
 from cptool.distributed.world import World
 from cptool.engine.answers.decode import next_tokens
@@ -24,9 +25,9 @@ from cptool.planning.hardware import HardwareProfile
 from cptool.variants import names
 
 FEW_LAYERS, MORE_LAYERS, HELD = 2, 8, 64
-PAUSE_S = 200e-6
+PAUSE_S, PIECE = 200e-6, 1 << 16
 """Roughly the time that a layer of a small model computes between two exchanges: long enough for
-waiting ranks to go to sleep."""
+waiting ranks to go to sleep; and how many floats it reads at a time meanwhile."""
 
 
 def with_overheads(
@@ -41,10 +42,12 @@ def with_overheads(
     variant cost beyond the rest of the profile when they have next to nothing to compute.
 
     A whole engine runs a tiny model of few and of more layers: the difference is the layers' cost,
-    the rest the forward's. On a CPU its layers pause as if they computed, because ranks that sleep
-    respond later than those that have just begun to wait.
+    the rest the forward's. On a CPU its layers read memory as if they computed, because ranks that
+    sleep respond later than those that have just begun to wait, and because weights drive code and
+    data of the small steps out of the caches.
     """
     pause = PAUSE_S if world.device.type == "cpu" else 0.0
+    busy = _Reading() if pause else None
     once: dict[int, dict[str, tuple[float, float]]] = {}
     residual: dict[str, dict[str, tuple[float, float]]] = {}
     # Without `row_rates`, which describe layers whose products take time.
@@ -57,8 +60,9 @@ def with_overheads(
             engine = mark = None
             if part is not None:
                 model = random_model(config, getattr(torch, dtype), part)
-                for layer in model.layers if pause else ():
-                    layer.register_forward_pre_hook(_pause)
+                if busy is not None:
+                    for layer in model.layers:
+                        layer.register_forward_pre_hook(busy)
                 engine = Engine(model, part, profile=here)
                 mark = hold(engine, HELD)
             for variant in _measured(count):
@@ -121,11 +125,17 @@ def _measured(ranks: int) -> tuple[str, ...]:
     return every if ranks > 1 else every[:1]
 
 
-def _pause(_: DecoderLayer, inputs: tuple) -> None:
-    """Keep the core of a rank that has tokens busy."""
-    end = time.perf_counter() + (PAUSE_S if inputs[0].shape[0] else 0.0)
-    while time.perf_counter() < end:
-        pass
+class _Reading:
+    """Has the core of a rank that has tokens read what no cache holds, before each layer."""
+
+    def __init__(self) -> None:
+        memory = torch.zeros(COLD_BYTES // 4)
+        self._pieces = cycle(memory.split(PIECE))
+
+    def __call__(self, _: DecoderLayer, inputs: tuple) -> None:
+        end = time.perf_counter() + (PAUSE_S if inputs[0].shape[0] else 0.0)
+        while time.perf_counter() < end:
+            next(self._pieces).sum()
 
 
 def _forward(

@@ -18,9 +18,10 @@ def small_op(clock: Clock) -> float:
     return clock(few.clone, calls=64)
 
 
-def touch(clock: Clock) -> float:
-    """Return the B/s, read and written, of repeatedly reordering rows of a message's size."""
-    rows, width = 4096, 256
+def reordering(clock: Clock, size: int) -> float:
+    """Return the B/s of repeatedly reordering rows: `size` bytes, half read and half written."""
+    width = 256
+    rows = size // 2 // 4 // width
     given = torch.zeros(rows, width, device=clock.device)
     order = torch.arange(rows, device=clock.device).view(8, -1).T.flatten()
     made = torch.empty_like(given)

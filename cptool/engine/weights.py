@@ -46,6 +46,16 @@ Source = tuple[Block, ...]
 """The blocks that a parameter is made of, one below the other."""
 
 
+@dataclass(frozen=True)
+class _Quantised:
+    """A quantisation, the kinds of matrices that it is for, the dtype to compute in, and where."""
+
+    quantisation: str
+    kinds: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
 def load_model(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
@@ -77,7 +87,7 @@ def load_model(
     sharing = world if world is not None and world.size > 1 else None
     if (quantised_as := quantised_to(weights)) is not None:
         shared = sharing if device.type == "cpu" else None
-        _quantise(model, checkpoint, sources, shared, to=(*quantised_as, dtype, device))
+        _quantise(model, checkpoint, sources, shared, to=_Quantised(*quantised_as, dtype, device))
     if device.type == "cpu" and keep_stored:
         _keep_stored(model, checkpoint, sources, dtype)
     parameters: dict[str, torch.Tensor] = {}
@@ -140,27 +150,24 @@ def _quantise(
     sources: dict[str, Source],
     sharing: "World | None",
     *,
-    to: tuple[str, tuple[str, ...], torch.dtype, torch.device],
+    to: _Quantised,
 ) -> None:
     """Have the matrices whose rows are whole blocks be quantised, and take them out of `sources`.
     Collective over the ranks that share them.
-
-    to: the quantisation, the kinds of matrices that it is for, the dtype to compute in, and where.
     """
-    quantisation, kinds, dtype, device = to
     taken, shapes = {}, {}
     for name, source in list(sources.items()):
         rows, *depth = model.get_parameter(name).shape
-        if name.split(".")[-2] not in kinds:
+        if name.split(".")[-2] not in to.kinds:
             continue
-        if depth and (size := row_bytes(quantisation, *depth)) is not None:
+        if depth and (size := row_bytes(to.quantisation, *depth)) is not None:
             taken[name], shapes[source] = sources.pop(name), (rows, size)
 
     def fill(tensors: dict[Source, torch.Tensor]) -> None:
         for source, tensor in tensors.items():
             row = 0
             for block in source:
-                values = _quantised(block.read(checkpoint), quantisation)
+                values = _quantised(block.read(checkpoint), to.quantisation)
                 tensor[row : row + len(values)] = values
                 row += len(values)
 
@@ -171,11 +178,11 @@ def _quantise(
         with shared_tensors(sharing, shapes, torch.uint8, (Block,)) as (tensors, mine):
             fill({source: tensors[source] for source in mine})
     for name, source in taken.items():
-        data = tensors[source].to(device)
-        if quantisation == "fp8":
-            model.keep_stored(name, Fp8Weight(data, dtype))
+        data = tensors[source].to(to.device)
+        if to.quantisation == "fp8":
+            model.keep_stored(name, Fp8Weight(data, to.dtype))
         else:
-            model.keep_stored(name, StoredWeight([Blocks(data, QUANTISED_AS)], dtype))
+            model.keep_stored(name, StoredWeight([Blocks(data, QUANTISED_AS)], to.dtype))
 
 
 def _quantised(matrix: torch.Tensor, quantisation: str) -> torch.Tensor:

@@ -26,6 +26,7 @@ from cptool.ops.kernels import (
     force_cpu_isa,
     force_cuda_kernel,
 )
+from cptool.ops.silu_attention import silu_attention_partial
 
 LIFETIME_S = 120
 """Of a self-test in a process of its own, in case that nobody ends it."""
@@ -55,8 +56,8 @@ def kernels(device: str) -> list[str]:
 def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
     """Check every kernel that this machine can run, or `only` one: attention in every dtype for
     prefill and decode shapes and with a window and a soft cap; with CUDA's tensor cores also on one
-    thread block, into a running result and in pieces of keys; then the merge and the token-wise
-    steps.
+    thread block, into a running result and in pieces of keys; SiLU attention; then the merge and
+    the token-wise steps.
     """
     force, head_dims = force_cpu_isa, [64, 128]
     if device == "cuda":
@@ -65,11 +66,14 @@ def run(device: str = "cpu", only: str | None = None) -> Iterator[Check]:
         with force(kernel):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 cases = [(d, case) for d in head_dims for case in (PREFILL, DECODE, WINDOWED)]
+                cases.append((100, WINDOWED))  # no multiple of 8: padded in the kernel's tiles
                 if device == "cuda" and dtype != torch.float32:
                     cases += TENSOR_CORES
                 for head_dim, case in cases:
                     if _taken(device, dtype, head_dim, case) == kernel:
                         yield _attention(device, kernel, dtype, head_dim=head_dim, case=case)
+                if device == "cpu" or kernel == "simt":
+                    yield _silu_attention(device, kernel, dtype)
     yield _merge(device)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield _tokenwise(device, dtype)
@@ -204,6 +208,41 @@ def _called(
         )
     assert running is not None
     return running
+
+
+def _silu_attention(device: str, kernel: str, dtype: torch.dtype) -> Check:
+    """Check SiLU attention of WINDOWED's first sequence, with 6 query heads on 2 KV heads."""
+    generator, head_dim = torch.Generator().manual_seed(2), 64
+    q_pos, k_pos, window = WINDOWED.queries[0], WINDOWED.keys[0], WINDOWED.window
+    assert window is not None
+    q = torch.randn(len(q_pos), 6, head_dim, generator=generator).to(dtype)
+    k, v = torch.randn(2, len(k_pos), 2, head_dim, generator=generator).to(dtype)
+    apart = q_pos[:, None] - k_pos
+    seen = (apart >= 0) & (apart < window)
+
+    def whole(compute: torch.dtype) -> torch.Tensor:
+        keys, values = (t.to(compute).repeat_interleave(3, 1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q.to(compute), keys) * head_dim**-0.5
+        weights = torch.nn.functional.silu(scores) * seen
+        return torch.einsum("hqk,khd->qhd", weights, values) / 512
+
+    exact = whole(torch.float64)
+    allowed = 2 * (whole(dtype) - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    got = silu_attention_partial(
+        q.to(device),
+        k.to(device),
+        v.to(device),
+        q_pos=q_pos.int().to(device),
+        k_pos=k_pos.int().to(device),
+        cu_q=torch.tensor([0, len(q_pos)]).int().to(device),
+        cu_k=torch.tensor([0, len(k_pos)]).int().to(device),
+        scale=head_dim**-0.5,
+        max_len=512,
+        out_dtype=dtype,
+        window=window,
+    )
+    error = (got.cpu() - exact).abs().max()
+    return Check(f"SiLU attention {kernel}, {str(dtype)[6:]}", float(error), float(allowed))
 
 
 def _merge(device: str) -> Check:

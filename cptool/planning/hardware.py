@@ -89,12 +89,13 @@ class HardwareProfile:
         read and write; on a CPU arithmetic and conversions bound them. `memory_bandwidth` for
         dtypes that are not there.
     cache_bandwidth: B/s at which attention reads keys and values, once per call.
-    few_query_rows: rows of a KV head up to which a CPU reads keys and values while it computes, at
-        `few_query_rate` times the FLOP/s of many.
+    few_query_rows: rows of a KV head up to which a CPU does not pack keys and values; it then
+        computes at `few_query_rate` times the FLOP/s of many.
     block_bandwidth: B/s of reading them for more than one query and more than these rows, for which
         a CPU packs them first; None for `cache_bandwidth`.
     touch_bandwidth: B/s at which a step reads and writes what it has just computed or received, a
-        few megabytes; None for `memory_bandwidth`.
+        few megabytes; None for `memory_bandwidth`. moving_bandwidth: likewise of more than caches
+        keep.
     host_link, network: the links between ranks of one host, and of different hosts.
     feed_forward: dtype in which the cluster runs gate, up and down, None for that of the rest.
     ranks_per_host: None where a host holds any number.
@@ -146,6 +147,7 @@ class HardwareProfile:
     transfer_steals: float = 0.0
     block_bandwidth: float | None = None
     touch_bandwidth: float | None = None
+    moving_bandwidth: float | None = None
     row_rates: dict[str, tuple[RowRates, ...]] = field(default_factory=dict, hash=False)
     stored: StoredRates | None = None
     tokenwise_bandwidth: dict[str, float] = field(default_factory=dict, hash=False)
@@ -170,14 +172,16 @@ class HardwareProfile:
         return "defaults, not calibrated here"
 
     def ceiling(self, dtype: str) -> float | None:
-        """Return the FLOP/s that a rank cannot exceed; None if unknown.
+        """Return the FLOP/s that a rank cannot exceed; None if unknown, as for a dtype that was not
+        measured.
 
         What the manufacturer states; else 1.5 times the best rate measured here, since another
         day's clock may be faster.
         """
         if dtype in self.peak_flops:
             return self.peak_flops[dtype]
-        if not self.name.startswith(MEASURED):
+        measured = self.measurement.dtypes if self.measurement is not None else ()
+        if not self.name.startswith(MEASURED) or (measured and dtype not in measured):
             return None
         return 1.5 * max(self.linear_flops[dtype], self.attention_flops[dtype])
 

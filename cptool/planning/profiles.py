@@ -185,7 +185,7 @@ def _parse(fields: dict[str, Any]) -> HardwareProfile:
         **{f"attention_flops.{dtype}": rate for dtype, rate in profile.attention_flops.items()},
         **{f"tokenwise_bandwidth.{d}": rate for d, rate in profile.tokenwise_bandwidth.items()},
     }
-    for name in ("block_bandwidth", "touch_bandwidth"):
+    for name in ("block_bandwidth", "touch_bandwidth", "moving_bandwidth"):
         if getattr(profile, name) is not None:
             rates[name] = getattr(profile, name)
     names = [f.name for f in dataclasses.fields(profile) if f.name.endswith("_s")]

@@ -44,7 +44,8 @@ def restore(
             raise Damaged(f"{directory}: {fault}; {REMEDY}")
         # shares[r][b]: (piece, first, last) in the order of the segments, rows of the piece's
         # tensors.
-        shares = [[_share(pieces, b, r, ranks) for b in range(batch)] for r in range(ranks)]
+        share = _own if _as_written(pieces, batch, ranks) else _even
+        shares = [[share(pieces, b, r, ranks) for b in range(batch)] for r in range(ranks)]
 
         placements, order = [], []
         for r in range(ranks):
@@ -174,6 +175,11 @@ class _Piece:
         return _Piece(segments, positions, tuple(accumulate(first.tokens, initial=0))[:-1], live)
 
     @property
+    def rank(self) -> int:
+        """The CP rank that wrote it."""
+        return self.segments[0].rank
+
+    @property
     def positions(self) -> "torch.Tensor":
         return self.all_positions[self.segments[0].file]
 
@@ -189,7 +195,29 @@ def _groups(manifest: Manifest) -> list[tuple[Segment, ...]]:
     return [tuple(sorted(groups[key], key=lambda s: s.kv_heads)) for key in sorted(groups)]
 
 
-def _share(pieces: list[_Piece], b: int, rank: int, ranks: int) -> list[tuple[_Piece, int, int]]:
+def _as_written(pieces: list[_Piece], batch: int, ranks: int) -> bool:
+    """Return whether `ranks` ranks wrote the pieces, each an equal part of every sequence. If each
+    takes back its own, what follows has the bits of a run without a break.
+    """
+    written = [[0] * ranks for _ in range(batch)]
+    for piece in pieces:
+        if piece.rank >= ranks:
+            return False
+        for b, count in enumerate(piece.live):
+            written[b][piece.rank] += count
+    return all(max(counts) - min(counts) <= 1 for counts in written)
+
+
+def _own(pieces: list[_Piece], b: int, rank: int, ranks: int) -> list[tuple[_Piece, int, int]]:
+    """Return the rows of sequence b of the pieces that rank `rank` wrote."""
+    return [
+        (piece, piece.before[b], piece.before[b] + piece.live[b])
+        for piece in pieces
+        if piece.rank == rank and piece.live[b]
+    ]
+
+
+def _even(pieces: list[_Piece], b: int, rank: int, ranks: int) -> list[tuple[_Piece, int, int]]:
     """Return which rows of which pieces rank `rank` takes of sequence b: an equal, contiguous part
     of all its tokens.
 

@@ -24,7 +24,7 @@ from cptool.distributed.world import World
 from cptool.errors import UserError
 from cptool.host import processor
 from cptool.ops.processor import has_bfloat16_products
-from cptool.planning.hardware import Measurement
+from cptool.planning.hardware import MEASURED, Measurement
 from cptool.planning.profiles import (
     FORMAT,
     default_profile,
@@ -180,6 +180,14 @@ def calibrated(monkeypatch, *options, load, spread, code=0):
     done = CliRunner().invoke(main, command)
     assert done.exit_code == code, done.output
     return done
+
+
+def test_a_dtype_that_was_not_measured_has_no_ceiling():
+    """Else a run in a type that the first one is slow in would be told that it computed nothing."""
+    measured = Measurement(date="2026-11-30", dtypes=("bfloat16",))
+    named = {"name": MEASURED + "2 cpu ranks", "measurement": measured}
+    profile = dataclasses.replace(default_profile("cpu"), **named)
+    assert profile.ceiling("bfloat16") and profile.ceiling("float32") is None
 
 
 def test_rough_figures_do_not_replace_better_ones(monkeypatch):

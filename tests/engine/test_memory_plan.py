@@ -12,7 +12,7 @@ from cptool.cli.main import main
 from cptool.engine.setup import memory
 from cptool.errors import UserError
 from cptool.host.memory import Usage, usage
-from cptool.planning.cost.memory import PROCESS_BYTES
+from cptool.planning.cost.memory import CODE_BYTES, PROCESS_BYTES
 from cptool.planning.prediction import Work, memory_of
 from cptool.planning.profiles import find_profile
 
@@ -35,20 +35,20 @@ def test_a_prompt_without_room_is_refused_before_anything_is_loaded(
     from cptool.engine import weights
 
     monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    scarce((PROCESS_BYTES + 4e6) / 0.96)
+    scarce((PROCESS_BYTES + CODE_BYTES + 4e6) / 0.96)
     arguments = [command, str(mqa_path), "--synthetic", "40000", "--context-length", "100000"]
     done = CliRunner().invoke(main, [*arguments, "--cp", "1"])
     assert done.exit_code == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("cptool: 40,000 tokens: a rank needs ") and "kv " in line
-    assert " MB more than the 254 MB that each may take; use " in line
+    assert " MB more than the 259 MB that each may take; use " in line
     assert "--kv-dtype bfloat16" in line and "--kv-memory" in line
     assert line.endswith("or more --cp ranks on other machines")
 
 
 def test_a_program_is_refused_too_and_goes_on(mqa_path, scarce):
     with LLM(mqa_path, context_length=100_000) as llm:
-        scarce((PROCESS_BYTES + 4e6) / 0.96)
+        scarce((PROCESS_BYTES + CODE_BYTES + 4e6) / 0.96)
         with pytest.raises(UserError, match="30,000 tokens: a rank needs"):
             llm.generate([[5] * 30_000], max_tokens=1)
         scarce(2e9)

@@ -12,7 +12,7 @@ from cptool.planning.cost import counts, estimate
 from cptool.planning.cost.forward import Forward
 from cptool.planning.cost.layer import predict
 from cptool.planning.cost.memory import memory_per_rank
-from cptool.planning.cost.rates import Rates
+from cptool.planning.cost.rates import IN_CACHES, Rates
 from cptool.planning.hardware import Link
 from cptool.planning.profiles import default_profile
 from cptool.planning.strategy import choose
@@ -307,7 +307,7 @@ def test_a_block_of_queries_pays_for_packing_the_keys_and_one_query_does_not():
     assert packed[1] - bare[1] == pytest.approx(read / 2e9 - read / 8e9)
 
 
-def test_few_rows_read_while_they_compute_and_many_pack_first():
+def test_few_rows_read_in_place_and_many_pack_first():
     profile = dataclasses.replace(
         default_profile("cpu"),
         few_query_rows=32,
@@ -328,6 +328,17 @@ def test_few_rows_read_while_they_compute_and_many_pack_first():
     )
     rates = Rates(forward, profile)
     flops, read = 4 * 1024 * 8192, 8192 * 2 * 2 * 128 * 2
-    assert rates.attention(8192, 8192, 1) == pytest.approx(read / 1e10)
-    assert rates.attention(8 * 8192, 8192, 8) == pytest.approx(8 * flops / 0.5e11)
+    assert rates.attention(8192, 8192, 1) == pytest.approx(flops / 0.5e11 + read / 1e10)
+    assert rates.attention(8 * 8192, 8192, 8) == pytest.approx(8 * flops / 0.5e11 + read / 1e10)
     assert rates.attention(9 * 8192, 8192, 9) == pytest.approx(9 * flops / 1e11 + read / 1e9)
+
+
+def test_what_no_cache_keeps_is_moved_at_the_rate_of_memory():
+    profile = dataclasses.replace(
+        default_profile("cpu"), touch_bandwidth=2e10, moving_bandwidth=1e10, op_overhead_s=0.0
+    )
+    config = llama_config(hidden=1024, layers=8, heads=8, kv_heads=2, ffn=3072)
+    forward = Forward(config=config, dtype="float32", new=1, cached=0, ranks=1, active=1)
+    rates = Rates(forward, profile)
+    assert rates.touch(IN_CACHES) == pytest.approx(IN_CACHES / 2e10)
+    assert rates.touch(3 * IN_CACHES) == pytest.approx(IN_CACHES / 2e10 + 2 * IN_CACHES / 1e10)

@@ -129,6 +129,11 @@ turns = st.integers(1, 3).flatmap(
 )
 
 
+def parts_of(manifest):
+    """The CP ranks that wrote a session."""
+    return len({segment.rank for segment in manifest.segments})
+
+
 @settings(deadline=None, max_examples=40)
 @given(turns=turns, ranks=st.integers(1, 5), tp=st.sampled_from([1, 2, 4]))
 def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
@@ -171,7 +176,8 @@ def test_any_turns_restore_on_any_ranks(tmp_path_factory, turns, ranks, tp):
         on_rank.append(sum(lengths))
         for b, positions in enumerate(placements[rank].sequences()):
             held[b] += positions.tolist()
-    assert max(on_rank) - min(on_rank) <= 1
+    # Ranks that take back what they wrote hold equal parts of each sequence, not of all together.
+    assert max(on_rank) - min(on_rank) <= (batch if ranks == parts_of(manifest) else 1)
     assert [sorted(h) for h in held] == [list(range(s)) for s in starts]
     if any(starts):
         assert set(restoring.read_logits(directory, manifest)) == {

@@ -15,9 +15,10 @@ from cptool.variants import MessageBytes, find
 
 RESERVED = 0.04
 """Part of a device's memory taken by its context, fragmentation and the buffers of links."""
-PROCESS_BYTES = 250e6
-"""Of a rank on a CPU, whatever it computes: 160 to 170 MB of the interpreter, torch and their
-libraries' data, 40 to 80 MB of their code, and what the C library keeps of what was freed."""
+PROCESS_BYTES, CODE_BYTES = 165e6, 90e6
+"""Of a rank on a CPU, whatever it computes: the data of the interpreter, torch and their libraries
+with what the C library keeps of what was freed, and their code, which the ranks of a machine share.
+"""
 TOKEN_BYTES = 80
 """Of a token on the host of every rank: its number in the lists of what was said, its position."""
 PANEL_ELEMENTS, PANEL_COPIES = 1 << 20, 10
@@ -48,10 +49,10 @@ def memory_per_rank(
     kv = forward.config.num_hidden_layers * held * forward.kv_width * forward.kv_element
     if forward.kv_memory is not None:
         kv = min(kv, forward.kv_memory)
-    on_cpu = profile.device == "cpu"
+    process = PROCESS_BYTES + CODE_BYTES / _on_machine(forward) + TOKEN_BYTES * room
     kept, passing = _messages(variant, forward)
     return {
-        "process": PROCESS_BYTES + TOKEN_BYTES * room if on_cpu else 0.0,
+        "process": process if profile.device == "cpu" else 0.0,
         "weights": _weights(forward, profile),
         "kv": kv + 4.0 * held,
         "workspace": _workspace(forward, profile, passing),
@@ -86,8 +87,13 @@ def _weights(forward: Forward, profile: HardwareProfile) -> float:
     tables = table if config.tie_word_embeddings else 2 * table
     if profile.device != "cpu":
         return matrices + tables
-    together = forward.local or forward.ranks * forward.tp
+    together = _on_machine(forward)
     return (min(forward.tp, together) * matrices + tables) / together
+
+
+def _on_machine(forward: Forward) -> int:
+    """Return how many ranks share a machine's memory."""
+    return forward.local or forward.ranks * forward.tp
 
 
 def _workspace(forward: Forward, profile: HardwareProfile, passing: float) -> float:

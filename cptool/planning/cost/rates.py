@@ -10,6 +10,9 @@ from cptool.planning.cost.forward import ELEMENT_BYTES, Forward
 from cptool.planning.hardware import HardwareProfile, Link
 from cptool.planning.linear_rates import RowRates, StoredRates, nearest
 
+IN_CACHES = 8 << 20
+"""As many bytes as calibration reads and writes again and again to measure `touch_bandwidth`."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -128,17 +131,22 @@ class Rates:
         spent = flops / profile.attention_flops[forward.dtype]
         if few:
             spent /= profile.few_query_rate
-            if received and profile.touch_bandwidth:
-                bandwidth = profile.touch_bandwidth
         read = keys * forward.kv_width * forward.kv_element / bandwidth
-        # A device reads the next tiles while it multiplies, as a core does for few rows alone.
-        busy = max(spent, read) if self.queued or few else spent + read
+        if few and received:
+            read = min(read, self.touch(read * bandwidth, calls=0))
+        # A device reads the next tiles while it multiplies; a core stops at each.
+        busy = max(spent, read) if self.queued else spent + read
         return calls * profile.call_overhead_s + busy
 
     def touch(self, count: float, calls: int = 1) -> float:
-        """Return the seconds of calls that read or write `count` bytes of memory."""
-        bandwidth = self.profile.touch_bandwidth or self.profile.memory_bandwidth
-        return calls * self.profile.op_overhead_s + count / bandwidth
+        """Return the seconds of calls that read or write `count` bytes which were just computed or
+        received. On a CPU caches have kept `IN_CACHES` of them at most.
+        """
+        profile = self.profile
+        near = profile.touch_bandwidth or profile.memory_bandwidth
+        far = min(near, profile.moving_bandwidth or profile.memory_bandwidth)
+        kept = count if self.queued else min(count, IN_CACHES)
+        return calls * profile.op_overhead_s + kept / near + (count - kept) / far
 
     def message(
         self, count: float, messages: int = 1, receivers: int | None = None
