@@ -12,6 +12,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from family_table import Recorder, recorder
 from llama_reference import save_llama
 from small_smollm2 import small_smollm2 as write_small_smollm2
 
@@ -37,6 +38,14 @@ for number, handler in (
         signal.signal(number, handler)
 
 SMOLLM2 = "smollm2-135m-instruct"
+
+
+def pytest_configure(config):
+    if path := os.environ.get("CPTOOL_FAMILY_OUTCOMES"):
+        config.pluginmanager.register(Recorder(Path(path)))
+
+
+family_outcome = pytest.fixture(recorder)
 
 
 @pytest.fixture(scope="session", autouse=True)

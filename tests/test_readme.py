@@ -1,5 +1,8 @@
-"""The Python blocks of README.md run as scripts, word for word but for the model."""
+"""The Python blocks of README.md run as scripts, word for word but for the model, and its table of
+families is what a run of the tests showed.
+"""
 
+import json
 import os
 import re
 import subprocess
@@ -7,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from family_table import CHECKS, OUTCOMES, README, TABLE, expected, table
 from material import make_huggingface
 
-README = Path(__file__).parent.parent / "README.md"
+from cptool.model.architectures.registry import families
+
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
 MODEL = "smollm2-135m-instruct"
 
@@ -40,3 +45,18 @@ def test_a_block_runs(block, model, tmp_path):
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert ("print(" in block) == bool(done.stdout.strip())
+
+
+def test_the_table_of_families_is_what_a_run_of_the_tests_showed():
+    found = TABLE.search(README.read_text())
+    assert found is not None
+    assert found[0] == table(json.loads(OUTCOMES.read_text())), "run tests/helpers/family_table.py"
+
+
+def test_the_outcomes_are_of_every_family_and_configuration():
+    shown = json.loads(OUTCOMES.read_text())["families"]
+    cases = expected()
+    assert shown.keys() == cases.keys() == {family.name for family in families()}
+    for name, checks in shown.items():
+        assert {check: set(checks[check]) for check in CHECKS if check in checks} == cases[name]
+        assert all(set(checks[check].values()) == {"passed"} for check in cases[name])

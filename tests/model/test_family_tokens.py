@@ -1,22 +1,33 @@
-"""Each family says what `transformers` says: on one rank and more, from both formats, in parts."""
+"""Each family says what `transformers` says: on one rank and more, from both formats, in parts.
 
+The README's table of families is made of the outcomes (`family_table.py`).
+"""
+
+import shutil
 from functools import cache
 
 import pytest
 import torch
+from conftest import edit_json, refusal
 from families import CASES, NO_GGUF, greedy, random_model, write_gguf
+from family_table import REFUSED
 from llama_reference import ToyAttention, rms
 from ranks import run_ranks
 
 from cptool.checkpoint import open_checkpoint
 from cptool.distributed.launch import run
 from cptool.distributed.options import RankOptions
+from cptool.engine import saving
 from cptool.engine.answers.decode import next_tokens
 from cptool.engine.engine import Engine
 from cptool.engine.options import EngineOptions
+from cptool.engine.prefill.prompt import read
 from cptool.engine.sampling import Sampling
 from cptool.engine.weights import load_model
+from cptool.model.architectures.registry import find_family
 from cptool.model.shares import check
+from cptool.session.store import identity
+from cptool.variants import names
 
 PROMPT = [(7 * i * i + 3 * i) % 97 for i in range(41)]
 STEPS = 6
@@ -38,12 +49,9 @@ def made(tmp_path_factory):
     return make
 
 
-def answer(world, path, options):
-    """Tokens after the prompt, which is read in two turns."""
-    model = load_model(open_checkpoint(path), torch.float32, "cpu", world)
-    engine = Engine(model, world, batch=1, options=options)
-    engine.extend([PROMPT[:30]])
-    engine.extend([PROMPT[30:]], reserve=STEPS)
+def answer(engine, new):
+    """Tokens after what the engine holds and then `new`."""
+    read(engine, [new], answer=STEPS)
     tokens = []
     for left in range(STEPS, 0, -1):
         tokens += next_tokens(engine, Sampling())
@@ -51,27 +59,109 @@ def answer(world, path, options):
     return tokens
 
 
-@pytest.mark.parametrize(
-    ("ranks", "options"),
-    [
-        (1, EngineOptions()),
-        (2, EngineOptions(variant="pass-kv")),
-        (2, EngineOptions(variant="pass-q", static=True)),
-        (3, EngineOptions(variant="gather-kv")),
-    ],
-    ids=["1", "2-pass-kv", "2-static", "3-gather-kv"],
-)
+def answers(world, path, *settings):
+    """Tokens after the prompt, which is read in two turns, under each of the options."""
+    model = load_model(open_checkpoint(path), torch.float32, "cpu", world)
+    said = []
+    for options in settings or [EngineOptions()]:
+        engine = Engine(model, world, batch=1, options=options)
+        read(engine, [PROMPT[:30]])
+        said.append(answer(engine, PROMPT[30:]))
+    return said
+
+
+SETTINGS = {
+    "1 rank": (1, [EngineOptions(), EngineOptions(static=True)]),
+    "2 ranks": (
+        2,
+        [
+            EngineOptions(variant="pass-kv"),
+            EngineOptions(variant="gather-q"),
+            EngineOptions(static=True),
+        ],
+    ),
+    "3 ranks": (
+        3,
+        [
+            EngineOptions(variant="gather-kv"),
+            EngineOptions(variant="pass-q"),
+            EngineOptions(variant="pass-q-all2all"),
+        ],
+    ),
+    "chunks": (2, [EngineOptions(chunk=7)]),
+}
+
+
+def test_every_variant_is_compared():
+    settings = [options for _, some in SETTINGS.values() for options in some]
+    assert {options.variant for options in settings} == {"auto", *names(baselines=True)}
+
+
+@pytest.mark.parametrize("check", SETTINGS)
 @pytest.mark.parametrize("case", CASES)
-def test_the_tokens_of_transformers(made, case, ranks, options):
+def test_the_tokens_of_transformers(made, case, check, family_outcome):
+    family_outcome(check, case)
     folder, expected = made(case)
-    said = run_ranks(ranks, answer, str(folder / "model"), options)
-    assert said == [expected] * ranks
+    ranks, settings = SETTINGS[check]
+    said = run_ranks(ranks, answers, str(folder / "model"), *settings)
+    assert said == [[expected] * len(settings)] * ranks
+
+
+def saved(world, path, directory):
+    """The session of a first turn."""
+    checkpoint = open_checkpoint(path)
+    engine = Engine(load_model(checkpoint, torch.float32, "cpu", world), world, batch=1)
+    read(engine, [PROMPT[:30]])
+    return saving.save(engine, directory, None, identity(checkpoint))
+
+
+def resumed(world, path, directory, manifest):
+    model = load_model(open_checkpoint(path), torch.float32, "cpu", world)
+    engine = Engine(model, world, batch=1)
+    saving.restore(engine, directory, manifest)
+    return answer(engine, PROMPT[30:])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_in_a_session_that_goes_on_elsewhere(made, case, tmp_path, family_outcome):
+    family_outcome("session", case)
+    folder, expected = made(case)
+    path = str(folder / "model")
+    manifest = run_ranks(2, saved, path, tmp_path / "session")[0]
+    for ranks in (1, 3):
+        said = run_ranks(ranks, resumed, path, tmp_path / "session", manifest)
+        assert said == [expected] * ranks
 
 
 @pytest.mark.parametrize("case", sorted(CASES.keys() - NO_GGUF))
-def test_the_same_from_gguf(made, case):
+def test_the_same_from_gguf(made, case, family_outcome):
+    family_outcome("GGUF", case)
     folder, expected = made(case)
-    assert run_ranks(1, answer, str(folder / "model.gguf"), EngineOptions()) == [expected]
+    assert run_ranks(1, answers, str(folder / "model.gguf")) == [[expected]]
+
+
+@pytest.mark.parametrize(
+    ("family", "what", "fields"),
+    [
+        (
+            "gemma3",
+            "images beside the text",
+            dict(architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3"),
+        ),
+        (
+            "ministral3",
+            "images beside the text",
+            dict(architectures=["Mistral3ForConditionalGeneration"], model_type="mistral3"),
+        ),
+    ],
+)
+def test_the_rest_is_refused_in_one_line(made, family, what, fields, tmp_path, family_outcome):
+    folder, _ = made(family)
+    shutil.copytree(folder / "model", tmp_path / "model")
+    edit_json(tmp_path / "model" / "config.json", **fields)
+    line = refusal(tmp_path / "model").removeprefix(f"{tmp_path / 'model' / 'config.json'}: ")
+    family_outcome(REFUSED, what, family=family, line=line)
+    assert what in find_family(family).refused and str(tmp_path) not in line
 
 
 @pytest.mark.parametrize("case", ["qwen3", "phi3-long"])
@@ -80,22 +170,23 @@ def test_the_same_from_split_gguf(case, tmp_path):
     write_gguf(model, tmp_path / "parts.gguf", every=7)
     assert len(list(tmp_path.glob("parts-0000?-of-0000?.gguf"))) > 3
     expected = greedy(model, PROMPT, STEPS)
-    assert run_ranks(2, answer, str(tmp_path), EngineOptions()) == [expected] * 2
+    assert run_ranks(2, answers, str(tmp_path)) == [[expected]] * 2
 
 
-def answers(world, paths):
-    return world.gather([answer(world, path, EngineOptions()) for path in paths])
+def of_each(world, paths):
+    return world.gather([answers(world, path)[0] for path in paths])
 
 
-def test_two_tensor_parallel_ranks_say_the_same(made):
+def test_two_tensor_parallel_ranks_say_the_same(made, family_outcome):
     paths, expected = [], []
     for case in CASES:
+        family_outcome("tp 2", case)
         folder, tokens = made(case)
         check(open_checkpoint(str(folder / "model")).config, 2)
         paths.append(str(folder / "model"))
         expected.append(tokens)
     ranks = RankOptions(tp=2, device="cpu", threads=1)
-    assert run(answers, paths, ranks=ranks) == [expected, expected]
+    assert run(of_each, paths, ranks=ranks) == [expected, expected]
 
 
 def logits(model, tokens):
