@@ -4,8 +4,9 @@
 // A block holds the rows of all KV heads, so that K and V are read once, in the order in which a
 // cache of [token][K or V][head][dim] stores them: one head alone is a few lines of every other
 // kilobyte, which main memory delivers at a third of the rate. Each row of K and V is read for up
-// to four query rows at once, and nothing is packed. A row's result does not depend on the rows
-// that go with it. Unnamed namespace: see isa.h.
+// to four query rows at once, and nothing is packed. More rows of a head take wider tiles of K and
+// V, one head after another, from the level-1 cache: what is done once a tile then counts less. A
+// row's result does not depend on the rows that go with it. Unnamed namespace: see isa.h.
 #pragma once
 
 #include <cstring>
@@ -45,7 +46,7 @@ inline bool few_rows(const AttentionArgs& args, int most) {
   return tokens * group_size(args) <= most || (most == kStreamRows && tokens <= kStreamTokens);
 }
 
-// `tile_keys`: 8, 16 or 32.
+// `tile_keys`: 8, 16 or 32, in which a row's maximum is raised and its weights are computed.
 template <class Math, int tile_keys, Kind kind = Kind::kSoftmax>
 class StreamKernel {
   using T = typename Math::Input;
@@ -57,12 +58,13 @@ class StreamKernel {
   // Bytes between a read and its prefetch, but at least a tile: a fraction of a level-2 cache.
   static constexpr int64_t kAhead = 32 << 10;
   static constexpr int kBytesOfWeights = 128;  // prefetched while a row's weights are computed
-  static constexpr int kSlots = tile_keys < kLanes ? kLanes : tile_keys;
+  static constexpr int kTile = tile_keys;
+  static constexpr int kTileVectors = kTile < kLanes ? 1 : kTile / kLanes;
 
  public:
   static constexpr Kind kKind = kind;
   static constexpr int kRows = 64;
-  static constexpr int kKeys = tile_keys;
+  static constexpr int kKeys = 32;
 
   static int heads(const AttentionArgs& args) {
     return heads_of(most_tokens(args) * group_size(args), args);
@@ -89,7 +91,8 @@ class StreamKernel {
 
   void begin(const RowBlock<kRows>& block) {
     rows_ = block.rows / block.heads;
-    slots_ = padded_rows(rows_);
+    // The last block of a head may have one or two rows of a group of more.
+    slots_ = fours_ ? round_up(rows_, 4) : padded_rows(rows_);
     for (int slot = 0; slot < block.heads * slots_; ++slot) {
       const int row = slot % slots_;
       const void* from = row < rows_ ? block.q[slot / slots_ * rows_ + row] : nullptr;
@@ -108,45 +111,9 @@ class StreamKernel {
 
   template <bool masked>
   void tile(const RowBlock<kRows>& block, int64_t key, int keys) {
-    const int64_t fit = kAhead / (2 * block.heads * args_.head_dim * sizeof(T));
-    const int64_t next = key + (fit < kKeys ? kKeys : fit);
-    const int64_t end = block.limit[block.rows - 1];
-    ahead_ = StreamAhead(args_, block.k, block.v, block.heads, next,
-                         next + keys < end ? next + keys : end);
-    // Each step is done for all heads before the next step: the weights of one row alone are a
-    // chain of dependent instructions.
-    const T* k = static_cast<const T*>(block.k) + key * args_.k_token_stride;
-    for (int slot = 0; slot < block.heads * slots_; k += args_.k_head_stride) {
-      for (const int end = slot + slots_; slot < end; slot += rows_at_once()) {
-        score({k, args_.k_token_stride, keys}, slot);
-      }
-    }
-    for (int row = 0; row < block.rows; ++row) {
-      const int64_t left = block.limit[row] - key, before = block.first[row] - key;
-      const int visible = masked && left < keys ? static_cast<int>(left < 0 ? 0 : left) : keys;
-      const int slot = slot_of(row);
-      ahead_.prefetch(kBytesOfWeights);
-      if constexpr (kind == Kind::kSilu) {
-        const bool windowed = masked && before > 0;
-        weigh_silu(slot,
-                   !windowed        ? 0
-                   : before < kKeys ? static_cast<int>(before)
-                                    : kKeys,
-                   visible);
-        continue;
-      }
-      if (scores_.capped) cap(slot);
-      if (masked && before > 0) {
-        weigh_in_window(slot, before < kKeys ? static_cast<int>(before) : kKeys, visible);
-      } else {
-        weigh<false>(slot, 0, visible);
-      }
-    }
-    const T* v = static_cast<const T*>(block.v) + key * args_.v_token_stride;
-    for (int slot = 0; slot < block.heads * slots_; v += args_.v_head_stride) {
-      for (const int end = slot + slots_; slot < end; slot += rows_at_once()) {
-        accumulate(v, keys, slot);
-      }
+    if (!masked && slots_ > 4) return wide_tile(block, key, keys);
+    for (int begin = 0; begin < keys; begin += kTile) {
+      narrow_tile<masked>(block, key + begin, keys - begin < kTile ? keys - begin : kTile);
     }
   }
 
@@ -172,6 +139,9 @@ class StreamKernel {
   }
 
  private:
+  // Of a row: keys of a wide tile, and room for the vector that begins at its last narrow one.
+  static constexpr int kSlots = kKeys + kLanes;
+
   struct Fixed {
     alignas(64) float scores[kRows][kSlots];
     alignas(64) Weight weights[kRows][kSlots];
@@ -193,6 +163,126 @@ class StreamKernel {
 
   int rows_at_once() const { return slots_ < 4 ? slots_ : 4; }
   int slot_of(int row) const { return row / rows_ * slots_ + row % rows_; }
+
+  // Prefetches the keys that follow, as many.
+  void look_ahead(const RowBlock<kRows>& block, int64_t key, int keys) {
+    const int64_t fit = kAhead / (2 * block.heads * args_.head_dim * sizeof(T));
+    const int64_t next = key + (fit < keys ? keys : fit);
+    const int64_t end = block.limit[block.rows - 1];
+    ahead_ = StreamAhead(args_, block.k, block.v, block.heads, next,
+                         next + keys < end ? next + keys : end);
+  }
+
+  const T* keys_at(const RowBlock<kRows>& block, int64_t key) const {
+    return static_cast<const T*>(block.k) + key * args_.k_token_stride;
+  }
+  const T* values_at(const RowBlock<kRows>& block, int64_t key) const {
+    return static_cast<const T*>(block.v) + key * args_.v_token_stride;
+  }
+
+  // At most kTile keys. Each step is done for all heads before the next step: the weights of one
+  // row alone are a chain of dependent instructions.
+  template <bool masked>
+  void narrow_tile(const RowBlock<kRows>& block, int64_t key, int keys) {
+    look_ahead(block, key, keys);
+    const T* k = keys_at(block, key);
+    for (int slot = 0; slot < block.heads * slots_; k += args_.k_head_stride) {
+      for (const int end = slot + slots_; slot < end; slot += rows_at_once()) {
+        score({k, args_.k_token_stride, keys}, slot);
+      }
+    }
+    for (int row = 0; row < block.rows; ++row) {
+      const int64_t left = block.limit[row] - key, before = block.first[row] - key;
+      const int visible = masked && left < keys ? static_cast<int>(left < 0 ? 0 : left) : keys;
+      const int hidden = !masked || before <= 0 ? 0
+                         : before < kTile       ? static_cast<int>(before)
+                                                : kTile;
+      const int slot = slot_of(row);
+      ahead_.prefetch(kBytesOfWeights);
+      if constexpr (kind == Kind::kSilu) {
+        weigh_silu<kTileVectors>(slot, hidden, visible);
+        continue;
+      }
+      if (scores_.capped) cap<kTileVectors>(slot);
+      if (hidden > 0) {
+        weigh_in_window(slot, hidden, visible);
+      } else {
+        weigh<false>(slot, 0, visible);
+      }
+    }
+    const T* v = values_at(block, key);
+    for (int slot = 0; slot < block.heads * slots_; v += args_.v_head_stride) {
+      for (const int end = slot + slots_; slot < end; slot += rows_at_once()) {
+        accumulate(v, keys, slot);
+      }
+    }
+  }
+
+  // Up to kKeys keys that all rows see, for heads of more than four slots. A row gets the bits that
+  // narrow tiles give it: where none of them raises its maximum, they can be taken together.
+  void wide_tile(const RowBlock<kRows>& block, int64_t key, int keys) {
+    look_ahead(block, key, keys);
+    const T *k = keys_at(block, key), *v = values_at(block, key);
+    for (int first = 0; first < block.heads * slots_; first += slots_) {
+      const int end = first + slots_, rows_end = first + rows_;
+      for (int slot = first; slot < end; slot += 4) {
+        score_wide({k, args_.k_token_stride, keys}, slot);
+      }
+      for (int slot = first; slot < end; slot += 4) {
+        const int rows = rows_end - slot < 4 ? rows_end - slot : 4;
+        ahead_.prefetch(rows * kBytesOfWeights);
+        weigh_wide(v, keys, slot, rows);
+      }
+      k += args_.k_head_stride;
+      v += args_.v_head_stride;
+    }
+  }
+
+  // Weighs the values of a wide tile for the first `rows` of four rows.
+  void weigh_wide(const T* v, int keys, int slot, int rows) {
+    constexpr int kVectors = kKeys / kLanes;
+    unsigned exceeds = 0;
+    for (int r = slot; r < slot + rows; ++r) {
+      if constexpr (kind == Kind::kSilu) {
+        weigh_silu<kVectors>(r, 0, keys);
+        continue;
+      }
+      if (scores_.capped) cap<kVectors>(r);
+      const Vector most = broadcast(fixed_.max[r] + kSlack);
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) {
+        const Vector scaled = load(fixed_.scores[r] + i * kLanes) * broadcast(scores_.factor);
+        exceeds |= above(kLaneNumbers < keys - i * kLanes ? scaled : broadcast(kNoScore), most);
+      }
+    }
+    if (exceeds) {
+      for (int at = 0; at < keys; at += kTile, v += kTile * args_.v_token_stride) {
+        const int count = keys - at < kTile ? keys - at : kTile;
+        for (int r = slot; r < slot + rows; ++r) weigh<false>(r, 0, count, at);
+        accumulate_rows<4>(v, count, slot, at);
+      }
+      return;
+    }
+    for (int r = slot; kind == Kind::kSoftmax && r < slot + rows; ++r) {
+      const Vector scale = broadcast(scores_.factor), max = broadcast(fixed_.max[r]);
+      Vector sum = load(fixed_.sum[r]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) {
+        const Vector scores = load(fixed_.scores[r] + i * kLanes);
+        const Ints seen = kLaneNumbers < keys - i * kLanes;
+        const Vector weights = seen ? Math::exp2(multiply_subtract(scores, scale, max)) : Vector{};
+        const auto kept = Math::store_weights(weights, fixed_.weights[r] + i * kLanes);
+        if constexpr (kTile < kLanes) {  // the keys of a narrow tile go to the first lanes
+          sum = sum + low_half(kept);
+          sum = sum + high_half(kept);
+        } else {
+          sum = sum + kept;
+        }
+      }
+      store(sum, fixed_.sum[r]);
+    }
+    accumulate_rows<4>(v, keys, slot);
+  }
 
   // Stores a query, 0 if it does not exist, in the order in which `score_rows` reads it.
   void store_in_order(const void* from, float* to) const {
@@ -222,20 +312,30 @@ class StreamKernel {
     auto* scores = fixed_.scores + slot;
     switch (rows_at_once()) {
       case 1:
-        return score_rows<Math, kKeys, 1>(keys, q, words_, ahead_, scores);
+        return score_rows<Math, kTile, 1>(keys, q, words_, ahead_, scores);
       case 2:
-        return score_rows<Math, kKeys, 2>(keys, q, words_, ahead_, scores);
+        return score_rows<Math, kTile, 2>(keys, q, words_, ahead_, scores);
     }
+    if constexpr (kUnconverted) {
+      if (fours_) return score_four<Math, kTile>(keys, q, args_.head_dim, ahead_, scores);
+    }
+    score_rows<Math, kTile, 4>(keys, q, words_, ahead_, scores);
+  }
+
+  void score_wide(const StreamKeys<T>& keys, int slot) {
+    const float* q = q_ + slot * query_words_;
+    auto* scores = fixed_.scores + slot;
     if constexpr (kUnconverted) {
       if (fours_) return score_four<Math, kKeys>(keys, q, args_.head_dim, ahead_, scores);
     }
     score_rows<Math, kKeys, 4>(keys, q, words_, ahead_, scores);
   }
 
-  // Replaces a row's products by scores under a soft cap.
+  // Replaces a row's products by scores under a soft cap, in the first kVectors vectors.
+  template <int kVectors>
   __attribute__((noinline)) void cap(int slot) {
     float* scores = fixed_.scores[slot];
-    for (int j = 0; j < kSlots; j += kLanes) {
+    for (int j = 0; j < kVectors * kLanes; j += kLanes) {
       store(hyperbolic_tangent(load(scores + j) * broadcast(scores_.cap_scale)), scores + j);
     }
   }
@@ -246,11 +346,11 @@ class StreamKernel {
     weigh<true>(slot, before, visible);
   }
 
-  // Turns a row's scores into weights, 0 from `visible` on and, if there is a window, before
-  // `before`.
+  // Turns the scores of a narrow tile, from key `at` of the wide one on, into weights, 0 from
+  // `visible` on and, if there is a window, before `before`.
   template <bool windowed>
-  __attribute__((always_inline)) inline void weigh(int slot, int before, int visible) {
-    constexpr int kN = kSlots / kLanes;
+  __attribute__((always_inline)) inline void weigh(int slot, int before, int visible, int at = 0) {
+    constexpr int kN = kTileVectors;
     const Vector scale = broadcast(scores_.factor);
     Ints seen[kN];
     Vector scores[kN];
@@ -259,7 +359,7 @@ class StreamKernel {
     for (int i = 0; i < kN; ++i) {
       seen[i] = kLaneNumbers < visible - i * kLanes;
       if (windowed) seen[i] &= kLaneNumbers >= before - i * kLanes;
-      scores[i] = load_scores(fixed_.scores[slot] + i * kLanes);
+      scores[i] = load_scores(fixed_.scores[slot] + at + i * kLanes);
       const Vector scaled = seen[i] ? scores[i] * scale : broadcast(kNoScore);
       exceeds |= above(scaled, broadcast(fixed_.max[slot] + kSlack));
     }
@@ -276,17 +376,19 @@ class StreamKernel {
     for (int i = 0; i < kN; ++i) {
       const Vector shifted = multiply_subtract(scores[i], scale, broadcast(fixed_.max[slot]));
       const Vector weights = seen[i] ? Math::exp2(shifted) : Vector{};
-      sum = sum + Math::store_weights(weights, fixed_.weights[slot] + i * kLanes);
+      sum = sum + Math::store_weights(weights, fixed_.weights[slot] + at + i * kLanes);
     }
     store(sum, fixed_.sum[slot]);
   }
 
-  // Turns a row's scores into the weights of SiLU attention, 0 before `before` and from `visible`
-  // on.
+  // Turns kVectors vectors of a row's scores into the weights of SiLU attention, 0 before `before`
+  // and from `visible` on.
+  template <int kVectors>
   void weigh_silu(int slot, int before, int visible) {
-    for (int i = 0; i < kSlots; i += kLanes) {
-      const Vector weights =
-          silu(load_scores(fixed_.scores[slot] + i) * broadcast(args_.scale), Math::exp2);
+    for (int i = 0; i < kVectors * kLanes; i += kLanes) {
+      const float* const at = fixed_.scores[slot] + i;
+      const Vector scores = kVectors > kTileVectors ? load(at) : load_scores(at);
+      const Vector weights = silu(scores * broadcast(args_.scale), Math::exp2);
       const Ints seen = (kLaneNumbers < visible - i) & (kLaneNumbers >= before - i);
       Math::store_weights(seen ? weights : Vector{}, fixed_.weights[slot] + i);
     }
@@ -295,7 +397,7 @@ class StreamKernel {
   // The load must not be wider than the stores of the scores, or it waits for them to reach the
   // cache.
   static Vector load_scores(const float* scores) {
-    return kKeys < kLanes ? load_eight(scores) : load(scores);
+    return kTile < kLanes ? load_eight(scores) : load(scores);
   }
 
   // Raises a row's maximum to the greatest lane of `most` and rescales everything that was computed
@@ -322,25 +424,28 @@ class StreamKernel {
     }
   }
 
+  // `at`: the first of these keys in a row of weights.
   template <int kR>
-  void accumulate_rows(const T* v, int keys, int slot) {
+  void accumulate_rows(const T* v, int keys, int slot, int at = 0) {
     // Vectors: enough to hide the latency of a multiplication, within the registers.
     constexpr int kWide = kLanes == 8 ? 8 / kR : kR == 4 ? 4 : 8;
     int64_t d = 0;
     for (; d + kWide * kLanes <= args_.head_dim; d += kWide * kLanes)
-      add_values<kR, kWide>(v, keys, slot, d);
-    for (; d + 2 * kLanes <= args_.head_dim; d += 2 * kLanes) add_values<kR, 2>(v, keys, slot, d);
+      add_values<kR, kWide>(v, keys, slot, d, at);
+    for (; d + 2 * kLanes <= args_.head_dim; d += 2 * kLanes) {
+      add_values<kR, 2>(v, keys, slot, d, at);
+    }
     if (d + kLanes <= args_.head_dim) {
-      add_values<kR, 1>(v, keys, slot, d);
+      add_values<kR, 1>(v, keys, slot, d, at);
       d += kLanes;
     }
-    if (d < args_.head_dim) add_values<kR, 1, true>(v, keys, slot, d);
+    if (d < args_.head_dim) add_values<kR, 1, true>(v, keys, slot, d, at);
   }
 
   // The same for kN vectors of dimensions, in the order in which Math::load_step loads them; or for
   // the last dimensions, less than a vector. Prefetches as many bytes as it reads.
   template <int kR, int kN, bool kLast = false>
-  void add_values(const T* v, int keys, int slot, int64_t d) {
+  void add_values(const T* v, int keys, int slot, int64_t d, int at) {
     float* acc = acc_ + slot * dims_ + d;
     Vector sums[kR][kN];
 #pragma GCC unroll 4
@@ -360,7 +465,7 @@ class StreamKernel {
 #pragma GCC unroll 4
       for (int r = 0; r < kR; ++r) {
         float word;
-        std::memcpy(&word, fixed_.weights[slot + r] + j, sizeof(word));
+        std::memcpy(&word, fixed_.weights[slot + r] + at + j, sizeof(word));
         const Vector weight = broadcast(word);
 #pragma GCC unroll 8
         for (int n = 0; n < kN; ++n) sums[r][n] = Math::multiply_add(weight, values[n], sums[r][n]);

@@ -92,6 +92,15 @@ def test_few_queries_over_many_keys(isa, queries, heads, window):
     check(case, run(case), allowed(case, merged=True))
 
 
+@pytest.mark.parametrize("queries, group", [(5, 13), (6, 11)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_last_rows_of_a_head_in_a_block_of_their_own(isa, dtype, queries, group):
+    """One row and two, of a group of more."""
+    sequences = [(range(300 - queries, 300), range(300))]
+    case = make_case(sequences, heads=(group, 1), dtype=dtype)
+    check(case, run(case), allowed(case))
+
+
 def test_the_error_of_a_cap(isa):
     """A query that sees one key has its capped score as lse: the hyperbolic tangent itself, which
     errs by at most three units in the last place, here with a rounding to base 2 and one back.
