@@ -2,7 +2,8 @@
 
     python benchmarks/chunked.py [--tokens 64K] [--long 256K] [--json FILE]
 
-A small random-weight Llama (that of million.py) on two ranks with one thread each.
+A small random-weight Llama (that of million.py, with `--heads` heads) on two ranks with one thread
+each.
 
 - `--tokens` are read in one piece and in chunks as `--chunk auto` and a sixteenth of the prompt cut
   them, in turn; the ratio is that of the medians.
@@ -163,8 +164,7 @@ def long(model: Path, tokens: int, folder: Path) -> dict[str, Any]:
         "planned_parts_bytes": parts,
         "peak_bytes": peak,
         "planned_over_peak": planned / peak,
-        "beyond_process_over_weights_and_kv": (peak - parts["process"])
-        / (parts["weights"] + parts["kv"]),
+        "peak_over_weights_and_kv": peak / (parts["weights"] + parts["kv"]),
     }
 
 
@@ -180,8 +180,8 @@ def show(found: dict[str, Any]) -> None:
     console.print(
         f"{whole['tokens']:,} tokens in chunks of {whole['chunk']:,}: {duration(whole['ttft_s'])}; "
         f"time left off by {left['median_error']:.1%} in the median of {left['lines']} lines; "
-        f"memory {size(whole['peak_bytes'])}, planned {size(whole['planned_bytes'])}; beyond the "
-        f"process {whole['beyond_process_over_weights_and_kv']:.2f} times weights and KV"
+        f"memory {size(whole['peak_bytes'])}, planned {size(whole['planned_bytes'])}; "
+        f"{whole['peak_over_weights_and_kv']:.2f} times weights and KV"
     )
     for cp, each in whole["resumed"].items():
         console.print(
@@ -194,14 +194,16 @@ def show(found: dict[str, Any]) -> None:
 @click.command()
 @click.option("--tokens", type=TokenCount(), default=64_000)
 @click.option("--long", "longer", type=TokenCount(), default=256_000)
+@click.option("--heads", type=click.IntRange(min=1), default=4)
 @click.option("--repeats", type=click.IntRange(min=1), default=3)
 @click.option("--json", "to", type=Path)
-def main(tokens: int, longer: int, repeats: int, to: Path | None) -> None:
+def main(tokens: int, longer: int, heads: int, repeats: int, to: Path | None) -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "model", 1)
+        write_model(folder / "model", heads)
         found = {
+            "heads": heads,
             "pieces": pieces(folder / "model", tokens, repeats),
             "long": long(folder / "model", longer, folder),
             **circumstances(),

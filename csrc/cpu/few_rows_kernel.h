@@ -139,8 +139,11 @@ void products(const T* w, int64_t gap, const Packed* x, int64_t depth,
     }
     multiply_step<Math, kRows, kCount>(rest, Math::kStep, x, acc);
   }
+  // Unrolled, or the accumulators would lie in memory.
+#pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
     Vector columns[kColumns] = {};
+#pragma GCC unroll 4
     for (int c = 0; c < kCount; ++c) columns[c] = acc[r][c];
     sums_of(columns, sums[r]);
   }

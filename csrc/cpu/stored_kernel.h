@@ -20,6 +20,29 @@ struct Rows {
   static constexpr int kCount = kNumber;
 };
 
+// Begins a block of each of kColumns rows of w, `gap` bytes apart.
+template <class Block>
+__attribute__((always_inline)) inline void begin_all(const uint8_t* w, int64_t gap,
+                                                     Block (&blocks)[kColumns]) {
+#if defined(__F16C__)
+  if constexpr (Block::kTwoHalves) {
+    // All are converted together, and spread over vectors as they are loaded again: ports that
+    // shuffle and convert are what these products wait for.
+    alignas(32) float halves[kColumns][2];
+    const auto two = [&](int c) { return static_cast<int>(word_at(w + c * gap)); };
+    _mm256_store_ps(halves[0], _mm256_cvtph_ps(_mm_setr_epi32(two(0), two(1), two(2), two(3))));
+    asm volatile("" : "+m"(halves));
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) {
+      blocks[c].begin(w + c * gap, halves[c][0], halves[c][1]);
+    }
+    return;
+  }
+#endif
+#pragma GCC unroll 4
+  for (int c = 0; c < kColumns; ++c) blocks[c].begin(w + c * gap);
+}
+
 // sums[r][c] = x[r] . w[c] for kRows rows of x and kColumns rows of w, `gap` bytes apart.
 template <class Block, int kRows>
 void stored_products(const uint8_t* w, int64_t gap, const float* x, int64_t x_stride, int64_t depth,
@@ -27,8 +50,7 @@ void stored_products(const uint8_t* w, int64_t gap, const float* x, int64_t x_st
   Vector acc[kRows][kColumns] = {};
   Block blocks[kColumns];
   for (int64_t k = 0; k < depth; k += Block::kWeights, w += Block::kBytes) {
-#pragma GCC unroll 4
-    for (int c = 0; c < kColumns; ++c) blocks[c].begin(w + c * gap);
+    begin_all(w, gap, blocks);
     for (int run = 0; run < Block::kWeights / Block::kRun; ++run) {
 #pragma GCC unroll 8
       for (int part = 0; part < Block::kRun / kPart; ++part) {
@@ -39,7 +61,7 @@ void stored_products(const uint8_t* w, int64_t gap, const float* x, int64_t x_st
           blocks[c].widen(run, part, weights);
 #pragma GCC unroll 4
           for (int v = 0; v < kPartVectors; ++v) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
             for (int r = 0; r < kRows; ++r) {
               const Vector values = load(at + r * x_stride + v * kLanes);
               acc[r][c] = multiply_add(weights[v], values, acc[r][c]);
@@ -49,6 +71,8 @@ void stored_products(const uint8_t* w, int64_t gap, const float* x, int64_t x_st
       }
     }
   }
+  // Unrolled, or the accumulators would lie in memory.
+#pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) sums_of(acc[r], sums[r]);
 }
 
@@ -58,9 +82,10 @@ inline void put_columns(const StoredLinearArgs& args, int64_t row, const float* 
   for (int c = 0; c < kColumns; ++c) out[place_of(args.w, column + c * apart)] = sums[c];
 }
 
-// Rows up to which weights are widened in registers, again for each kSharingRows of them.
+// Rows up to which weights are widened in registers, again for each group of rows: with AVX-512 of
+// 3 to 6, else of kSharingRows.
 #if defined(__AVX512F__)
-constexpr int kSharingRows = 4;
+constexpr int kSharingRows = 8;
 #elif defined(__FMA__)
 constexpr int kSharingRows = 2;
 #else
@@ -81,6 +106,8 @@ inline void stored_columns(const StoredLinearArgs& args, int64_t column, int64_t
     row += kRows;
   };
 #if defined(__AVX512F__)
+  if (args.rows == 5) return run(Rows<5>{});
+  if (args.rows == 6) return run(Rows<6>{});
   while (args.rows - row >= 4) run(Rows<4>{});
   if (args.rows - row == 3) run(Rows<3>{});
 #endif
@@ -94,10 +121,9 @@ inline void stored_columns(const StoredLinearArgs& args, int64_t column, int64_t
 }
 
 #if defined(__AVX512F__)
-// Rows for which weights are widened once, to memory of level 1, from which groups of rows take
-// them: with 4 rows of w, 1024 weights at a time. A step of SmolLM2 in Q4_1 (Xeon with
-// AVX512_BF16, one core) takes 0.49 of the time of a panel in memory with 5 rows, 0.56 with 8 and
-// 0.68 with 16.
+// More rows, for which weights are widened once, to memory of level 1, from which groups of rows
+// take them: with 4 rows of w, 1024 weights at a time. A step of SmolLM2 in Q4_1 (Xeon with
+// AVX512_BF16, one core) takes 0.68 of the time of a panel in memory with 16 rows.
 constexpr int kMostStoredRows = 16, kWidened = 256;
 
 template <int kRows>

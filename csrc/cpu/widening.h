@@ -41,10 +41,17 @@ inline Vector all_lanes(float value) {
 template <class Type>
 struct Widening {
   static constexpr int kWeights = Type::kWeights, kBytes = Type::kBytes, kRun = Type::kRun;
+  // Whether a block has one scale, and begins with it and its shift, if there is one, in float16.
+  static constexpr bool kTwoHalves = Type::kWeights == Type::kGroup;
 
   void begin(const uint8_t* from) {
     block = from;
     Type::scales(block, scale, shift);
+  }
+  void begin(const uint8_t* from, float first, float second) {
+    block = from;
+    scale[0] = first;
+    shift[0] = second;
   }
   void widen(int run, int part, Vector (&weights)[kPartVectors]) const {
     const int group = (run * kRun + part * kPart) / Type::kGroup;
@@ -74,6 +81,7 @@ struct Widening {
 template <class T>
 struct WideningHalves {  // bfloat16 or float16
   static constexpr int kWeights = 32, kBytes = 64, kRun = 32;
+  static constexpr bool kTwoHalves = false;
 
   void begin(const uint8_t* from) { block = from; }
   void widen(int, int part, Vector (&weights)[kPartVectors]) const {
