@@ -41,7 +41,7 @@ def models(as_json: bool) -> None:
             each["title"],
             each["members"],
             each["architectures"][0],
-            each["gguf"] or ("no" if each["refused"] else "as a Llama"),
+            each["gguf"] or "as a Llama",
             each["refused"] or "-",
         ]
         for each in found

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from cptool.model.architectures.registry import families
 from cptool.model.config import LlamaConfig, RopeScaling
 
 
@@ -44,26 +45,6 @@ def _code_llama(**fields: Any) -> LlamaConfig:
     return llama_config(rope_theta=1e6, max_position_embeddings=16384, **fields)
 
 
-def _qwen(family: str, **fields: Any) -> LlamaConfig:
-    return llama_config(family=family, rope_theta=1e6, rms_norm_eps=1e-6, **fields)
-
-
-def _gemma3(*, layers: int, **fields: Any) -> LlamaConfig:
-    return llama_config(
-        family="gemma3",
-        layers=layers,
-        vocab_size=262208,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_scaling=RopeScaling(kind="linear", factor=8.0),
-        window_rope_theta=1e4,
-        windows=tuple(1024 if (layer + 1) % 6 else None for layer in range(layers)),
-        max_position_embeddings=131072,
-        tie_word_embeddings=True,
-        **fields,
-    )
-
-
 SHAPES: dict[str, LlamaConfig] = {
     "llama2-7b": llama_config(hidden=4096, layers=32, heads=32, kv_heads=32, ffn=11008),
     "llama2-13b": llama_config(hidden=5120, layers=40, heads=40, kv_heads=40, ffn=13824),
@@ -83,59 +64,10 @@ SHAPES: dict[str, LlamaConfig] = {
     "codellama-70b": _code_llama(
         hidden=8192, layers=80, heads=64, kv_heads=8, ffn=28672, vocab_size=32016
     ),
-    "mistral-7b": llama_config(
-        hidden=4096,
-        layers=32,
-        heads=32,
-        kv_heads=8,
-        ffn=14336,
-        family="mistral",
-        vocab_size=32768,
-        rope_theta=1e6,
-        max_position_embeddings=32768,
-    ),
-    "qwen2.5-7b": _qwen(
-        "qwen2",
-        hidden=3584,
-        layers=28,
-        heads=28,
-        kv_heads=4,
-        ffn=18944,
-        vocab_size=152064,
-        max_position_embeddings=32768,
-    ),
-    "qwen2.5-72b": _qwen(
-        "qwen2",
-        hidden=8192,
-        layers=80,
-        heads=64,
-        kv_heads=8,
-        ffn=29568,
-        vocab_size=152064,
-        max_position_embeddings=32768,
-    ),
-    "qwen3-8b": _qwen(
-        "qwen3",
-        hidden=4096,
-        layers=36,
-        heads=32,
-        kv_heads=8,
-        ffn=12288,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-    ),
-    "qwen3-32b": _qwen(
-        "qwen3",
-        hidden=5120,
-        layers=64,
-        heads=64,
-        kv_heads=8,
-        ffn=25600,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-    ),
-    "gemma3-27b": _gemma3(
-        hidden=5376, layers=62, heads=32, kv_heads=16, ffn=21504, score_scale=168**-0.5
-    ),
+    **{
+        name: llama_config(family=family.name, **fields)
+        for family in families()
+        for name, fields in family.published.items()
+    },
 }
 """Published models by name."""

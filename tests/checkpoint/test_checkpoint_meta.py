@@ -216,7 +216,8 @@ def test_absent_key_value_heads_are_as_many_as_heads(tmp_path):
         ({"use_scaled_rope": "yes"}, "use_scaled_rope is 'yes'"),
         ({"attention_chunk_size": 8192}, "does not know this field"),
         ({"moe_args": {"num_experts": 16}}, "moe_args is"),
-        ({"model": {"dim": 64, "qk_normalization": True}}, "a Chameleon in Meta's layout"),
+        ({"model": {"dim": 64, "qk_normalization": True}}, "text_tokenizer.json is not beside"),
+        ({"qk_normalization": False}, "qk_normalization is not true"),
         ({"quantization_args": {"scheme": "int8"}}, "quantization_args"),
     ],
 )

@@ -37,6 +37,16 @@ def test_names_in_gguf_files_mean_the_cuts_of_transformers(name):
         assert CUTS[name].pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
 
 
+def test_chameleons_cut():
+    """As llama.cpp has it, for transformers has none: spaces by twos and fours, digits and
+    punctuation each on its own, parts of images whole.
+    """
+    text = "a  b     c 12.5, it's\n\tIMGIMGABZ<x> é"
+    cuts = [text[a:b] for _, (a, b) in CUTS["chameleon"].pre_tokenize_str(text)]
+    said = "a|  |b|    | c| |1|2|.|5|,| it|'|s|\n|\t|IMGIMGABZ|<|x|>| é"
+    assert cuts == said.split("|")
+
+
 def test_the_families_names_are_known():
     """Llama 3, Qwen and DeepSeek's distillations, Mistral, Phi 4, OLMo 2 and 3, SmolLM 3."""
     assert {"llama-bpe", "qwen2", "deepseek-r1-qwen", "tekken", "gpt-4o", "dbrx", "smaug-bpe"} < {

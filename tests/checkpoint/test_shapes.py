@@ -41,6 +41,7 @@ def test_parameter_counts(name, parameters):
         ("qwen3-8b", 8.19),
         ("qwen3-32b", 32.8),
         ("gemma3-27b", 27.0),
+        ("seed-oss-36b", 36.15),
     ],
 )
 def test_tables_have_the_published_number_of_parameters(name, billions):

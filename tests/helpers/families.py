@@ -6,12 +6,15 @@ which architectures have rotated rows interleaved is llama.cpp's.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from meta_checkpoint import save_meta
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -72,6 +75,7 @@ def phi3(original: int) -> dict[str, Any]:
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
     "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
     "llama-head-100": ("llama", dict(head_dim=100)),
     "llama-head-4": ("llama", dict(head_dim=4)),
@@ -102,6 +106,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             ),
         ),
     ),
+    "seed-oss": ("seed_oss", dict(head_dim=24)),
+    "seed-oss-no-biases": ("seed_oss", dict(head_dim=16, attention_bias=False)),
     "gemma": ("gemma", dict(head_dim=24, tie_word_embeddings=True)),
     "gemma2": (
         "gemma2",
@@ -134,7 +140,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "chameleon": ("chameleon", dict(num_key_value_heads=6, vocabulary_map=IMAGES, vq_config=VQ)),
-    "chameleon-swin": ("chameleon", dict(swin_norm=True, vocabulary_map=IMAGES, vq_config=VQ)),
+    "chameleon-swin": (
+        "chameleon",
+        dict(
+            vocab_size=98,
+            swin_norm=True,
+            vocabulary_map=IMAGES,
+            vq_config=VQ,
+        ),
+    ),
     "ministral3": ("ministral3", dict(head_dim=24, rope_parameters=GROWING)),
     "ministral3-window": (
         "ministral3",
@@ -147,8 +161,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """By name: the `model_type`, and what is not as in `SMALL`."""
 
+META_FILES = {"llama": 1, "chameleon": 1, "chameleon-swin": 2}
+"""Cases that are written in Meta's layout, and into how many files."""
+
 NO_GGUF = {
-    *("chameleon", "chameleon-swin", "ministral3-window"),
+    "ministral3-window",
     *("gemma2-scale", "gemma3-window", "mistral-window", "qwen2-window"),
 }
 """Cases that GGUF files of their family do not have."""
@@ -159,7 +176,7 @@ GGUF_NAMES = {
     "olmo3": "olmo2",
     "ministral3": "mistral3",
 }
-INTERLEAVED = {"llama", "mistral3", "granite", "smollm3"}
+INTERLEAVED = {"llama", "mistral3", "granite", "smollm3", "chameleon"}
 
 
 def random_model(case: str, directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -182,6 +199,9 @@ def random_model(case: str, directory: Path, dtype: torch.dtype = torch.float32)
             parameter.data += 0 if kind.startswith("gemma") else 1
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)
+        if kind == "chameleon" and re.search(r"\.[qk]_norm\.", name):  # those of a file's heads
+            by_file = parameter.data.view(META_FILES[case], -1, parameter.shape[-1])
+            by_file.copy_(by_file[:, :1].clone())
     model = model.to(dtype).eval()
     model.save_pretrained(directory)
     return model
@@ -194,6 +214,18 @@ def greedy(model: PreTrainedModel, prompt: list[int], steps: int) -> list[int]:
     for _ in range(steps):
         tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
     return tokens[len(prompt) :]
+
+
+def write_meta(case: str, model: PreTrainedModel, directory: Path) -> None:
+    """The same model in Meta's layout, with as many files as `META_FILES` says."""
+    params: dict[str, Any] = {}
+    if model.config.model_type == "chameleon":
+        params = {"qk_normalization": True, "swin_norm": model.config.swin_norm}
+    save_meta(model, directory, META_FILES[case], **params)
+    if params:
+        named = {"<s>": 1, "</s>": 2, "<reserved08706>": 22}
+        tokenizer = {"model": {"vocab": {**IMAGES, **named}}}
+        (directory / "text_tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def add_shape(writer: GGUFWriter, config: Any) -> None:
@@ -229,6 +261,12 @@ def write_gguf(model: PreTrainedModel, path: Path, every: int = 0) -> None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping or 0.0)
     if kind == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping or 0.0)
+    if kind == "chameleon":
+        names_of = {token: name for name, token in IMAGES.items()}
+        writer.add_swin_norm(config.swin_norm)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("chameleon")
+        writer.add_token_list([names_of.get(i, f"<{i}>") for i in range(config.vocab_size)])
     if kind == "granite":
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -240,6 +278,8 @@ def write_gguf(model: PreTrainedModel, path: Path, every: int = 0) -> None:
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
+        if name.startswith("model.vqmodel."):
+            continue
         values = tensor.float().numpy()
         if kind.startswith("gemma") and name.endswith("norm.weight"):
             values = values + 1
@@ -247,6 +287,8 @@ def write_gguf(model: PreTrainedModel, path: Path, every: int = 0) -> None:
             values = interleaved(values, config.num_attention_heads)
         if kind in INTERLEAVED and ".k_proj." in name:
             values = interleaved(values, config.num_key_value_heads)
+        if kind == "chameleon" and re.search(r"\.[qk]_norm\.", name):
+            values = interleaved(values.reshape(-1), len(values)).reshape(values.shape)
         writer.add_tensor(mapped.get_name(name, try_suffixes=(".weight", ".bias")), values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,6 +1,9 @@
-"""Writes Llamas of `transformers` in Meta's layout, divided as its tensor-parallel ranks were."""
+"""Writes Llamas and Chameleons of `transformers` in Meta's layout, divided as its tensor-parallel
+ranks were.
+"""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -38,10 +41,19 @@ def save_meta(
     for name, tensor in model.state_dict().items():
         if config.tie_word_embeddings and name.startswith("lm_head"):
             continue
+        if name.startswith("model.vqmodel."):
+            continue
         layer, part = "", name.removesuffix(".weight")
         if part.startswith("model.layers."):
             _, _, number, part = part.split(".", 3)
             layer = f"layers.{number}."
+        if (norm := re.fullmatch(r"self_attn\.([qk])_norm(\.bias)?", part)) is not None:
+            kind = f"{layer}attention.{norm[1]}_normalization.{'bias' if norm[2] else 'weight'}"
+            rows = interleave(tensor.reshape(-1, 1), len(tensor)).view(shards, -1, tensor.shape[1])
+            assert (rows == rows[:, :1]).all(), "heads of one file share their norm"
+            for file, row in zip(files, rows, strict=True):
+                file[kind] = row[0].clone()
+            continue
         theirs, dim = NAMES.get(part, ("tok_embeddings", embedding_dim))
         if theirs == "attention.wq":
             tensor = interleave(tensor, heads)
@@ -55,7 +67,7 @@ def save_meta(
             file[f"{layer}{theirs}.weight"] = chunk.clone()
     directory.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(files):
-        file["rope.freqs"] = torch.ones(config.head_dim // 2)
+        file["rope.freqs"] = torch.ones(config.hidden_size // heads // 2)
         torch.save(file, directory / f"consolidated.{number:02}.pth")
     fields = {
         "dim": config.hidden_size,

@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import edit_json, refusal
-from families import CASES, NO_GGUF, greedy, random_model, write_gguf
+from families import CASES, META_FILES, NO_GGUF, greedy, random_model, write_gguf, write_meta
 from family_table import REFUSED
 from llama_reference import ToyAttention, rms
 from ranks import run_ranks
@@ -44,6 +44,8 @@ def made(tmp_path_factory):
         model = random_model(case, folder / "model")
         if case not in NO_GGUF:
             write_gguf(model, folder / "model.gguf")
+        if case in META_FILES:
+            write_meta(case, model, folder / "meta")
         return folder, greedy(model, PROMPT, STEPS)
 
     return make
@@ -138,6 +140,13 @@ def test_the_same_from_gguf(made, case, family_outcome):
     family_outcome("GGUF", case)
     folder, expected = made(case)
     assert run_ranks(1, answers, str(folder / "model.gguf")) == [[expected]]
+
+
+@pytest.mark.parametrize("case", META_FILES)
+def test_the_same_from_metas_layout(made, case, family_outcome):
+    family_outcome("Meta", case)
+    folder, expected = made(case)
+    assert run_ranks(1, answers, str(folder / "meta")) == [[expected]]
 
 
 @pytest.mark.parametrize(

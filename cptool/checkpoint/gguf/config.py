@@ -5,6 +5,7 @@ from typing import Any
 
 from cptool.checkpoint.gguf.metadata import Metadata
 from cptool.checkpoint.gguf.rope import context, stated_scaling
+from cptool.checkpoint.image_ids import find_image_ids
 from cptool.checkpoint.layers import read_windows, unrotated_layers
 from cptool.checkpoint.notes import Notes
 from cptool.checkpoint.tensors import StoredTensor
@@ -64,10 +65,14 @@ def read_config(
         max_position_embeddings=positions,
         tie_word_embeddings=family.weight(HEAD).gguf not in tensors,
         rope_scaling=scaling,
+        image_ids=_image_ids(metadata, family, vocabulary),
         family=family.name,
         **switches,
     )
-    flags: dict[str, Any] = {name: _has(tensors, family, config, name) for name in family.flags}
+    flags: dict[str, Any] = {
+        name: metadata.flag(name) if metadata.has(name) else _has(tensors, family, config, name)
+        for name in family.flags
+    }
     config = replace(config, **flags)
     if family.gguf_scale is None:
         return config
@@ -106,6 +111,15 @@ def window_fields(metadata: Metadata, family: Family) -> dict[str, Any]:
     elif pattern is not None:
         fields["sliding_window_pattern"] = pattern
     return fields
+
+
+def _image_ids(metadata: Metadata, family: Family, size: int) -> tuple[tuple[int, int], ...]:
+    if family.image_tokens is None:
+        return ()
+    field = "tokenizer.ggml.tokens"
+    tokens = metadata.values.get(field)
+    names = {name: i for i, name in enumerate(tokens if isinstance(tokens, list) else [])}
+    return find_image_ids(metadata.path, field, names, family=family, vocab_size=size)
 
 
 def _has(tensors: dict[str, StoredTensor], family: Family, config: LlamaConfig, flag: str) -> bool:

@@ -83,6 +83,7 @@ def known_metadata(family: Family) -> FieldList:
         used |= {"attention.sliding_window", "attention.sliding_window_pattern"}
     if family.grows_queries:
         used.add("attention.temperature_scale")
+    used.update(name for name in family.flags if name in _MODEL_NEUTRAL)
     if family.window_theta is not None:
         used.add("rope.freq_base_swa")
     return FieldList(

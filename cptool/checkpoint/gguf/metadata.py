@@ -9,6 +9,8 @@ from typing import Any
 from cptool.checkpoint.fields import shown
 from cptool.errors import UserError
 
+_KINDS = {int: "an integer", float: "a number", bool: "true or false"}
+
 
 @dataclass(frozen=True)
 class Metadata:
@@ -35,6 +37,11 @@ class Metadata:
         """Return a float field of the architecture; UserError if it is anything else."""
         return shortest(self._value(name, float, default))
 
+    def flag(self, name: str) -> bool:
+        """Return a field of the architecture that is true or false; UserError if it is neither."""
+        value: bool = self._value(name, bool, None)
+        return value
+
     def _value(self, name: str, kind: type, default: Any) -> Any:
         key = self.key(name)
         value = self.values.get(key, default)
@@ -48,7 +55,7 @@ class Metadata:
         if type(value) is not kind:
             raise UserError(
                 f"{self.path}: {key} is {'missing' if value is None else shown(value)}, it must be "
-                f"{'an integer' if kind is int else 'a number'}; convert the model anew"
+                f"{_KINDS[kind]}; convert the model anew"
             )
         return value
 

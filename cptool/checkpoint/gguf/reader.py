@@ -22,7 +22,12 @@ from cptool.checkpoint.known_fields import check_fields
 from cptool.checkpoint.notes import Notes
 from cptool.checkpoint.other_models import kind_of
 from cptool.checkpoint.sampling import read_sampling
-from cptool.checkpoint.selection import mark_interleaved, select_tensors, split_fused
+from cptool.checkpoint.selection import (
+    flattened,
+    mark_interleaved,
+    select_tensors,
+    split_fused,
+)
 from cptool.checkpoint.tensor_names import check_names
 from cptool.checkpoint.tensors import TORCH_DTYPES, AnyTensor
 from cptool.errors import UserError
@@ -81,7 +86,7 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
             path, metadata, {own: f"general.sampling.{name}" for own, name in names.items()}, notes
         ),
         notes=notes.lines(),
-        load_tokenizer=lambda: _load_tokenizer(path, metadata),
+        load_tokenizer=lambda: _load_tokenizer(path, metadata, family),
     )
 
 
@@ -140,12 +145,12 @@ def _read_model(
     if factors is not None:
         scaling = long_rope(metadata, config, factors)
         config = check_config(path, replace(config, rope_scaling=scaling))
-    found = split_fused(path, config, found)
+    found = flattened(config, split_fused(path, config, found))
     stored = select_tensors(path, config, found, (*TORCH_DTYPES, *QUANTISED))
     return config, mark_interleaved(stored, config) if family.gguf_interleaved else stored
 
 
-def _load_tokenizer(path: Path, metadata: dict[str, Any]) -> "Tokenizer | None":
+def _load_tokenizer(path: Path, metadata: dict[str, Any], family: Family) -> "Tokenizer | None":
     from cptool.checkpoint.tokenizer.gguf import from_gguf
 
-    return from_gguf(path, metadata)
+    return from_gguf(path, metadata, family.chat_template)

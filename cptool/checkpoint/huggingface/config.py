@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from cptool.checkpoint.config_checks import check_config
-from cptool.checkpoint.fields import flag, integer, mapping, number, read_json, shown, token_ids
+from cptool.checkpoint.fields import flag, integer, mapping, number, read_json, shown
 from cptool.checkpoint.huggingface.known import HUGGING_FACE
 from cptool.checkpoint.huggingface.rope import context, read_rope
+from cptool.checkpoint.image_ids import find_image_ids
 from cptool.checkpoint.known_fields import check_fields
 from cptool.checkpoint.layers import read_windows, unrotated_layers
 from cptool.checkpoint.notes import Notes
@@ -110,20 +111,11 @@ def read_config(source: Path, fields: dict[str, Any], notes: Notes) -> LlamaConf
 
 
 def _image_ids(source: Path, fields: dict[str, Any], family: Family) -> tuple[tuple[int, int], ...]:
-    """Return the ranges of the tokens that `vocabulary_map` names as parts of images."""
-    if (prefix := family.image_tokens) is None:
+    if family.image_tokens is None:
         return ()
-    names = mapping(source, fields, "vocabulary_map")
-    ids = [i for name, i in names.items() if name.startswith(prefix)]
-    found = sorted(token_ids(source, "vocabulary_map", ids, integer(source, fields, "vocab_size")))
-    if not found:
-        raise UserError(
-            f"{source}: vocabulary_map names no image tokens ({prefix}...), which answers must "
-            f"leave out; fetch the file again"
-        )
-    breaks = [n for n in range(1, len(found)) if found[n] != found[n - 1] + 1]
-    starts, stops = [0, *breaks], [*breaks, len(found)]
-    return tuple((found[a], found[b - 1] + 1) for a, b in zip(starts, stops, strict=True))
+    field, vocab_size = "vocabulary_map", integer(source, fields, "vocab_size")
+    names = mapping(source, fields, field)
+    return find_image_ids(source, field, names, family=family, vocab_size=vocab_size)
 
 
 def family_of(source: Path, fields: dict[str, Any]) -> Family:

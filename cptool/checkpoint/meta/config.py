@@ -49,6 +49,9 @@ def read_config(
             )
     theta = number(source, params, "rope_theta", 10000.0)
     eps = number(source, params, "norm_eps")
+    switches: dict[str, Any] = {
+        name: flag(source, params, name) for name in family.flags if name in params
+    }
     return LlamaConfig(
         vocab_size=found[embedding].shape[0],
         hidden_size=hidden,
@@ -63,6 +66,7 @@ def read_config(
         tie_word_embeddings=tied,
         rope_scaling=scaling,
         family=family.name,
+        **switches,
     )
 
 

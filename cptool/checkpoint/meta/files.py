@@ -49,11 +49,11 @@ def checksums(directory: Path) -> dict[str, str]:
 
 
 def join_files(
-    files: Sequence[Path], family: Family, hidden: int, kv_heads: int
+    files: Sequence[Path], family: Family, hidden: int, *, heads: int, kv_heads: int
 ) -> dict[str, AnyTensor]:
     """Return all tensors by their Hugging Face names, each with its parts in all files.
 
-    `hidden` and `kv_heads` are the width of the model and its number of key-value heads.
+    `hidden`, `heads` and `kv_heads` are the width of the model and its numbers of heads.
     """
     headers = [read_header(file) for file in files]
     first = headers[0]
@@ -74,6 +74,9 @@ def join_files(
         if weight and weight.shape[0] is Size.KEYS and len(parts) % kv_heads == 0:
             # More files than heads: each head is in several, one after the other.
             parts = parts[:: len(parts) // kv_heads]
+        if weight and weight.by_head:
+            count = heads if weight.shape[0] is Size.QUERIES else kv_heads
+            parts = tuple(part for part in parts for _ in range(max(1, count // len(parts))))
         whole = dim is None or len(parts) == 1
         found[theirs] = parts[0] if dim is None or whole else JoinedTensor(parts, dim)
     return found

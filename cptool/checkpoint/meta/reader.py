@@ -6,6 +6,7 @@ there and whole is checked on opening; the MD5 sums of weights are left to
 """
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from cptool.checkpoint.base import Checkpoint
@@ -13,6 +14,12 @@ from cptool.checkpoint.config_checks import check_config
 from cptool.checkpoint.fields import integer, read_json
 from cptool.checkpoint.known_fields import check_fields
 from cptool.checkpoint.lookalikes import absent
+from cptool.checkpoint.meta.chameleon import (
+    TextTokenizer,
+    is_chameleon,
+    merged_params,
+    read_text_tokenizer,
+)
 from cptool.checkpoint.meta.config import read_config
 from cptool.checkpoint.meta.files import checksums, find_files, join_files
 from cptool.checkpoint.meta.known import PARAMS as PARAMS_FIELDS
@@ -21,7 +28,8 @@ from cptool.checkpoint.selection import mark_interleaved, select_tensors
 from cptool.checkpoint.tensors import TORCH_DTYPES
 from cptool.checkpoint.tokenizer.tokenizer_model import TokenizerModel, read_tokenizer_model
 from cptool.errors import UserError
-from cptool.model.architectures.llama import FAMILY
+from cptool.model.architectures.chameleon import FAMILY as CHAMELEON
+from cptool.model.architectures.llama import FAMILY as LLAMA
 
 _PARAMS = "params.json"
 
@@ -35,19 +43,17 @@ def is_meta(path: Path) -> bool:
 def open_meta(path: Path, name: str | None = None) -> Checkpoint:
     """Open and validate the directory `path`.
 
-    Raises UserError for anything that is missing, damaged or not a plain Llama.
+    Raises UserError for anything that is missing, damaged or neither a plain Llama nor a Chameleon.
     """
     source = path / _PARAMS
     if not source.is_file():
         raise UserError(f"{source}: {absent(source)} beside the weights; fetch it too")
     params = read_json(source)
-    if "qk_normalization" in params or isinstance(params.get("model"), dict):
-        raise UserError(
-            f"{path}: a Chameleon in Meta's layout, which cptool does not read; use its Hugging "
-            f"Face checkpoint"
-        )
-    notes = Notes()
-    check_fields(source, params, PARAMS_FIELDS, notes)
+    notes, family = Notes(), LLAMA
+    if is_chameleon(params):
+        params, family = merged_params(path, params), CHAMELEON
+    else:
+        check_fields(source, params, PARAMS_FIELDS, notes)
     if (path / "adapter_config.json").is_file():
         raise UserError(
             f"{path}: an adapter (adapter_config.json) is beside a model ({_PARAMS}), and cptool "
@@ -61,10 +67,15 @@ def open_meta(path: Path, name: str | None = None) -> Checkpoint:
             f"{source}: dim {hidden} with {heads} heads on {kv_heads} key/value heads makes no "
             f"head size; correct the file"
         )
-    found = join_files(find_files(path), FAMILY, hidden, kv_heads)
-    config = check_config(source, read_config(source, params, FAMILY, found))
+    found = join_files(find_files(path), family, hidden, heads=heads, kv_heads=kv_heads)
+    config = check_config(source, read_config(source, params, family, found))
+    tokens: TokenizerModel | TextTokenizer | None
+    if family is CHAMELEON:
+        tokens = read_text_tokenizer(path, family, config.vocab_size)
+        config = replace(config, image_ids=tokens.image_ids(config.vocab_size))
+    else:
+        tokens = _read_tokenizer(path, config.vocab_size)
     stored = select_tensors(path, config, found, TORCH_DTYPES)
-    tokens = _read_tokenizer(path, config.vocab_size)
     return Checkpoint(
         path=path,
         name=name or path.resolve().name,

@@ -50,6 +50,24 @@ LLAMA3_CUT, QWEN2_CUT, TEKKEN_CUT, GPT4O_CUT = (
     )
 )
 
+# Chameleon's: one after the other, each divides what those before it left whole.
+CHAMELEON_CUT = pre_tokenizers.Sequence(
+    [
+        *(
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+            for pattern in (
+                "<sentinel:[0-9]+>",
+                "IMGIMG[A-I]{1,4}Z",
+                r"[\t\n]|    |  ",
+                r"\p{N}",
+                r"[\p{P}!-/:-@\[-`{-~]",
+                r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+            )
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+
 
 def byte_level_bpe(
     tokens: Sequence[str],

@@ -21,6 +21,7 @@ CUTS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), backends.QWEN2_CUT),
     "tekken": backends.TEKKEN_CUT,
     "gpt-4o": backends.GPT4O_CUT,
+    "chameleon": backends.CHAMELEON_CUT,
 }
 
 # Vocabularies that hold words that their merges do not reach, and whose texts begin with BOS if the
@@ -56,8 +57,12 @@ _ENDS = (
 )
 
 
-def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
+def from_gguf(
+    path: Path, metadata: dict[str, Any], by_default: str | None = None
+) -> Tokenizer | None:
     """Return the tokenizer that a GGUF file describes, None if it describes none.
+
+    by_default: the chat template if the file has none.
 
     Supports byte-level BPE (`gpt2`) with the cuts above and SentencePiece BPE (`llama`). Raises
     UserError for others, and if it is damaged.
@@ -92,9 +97,9 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
             dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
             backend = backends.sentencepiece_bpe(tokens, scores, types, dummy_prefix=dummy_prefix)
         backends.add_tokens(backend, tokens, types)
-        by_default = {"bos": 1, "eos": 2} if kind == "llama" and len(tokens) > 2 else {}
+        usual = {"bos": 1, "eos": 2} if kind == "llama" and len(tokens) > 2 else {}
         ids = {
-            name: metadata.get(f"tokenizer.ggml.{name}_token_id", by_default.get(name))
+            name: metadata.get(f"tokenizer.ggml.{name}_token_id", usual.get(name))
             for name in ("bos", "eos")
         }
         for name, token_id in ids.items():
@@ -111,7 +116,7 @@ def from_gguf(path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
         raise UserError(
             f"{path}: its tokenizer is damaged ({first_line(error)}); fetch the file again"
         ) from None
-    template = default_template(metadata.get("tokenizer.chat_template"))
+    template = default_template(metadata.get("tokenizer.chat_template")) or by_default
     return Tokenizer(backend, ids["bos"], special, template, ends=_ENDS)
 
 

@@ -12,6 +12,8 @@ _QUERY_KEY_NORMS = tuple(
         shape=(size,),
         huggingface=f"model.layers.{{}}.self_attn.{name}_norm.{part}",
         gguf=f"blk.{{}}.attn_{name}_norm.{part}",
+        meta=f"layers.{{}}.attention.{name}_normalization.{part}",
+        rotated=True,
         by_head=True,
     )
     for name, size in (("q", Size.QUERIES), ("k", Size.KEYS))
@@ -31,7 +33,7 @@ FAMILY = Family(
     members="Chameleon 7B and 30B, text out",
     architectures=("ChameleonForConditionalGeneration",),
     model_type="chameleon",
-    gguf=None,
+    gguf="chameleon",
     gguf_interleaved=True,
     defaults={
         "max_position_embeddings": 4096,
@@ -45,6 +47,5 @@ FAMILY = Family(
     image_ends=("<racm3:break>", "<eoss>"),
     chat_template=_CHAT,
     other_tensors="model.vqmodel.",
-    refused="Meta's own layout and GGUF files; images other than as token ids",
     weights=with_query_key_norms(with_optional_biases(WEIGHTS), _QUERY_KEY_NORMS),
 )

@@ -76,7 +76,8 @@ class Weight:
     stacked along dimension 0 in the order of the table. `shape` tells how tensor parallelism
     divides it, too: along `QUERIES`, `KEYS` or `FFN` (`cptool.model.shares`). `rotated` marks rows
     to which the rotary embedding applies. `meta` is None if Meta's layout does not have the tensor.
-    `by_head` marks a tensor of one dimension that files have as [heads, elements of a head].
+    `by_head` marks a tensor of one dimension that files have as [heads, elements of a head];
+    in Meta's layout each file has the elements of a head, which all its heads share.
     `needed` says whether a model of a configuration has it. `added` is what the model adds to every
     element that a file in the Hugging Face layout stores, the 1 of (1 + w).
     """
@@ -175,6 +176,7 @@ class Family:
         language model's.
     activation: of the gate of the feed-forward network.
     float32_norms: whether norms multiply with their weight before they round.
+    published: shapes of published models by name, as what `cptool.model.shapes.llama_config` takes.
     members: releases of the family, for users.
     refused: what models of the family may have that cptool does not compute, for users.
     """
@@ -209,6 +211,7 @@ class Family:
     other_tensors: str | None = None
     activation: Literal["silu", "gelu_tanh"] = "silu"
     float32_norms: bool = False
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     members: str = ""
     refused: str = ""
 

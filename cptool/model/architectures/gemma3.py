@@ -19,6 +19,7 @@ from cptool.model.architectures.tables import (
     with_optional_biases,
     with_query_key_norms,
 )
+from cptool.model.config import RopeScaling
 
 
 def _is_windowed(fields: Mapping[str, Any], layer: int) -> bool:
@@ -60,4 +61,22 @@ FAMILY = Family(
     float32_norms=True,
     embeds_by_root=True,
     weights=with_optional_biases(with_one_added(with_query_key_norms(GEMMA_WEIGHTS))),
+    published={
+        "gemma3-27b": dict(
+            hidden=5376,
+            layers=62,
+            heads=32,
+            kv_heads=16,
+            ffn=21504,
+            vocab_size=262208,
+            rms_norm_eps=1e-6,
+            score_scale=168**-0.5,
+            rope_theta=1e6,
+            rope_scaling=RopeScaling(kind="linear", factor=8.0),
+            window_rope_theta=1e4,
+            windows=tuple(1024 if (layer + 1) % 6 else None for layer in range(62)),
+            max_position_embeddings=131072,
+            tie_word_embeddings=True,
+        )
+    },
 )

@@ -20,4 +20,16 @@ FAMILY = Family(
     },
     is_windowed=lambda fields, layer: True,
     weights=WEIGHTS,
+    published={
+        "mistral-7b": dict(
+            hidden=4096,
+            layers=32,
+            heads=32,
+            kv_heads=8,
+            ffn=14336,
+            vocab_size=32768,
+            rope_theta=1e6,
+            max_position_embeddings=32768,
+        )
+    },
 )

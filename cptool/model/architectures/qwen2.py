@@ -4,6 +4,8 @@ from cptool.model.architectures.family import Family
 from cptool.model.architectures.llama import WEIGHTS
 from cptool.model.architectures.tables import windowed_by_kind, with_biases
 
+_SHAPE = dict(vocab_size=152064, rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=32768)
+
 FAMILY = Family(
     name="qwen2",
     title="Qwen2",
@@ -24,4 +26,8 @@ FAMILY = Family(
     # The biases are there whatever the first two say.
     neutral_fields={"attention_bias": (None, True), "qkv_bias": (None, True)},
     weights=with_biases(WEIGHTS, ".qkv_proj."),
+    published={
+        "qwen2.5-7b": dict(hidden=3584, layers=28, heads=28, kv_heads=4, ffn=18944, **_SHAPE),
+        "qwen2.5-72b": dict(hidden=8192, layers=80, heads=64, kv_heads=8, ffn=29568, **_SHAPE),
+    },
 )

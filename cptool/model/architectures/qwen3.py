@@ -8,6 +8,8 @@ from cptool.model.architectures.tables import (
     with_query_key_norms,
 )
 
+_SHAPE = dict(vocab_size=151936, rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=40960)
+
 FAMILY = Family(
     name="qwen3",
     title="Qwen3",
@@ -29,4 +31,8 @@ FAMILY = Family(
     is_windowed=windowed_by_kind(lambda fields, layer: layer >= fields["max_window_layers"]),
     neutral_fields={"use_qk_norm": (None, True), "qk_norm": (None, True)},
     weights=with_query_key_norms(with_optional_biases(WEIGHTS)),
+    published={
+        "qwen3-8b": dict(hidden=4096, layers=36, heads=32, kv_heads=8, ffn=12288, **_SHAPE),
+        "qwen3-32b": dict(hidden=5120, layers=64, heads=64, kv_heads=8, ffn=25600, **_SHAPE),
+    },
 )
