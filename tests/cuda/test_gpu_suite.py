@@ -27,6 +27,8 @@ def test_the_whole_suite_runs_without_a_gpu(tmp_path):
     assert re.findall(r"^== (\w+) \(at most", done.stdout, re.MULTILINE) == PARTS
     limits = [int(n) for n in re.findall(r"at most (\d+) s", done.stdout)]
     assert all(limit <= 570 for limit in limits) and limits[2] > 300
+    took = [int(n) for n in re.findall(r"^== \w+: (\d+) s$", done.stdout, re.MULTILINE)]
+    assert all(t <= limit for t, limit in zip(took, limits, strict=True)), (took, limits)
     with tarfile.open(f"{out}.tgz") as archive:
         names = {Path(name).name.partition("-cpu-")[0] for name in archive.getnames()}
     assert names >= {

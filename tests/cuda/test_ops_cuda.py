@@ -393,6 +393,18 @@ def test_runs_on_the_current_stream_and_waits_for_nothing():
     assert_same(merged, expected)
 
 
+def test_long_sums_of_products(kernel):
+    """Tensor cores do not round sums to nearest, as the emulation does: over many keys of even
+    weights, out may be pulled towards zero, by less than bfloat16's own rounding.
+    """
+    keys = 1 << 18
+    case = make_case([([keys], range(keys))], heads=(1, 1), head_dim=64, dtype=torch.bfloat16)
+    case = replace(case, q=torch.zeros_like(case.q), v=torch.ones_like(case.v))
+    out, lse = attention(case)
+    assert (out - 1).abs().max() < 1e-3
+    assert (lse - torch.tensor(keys).log()).abs().max() < 1e-3
+
+
 def test_every_device():
     case = ragged_batch(torch.float32, 64, (4, 2))
     for index in range(torch.cuda.device_count()):

@@ -70,6 +70,17 @@ def test_each_is_seen(library, name):
     assert not name and not any(said), said
 
 
+@pytest.mark.parametrize("name", planted.RACES)
+def test_races_are_named(library, name):
+    """In the first order that is tried."""
+    kernel = Planted(library)
+    said = []
+    for sequences, heads, multiprocessors in CASES.values():
+        case = make_case(sequences, heads=heads, head_dim=128, dtype=torch.bfloat16, slack=7)
+        said.append(kernel.run(planted.NUMBERS[name], case, multiprocessors, 0))
+    assert any("race at shared offset" in message for message in said), said
+
+
 GPU = "Emulated GPU"
 
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import sass
 
 ROOT = Path(__file__).resolve().parents[2]
 # As CMake names it. With -arch=sm_90a some compilers also compile for a plain sm_90, without wgmma.
@@ -74,11 +75,7 @@ def test_no_warpgroup_names_a_register_that_it_has_not(code):
     """Consumers have 232, and 160 where there are three of them, the producer 40 or 32
     (csrc/cuda/sm90/shared.h): what ptxas reports is the launch's number, not theirs.
     """
-    kernels = {
-        section.partition(",")[0]: section.splitlines()
-        for section in re.split(r"\.section\s+\.text\.", code)[1:]
-        if "attention_kernel" in section.partition(",")[0]
-    }
+    kernels = sass.kernels(code)
     assert len(kernels) == 6
     for name, lines in kernels.items():
         consumers, producer = (160, 32) if "Li64E" in name else (232, 40)
@@ -110,6 +107,19 @@ def _reached(lines, begin):
                 break
             i += 1
     return [lines[i] for i in seen]
+
+
+def test_nothing_but_products_names_registers_in_flight(code):
+    """And a line that the assembler did not write is seen among its own."""
+    kernels = sass.kernels(code)
+    assert len(kernels) == 6
+    for name, lines in kernels.items():
+        assert sass.in_flight_names(lines) == [], name
+    last = max(i for i, line in enumerate(lines) if "HGMMA" in line and "gsb0" in line)
+    accumulator = re.search(r"HGMMA\S* R(\d+),", lines[last])[1]
+    bad = f"        /*fff0*/                   FADD R{accumulator}, R{accumulator}, R0 ;"
+    told = sass.in_flight_names([*lines[: last + 1], bad, *lines[last + 1 :]])
+    assert any(complaint.startswith("fff0: FADD") for complaint in told)
 
 
 def test_softmax_comes_before_the_wait_for_the_values(code):

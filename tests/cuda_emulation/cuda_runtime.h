@@ -101,7 +101,11 @@ struct Ballot {
 };
 
 struct Meeting {
-  static void run(void* const*) {}
+  static void run(void* const* lanes) {
+    uint32_t mask = 0;
+    for (int i = 0; i < kWarp; ++i) mask |= static_cast<uint32_t>(lanes[i] != nullptr) << i;
+    meet(mask);
+  }
 };
 
 }  // namespace emulation
@@ -148,17 +152,18 @@ inline bool __any_sync(unsigned mask, bool vote) {
 }
 inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, !vote) == 0; }
 
-// One CPU thread runs everything, so every operation is atomic and visible to all threads.
+// One CPU thread runs everything, so every operation is atomic and visible to all threads. Atomics
+// are no races.
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 template <class T>
-T atomicAdd(T* to, T value) {
+UNREPORTED T atomicAdd(T* to, T value) {
   const T old = *to;
   *to = old + value;
   return old;
 }
 template <class T>
-T atomicExch(T* to, T value) {
+UNREPORTED T atomicExch(T* to, T value) {
   const T old = *to;
   *to = value;
   return old;

@@ -7,6 +7,7 @@
 #include "cuda/kernels.h"
 #include "cuda_runtime.h"
 #include "fibers.h"
+#include "results.h"
 
 namespace {
 
@@ -35,6 +36,9 @@ const char* emulated_kernel(const cptool::AttentionArgs* args) {
   return cptool::cuda::kernel_name(*args);
 }
 
+// Has a library of tests/helpers/planted.py make one of its mistakes.
+void emulated_mistake(int mistake) { emulation::options.mistake = mistake; }
+
 // Returns null or an error message.
 const char* emulated_attention(const cptool::AttentionArgs* args, uint64_t seed,
                                bool with_workspace) {
@@ -44,12 +48,14 @@ const char* emulated_attention(const cptool::AttentionArgs* args, uint64_t seed,
     const int64_t bytes = cptool::cuda::attention_workspace(*args);
     std::vector<float4> workspace(bytes / 16 + 1, float4{NAN, NAN, NAN, NAN});
     const uintptr_t address = reinterpret_cast<uintptr_t>(workspace.data());
+    emulation::watch_results(*args, workspace.data(), bytes);
     cptool::cuda::attention_partial(*args, with_workspace ? address : 0, 0);
   });
 }
 
 const char* emulated_merge(const cptool::MergeArgs* args, uint64_t seed) {
   emulation::options.seed = seed;
+  emulation::watch_results(*args);
   return caught([&] { cptool::cuda::merge_partials(*args, 0); });
 }
 

@@ -21,6 +21,7 @@ std::string failure;
 std::vector<Fiber*> ready;
 std::vector<std::function<void()>> actions;
 uint64_t random_state = 1;
+uint32_t blocks_begun = 0;  // in this launch
 
 void thread_main() {
   (*kernel_now)();
@@ -44,6 +45,7 @@ struct Resident {
     block.threads = block.running = threads;
     block.shared = memory.data() + (1024 - base % 1024) % 1024;
     block.shared_bytes = shared_bytes;
+    block.races = std::make_unique<Races>(++blocks_begun, block.shared, shared_bytes, threads);
     block.warps.resize((threads + kWarp - 1) / kWarp);
     for (unsigned i = 0; i < threads; ++i) {
       fibers.emplace_back();
@@ -54,6 +56,7 @@ struct Resident {
       fiber.warp->lanes[fiber.lane] = &fiber;
       fiber.thread = {i % block_size.x, i / block_size.x % block_size.y,
                       i / (block_size.x * block_size.y)};
+      fiber.knows.slot = i;
       fiber.stack = stacks.take();
       prepare(fiber);
       ready.push_back(&fiber);
@@ -103,7 +106,9 @@ void run_one(const std::vector<std::unique_ptr<Resident>>& residents) {
     current = take_any(ready);
     current->waits_for = nullptr;
     ++counters.switches;
+    watch_thread(current->block);
     enter(*current);
+    watch_thread(nullptr);
     current = nullptr;
   }
   if (!failure.empty()) throw std::runtime_error(failure);
@@ -126,6 +131,8 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
   ready.clear();
   actions.clear();
   failure.clear();
+  blocks_begun = 0;
+  watch_launch();
   std::vector<uint3> waiting;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
@@ -185,8 +192,14 @@ void barrier(int id, int threads, bool wait_there) {
          std::to_string(there.expected));
   }
   ++there.arrived;
+  if (options.races) there.published.add(*current);
   if (there.arrived == there.expected) {
-    for (Fiber* fiber : there.waiting) wake(fiber);
+    const Moment all = there.published.take();
+    if (wait_there) learn(*current, all);
+    for (Fiber* fiber : there.waiting) {
+      learn(*fiber, all);
+      wake(fiber);
+    }
     there.waiting.clear();
     there.arrived = 0;
     if (wait_there) yield();
@@ -268,6 +281,7 @@ void drop_copies(int group) {
     due.push_back(copies.front());
     copies.pop_front();
   }
+  copies_end(group);
   while (!due.empty()) drop(take_any(due));
 }
 

@@ -18,6 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include "races.h"
+
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -53,6 +55,7 @@ struct Warp {
 struct Barrier {
   int expected = 0, arrived = 0;  // threads
   std::vector<Fiber*> waiting;
+  Publication published;
 };
 
 struct Block {
@@ -64,6 +67,7 @@ struct Block {
   std::vector<Warp> warps;
   // The state of extensions (mbarriers, transactions), freed with the block.
   std::shared_ptr<void> extension;
+  std::unique_ptr<Races> races;
 };
 
 // cp.async of one thread: dropped into shared memory at a moment of the scheduler's choice between
@@ -85,6 +89,7 @@ struct Fiber {
   const char* waits_for = nullptr;  // null: runs, or is ready to
   std::deque<Copy> copies;          // not yet dropped, oldest first
   int group = 0;                    // cp.async groups committed
+  Knowledge knows;
 };
 
 struct Options {
@@ -93,7 +98,8 @@ struct Options {
   unsigned multiprocessors = 4;
   unsigned l2_bytes = 1 << 20;
   int compute_capability = 80;
-  int mistake = 0;  // the one that a kernel built with planted mistakes makes; 0: none
+  bool races = true;  // are looked for
+  int mistake = 0;    // the one that a kernel built with planted mistakes makes; 0: none
 };
 
 // Counts over launches until they are reset.

@@ -11,6 +11,8 @@ namespace {
 
 constexpr int kThreads = 64;
 
+bool races = false;  // are looked for
+
 std::string message;
 
 // Runs `kernel(input, output)` and compares its output with `expected(i)`.
@@ -20,6 +22,7 @@ const char* compare(uint64_t seed, Kernel kernel, Expected expected) {
   int32_t output[4 * kThreads] = {};
   for (int i = 0; i < 4 * kThreads; ++i) input[i] = i * i;
   emulation::options.seed = seed;
+  emulation::options.races = races;
   try {
     emulation::run_grid(1, kThreads, 1024, [&] { kernel(input, output); });
   } catch (const std::exception& error) {
@@ -56,6 +59,16 @@ void copy(const int32_t* input, int32_t* output, bool wait) {
   ptx::cp_async_wait<0>();
 }
 
+// The element of another lane, through shared memory.
+template <class Between>
+void reverse_in_warp(const int32_t* input, int32_t* output, Between between) {
+  int32_t* shared = reinterpret_cast<int32_t*>(dynamic_shared());
+  const int i = threadIdx.x;
+  shared[i] = input[i];
+  between();
+  output[i] = shared[i / 32 * 32 + 31 - i % 32];
+}
+
 // Each warp's sum of its threads' numbers.
 void warp_sums(int32_t* output) {
   int sum = static_cast<int>(threadIdx.x);
@@ -68,9 +81,10 @@ bool multiplies() {
   const int lane = emulation::current->lane;
   __nv_bfloat16* a = reinterpret_cast<__nv_bfloat16*>(dynamic_shared());
   __nv_bfloat16* b = a + 16 * 16;  // [16, 8]
-  __syncthreads();                 // both warps write the same
-  for (int i = lane; i < 16 * 16; i += 32) a[i] = __float2bfloat16_rn(i / 16 + i % 16);
-  for (int i = lane; i < 16 * 8; i += 32) b[i] = __float2bfloat16_rn(i / 8 - i % 8);
+  if (threadIdx.x < 8) {
+    for (int i = 32 * lane; i < 32 * lane + 32; ++i) a[i] = __float2bfloat16_rn(i / 16 + i % 16);
+    for (int i = 16 * lane; i < 16 * lane + 16; ++i) b[i] = __float2bfloat16_rn(i / 8 - i % 8);
+  }
   __syncthreads();
   uint32_t rows[4], columns[4];
   ptx::ldmatrix_x4(rows, ptx::shared_address(a + lane % 16 * 16 + lane / 16 * 8));
@@ -90,6 +104,8 @@ bool multiplies() {
 
 extern "C" {
 
+void look_for_races(bool look) { races = look; }
+
 const char* reversed(uint64_t seed) {
   return compare(
       seed, [](auto in, auto out) { reverse(in, out, true); },
@@ -100,6 +116,31 @@ const char* without_a_barrier(uint64_t seed) {
   return compare(
       seed, [](auto in, auto out) { reverse(in, out, false); },
       [](int i) { return square(kThreads - 1 - i); });
+}
+
+const char* reversed_in_warps(uint64_t seed) {
+  return compare(
+      seed, [](auto in, auto out) { reverse_in_warp(in, out, [] { __syncwarp(); }); },
+      [](int i) { return square(i / 32 * 32 + 31 - i % 32); });
+}
+
+// Nothing orders accesses to memory but a barrier: not a shuffle either.
+const char* without_a_syncwarp(uint64_t seed) {
+  return compare(
+      seed,
+      [](auto in, auto out) {
+        reverse_in_warp(in, out, [] { __shfl_xor_sync(0xffffffffu, 1, 1); });
+      },
+      [](int i) { return square(i / 32 * 32 + 31 - i % 32); });
+}
+
+const char* half_a_syncwarp(uint64_t seed) {
+  return compare(
+      seed,
+      [](auto in, auto out) {
+        reverse_in_warp(in, out, [] { __syncwarp(threadIdx.x % 2 ? 0xaaaaaaaau : 0x55555555u); });
+      },
+      [](int i) { return square(i / 32 * 32 + 31 - i % 32); });
 }
 
 const char* copied(uint64_t seed) {

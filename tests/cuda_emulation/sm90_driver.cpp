@@ -9,6 +9,7 @@
 #include "cuda/dispatch.h"
 #include "cuda/merge.h"
 #include "cuda_runtime.h"
+#include "results.h"
 
 namespace cptool::cuda {
 
@@ -54,6 +55,7 @@ const char* emulated_attention(const cptool::AttentionArgs* args, uint64_t seed)
   const int64_t bytes = cptool::cuda::sm90_workspace(*args, cptool::cuda::current_device());
   std::vector<float4> workspace(bytes / 16 + 1, float4{NAN, NAN, NAN, NAN});
   emulation::options.seed = seed;
+  emulation::watch_results(*args, workspace.data(), bytes);
   if (!cptool::cuda::sm90_handles(*args)) return "the kernel does not take this call";
   try {
     if (args->q_tokens > 0) cptool::cuda::attention_partial_sm90(*args, workspace.data(), nullptr);

@@ -22,6 +22,9 @@ enum Mistake {
   kNoCommit,
   kLoadWhileInFlight,
   kNoProxyFence,
+  kFenceOfOneLane,
+  kOwnFences,
+  kNoInitBarrier,
   kOtherSwizzle,
 };
 
@@ -41,7 +44,7 @@ void multiply(const TensorMap& a, const TensorMap& b, float* product, Mistake mi
     ptx::mbarrier_init(kBarrier, 1);
     if (mistake != kNoInitFence) ptx::fence_mbarrier_init();
   }
-  __syncthreads();
+  if (mistake != kNoInitBarrier) __syncthreads();
   if (thread == 128) {
     if (mistake == kNoExpectedBytes) {
       ptx::mbarrier_arrive(kBarrier);
@@ -53,9 +56,13 @@ void multiply(const TensorMap& a, const TensorMap& b, float* product, Mistake mi
   }
   if (thread >= 128) return;
   if (mistake != kNoWaitForTheLoad) ptx::mbarrier_wait(kBarrier, 0);
-  if (mistake == kNoProxyFence) {  // row 0 of b anew, by threads; b_at(0, n) is not 9
-    uint16_t* row = reinterpret_cast<uint16_t*>(dynamic_shared() + kB);
-    if (thread < 64) row[thread] = __float2bfloat16_rn(9).bits;
+  if (mistake == kNoProxyFence || mistake == kFenceOfOneLane || mistake == kOwnFences) {
+    // Row 0 of b anew, by threads; b_at(0, n) is not 9.
+    uint32_t* row = reinterpret_cast<uint32_t*>(dynamic_shared() + kB);
+    if (thread < 32) row[thread] = ptx::pack<__nv_bfloat16>(9, 9);
+    if (mistake == kOwnFences) ptx::fence_proxy_async();
+    __syncwarp();
+    if (mistake == kFenceOfOneLane && thread % 32 == 0) ptx::fence_proxy_async();
     ptx::barrier_sync(1, 128);
   }
   float d[64] = {};
@@ -85,6 +92,7 @@ void multiply(const TensorMap& a, const TensorMap& b, float* product, Mistake mi
 }
 
 std::string message;
+bool races = false;  // are looked for
 
 const char* run(uint64_t seed, Mistake mistake) {
   std::vector<__nv_bfloat16> a(64 * 64), b(16 * 64);
@@ -94,6 +102,7 @@ const char* run(uint64_t seed, Mistake mistake) {
     for (int n = 0; n < 64; ++n) b[k * 64 + n] = __float2bfloat16_rn(b_at(k, n));
   std::vector<float> product(64 * 64, -1e9f);
   emulation::options.seed = seed;
+  emulation::options.races = races;
   try {
     const auto map = [](const std::vector<__nv_bfloat16>& of, int rows) {
       return tensor_map(ScalarType::kBFloat16, of.data(), rows, 128, 1, 128, 64, 64, 1,
@@ -108,7 +117,9 @@ const char* run(uint64_t seed, Mistake mistake) {
   for (int m = 0; m < 64; ++m)
     for (int n = 0; n < 64; ++n) {
       float expected = 0;
-      for (int k = 0; k < 16; ++k) expected += a_at(m, k) * b_at(k, n);
+      for (int k = 0; k < 16; ++k) {
+        expected += a_at(m, k) * (mistake == kOwnFences && k == 0 ? 9 : b_at(k, n));
+      }
       if (!(product[m * 64 + n] == expected)) return "wrong result";
     }
   return nullptr;
@@ -117,6 +128,8 @@ const char* run(uint64_t seed, Mistake mistake) {
 }  // namespace
 
 extern "C" {
+
+void look_for_races(bool look) { races = look; }
 
 const char* none(uint64_t seed) { return run(seed, kNone); }
 const char* no_expected_bytes(uint64_t seed) { return run(seed, kNoExpectedBytes); }
@@ -128,5 +141,9 @@ const char* no_commit(uint64_t seed) { return run(seed, kNoCommit); }
 const char* load_while_in_flight(uint64_t seed) { return run(seed, kLoadWhileInFlight); }
 // Right as it is: what the threads wrote has not reached wgmma.
 const char* no_proxy_fence(uint64_t seed) { return run(seed, kNoProxyFence); }
+// Right but for what other lanes wrote, which has not reached wgmma either.
+const char* fence_of_one_lane(uint64_t seed) { return run(seed, kFenceOfOneLane); }
+const char* no_init_barrier(uint64_t seed) { return run(seed, kNoInitBarrier); }
+const char* own_fences(uint64_t seed) { return run(seed, kOwnFences); }
 const char* other_swizzle(uint64_t seed) { return run(seed, kOtherSwizzle); }
 }

@@ -15,7 +15,7 @@ namespace emulation {
 struct MatrixDescriptor {
   uint32_t start, leading, stride, base_offset, swizzle;
 
-  explicit MatrixDescriptor(uint64_t bits)
+  UNREPORTED explicit MatrixDescriptor(uint64_t bits)
       : start((bits & 0x3fff) << 4),
         leading((bits >> 16 & 0x3fff) << 4),
         stride((bits >> 32 & 0x3fff) << 4),
@@ -26,12 +26,17 @@ struct MatrixDescriptor {
     if (base_offset != 0 || start / 128 % 8 != 0) fail("wgmma: the swizzle is out of step");
   }
 
-  // The element in row `row` along M or N and column `k` of the sum.
-  uint16_t element(const std::vector<uint8_t>& memory, int row, int k, bool transposed) const {
+  // Where the element in row `row` along M or N and column `k` of the sum is.
+  UNREPORTED uint32_t place(int row, int k, bool transposed) const {
     const uint32_t offset = transposed
                                 ? row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128
                                 : row / 8 * stride + row % 8 * 128 + k * 2;
-    const uint32_t at = swizzled_128(start + offset);
+    return swizzled_128(start + offset);
+  }
+
+  UNREPORTED uint16_t element(const std::vector<uint8_t>& memory, int row, int k,
+                              bool transposed) const {
+    const uint32_t at = place(row, k, transposed);
     if (at + 2 > memory.size()) fail("wgmma: reads beyond shared memory");
     uint16_t element;
     std::memcpy(&element, memory.data() + at, 2);
@@ -39,7 +44,7 @@ struct MatrixDescriptor {
   }
 };
 
-inline void execute(Block& block, Warpgroup& group, Product& product) {
+UNREPORTED inline void execute(Block& block, Warpgroup& group, Product& product) {
   if (product.done) return;
   product.done = true;
   const std::vector<uint8_t>& memory = hopper(block).proxy;
@@ -107,12 +112,13 @@ inline void execute_up_to(Block& block, Warpgroup& group, uint64_t last) {
 
 // Ends all but the newest `pending` committed groups, and makes the results visible to which no
 // product in flight adds.
-inline void end_groups(Block& block, Warpgroup& group, size_t pending) {
+UNREPORTED inline void end_groups(Block& block, Warpgroup& group, size_t pending) {
   if (!group.groups.back().empty()) fail("wgmma.wait_group: products were not committed");
   while (group.groups.size() - 1 > pending) {
     for (Product& product : group.groups.front()) execute(block, group, product);
     std::vector<Product> ended = std::move(group.groups.front());
     group.groups.pop_front();
+    ++group.ended;
     for (const Product& product : ended) {
       const auto result = group.results.find(product.d[0]);
       bool in_flight = result == group.results.end();
@@ -131,7 +137,33 @@ inline void end_groups(Block& block, Warpgroup& group, size_t pending) {
       group.results.erase(result);
     }
   }
+  if (options.races && group.slot != kNoSlot) {
+    Publication ended;
+    ended.add(group.slot, group.ended);
+    const Moment all = ended.take();
+    for (Fiber* fiber : group.members) learn(*fiber, all);
+  }
   group.fenced = false;
+}
+
+// Notes which chunks of shared memory a product reads.
+inline void note_reads(Block& block, Warpgroup& group, const Product& product) {
+  if (!options.races) return;
+  if (group.slot == kNoSlot) {
+    const int number = static_cast<int>(current->thread.x) / kWarpgroupThreads;
+    group.slot = new_slot(block, "wgmma of warpgroup " + std::to_string(number));
+  }
+  std::vector<uint32_t> chunks;
+  const auto add = [&](uint64_t descriptor, int rows, bool transposed) {
+    const MatrixDescriptor from(descriptor);
+    for (int row = 0; row < rows; row += transposed ? 8 : 1)
+      for (int k = 0; k < 16; k += transposed ? 1 : 8)
+        chunks.push_back(from.place(row, k, transposed));
+  };
+  if (!product.a_in_registers) add(product.a, 64, false);
+  add(product.b, product.columns, product.transposed);
+  const uint32_t number = group.ended + static_cast<uint32_t>(group.groups.size());
+  asynchronous_read(chunks, 16, {0, group.slot, number}, group.members, kWarpgroupThreads);
 }
 
 struct IssuedProduct {
@@ -148,6 +180,7 @@ struct IssuedProduct {
       product.d[i] = mine.d[0];
       product.fragments[i] = mine.fragments[0];
     }
+    note_reads(block, group, product);
     const int count = product.columns / 2;
     auto& result = group.results[product.d[0]];
     if (result.empty()) {

@@ -6,10 +6,13 @@ computes, its barriers and its asynchronous copies are tested without a GPU, its
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from cptool.ops.checks import SCALAR_TYPES
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "cuda_emulation"
 FLAGS = "-std=c++17 -O2 -fPIC -w".split()
+REPORTED = ["-fsanitize=thread"]  # loads and stores, to tests/cuda_emulation/races.cpp
 _PROCESSOR = Path("/proc/cpuinfo")
 if _PROCESSOR.exists() and " fma " in _PROCESSOR.read_text():
     FLAGS += ["-mfma", "-ffp-contract=fast"]  # like nvcc, which fuses products into sums
@@ -208,6 +212,27 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
+def _compile(directory: Path, sources: Sequence[Path], options: Sequence) -> list[Path]:
+    objects, running = [], []
+    for source in sources:
+        objects.append(directory / f"{source.parent.name}-{source.stem}.o")
+        command = [compiler(), *options, "-x", "c++", "-c", source, "-o", objects[-1]]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors[:4000]
+    return objects
+
+
+@functools.cache
+def _own_objects() -> list[Path]:
+    """What every library holds of the emulation, compiled once."""
+    directory = Path(tempfile.mkdtemp(prefix="cuda_emulation-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    sources = [EMULATION / "fibers.cpp", EMULATION / "races.cpp"]
+    return _compile(directory, sources, [*FLAGS, "-I", EMULATION])
+
+
 def build(
     directory: Path,
     sources: Sequence[Path],
@@ -220,43 +245,23 @@ def build(
 
     csrc: where the headers of the kernels are.
     """
-    include = ["-I", EMULATION, "-I", csrc]
-    objects, running = [], []
-    for source in [*sources, EMULATION / "fibers.cpp"]:
-        objects.append(directory / f"{source.parent.name}-{source.stem}.o")
-        running.append(
-            subprocess.Popen(
-                [
-                    compiler(),
-                    *FLAGS,
-                    *flags,
-                    *include,
-                    "-x",
-                    "c++",
-                    "-c",
-                    source,
-                    "-o",
-                    objects[-1],
-                ],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    for process in running:
-        errors = process.communicate()[1]
-        assert process.returncode == 0, errors[:4000]
+    options = [*FLAGS, *flags, *REPORTED, "-I", EMULATION, "-I", csrc]
+    objects = _compile(directory, sources, options)
+    # Of an inline function the first definition is linked: the emulation's own is not reported.
+    objects = [*_own_objects(), *objects]
     library = directory / f"lib{name}.so"
     subprocess.run([compiler(), "-shared", *objects, "-o", library], check=True)
     return library
 
 
-def build_mistakes(directory: Path, source: str) -> Callable[[str, int], str | None]:
+def build_mistakes(directory: Path, source: str) -> Callable[..., str | None]:
     """What the emulation says of a program of `source` (.cpp) in the order of a seed, if anything:
-    call it with the program's name and the seed.
+    call it with the program's name, the seed and whether to look for races.
     """
     library = ctypes.CDLL(str(build(directory, [EMULATION / f"{source}.cpp"], source)))
 
-    def run(name: str, seed: int = 0) -> str | None:
+    def run(name: str, seed: int = 0, races: bool = False) -> str | None:
+        library.look_for_races(ctypes.c_bool(races))
         function = getattr(library, name)
         function.restype = ctypes.c_char_p
         message = function(ctypes.c_uint64(seed))
@@ -265,8 +270,10 @@ def build_mistakes(directory: Path, source: str) -> Callable[[str, int], str | N
     return run
 
 
-def build_kernels(directory: Path) -> Emulator:
-    """All of csrc/cuda."""
-    cuda = ROOT / "csrc" / "cuda"
-    sources = sorted([*cuda.glob("*.cu"), *cuda.glob("sm80/*.cu")])
-    return Emulator(build(directory, [*sources, EMULATION / "driver.cpp"]))
+def build_kernels(
+    directory: Path, *, csrc: Path = ROOT / "csrc", flags: Sequence[str] = ()
+) -> Emulator:
+    """All of csrc/cuda but sm90."""
+    sources = sorted([*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/sm80/*.cu")])
+    driver = EMULATION / "driver.cpp"
+    return Emulator(build(directory, [*sources, driver], csrc=csrc, flags=flags))

@@ -1,11 +1,12 @@
-"""The emulated kernel of compute capability 9.0 with mistakes planted in it, one at a time."""
+"""The emulated CUDA kernels with mistakes planted in them, one at a time."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-from cuda_emulator import EMULATION, ROOT, build
+from cuda_emulator import EMULATION, ROOT, Emulator, build, build_kernels
 
 MISTAKES: dict[str, tuple[str, str, str]] = {
     # name: file of csrc/cuda/sm90, a piece of it, and the same with the condition {planted}
@@ -77,6 +78,62 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "      const Job& job = next_job(shared, job_turn);\n      if (job.rows < 0) break;\n"
         "      if ({planted}) release(shared.job_empty[job_turn.stage()]);",
     ),
+    "one lane's fence for all": (
+        "producer.h",
+        " ptx::fence_proxy_async();\n      __syncwarp();",
+        " if (!{planted} || lane == 0) ptx::fence_proxy_async();\n      __syncwarp();",
+    ),
+    "values are given back while they are multiplied": (
+        "consumer.h",
+        "advance(v, step_across_rows(step)));\n    }\n    ptx::wgmma_commit();",
+        "advance(v, step_across_rows(step)));\n    }\n    ptx::wgmma_commit();\n"
+        "    if ({planted}) release(shared.v_empty[before.stage()]);",
+    ),
+    "a lane arrives for those that still write": (
+        "producer.h",
+        "    __syncwarp();\n    if (lane == 0) ptx::mbarrier_arrive(address(shared.limits_full",
+        "    if (!{planted}) __syncwarp();\n"
+        "    if (lane == 0) ptx::mbarrier_arrive(address(shared.limits_full",
+    ),
+}
+
+RACES = (
+    "limits are read before they are there",
+    "queries are given back before they are read",
+    "a job's memory is given back while it is read",
+    "one lane's fence for all",
+    "values are given back while they are multiplied",
+    "a lane arrives for those that still write",
+)
+"""Those of MISTAKES that are races."""
+
+OTHER_RACES: dict[str, tuple[str, str, str]] = {
+    # The same in csrc/cuda, for the other kernels.
+    "simt: keys are overwritten while they are read": (
+        "attention_simt.cu",
+        "key + Shared::kKeys > dense_end);\n    __syncthreads();",
+        "key + Shared::kKeys > dense_end);\n    if (!{planted}) __syncthreads();",
+    ),
+    "sm80: a tile is read before it is there": (
+        "sm80/kernel.h",
+        "    ptx::cp_async_wait<C::kStages - 2>();",
+        "    if (!{planted}) ptx::cp_async_wait<C::kStages - 2>();",
+    ),
+    "sm80: lse is written while it is read": (
+        "sm80/kernel.h",
+        "      __syncwarp();  // every lane of the row has read its lse",
+        "      if (!{planted}) __syncwarp();",
+    ),
+    "sm80: partials overwrite tiles": (
+        "sm80/kernel.h",
+        "    __syncthreads();  // every warp is done with the slots",
+        "    if (!{planted}) __syncthreads();",
+    ),
+    "merge: sums are read before they are there": (
+        "merge.cu",
+        "  __syncthreads();\n  if (!held || group != 0) return;",
+        "  if (!{planted}) __syncthreads();\n  if (!held || group != 0) return;",
+    ),
 }
 
 SLOW = (
@@ -90,16 +147,31 @@ SLOW = (
 NUMBERS = {name: number for number, name in enumerate(MISTAKES, 1)}
 
 
-def build_planted(directory: Path) -> Path:
-    """The library; it makes the mistake whose number `emulated_mistake` is given."""
+def plant(directory: Path, mistakes: Iterable[tuple[int, tuple[str, str, str]]]) -> Path:
+    """A copy of csrc with numbered mistakes: each a file of csrc/cuda, a piece of it, and the same
+    with the condition {planted}, which holds while `emulated_mistake` is given the number.
+    """
     csrc = directory / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
-    for name, (file, right, wrong) in [*MISTAKES.items(), ("", SLOW)]:
-        path = csrc / "cuda" / "sm90" / file
+    for number, (file, right, wrong) in mistakes:
+        path = csrc / "cuda" / file
         text = path.read_text()
-        assert text.count(right) == 1, f"{name}: {file} has {text.count(right)} times {right!r}"
-        condition = f"(emulation::options.mistake == {NUMBERS.get(name, 0)})"
+        assert text.count(right) == 1, f"{file} has {text.count(right)} times {right!r}"
+        condition = f"(emulation::options.mistake == {number})"
         path.write_text(text.replace(right, wrong.replace("{planted}", condition)))
+    return csrc
+
+
+def build_planted(directory: Path) -> Path:
+    """The library; it makes the mistake whose number `emulated_mistake` is given."""
+    changes = [(NUMBERS[name], change) for name, change in MISTAKES.items()] + [(0, SLOW)]
+    csrc = plant(directory, [(n, (f"sm90/{file}", *texts)) for n, (file, *texts) in changes])
     sources = [csrc / "cuda" / "sm90" / "attention.cu", csrc / "cuda" / "merge.cu"]
     driver = EMULATION / "sm90_driver.cpp"
     return build(directory, [*sources, driver], "planted", csrc=csrc, flags=["-O1"])
+
+
+def build_other_races(directory: Path) -> Emulator:
+    """All kernels but sm90; they make a mistake of OTHER_RACES, numbered from 1 on."""
+    csrc = plant(directory, enumerate(OTHER_RACES.values(), 1))
+    return build_kernels(directory, csrc=csrc, flags=["-O1"])

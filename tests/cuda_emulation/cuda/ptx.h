@@ -18,6 +18,7 @@ inline void cp_async_16(uint32_t to, const void* from, bool held) {
   check_readable(from, held ? 16 : 0, 16);
   const Copy copy = {shared_pointer(to, 16, 16), static_cast<const uint8_t*>(from), held ? 16u : 0u,
                      held ? 0u : 16u, current->group};
+  copy_begins(to, 16, current->group);
   if (random_bits() % 2) {
     current->copies.push_back(copy);  // as late as the wait
   } else {
@@ -37,7 +38,8 @@ struct Ldmatrix {
   bool transposed;
   uint32_t (*to)[4];
 
-  static void run(void* const* lanes) {
+  // Its reads are noted before, each lane's its own.
+  UNREPORTED static void run(void* const* lanes) {
     const uint8_t* rows[4][8];
     for (int i = 0; i < 32; ++i) {
       const uint32_t address = static_cast<Ldmatrix*>(lanes[i])->row;
@@ -69,16 +71,18 @@ struct Ldmatrix {
 
 inline void ldmatrix_x4(uint32_t (&to)[4], uint32_t row) {
   Ldmatrix mine = {row, false, &to};
+  emulation::touch(emulation::shared_pointer(row, 16, 16), 16, false);
   emulation::warp_collective(0xffffffffu, Ldmatrix::run, &mine, "ldmatrix");
 }
 
 inline void ldmatrix_x4_transposed(uint32_t (&to)[4], uint32_t row) {
   Ldmatrix mine = {row, true, &to};
+  emulation::touch(emulation::shared_pointer(row, 16, 16), 16, false);
   emulation::warp_collective(0xffffffffu, Ldmatrix::run, &mine, "ldmatrix");
 }
 
 template <class T>
-float element(uint32_t both, int half) {
+UNREPORTED float element(uint32_t both, int half) {
   const uint16_t bits = static_cast<uint16_t>(both >> (16 * half));
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     return __bfloat162float({bits});
@@ -96,7 +100,7 @@ struct Mma {
   const uint32_t (*a)[4];
   uint32_t b0, b1;
 
-  static void run(void* const* lanes) {
+  UNREPORTED static void run(void* const* lanes) {
     float a[16][16], b[16][8], d[16][8];
     for (int i = 0; i < 32; ++i) {
       const Mma& mine = *static_cast<const Mma*>(lanes[i]);

@@ -5,7 +5,8 @@
 // then its results are NaN: the destination of a copy, the accumulators of products. Operands are
 // read at that moment, so that shared memory that is refilled too early, or a fragment that is
 // overwritten while in flight, gives a wrong result. TMA and wgmma see shared memory through a
-// proxy, which is a second copy here: writes of threads reach it only with their fence.proxy.async.
+// proxy, which is a second copy here: the writes of a thread reach it only with its own
+// fence.proxy.async.
 #pragma once
 
 #include <cstring>
@@ -18,21 +19,29 @@
 namespace cptool::cuda::ptx {
 
 inline void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
-  emulation::shared_pointer(barrier, 8, 8);
-  emulation::Mbarrier made = {};
+  using namespace emulation;
+  touch(shared_pointer(barrier, 8, 8), 8, true);
+  Mbarrier made = {};
   made.arrivals = made.pending = arrivals;
-  emulation::hopper(*emulation::current->block).mbarriers[barrier] = made;
+  made.made_by = current;
+  made.slot = new_slot(*current->block, "TMA for the mbarrier at " + std::to_string(barrier));
+  hopper(*current->block).mbarriers[barrier] = std::move(made);
+}
+
+// Of the writes of this thread alone.
+inline void fence_proxy_async() {
+  emulation::Block& block = *emulation::current->block;
+  uint8_t* const proxy = emulation::hopper(block).proxy.data();
+  for (uint32_t at : emulation::take_unfenced()) {
+    std::memcpy(proxy + at, block.shared + at, std::min<size_t>(4, block.shared_bytes - at));
+  }
 }
 
 inline void fence_mbarrier_init() {
   for (auto& barrier : emulation::hopper(*emulation::current->block).mbarriers) {
-    barrier.second.proxied = true;
+    if (barrier.second.made_by == emulation::current) barrier.second.proxied = true;
   }
-}
-
-inline void fence_proxy_async() {
-  emulation::Block& block = *emulation::current->block;
-  std::memcpy(emulation::hopper(block).proxy.data(), block.shared, block.shared_bytes);
+  fence_proxy_async();
 }
 
 inline void mbarrier_arrive(uint32_t barrier) { emulation::arrive_at(barrier, 0); }
@@ -48,6 +57,7 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     waited.waiting.push_back(current);
     wait("an mbarrier");
   }
+  learn(*current, waited.known[parity]);
 }
 
 inline void barrier_sync(uint32_t id, uint32_t threads) {
@@ -78,9 +88,10 @@ inline void load_box(uint32_t to, const TensorMap& map, int32_t x, int32_t y, in
   Block* const block = current->block;
   const uint32_t rows = map.box[1] * map.box[2];
   uint8_t* const there = shared_pointer(to, rows * 128, 128);
-  if (!mbarrier_at(*block, barrier).proxied)
-    fail("TMA: no fence since its mbarrier was initialised");
+  Mbarrier& signalled = mbarrier_at(*block, barrier);
+  if (!signalled.proxied) fail("TMA: no fence since its mbarrier was initialised");
   check_unread(*block, to, to + rows * 128);
+  asynchronous_write(to, rows * 128, {0, signalled.slot, signalled.over + 1});
   std::memset(there, 0xff, rows * 128);
   std::memset(hopper(*block).proxy.data() + to, 0xff, rows * 128);
   const TensorMap copy = map;
@@ -126,7 +137,7 @@ template <class Register, int kCount>
 void keep_in_place(Register (&)[kCount]) {}
 
 template <class T>
-float decode(uint16_t bits) {
+UNREPORTED float decode(uint16_t bits) {
   return element<T>(bits, 0);
 }
 
