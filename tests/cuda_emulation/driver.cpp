@@ -36,6 +36,9 @@ const char* emulated_kernel(const cptool::AttentionArgs* args) {
   return cptool::cuda::kernel_name(*args);
 }
 
+// Whether later calls look for races.
+void emulated_races(bool look) { emulation::options.races = look; }
+
 // Has a library of tests/helpers/planted.py make one of its mistakes.
 void emulated_mistake(int mistake) { emulation::options.mistake = mistake; }
 

@@ -24,6 +24,9 @@ void emulated_device(unsigned multiprocessors, unsigned l2_bytes) {
   emulation::options.l2_bytes = l2_bytes;
 }
 
+// Whether later calls look for races.
+void emulated_races(bool look) { emulation::options.races = look; }
+
 // Has a library of tests/helpers/planted.py make one of its mistakes.
 void emulated_mistake(int mistake) { emulation::options.mistake = mistake; }
 
