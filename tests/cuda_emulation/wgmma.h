@@ -59,7 +59,7 @@ UNREPORTED inline void execute(Block& block, Warpgroup& group, Product& product)
   for (int k = 0; k < 16; ++k)
     for (int n = 0; n < columns; ++n)
       b[k][n] = product.decode(from.element(memory, n, k, product.transposed));
-  std::vector<float>& result = group.results.at(product.d[0]);
+  float* const result = group.results.at(product.d[0]).data();
   for (int i = 0; i < kWarpgroupThreads; ++i) {
     const int row = i / 32 * 16 + i % 32 / 4, t = i % 4;
     for (int half = 0; half < 2; ++half) {
