@@ -64,10 +64,20 @@ def cpu_stored_isa(encoding: str) -> str:
 
 
 def cpu_product_isa() -> str:
-    """Return the instruction set of the kernel for float32 products of many rows; empty where they
-    are left to torch.
+    """Return the instruction set of the kernel for float32 products of many rows with weights as
+    they are stored; empty where they are widened for torch.
     """
     return _C.cpu_product_isa()
+
+
+def cpu_dense_isa() -> str:
+    """Return the same for weights in float32; empty where they are left to torch.
+
+    That is so with AVX-512: measured on a Xeon, oneDNN takes 0.9 of the kernel's time for 64 and
+    128 rows, and as long for 1,024.
+    """
+    isa = cpu_product_isa()
+    return "" if isa == "avx512" else isa
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.nn import functional
 from cptool.ops.checks import SCALAR_TYPES, check_tensor, dispatch, rows_of
 from cptool.ops.encodings import FLOAT32
 from cptool.ops.kernels import EXTENSION as _C
-from cptool.ops.kernels import cpu_isas, cpu_linear_isa, cpu_product_isa
+from cptool.ops.kernels import cpu_dense_isa, cpu_isas, cpu_linear_isa
 from cptool.ops.stored import StoredWeight, product_arguments
 
 
@@ -43,9 +43,10 @@ def linear(x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
     once.
 
     On a CPU a row's result for up to FEW_ROWS rows does not depend on the other rows, their number
-    or the number of threads; nor does it for more rows than that where `cpu_product_isa`. A product
-    of bfloat16 takes subnormal values for 0 on processors that multiply pairs of them
-    (avx512_bf16), and one of many rows of float32 with AMX takes terms below 2^-126 for 0.
+    or the number of threads; nor does it for more rows than that where `cpu_dense_isa` or, if the
+    weights are stored, `cpu_product_isa`. A product of bfloat16 takes subnormal values for 0 on
+    processors that multiply pairs of them (avx512_bf16), and one of many rows of float32 with AMX
+    takes terms below 2^-126 for 0.
     """
     if isinstance(weight, StoredWeight):
         return weight.linear(x)
@@ -53,7 +54,7 @@ def linear(x: Tensor, weight: Tensor | StoredWeight) -> Tensor:
         own = x.shape[0] <= FEW_ROWS[x.dtype] or _takes_many(x, weight)
         if own and x.dim() == 2:
             return dispatch(_linear, _linear_op, x, weight)
-        if x.dtype == torch.float32 and _onednn is not None:
+        if x.dtype == torch.float32 and weight.numel() and _onednn is not None:
             return _onednn(x, weight, None, "none", [], "")
     return functional.linear(x, weight)
 
@@ -64,7 +65,7 @@ def _takes_many(x: Tensor, weight: Tensor) -> bool:
     """
     if x.dtype != torch.float32 or x.stride(-1) != 1 or weight.stride(-1) != 1:
         return False
-    return torch.compiler.is_compiling() or bool(cpu_product_isa())
+    return torch.compiler.is_compiling() or bool(cpu_dense_isa())
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     if rows > FEW_ROWS[x.dtype] and x.dtype == torch.float32:
         if depth == 0:
             return out.zero_()
-        if not cpu_product_isa():
+        if not cpu_dense_isa():
             return functional.linear(x, weight)
         place = weight.data_ptr(), 4 * weight.stride(0), columns, depth, 0, FLOAT32
         _C.product_cpu(*product_arguments(x, place, out))

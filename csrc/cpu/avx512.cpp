@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "cpu/merge_kernel.h"
 #include "cpu/panel_kernel.h"
+#include "cpu/product_kernel.h"
 #include "cpu/silu.h"
 #include "cpu/stored_kernel.h"
 #include "cpu/stream_kernel.h"
@@ -50,6 +51,6 @@ constexpr StoredKernels some_stored() {
 extern constexpr Isa isa_avx512 = {
     "avx512",         has_avx512, {handles, attention_partial, stream_rows, silu_avx512},
     run_merge_kernel, kFewRows,   kTokenwise,
-    some_stored()};
+    some_stored(),    kProduct};
 
 }  // namespace cptool::cpu

@@ -55,7 +55,7 @@ def test_the_peak_of_one_rank_is_that_of_projecting_attention_s_result():
 def test_panels_of_stored_weights_cost_a_copy_of_the_result():
     stored = on(weight_size=0.56)
     parts = [memory_per_rank("pass-kv", stored, find_profile(f"cpu-{isa}"))["workspace"]
-             for isa in ("avx2", "avx512")]  # fmt: skip
+             for isa in ("avx2", "portable")]  # fmt: skip
     assert parts[1] - parts[0] == pytest.approx(8192 * 4 * 1024 + 10 * (4 << 20))
 
 
