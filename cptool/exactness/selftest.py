@@ -119,9 +119,8 @@ def _taken(device: str, dtype: torch.dtype, head_dim: int, case: Case) -> str:
     """Return the kernel that runs such a call now."""
     if device == "cpu":
         return cpu_isa(dtype, head_dim)
-    if case.window is not None:
-        return "simt"
-    return cuda_kernel(dtype, head_dim, sum(map(len, case.queries)))
+    tokens = sum(map(len, case.queries))
+    return cuda_kernel(dtype, head_dim, tokens, window=case.window, cap=case.cap)
 
 
 def _attention(device: str, kernel: str, dtype: torch.dtype, *, head_dim: int, case: Case) -> Check:

@@ -86,10 +86,9 @@ def attention_partial(
             only, where that costs no synchronisation.
         UserError: q, k, v or `into` requires a gradient while gradients are recorded.
 
-    On CUDA a call with a window or a cap is computed by the kernel for every call ("simt"), because
-    those that use tensor cores take neither. The work is queued on the current stream of q's
-    device, and nothing waits for it. On the CPU it is spread over ``torch.get_num_threads()``
-    threads; the result does not depend on their number.
+    On CUDA the work is queued on the current stream of q's device, and nothing waits for it. On the
+    CPU it is spread over ``torch.get_num_threads()`` threads; the result does not depend on their
+    number.
     """
     if torch.is_grad_enabled():
         given = {"q": q, "k": k, "v": v}

@@ -109,9 +109,17 @@ def cuda_kernels() -> list[str]:
     return _C.cuda_kernels() if _C.cuda_archs else []
 
 
-def cuda_kernel(dtype: torch.dtype, head_dim: int = 128, tokens: int = 4096) -> str:
+def cuda_kernel(
+    dtype: torch.dtype,
+    head_dim: int = 128,
+    tokens: int = 4096,
+    *,
+    window: int | None = None,
+    cap: float | None = None,
+) -> str:
     """Return the CUDA attention kernel that takes a call of this dtype and head dimension,
     contiguous, of one sequence with `tokens` queries and keys of 8 heads; on the current device.
+    window, cap: as for `attention_partial`.
     """
     stride = 8 * head_dim, head_dim
     return _C.cuda_kernel(
@@ -133,7 +141,7 @@ def cuda_kernel(dtype: torch.dtype, head_dim: int = 128, tokens: int = 4096) -> 
         0,
         0,
         False,
-        *(0, 0.0, 0, 0.0),  # neither window nor cap, no margin, softmax
+        *(window or 0, cap or 0.0, 0, 0.0),  # no margin, softmax
     )
 
 

@@ -38,8 +38,9 @@ struct BlockRows {
 
 // visible_keys() by a whole warp, in 33 parts per step instead of two, because each step waits for
 // memory.
+template <class Position>
 __device__ inline int64_t visible_keys_by_warp(const int32_t* k_pos, int64_t keys,
-                                               int32_t position) {
+                                               Position position) {
   const int lane = threadIdx.x % 32;
   int64_t low = 0, high = keys;  // the count is in [low, high]
   while (low < high) {
@@ -70,28 +71,68 @@ __device__ inline bool is_visible_count(const int32_t* k_pos, int32_t keys, int3
   return (count == 0 || seen <= position) & (count == keys || hidden > position);
 }
 
-// Writes limits[row], how many keys of the sequence a row sees; 0 for rows that do not exist. All
-// threads of the block, at least two warps, must call it, and pass a barrier before reading limits.
+// Counts the keys of the sequence at or before a row's position less `back`, of the block's first
+// row in warp `first_warp` and of its last row in the next one. Called by these two warps.
+template <class Back>
+__device__ __forceinline__ void count_at_ends(const AttentionArgs& args, const BlockRows& rows,
+                                              const int32_t* k_pos, int64_t keys, Back back,
+                                              int first_warp, int* counts) {
+  const int warp = threadIdx.x / 32;
+  const int last = rows.rows - 1;
+  const int row = warp == first_warp ? 0 : last;
+  const int64_t found = visible_keys_by_warp(k_pos, keys, args.q_pos[rows.token(row)] - back);
+  // A single row needs only the first warp's search.
+  if (threadIdx.x % 32 == 0 && (warp == first_warp || last > 0)) {
+    counts[row] = static_cast<int>(found);
+  }
+}
+
+// Counts them for all other rows, whose counts are between these two because positions ascend; 0
+// for rows that do not exist. Called by all threads of the block, after a barrier.
+template <int kRows, class Back>
+__device__ void count_between(const AttentionArgs& args, const BlockRows& rows,
+                              const int32_t* k_pos, Back back, int* counts) {
+  static_assert(kRows >= 2);
+  const int last = rows.rows - 1;
+  const int fewest = counts[0], most = counts[last];
+  for (int row = 1 + static_cast<int>(threadIdx.x); row < kRows; row += blockDim.x) {
+    if (row == last) continue;
+    counts[row] = row > last
+                      ? 0
+                      : fewest + static_cast<int>(visible_keys(k_pos + fewest, most - fewest,
+                                                               args.q_pos[rows.token(row)] - back));
+  }
+}
+
+// Writes limits[row], how many keys of the sequence are at or before a row's position: without a
+// window, how many it sees; 0 for rows that do not exist. All threads of the block, at least two
+// warps, must call it, and pass a barrier before reading limits.
 template <int kRows>
 __device__ void find_limits(const AttentionArgs& args, const BlockRows& rows, const int32_t* k_pos,
                             int64_t keys, int* limits) {
-  static_assert(kRows >= 2);
+  if (threadIdx.x / 32 < 2) count_at_ends(args, rows, k_pos, keys, 0, 0, limits);
+  __syncthreads();
+  count_between<kRows>(args, rows, k_pos, 0, limits);
+}
+
+// Also writes firsts[row], how many keys are ahead of a row's window: it sees keys firsts[row] to
+// limits[row] - 1. At least four warps, whose searches wait for memory at the same time.
+template <int kRows>
+__device__ void find_ranges(const AttentionArgs& args, const BlockRows& rows, const int32_t* k_pos,
+                            int64_t keys, int* firsts, int* limits) {
   const int warp = threadIdx.x / 32;
-  const int last = rows.rows - 1;
+  const int64_t window = args.window;
   if (warp < 2) {
-    const int row = warp == 0 ? 0 : last;
-    const int64_t found = visible_keys_by_warp(k_pos, keys, args.q_pos[rows.token(row)]);
-    // A single row needs only the first warp's search.
-    if (threadIdx.x % 32 == 0 && (warp == 0 || last > 0)) limits[row] = static_cast<int>(found);
+    count_at_ends(args, rows, k_pos, keys, 0, 0, limits);
+  } else if (warp < 4 && window > 0) {
+    count_at_ends(args, rows, k_pos, keys, window, 2, firsts);
   }
   __syncthreads();
-  // Positions ascend, so the limits of the other rows are between these two.
-  const int fewest = limits[0], most = limits[last];
-  for (int row = 1 + static_cast<int>(threadIdx.x); row < kRows; row += blockDim.x) {
-    if (row == last) continue;
-    limits[row] = row > last ? 0
-                             : fewest + static_cast<int>(visible_keys(k_pos + fewest, most - fewest,
-                                                                      args.q_pos[rows.token(row)]));
+  count_between<kRows>(args, rows, k_pos, 0, limits);
+  if (window > 0) {
+    count_between<kRows>(args, rows, k_pos, window, firsts);
+  } else {
+    for (int row = static_cast<int>(threadIdx.x); row < kRows; row += blockDim.x) firsts[row] = 0;
   }
 }
 

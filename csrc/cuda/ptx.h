@@ -103,5 +103,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return power;
 }
 
+// rcp.approx.ftz.f32 (9.7.3, rcp): 1 / x within 1 unit in the last place.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  return reciprocal;
+}
+
 }  // namespace
 }  // namespace cptool::cuda::ptx

@@ -9,6 +9,7 @@ tests, and a difference, too, ends in exit code 1. Without kernels all of the de
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,12 +47,17 @@ FEW = [
 ]
 SEQUENCES["prompt"] = [(range(300), range(300)), (range(130, 200), range(200))]
 
+WINDOWED = {"prefill, window": (40, 5.0), "decode, window": (1100, 5.0)}
+"""Sequences with a window and a soft cap."""
+SEQUENCES |= {name: SEQUENCES[name.split(",")[0]] for name in WINDOWED}
+
 
 def cases(kernel: str) -> list[tuple[str, torch.dtype, int, tuple[int, int]]]:
     """Return sequences, dtype, head dimension and heads of what runs on a kernel."""
     if kernel == "sm90":
         return FEW
-    return [
+    windowed = [(name, torch.bfloat16, 128, (4, 2)) for name in WINDOWED]
+    return windowed + [
         (name, dtype, head_dim, heads)
         for name in ("prefill", "decode")
         for head_dim, heads in zip(
@@ -71,17 +77,19 @@ def run(
     device: str,
 ) -> None:
     case = make_case(SEQUENCES[name], heads=heads, head_dim=head_dim, dtype=dtype, slack=3)
+    window, cap = WINDOWED.get(name, (None, None))
+    case = replace(case, window=window, cap=cap)
     slab = torch.stack([case.k, case.v], 1).to(device)
     others = [x.to(device) for x in (case.q_pos, case.k_pos, case.cu_q, case.cu_k)]
     arguments = (case.q.to(device), slab[:, 0], slab[:, 1], *others, case.scale)
-    taken = kernel if device == "cpu" else cuda_kernel(dtype, head_dim)
+    taken = kernel if device == "cpu" else cuda_kernel(dtype, head_dim, window=window, cap=cap)
     allowed = tolerance(
         case, torch.float32 if taken in ("simt", "portable") else dtype, merged=True
     )
-    out, lse = attention_partial(*arguments)
+    out, lse = attention_partial(*arguments, **case.options)
     check(case, (out.cpu(), lse.cpu()), allowed)
     running = out.clone(), torch.full_like(lse, -torch.inf)
-    attention_partial(*arguments, into=running)
+    attention_partial(*arguments, into=running, **case.options)
     check(case, (running[0].cpu(), running[1].cpu()), allowed)
     merged = merge_partials([out, out], [lse, torch.full_like(lse, -torch.inf)])
     assert torch.equal(merged[0], out) and torch.equal(merged[1], lse)

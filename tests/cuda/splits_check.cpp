@@ -1,6 +1,7 @@
 // Fails unless the pieces of csrc/cuda/splits.h hold every key exactly once; unless there is one
 // piece where blocks fill the device and more where they do not; and unless csrc/cuda/sm80/plan.h
 // chooses well for the shapes that matter.
+#include <algorithm>
 #include <cstdio>
 #include <random>
 
@@ -72,6 +73,30 @@ bool plans_make_sense() {
   return true;
 }
 
+// Pieces are of the keys that a block sees.
+bool windows_count() {
+  const Device a100 = {80, 108, 164 * 1024};
+  for (int64_t tokens : {1, 5, 64, 2000}) {
+    const auto pieces = [&](int64_t keys, int64_t window, float cap) {
+      AttentionArgs args = decode(1, keys, tokens);
+      args.window = window;
+      args.cap = cap;
+      return sm80::plan(args, a100).pieces;
+    };
+    // One as long as the keys, or longer than any number, changes nothing.
+    for (int64_t window : {int64_t{65536}, int64_t{1} << 40, INT64_MAX}) {
+      if (pieces(65536, window, 0.0f) != pieces(65536, 0, 2.0f)) return false;
+    }
+    // Tokens of 4 rows each: a block of 16 rows holds up to 4 of them, one of 128 rows up to 32.
+    const int64_t together = tokens <= 8 ? std::min<int64_t>(tokens, 4) : 32;
+    for (int64_t window : {1, 200, 4096, 20000}) {
+      if (pieces(65536, window, 0.0f) != pieces(window + together - 1, 0, 2.0f)) return false;
+    }
+    if (pieces(65536, 200, 0.0f) != 1) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
@@ -81,4 +106,5 @@ int main() {
     if (!counts_make_sense(random)) return std::puts("a strange number of pieces"), 1;
   }
   if (!plans_make_sense()) return std::puts("a strange plan"), 1;
+  if (!windows_count()) return std::puts("pieces of keys ahead of the window"), 1;
 }

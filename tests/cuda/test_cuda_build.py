@@ -110,7 +110,7 @@ def test_forcing_a_kernel_that_is_not_there():
     assert "CPTOOL_CUDA_KERNEL is 'tensor'; it must be one of " in done.stderr
 
 
-@pytest.mark.parametrize("program", ["query_blocks", "splits"])
+@pytest.mark.parametrize("program", ["query_blocks", "splits", "walk"])
 def test_index_logic(tmp_path, program):
     """Each query row is one block's and each key one piece's; see *_check.cpp."""
     compiler = os.environ.get("CXX") or shutil.which("c++")

@@ -107,6 +107,19 @@ def test_few_queries_over_many_keys(kernel, dtype, queries):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("window", [None, 1, 70, 1000])
+def test_windows_and_soft_caps(kernel, window, cap, dtype):
+    """Prompts, shards and decoding in pieces."""
+    few = make_case([([5000], range(5001)), ([7], range(9))], head_dim=128, dtype=dtype, slack=1)
+    for case in (ragged_batch(dtype, 128, (4, 2)), few):
+        case = replace(case, window=window, cap=cap)
+        taken = cuda_kernel(dtype, 128, len(case.q), **case.options)
+        allowed = tolerance(case, torch.float32 if taken == "simt" else dtype, merged=True)
+        check(case, attention(case, **case.options), allowed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread", [30.0, 1000.0])
 def test_large_scores(kernel, spread, dtype):
     case = make_case([(range(150), range(150))], spread=spread, dtype=dtype)

@@ -1,5 +1,6 @@
 // The kernel for compute capability 8.0 as dispatch.h declares it.
 #include <cfloat>
+#include <cmath>
 #include <stdexcept>
 
 #include "cuda/dispatch.h"
@@ -16,13 +17,21 @@ bool rows_aligned(const void* pointer, int64_t token_stride, int64_t head_stride
   return is_aligned(pointer) && token_stride % 8 == 0 && head_stride % 8 == 0;
 }
 
+sm80::Attention* attention_of(const AttentionArgs& args, const sm80::Plan& plan) {
+  if (is_plain(args)) return plan.few_rows ? sm80::attention_few_rows : sm80::attention_many_rows;
+  return plan.few_rows ? sm80::attention_few_rows_general : sm80::attention_many_rows_general;
+}
+
 }  // namespace
 
 bool sm80_handles(const AttentionArgs& args) {
+  if (kind(args) != Kind::kSoftmax) return false;
   const bool head_dim =
       args.head_dim == 64 || args.head_dim == 80 || args.head_dim == 96 || args.head_dim == 128;
-  return is_plain(args) && args.dtype != ScalarType::kFloat32 && head_dim &&
+  return args.dtype != ScalarType::kFloat32 && head_dim &&
          args.scale >= FLT_MIN &&  // the maximum is taken of scores before scaling
+         // With a soft cap products are multiplied by this quotient.
+         (args.cap == 0.0f || std::isnormal(args.scale / args.cap)) &&
          rows_aligned(args.q, args.q_token_stride, args.q_head_stride) &&
          rows_aligned(args.k, args.k_token_stride, args.k_head_stride) &&
          rows_aligned(args.v, args.v_token_stride, args.v_head_stride) && is_aligned(args.out);
@@ -44,8 +53,7 @@ void attention_partial_sm80(const AttentionArgs& args, void* workspace, cudaStre
     throw std::invalid_argument("attention_partial on CUDA needs a workspace for this call");
   }
   float* partials = plan.pieces == 1 ? nullptr : static_cast<float*>(workspace);
-  const auto attention = plan.few_rows ? sm80::attention_few_rows : sm80::attention_many_rows;
-  attention(args, plan.pieces, partials, stream);
+  attention_of(args, plan)(args, plan.pieces, partials, stream);
   if (partials != nullptr) merge_pieces(args, partials, plan.pieces, stream);
 }
 

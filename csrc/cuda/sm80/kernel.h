@@ -13,7 +13,12 @@
 //
 // Positions ascend, so a tile is one of three kinds by the limits of the first and the last row:
 // beyond all that a warp sees (skipped), seen by all its rows (dense) or masked. Rows of a tile
-// from the last limit on are not read and count as zeros.
+// from the last limit on are not read and count as zeros. With a window a row's keys also have a
+// beginning, ahead of which tiles are masked and skipped in the same way; walk.h says which tiles a
+// block loads at all.
+//
+// A kernel with a window or a soft cap, of which one may be missing, is compiled apart, so that the
+// plain one has neither the instructions nor the registers for them.
 #pragma once
 
 #include <cstdint>
@@ -23,16 +28,18 @@
 #include "cuda/launch.h"
 #include "cuda/sm80/plan.h"
 #include "cuda/sm80/tile.h"
+#include "cuda/sm80/walk.h"
 #include "cuda/sm80/warp.h"
 #include "cuda/splits.h"
 
 namespace cptool::cuda::sm80 {
 namespace {
 
-template <class T_, int kHeadDim_, class Shape>
+template <class T_, int kHeadDim_, class Shape, bool kPlain_>
 struct Config : Shape {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kPlain = kPlain_;  // neither window nor cap
   static constexpr int kThreads = 32 * Shape::kRowWarps * Shape::kKeyWarps;
   static constexpr int kWarpRows = 16 * Shape::kRowTiles;
   static constexpr int kRows = block_rows<Shape>();
@@ -40,7 +47,7 @@ struct Config : Shape {
   using Warp = WarpAttention<T, kHeadDim, Shape::kRowTiles, kWarpKeys>;
   static constexpr int kTileBytes = kKeys * Layout<kHeadDim>::kRowBytes;
   static constexpr int kQueryBytes = kRows * Layout<kHeadDim>::kRowBytes;
-  static constexpr int kSharedBytes = shared_bytes<Shape>(kHeadDim);
+  static constexpr int kSharedBytes = shared_bytes<Shape>(kHeadDim, kPlain);
 };
 
 // What warps with the same rows exchange at the end, in the memory of the slots.
@@ -52,6 +59,24 @@ struct WarpPartials {
   float max[C::kKeyWarps][C::kRows];  // in powers of two
   float sum[C::kKeyWarps][C::kRows];
 };
+
+// Returns the keys of the piece and, within them, the walk of a block whose rows see keys firsts[r]
+// to limits[r] - 1; with kPlain, 0 to limits[r] - 1.
+template <class C>
+__device__ __forceinline__ auto walk_of_piece(const int* firsts, const int* limits, int rows,
+                                              int* end) {
+  const int pieces = static_cast<int>(gridDim.z), piece = static_cast<int>(blockIdx.z);
+  if constexpr (C::kPlain) {
+    const KeyRange range = key_range(limits[rows - 1], kKeys, pieces, piece);
+    *end = static_cast<int>(range.end);
+    return WholeWalk(static_cast<int>(range.begin), *end);
+  } else {
+    const int origin = firsts[0] / kKeys * kKeys;
+    const KeyRange range = key_range(max(limits[rows - 1] - origin, 0), kKeys, pieces, piece);
+    *end = origin + static_cast<int>(range.end);
+    return WindowWalk(firsts, limits, rows, origin + static_cast<int>(range.begin), *end);
+  }
+}
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
@@ -148,6 +173,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   const uint32_t q_tile = ptx::shared_address(memory);
   const uint32_t slots = q_tile + C::kQueryBytes;
   int* limits = reinterpret_cast<int*>(memory + C::kQueryBytes + C::kStages * C::kTileBytes);
+  int* firsts = limits + C::kRows;  // unless kPlain
   const int warp = threadIdx.x / 32;
   const int row_warp = warp / C::kKeyWarps, key_warp = warp % C::kKeyWarps;
 
@@ -163,32 +189,41 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
 
   const int64_t first_key = offset_at(args.cu_k, block.sequence, args.k_tokens);
   const int64_t keys = offset_at(args.cu_k, block.sequence + 1, args.k_tokens) - first_key;
-  find_limits<C::kRows>(args, rows, args.k_pos + first_key, keys, limits);
+  if constexpr (C::kPlain) {
+    find_limits<C::kRows>(args, rows, args.k_pos + first_key, keys, limits);
+  } else {
+    find_ranges<C::kRows>(args, rows, args.k_pos + first_key, keys, firsts, limits);
+  }
   __syncthreads();
-  const KeyRange range =
-      key_range(limits[rows.rows - 1], kKeys, static_cast<int>(gridDim.z), blockIdx.z);
-  const int begin = static_cast<int>(range.begin), end = static_cast<int>(range.end);
+  int end;
+  auto computed = walk_of_piece<C>(firsts, limits, rows.rows, &end);
+  auto loaded = computed;
 
-  // The fewest and the most keys that a row of this warp sees.
+  // Rows of this warp see keys from warp_begin to warp_end - 1, all of them those from dense_begin
+  // to dense_end - 1.
   const int warp_row = row_warp * C::kWarpRows;
   const int last_row = min(warp_row + C::kWarpRows, rows.rows) - 1;
   const int dense_end = last_row < warp_row ? 0 : limits[warp_row];
   const int warp_end = last_row < warp_row ? 0 : limits[last_row];
+  int warp_begin = 0, dense_begin = 0;
+  if constexpr (!C::kPlain) {
+    warp_begin = last_row < warp_row ? 0 : firsts[warp_row];
+    dense_begin = last_row < warp_row ? 0 : firsts[last_row];
+  }
 
   const uint16_t* k = static_cast<const uint16_t*>(args.k) + first_key * args.k_token_stride +
                       kv_head * args.k_head_stride;
   const uint16_t* v = static_cast<const uint16_t*>(args.v) + first_key * args.v_token_stride +
                       kv_head * args.v_head_stride;
-  // Tile 2 i holds the keys from begin + i kKeys on, tile 2 i + 1 their values.
-  const int tiles = begin < end ? 2 * ((end - begin + kKeys - 1) / kKeys) : 0;
   const auto load = [&](int tile) {
-    if (tile < tiles) {
-      const int first = begin + tile / 2 * kKeys;
+    if (loaded.has(tile)) {
+      const int first = loaded.first_key(tile);
       const uint16_t* from = tile % 2 == 0 ? k : v;
       const int64_t stride = tile % 2 == 0 ? args.k_token_stride : args.v_token_stride;
       load_tile<C::kHeadDim, kKeys, C::kThreads>(
           slots + tile % C::kStages * C::kTileBytes, end - first,
           [&](int row) { return from + (first + row) * stride; });
+      loaded.pass(tile);
     }
     ptx::cp_async_commit();  // even if empty: there is one group per tile
   };
@@ -204,20 +239,25 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident)
   };
 
   typename C::Warp mine;
-  const float scale2 = args.scale * kLog2E;
+  const bool capped = !C::kPlain && args.cap > 0.0f;
+  const float cap_scale = capped ? args.scale / args.cap : 0.0f;
+  const float scale2 = (capped ? args.cap : args.scale) * kLog2E;
 #pragma unroll
   for (int tile = 0; tile < C::kStages - 1; ++tile) load(tile);
-  for (int tile = 0; tile < tiles; tile += 2) {
-    const int first = begin + tile / 2 * kKeys + key_warp * C::kWarpKeys;
-    const bool seen = first < warp_end;
+  for (int tile = 0; computed.has(tile); tile += 2) {
+    const int first = computed.first_key(tile) + key_warp * C::kWarpKeys;
+    const bool seen = first < warp_end && (C::kPlain || first + C::kWarpKeys > warp_begin);
     const uint32_t k_tile = advance(tile);
     if (seen) {
       mine.multiply_keys(q_tile + warp_row * Layout<C::kHeadDim>::kRowBytes, k_tile);
+      if (capped) mine.cap(cap_scale);
       if (first + C::kWarpKeys > dense_end) mine.mask(limits + warp_row, first);
+      if (!C::kPlain && first < dense_begin) mine.mask_ahead(firsts + warp_row, first);
       mine.softmax(scale2);
     }
     const uint32_t v_tile = advance(tile + 1);
     if (seen) mine.multiply_values(v_tile);
+    computed.pass(tile + 1);
   }
   ptx::cp_async_wait<0>();
   mine.finish_sums();
@@ -251,26 +291,26 @@ void launch_config(const AttentionArgs& args, int pieces, float* partials, cudaS
          partials);
 }
 
-template <class T, class Shape>
+template <class T, class Shape, bool kPlain>
 void launch_dtype(const AttentionArgs& args, int pieces, float* partials, cudaStream_t stream) {
   switch (args.head_dim) {
     case 64:
-      return launch_config<Config<T, 64, Shape>>(args, pieces, partials, stream);
+      return launch_config<Config<T, 64, Shape, kPlain>>(args, pieces, partials, stream);
     case 80:
-      return launch_config<Config<T, 80, Shape>>(args, pieces, partials, stream);
+      return launch_config<Config<T, 80, Shape, kPlain>>(args, pieces, partials, stream);
     case 96:
-      return launch_config<Config<T, 96, Shape>>(args, pieces, partials, stream);
+      return launch_config<Config<T, 96, Shape, kPlain>>(args, pieces, partials, stream);
     default:
-      return launch_config<Config<T, 128, Shape>>(args, pieces, partials, stream);
+      return launch_config<Config<T, 128, Shape, kPlain>>(args, pieces, partials, stream);
   }
 }
 
-template <class Shape>
+template <class Shape, bool kPlain>
 void launch_shape(const AttentionArgs& args, int pieces, float* partials, cudaStream_t stream) {
   if (args.dtype == ScalarType::kBFloat16) {
-    launch_dtype<__nv_bfloat16, Shape>(args, pieces, partials, stream);
+    launch_dtype<__nv_bfloat16, Shape, kPlain>(args, pieces, partials, stream);
   } else {
-    launch_dtype<__half, Shape>(args, pieces, partials, stream);
+    launch_dtype<__half, Shape, kPlain>(args, pieces, partials, stream);
   }
 }
 

@@ -4,7 +4,7 @@ namespace cptool::cuda::sm80 {
 
 void attention_many_rows(const AttentionArgs& args, int pieces, float* partials,
                          cudaStream_t stream) {
-  launch_shape<ManyRows>(args, pieces, partials, stream);
+  launch_shape<ManyRows, true>(args, pieces, partials, stream);
 }
 
 }  // namespace cptool::cuda::sm80

@@ -27,10 +27,12 @@ constexpr int block_rows() {
   return 16 * Shape::kRowTiles * Shape::kRowWarps;
 }
 
-// The block's queries, the ring of tiles and its rows' limits.
+// The block's queries, the ring of tiles and where its rows' keys end; unless the call is plain
+// also where they begin.
 template <class Shape>
-constexpr int shared_bytes(int head_dim) {
-  return 2 * head_dim * (block_rows<Shape>() + Shape::kStages * kKeys) + 4 * block_rows<Shape>();
+constexpr int shared_bytes(int head_dim, bool plain) {
+  return 2 * head_dim * (block_rows<Shape>() + Shape::kStages * kKeys) +
+         (plain ? 4 : 8) * block_rows<Shape>();
 }
 
 struct Plan {
@@ -43,16 +45,27 @@ struct Plan {
   bool few_queries() const { return few_rows || (pieces > 1 && 4 * blocks <= resident); }
 };
 
+// Returns how many of a sequence's keys a block of rows may see: with a window, those of as many
+// successive positions as its tokens see together.
+template <class Shape>
+int64_t block_keys(const AttentionArgs& args, int64_t rows) {
+  const int64_t keys = args.k_tokens / args.batch;
+  if (args.window == 0) return keys;
+  const int64_t group = args.q_heads / args.kv_heads;
+  const int64_t tokens = ceil_divide(std::min<int64_t>(rows, block_rows<Shape>()), group);
+  return std::min(keys, std::min(keys, args.window) + tokens - 1);
+}
+
 template <class Shape>
 Plan plan_shape(const AttentionArgs& args, int64_t rows, const Device& device, bool few_rows) {
   // A multiprocessor reserves 1 KiB of shared memory per block.
-  const int fit =
-      device.shared_bytes / (shared_bytes<Shape>(static_cast<int>(args.head_dim)) + 1024);
+  const int fit = device.shared_bytes /
+                  (shared_bytes<Shape>(static_cast<int>(args.head_dim), is_plain(args)) + 1024);
   const int64_t resident =
       static_cast<int64_t>(device.multiprocessors) * std::max(1, std::min(fit, Shape::kResident));
   const int64_t blocks = args.batch * args.kv_heads * ceil_divide(rows, block_rows<Shape>());
   return {few_rows, blocks, resident,
-          split_count(blocks, args.k_tokens / args.batch, 4 * kKeys, resident)};
+          split_count(blocks, block_keys<Shape>(args, rows), 4 * kKeys, resident)};
 }
 
 // Assumes sequences of equal length: each has its share of the tokens of q and k.
@@ -63,10 +76,10 @@ inline Plan plan(const AttentionArgs& args, const Device& device) {
   return plan_shape<ManyRows>(args, rows, device, false);
 }
 
-// The two shapes of kernel.h, one translation unit each. `partials`: see there.
-void attention_few_rows(const AttentionArgs& args, int pieces, float* partials,
-                        cudaStream_t stream);
-void attention_many_rows(const AttentionArgs& args, int pieces, float* partials,
-                         cudaStream_t stream);
+// The two shapes of kernel.h, plain and with a window or a soft cap, one translation unit each.
+// `partials`: see there.
+using Attention = void(const AttentionArgs& args, int pieces, float* partials, cudaStream_t stream);
+Attention attention_few_rows, attention_many_rows;
+Attention attention_few_rows_general, attention_many_rows_general;
 
 }  // namespace cptool::cuda::sm80

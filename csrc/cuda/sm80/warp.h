@@ -10,6 +10,7 @@
 
 #include "cuda/ptx.h"
 #include "cuda/sm80/tile.h"
+#include "cuda/soft_cap.h"
 
 namespace cptool::cuda::sm80 {
 namespace {
@@ -76,6 +77,38 @@ struct WarpAttention {
         for (int n = 0; n < kKeyTiles; ++n) {
           if (8 * n >= end) score[m][n][2 * half] = -INFINITY;
           if (8 * n + 1 >= end) score[m][n][2 * half + 1] = -INFINITY;
+        }
+      }
+    }
+  }
+
+  // Hides the keys ahead of a row's window. `firsts`: of the warp's rows.
+  __device__ __forceinline__ void mask_ahead(const int* firsts, int first_key) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // The first of the tile's columns 0, 1, 8, 9, ... that this lane's row sees.
+        const int begin = firsts[16 * m + 8 * half + lane / 4] - first_key - lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) {
+          if (8 * n < begin) score[m][n][2 * half] = -INFINITY;
+          if (8 * n + 1 < begin) score[m][n][2 * half + 1] = -INFINITY;
+        }
+      }
+    }
+  }
+
+  // Scores become tanh(cap_scale score), of which softmax() must then be told the cap as the scale.
+  __device__ __forceinline__ void cap(float cap_scale) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          score[m][n][e] = hyperbolic_tangent(score[m][n][e] * cap_scale);
         }
       }
     }

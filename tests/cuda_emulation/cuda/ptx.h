@@ -150,5 +150,6 @@ uint32_t pack(float low, float high) {
 }
 
 inline float exp2_approx(float x) { return exp2f(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 
 }  // namespace cptool::cuda::ptx
