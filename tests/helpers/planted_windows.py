@@ -87,11 +87,6 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "if (at < gap_begin || at >= gap_end) return at;",
         "if (at < gap_begin || at >= gap_end || {planted}) return at;",
     ),
-    "values are of the tile behind a gap": (
-        "sm80/walk.h",
-        "if (tile % 2 == 1) key = seen_from(key + kKeys);",
-        "if (tile % 2 == 1 - {planted}) key = seen_from(key + kKeys);",
-    ),
     "pieces of all keys instead of the visible ones": (
         "sm80/kernel.h",
         "key_range(max(limits[rows - 1] - origin, 0)",
