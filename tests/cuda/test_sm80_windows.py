@@ -87,7 +87,7 @@ SEQUENCES = {
     ],
     "one token": [([700], range(701)), ([250], range(0, 500, 2)), ([0], [0]), ([3], range(4, 9))],
 }
-WINDOWS = [1, 17, 64, 65, 200, 10**9, 2**62]
+WINDOWS = [1, 17, 64, 65, 200, 2**31 - 1]
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -129,7 +129,7 @@ PIECES = {
     "one token": ([([4000], range(4001))], 1500),
     "tokens of a turn": ([(range(4000, 4009), range(4100))], 1500),
     "behind the window of another sequence": ([([4000], range(4001)), ([90], range(4001))], 1100),
-    "every other key": ([(range(3000, 3004), range(0, 4001, 2))], 2100),
+    "every other key": ([(range(3000, 3004), range(0, 4001, 2))], 1500),
 }
 
 

@@ -49,6 +49,12 @@ void emulated_readable(const uint8_t* const* ranges, int count) {
   }
 }
 
+// What the launches since the last call did.
+void emulated_counters(emulation::Counters* counters) {
+  *counters = emulation::counters;
+  emulation::counters = {};
+}
+
 // Returns how many pieces of keys the call is computed in.
 int emulated_pieces(const cptool::AttentionArgs* args) {
   return cptool::cuda::sm80::plan(*args, cptool::cuda::current_device()).pieces;
