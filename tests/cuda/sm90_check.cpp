@@ -100,7 +100,7 @@ double imbalance(int32_t prompts, int32_t tokens, int32_t block_tokens, int32_t 
 // them out one by one.
 bool pieces_save_rounds() {
   const auto jobs_of = [](int64_t jobs, int64_t keys, int64_t tokens) {
-    return JobSizes{jobs, keys, tokens, jobs * 128 * 128};
+    return JobSizes{jobs, keys, tokens, jobs * 128 * 128, keys};
   };
   // Whole rounds, many rounds, few keys, and causal attention over all keys stay whole.
   for (const JobSizes& whole :
@@ -114,7 +114,34 @@ bool pieces_save_rounds() {
     // At most a fifth above the even share, from up to twice as much.
     if (pieces == 1 || rounds > 1.2 * static_cast<double>(jobs) / 132) return false;
   }
-  return true;
+  // Through a window of 1,024, jobs see few keys of many.
+  JobSizes windowed = jobs_of(80, 126976, 1024);
+  windowed.most_keys = 1151;
+  return pieces_of(windowed, 132) == 1;
+}
+
+// The tiles of a random list of runs, in pieces, against the list written out.
+bool runs_are_walked(std::mt19937& random) {
+  std::vector<TileRun> runs;
+  std::vector<int32_t> tiles;
+  for (int32_t end = 0; runs.size() < random() % 6;) {
+    const int32_t begin = end + static_cast<int32_t>(random() % 9);
+    end = begin + 1 + static_cast<int32_t>(random() % 9);
+    runs.push_back({begin, end});
+    for (int32_t tile = begin; tile < end; ++tile) tiles.push_back(tile);
+  }
+  const int pieces = 1 + static_cast<int>(random() % 7);
+  size_t done = 0;
+  for (int i = 0; i < pieces; ++i) {
+    const TilePiece piece = tile_piece(runs.data(), static_cast<int32_t>(runs.size()), pieces, i);
+    auto walk = TileWalk<false>::of(piece.tiles, piece.tile, runs.data() + piece.run);
+    for (int32_t n = piece.tiles; n > 0; --n, walk.next()) {
+      if (walk.done() || walk.tile != tiles.at(done + static_cast<size_t>(n) - 1)) return false;
+    }
+    if (!walk.done()) return false;
+    done += static_cast<size_t>(piece.tiles);
+  }
+  return done == tiles.size();
 }
 
 bool tiles_are_classed(int32_t keys, int32_t dense_keys) {
@@ -123,6 +150,10 @@ bool tiles_are_classed(int32_t keys, int32_t dense_keys) {
   for (int32_t tile = 0; tile < tiles; ++tile) {
     const bool dense = (tile + 1) * kKeys <= dense_keys;
     if (tile_is_masked(tile, dense_keys) == dense) return false;
+    for (int32_t begin : {0, 1, kKeys, kKeys + 1, dense_keys}) {
+      const bool all = dense && tile * kKeys >= begin;
+      if (tile_is_masked(tile, begin, dense_keys) == all) return false;
+    }
   }
   return unseen_rows(keys) == tiles * kKeys - keys;
 }
@@ -224,6 +255,7 @@ int main() {
     if (!longest_come_first(list)) return complain("a longer job after a shorter one");
     const int32_t keys = random() % 1000, dense_keys = random() % (keys + 1);
     if (!tiles_are_classed(keys, dense_keys)) return complain("a tile in the wrong class");
+    if (!runs_are_walked(random)) return complain("a tile out of its run");
   }
   if (heads_together(1000, 100, 8, 16) != 5 || heads_together(1000, 100, 8, 48) != 6 ||
       heads_together(1000, 5000, 8, 7) != 1 || heads_together(1000, 1, 8, 48) != 8 ||

@@ -4,6 +4,7 @@ cptool does not use the kernel on a device where its self-test fails.
 
 import os
 import sys
+from dataclasses import replace
 
 import cuda_emulator
 import planted
@@ -28,7 +29,7 @@ class Planted(Emulator):
         self._library.emulated_mistake(mistake)
         self.counters()
         try:
-            result = self.attention(*case.arguments, seed=seed)
+            result = self.attention(*case.arguments, **case.options, seed=seed)
             check(case, result, tolerance(case, torch.bfloat16, merged=True))
         except (RuntimeError, AssertionError) as error:
             return str(error) or "wrong result"
@@ -49,8 +50,12 @@ CASES = {
         ],
         (4, 2),
         2,
+        None,
     ),
-    "pieces": ([(range(1990, 2010), range(2010))], (2, 1), 16),
+    "pieces": ([(range(1990, 2010), range(2010))], (2, 1), 16, None),
+    "a narrow window": ([(range(150), range(150))], (2, 1), 2, 2),
+    "gaps, pieces": ([([*range(250, 270), *range(2900, 2910)], range(2910))], (4, 2), 16, 2000),
+    "a window": ([(range(100, 500), range(500))], (2, 1), 2, 140),
 }
 
 
@@ -60,10 +65,11 @@ def test_each_is_seen(library, name):
     kernel = Planted(library)
     said = []
     for seed in range(2 if not name else 6):
-        for sequences, heads, multiprocessors in CASES.values():
+        for sequences, heads, multiprocessors, window in CASES.values():
             case = make_case(
                 sequences, heads=heads, head_dim=128, dtype=torch.bfloat16, slack=7, spread=3.0
             )
+            case = replace(case, window=window, cap=window and 4.0)
             said.append(kernel.run(planted.NUMBERS.get(name, 0), case, multiprocessors, seed))
         if name and any(said):
             return

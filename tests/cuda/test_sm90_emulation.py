@@ -10,6 +10,7 @@ import pytest
 import torch
 from cuda_emulator import EMULATION, ROOT, Emulator, _arguments, build
 from reference import check, make_case, tolerance
+from test_windows import ragged
 
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="no C++ compiler")
 
@@ -22,11 +23,11 @@ class Sm90(Emulator):
     def device(self, multiprocessors=4, l2_bytes=1 << 20):
         self._library.emulated_device(multiprocessors, l2_bytes)
 
-    def pieces(self, *arguments, sm_margin=0) -> int:
+    def pieces(self, *arguments, window=0) -> int:
         """In how many pieces the keys of such a call of `attention` are computed."""
         q = arguments[0]
         call = _arguments(*arguments, torch.empty(q.shape), torch.empty(q.shape[:2]), False)
-        call.sm_margin = sm_margin
+        call.window = window
         return self._library.emulated_pieces(ctypes.byref(call))
 
 
@@ -171,6 +172,38 @@ def test_pieces_of_keys(cuda, dtype, head_dim, heads):
     check(case, own, tolerance(case, dtype, dtype, merged=True))
 
 
+@pytest.mark.parametrize("window, cap", [(1, None), (37, 0.5), (128, None), (300, 30), (None, 2)])
+@pytest.mark.parametrize("head_dim, heads", [(128, (4, 2)), (64, (16, 1)), (72, (3, 3))], ids=str)
+def test_windows_and_caps(cuda, head_dim, heads, window, cap):
+    dtype = torch.float16 if head_dim == 64 else torch.bfloat16
+    case = ragged(dtype=dtype, head_dim=head_dim, heads=heads, spread=3.0 if cap else 1.0)
+    case = replace(case, window=window, cap=cap)
+    result = cuda.attention(*case.arguments, **case.options, seed=head_dim)
+    check(case, result, tolerance(case, dtype))
+
+
+@pytest.mark.parametrize("window", [500, 1800])
+def test_pieces_of_windows(cuda, window):
+    cuda.device(multiprocessors=40)
+    case = make_case(PIECES[:2], heads=(6, 2), head_dim=96, dtype=torch.float16, slack=1200)
+    case = replace(case, window=window, cap=9.0)
+    assert (cuda.pieces(*case.arguments, window=window) > 1) == (window > 500)
+    running, keep = None, torch.arange(len(case.k_pos)) % 3 == 0
+    for part in (case.only_keys(keep), case.only_keys(~keep)):
+        running = cuda.attention(*part.arguments, **case.options, into=running)
+    check(case, running, tolerance(case, torch.float16, merged=True))
+
+
+def test_tiles_that_no_window_reaches_are_not_read(cuda):
+    """Ahead of all, and between queries that are further apart than the window."""
+    case = make_case([([*range(600, 620), *range(1500, 1520)], range(1600))], dtype=torch.bfloat16)
+    case, slab = replace(case, window=100), torch.stack([case.k, case.v], 1)
+    for unread in (slice(0, 384), slice(640, 1280), slice(1520, 1600)):
+        slab[unread] = torch.nan
+    hidden = replace(case, k=slab[:, 0], v=slab[:, 1])
+    check(case, cuda.attention(*hidden.arguments, window=100), tolerance(case, torch.bfloat16))
+
+
 def test_multiprocessors_that_are_left_to_transfers(cuda):
     """Fewer blocks, none with a job of its own: the bits are those of any other order."""
     case = batch(torch.bfloat16, 128, (3, 1))
@@ -249,7 +282,10 @@ def test_what_the_kernel_leaves_to_others(cuda):
         replace(by_head, **{name: tensor.transpose(0, 1).contiguous().transpose(0, 1)})
         for name, tensor in (("q", by_head.q), ("k", by_head.k), ("v", by_head.v))
     ]
+    with pytest.raises(RuntimeError, match="does not take this call"):
+        cuda.attention(*case.arguments, max_len=9)
     refused = [
+        replace(case, cap=1e-40),
         replace(case, q=case.q.float(), k=case.k.float(), v=case.v.float()),
         replace(case, scale=-1.0),
         replace(case, scale=float("nan")),
@@ -261,7 +297,7 @@ def test_what_the_kernel_leaves_to_others(cuda):
     ]
     for other in refused:
         with pytest.raises(RuntimeError, match="does not take this call"):
-            cuda.attention(*other.arguments)
+            cuda.attention(*other.arguments, **other.options)
 
 
 def test_many_short_sequences(cuda):

@@ -12,8 +12,8 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     # name: file of csrc/cuda/sm90, a piece of it, and the same with the condition {planted}
     "a key too many": (
         "softmax.h",
-        "if (column >= limit[i / 2 % 2])",
-        "if (column >= limit[i / 2 % 2] + {planted})",
+        "if (column >= ends[row] ||",
+        "if (column >= ends[row] + {planted} ||",
     ),
     "a buffer is never released": (
         "consumer.h",
@@ -22,8 +22,8 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
     "limits are read before they are there": (
         "consumer.h",
-        "      ptx::mbarrier_wait(address(shared.limits_full",
-        "      if (!{planted}) ptx::mbarrier_wait(address(shared.limits_full",
+        "    ptx::mbarrier_wait(address(shared.limits_full",
+        "    if (!{planted}) ptx::mbarrier_wait(address(shared.limits_full",
     ),
     "cleared values stay with the threads": (
         "producer.h",
@@ -71,6 +71,45 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "producer.h",
         "    job.first_key += begin;",
         "    if (!{planted}) job.first_key += begin;",
+    ),
+    "a window that is longer by one": (
+        "producer.h",
+        "      const int64_t last = q_pos[row / launch.group] - args.window;",
+        "      const int64_t last = q_pos[row / launch.group] - args.window - {planted};",
+    ),
+    "a window that is shorter by one": (
+        "producer.h",
+        "        first = find_between(k_pos, begin",
+        "        first = {planted} + find_between(k_pos, begin",
+    ),
+    "the tile in which windows begin counts as wholly visible": (
+        "consumer.h",
+        "if (!tile_is_masked(tile, job.dense_begin, job.dense_keys)) return;",
+        "if (!tile_is_masked(tile, job.dense_begin - {planted} * kKeys, job.dense_keys)) return;",
+    ),
+    "one tile too many is skipped ahead of the windows": (
+        "producer.h",
+        "      runs[run].begin = first / kKeys;",
+        "      runs[run].begin = first / kKeys;\n"
+        "      if ({planted} && tile_count(limit) > first / kKeys + 1) ++runs[run].begin;",
+    ),
+    "one tile too many is skipped behind the windows": (
+        "producer.h",
+        "runs[count - 1].end = tile_count(seen);",
+        "runs[count - 1].end = tile_count(seen - {planted} * kKeys);",
+    ),
+    "the tile of a buffer is read when the next may be there": (
+        "consumer.h",
+        "      tile = tile_of_keys(left);\n      scores_done(scores, queries, left);",
+        "      if (!{planted}) tile = tile_of_keys(left);\n"
+        "      scores_done(scores, queries, left);\n"
+        "      for (int i = 0; i < 300 * {planted}; ++i) emulation::yield();\n"
+        "      if ({planted}) tile = tile_of_keys(left);",
+    ),
+    "large scores are capped like small ones": (
+        "softmax.h",
+        "fmaxf(even, odd) >= 0.625f",
+        "fmaxf(even, odd) >= 0.625f + 99 * {planted}",
     ),
     "a job's memory is given back while it is read": (
         "consumer.h",
@@ -138,9 +177,9 @@ OTHER_RACES: dict[str, tuple[str, str, str]] = {
 
 SLOW = (
     "producer.h",
-    "  const int32_t first = job.keys > 0 ? k_pos[0] : 0;\n#pragma",
+    "  for (int32_t row = lane; row < Plan::kRows; row += kWarp) {\n    int32_t limit = 0;",
     "  for (int i = 0; i < 300; ++i) emulation::yield();\n"
-    "  const int32_t first = job.keys > 0 ? k_pos[0] : 0;\n#pragma",
+    "  for (int32_t row = lane; row < Plan::kRows; row += kWarp) {\n    int32_t limit = 0;",
 )
 """No mistake, but a search that takes long, as memory may."""
 

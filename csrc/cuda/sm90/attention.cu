@@ -7,7 +7,7 @@
 // The cost of one tile, in cycles of one multiprocessor of an H100, which in a cycle computes 4096
 // FLOP of 16-bit products and 16 exponentials, issues 4 instructions and moves 128 bytes of shared
 // memory. Instructions are those of the compiled loop (nvcc 13.0): 430 per warp, 410 at head_dim
-// 64; 170 more in a masked tile, and up to 64 more until the maxima have settled.
+// 64; 140 more in a masked tile, and up to 64 more until the maxima have settled.
 //
 //                                   head_dim 128, 128 rows             head_dim 64, 192 rows
 //   products                        4 x 128^3 / 4096         = 2048    4 x 192 128 64 / 4096 = 1536
@@ -21,6 +21,15 @@
 // these times: 0.93 of the steady rate for causal attention over 8K tokens, 0.965 at 16K. The
 // authors of the schedule reach 0.8 of the rate of a large matrix product with it, which power
 // limits as well: with that, docs/gpu.md predicts what is to be measured. Not measured.
+//
+// A second instance of each kernel computes calls with a window or a soft cap, so that plain ones
+// pay nothing for them; it has two consumer warpgroups for every head_dim. Its loop has 450
+// instructions per warp and 205 more in a tile that a window's end or its beginning cuts. A soft
+// cap takes 580 more, with which 8 warps issue for 2050 cycles, as long as the products take at
+// head_dim 128. Where a score exceeds 0.625 of the cap it takes 450 instead, but three exponentials
+// or reciprocals a score, hence 3072 cycles.
+#include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <stdexcept>
 
@@ -40,11 +49,12 @@ namespace cptool::cuda {
 namespace sm90 {
 namespace {
 
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(Sizes<kHeadDim>::kThreads, 1)
+constexpr double kLog2E = 1.4426950408889634;
+
+template <class T, class Plan>
+__global__ void __launch_bounds__(Plan::kThreads, 1)
     attention_kernel(const __grid_constant__ Launch launch) {
-  using Plan = Sizes<kHeadDim>;
-  Shared<kHeadDim>& shared = *reinterpret_cast<Shared<kHeadDim>*>(dynamic_shared());
+  Shared<Plan>& shared = *reinterpret_cast<Shared<Plan>*>(dynamic_shared());
   if (threadIdx.x == 0) init_barriers(shared);
   clear_unfilled_rows(launch, shared);
   __syncthreads();
@@ -60,7 +70,7 @@ __global__ void __launch_bounds__(Sizes<kHeadDim>::kThreads, 1)
   } else {
     ptx::registers_grow<Plan::kConsumerRegisters>();
     const int first_row = (warp - kWarpgroup / kWarp) * 16 + lane / 4;
-    Consumer<T, kHeadDim>{shared, warp / 4 - 1, lane, first_row, {}, {}}.run(launch);
+    Consumer<T, Plan>{shared, warp / 4 - 1, lane, first_row, {}, {}}.run(launch);
   }
 }
 
@@ -91,32 +101,40 @@ int32_t free_multiprocessors(const AttentionArgs& args, const Device& device) {
   return left > 0 ? left : 1;
 }
 
+// The most keys that a job sees, if its queries' positions are consecutive.
+int64_t most_keys(const AttentionArgs& args, int64_t block_tokens) {
+  const int64_t keys = args.k_tokens / args.batch;
+  return args.window > 0 && args.window < keys ? std::min(keys, args.window + block_tokens - 1)
+                                               : keys;
+}
+
 // In how many pieces the keys of each job are computed. Assumes sequences of equal length.
-template <int kHeadDim>
+template <class Plan>
 int key_pieces(const AttentionArgs& args, int32_t multiprocessors) {
   const int64_t group = args.q_heads / args.kv_heads;
   const int64_t tokens = ceil_divide(args.q_tokens, args.batch);
-  const int64_t block_tokens = Sizes<kHeadDim>::kRows / group;
+  const int64_t block_tokens = Plan::kRows / group;
   return pieces_of(
       {ceil_divide(tokens, block_tokens) * args.batch * args.kv_heads, args.k_tokens / args.batch,
-       tokens, args.q_tokens * args.q_heads * args.head_dim},
+       tokens, args.q_tokens * args.q_heads * args.head_dim, most_keys(args, block_tokens)},
       multiprocessors);
 }
 
-template <class T, int kHeadDim>
+template <class T, class Plan>
 void launch_kernel(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
-  using Plan = Sizes<kHeadDim>;
-  static_assert(sizeof(Shared<kHeadDim>) <= 227 * 1024);
+  static_assert(sizeof(Shared<Plan>) <= 227 * 1024);
   Launch launch = {};
   launch.args = args;
   launch.group = static_cast<int32_t>(args.q_heads / args.kv_heads);
   launch.block_tokens = Plan::kRows / launch.group;
-  launch.scale_log2 = static_cast<float>(static_cast<double>(args.scale) * 1.4426950408889634);
+  launch.cap_scale = args.cap > 0.0f ? args.scale / args.cap : 0.0f;
+  launch.scale_log2 =
+      static_cast<float>(static_cast<double>(args.cap > 0.0f ? args.cap : args.scale) * kLog2E);
   const int32_t multiprocessors = free_multiprocessors(args, current_device());
-  // K and V of an average sequence: only the device knows the length of each.
-  const int64_t head_bytes = args.k_tokens / args.batch * args.head_dim * 2 * 2;
+  // K and V of a job in an average sequence: only the device knows the length of each.
+  const int64_t head_bytes = most_keys(args, launch.block_tokens) * args.head_dim * 2 * 2;
   const int32_t kv_heads = static_cast<int32_t>(args.kv_heads);
-  const int pieces = key_pieces<kHeadDim>(args, multiprocessors);
+  const int pieces = key_pieces<Plan>(args, multiprocessors);
   launch.jobs = {static_cast<int32_t>(query_block_count(args, launch.block_tokens * launch.group)),
                  kv_heads, heads_together(l2_bytes(), head_bytes, kv_heads, multiprocessors),
                  pieces};
@@ -140,17 +158,27 @@ void launch_kernel(const AttentionArgs& args, void* workspace, cudaStream_t stre
                     args.k_head_stride, 1, kKeys);
   launch.v = map_of(args, args.v, args.k_tokens, args.v_token_stride, args.kv_heads,
                     args.v_head_stride, 1, kKeys);
-  cuda::launch("attention_partial", attention_kernel<T, kHeadDim>,
-               dim3(static_cast<unsigned>(blocks)), dim3(Plan::kThreads), sizeof(Shared<kHeadDim>),
-               stream, launch);
+  cuda::launch("attention_partial", attention_kernel<T, Plan>, dim3(static_cast<unsigned>(blocks)),
+               dim3(Plan::kThreads), sizeof(Shared<Plan>), stream, launch);
   if (partials != nullptr) merge_pieces(args, partials, pieces, stream);
+}
+
+// Calls `with` with the Sizes of the kernel that runs the call.
+template <bool kPlain, class Function>
+auto with_sizes(int64_t head_dim, Function with) {
+  if (head_dim <= 64) return with(Sizes<64, kPlain>{});
+  if (head_dim <= 96) return with(Sizes<96, kPlain>{});
+  return with(Sizes<128, kPlain>{});
+}
+template <class Function>
+auto with_sizes(const AttentionArgs& args, Function with) {
+  return is_plain(args) ? with_sizes<true>(args.head_dim, with)
+                        : with_sizes<false>(args.head_dim, with);
 }
 
 template <class T>
 void launch_for(const AttentionArgs& args, void* workspace, cudaStream_t stream) {
-  if (args.head_dim <= 64) return launch_kernel<T, 64>(args, workspace, stream);
-  if (args.head_dim <= 96) return launch_kernel<T, 96>(args, workspace, stream);
-  launch_kernel<T, 128>(args, workspace, stream);
+  with_sizes(args, [&](auto sizes) { launch_kernel<T, decltype(sizes)>(args, workspace, stream); });
 }
 
 // Requirements of TMA: addresses and strides in multiples of 16 bytes, strides below 2^40 bytes.
@@ -165,12 +193,17 @@ bool aligned(int64_t size, int64_t stride) {
 
 bool sm90_handles(const AttentionArgs& args) {
   using sm90::aligned;
-  if (!is_plain(args) || args.dtype == ScalarType::kFloat32 || args.head_dim <= 0 ||
+  if (kind(args) != Kind::kSoftmax || args.dtype == ScalarType::kFloat32 || args.head_dim <= 0 ||
       args.head_dim % 8 != 0 || args.head_dim > 128 || args.batch < 1) {
     return false;
   }
   // Maxima are taken of scores before scaling.
   if (!(args.scale > 0.0f) || !std::isfinite(args.scale)) return false;
+  const float cap_scale = args.scale / args.cap;
+  if (args.cap > 0.0f &&
+      !(cap_scale >= FLT_MIN && cap_scale <= FLT_MAX && args.cap <= FLT_MAX / 2)) {
+    return false;
+  }
   const int64_t group = args.q_heads / args.kv_heads;
   if (group > 2 * sm90::kWarpgroupRows) return false;  // the rows of a job hold whole tokens
   // Coordinates, rows and jobs are counted in 32 bits.
@@ -193,9 +226,8 @@ bool sm90_handles(const AttentionArgs& args) {
 
 int64_t sm90_workspace(const AttentionArgs& args, const Device& device) {
   const int32_t multiprocessors = sm90::free_multiprocessors(args, device);
-  const int pieces = args.head_dim <= 64   ? sm90::key_pieces<64>(args, multiprocessors)
-                     : args.head_dim <= 96 ? sm90::key_pieces<96>(args, multiprocessors)
-                                           : sm90::key_pieces<128>(args, multiprocessors);
+  const int pieces = sm90::with_sizes(
+      args, [&](auto sizes) { return sm90::key_pieces<decltype(sizes)>(args, multiprocessors); });
   return 16 + (pieces == 1 ? 0 : pieces_bytes(args, pieces));
 }
 

@@ -21,14 +21,15 @@ namespace {
 using Scores = float[kKeys / 2];
 using Weights = uint32_t[kKeys / 4];
 
-template <class T, int kHeadDim>
+template <class T, class Plan>
 struct Consumer {
-  using Plan = Sizes<kHeadDim>;
+  static constexpr int kHeadDim = Plan::kHeadDim;
+  static constexpr bool kPlain = Plan::kPlain;
   using Out = float[Plan::kColumns / 2];
   // A thread's part of Q as fragments, four registers for each 16 columns; unused without kHoldsQ.
   using Queries = uint32_t[Plan::kHoldsQ ? kHeadDim / 4 : 4];
 
-  Shared<kHeadDim>& shared;
+  Shared<Plan>& shared;
   const int warpgroup, lane;
   const int first_row;       // the first of the thread's two rows in the job; the other is 8 below
   Turn<Plan::kStages> turn;  // of the next tile's K; values are one tile behind the scores
@@ -93,11 +94,11 @@ struct Consumer {
 
   // Call after waiting for the scores: K has been read, and Q in shared memory for the last time if
   // this was the tile that begins the keys.
-  __device__ __forceinline__ void scores_done(Scores& scores, Queries& queries, int32_t tile) {
+  __device__ __forceinline__ void scores_done(Scores& scores, Queries& queries, int32_t left) {
     ptx::keep_in_place(scores);
     if constexpr (Plan::kHoldsQ) ptx::keep_in_place(queries);
     release(shared.k_empty[turn.stage()]);
-    if (!Plan::kHoldsQ && tile == 0) {
+    if (!Plan::kHoldsQ && left == 0) {
       release(shared.q_empty);
       q_turn.next();
     }
@@ -123,22 +124,47 @@ struct Consumer {
     release(shared.v_empty[turn.previous().stage()]);
   }
 
+  // Returns which tile of the job has its K in the buffer. Call before scores_done().
+  __device__ __forceinline__ int32_t tile_of_keys(int32_t left) const {
+    if constexpr (kPlain) return left;
+    const int32_t tile = shared.k_tiles[turn.stage()];
+    __syncwarp();  // every lane has read it
+    return tile;
+  }
+
+  // Makes of the sums of products of a tile what softmax takes.
+  __device__ __forceinline__ void cap_and_mask(Scores& scores, const Job& job, Turn<kJobs> job_turn,
+                                               int32_t tile, float cap_scale) const {
+    if constexpr (!kPlain) {
+      if (cap_scale > 0.0f) cap(scores, cap_scale);
+      if (!tile_is_masked(tile, job.dense_begin, job.dense_keys)) return;
+    }
+    ptx::mbarrier_wait(address(shared.limits_full[job_turn.stage()]), job_turn.parity());
+    const int32_t* const limits = shared.limits[job_turn.stage()];
+    const int32_t* const firsts = shared.firsts[job_turn.stage()];
+    int32_t begins[2] = {}, ends[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (!kPlain) begins[i] = firsts[first_row + 8 * i] - tile * kKeys;
+      ends[i] = limits[first_row + 8 * i] - tile * kKeys;
+    }
+    mask<!kPlain>(scores, begins, ends, lane);
+  }
+
   // Computes all tiles of a job.
-  __device__ __forceinline__ void attend(const Job& job, Turn<kJobs> job_turn, float scale_log2,
+  __device__ __forceinline__ void attend(const Job& job, Turn<kJobs> job_turn, const Launch& launch,
                                          RowPair& rows, Out& out) {
     Scores scores;    // of a tile, then its weights
     Weights weights;  // of the previous tile
     float keep[2];
+    const float scale_log2 = launch.scale_log2;
     const int32_t dense_keys = job.dense_keys;
     const auto mask_tile = [&](int32_t tile) {
-      if (!tile_is_masked(tile, dense_keys)) return;
-      ptx::mbarrier_wait(address(shared.limits_full[job_turn.stage()]), job_turn.parity());
-      const int32_t* const limits = shared.limits[job_turn.stage()];
-      const int32_t seen[2] = {limits[first_row] - tile * kKeys,
-                               limits[first_row + 8] - tile * kKeys};
-      mask(scores, seen, lane);
+      if (kPlain && !tile_is_masked(tile, dense_keys)) return;
+      cap_and_mask(scores, job, job_turn, tile, launch.cap_scale);
     };
-    int32_t tile = tile_count(job.keys) - 1;
+    int32_t left = job.tiles - 1;  // after this one
+    int32_t tile;
     Queries queries;
     ptx::mbarrier_wait(address(shared.q_full), q_turn.parity());
     if constexpr (Plan::kHoldsQ) {  // the next job's Q may come while this one is computed
@@ -150,25 +176,27 @@ struct Consumer {
     wait_for_keys(turn);
     issue_scores(scores, queries);
     ptx::wgmma_wait<0>();
-    scores_done(scores, queries, tile);
+    tile = tile_of_keys(left);
+    scores_done(scores, queries, left);
     mask_tile(tile);
     rows.absorb(scores, scale_log2, keep);
     pack_weights<T>(scores, weights);
     turn.next();
-    if (tile > 0) wait_for_keys(turn);
+    if (left > 0) wait_for_keys(turn);
 
-    for (--tile; tile >= 0; --tile) {
+    for (--left; left >= 0; --left) {
       take_token();
       issue_scores(scores, queries);
       issue_values(weights, out);
       give_token();
       ptx::wgmma_wait<1>();
-      scores_done(scores, queries, tile);
+      tile = tile_of_keys(left);
+      scores_done(scores, queries, left);
       mask_tile(tile);
       rows.absorb(scores, scale_log2, keep);
       // The assembler may move the wait for the values before the softmax, and does so unless there
       // is a branch between them that depends on the sums. The sums are never negative.
-      if (tile > 0 || rows.sum[0] + rows.sum[1] < 0.0f) wait_for_keys(turn.following());
+      if (left > 0 || rows.sum[0] + rows.sum[1] < 0.0f) wait_for_keys(turn.following());
       ptx::wgmma_wait<0>();
       values_done(weights, out);
       pack_weights<T>(scores, weights);
@@ -191,8 +219,8 @@ struct Consumer {
       if (job.rows < 0) break;
       RowPair rows;
       Out out = {};
-      if (job.keys > 0) {
-        attend(job, job_turn, launch.scale_log2, rows, out);
+      if (job.tiles > 0) {
+        attend(job, job_turn, launch, rows, out);
       }
       int64_t at[2];
       bool held[2];

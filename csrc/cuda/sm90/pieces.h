@@ -24,6 +24,7 @@ constexpr int64_t kMostPieces = 64;
 struct JobSizes {
   int64_t jobs, keys, tokens;  // `keys` and `tokens` of a sequence
   int64_t elements;            // of the result
+  int64_t most_keys;           // that a job sees
 };
 
 // Returns when the last of `thread_blocks` ends. The longest of the `jobs` comes first and has
@@ -38,7 +39,8 @@ inline int64_t last_end(int64_t jobs, int64_t most, int64_t least, int64_t threa
 // Positions are on the device: the queries are taken for the last tokens of their sequence, so that
 // the first one sees all keys but `tokens`. The gain must be a tenth.
 inline int pieces_of(const JobSizes& sizes, int64_t thread_blocks) {
-  const int64_t keys = sizes.keys, least_keys = std::max<int64_t>(0, keys - sizes.tokens);
+  const int64_t keys = sizes.most_keys;
+  const int64_t least_keys = std::min(keys, std::max<int64_t>(0, sizes.keys - sizes.tokens));
   int best = 1;
   if (sizes.jobs == 0) return best;
   int64_t least = last_end(sizes.jobs, keys + kJobKeys, least_keys + kJobKeys, thread_blocks);

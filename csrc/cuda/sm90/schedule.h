@@ -3,12 +3,13 @@
 // A job is a block of packed query rows (query_blocks.h) of one KV head and, where jobs would leave
 // multiprocessors idle, one of several pieces of its keys (pieces.h). There are as many thread
 // blocks as multiprocessors, and all take their jobs from one list. Blocks later in a sequence see
-// more keys and therefore come first in the list.
+// more keys, or with a window as many, and therefore come first in the list.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/query_blocks.h"
+#include "cuda/splits.h"
 #include "softmax_state.h"
 
 namespace cptool::cuda::sm90 {
@@ -73,15 +74,82 @@ CPTOOL_HOST_DEVICE constexpr int32_t tile_count(int32_t keys) {
 }
 
 // Returns whether some row does not see all of the tile. `dense_keys`: the keys that every row
-// sees.
+// sees; with a window from `dense_begin` on.
 CPTOOL_HOST_DEVICE constexpr bool tile_is_masked(int32_t tile, int32_t dense_keys) {
   return tile >= dense_keys / kKeys;
+}
+CPTOOL_HOST_DEVICE constexpr bool tile_is_masked(int32_t tile, int32_t dense_begin,
+                                                 int32_t dense_keys) {
+  return tile_is_masked(tile, dense_keys) || tile * kKeys < dense_begin;
 }
 
 // Rows of the last tile beyond the `keys` that any row of the job sees.
 CPTOOL_HOST_DEVICE constexpr int32_t unseen_rows(int32_t keys) {
   return tile_count(keys) * kKeys - keys;
 }
+
+// With a window, a job's tiles are those of one or more runs [begin, end), in which every tile has
+// a key that some row sees: where the positions of neighbouring rows are further apart than the
+// window, it leaves out what lies between.
+struct TileRun {
+  int32_t begin, end;
+
+  CPTOOL_HOST_DEVICE constexpr int32_t size() const { return end - begin; }
+};
+
+// The piece of a job's tiles that one of `pieces` has: how many there are, and of the last one,
+// which is processed first, the run and the tile itself.
+struct TilePiece {
+  int32_t tiles, run, tile;
+};
+CPTOOL_HOST_DEVICE inline TilePiece tile_piece(const TileRun* runs, int32_t count, int pieces,
+                                               int piece) {
+  int32_t tiles = 0;
+  for (int32_t i = 0; i < count; ++i) tiles += runs[i].size();
+  const KeyRange range = key_range(tiles, 1, pieces, piece);
+  const int32_t held = static_cast<int32_t>(range.end - range.begin);
+  if (held == 0) return {0, 0, 0};
+  int32_t run = 0, tile = static_cast<int32_t>(range.end) - 1;
+  for (; tile >= runs[run].size(); ++run) tile -= runs[run].size();
+  return {held, run, runs[run].begin + tile};
+}
+
+// A job's tiles in the order in which they are processed.
+template <bool kPlain>
+struct TileWalk;
+
+template <>
+struct TileWalk<true> {
+  int32_t tile;
+
+  CPTOOL_HOST_DEVICE static constexpr TileWalk of(int32_t tiles, int32_t, const TileRun*) {
+    return {tiles - 1};
+  }
+  CPTOOL_HOST_DEVICE constexpr bool done() const { return tile < 0; }
+  CPTOOL_HOST_DEVICE constexpr bool is_last() const { return tile == 0; }
+  CPTOOL_HOST_DEVICE constexpr void next() { --tile; }
+};
+
+template <>
+struct TileWalk<false> {
+  int32_t tile, left;
+  const TileRun* run;
+
+  // `tile`: the first one of the walk, in `run`.
+  CPTOOL_HOST_DEVICE static constexpr TileWalk of(int32_t tiles, int32_t tile, const TileRun* run) {
+    return {tile, tiles, run};
+  }
+  CPTOOL_HOST_DEVICE constexpr bool done() const { return left == 0; }
+  CPTOOL_HOST_DEVICE constexpr bool is_last() const { return left == 1; }
+  CPTOOL_HOST_DEVICE constexpr void next() {
+    if (--left == 0) return;
+    if (tile > run->begin) {
+      --tile;
+    } else {
+      tile = (--run)->end - 1;
+    }
+  }
+};
 
 // A use of a ring of kStages buffers, counted from 0: which buffer it is, and the parity of the
 // mbarrier phase that ends when that is full; the phase before, of the other parity, ended when it

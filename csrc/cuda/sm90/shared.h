@@ -17,22 +17,27 @@ constexpr int kWarpgroup = 128;
 constexpr int kWarpgroupRows = 64;  // rows in the products of one warpgroup
 constexpr int kJobs = 2;            // scheduled ahead
 
-// kHeadDim 64, 96 or 128: the tensors' head_dim, rounded up; TMA fills with zeros.
-template <int kHeadDim>
+// kHeadDim 64, 96 or 128: the tensors' head_dim, rounded up; TMA fills with zeros. kPlain: whether
+// the call has neither window nor soft cap.
+template <int kPaddedHeadDim, bool kIsPlain>
 struct Sizes {
+  static constexpr int kHeadDim = kPaddedHeadDim;
+  static constexpr bool kPlain = kIsPlain;
   static constexpr int kPanels = (kHeadDim + kPanelColumns - 1) / kPanelColumns;
   // Columns of out in registers. Panels are whole: the manual describes no product of half a
   // swizzle.
   static constexpr int kColumns = kPanels * kPanelColumns;
-  // Consumer warpgroups. A third one's accumulators of 128 columns would not fit in the registers.
-  static constexpr int kConsumers = kPanels == 1 ? 3 : 2;
+  // Consumer warpgroups. A third one's accumulators of 128 columns would not fit in the registers,
+  // nor would what windows and soft caps need in the producer or the consumers.
+  static constexpr int kConsumers = kPanels == 1 && kPlain ? 3 : 2;
   static constexpr int kRows = kConsumers * kWarpgroupRows;
   static constexpr int kStages = kPanels == 1 ? 4 : 2;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   // A launch gives each thread 65536 / kThreads registers, rounded down to a multiple of 8; the
   // warpgroups then redistribute them. For head_dim 128 a consumer thread holds 64 scores, 32
-  // weights, 64 elements of out and 32 registers of Q, and uses 220 registers in all; for head_dim
-  // 64 it is 64, 32, 32, none of Q, for which 160 registers have no room, and 152.
+  // weights, 64 elements of out and 32 registers of Q, and uses 224 registers in all, 229 unless
+  // the call is plain; for plain calls of head_dim 64 it is 64, 32, 32, none of Q, for which 160
+  // registers have no room, and 152.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
@@ -48,11 +53,16 @@ struct Sizes {
 // A job, as the scheduler passes it to the other warps.
 struct Job {
   int32_t rows;  // packed rows; negative: there are no more jobs
-  int32_t kv_head, piece;
-  int32_t q_token;     // the first one, in q
-  int32_t first_key;   // of the piece, in k
-  int32_t keys;        // of the piece that the last row, and therefore any row, sees
-  int32_t dense_keys;  // that the first row, and therefore every row, sees
+  int32_t kv_head = 0, piece = 0;
+  int32_t q_token = 0;     // the first one, in q
+  int32_t first_key = 0;   // of the piece, in k
+  int32_t keys = 0;        // of the piece that the last row, and therefore any row, sees
+  int32_t dense_keys = 0;  // that the first row, and therefore every row, sees
+  int32_t tiles = 0;       // of the piece
+  // Unless the call is plain. Keys and tiles are then counted from the sequence's first key on, and
+  // `keys` ends with the piece's last tile at the latest.
+  int32_t dense_begin = 0;         // every row sees the keys from here to dense_keys
+  int32_t run = 0, last_tile = 0;  // the piece's last tile, and which run it is in
 };
 
 // The kernel's parameter, from which TMA reads the maps.
@@ -65,19 +75,26 @@ struct Launch {
   int32_t* taken;  // counter of jobs beyond the placed ones, 0 at first; null if there are none
   int32_t group;   // query heads of a KV head
   int32_t block_tokens;  // query tokens of a job; times `group`, the packed rows
-  float scale_log2;      // scale log2 e: exp(scale s) = 2^(scale_log2 s)
+  // scale log2 e: exp(scale s) = 2^(scale_log2 s); with a soft cap, cap log2 e, because scores are
+  // then replaced by tanh(cap_scale s), cap_scale = scale / cap.
+  float scale_log2;
+  float cap_scale;  // 0: no cap
 };
 
-// In KiB for head_dim 128: Q 32, K and V 2 x 2 x 32, the rest 2 (0.8 of it padding), in all 162.
-// For 64: Q 24, K and V 4 x 2 x 16, the rest 2, in all 154. A block may have 227.
-template <int kHeadDim>
+// In KiB for head_dim 128: Q 32, K and V 2 x 2 x 32, the rest 5 (0.8 of it padding), in all 165.
+// For 64: Q 24, K and V 4 x 2 x 16, the rest 7, in all 159. A block may have 227.
+template <class Plan>  // Sizes
 struct Shared {
-  using Plan = Sizes<kHeadDim>;
   alignas(kSwizzleBytes) uint8_t q[Plan::kPanels][Plan::kQPanelBytes];
   alignas(kSwizzleBytes) uint8_t k[Plan::kStages][Plan::kPanels][Plan::kPanelBytes];
   alignas(kSwizzleBytes) uint8_t v[Plan::kStages][Plan::kPanels][Plan::kPanelBytes];
   Job jobs[kJobs];
   int32_t limits[kJobs][Plan::kRows];  // keys of the piece that each row of the job sees
+  // Unless the call is plain: the keys ahead of each row's window, the job's tiles, and which of
+  // them are in the buffers of K.
+  int32_t firsts[kJobs][Plan::kRows];
+  TileRun runs[kJobs][Plan::kRows];
+  int32_t k_tiles[Plan::kStages];
   // mbarriers. "full": a load has arrived; "empty": its last reader is done.
   uint64_t job_full[kJobs], limits_full[kJobs], job_empty[kJobs];
   uint64_t q_full, q_empty;
@@ -86,9 +103,9 @@ struct Shared {
   uint64_t v_arrived[Plan::kStages];  // a last tile has arrived; its unseen rows must be cleared
 };
 
-template <int kHeadDim>
-__device__ void init_barriers(Shared<kHeadDim>& shared) {
-  constexpr uint32_t kConsumerWarps = Sizes<kHeadDim>::kConsumers * 4;
+template <class Plan>
+__device__ void init_barriers(Shared<Plan>& shared) {
+  constexpr uint32_t kConsumerWarps = Plan::kConsumers * 4;
   const auto init = [](uint64_t& barrier, uint32_t arrivals) {
     ptx::mbarrier_init(ptx::shared_address(&barrier), arrivals);
   };
@@ -99,7 +116,7 @@ __device__ void init_barriers(Shared<kHeadDim>& shared) {
   }
   init(shared.q_full, 1);
   init(shared.q_empty, kConsumerWarps);
-  for (int i = 0; i < Sizes<kHeadDim>::kStages; ++i) {
+  for (int i = 0; i < Plan::kStages; ++i) {
     init(shared.k_full[i], 1);
     init(shared.k_empty[i], kConsumerWarps);
     init(shared.v_full[i], 1);
@@ -112,9 +129,8 @@ __device__ void init_barriers(Shared<kHeadDim>& shared) {
 // Clears the rows of Q that no load fills, because block_tokens tokens do not fill a block: their
 // scores are then 0 and their maxima settle like those of other rows. Called by all threads, which
 // must pass a barrier afterwards.
-template <int kHeadDim>
-__device__ void clear_unfilled_rows(const Launch& launch, Shared<kHeadDim>& shared) {
-  using Plan = Sizes<kHeadDim>;
+template <class Plan>
+__device__ void clear_unfilled_rows(const Launch& launch, Shared<Plan>& shared) {
   constexpr int kChunks = kRowBytes / 16;  // the swizzle moves them only within a row
   const int filled = launch.block_tokens * launch.group * kChunks;
   for (int p = 0; p < Plan::kPanels; ++p) {
@@ -128,8 +144,8 @@ __device__ void clear_unfilled_rows(const Launch& launch, Shared<kHeadDim>& shar
 }
 
 // Waits for the next job. The caller arrives at job_empty when its warp no longer needs it.
-template <int kHeadDim>
-__device__ __forceinline__ const Job& next_job(const Shared<kHeadDim>& shared,
+template <class Plan>
+__device__ __forceinline__ const Job& next_job(const Shared<Plan>& shared,
                                                const Turn<kJobs>& turn) {
   ptx::mbarrier_wait(ptx::shared_address(&shared.job_full[turn.stage()]), turn.parity());
   return shared.jobs[turn.stage()];

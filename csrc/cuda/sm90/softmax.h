@@ -77,13 +77,56 @@ struct RowPair {
   }
 };
 
-// Scores of keys from limit[row] on, counted from the tile's first, become -inf.
-__device__ __forceinline__ void mask(float (&scores)[kKeys / 2], const int32_t (&limit)[2],
-                                     int lane) {
+// Scores of keys from end[row] on, and before begin[row], counted from the tile's first, become
+// -inf.
+template <bool kHasBegin>
+__device__ __forceinline__ void mask(float (&scores)[kKeys / 2], const int32_t (&begin)[2],
+                                     const int32_t (&end)[2], int lane) {
+  const int column = lane % 4 * 2;  // subtracted here, so that constants are compared below
+  const int32_t begins[2] = {begin[0] - column, begin[1] - column};
+  const int32_t ends[2] = {end[0] - column, end[1] - column};
 #pragma unroll
   for (int i = 0; i < kKeys / 2; ++i) {
-    const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    if (column >= limit[i / 2 % 2]) scores[i] = -INFINITY;
+    const int column = i / 4 * 8 + i % 2, row = i / 2 % 2;
+    if (column >= ends[row] || (kHasBegin && column < begins[row])) scores[i] = -INFINITY;
+  }
+}
+
+// Sums of products s become tanh(cap_scale s); what is left of a soft cap is to multiply by it, as
+// by a scale. Called by a whole warp.
+//
+// Nearly always all arguments are below 0.625. There the odd polynomial of Cephes' tanhf errs by
+// two units in the last place and takes no exponentials, of which softmax already needs half of
+// what a multiprocessor computes meanwhile. Otherwise 1 - 2 / (1 + e^2x) errs by 4 x 10^-7, twice
+// as much as 1 + e^2x and its reciprocal are rounded: with a cap of 50, a score by 2 x 10^-5, and
+// its weight by that part of itself, a tenth of what rounding to float16 does to it and a hundredth
+// of what bfloat16 does. tanh.approx errs by 2^-11: a score of 30 by 0.015.
+__device__ __forceinline__ void cap(float (&scores)[kKeys / 2], float cap_scale) {
+  constexpr float kTwoLog2E = 2.88539008f;
+  float even = 0.0f, odd = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kKeys / 2; i += 2) {
+    scores[i] *= cap_scale;
+    scores[i + 1] *= cap_scale;
+    even = fmaxf(even, fabsf(scores[i]));
+    odd = fmaxf(odd, fabsf(scores[i + 1]));
+  }
+  if (__any_sync(kWholeWarp, fmaxf(even, odd) >= 0.625f)) {
+#pragma unroll
+    for (float& x : scores) {
+      const float power = ptx::exp2_approx(x * kTwoLog2E);
+      x = fmaf(-2.0f, ptx::reciprocal_approx(1.0f + power), 1.0f);
+    }
+  } else {
+#pragma unroll
+    for (float& x : scores) {
+      const float square = x * x;
+      float p = fmaf(-5.70498872745e-3f, square, 2.06390887954e-2f);
+      p = fmaf(p, square, -5.37397155531e-2f);
+      p = fmaf(p, square, 1.33314422036e-1f);
+      p = fmaf(p, square, -3.33332819422e-1f);
+      x = fmaf(p * square, x, x);
+    }
   }
 }
 
