@@ -32,8 +32,13 @@ def attention_rates(clock: Clock, dtype: torch.dtype) -> tuple[float, dict[str, 
     few_rows = cpu_stream_rows(dtype, EXAMPLE.head_dim) if clock.device.type == "cpu" else 0
     heads, kv_heads, dim = _WIDTHS
 
+    size = 8192, 2, kv_heads, dim
+    copies = 1 + COLD_BYTES // (math.prod(size) * dtype.itemsize)
+    cold = [large_pages.empty(size, dtype, clock.device).normal_() for _ in range(copies)]
+
     def call(queries: int, keys: int, first: int) -> Callable[[], object]:
-        return _attend(clock.device, dtype, queries=queries, keys=keys, first=first)
+        kv = cold if keys == len(cold[0]) else [cold[0][:keys]]
+        return _attend(kv, queries=queries, first=first)
 
     few_queries = max(1, few_rows * kv_heads // heads)
     empty = clock(call(1, 1, 1), calls=32)
@@ -60,6 +65,8 @@ def attention_rates(clock: Clock, dtype: torch.dtype) -> tuple[float, dict[str, 
         each = max(several - alone, 0.05 * several) / max(1, few_queries - 1)
         reading = width * 8192 / max(alone - each, 0.05 * alone)
         share = pair * 8192 / rate / each
+        if share > 1:  # further queries cost nothing beside the reading
+            reading, share = width * 8192 / max(alone - pair * 8192 / rate, 0.05 * alone), 1.0
     return rate, {
         "cache_bandwidth": reading,
         "few_query_rows": few_rows,
@@ -70,18 +77,13 @@ def attention_rates(clock: Clock, dtype: torch.dtype) -> tuple[float, dict[str, 
     }
 
 
-def _attend(
-    device: torch.device, dtype: torch.dtype, *, queries: int, keys: int, first: int
-) -> Callable[[], object]:
-    """Return an attention call with EXAMPLE's heads: queries from position `first` on over `keys`.
-
-    With few queries, `COLD_BYTES` of other keys and values are read before the same ones again.
+def _attend(blocks: list[torch.Tensor], *, queries: int, first: int) -> Callable[[], object]:
+    """Return an attention call with EXAMPLE's heads: queries from position `first` on over one of
+    the blocks of KV, of equal size, after the other.
     """
-    heads, kv_heads, dim = _WIDTHS
-    q = torch.randn(queries, heads, dim, device=device).to(dtype)
-    size = keys, 2, kv_heads, dim
-    copies = 1 + COLD_BYTES // (math.prod(size) * dtype.itemsize) if queries < ROWS else 1
-    blocks = [large_pages.empty(size, dtype, device).normal_() for _ in range(copies)]
+    keys, device = len(blocks[0]), blocks[0].device
+    heads, _, dim = _WIDTHS
+    q = torch.randn(queries, heads, dim, device=device).to(blocks[0].dtype)
     q_pos, k_pos = (
         torch.arange(start, start + count, dtype=torch.int32, device=device)
         for start, count in ((first, queries), (0, keys))

@@ -25,7 +25,7 @@ from cptool.planning.hardware import HardwareProfile
 from cptool.variants import names
 
 FEW_LAYERS, MORE_LAYERS, HELD = 2, 8, 64
-PAUSE_S, PIECE = 200e-6, 1 << 16
+PAUSE_S, PIECE = 200e-6, 1 << 12
 """Roughly the time that a layer of a small model computes between two exchanges: long enough for
 waiting ranks to go to sleep; and how many floats it reads at a time meanwhile."""
 

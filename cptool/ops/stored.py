@@ -4,10 +4,10 @@ A quantised weight counts as the float32 value that its type defines, the one of
 bit for bit; bfloat16 and float16 are widened. Activations stay as they are: those in bfloat16 and
 float16 are widened too, and results are rounded to their type once. Few rows are multiplied with
 weights that are widened in registers (with AVX-512, in the first level of the cache for more than
-four rows), or, with AVX2, with the integers of a block, whose sums are then scaled; all are the
+eight rows), or, with AVX2, with the integers of a block, whose sums are then scaled; all are the
 product with the widened weights to the rounding of float32 sums. For many rows a panel of the
-weights is widened, once for all of them, and multiplied as any float32 matrix is; with AVX2 and AMX
-by kernels that pack it as they widen.
+weights is widened, once for all of them, and multiplied as any float32 matrix is; with AVX2,
+AVX-512 and AMX by kernels that pack it as they widen.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ class HardwareProfile:
     tokenwise_bandwidth: B/s by dtype name at which norms, rotation, activation and residual sums
         read and write; on a CPU arithmetic and conversions bound them. `memory_bandwidth` for
         dtypes that are not there.
-    cache_bandwidth: B/s at which attention reads keys and values, once per call.
+    cache_bandwidth: B/s at which attention reads keys and values, once per call; on a CPU, of the
+        time that this adds to computing.
     few_query_rows: rows of a KV head up to which a CPU does not pack keys and values; it then
         computes at `few_query_rate` times the FLOP/s of many.
     block_bandwidth: B/s of reading them for more than one query and more than these rows, for which

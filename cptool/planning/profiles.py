@@ -19,7 +19,7 @@ from cptool.files import cache_dir, expanded
 from cptool.planning.hardware import HardwareProfile, Link, Measurement
 from cptool.planning.linear_rates import RowRates, StoredRates
 
-FORMAT = 3
+FORMAT = 4
 REMEDY = "measure it again with `cptool bench calibrate`, or remove the file"
 PROFILES = Path(__file__).parents[1] / "data" / "hardware"
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")

@@ -196,8 +196,11 @@ def _groups(manifest: Manifest) -> list[tuple[Segment, ...]]:
 
 
 def _as_written(pieces: list[_Piece], batch: int, ranks: int) -> bool:
-    """Return whether `ranks` ranks wrote the pieces, each an equal part of every sequence. If each
-    takes back its own, what follows has the bits of a run without a break.
+    """Return whether `ranks` ranks wrote the pieces, each an equal part of every sequence and of
+    all together. If each takes back its own, what follows has the bits of a run without a break.
+
+    Together, ranks may be a token for each sequence apart that has more tokens than ranks: what
+    does not divide goes to the ranks that hold fewest of a sequence, one each.
     """
     written = [[0] * ranks for _ in range(batch)]
     for piece in pieces:
@@ -205,7 +208,11 @@ def _as_written(pieces: list[_Piece], batch: int, ranks: int) -> bool:
             return False
         for b, count in enumerate(piece.live):
             written[b][piece.rank] += count
-    return all(max(counts) - min(counts) <= 1 for counts in written)
+    together = [sum(counts) for counts in zip(*written, strict=True)]
+    long = sum(sum(counts) > ranks for counts in written)
+    return all(max(counts) - min(counts) <= 1 for counts in written) and (
+        max(together) - min(together) <= max(1, long)
+    )
 
 
 def _own(pieces: list[_Piece], b: int, rank: int, ranks: int) -> list[tuple[_Piece, int, int]]:

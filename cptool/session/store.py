@@ -9,7 +9,7 @@ ever unpickled.
 
 Positions identify a segment's tokens, so a session saved on any number of ranks resumes on any: a
 sequence's tokens, in the order of the segments, are dealt to the new ranks in equal contiguous
-shares.
+shares, or as they were if as many ranks wrote equal shares.
 
 Two runs may continue one session at the same time. The first to commit wins, and the other one's
 turn becomes a session of its own beside it: nothing that was computed is lost. A run keeps a lock

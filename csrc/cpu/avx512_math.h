@@ -46,7 +46,7 @@ inline Vector load_eight(const float* from) {
 }
 
 inline Vector low_half(Vector x) { return _mm512_maskz_mov_ps(0xff, x); }
-inline Vector high_half(Vector x) { return _mm512_maskz_shuffle_f32x4(0xff, x, x, 0xee); }
+inline Vector high_half(Vector x) { return low_half(_mm512_shuffle_f32x4(x, x, 0xee)); }
 
 inline Vector broadcast_part(const float* from) {
   return _mm512_broadcast_f32x4(_mm_loadu_ps(from));

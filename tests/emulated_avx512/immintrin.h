@@ -133,6 +133,14 @@ inline __m512i load_some(uint32_t m, const void* from) {
   return cast<__m512i>(to);
 }
 
+inline __m256i load_some_halves(__mmask16 m, const void* from) {
+  uint16_t to[16] = {};
+  for (int i = 0; i < 16; ++i) {
+    if (is_set(m, i)) to[i] = load<uint16_t>(static_cast<const uint16_t*>(from) + i);
+  }
+  return load<__m256i>(to);
+}
+
 inline __m512 load_some_floats(__mmask16 m, const void* from) {
   return floats([&](int i) {
     return is_set(m, i) ? load<float>(static_cast<const float*>(from) + i) : 0.0f;
@@ -175,6 +183,7 @@ inline __m256i narrowed(__m512 a) {
 #define _mm512_store_ps(to, a) emulated_avx512::store<__m512>(to, a)
 #define _mm512_storeu_ps(to, a) emulated_avx512::store<__m512>(to, a)
 #define _mm512_store_si512(to, a) emulated_avx512::store<__m512i>(to, a)
+#define _mm256_maskz_loadu_epi16(m, from) emulated_avx512::load_some_halves(m, from)
 #define _mm512_maskz_loadu_epi16(m, from) emulated_avx512::load_some(m, from)
 #define _mm512_maskz_loadu_ps(m, from) emulated_avx512::load_some_floats(m, from)
 #define _mm512_set1_ps(a) \

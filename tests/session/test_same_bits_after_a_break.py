@@ -1,4 +1,6 @@
-"""What follows a break has the bits of a run without it, as long as the ranks are as many."""
+"""What follows a break has the bits of a run without it where as many ranks wrote equal parts of
+every sequence.
+"""
 
 import pytest
 import torch

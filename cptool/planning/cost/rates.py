@@ -10,6 +10,9 @@ from cptool.planning.cost.forward import ELEMENT_BYTES, Forward
 from cptool.planning.hardware import HardwareProfile, Link
 from cptool.planning.linear_rates import RowRates, StoredRates, nearest
 
+FEW_QUERIES = 8
+"""Queries of a sequence for which a CPU that has a kernel for few rows uses it, whatever their rows
+(`kStreamTokens` in csrc/cpu/stream_kernel.h)."""
 IN_CACHES = 8 << 20
 """As many bytes as calibration reads and writes again and again to measure `touch_bandwidth`."""
 
@@ -124,7 +127,10 @@ class Rates:
         profile, forward = self.profile, self.forward
         flops = 4 * forward.query_width * (pairs + profile.attention_ramp * queries * calls)
         group = 2 * forward.query_width / forward.kv_width
-        few = queries * group <= forward.batch * profile.few_query_rows
+        few = profile.few_query_rows > 0 and (
+            queries * group <= forward.batch * profile.few_query_rows
+            or queries <= forward.batch * FEW_QUERIES
+        )
         bandwidth = profile.cache_bandwidth
         if not few and queries > forward.batch and profile.block_bandwidth is not None:
             bandwidth = profile.block_bandwidth
