@@ -55,7 +55,8 @@ def main() -> int:
     selftest.attention_partial = attention
     selftest.force_cuda_kernel = contextlib.nullcontext
     selftest._taken = lambda device, dtype, head_dim, case: (
-        "simt" if dtype == torch.float32 or head_dim % 8 else "sm90"
+        # Windows with one head dimension, so that the test does not take long.
+        "simt" if dtype == torch.float32 or (case.window and head_dim != 128) else "sm90"
     )
     return selftest.main(["cuda", kernel, apart])
 
