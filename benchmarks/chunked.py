@@ -2,8 +2,8 @@
 
     python benchmarks/chunked.py [--tokens 64K] [--long 256K] [--json FILE]
 
-A small random-weight Llama (that of million.py, with `--heads` heads) on two ranks with one thread
-each.
+A small random-weight Llama (that of million.py, with `--heads` heads on `--kv-heads`) on two ranks
+with one thread each.
 
 - `--tokens` are read in one piece and in chunks as `--chunk auto` and a sixteenth of the prompt cut
   them, in turn; the ratio is that of the medians.
@@ -195,15 +195,19 @@ def show(found: dict[str, Any]) -> None:
 @click.option("--tokens", type=TokenCount(), default=64_000)
 @click.option("--long", "longer", type=TokenCount(), default=256_000)
 @click.option("--heads", type=click.IntRange(min=1), default=4)
+@click.option("--kv-heads", type=click.IntRange(min=1), default=1)
 @click.option("--repeats", type=click.IntRange(min=1), default=3)
 @click.option("--json", "to", type=Path)
-def main(tokens: int, longer: int, heads: int, repeats: int, to: Path | None) -> None:
+def main(
+    tokens: int, longer: int, heads: int, kv_heads: int, repeats: int, to: Path | None
+) -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "model", heads)
+        write_model(folder / "model", heads, kv_heads)
         found = {
             "heads": heads,
+            "kv_heads": kv_heads,
             "pieces": pieces(folder / "model", tokens, repeats),
             "long": long(folder / "model", longer, folder),
             **circumstances(),

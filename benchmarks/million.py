@@ -104,7 +104,7 @@ def shape(heads: int) -> dict[str, int]:
     return {**SHAPE, "num_attention_heads": heads}
 
 
-def write_model(path: Path, heads: int) -> None:
+def write_model(path: Path, heads: int, kv_heads: int = 1) -> None:
     """Write the model, unless it is there."""
     if (path / "config.json").exists():
         return
@@ -113,7 +113,8 @@ def write_model(path: Path, heads: int) -> None:
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = Config(**shape(heads), max_position_embeddings=8192, bos_token_id=1, eos_token_id=2)
+    fields = {**shape(heads), "num_key_value_heads": kv_heads}
+    config = Config(**fields, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
 
 

@@ -14,8 +14,9 @@ from cptool.planning.chunks import UNIT, plan_chunks
 
 
 def chosen(world, path, asked):
-    """The chunk for each of (options, tokens left, tokens cached, seconds), and the most bytes that
-    such chunks are predicted to take."""
+    """The chunk for each of (options, tokens left, tokens cached, seconds), and the most bytes and
+    seconds that such chunks are predicted to take.
+    """
     model = load_model(open_checkpoint(str(path)), torch.float32, world.device, world)
     found = []
     for options, left, cached, every in asked:
@@ -26,11 +27,12 @@ def chosen(world, path, asked):
             continue
         engine.computed = cached
         chunks = plan_chunks(engine.forward(left), engine.profile, chunk)
-        found.append((chunk, chunks.fullest.memory_bytes, chunks.last.seconds))
+        longest = max(each.seconds for each in chunks.chunks)  # the last one may be a short rest
+        found.append((chunk, chunks.fullest.memory_bytes, longest))
     return found, rank_limit(world), rank_limit(world, 10)
 
 
-@pytest.mark.parametrize("n, most", [(1, 470_000_000), (2, 365_000_000)])
+@pytest.mark.parametrize("n, most", [(1, 470_000_000), (2, 325_000_000)])
 def test_the_largest_that_fits_and_is_worth_it(mqa_path, n, most):
     tokens = [100_000, 20_000]
     plenty, little = {}, {"memory": most}
