@@ -21,9 +21,8 @@ def link_rates(clock: Clock, part: World | None) -> tuple[Link, float]:
     device, ring = clock.device, ring_of(part.cp_group) if part else Ring()
     ahead, behind = (ring.rank - 1) % ring.size, (ring.rank + 1) % ring.size
 
-    def buffers(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        empty = torch.zeros(size, dtype=torch.uint8, device=device)
-        return empty, torch.empty_like(empty)
+    def buffer(size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.uint8, device=device)
 
     def transfer(outgoing: torch.Tensor, incoming: torch.Tensor, messages: int = 1) -> None:
         pending = []
@@ -31,12 +30,12 @@ def link_rates(clock: Clock, part: World | None) -> tuple[Link, float]:
             pending += ring.send_receive(ahead, outgoing, behind, incoming)
         ring.wait(pending)
 
-    small, large = buffers(SMALL_MESSAGE), buffers(LARGE_MESSAGE)
+    small, arriving = (buffer(SMALL_MESSAGE), buffer(SMALL_MESSAGE)), buffer(LARGE_MESSAGE)
     # What is sent is KV of a layer, which no cache holds when its turn comes.
-    cold = cycle([torch.zeros_like(large[0]) for _ in range(COLD_BYTES // LARGE_MESSAGE)])
+    cold = cycle([buffer(LARGE_MESSAGE) for _ in range(COLD_BYTES // LARGE_MESSAGE)])
     latency = clock(lambda: transfer(*small), calls=32)
     several = clock(lambda: transfer(*small, messages=5), calls=8)
-    whole = clock(lambda: transfer(next(cold), large[1]), calls=4)
+    whole = clock(lambda: transfer(next(cold), arriving), calls=4)
 
     # Compute that takes about twice as long as the transfer, alone and beside it.
     x = torch.randn(1024, 1024, device=device)
@@ -48,7 +47,7 @@ def link_rates(clock: Clock, part: World | None) -> tuple[Link, float]:
             torch.mm(x, x)
 
     def both() -> None:
-        pending = ring.send_receive(ahead, next(cold), behind, large[1])
+        pending = ring.send_receive(ahead, next(cold), behind, arriving)
         compute()
         ring.wait(pending)
 

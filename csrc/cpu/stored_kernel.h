@@ -182,9 +182,6 @@ inline void widened_columns(const StoredLinearArgs& args, int64_t column, int64_
       const int64_t count = (args.rows - row) / (groups - group);
       const float* x = args.x + row * stride + k;
       switch (count) {
-        case 3:
-          add_widened<3>(weights, parts, x, stride, acc + row);
-          break;
         case 4:
           add_widened<4>(weights, parts, x, stride, acc + row);
           break;

@@ -137,9 +137,10 @@ class Rates:
         spent = flops / profile.attention_flops[forward.dtype]
         if few:
             spent /= profile.few_query_rate
-        read = keys * forward.kv_width * forward.kv_element / bandwidth
+        count = keys * forward.kv_width * forward.kv_element
+        read = count / bandwidth
         if few and received:
-            read = min(read, self.touch(read * bandwidth, calls=0))
+            read = min(read, self.touch(count, calls=0))
         # A device reads the next tiles while it multiplies; a core stops at each.
         busy = max(spent, read) if self.queued else spent + read
         return calls * profile.call_overhead_s + busy
