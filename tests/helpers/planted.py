@@ -108,8 +108,8 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
     "large scores are capped like small ones": (
         "softmax.h",
-        "fmaxf(even, odd) >= 0.625f",
-        "fmaxf(even, odd) >= 0.625f + 99 * {planted}",
+        "fmaxf(even, odd) >= kSmallTangent",
+        "fmaxf(even, odd) >= kSmallTangent + 99 * {planted}",
     ),
     "a job's memory is given back while it is read": (
         "consumer.h",

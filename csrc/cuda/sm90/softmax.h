@@ -12,6 +12,7 @@
 #include "cuda/device.h"
 #include "cuda/sm90/ptx.h"
 #include "cuda/sm90/schedule.h"
+#include "cuda/soft_cap.h"
 #include "softmax_state.h"
 
 namespace cptool::cuda::sm90 {
@@ -95,7 +96,7 @@ __device__ __forceinline__ void mask(float (&scores)[kKeys / 2], const int32_t (
 // Sums of products s become tanh(cap_scale s); what is left of a soft cap is to multiply by it, as
 // by a scale. Called by a whole warp.
 //
-// Nearly always all arguments are below 0.625. There the odd polynomial of Cephes' tanhf errs by
+// Nearly always all arguments are below kSmallTangent. There the polynomial of soft_cap.h errs by
 // two units in the last place and takes no exponentials, of which softmax already needs half of
 // what a multiprocessor computes meanwhile. Otherwise 1 - 2 / (1 + e^2x) errs by 4 x 10^-7, twice
 // as much as 1 + e^2x and its reciprocal are rounded: with a cap of 50, a score by 2 x 10^-5, and
@@ -111,7 +112,7 @@ __device__ __forceinline__ void cap(float (&scores)[kKeys / 2], float cap_scale)
     even = fmaxf(even, fabsf(scores[i]));
     odd = fmaxf(odd, fabsf(scores[i + 1]));
   }
-  if (__any_sync(kWholeWarp, fmaxf(even, odd) >= 0.625f)) {
+  if (__any_sync(kWholeWarp, fmaxf(even, odd) >= kSmallTangent)) {
 #pragma unroll
     for (float& x : scores) {
       const float power = ptx::exp2_approx(x * kTwoLog2E);
@@ -120,12 +121,7 @@ __device__ __forceinline__ void cap(float (&scores)[kKeys / 2], float cap_scale)
   } else {
 #pragma unroll
     for (float& x : scores) {
-      const float square = x * x;
-      float p = fmaf(-5.70498872745e-3f, square, 2.06390887954e-2f);
-      p = fmaf(p, square, -5.37397155531e-2f);
-      p = fmaf(p, square, 1.33314422036e-1f);
-      p = fmaf(p, square, -3.33332819422e-1f);
-      x = fmaf(p * square, x, x);
+      x = small_hyperbolic_tangent(x);
     }
   }
 }
